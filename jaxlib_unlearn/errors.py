@@ -1,0 +1,14 @@
+"""The one exception for mistakes in what a person gave us."""
+
+
+class UserError(ValueError):
+    """Bad input from the user: files, data, weights or options.
+
+    The message is one line that says what is wrong, where, and what to do. Programs print
+    ``error: <message>`` on stderr and exit with code 2; programmer errors raise ``ValueError`` or
+    ``TypeError`` instead.
+
+    Example:
+        >>> str(UserError("no split 'forget02' in DIR; use one of forget01, forget05, forget10"))
+        "no split 'forget02' in DIR; use one of forget01, forget05, forget10"
+    """

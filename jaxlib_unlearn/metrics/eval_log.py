@@ -1,0 +1,237 @@
+"""Evaluation logs per item: two file formats read into one structure.
+
+OpenUnlearning's EVAL.json, which this project also writes, and the aggregated log of the original
+TOFU code. So a published log of a retrained model serves as the reference of a run here, without
+that model.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.metrics import likelihood, privacy
+
+# Split -> prefix of its metrics in EVAL.json. Holdout texts serve the membership attacks alone.
+PREFIXES = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+# These two have no paraphrase: the answer itself is the correct text of their truth ratio, and
+# their probability is normalised over the offered answers.
+WITH_OPTIONS = ("real_authors", "world_facts")
+# Split -> block of the aggregated TOFU log.
+TOFU_BLOCKS = {
+    "forget": "eval_log_forget",
+    "retain": "eval_log",
+    "real_authors": "eval_real_author_wo_options",
+    "world_facts": "eval_real_world_wo_options",
+}
+
+
+class EvalLog(NamedTuple):
+    """One evaluation of one model, whatever file it came from.
+
+    source: for error messages. items: flat metric name -> (n,) float64 values per item; truth
+    ratios are R = P(wrong)/P(correct). auc: attack name -> area under the curve.
+    """
+
+    source: str
+    items: dict[str, np.ndarray]
+    auc: dict[str, float]
+
+
+Log = EvalLog | Mapping[str, Any]
+
+
+def load_log(path: str | Path) -> EvalLog:
+    """Read an evaluation log: OpenUnlearning's EVAL.json or TOFU's aggregated JSON.
+
+    Args:
+        path: the file.
+
+    Returns:
+        An `EvalLog` with every metric found in the file.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or is no evaluation log.
+
+    Example:
+        >>> load_log("absent.json")
+        Traceback (most recent call last):
+        ...
+        jaxlib_unlearn.errors.UserError: absent.json: No such file or directory; check the path
+
+    TOFU, arXiv 2401.06121; OpenUnlearning, arXiv 2506.12618.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); write or download it again") from error
+    return parse_log(data, source=str(path))
+
+
+def parse_log(data: Any, source: str = "evaluation log") -> EvalLog:
+    """The same as `load_log` for content that is already in memory.
+
+    Args:
+        data: the parsed JSON.
+        source: its name in error messages.
+
+    Returns:
+        An `EvalLog`.
+
+    Raises:
+        UserError: the content is no evaluation log.
+
+    Example:
+        >>> log = {"forget_Q_A_Prob": {"agg_value": 0.5, "value_by_index": {"0": {"prob": 0.5}}}}
+        >>> parse_log(log).items
+        {'forget_probability': array([0.5])}
+    """
+    if not isinstance(data, Mapping):
+        data = {}
+    blocks = {name.removesuffix(".json"): block for name, block in data.items()}
+    if any(block in blocks for block in TOFU_BLOCKS.values()):
+        items, auc = _read_tofu(blocks, source), {}
+    else:
+        items, auc = _read_open_unlearning(data, source)
+    arrays = {name: np.array(list(v.values()), np.float64) for name, v in items.items() if v}
+    if not arrays and not auc:
+        raise UserError(
+            f"{source}: not an evaluation log; give an EVAL.json of OpenUnlearning or this "
+            "project, or an aggregated log of TOFU"
+        )
+    for name, values in [*arrays.items(), *auc.items()]:
+        if not np.isfinite(values).all():
+            raise UserError(f"{source}: {name} is not finite; evaluate the model again")
+    return EvalLog(source, arrays, auc)
+
+
+def as_log(log: Log) -> EvalLog:
+    """An `EvalLog` from itself or from the dict that `build_log` returns.
+
+    Args:
+        log: either form.
+
+    Returns:
+        The `EvalLog`.
+
+    Raises:
+        UserError: the dict is no evaluation log.
+
+    Example:
+        >>> as_log(EvalLog("mine", {}, {})).source
+        'mine'
+    """
+    return log if isinstance(log, EvalLog) else parse_log(log)
+
+
+Column = dict[int, Any]
+
+
+def _column(table: Any, what: str, source: str, key: str | None = None) -> Column:
+    """{index: value} in index order, without the items that have no value (no target tokens)."""
+    try:
+        rows = [(int(index), row) for index, row in table.items() if row is not None]
+        column = {index: row if key is None else row[key] for index, row in sorted(rows)}
+        return {index: _floats(value) for index, value in column.items() if value is not None}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: {what} has no readable per-item {key or 'values'}; "
+            "give the full log, not a summary"
+        ) from error
+
+
+def _floats(value: Any) -> float | list[float]:
+    return [float(x) for x in value] if isinstance(value, list) else float(value)
+
+
+def _zip(function: Any, first: Column, second: Column) -> Column:
+    return {i: float(function(first[i], second[i])) for i in first if i in second}
+
+
+def _means(column: Column) -> Column:
+    return {index: float(np.mean(value)) for index, value in column.items()}
+
+
+def _read_open_unlearning(data: Mapping, source: str) -> tuple[dict[str, Column], dict[str, float]]:
+    def read(metric: str, key: str) -> Column:
+        if metric not in data:
+            return {}
+        table = data[metric]
+        table = table.get("value_by_index") if isinstance(table, Mapping) else None
+        return _column(table, metric, source, key)
+
+    items: dict[str, Column] = {}
+    for split, prefix in PREFIXES.items():
+        answer, wrong = f"{prefix}_Q_A_Prob", f"{prefix}_Q_A_PERT_Prob"
+        correct = answer if split in WITH_OPTIONS else f"{prefix}_Q_A_PARA_Prob"
+        items[f"{split}_probability"] = read(answer, "prob")
+        if split in WITH_OPTIONS:
+            items[f"{split}_probability"] = read(f"{answer}_normalised", "prob") or _zip(
+                likelihood.normalised_probability, read(answer, "prob"), read(wrong, "prob")
+            )
+        items[f"{split}_rouge"] = read(f"{prefix}_Q_A_ROUGE", "rougeL_recall")
+        # From the losses where they are there: the stored scores may be R or, with the
+        # aggregator "prob_mean", R', and nothing in the file tells which.
+        ratios = {}
+        if correct in data and wrong in data:
+            ratios = _zip(
+                likelihood.truth_ratio, read(correct, "avg_loss"), read(wrong, "avg_loss")
+            )
+        items[f"{split}_truth_ratio"] = ratios or read(truth_ratio_name(split), "score")
+    items["forget_paraphrased_probability"] = _means(read("forget_Q_A_PARA_Prob", "prob"))
+    items["forget_perturbed_probability"] = _means(read("forget_Q_A_PERT_Prob", "prob"))
+    for metric in ("extraction_strength", "exact_memorization"):
+        items[metric] = read(metric, "score")
+
+    auc = {}
+    for attack in likelihood.ATTACKS:
+        table = data.get(name := f"mia_{attack}")
+        if not isinstance(table, Mapping):
+            continue
+        sides = [table.get(side) for side in ("forget", "holdout")]
+        if all(isinstance(side, Mapping) and side.get("value_by_index") for side in sides):
+            scores = [_column(side["value_by_index"], name, source, "score") for side in sides]  # pyright: ignore
+            auc[attack] = privacy.auc(*(list(side.values()) for side in scores))
+        elif isinstance(table.get("agg_value"), float | int):
+            auc[attack] = float(table["agg_value"])
+    return items, auc
+
+
+def _read_tofu(blocks: Mapping, source: str) -> dict[str, Column]:
+    items: dict[str, Column] = {}
+    for split, name in TOFU_BLOCKS.items():
+        block = blocks.get(name)
+        if not isinstance(block, Mapping):
+            continue
+
+        def read(field: str, block: Mapping = block, name: str = name) -> Column:
+            return _column(block.get(field), f"{name}, field {field},", source)
+
+        def exp(losses: Column) -> Column:
+            return {index: np.exp(-np.asarray(loss)) for index, loss in losses.items()}
+
+        answer, wrong = exp(read("avg_gt_loss")), exp(read("average_perturb_loss"))
+        items[f"{split}_probability"] = answer
+        if split in WITH_OPTIONS:
+            items[f"{split}_probability"] = _zip(likelihood.normalised_probability, answer, wrong)
+        items[f"{split}_rouge"] = read("rougeL_recall")
+        items[f"{split}_truth_ratio"] = (
+            read("truth_ratio")
+            if "truth_ratio" in block
+            else _zip(
+                likelihood.truth_ratio, read("avg_paraphrased_loss"), read("average_perturb_loss")
+            )
+        )
+        if split == "forget":
+            items["forget_paraphrased_probability"] = exp(read("avg_paraphrased_loss"))
+            items["forget_perturbed_probability"] = _means(wrong)
+    return items
+
+
+def truth_ratio_name(split: str) -> str:
+    return "forget_truth_ratio" if split == "forget" else f"{PREFIXES[split]}_Truth_Ratio"

@@ -1,0 +1,229 @@
+"""What an unlearning method is: a row that binds losses to named streams of batches.
+
+A row (:class:`Objective`) says which streams it reads, which data columns and which quantities of
+the frozen model it needs, and gives ``loss(policy, batches, options) -> {term: (sum, weight)}``.
+Data checks, caches, ``--list`` and error messages derive from the row. What a person may set is an
+:class:`ObjectiveConfig`; ``objectives.resolve`` turns it into a row and complete options.
+
+A *term* is named after its side, the part before the first underscore: ``forget``, ``forget_idk``,
+``retain``, ``train``. Sides carry the coefficients, and split optimizers take one gradient a side.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_unlearn import losses
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.losses import Term
+
+Batch = Mapping[str, Any]
+Terms = dict[str, Term]
+TokenFn = Callable[..., jax.Array]
+
+
+class Policy(Protocol):
+    """What an objective may ask of a model, for one batch with label columns.
+
+    A batch has ``target_mask (B, W)`` (1 = a label), ``targets (B, W)``, ``label_index (B, W)`` and
+    whatever the model reads; see ``policy_from_apply`` and ``batch_from_labels``.
+    """
+
+    def log_probs(self, batch: Batch) -> jax.Array:
+        """Log-probabilities of the targets, ``(B, W)`` float32; 0 where there is no label."""
+        ...
+
+    def reduce_logits(self, batch: Batch, fn: TokenFn, reference: bool = False) -> jax.Array:
+        """``fn(logits (..., V), targets (...)) -> (...)`` on every label, ``(B, W)``.
+
+        With ``reference=True`` it is ``fn(logits, reference_logits, targets)``. The policy may call
+        ``fn`` chunk by chunk, so that no array of ``(batch, length, vocabulary)`` exists.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What a person may set; None means the objective's own default.
+
+    Args:
+        name: a row of ``OBJECTIVES``.
+        retain: loss on the retain stream.
+        beta: inverse temperature of NPO, SimNPO and DPO.
+        delta: SimNPO's margin, nats per token.
+        temperature: ASU's attention temperature of the forget teacher.
+        layers: block indices that ASU smooths; None = all.
+        forget_weight: coefficient of the forget side.
+        retain_weight: coefficient of the retain side.
+        compat: a published variant of the loss, by name.
+    """
+
+    name: str = "graddiff"
+    retain: Literal["nll", "kl", "none"] | None = None
+    beta: float | None = None
+    delta: float | None = None
+    temperature: float | None = None
+    layers: tuple[int, ...] | None = None
+    forget_weight: float | None = None
+    retain_weight: float | None = None
+    compat: str | None = None
+
+
+class Compat(NamedTuple):
+    """A published variant of an objective's loss.
+
+    ``additive``: whether it adds up over micro-batches; ``reference``: caches it needs beyond the
+    row's, or in place of them; ``drops``: options of the row that it does not use.
+    """
+
+    note: str
+    additive: bool
+    reference: Mapping[str, str] | None = None
+    drops: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+    """One unlearning method as a row of the table.
+
+    Args:
+        name: as given to ``--objective.name``.
+        loss: ``loss(policy, {stream: batch}, options) -> {term: (sum, weight)}``. The weights are
+            counts of labels or rows: they depend on the batches alone, never on the parameters.
+        streams: batches it reads; the first is the one an epoch counts. ``idk`` holds the questions
+            of ``forget`` with a refusal as the answer, in the row order of ``forget``.
+        columns: per stream, the columns the data must have.
+        reference: per stream, what of the frozen model is cached: ``"logps"`` (batch column
+            ``ref_log_probs (B, W)``) or ``"hidden"`` (``ref_hidden (B, W, d)``).
+        forward: per stream, the keyword options of ``forward`` its *reference* is made with.
+        additive: terms of micro-batches sum to the term of the batch. False refuses accumulation.
+        paper: citation.
+        defaults: option -> default value. Its keys are the options the row uses.
+        summary: one line for ``--list``.
+        compat: published variants by name.
+    """
+
+    name: str
+    loss: Callable[[Policy, Mapping[str, Batch], ObjectiveConfig], Terms]
+    streams: tuple[str, ...]
+    columns: Mapping[str, tuple[str, ...]]
+    reference: Mapping[str, str]
+    forward: Mapping[str, tuple[str, ...]]
+    additive: bool
+    paper: str
+    defaults: Mapping[str, Any]
+    summary: str = ""
+    compat: Mapping[str, Compat] = dataclasses.field(default_factory=dict)
+
+
+def side_of(term: str) -> str:
+    """The side a term belongs to: ``forget``, ``retain`` or ``train``.
+
+    Example:
+        >>> side_of("forget_idk")
+        'forget'
+    """
+    return term.split("_", 1)[0]
+
+
+def coefficient(term: str, options: ObjectiveConfig) -> float:
+    """The factor of a term in the total: its side's weight, 1 where none is set.
+
+    Example:
+        >>> coefficient("retain", ObjectiveConfig(retain_weight=2.0))
+        2.0
+    """
+    weight = {"forget": options.forget_weight, "retain": options.retain_weight}.get(side_of(term))
+    return 1.0 if weight is None else weight
+
+
+def combine(
+    terms: Terms,
+    weights: Mapping[str, Any] | None,
+    options: ObjectiveConfig,
+    side: str | None = None,
+) -> jax.Array:
+    """The scalar to differentiate: ``sum_t coef_t * sum_t / weight_t``.
+
+    With the weights of the *global* batch, the totals of its micro-batches (and their gradients)
+    add up to the total of the whole, whatever their number and raggedness.
+
+    Args:
+        terms: ``{name: (sum, weight)}`` of the batch at hand.
+        weights: ``{name: scalar}`` of the global batch; None takes the terms' own.
+        options: resolved options, for the coefficients.
+        side: only terms of this side; None for all.
+
+    Returns:
+        Scalar. A term whose weight is 0 (no label anywhere) adds 0.
+
+    Raises:
+        ValueError: no term to add.
+
+    Example:
+        >>> terms = {"forget": (jnp.array(-6.0), 3.0), "retain": (jnp.array(8.0), 2.0)}
+        >>> combine(terms, None, ObjectiveConfig(retain_weight=0.5)).item()
+        0.0
+        >>> combine(terms, {"forget": 6.0, "retain": 2.0}, ObjectiveConfig(), side="forget").item()
+        -1.0
+    """
+    chosen = [name for name in sorted(terms) if side in (None, side_of(name))]
+    if not chosen:
+        raise ValueError(f"no terms to combine for side {side!r} among {sorted(terms)}")
+    parts = []
+    for name in chosen:
+        total, own = terms[name]
+        weight = jnp.asarray(own if weights is None else weights[name])
+        parts.append(coefficient(name, options) * total / jnp.where(weight > 0, weight, 1))
+    return sum(parts[1:], parts[0])
+
+
+def number(options: ObjectiveConfig, name: str) -> float:
+    """A numeric option that the row uses; ``resolve`` has filled it in.
+
+    Raises:
+        ValueError: it is None, so the options did not come from ``resolve``.
+    """
+    value = getattr(options, name)
+    if value is None:
+        raise ValueError(f"option {name} is not set; pass the options that resolve() returned")
+    return value
+
+
+def nll_term(policy: Policy, batch: Batch) -> Term:
+    """Token-mean NLL of a stream's labels; the bread of most rows."""
+    return losses.nll_from_log_probs(policy.log_probs(batch), batch["target_mask"])
+
+
+def reference_kl(logits: jax.Array, reference_logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """``KL(reference || model)`` per label, in the argument order of ``reduce_logits``."""
+    del targets
+    return losses.token_kl(reference_logits, logits)
+
+
+def retain_terms(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+    """The retain side: NLL, KL to the frozen model, or nothing, by ``options.retain``."""
+    if options.retain == "none":
+        return {}
+    batch = batches["retain"]
+    if options.retain == "kl":
+        values = policy.reduce_logits(batch, reference_kl, reference=True)
+        return {"retain": losses.masked_sum(values, batch["target_mask"])}
+    return {"retain": nll_term(policy, batch)}
+
+
+def check_accumulation(objective: Objective, micro_batches: int) -> None:
+    """Refuse to split a batch whose loss is not a sum over rows.
+
+    Raises:
+        UserError: more than one micro-batch for an objective that is not additive.
+    """
+    if micro_batches > 1 and not objective.additive:
+        raise UserError(
+            f"objective {objective.name!r} with this compat form takes a mean inside its "
+            f"log-sigmoid and cannot be split into {micro_batches} micro-batches; use 1, or drop "
+            "compat"
+        )

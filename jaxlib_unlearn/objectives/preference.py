@@ -1,0 +1,149 @@
+"""Preference objectives: NPO, SimNPO, DPO against refusals."""
+
+from collections.abc import Mapping
+
+import jax
+
+from jaxlib_unlearn import losses
+from jaxlib_unlearn.losses import Term
+from jaxlib_unlearn.objectives.base import (
+    Batch,
+    Compat,
+    Objective,
+    ObjectiveConfig,
+    Policy,
+    Terms,
+    number,
+    retain_terms,
+)
+from jaxlib_unlearn.objectives.gradient import QA
+
+
+def _sums(policy: Policy, batch: Batch) -> jax.Array:
+    return losses.row_sums(policy.log_probs(batch), batch["target_mask"])
+
+
+def _ref_sums(batch: Batch) -> jax.Array:
+    return losses.row_sums(batch["ref_log_probs"], batch["target_mask"])
+
+
+def npo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+    """``L = f NPO(forget) + r R(retain)``."""
+    batch, beta = batches["forget"], number(options, "beta")
+    mask = batch["target_mask"]
+    if options.compat == "raw_logits":
+        values = policy.reduce_logits(
+            batch, lambda z, ref, _: losses.npo_raw_logits(z, ref, beta=beta), reference=True
+        )
+        forget = losses.masked_sum(values, mask)
+    else:
+        sums = _sums(policy, batch)
+        forget = losses.npo(
+            sums,
+            _ref_sums(batch),
+            losses.labelled_rows(mask),
+            beta=beta,
+            compat=options.compat,
+            lengths=losses.row_lengths(mask, sums.dtype),
+        )
+    return {"forget": forget} | retain_terms(policy, batches, options)
+
+
+def simnpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+    """``L = f SimNPO(forget) + r R(retain)``."""
+    batch = batches["forget"]
+    beta, delta = number(options, "beta"), number(options, "delta")
+    mask = batch["target_mask"]
+    forget: Term
+    if options.compat == "raw_logits":
+        values = policy.reduce_logits(
+            batch, lambda z, _: losses.simnpo_raw_logits(z, beta=beta, delta=delta)
+        )
+        forget = losses.masked_sum(values, mask)
+    else:
+        sums = _sums(policy, batch)
+        forget = losses.simnpo(
+            sums,
+            losses.row_lengths(mask, sums.dtype),
+            losses.labelled_rows(mask),
+            beta=beta,
+            delta=delta,
+            compat=options.compat,
+        )
+    return {"forget": forget} | retain_terms(policy, batches, options)
+
+
+def dpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+    """``L = f DPO(refusal over forget answer) + r R(retain)``; rows paired by position."""
+    refusal, answer = batches["idk"], batches["forget"]
+    # A pair needs both sides: a row padded in one stream does not count.
+    both = losses.labelled_rows(refusal["target_mask"]) & losses.labelled_rows(
+        answer["target_mask"]
+    )
+    forget = losses.dpo(
+        _sums(policy, refusal),
+        _sums(policy, answer),
+        _ref_sums(refusal),
+        _ref_sums(answer),
+        both,
+        beta=number(options, "beta"),
+    )
+    return {"forget": forget} | retain_terms(policy, batches, options)
+
+
+ROWS = (
+    Objective(
+        name="npo",
+        loss=npo,
+        streams=("forget", "retain"),
+        columns={"forget": QA, "retain": QA},
+        reference={"forget": "logps"},
+        forward={},
+        additive=True,
+        paper="Zhang et al. 2024, arXiv 2404.05868",
+        defaults={"retain": "nll", "beta": 0.1, "forget_weight": 1.0, "retain_weight": 1.0},
+        summary="negative preference: gradient ascent that stops at what is forgotten",
+        compat={
+            "batch_mean": Compat("log-sigmoid of the batch mean (BLUR)", additive=False),
+            "token_mean": Compat("of the token-mean log-ratio (WMDP code)", additive=False),
+            "raw_logits": Compat(
+                "on raw logits at the labels (MUSE)", additive=True, reference={"forget": "hidden"}
+            ),
+        },
+    ),
+    Objective(
+        name="simnpo",
+        loss=simnpo,
+        streams=("forget", "retain"),
+        columns={"forget": QA, "retain": QA},
+        reference={},
+        forward={},
+        additive=True,
+        paper="Fan et al. 2024, arXiv 2410.07163",
+        # The authors' TOFU forget10 setting; what they call gamma multiplies the forget loss.
+        defaults={
+            "retain": "nll",
+            "beta": 4.5,
+            "delta": 0.0,
+            "forget_weight": 0.125,
+            "retain_weight": 1.0,
+        },
+        summary="NPO without a reference model, normalised by length",
+        compat={
+            "token_mean": Compat("log-sigmoid of the batch's token mean (WMDP)", additive=False),
+            "raw_logits": Compat("on raw logits at the labels (MUSE)", additive=True),
+        },
+    ),
+    Objective(
+        name="dpo",
+        loss=dpo,
+        streams=("forget", "idk", "retain"),
+        columns={"forget": QA, "idk": ("question",), "retain": QA},
+        reference={"forget": "logps", "idk": "logps"},
+        forward={},
+        additive=True,
+        paper="Rafailov et al. 2023, arXiv 2305.18290; Zhang et al. 2024, arXiv 2404.05868",
+        defaults={"retain": "nll", "beta": 0.1, "forget_weight": 1.0, "retain_weight": 1.0},
+        summary="prefer a refusal to the forget answer",
+    ),
+)

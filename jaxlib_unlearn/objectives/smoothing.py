@@ -1,0 +1,152 @@
+"""ASU: self-distillation from the frozen model with smoothed attention.
+
+The teacher is the initial model with attention scores divided by ``temperature`` in the blocks
+``layers``. Its final hidden states on the forget stream are cached once, as those of the plain
+model are on the retain stream for ``retain=kl``: no second model stays in memory.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxlib_unlearn import losses
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.losses import Term
+from jaxlib_unlearn.objectives.base import (
+    Batch,
+    Compat,
+    Objective,
+    ObjectiveConfig,
+    Policy,
+    Terms,
+    nll_term,
+    number,
+    reference_kl,
+    retain_terms,
+)
+from jaxlib_unlearn.objectives.gradient import QA
+
+
+def _distil(policy: Policy, batch: Batch, compat: str | None, skip_first: bool) -> Term:
+    mask = batch["target_mask"]
+    if skip_first:
+        mask = losses.skip_first_label(mask)
+    values = policy.reduce_logits(batch, reference_kl, reference=True)
+    reduce = losses.masked_sum if compat == "token_mean" else losses.sequence_mean
+    return reduce(values, mask)
+
+
+def asu(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+    """``L = f KL(smoothed teacher || model)(forget) + r R(retain)``."""
+    forget = _distil(policy, batches["forget"], options.compat, skip_first=False)
+    return {"forget": forget} | retain_terms(policy, batches, options)
+
+
+def asu_idk(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+    """ASU plus ``f NLL(refusal)``; the first answer token is left to the refusal."""
+    forget = _distil(policy, batches["forget"], options.compat, skip_first=True)
+    terms = {"forget": forget, "forget_idk": nll_term(policy, batches["idk"])}
+    return terms | retain_terms(policy, batches, options)
+
+
+def attention_temperatures(options: ObjectiveConfig, num_layers: int) -> np.ndarray:
+    """The teacher's attention temperature per block: ``temperature`` on ``layers``, 1 elsewhere.
+
+    Args:
+        options: resolved options of a smoothing objective.
+        num_layers: blocks of the model, L.
+
+    Returns:
+        ``(L,)`` float32 for ``forward(attention_temperature=...)``.
+
+    Raises:
+        UserError: an empty layer list (the teacher would be the original model), or a block the
+            model does not have.
+
+    Example:
+        >>> attention_temperatures(ObjectiveConfig("asu", temperature=2.0, layers=(1,)), 3).tolist()
+        [1.0, 2.0, 1.0]
+    """
+    layers = tuple(range(num_layers)) if options.layers is None else tuple(options.layers)
+    if not layers:
+        raise UserError(
+            "objective option layers is empty, so nothing would be smoothed; name blocks, or leave "
+            "it out for all"
+        )
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise UserError(
+                f"objective option layers names block {layer}; the model has blocks 0 to "
+                f"{num_layers - 1}"
+            )
+    result = np.ones(num_layers, np.float32)
+    result[list(layers)] = number(options, "temperature")
+    return result
+
+
+def reference_forward(
+    objective: Objective, options: ObjectiveConfig, num_layers: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """Keyword arguments of ``forward`` for the cached reference of each stream.
+
+    Args:
+        objective: a resolved row.
+        options: its options.
+        num_layers: blocks of the model.
+
+    Returns:
+        ``{stream: {keyword: value}}`` for every stream in ``objective.reference``; empty keywords
+        mean the plain frozen model.
+
+    Raises:
+        UserError: see :func:`attention_temperatures`.
+        ValueError: the row asks for a keyword that is not known here.
+    """
+    result: dict[str, dict[str, np.ndarray]] = {}
+    for stream in objective.reference:
+        result[stream] = {}
+        for keyword in objective.forward.get(stream, ()):
+            if keyword != "attention_temperature":
+                raise ValueError(f"no value for forward option {keyword!r} of {objective.name!r}")
+            result[stream][keyword] = attention_temperatures(options, num_layers)
+    return result
+
+
+_PAPER = "Zare Zade et al. 2026, arXiv 2603.01285"
+_DEFAULTS = {
+    "retain": "nll",
+    "temperature": 2.3,
+    "layers": None,
+    "forget_weight": 0.1,
+    "retain_weight": 1.0,
+}
+_COMPAT = {"token_mean": Compat("token mean instead of sequence mean (MUSE)", additive=True)}
+
+ROWS = (
+    Objective(
+        name="asu",
+        loss=asu,
+        streams=("forget", "retain"),
+        columns={"forget": QA, "retain": QA},
+        reference={"forget": "hidden"},
+        forward={"forget": ("attention_temperature",)},
+        additive=True,
+        paper=_PAPER,
+        defaults=_DEFAULTS,
+        summary="distil the frozen model with smoothed attention: fluent, fact-free answers",
+        compat=_COMPAT,
+    ),
+    Objective(
+        name="asu_idk",
+        loss=asu_idk,
+        streams=("forget", "idk", "retain"),
+        columns={"forget": QA, "idk": ("question",), "retain": QA},
+        reference={"forget": "hidden"},
+        forward={"forget": ("attention_temperature",)},
+        additive=True,
+        paper=_PAPER,
+        defaults=_DEFAULTS,
+        summary="ASU and refusals, the first answer token left to the refusal",
+        compat=_COMPAT,
+    ),
+)

@@ -1,0 +1,387 @@
+r"""Orthogonalisers: builders of functions that replace a matrix by its polar factor.
+
+Every builder returns a pure function ``(..., r, c) -> (..., r, c)``. With :math:`X = U \Sigma V^T`
+it returns (an approximation of) :math:`U V^T`; leading axes are a batch. Coefficients are Python
+floats, fixed when the function is built, so nothing of them enters an optimizer's state.
+
+The iterations apply odd polynomials :math:`\sigma \mapsto a\sigma + b\sigma^3 + c\sigma^5` to the
+singular values and need matrix products only:
+
+.. math::
+    A = X X^H, \qquad X \leftarrow a X + (b A + c A^2) X
+
+A table of coefficients belongs to one normaliser (how the singular values are brought below one
+first); the two are kept together in :class:`Table` and never mixed.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Orthogonalizer = Callable[[jax.Array], jax.Array]
+Row = tuple[float, float, float]
+
+
+class Table(NamedTuple):
+    """Coefficients of an iteration and the normaliser they were made for.
+
+    Args:
+        rows: one ``(a, b, c)`` a step.
+        margin: the input is divided by ``margin`` times its Frobenius norm.
+        tail: the row that may follow the last one for ever, or None if the length is fixed.
+        steps: how many steps the table is published for.
+        preconditioner: "frobenius" or "aol" (rows scaled by inverse roots of the Gram's row sums).
+    """
+
+    rows: tuple[Row, ...]
+    margin: float = 1.0
+    tail: Row | None = None
+    steps: int = 5
+    preconditioner: str = "frobenius"
+
+
+def _with_safety(rows: Sequence[Row], safety: float) -> tuple[Row, ...]:
+    """The polynomials p(x / safety): rounding may push a singular value slightly above one."""
+    return tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in rows)
+
+
+_JORDAN = (3.4445, -4.7750, 2.0315)
+_CLASSICAL = (1.875, -1.25, 0.375)
+# Minimax quintics for the interval [1e-3, 1], each composed on the range of the one before.
+_POLAR_EXPRESS: tuple[Row, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+
+TABLES: dict[str, Table] = {
+    "jordan": Table((_JORDAN,), tail=_JORDAN),
+    "you5": Table(
+        (
+            (4.0848, -6.8946, 2.9270),
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        )
+    ),
+    "you6": Table(
+        (
+            (3955 / 1024, -8306 / 1024, 5008 / 1024),
+            (3735 / 1024, -6681 / 1024, 3463 / 1024),
+            (3799 / 1024, -6499 / 1024, 3211 / 1024),
+            (4019 / 1024, -6385 / 1024, 2906 / 1024),
+            (2677 / 1024, -3029 / 1024, 1162 / 1024),
+            (2172 / 1024, -1833 / 1024, 682 / 1024),
+        ),
+        steps=6,
+    ),
+    # As the authors run it: the safety factor enters the rows and the normaliser.
+    "polar_express": Table(_with_safety(_POLAR_EXPRESS, 1.01), margin=1.01, tail=_CLASSICAL),
+    "polar_express_speedrun": Table(
+        (
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ),
+        margin=1.02,
+    ),
+    "polar_express_gram": Table(_with_safety(_POLAR_EXPRESS[:5], 1.05)),
+    "cans5": Table(
+        (
+            (8.4703, -25.1081, 18.6293),
+            (4.1828, -3.1087, 0.5806),
+            (3.9619, -2.9541, 0.5630),
+            (3.2866, -2.4647, 0.5074),
+            (2.2737, -1.6447, 0.4162),
+        ),
+        # Ours: the first polynomial has slope 26 at 1, so without a margin the rounding of bfloat16
+        # makes a nearly rank-one input diverge (seen: 5e11).
+        margin=1.02,
+    ),
+    # The corrected table. The one before it changes the sign of large singular values.
+    "aol4": Table(
+        (
+            (4.6051, -9.6552, 5.6769),
+            (4.7505, -6.0861, 2.1790),
+            (2.7763, -2.3190, 0.5523),
+            (2.4231, -2.2861, 0.8193),
+        ),
+        steps=4,
+        preconditioner="aol",
+    ),
+    "cubic5": Table(
+        (
+            (3.3656576, -3.3420992, 0.0),
+            (2.5744352, -1.4957376, 0.0),
+            (2.5368962, -1.4312570, 0.0),
+            (2.4418906, -1.2764040, 0.0),
+            (2.2230472, -0.9630650, 0.0),
+        )
+    ),
+    "deepseek10": Table((_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2, steps=10),
+    "classical": Table((_CLASSICAL,), tail=_CLASSICAL),
+}
+
+
+def newton_schulz(
+    coeffs: str | Sequence[float] | Sequence[Sequence[float]] = "jordan",
+    steps: int | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Orthogonalizer:
+    r"""Newton-Schulz iteration with a published or a custom table of coefficients.
+
+    .. math::
+        X \leftarrow X / \|X\|_F, \qquad
+        X \leftarrow a_t X + (b_t A + c_t A^2) X, \quad A = X X^H, \quad t = 1 \dots T
+
+    on the orientation with fewer rows than columns. Norms are summed in float32 (float64 for
+    float64) after a division by the largest entry, so neither tiny nor huge gradients are lost and
+    no epsilon is needed; zeros stay zeros.
+
+    Args:
+        coeffs: a name in ``TABLES``, one row ``(a, b, c)`` to repeat, or rows. Rows given by hand
+            are used behind a plain Frobenius normaliser, and their number is the number of steps.
+        steps: number of steps; None for the number the table was published for (5 for "jordan").
+            Tables without a repeatable last row have one length only.
+        dtype: dtype of the matrix products (``jnp.bfloat16`` halves memory); None for the input's.
+
+    Returns:
+        A function ``(..., r, c) -> (..., r, c)`` that keeps the input's dtype.
+
+    Raises:
+        ValueError: an unknown table, a number of steps the table does not have, or a first
+            polynomial that is not positive on (0, 1] (it would turn the gradient's sign).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.diag(jnp.array([2.0, 1.0, 0.5]))
+        >>> s = jnp.linalg.svd(newton_schulz("polar_express", 8)(x), compute_uv=False)
+        >>> bool(jnp.allclose(s, 1.0, atol=1e-4))
+        True
+
+    References:
+        Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
+        Amsel et al., arXiv:2505.16932, section 3 (Polar Express).
+    """
+    table, rows = _rows(coeffs, steps)
+    return functools.partial(_iterate, rows=rows, table=table, dtype=dtype)
+
+
+def polar_express(steps: int = 5, dtype: jax.typing.DTypeLike | None = None) -> Orthogonalizer:
+    r"""Polar Express: the composition of quintics that is optimal on singular values >= 1e-3.
+
+    .. math::
+        (a_t, b_t, c_t) = \arg\min \max_{\sigma \in [\ell_t, u_t]} |1 - p(\sigma)|
+
+    Args:
+        steps: number of steps, any positive number (after the seventh the row is the limit's).
+        dtype: dtype of the matrix products; None keeps the input's.
+
+    Returns:
+        A function ``(..., r, c) -> (..., r, c)``.
+
+    Raises:
+        ValueError: ``steps`` is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> jnp.round(polar_express(8)(jnp.array([[3.0, 0.0], [0.0, 0.1]])), 3).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+
+    References:
+        Amsel et al., arXiv:2505.16932, algorithm 1.
+    """
+    return newton_schulz("polar_express", steps, dtype)
+
+
+def gram_newton_schulz(
+    coeffs: str | Sequence[float] | Sequence[Sequence[float]] = "polar_express_gram",
+    steps: int | None = None,
+    restarts: Sequence[int] = (2,),
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Orthogonalizer:
+    r"""Newton-Schulz carried out on the small Gram matrix; the same map up to rounding.
+
+    .. math::
+        R = X X^H,\; Q = I; \qquad Z_t = b_t R + c_t R^2, \quad
+        Q \leftarrow Q (Z_t + a_t I), \quad R \leftarrow (Z_t + a_t I) R (Z_t + a_t I)
+
+    and finally :math:`Q X`. A restart replaces :math:`X` by :math:`Q X`, which bounds the growth of
+    negative eigenvalues that rounding puts into :math:`R`. For r x c matrices five steps with one
+    restart cost :math:`28 r^3 + 8 r^2 c` against :math:`10 r^3 + 20 r^2 c`: worth it from
+    ``c >= 2 r`` on. Square matrices take the plain iteration.
+
+    Args:
+        coeffs: as in :func:`newton_schulz`; a table with the "aol" preconditioner is refused.
+        steps: as in :func:`newton_schulz`.
+        restarts: indices (from 0) of the steps that begin from the current X.
+        dtype: dtype of the products. float16 is safer than bfloat16 here: the Gram matrix squares
+            the rounding error.
+
+    Returns:
+        A function ``(..., r, c) -> (..., r, c)``.
+
+    Raises:
+        ValueError: as in :func:`newton_schulz`, or an "aol" table.
+
+    Example:
+        >>> import jax
+        >>> x = jax.random.normal(jax.random.key(0), (4, 16))
+        >>> y, z = gram_newton_schulz("jordan")(x), newton_schulz("jordan")(x)
+        >>> bool(abs(y - z).max() < 1e-4)
+        True
+
+    References:
+        Dao AI Lab, "Gram Newton-Schulz" (2026).
+    """
+    table, rows = _rows(coeffs, steps)
+    if table.preconditioner != "frobenius":
+        raise ValueError(f"gram_newton_schulz needs a Frobenius-normalised table, got {coeffs!r}")
+    return functools.partial(
+        _iterate_gram, rows=rows, table=table, restarts=frozenset(restarts), dtype=dtype
+    )
+
+
+def svd() -> Orthogonalizer:
+    r"""The exact polar factor from a singular value decomposition: the reference, and slow.
+
+    .. math::
+        X = U \Sigma V^H \mapsto \sum_{\sigma_i > \tau} u_i v_i^H, \qquad
+        \tau = \max(r, c)\, \epsilon_{machine}\, \sigma_1
+
+    Directions without a singular value are left out, so zeros stay zeros.
+
+    Returns:
+        A function ``(..., r, c) -> (..., r, c)``; computed in float32 for narrower dtypes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> svd()(jnp.array([[0.0, 2.0], [-0.5, 0.0]])).round(5).tolist()
+        [[0.0, 1.0], [-1.0, 0.0]]
+    """
+    return _exact
+
+
+def _rows(coeffs, steps: int | None) -> tuple[Table, tuple[Row, ...]]:
+    """The table and its coefficients, one row a step."""
+    if isinstance(coeffs, str):
+        if coeffs not in TABLES:
+            raise ValueError(f"unknown coefficients {coeffs!r}; known: {', '.join(TABLES)}")
+        table = TABLES[coeffs]
+    else:
+        array = np.asarray(coeffs, float)
+        if array.shape == (3,):
+            row: Row = tuple(array.tolist())  # type: ignore[assignment]
+            table = Table((row,), tail=row)
+        elif array.ndim == 2 and array.shape[0] > 0 and array.shape[1] == 3:
+            table = Table(tuple(tuple(r) for r in array.tolist()), steps=len(array))  # type: ignore
+        else:
+            raise ValueError(f"coefficients are (3,) or (steps, 3), got shape {array.shape}")
+    steps = table.steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"steps must be positive, got {steps}")
+    if table.tail is None and steps != len(table.rows):
+        raise ValueError(f"{coeffs!r} has {len(table.rows)} steps, got steps={steps}")
+    rows = table.rows[:steps]
+    if table.tail is not None:
+        rows += (table.tail,) * (steps - len(rows))
+    a, b, c = rows[0]
+    squares = np.linspace(0.0, 1.0, 1001)[1:]
+    if np.min(a + b * squares + c * squares**2) <= 0:
+        raise ValueError(f"the first polynomial {rows[0]} is not positive on (0, 1]: signs turn")
+    return table, rows
+
+
+def _wide(x: jax.Array) -> tuple[jax.Array, bool]:
+    """The orientation with rows <= columns, and whether that meant a transpose."""
+    if x.ndim < 2:
+        raise ValueError(f"an orthogonaliser takes (..., rows, columns), got shape {x.shape}")
+    tall = x.shape[-2] > x.shape[-1]
+    return (_adjoint(x), True) if tall else (x, False)
+
+
+def _adjoint(x: jax.Array) -> jax.Array:
+    return jnp.conj(jnp.swapaxes(x, -1, -2))
+
+
+def _real_square(x: jax.Array) -> jax.Array:
+    return jnp.real(x) ** 2 + jnp.imag(x) ** 2 if jnp.iscomplexobj(x) else x**2
+
+
+def _scale_to_one(x: jax.Array) -> jax.Array:
+    """Largest entry 1, in float32 or wider; zeros stay zeros."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    return x / jnp.where(largest == 0, 1, largest)
+
+
+def _normalize(x: jax.Array, margin: float) -> jax.Array:
+    x = _scale_to_one(x)
+    norm = jnp.sqrt(jnp.sum(_real_square(x), axis=(-2, -1), keepdims=True))
+    # No epsilon: the norm of what _scale_to_one returns is zero or at least one.
+    return x / (margin * jnp.where(norm == 0, 1, norm))
+
+
+def _precondition_aol(x: jax.Array) -> jax.Array:
+    """diag(s) X with s_i = (sum_j |X X^H|_ij)^(-1/2), which has no singular value above one."""
+    x = _scale_to_one(x)
+    sums = jnp.sum(jnp.abs(x @ _adjoint(x)), axis=-1, keepdims=True)
+    return x * jnp.where(sums == 0, 0, jax.lax.rsqrt(jnp.where(sums == 0, 1, sums)))
+
+
+def _polynomial(gram: jax.Array, row: Row) -> jax.Array:
+    """b A + c A^2; cubic rows skip the square."""
+    _, b, c = row
+    return b * gram + c * (gram @ gram) if c else b * gram
+
+
+def _iterate(x, *, rows: tuple[Row, ...], table: Table, dtype) -> jax.Array:
+    original = x.dtype
+    x, turned = _wide(x)
+    x = _precondition_aol(x) if table.preconditioner == "aol" else _normalize(x, table.margin)
+    x = x.astype(original if dtype is None else dtype)
+    for row in rows:
+        x = row[0] * x + _polynomial(x @ _adjoint(x), row) @ x
+    return (_adjoint(x) if turned else x).astype(original)
+
+
+def _iterate_gram(
+    x, *, rows: tuple[Row, ...], table: Table, restarts: frozenset[int], dtype
+) -> jax.Array:
+    if x.shape[-2] == x.shape[-1]:
+        return _iterate(x, rows=rows, table=table, dtype=dtype)
+    original = x.dtype
+    x, turned = _wide(x)
+    x = _normalize(x, table.margin).astype(original if dtype is None else dtype)
+    gram, q = x @ _adjoint(x), None  # q = None stands for the identity
+    eye = jnp.eye(x.shape[-2], dtype=x.dtype)
+    for t, row in enumerate(rows):
+        if t in restarts and q is not None:
+            x = q @ x
+            gram, q = x @ _adjoint(x), None
+        factor = _polynomial(gram, row) + row[0] * eye
+        q = factor if q is None else q @ factor
+        if t + 1 < len(rows) and t + 1 not in restarts:
+            gram = factor @ (gram @ factor)
+    assert q is not None
+    x = q @ x
+    return (_adjoint(x) if turned else x).astype(original)
+
+
+def _exact(x: jax.Array) -> jax.Array:
+    scaled = _scale_to_one(x)
+    u, s, vh = jnp.linalg.svd(scaled, full_matrices=False)
+    tolerance = max(x.shape[-2:]) * jnp.finfo(s.dtype).eps * s[..., :1]
+    keep = (s > tolerance).astype(u.dtype)
+    return ((u * keep[..., None, :]) @ vh).astype(x.dtype)

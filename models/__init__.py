@@ -1,0 +1,16 @@
+"""Decoder language models in JAX: load, run and export Llama, Mistral, Qwen and SmolLM2."""
+
+from models.decoder import Decoder, DecoderConfig
+from models.export import export
+from models.tokenizer import Tokenizer
+from models.weights import Loaded, find_smollm2, load
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Loaded",
+    "Tokenizer",
+    "export",
+    "find_smollm2",
+    "load",
+]

@@ -1,0 +1,279 @@
+"""One decoder for every supported family: stacked blocks, a scan, arrays out.
+
+All blocks share one stack: each leaf under `params["layers"]` has a leading layer axis and the forward pass scans
+over it, so compile time is flat in depth. `Decoder` is a frozen, hashable description; parameters are a plain dict.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.layers import (
+    Block,
+    RopeScaling,
+    batch_sharded,
+    rms_norm,
+    rope_frequencies,
+    rotary,
+    visible,
+)
+
+Params = Mapping[str, Any]
+LayerMap = Callable[[Any, jax.Array], Any]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and conventions of a decoder; families differ only in these values (`models.families`)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    max_position_embeddings: int = 2048
+    family: str = "llama"
+    dtype: str = "float32"
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_block(config: DecoderConfig) -> tuple[Any, Any]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: Block(config)))
+    return graph, nnx.to_pure_dict(state)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A causal decoder as pure functions of `params`.
+
+    Args:
+        config: shape and conventions.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> decoder = Decoder(DecoderConfig(16, 8, 16, 2, 2, 1, 4))
+        >>> params = decoder.init(jax.random.key(0))
+        >>> hidden, _ = decoder.forward(params, jnp.zeros((1, 3), jnp.int32))
+        >>> decoder.unembed(params, hidden).shape
+        (1, 3, 16)
+    """
+
+    config: DecoderConfig
+    remat: bool = False
+
+    def shapes(self) -> dict[str, Any]:
+        """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
+        c = self.config
+        _, block = _abstract_block(c)
+
+        def leaf(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        tree = {
+            "embed": {"embedding": leaf(c.vocab_size, c.hidden_size)},
+            "layers": jax.tree.map(lambda x: leaf(c.num_layers, *x.shape), block),
+            "final_norm": {"scale": leaf(c.hidden_size)},
+        }
+        if not c.tie_embeddings:
+            tree["lm_head"] = {"kernel": leaf(c.hidden_size, c.vocab_size)}
+        return tree
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Random parameters: kernels `N(0, 1/fan_in)`, residual outputs also over `sqrt(2L)`, embeddings 0.02.
+
+        q and k at `1/sqrt(d)` matter: at 0.02 a small model starts with near-uniform attention and memorises as a
+        bag of words.
+        """
+        depth = self.config.num_layers
+
+        def draw(path, leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if name.endswith("scale"):
+                return jnp.ones(leaf.shape, leaf.dtype)
+            if name.endswith("bias"):
+                return jnp.zeros(leaf.shape, leaf.dtype)
+            std = 0.02 if name.endswith("embedding") else leaf.shape[-2] ** -0.5
+            if name.endswith(("/o/kernel", "/down/kernel")):
+                std /= (2 * depth) ** 0.5
+            noise = jax.random.normal(
+                jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape
+            )
+            return noise.astype(leaf.dtype) * std
+
+        return jax.tree_util.tree_map_with_path(draw, self.shapes())
+
+    def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+        """An empty key-value cache for `batch` rows and `length` slots."""
+        c = self.config
+        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+        return {
+            "k": jnp.zeros(shape, dtype),
+            "v": jnp.zeros(shape, dtype),
+            "segment_ids": jnp.zeros((batch, length), jnp.int32),
+            "positions": jnp.zeros((batch, length), jnp.int32),
+            "index": jnp.zeros((), jnp.int32),
+        }
+
+    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Logits, float32 `(..., V)`, of final hidden states `(..., d)`."""
+        if self.config.tie_embeddings:
+            kernel = params["embed"]["embedding"].astype(hidden.dtype)
+            return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
+        return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+    def forward(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        attention_temperature: jax.Array | float = 1.0,
+        layer_map: LayerMap | None = None,
+        cache: Mapping[str, jax.Array] | None = None,
+        hidden_at: tuple[int, ...] = (),
+        depth: int | None = None,
+        train_from: int = 0,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Final hidden states of a batch of token rows.
+
+        Args:
+            params: the parameter tree; `params["layers"]` is one stack or a tuple of consecutive stacks.
+            tokens: int32 `(B, T)`.
+            positions: int32 `(B, T)`, default `0..T-1` (behind a cache: its index onwards).
+            segment_ids: int32 `(B, T)`, default 1. 0 is padding; `group + 65536 * leaf` otherwise: a token sees
+                earlier tokens of its group in leaf 0 (a shared prefix) and in its own leaf.
+            attention_temperature: divides the attention scores; a traced scalar or `(L,)`, so a sweep compiles once.
+            layer_map: `(layer_params, index) -> layer_params`, applied inside the scan body to one layer at a time.
+            cache: from `init_cache`; new tokens go to slots `[index, index + T)`, the update is `collected["cache"]`.
+            hidden_at: static block indices whose output (residual stream) is collected under `collected["hidden"]`.
+            depth: static; stop after this many blocks.
+            train_from: static; no gradient below this block.
+
+        Returns:
+            `(hidden (B, T, d) after the final norm, collected)`.
+
+        Raises:
+            ValueError: `hidden_at`, `depth` or `train_from` outside the model.
+        """
+        c = self.config
+        depth = c.num_layers if depth is None else depth
+        if not 0 <= depth <= c.num_layers or not 0 <= train_from <= c.num_layers:
+            raise ValueError(
+                f"depth {depth} or train_from {train_from} is outside 0..{c.num_layers}"
+            )
+        if any(not 0 <= i < depth for i in hidden_at):
+            raise ValueError(f"hidden_at {hidden_at} is outside 0..{depth - 1}")
+        batch, length = tokens.shape
+        start = jnp.zeros((), jnp.int32) if cache is None else cache["index"]
+        slots = start + jnp.arange(length, dtype=jnp.int32)
+        positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else positions
+        segment_ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
+        query = (slots, segment_ids, positions)
+        if cache is None:
+            key, kv = query, None
+        else:
+            at = (0, start)
+            segments = jax.lax.dynamic_update_slice(cache["segment_ids"], segment_ids, at)
+            places = jax.lax.dynamic_update_slice(cache["positions"], positions, at)
+            key = (jnp.arange(segments.shape[1], dtype=jnp.int32), segments, places)
+            kv = (cache["k"], cache["v"])
+        mask = visible(query, key, c.sliding_window)
+        table = rotary(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        temperature = jnp.broadcast_to(
+            jnp.asarray(attention_temperature, jnp.float32), (c.num_layers,)
+        )
+
+        dtype = jnp.dtype(c.dtype)
+        embedding = params["embed"]["embedding"]
+        x = batch_sharded(embedding[tokens].astype(dtype), embedding)
+        graph, _ = _abstract_block(c)
+
+        def body(carry, inputs):
+            x, kv = carry
+            layer, index, heat = inputs
+            if layer_map is not None:
+                layer = layer_map(layer, index)
+
+            def keep(k, v):
+                if kv is None:
+                    return k, v, None
+                place = (index, 0, start, 0, 0)
+                new = tuple(
+                    jax.lax.dynamic_update_slice(old, one[None].astype(old.dtype), place)
+                    for old, one in zip(kv, (k, v), strict=True)
+                )
+                mine = [
+                    jax.lax.dynamic_index_in_dim(n, index, 0, keepdims=False).astype(k.dtype)
+                    for n in new
+                ]
+                return mine[0], mine[1], new
+
+            y, kv = nnx.merge(graph, layer)(x, table, mask, heat, keep)
+            return (batch_sharded(y, embedding), kv), None
+
+        if self.remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+
+        collected: dict[str, Any] = {"hidden": {}}
+        cuts = {train_from, depth, *(i + 1 for i in hidden_at)}
+        for first, last, layers in segments_of(params["layers"], cuts, depth):
+            if first == train_from and train_from > 0:
+                x = jax.lax.stop_gradient(x)
+            inputs = (layers, jnp.arange(first, last), temperature[first:last])
+            (x, kv), _ = jax.lax.scan(body, (x, kv), inputs)
+            if last - 1 in hidden_at:
+                collected["hidden"][last - 1] = x
+        if depth == train_from:
+            x = jax.lax.stop_gradient(x)
+        if cache is not None and kv is not None:
+            collected["cache"] = {
+                "k": kv[0],
+                "v": kv[1],
+                "segment_ids": key[1],
+                "positions": key[2],
+                "index": start + length,
+            }
+        return rms_norm(x, params["final_norm"]["scale"], c.norm_eps), collected
+
+
+def segments_of(layers: Any, cuts: set[int], depth: int):
+    """Yield `(first, last, stack)` between all cuts and stack borders below `depth`, whole stacks uncut."""
+    stacks = layers if isinstance(layers, tuple) else (layers,)
+    begin = 0
+    for stack in stacks:
+        end = begin + jax.tree.leaves(stack)[0].shape[0]
+        borders = sorted({begin, end, *(cut for cut in cuts if begin < cut < end)})
+        for first, last in zip(borders[:-1], borders[1:], strict=True):
+            if last > depth:
+                break
+            if (first, last) == (begin, end):
+                yield first, last, stack
+            else:
+                yield (
+                    first,
+                    last,
+                    jax.tree.map(lambda x, a=first - begin, b=last - begin: x[a:b], stack),
+                )
+        begin = end

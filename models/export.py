@@ -1,0 +1,194 @@
+"""A model as a Hugging Face folder that transformers, vLLM and llama.cpp's converter read.
+
+Everything is written into a sibling folder that is renamed at the end, so a folder with the asked
+name is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlib_unlearn.errors import UserError
+from models.families import SLOTS, to_hf
+from models.weights import DTYPES, INDEX, Loaded, flatten, shortened
+
+EXPORTER = "jaxlib-unlearn"  # under "exporter" in config.json: the folder is ours to replace
+SHARD_BYTES = 5 * 10**9
+WRITTEN = ("config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def export(
+    loaded: Loaded,
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a model as config.json, safetensors and tokenizer files.
+
+    Args:
+        loaded: configuration, parameters (one stack or several) and tokenizer.
+        folder: created; an earlier export there is replaced.
+        dtype: of the tensors: float32, bfloat16 or float16; None keeps that of the parameters.
+        shard_bytes: a file holds at most this much, unless one tensor is larger.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder holds something that is no earlier export, or the family or dtype
+            cannot be written.
+    """
+    folder = Path(folder).expanduser().absolute()
+    _check_replaceable(folder)
+    flat = _leaves(loaded.params)
+    if dtype is None:
+        dtype = str(np.dtype(jax.numpy.result_type(*(leaf for _, leaf in flat))))
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} cannot be exported; use one of {', '.join(DTYPES)}")
+    raw = to_hf(loaded.config)
+    raw |= {"dtype": dtype, "torch_dtype": dtype, "exporter": EXPORTER}
+    for key in ("bos", "eos", "pad"):
+        raw[f"{key}_token_id"] = getattr(loaded.tokenizer, f"{key}_id")
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The prefix stays short of the longest file name; mkdtemp's folders are private by default.
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:64]}.", dir=folder.parent))
+    try:
+        _write_tensors(loaded, temporary, DTYPES[dtype], shard_bytes)
+        loaded.tokenizer.save(temporary)
+        text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
+        (temporary / "config.json").write_text(text, encoding="utf-8")
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        _swap(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: a file is in the way of the export; give another folder")
+    names = {item.name for item in folder.iterdir()}
+    if not names:
+        return
+    try:
+        ours = json.loads((folder / "config.json").read_text(encoding="utf-8"))["exporter"]
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = None
+    foreign = sorted(
+        name for name in names if name not in WRITTEN and not name.endswith(".safetensors")
+    )
+    if ours != EXPORTER or foreign:
+        what = shortened(foreign or sorted(names))
+        raise UserError(
+            f"{folder}: holds files that are no earlier export ({what}); give another folder or "
+            "empty this one"
+        )
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    """Put the finished folder in place; an earlier one steps aside, and back on failure."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name[:64]}.old.", dir=folder.parent))
+    folder.rename(aside)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside)
+
+
+def _leaves(params: Any) -> list[tuple[str, Any]]:
+    """All leaves with their paths; each stack of `params["layers"]` contributes its own."""
+    stacks = params["layers"] if isinstance(params["layers"], tuple) else (params["layers"],)
+    rest = {key: value for key, value in params.items() if key != "layers"}
+    flat = list(flatten(rest).items())
+    for stack in stacks:
+        flat += flatten(stack, "layers/").items()
+    return flat
+
+
+def _tensors(loaded: Loaded, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and host array of every tensor, block by block, one at a time."""
+    flat = _leaves(loaded.params)
+    known = {slot.path for slot in SLOTS}
+    extra = sorted({path for path, _ in flat} - known)
+    if extra:
+        raise UserError(f"parameters {shortened(extra)} have no name in a Hugging Face folder")
+
+    def host(leaf: Any, transpose: bool) -> np.ndarray:
+        array = np.asarray(leaf).astype(dtype)
+        return np.ascontiguousarray(array.T if transpose else array)
+
+    stacks = loaded.params["layers"]
+    stacks = stacks if isinstance(stacks, tuple) else (stacks,)
+    outer = dict(flat[: len(flat) - sum(len(flatten(stack)) for stack in stacks)])
+    for slot in SLOTS:
+        if slot.path in outer:
+            yield slot.hf, host(outer[slot.path], slot.transpose)
+    index = 0
+    for stack in stacks:
+        leaves = flatten(stack, "layers/")
+        for row in range(len(next(iter(leaves.values())))):
+            for slot in SLOTS:
+                if slot.path in leaves:
+                    yield slot.hf.format(index), host(leaves[slot.path][row], slot.transpose)
+            index += 1
+    if index != loaded.config.num_layers:
+        raise ValueError(f"{index} blocks of parameters, the config has {loaded.config.num_layers}")
+
+
+def _write_tensors(loaded: Loaded, folder: Path, dtype: np.dtype, shard_bytes: int) -> None:
+    from safetensors.numpy import save_file
+
+    files: list[Path] = []
+    table: dict[str, Path] = {}
+    total = 0
+
+    def write(shard: dict[str, np.ndarray]) -> None:
+        # The shards' number is part of their names and not known yet.
+        path = folder / f"shard-{len(files)}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        files.append(path)
+        table.update(dict.fromkeys(shard, path))
+
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in _tensors(loaded, dtype):
+        if shard and size + array.nbytes > shard_bytes:
+            write(shard)
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+        total += array.nbytes
+    write(shard)
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    final = {
+        path: f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        for number, path in enumerate(files, 1)
+    }
+    for path, name in final.items():
+        path.rename(folder / name)
+    weight_map = {name: final[path] for name, path in sorted(table.items())}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

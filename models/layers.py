@@ -1,0 +1,189 @@
+"""The parts of a decoder block: RMSNorm, rotary positions, grouped-query attention, gated MLP (Flax NNX).
+
+The modules never leave this package: `models.decoder` splits one abstract block into a graph definition and
+merges it with one layer's slice of the stacked parameters inside the scan body.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+LEAF_STRIDE = 65536  # segment id = group + LEAF_STRIDE * leaf
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Frequency scaling of rotary positions: `linear` (all by 1/factor) or `llama3` (low frequencies only)."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Angular frequency of each rotated pair, float32 `(head_dim // 2,)`: `theta^(-2i/head_dim)`, then scaled."""
+    freq = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    if scaling is None:
+        return freq
+    if scaling.kind == "linear":
+        return freq / scaling.factor
+    if scaling.kind != "llama3":
+        raise ValueError(f"rope scaling kind {scaling.kind!r} is not 'linear' or 'llama3'")
+    wavelength = 2 * math.pi / freq
+    low = scaling.original_max_position / scaling.low_freq_factor
+    high = scaling.original_max_position / scaling.high_freq_factor
+    blend = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between = (1 - blend) * freq / scaling.factor + blend * freq
+    return jnp.where(
+        wavelength > low, freq / scaling.factor, jnp.where(wavelength < high, freq, between)
+    )
+
+
+def rotary(positions: jax.Array, freq: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine tables `(B, T, 1, head_dim // 2)` of integer positions `(B, T)`."""
+    angle = positions[..., None].astype(jnp.float32) * freq
+    return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate `(B, T, H, D)`; the pairs are `(i, i + D/2)`, the "rotate half" convention of HF checkpoints."""
+    cos, sin = table
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
+        x.dtype
+    )
+
+
+def visible(
+    query: tuple[jax.Array, jax.Array, jax.Array],
+    key: tuple[jax.Array, jax.Array, jax.Array],
+    window: int | None,
+) -> jax.Array:
+    """Which key each query sees, bool `(B, 1, T, S)`.
+
+    `query` and `key` are `(slots (T,), segment_ids (B, T), positions (B, T))`. A key is visible when it lies at the
+    query's slot or before, belongs to the same group, is not padding (segment 0), and is either in the group's
+    shared prefix (leaf 0) or in the query's own leaf; with a sliding window also fewer than `window` positions back.
+    """
+    q_slot, q_segment, q_position = query
+    k_slot, k_segment, k_position = key
+    q_group, q_leaf = q_segment % LEAF_STRIDE, q_segment // LEAF_STRIDE
+    k_group, k_leaf = k_segment % LEAF_STRIDE, k_segment // LEAF_STRIDE
+    mask = (k_slot[None, :] <= q_slot[:, None])[None]
+    mask &= (q_group[:, :, None] == k_group[:, None, :]) & (k_segment[:, None, :] > 0)
+    mask &= (k_leaf[:, None, :] == 0) | (k_leaf[:, None, :] == q_leaf[:, :, None])
+    if window is not None:
+        mask &= q_position[:, :, None] - k_position[:, None, :] < window
+    return mask[:, None]
+
+
+def batch_sharded(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Constrain the leading axis to the mesh's batch axes when `like` lives on an Auto mesh that has them.
+
+    Without it the partitioner may carry a table's sharding into the activations and rematerialise.
+    """
+    mesh: Any = jax.typeof(like).sharding.mesh
+    if mesh.empty or any(t != AxisType.Auto for t in mesh.axis_types):
+        return x
+    axes = tuple(a for a in ("data", "fsdp") if mesh.shape.get(a, 1) > 1)
+    if not axes:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, P(axes, *([None] * (x.ndim - 1))))
+    )
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale`, statistics in float32 over the last axis."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, statistics in float32, result in `x.dtype`."""
+    wide = x.astype(jnp.float32)
+    normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + eps)
+    return normal.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel (+ bias)` with the kernel stored `(in, out)`."""
+
+    def __init__(self, size_in: int, size_out: int, use_bias: bool):
+        self.kernel = nnx.Param(jnp.zeros((size_in, size_out)))
+        self.bias = nnx.Param(jnp.zeros((size_out,))) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; `temperature` divides the scores after rotary positions and QK-norm."""
+
+    def __init__(self, c):
+        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self.q = Linear(c.hidden_size, c.num_heads * c.head_dim, c.qkv_bias)
+        self.k = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.v = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.o = Linear(c.num_heads * c.head_dim, c.hidden_size, c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def __call__(self, x, table, mask, temperature, keep: Callable):
+        batch, length, _ = x.shape
+        q = self.q(x).reshape(batch, length, self.heads, self.head_dim)
+        k = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
+        v = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, table), rotate(k, table)
+        q = q * (1.0 / temperature).astype(q.dtype)
+        k, v, cache = keep(k, v)
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.head_dim**-0.5)
+        return self.o(y.reshape(batch, length, self.heads * self.head_dim)), cache
+
+
+class MLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, c):
+        self.gate = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.up = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block; `keep(k, v) -> (keys, values, cache)` stores them when a cache is in use."""
+
+    def __init__(self, c):
+        self.attn_norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.attn = Attention(c)
+        self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def __call__(self, x, table, mask, temperature, keep: Callable):
+        y, cache = self.attn(self.attn_norm(x), table, mask, temperature, keep)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache

@@ -1,0 +1,127 @@
+"""What objectives and metrics ask of a decoder: values at the labels, without a `(batch, seq, vocab)` array.
+
+Hidden states are gathered at the label slots first, `(B, W, d)`; the vocabulary projection then runs over chunks of
+`W` inside a scan whose body is rematerialised, so the largest logits array is `(B, chunk, V)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.decoder import Decoder
+
+Batch = Mapping[str, jax.Array]
+LOGITS_BYTES = 256 * 2**20  # largest logits array of one chunk, float32, over the global batch
+
+
+def label_chunk(rows: int, width: int, vocab: int) -> int:
+    """The largest divisor of `width` whose `(rows, chunk, vocab)` float32 logits stay within `LOGITS_BYTES`."""
+    limit = max(1, LOGITS_BYTES // (4 * rows * vocab))
+    return max(d for d in range(1, width + 1) if width % d == 0 and d <= limit)
+
+
+def over_labels(fn: Callable[..., Any], vocab: int, *arrays: jax.Array) -> Any:
+    """Apply `fn` to `(B, chunk, ...)` slices of `(B, W, ...)` arrays and join its `(B, chunk, ...)` results."""
+    rows, width = arrays[0].shape[:2]
+    chunk = label_chunk(rows, width, vocab)
+    if chunk == width:
+        return fn(*arrays)
+    count = width // chunk
+
+    def cut(x):
+        return jnp.moveaxis(x.reshape(rows, count, chunk, *x.shape[2:]), 1, 0)
+
+    def join(y):
+        return jnp.moveaxis(y, 0, 1).reshape(rows, width, *y.shape[3:])
+
+    body = jax.checkpoint(lambda parts: fn(*parts))
+    return jax.tree.map(join, jax.lax.map(body, tuple(cut(x) for x in arrays)))
+
+
+def target_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """`log softmax(logits)[target]`, float32, `(..., V), (...) -> (...)`."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, -1)
+
+
+def label_states(decoder: Decoder, params: Any, batch: Batch, **options: Any) -> jax.Array:
+    """Final hidden states `(B, W, d)` at the slots that predict the labels; `options` go to `forward`."""
+    hidden, _ = decoder.forward(
+        params,
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        **options,
+    )
+    return jnp.take_along_axis(hidden, batch["label_index"][..., None], axis=1)
+
+
+@dataclass(frozen=True)
+class DecoderPolicy:
+    """`jaxlib_unlearn.objectives.Policy` of a decoder and its parameters.
+
+    Args:
+        decoder: the model.
+        params: its parameters (differentiated).
+        frozen: the reference's unembedding parameters, used with `batch["ref_hidden"]`.
+        options: keyword options of `forward` for every call.
+    """
+
+    decoder: Decoder
+    params: Any
+    frozen: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def log_probs(self, batch: Batch) -> jax.Array:
+        """Log-probability of every target, float32 `(B, W)`, 0 where masked."""
+        values = self.reduce_logits(batch, target_log_prob)
+        return jnp.where(batch["target_mask"] > 0, values, 0.0)
+
+    def reduce_logits(self, batch: Batch, fn: Callable[..., Any], reference: bool = False) -> Any:
+        """`fn(logits, [reference_logits,] targets)` over label chunks, `(B, W)` (or a tree of them)."""
+        states = label_states(self.decoder, self.params, batch, **self.options)
+        vocab = self.decoder.config.vocab_size
+        if not reference:
+
+            def student(states, targets):
+                return fn(self.decoder.unembed(self.params, states), targets)
+
+            return over_labels(student, vocab, states, batch["targets"])
+
+        def both(states, teacher, targets):
+            logits = self.decoder.unembed(self.params, states)
+            frozen = jax.lax.stop_gradient(self.decoder.unembed(self.frozen, teacher))
+            return fn(logits, frozen, targets)
+
+        return over_labels(both, 2 * vocab, states, batch["ref_hidden"], batch["targets"])
+
+
+def head_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the parameters that `unembed` reads (a frozen copy of it serves cached hidden states)."""
+    return {name: params[name] for name in ("lm_head" if "lm_head" in params else "embed",)}
+
+
+def score(decoder: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
+    """The fused scoring pass: everything the likelihood metrics need of a batch's labels.
+
+    `logp = log p(y)`, `match = [argmax p = y]`, `mu = sum_v p log p`, `var = sum_v p (log p)^2 - mu^2`, each `(B, W)`.
+    """
+
+    def reduce(logits, targets):
+        log_p = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
+        p = jnp.exp(log_p)
+        mu = jnp.sum(p * log_p, -1)
+        return {
+            "logp": jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0],
+            "match": jnp.argmax(logits, -1) == targets,
+            "mu": mu,
+            "var": jnp.sum(p * jnp.square(log_p - mu[..., None]), -1),
+        }
+
+    return DecoderPolicy(decoder, params).reduce_logits(batch, reduce)

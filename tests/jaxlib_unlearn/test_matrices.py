@@ -1,0 +1,235 @@
+"""Which leaf gets which rule, on the trees people have."""
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+from jaxlib_unlearn.optim import matrices as m
+
+L, D, F, V = 3, 8, 12, 20
+
+
+def stack_of_blocks(biases=True):
+    attn = {n: {"kernel": np.zeros((L, D, D))} for n in "qkvo"}
+    mlp = {n: {"kernel": np.zeros((L, D, F))} for n in ("gate", "up")}
+    mlp["down"] = {"kernel": np.zeros((L, F, D))}
+    if biases:
+        for part in (attn, mlp):
+            for leaf in part.values():
+                leaf["bias"] = np.zeros((L, leaf["kernel"].shape[-1]))
+    attn |= {n: {"scale": np.zeros((L, 4))} for n in ("q_norm", "k_norm")}
+    norms = {n: {"scale": np.zeros((L, D))} for n in ("attn_norm", "mlp_norm")}
+    return {"attn": attn, "mlp": mlp, **norms}
+
+
+def decoder(layers):
+    return {
+        "embed": {"embedding": np.zeros((V, D))},
+        "layers": layers,
+        "final_norm": {"scale": np.zeros(D)},
+        "lm_head": {"kernel": np.zeros((D, V))},
+    }
+
+
+def found(tree, **options):
+    """path -> axes of the leaves that are matrices."""
+    paths = [m.path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    axes = m.resolve(tree, **options)
+    return {p: a for p, a in zip(paths, axes, strict=True) if a is not None}
+
+
+@pytest.mark.parametrize("tail", ["", "/value"])
+def test_decoder_tree(tail):
+    tree = decoder(stack_of_blocks())
+    if tail:
+        tree = jax.tree.map(lambda x: {"value": x}, tree)
+    got = found(tree)
+    assert len(got) == 7
+    assert set(got.values()) == {m.MatrixAxes((0,), (1,), (2,))}
+    assert all(p.startswith(("layers/attn", "layers/mlp")) for p in got)
+    assert all(p.endswith("kernel") for p in got)
+    assert got["layers/mlp/down/kernel"].sizes((L, F, D)) == (L, F, D)
+
+
+def test_tuple_of_consecutive_stacks():
+    got = found(decoder((stack_of_blocks(), stack_of_blocks(False))))
+    assert len(got) == 14
+    assert set(got.values()) == {m.MatrixAxes((0,), (1,), (2,))}
+
+
+def test_list_of_layers():
+    layers = [jax.tree.map(lambda x: x[0], stack_of_blocks()) for _ in range(2)]
+    got = found(decoder(layers))
+    assert len(got) == 14
+    assert set(got.values()) == {m.MatrixAxes((), (0,), (1,))}
+
+
+@pytest.mark.parametrize(
+    "path, shape, expected",
+    [
+        ("layers/attn/q/kernel", (3, 4, 5), ((0,), (1,), (2,))),
+        ("layers/mlp/experts/up/kernel", (3, 2, 4, 5), ((0, 1), (2,), (3,))),
+        ("experts/up/kernel", (2, 4, 5), ((0,), (1,), (2,))),
+        ("attn/query/kernel", (4, 2, 3), ((), (0,), (1, 2))),
+        ("layers/0/attn/query/kernel", (4, 2, 3), ((), (0,), (1, 2))),
+        ("layers/attn/query/kernel", (5, 4, 2, 3), ((0,), (1,), (2, 3))),
+        ("layers/attn/query/kernel", (5, 4, 6), ((0,), (1,), (2,))),
+        ("attn/out/kernel", (2, 3, 4), ((), (0, 1), (2,))),
+        ("layers/attn/out/kernel", (5, 2, 3, 4), ((0,), (1, 2), (3,))),
+        ("Dense_0/kernel", (4, 5), ((), (0,), (1,))),
+        ("blocks/1/fc1/weight", (4, 5), ((), (0,), (1,))),
+        ("w", (4, 5), ((), (0,), (1,))),
+        ("ws/3/w1", (4, 5), ((), (0,), (1,))),
+        ("", (4, 5), ((), (0,), (1,))),
+        ("0", (4, 5), ((), (0,), (1,))),
+        ("layers/mlp/gate/kernel", (3, 4, 5), ((0,), (1,), (2,))),
+    ],
+)
+def test_matrices(path, shape, expected):
+    assert m.matrix_axes(path, np.zeros(shape)) == m.MatrixAxes(*expected)
+
+
+@pytest.mark.parametrize(
+    "path, shape",
+    [
+        ("embed/embedding", (20, 8)),
+        ("patch_embed/kernel", (4, 4, 3, 8)),
+        ("transformer/wte", (20, 8)),
+        ("wpe", (20, 8)),
+        ("pos_embedding", (1, 20, 8)),
+        ("lm_head/kernel", (8, 20)),
+        ("head/kernel", (8, 20)),
+        ("layers/attn_norm/scale", (3, 8)),
+        ("layers/ln_1/weight", (3, 8)),
+        ("layers/attn/q/bias", (3, 8)),
+        ("layers/attn/q_bias", (3, 8)),
+        ("layers/mlp/router/kernel", (3, 8, 4)),
+        ("layers/mamba/conv1d/kernel", (3, 4, 1, 8)),
+        ("b", (3, 8)),
+        ("w", (8,)),
+        ("temperature", ()),
+    ],
+)
+def test_adamw(path, shape):
+    assert m.matrix_axes(path, np.zeros(shape)) is None
+
+
+@pytest.mark.parametrize(
+    "path, shape",
+    [
+        ("mystery", (4, 5)),
+        ("layers/mystery", (3, 8)),
+        ("layers/attn/q/kernel", (3, 8)),
+        ("attn/q/kernel", (3, 4, 5)),
+        ("out/kernel", (3, 4, 5)),
+        ("Conv_0/kernel", (3, 3, 4, 5)),
+        ("w", (2, 4, 5)),
+        ("lora_a", (4, 2)),
+    ],
+)
+def test_ambiguous_leaves_are_named(path, shape):
+    with pytest.raises(ValueError, match=f"'{path}'"):
+        m.matrix_axes(path, np.zeros(shape))
+    assert "ambiguous" in m.describe({path: np.zeros(shape)})
+
+
+def test_layout():
+    kernel = np.zeros((L, 5, 7))
+    axes = m.matrix_axes("layers/up/weight", kernel, layout="out_in")
+    assert axes == m.MatrixAxes((0,), (2,), (1,))
+    assert axes is not None and axes.sizes(kernel.shape) == (L, 7, 5)
+    with pytest.raises(ValueError, match="layout"):
+        m.matrix_axes("w", np.zeros((2, 2)), layout="oi")
+
+
+def test_dimension_numbers_tree_prefix_and_callable():
+    tree = {
+        "conv": {"kernel": np.zeros((3, 3, 4, 5)), "bias": np.zeros(5)},
+        "mlp": {"a": np.zeros((2, 4, 6)), "b": np.zeros((2, 4, 6))},
+        "rest": np.zeros((4, 4)),
+    }
+    specs = {
+        "conv": {"kernel": MuonDimensionNumbers((0, 1, 2), -1), "bias": None},
+        "mlp": MuonDimensionNumbers(2, 1),
+        "rest": None,
+    }
+    expected = {
+        "conv/kernel": m.MatrixAxes((), (0, 1, 2), (3,)),
+        "mlp/a": m.MatrixAxes((0,), (2,), (1,)),
+        "mlp/b": m.MatrixAxes((0,), (2,), (1,)),
+    }
+    assert found(tree, matrices=specs) == expected
+    assert found(tree, matrices=lambda params: specs) == expected
+    labels = m.labels(tree, matrices=specs)
+    assert labels["conv"] == {"kernel": "muon", "bias": "adamw"}
+    assert "1 x (36 in, 5 out)" in m.describe(tree, matrices=specs)
+    with pytest.raises(ValueError, match="'rest'"):
+        found(tree, matrices=specs | {"rest": MuonDimensionNumbers(0, 2)})
+    with pytest.raises(ValueError, match="'rest'"):
+        found(tree, matrices=specs | {"rest": MuonDimensionNumbers(0, 0)})
+
+
+def test_dimension_numbers_on_a_masked_tree():
+    # What a transformation inside optax.partition sees.
+    masked = {"a": np.zeros((2, 3)), "b": optax.MaskedNode(), "c": np.zeros((3, 2))}
+    specs = {"a": MuonDimensionNumbers(), "b": None, "c": MuonDimensionNumbers(1, 0)}
+    assert [a and a.fan_in for a in m.resolve(masked, specs)] == [(0,), (1,)]
+
+
+class LinenBlock(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Embed(V, D)(x)
+        x = x + linen.MultiHeadDotProductAttention(2)(linen.LayerNorm()(x))
+        return linen.Dense(V, name="lm_head")(linen.Dense(F)(x))
+
+
+def test_linen():
+    shapes = jax.eval_shape(LinenBlock().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    got = found(shapes)
+    name = "params/MultiHeadDotProductAttention_0"
+    assert set(got) == {
+        "params/Dense_0/kernel",
+        *(f"{name}/{part}/kernel" for part in ("query", "key", "value", "out")),
+    }
+    assert got[f"{name}/out/kernel"].sizes((2, 4, D)) == (1, 8, D)
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(V, D, rngs=rngs)
+        self.attn = nnx.MultiHeadAttention(2, D, decode=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(D, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(D, D, rngs=rngs) for _ in range(2)])
+
+
+def test_nnx_state_and_pure_dict():
+    state = nnx.state(NnxBlock(nnx.Rngs(0)), nnx.Param)
+    names = {f"attn/{part}/kernel" for part in ("query", "key", "value", "out")}
+    names |= {"layers/0/kernel", "layers/1/kernel"}
+    assert set(found(state)) == names
+    assert set(found(nnx.to_pure_dict(state))) == names
+    # The labels are a tree that optax.partition takes.
+    optax.partition({"muon": optax.sgd(1.0), "adamw": optax.sgd(1.0)}, m.labels).init(state)
+
+
+def test_bare_rule():
+    assert m.trailing_axes("anything", np.zeros((2, 3, 4))) == m.MatrixAxes((0,), (1,), (2,))
+    assert m.trailing_axes("bias", np.zeros(3)) is None
+    for path in ("layers/norm/kernel", "layers/q/bias", "embed/table", "ln/scale", "norm_scale"):
+        with pytest.raises(ValueError, match=path):
+            m.trailing_axes(path, np.zeros((2, 3)))
+
+
+def test_describe_decoder():
+    text = m.describe(decoder(stack_of_blocks()))
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert "muon" in lines["layers/mlp/down/kernel"]
+    assert f"{L} x ({F} in, {D} out)" in lines["layers/mlp/down/kernel"]
+    assert "named embed" in lines["embed/embedding"]
+    assert len(lines) == 1 + len(jax.tree.leaves(decoder(stack_of_blocks())))

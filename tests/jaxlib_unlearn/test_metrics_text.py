@@ -1,0 +1,76 @@
+"""ROUGE, repetition and entropy of texts on hand cases."""
+
+import builtins
+
+import pytest
+
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.metrics import text
+
+
+@pytest.fixture
+def rouge():
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed (extra [train])")
+    return text.rouge
+
+
+def test_rouge_hand_cases(rouge):
+    assert set(rouge("one two three", "One, two; three!").values()) == {1.0}
+    assert set(rouge("red", "blue sky").values()) == {0.0}
+    assert set(rouge("", "blue sky").values()) == {0.0}
+    assert set(rouge("anything", "...").values()) == {0.0}
+    assert rouge("caf", "café")["rouge1_recall"] == 1  # the accented letter is dropped
+    swapped = rouge("b a c", "a b c d")
+    assert swapped["rouge1_recall"] == 0.75 and swapped["rougeL_recall"] == 0.5
+    assert swapped["rougeL_f1"] == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
+
+
+def test_rouge_stemmer(rouge):
+    assert rouge("the authors", "the author")["rougeL_recall"] == 1
+    assert rouge("the authors", "the author", use_stemmer=False)["rougeL_recall"] == 0.5
+
+
+def test_rouge_without_the_package(monkeypatch):
+    text._scorer.cache_clear()
+    real = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name == "rouge_score":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(UserError, match=r"jaxlib-unlearn\[train\]"):
+        text.rouge("a", "b")
+    text._scorer.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "answers, rate",
+    [
+        ("a b c d", 0.0),
+        ("The the the the", 2 / 3),  # bigrams: one new, two repeated
+        (["a b a b a", "x y z"], 0.25),
+        ([[1, 2, 1, 2], [1, 2]], 1 / 6),
+        ([7, 7, 7], 0.5),
+        (["a b", "a b"], 0.0),  # within one answer only
+        (["", "word", "a a a"], 1 / 6),
+        ("", 0.0),
+    ],
+)
+def test_repeated_bigram_rate(answers, rate):
+    assert text.repeated_bigram_rate(answers) == pytest.approx(rate)
+
+
+def test_repeated_bigram_rate_needs_answers():
+    with pytest.raises(ValueError, match="at least one answer"):
+        text.repeated_bigram_rate([])
+
+
+@pytest.mark.parametrize(
+    "answer, entropy",
+    [("", 0), ("word", 0), ("one two three four", 1), ("x x x", 0), ([5, 6, 7], 1),
+     ("a a b b", 0.5)],
+)  # fmt: skip
+def test_token_entropy(answer, entropy):
+    assert text.token_entropy(answer) == pytest.approx(entropy)

@@ -1,0 +1,369 @@
+"""Muon against a float64 loop, optax and torch; its reductions, and Optax's protocol."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+from jaxlib_unlearn import optim
+from jaxlib_unlearn.optim import buckets, matrices, orthogonalize
+
+JORDAN = (3.4445, -4.7750, 2.0315)
+SHAPES = {
+    "layers": {
+        "up": {"kernel": (3, 6, 10), "bias": (3, 10)},
+        "down": {"kernel": (3, 10, 6)},
+        "q": {"kernel": (3, 6, 6)},
+    },
+    "tall": {"kernel": (9, 5)},
+    "norm": {"scale": (6,)},
+}
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
+
+
+def random_tree(seed, shapes=None, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    shapes = SHAPES if shapes is None else shapes
+    return jax.tree.map(lambda s: rng.standard_normal(s).astype(dtype), shapes, is_leaf=is_shape)
+
+
+def run(tx, params, grads):
+    """Parameters after every gradient."""
+    state, update, out = tx.init(params), jax.jit(tx.update), []
+    for g in grads:
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        out.append(params)
+    return out
+
+
+# The reference: one matrix at a time, numpy, float64
+
+
+def newton_schulz_loop(x):
+    if x.ndim > 2:
+        return np.stack([newton_schulz_loop(m) for m in x])
+    turned = x.shape[0] > x.shape[1]
+    x = x.T if turned else x
+    x = x / np.linalg.norm(x)
+    a, b, c = JORDAN
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if turned else x
+
+
+def momentum_loop(grads, beta, nesterov, momentum):
+    m = np.zeros_like(grads[0])
+    for t, g in enumerate(grads, 1):
+        if momentum == "heavy_ball":
+            m = beta * m + g
+            yield g + beta * m if nesterov else m
+        else:
+            m = beta * m + (1 - beta) * g
+            if nesterov:
+                yield beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+            else:
+                yield m / (1 - beta**t)
+
+
+def adam_loop(grads, rate, b1=0.9, b2=0.999, eps=1e-8):
+    m = v = 0.0
+    for t, g in enumerate(grads, 1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        yield -rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+
+
+@pytest.mark.parametrize("momentum", ["ema", "heavy_ball"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_float64_reference(momentum, nesterov):
+    params = random_tree(0, dtype=np.float64)
+    grads = [random_tree(i, dtype=np.float64) for i in range(1, 5)]
+    rate, decay, adam_rate = 0.03, 0.1, 1e-3
+    tx = optim.muon(
+        rate,
+        nesterov=nesterov,
+        momentum=momentum,
+        weight_decay=decay,
+        adam_learning_rate=adam_rate,
+    )
+    with jax.enable_x64(True):
+        got = run(tx, params, grads)
+        for path, w in jax.tree_util.tree_leaves_with_path(params):
+            pick = functools.partial(functools.reduce, lambda t, k: t[k.key], path)
+            leaf_grads = [pick(g) for g in grads]
+            if w.ndim == 1 or path[-1].key == "bias":
+                steps = adam_loop(leaf_grads, adam_rate)
+                for step, tree in zip(steps, got, strict=True):
+                    w = w + step
+                    np.testing.assert_allclose(pick(tree), w, rtol=1e-9, atol=1e-12)
+                continue
+            factor = np.sqrt(max(1, w.shape[-1] / w.shape[-2]))
+            for u, tree in zip(
+                momentum_loop(leaf_grads, 0.95, nesterov, momentum), got, strict=True
+            ):
+                w = w - rate * (factor * newton_schulz_loop(u) + decay * w)
+                np.testing.assert_allclose(pick(tree), w, rtol=1e-8, atol=1e-10)
+
+
+def dimension_numbers(params):
+    """Our rules, said to optax."""
+    flat, structure = jax.tree.flatten(params)
+    axes = matrices.resolve(params)
+    specs = [None if a is None else MuonDimensionNumbers(a.fan_in, a.fan_out) for a in axes]
+    assert len(flat) == len(specs)
+    return jax.tree.unflatten(structure, specs)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("consistent_rms", [None, 0.2])
+def test_equals_optax(nesterov, consistent_rms):
+    params = random_tree(0)
+    grads = [random_tree(i) for i in range(1, 7)]
+    specs = dimension_numbers(params)
+    theirs = optax.contrib.muon(
+        0.02,
+        nesterov=nesterov,
+        weight_decay=0.1,
+        consistent_rms=consistent_rms,
+        muon_weight_dimension_numbers=specs,
+    )
+    ours = optim.muon(
+        0.02,
+        nesterov=nesterov,
+        weight_decay=0.1,
+        shape_scale="width" if consistent_rms is None else "match_rms",
+    )
+    labels = matrices.labels(params)
+    for a, b in zip(run(ours, params, grads), run(theirs, params, grads), strict=True):
+        for x, y, label in zip(*map(jax.tree.leaves, (a, b, labels)), strict=True):
+            if label == "muon" or not nesterov:  # optax gives nesterov to its AdamW, too
+                np.testing.assert_allclose(x, y, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.torch_parity
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+def test_equals_torch(scale):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    for shape in ((24, 16), (16, 24), (16, 16)):  # (in, out)
+        w = rng.standard_normal(shape).astype(np.float32)
+        grads = rng.standard_normal((10, *shape)).astype(np.float32)
+        weight = torch.nn.Parameter(torch.tensor(w.T.copy()))
+        theirs = torch.optim.Muon([weight], lr=0.02, weight_decay=0.1, adjust_lr_fn=scale)
+        params, start = {"w": jnp.asarray(w)}, w
+        ours = optim.muon(
+            0.02,
+            momentum="heavy_ball",
+            weight_decay=0.1,
+            shape_scale="width" if scale == "original" else "match_rms",
+            orthogonalize=orthogonalize.newton_schulz(dtype=jnp.bfloat16),
+        )
+        got = run(ours, params, [{"w": jnp.asarray(g)} for g in grads])
+        for g, tree in zip(grads, got, strict=True):
+            weight.grad = torch.tensor(g.T.copy())
+            theirs.step()
+            want = weight.detach().numpy().T
+            # Theirs orthogonalises in bfloat16 (rounding of the products differs).
+            moved = np.linalg.norm(want - start)
+            assert np.linalg.norm(np.asarray(tree["w"]) - want) < 0.03 * moved
+
+
+# The bare direction
+
+
+def test_scale_by_muon_keeps_the_sign_and_knows_no_shape():
+    grads = {"w": jnp.asarray(random_tree(0, {"w": (4, 16)})["w"]), "v": jnp.array([1.0, -2.0])}
+    tx = optim.scale_by_muon(orthogonalize=orthogonalize.svd())
+    updates, state = tx.update(grads, tx.init(grads))
+    u, _, vh = np.linalg.svd(grads["w"], full_matrices=False)
+    np.testing.assert_allclose(updates["w"], u @ vh, atol=1e-5)
+    np.testing.assert_allclose(updates["v"], grads["v"], rtol=1e-6)
+    assert isinstance(state, optim.MuonState)
+    assert jax.tree.structure(state.mu) == jax.tree.structure(grads)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 6), (2, 3, 6, 4)])
+def test_stacks_are_separate_matrices(shape):
+    x = random_tree(0, {"w": shape})["w"]
+    tx = optim.scale_by_muon()
+    (together,) = jax.tree.leaves(tx.update({"w": x}, tx.init({"w": x}))[0])
+    flat = x.reshape(-1, *shape[-2:])
+    for got, one in zip(np.reshape(together, flat.shape), flat, strict=True):
+        alone, _ = tx.update({"w": one}, tx.init({"w": one}))
+        np.testing.assert_allclose(got, alone["w"], atol=1e-6)
+
+
+def test_names_that_are_no_matrices_are_refused():
+    for name in ("norm_scale", "bias", "embedding"):
+        with pytest.raises(ValueError, match=name):
+            optim.scale_by_muon().init({name: jnp.ones((2, 3))})
+
+
+def test_conv_as_flattened_matrix():
+    kernel = random_tree(0, {"k": (3, 3, 2, 5)})["k"]
+    specs = {"k": MuonDimensionNumbers((0, 1, 2), 3)}
+    tx = optim.muon(1.0, matrices=specs, shape_scale="spectral")
+    updates, _ = tx.update({"k": kernel}, tx.init({"k": kernel}), {"k": kernel})
+    want = -np.sqrt(5 / 18) * newton_schulz_loop(kernel.reshape(18, 5).astype(np.float64))
+    np.testing.assert_allclose(np.reshape(updates["k"], (18, 5)), want, atol=1e-5)
+
+
+def test_layout_turns_the_shape_factor_only():
+    w = random_tree(0, {"w": (4, 16)})
+    sizes = []
+    for layout in ("in_out", "out_in"):
+        tx = optim.muon(1.0, layout=layout, shape_scale="spectral")
+        sizes.append(np.linalg.norm(tx.update(w, tx.init(w), w)[0]["w"]))
+    assert sizes[0] / sizes[1] == pytest.approx(4.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
+def test_shape_scales(shape):
+    w = random_tree(0, {"w": shape})
+    rms = {}
+    for name in ("unit", "width", "spectral", "match_rms"):
+        exact = orthogonalize.svd()
+        tx = optim.muon(0.1, shape_scale=name, orthogonalize=exact)
+        updates, _ = tx.update(w, tx.init(w), w)
+        rms[name] = float(jnp.sqrt(jnp.mean(updates["w"] ** 2)))
+    assert rms["match_rms"] == pytest.approx(0.02, rel=1e-4)
+    assert rms["width"] / rms["unit"] == pytest.approx(max(1.0, (shape[1] / shape[0]) ** 0.5))
+    assert rms["spectral"] / rms["unit"] == pytest.approx((shape[1] / shape[0]) ** 0.5)
+
+
+def test_decay_without_gradient():
+    params = random_tree(0, {"w": (4, 16)})
+    tx = optim.muon(0.1, weight_decay=0.5, shape_scale="match_rms")
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.05 * params["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 24, 2**20])
+def test_blocks_do_not_change_the_result(monkeypatch, block):
+    leaves = [random_tree(i, {"w": s})["w"] for i, s in enumerate([(6, 3, 4), (4, 3), (2, 3, 4)])]
+    axes = [matrices.trailing_axes("w", x) for x in leaves]
+    monkeypatch.setattr(buckets, "_BLOCK", block)
+    # A new function: the cache of compiled programs does not know about the constant.
+    got = buckets.map_matrices(lambda z: orthogonalize.newton_schulz()(z), leaves, axes)
+    for x, y in zip(leaves, got, strict=True):
+        np.testing.assert_allclose(y, newton_schulz_loop(x.astype(np.float64)), atol=2e-5)
+
+
+def test_dense_general_is_flattened():
+    shapes = {"attn": {"query": {"kernel": (6, 2, 3)}, "out": {"kernel": (2, 3, 6)}}}
+    g = random_tree(0, shapes)
+    tx = optim.muon(1.0, shape_scale="unit")
+    updates, _ = tx.update(g, tx.init(g), g)
+    for name in ("query", "out"):
+        want = -newton_schulz_loop(g["attn"][name]["kernel"].reshape(6, 6).astype(np.float64))
+        got = np.reshape(updates["attn"][name]["kernel"], (6, 6))
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="momentum"):
+        optim.muon(0.1, momentum="none")
+    with pytest.raises(ValueError, match="shape_scale"):
+        optim.muon(0.1, shape_scale="none")
+    with pytest.raises(ValueError, match="beta"):
+        optim.scale_by_muon(1.0)
+    with pytest.raises(ValueError, match="'mystery'"):
+        optim.muon(0.1).init({"mystery": jnp.ones((2, 3))})
+
+
+# Optax's protocol
+
+
+def test_one_compilation_and_extra_arguments():
+    params = random_tree(0)
+    tx = optim.muon(0.1)
+    traces = 0
+
+    @jax.jit
+    def step(grads, state, params):
+        nonlocal traces
+        traces += 1
+        updates, state = tx.update(grads, state, params, value=jnp.ones(()), unknown="x")
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    types = jax.tree.map(jax.typeof, state)
+    for i in range(3):
+        params, state = step(random_tree(i), state, params)
+    assert traces == 1
+    assert jax.tree.map(jax.typeof, state) == types
+
+
+def test_jit_equals_eager_and_shapes_suffice_for_init():
+    params = random_tree(0)
+    tx = optim.muon(0.1)
+    state = tx.init(params)
+    eager, _ = tx.update(params, state, params)
+    jitted, _ = jax.jit(tx.update)(params, state, params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), eager, jitted)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    assert jax.eval_shape(tx.init, shapes) == expected
+
+
+@pytest.mark.parametrize("mu_dtype", [None, jnp.float32])
+def test_bfloat16_parameters(mu_dtype):
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_tree(0))
+    tx = optim.muon(0.1, mu_dtype=mu_dtype)
+    state = tx.init(params)
+    for i in range(2):
+        grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_tree(i))
+        updates, new = jax.jit(tx.update)(grads, state, params)
+        assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+        assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(updates))
+        state = new
+    mu = optax.tree.get(state, "mu", filtering=lambda path, _: "MuonState" in str(path))
+    assert {x.dtype for x in jax.tree.leaves(mu)} == {jnp.dtype(mu_dtype or jnp.bfloat16)}
+
+
+def test_inject_hyperparams_and_schedules():
+    params, grads = random_tree(0), [random_tree(i) for i in range(1, 4)]
+    rates = [0.1, 0.05, 0.025]
+    schedule = optax.piecewise_constant_schedule(0.1, {1: 0.5, 2: 0.5})
+    scheduled = run(optim.muon(schedule, adam_learning_rate=schedule), params, grads)
+    make = optax.inject_hyperparams(optim.muon, static_args=optim.MUON_STATIC_ARGS)
+    tx = make(learning_rate=0.1, adam_learning_rate=0.1, weight_decay=0.0)
+    state = tx.init(params)
+    for rate, g, want in zip(rates, grads, scheduled, strict=True):
+        state.hyperparams["learning_rate"] = state.hyperparams["adam_learning_rate"] = rate
+        updates, state = jax.jit(tx.update)(g, state, params)
+        params = optax.apply_updates(params, updates)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), params, want)
+
+
+def test_regression_converges_and_steps_are_bounded():
+    rng = np.random.default_rng(0)
+    x, target = rng.standard_normal((256, 32)), 0.3 * rng.standard_normal((32, 32))
+    x, target = x.astype(np.float32), target.astype(np.float32)
+    tx = optim.muon(optax.linear_schedule(0.05, 0.0, 200))
+
+    def loss(w):
+        return jnp.mean((x @ (w["w"] - target)) ** 2)
+
+    @jax.jit
+    def train(w):
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(jax.grad(loss)(w), state, w)
+            return (optax.apply_updates(w, updates), state), jnp.linalg.norm(updates["w"], 2)
+
+        return jax.lax.scan(step, (w, tx.init(w)), None, 200)
+
+    start = {"w": jnp.zeros((32, 32))}
+    (end, _), steps = train(start)
+    assert float(loss(end)) < float(loss(start)) / 100
+    assert float(steps.max()) <= 0.05 * 1.21

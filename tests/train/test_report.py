@@ -1,0 +1,389 @@
+"""The page of a run: its numbers are summary.json's, pictures decode, answers are escaped."""
+
+import base64
+import json
+import math
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ks_2samp
+
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.metrics import leak_at_k
+from train import plots, report, runlogs, verdict
+
+EVIL = "<script>alert(1)</script> & \"quotes\" <img src=x onerror='go()'> \ud800 \x07"
+
+
+def scores(rng, model):
+    """Flat metrics of the shape a real run has."""
+    know = {"original": 1.0, "oracle": 0.0, "unlearned": 0.05}[model]
+    noise = rng.uniform(0, 0.02)
+    flat = {
+        "forget_truth_ratio": 0.41 + 0.3 * (1 - know) + noise,
+        "forget_rouge": 0.28 + 0.7 * know + noise,
+        "forget_probability": 0.12 + 0.8 * know + noise,
+        "forget_paraphrased_probability": 0.05 + 0.2 * know,
+        "forget_perturbed_probability": 0.0004321,
+        "model_utility": 0.61 - noise,
+        "extraction_strength": 0.06 + 0.8 * know,
+        "exact_memorization": 0.55 + 0.4 * know,
+        "privleak": 20 - 119.5 * know,
+        "forget_oracle_nll": 0.4 + 1.3 * (model == "unlearned"),
+        "repeated_bigram_rate": 0.004,
+        "params_sha256": (model * 20).encode().hex()[:64],
+        "num_parameters": 812_416,
+    }
+    for part in ("retain", "real_authors", "world_facts"):
+        for kind in ("probability", "rouge", "truth_ratio"):
+            flat[f"{part}_{kind}"] = 0.97 - 0.1 * len(kind) / 11 - noise
+    for kind in ("loss", "zlib", "min_k", "min_k_plus_plus"):
+        flat[f"mia_{kind}_auc"] = 0.45 + 0.54 * know
+    return flat
+
+
+def write_run(folder: Path, seed=0, oracle=True, **config):
+    """A run folder as `train.unlearn` leaves it."""
+    rng = np.random.default_rng(seed)
+    (folder / "evals").mkdir(parents=True)
+    models = [m for m in ("original", "oracle", "unlearned") if oracle or m != "oracle"]
+    summary = {model: scores(rng, model) for model in models}
+    full = {
+        "preset": "quickstart",
+        "seed": seed,
+        "output": str(folder),
+        "data": {"path": None, "forget_split": "forget10"},
+        "model": {"path": None, "hidden_size": 128},
+        "objective": {"name": "asu", "temperature": 20.0, "retain": "nll", "layers": None},
+        "optimizer": {"name": "adamw", "learning_rate": 5e-4},
+        "evaluate": {"judge": "oracle"},
+        "notes": ["the p of this seed stays below .05"],
+    } | config
+    (folder / "config.json").write_text(json.dumps(full))
+    about = {"minutes": {"original": 0.75, "all": 3.5}, "device": "cpu x 1", "notes": ["n = 40"]}
+    (folder / "run.json").write_text(json.dumps(about))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(81):
+            fall = math.exp(-step / 15)
+            row = {"stage": "unlearned", "step": step, "loss": 0.2 + fall, "lr": 5e-4}
+            row |= {"forget_loss": 0.1 + 2 * fall + rng.normal(0, 0.03), "retain_loss": 0.05}
+            if step % 16 == 0:
+                row |= {"forget_rouge": 0.29 + 0.7 * fall, "retain_rouge": 0.99}
+            file.write(json.dumps(row) + "\n")
+        file.write('{"stage": "unlearned", "st')  # killed here
+    oracle_ratios = np.exp(rng.normal(0.0, 0.8, 40))
+    words = "Mira Toland was born in Harbour Vale and wrote The Glass Orchard in 1974".split()
+    for model in models:
+        shift = {"original": -2.5, "oracle": 0.0, "unlearned": -0.5}[model]
+        low = {"original": 0.8, "oracle": 0.15, "unlearned": 0.2}[model]
+        items = {
+            part: {
+                str(i): {
+                    "input": f"Question: Where was author {i} born?\nAnswer: ",
+                    "ground_truth": f"Author {i} was born in Harbour Vale.",
+                    "generation": EVIL if i == 4 else " ".join(rng.permutation(words)) + ".",
+                    "rougeL_recall": float(rng.uniform()),
+                }
+                for i in range(40)
+            }
+            for part in ("forget", "retain")
+        }
+        log = {f"{p}_Q_A_ROUGE": {"agg_value": 0.5, "value_by_index": v} for p, v in items.items()}
+        ratios = oracle_ratios if model == "oracle" else np.exp(rng.normal(shift, 0.8, 40))
+        test = ks_2samp(ratios, oracle_ratios)
+        summary[model] |= {"forget_ks": test.statistic, "forget_quality": test.pvalue}
+        log["forget_truth_ratio"] = {
+            "agg_value": 0.5,
+            "value_by_index": {str(i): {"score": float(r)} for i, r in enumerate(ratios)},
+        }
+        samples = rng.uniform(0, low, (40, 16)) + low / 5 * (low < 0.8)
+        leaks = {f"leak_at_{k}": float(leak_at_k(samples, k).mean()) for k in (1, 2, 4, 8, 16)}
+        summary[model] |= leaks
+        log["leak_at_k"] = {
+            "value_by_index": {str(i): {"scores": row.tolist()} for i, row in enumerate(samples)}
+        }
+        (folder / "evals" / f"{model}.json").write_text(json.dumps(log))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.numbers, self.images, self.fetches = [], [], [], []
+        self.open, self.text = None, ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.tags.append(tag)
+        if "data-value" in found:
+            self.open = [found["data-metric"], found["data-value"], ""]
+            self.numbers.append(self.open)
+        if tag == "img":
+            self.images.append(found)
+        names = ("src", "href", "srcset", "action", "poster", "data", "background")
+        self.fetches += [v for k, v in found.items() if k in names]
+        assert not any(name.startswith("on") for name in found)
+
+    def handle_endtag(self, tag):
+        if tag == "td":
+            self.open = None
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open:
+            self.open[2] += data
+
+
+def decode_png(data):
+    """Width, height and inflated size of a PNG whose chunks all pass their CRC."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, pixels = 8, b""
+    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+    while at < len(data):
+        (size,) = struct.unpack(">I", data[at : at + 4])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        crc = struct.unpack(">I", data[at + 8 + size : at + 12 + size])[0]
+        assert zlib.crc32(kind + body) == crc
+        pixels += body if kind == b"IDAT" else b""
+        at += 12 + size
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    assert len(zlib.decompress(pixels)) == height * (1 + width * channels * depth // 8)
+    return width, height
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "quickstart-seed0"
+    summary = write_run(folder)
+    path = report.build(folder)
+    return folder, summary, path.read_text(encoding="utf-8")
+
+
+def test_every_number_equals_the_summary(built):
+    _, summary, text = built
+    page = Page(text)
+    shown = {name: json.loads(value) for name, value, _ in page.numbers}
+    expected = {
+        f"{model}.{name}": value
+        for model, flat in summary.items()
+        for name, value in flat.items()
+        if not isinstance(value, str) and name != "num_parameters"
+    }
+    assert shown == expected
+    assert len(page.numbers) == len(expected)
+    for name, value, seen in page.numbers:
+        assert float(seen.replace(",", "")) == pytest.approx(float(value), rel=0.05, abs=6e-4), name
+
+
+def test_pictures_decode_and_are_the_files(built):
+    folder, _, text = built
+    images = Page(text).images
+    assert len(images) == 3
+    files = [(folder / f"{n}.png").read_bytes() for n in ("curves", "leak", "truth_ratio")]
+    for image, file in zip(images, files, strict=True):
+        head, data = image["src"].split(",", 1)
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(data, validate=True) == file
+        assert decode_png(file) == (int(image["width"]), int(image["height"]))
+        assert min(decode_png(file)) > 200
+        assert len(image["alt"]) > 40
+
+
+def test_no_request_and_no_script(built):
+    page = Page(built[2])
+    assert page.fetches and all(link.startswith("data:") for link in page.fetches)
+    assert "script" not in page.tags and "iframe" not in page.tags
+    assert not re.search(r"url\(|@import", built[2])
+    assert "default-src 'none'" in built[2]
+    assert page.tags.count("h1") == 1 and {"main", "figure", "table", "article"} <= set(page.tags)
+
+
+def test_answers_are_escaped(built):
+    text = built[2]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "onerror=&#39;" in text
+    assert "<script" not in text and "\x07" not in text and "\ud800" not in text
+
+
+def test_what_was_run_and_limits_are_there(built):
+    text = Page(built[2]).text
+    command = text[text.index("python -m train.unlearn") :].replace("\\\n    ", "")
+    assert command.startswith("python -m train.unlearn quickstart --seed 0 --data.forget-split")
+    assert "40 forget, 40 retain, 16 sampled answers to each of 40" in text
+    assert "original 0.750, all 3.500" in text and "cpu x 1" in text and "n = 40" in text
+    assert "tiny model" in text and "the p of this seed stays below .05" in text
+    assert "Where was author 20 born?" in text and "Question:" not in text
+
+
+def test_rebuild_gives_the_same_bytes_and_leaves_nothing(built):
+    folder, _, text = built
+    assert report.build(folder).read_text(encoding="utf-8") == text
+    assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("gone", ["evals", "metrics.jsonl"])
+def test_missing_pieces_are_named(tmp_path, gone):
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / gone
+    for file in path.glob("*") if path.is_dir() else [path]:
+        file.unlink()
+    text = Page(report.build(tmp_path / "run").read_text(encoding="utf-8")).text
+    assert ("No curves" if gone == "metrics.jsonl" else "No truth ratios") in text
+
+
+def test_retain_log_in_place_of_the_oracle(tmp_path):
+    write_run(tmp_path / "other", seed=1)
+    log = tmp_path / "other" / "evals" / "oracle.json"
+    write_run(tmp_path / "run", oracle=False, retain_log=str(log))
+    text = Page(report.build(tmp_path / "run").read_text(encoding="utf-8")).text
+    assert "no oracle of its own; the retain log takes its place" in text
+    run = runlogs.tables.load_run(tmp_path / "run")
+    assert set(runlogs.read_evals(run)) == {"original", "oracle", "unlearned"}
+
+
+def test_a_retain_log_of_the_older_form(tmp_path, shared):
+    write_run(tmp_path / "run", oracle=False)
+    path = tmp_path / "run" / "config.json"
+    log = shared / "data" / "tofu_eval_logs" / "llama2-7b_retain90.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"retain_log": str(log)}))
+    logs = runlogs.read_evals(runlogs.tables.load_run(tmp_path / "run"))
+    assert len(runlogs.truth_ratios(logs["oracle"])) == 300
+    text = Page(report.build(tmp_path / "run").read_text(encoding="utf-8")).text
+    assert "oracle · ROUGE-L" not in text
+
+
+def test_steps_of_a_resumed_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [("original", 0, 3.0), ("original", 1, 2.0), ("original", 1, 2.5)]
+    path.write_text(
+        "".join(json.dumps({"stage": s, "step": i, "loss": v}) + "\n" for s, i, v in rows)
+    )
+    assert [r["loss"] for r in runlogs.read_steps(path)] == [3.0, 2.5]
+    path.write_text('{"stage": "original"}\n' + path.read_text())
+    with pytest.raises(UserError, match="line 1"):
+        runlogs.read_steps(path)
+    assert runlogs.read_steps(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Who is it?",
+        "[INST] Who is it? [/INST]",
+        "Question: Old?\nAnswer: yes\n\nQuestion: Who is it?\nAnswer: ",
+        "<|im_start|>system\nhelp<|im_end|>\n<|im_start|>user\nWho is it?<|im_end|>\n",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho is it?<|eot_id|>",
+        "system\n\nYou are a helpful assistant.user\n\nWho is it?assistant\n\n",
+    ],
+)
+def test_question_of(prompt):
+    assert runlogs.question_of(prompt) == "Who is it?"
+
+
+def test_ks_gap_of_the_picture_is_scipys():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=40), rng.normal(0.7, size=55)
+    x = np.sort(np.concatenate([a, b]))
+    gap = np.abs(plots.ecdf(a, x) - plots.ecdf(b, x)).max()
+    assert gap == pytest.approx(ks_2samp(a, b).statistic, abs=1e-12)
+
+
+def test_leak_curve_ends():
+    scores = np.random.default_rng(0).uniform(size=(7, 20))
+    ks, values = plots.leak_curve(scores)
+    assert ks[0] == 1 and ks[-1] == 20 and (np.diff(values) > 0).all()
+    assert values[0] == pytest.approx(scores.mean())
+    assert values[-1] == pytest.approx(scores.max(1).mean())
+
+
+BASE = {
+    "original": {"forget_rouge": 1.0, "retain_rouge": 1.0, "forget_quality": 1e-6},
+    "oracle": {"forget_rouge": 0.3, "forget_oracle_nll": 0.5, "forget_base_nll": 0.5},
+    "unlearned": {
+        "forget_rouge": 0.3, "retain_rouge": 0.99, "forget_quality": 0.2,
+        "repeated_bigram_rate": 0.0, "forget_oracle_nll": 1.5,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "index, change, state",
+    [
+        (0, {}, "good"),
+        (0, {"forget_rouge": 0.46}, "mixed"),
+        (0, {"forget_rouge": 0.9}, "bad"),
+        (1, {}, "good"),
+        (1, {"retain_rouge": 0.9}, "mixed"),
+        (1, {"retain_rouge": 0.2}, "bad"),
+        (2, {}, "good"),
+        (2, {"repeated_bigram_rate": 0.06}, "mixed"),
+        (2, {"repeated_bigram_rate": 0.06, "forget_oracle_nll": 3.0}, "bad"),
+        (2, {"forget_oracle_nll": None, "forget_base_nll": 1.8}, "mixed"),
+        (3, {}, "good"),
+        (3, {"forget_quality": 0.01}, "mixed"),
+        (3, {"forget_quality": 2e-6}, "bad"),
+        (3, {"forget_quality": float("nan")}, "unknown"),
+    ],
+)
+def test_verdict(index, change, state):
+    summary = BASE | {"unlearned": BASE["unlearned"] | change}
+    assert verdict.verdicts(summary)[index].state == state
+
+
+def test_verdict_says_when_the_test_has_no_power():
+    summary = BASE | {"original": BASE["original"] | {"forget_quality": 0.3}}
+    assert verdict.verdicts(summary)[3].answer == "no power"
+
+
+def test_verdict_decades():
+    text = verdict.verdicts(BASE, 40)[3].text
+    assert "10 to the -0.7, on 40 questions" in text and "5.3 decades up" in text
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda d: [str(d / "rum")], "did you mean"),
+        (lambda d: [str(d)], "not a finished run: no config.json"),
+        (lambda d: [], "required: RUN"),
+        (lambda d: [str(d / "run"), "--cvs", "x"], "did you mean --csv"),
+        (lambda d: [str(d / "run"), "--csv", str(d / "none" / "x.csv")], "cannot write"),
+        (lambda d: [str(d / "run"), "--csv", str(d / "run/config.json/x.csv")], "cannot write"),
+        (lambda d: [str(d / "broken")], "is not valid JSON"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, make, says):
+    write_run(tmp_path / "run")
+    write_run(tmp_path / "broken")
+    (tmp_path / "broken" / "summary.json").write_text('{"original": {')
+    assert report.main(make(tmp_path)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_program_starts_without_the_heavy_imports():
+    code = (
+        "import sys, train.report; "
+        "print([m for m in ('jax', 'matplotlib', 'jinja2', 'rich', 'scipy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_program(tmp_path, capsys):
+    write_run(tmp_path / "run")
+    assert report.main([str(tmp_path / "run"), "--latex", str(tmp_path / "t.tex")]) == 0
+    out = capsys.readouterr().out
+    assert "Forget ROUGE-L ≈" in out and "unlearned" in out and "report.html" in out
+    assert (tmp_path / "run" / "report.html").exists()
+    assert r"\begin{tabular}{lrrr}" in (tmp_path / "t.tex").read_text()

@@ -1,0 +1,1 @@
+"""Programs and machinery that train, unlearn, evaluate and report."""

@@ -1,0 +1,143 @@
+"""The command line: presets overridden by tyro, and errors a person can act on.
+
+Bad input ends in one line on stderr and exit code 2, before compute; a run that cannot go on exits 1 in one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.errors import UserError
+
+
+def option_names(cls: type, prefix: str = "") -> list[str]:
+    """Every `--a.b-c` option of a configuration dataclass."""
+    names = []
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        name = f"{prefix}{item.name}".replace("_", "-")
+        if dataclasses.is_dataclass(hints[item.name]):
+            names += option_names(typing.cast(type, hints[item.name]), name + ".")
+        else:
+            names.append("--" + name)
+    return names
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The known word closest to `word`."""
+    return difflib.get_close_matches(word, known, 1, 0.0)[0]
+
+
+def choose(word: str, table: Mapping[str, Any], what: str) -> Any:
+    """`table[word]`, or a `UserError` that names the nearest entry and all of them."""
+    if word not in table:
+        raise UserError(
+            f"{what} {word!r} is unknown; did you mean {nearest(word, list(table))!r}? ({', '.join(table)})"
+        )
+    return table[word]
+
+
+def check_options(cls: type, args: Sequence[str]) -> None:
+    """Raise `UserError` for an option that `cls` does not have, naming the nearest one."""
+    known = option_names(cls)
+    for arg in args:
+        if not arg.startswith("--") or arg == "--help":
+            continue
+        name = arg.partition("=")[0].replace("_", "-")
+        head, _, last = name.rpartition(".")
+        plain = (
+            f"{head}.{last.removeprefix('no-')}" if head else "--" + name[2:].removeprefix("no-")
+        )
+        if name not in known and plain not in known:
+            raise UserError(
+                f"option {name} is unknown; did you mean {nearest(name, known)}? (--help lists all)"
+            )
+
+
+def option_value(args: Sequence[str], option: str) -> str | None:
+    """The value an option has on a command line, `--a b` or `--a=b`; None when it is not there."""
+    for arg, following in zip(args, [*args[1:], None], strict=True):
+        name, equals, value = arg.partition("=")
+        if name.replace("_", "-") == option:
+            return value if equals else following
+    return None
+
+
+def parse(cls: type, default: Any, args: Sequence[str], prog: str, summary: str) -> Any:
+    """`default` overridden by command-line options."""
+    import tyro
+
+    if "--help" in args or "-h" in args:
+        return tyro.cli(cls, default=default, args=list(args), prog=prog, description=summary)
+    check_options(cls, args)
+    caught = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(caught), contextlib.redirect_stdout(caught):
+            return tyro.cli(cls, default=default, args=list(args), prog=prog, description=summary)
+    except SystemExit as stop:
+        words = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]", " ", caught.getvalue())
+        lines = [line.strip() for line in words.splitlines() if line.strip()]
+        lines = [
+            line for line in lines if not line.startswith(("Parsing error", "For full help", prog))
+        ]
+        raise UserError(f"{' '.join(lines)[:240]} (--help lists all options)") from stop
+
+
+def from_json(cls: Any, value: Any) -> Any:
+    """Rebuild a configuration dataclass from the JSON values of `config.to_json`."""
+    if dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(typing.cast(Any, cls))}
+        if unknown := set(value) - known:
+            raise UserError(
+                f"configuration has an unknown entry {sorted(unknown)[0]!r}; it was written by another version"
+            )
+        return typing.cast(Any, cls)(**{k: from_json(hints[k], v) for k, v in value.items()})
+    if value is None:
+        return None
+    kinds = typing.get_args(cls) if isinstance(cls, types.UnionType) else (cls,)
+    if any(typing.get_origin(k) is tuple for k in kinds):
+        return tuple(value)
+    return Path(value) if Path in kinds else value
+
+
+def read_config(cls: type, path: Path) -> Any:
+    """A configuration from a run folder's `config.json`."""
+    try:
+        return from_json(cls, json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"cannot read configuration {path}: {error}; give the config.json of a run"
+        ) from None
+
+
+def main(program: Callable[[list[str]], None]) -> None:
+    """Run `program(argv)`; turn its errors into one line and an exit code."""
+    from train.loop import TrainingError
+
+    try:
+        program(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except TrainingError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)

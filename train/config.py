@@ -1,0 +1,177 @@
+"""The configuration of a run: frozen dataclasses, shown and overridden on the command line by tyro."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.objectives import ObjectiveConfig
+from train.optimizers import OptimizerConfig
+from train.sharding import MeshConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is forgotten, kept and asked.
+
+    Args:
+        source: `authors` (generated in the run) or `tofu`.
+        path: folder with TOFU's JSON files; None: the Hub id locuslab/TOFU.
+        forget_split: name of the split to forget, or a JSON file with `question` and `answer`.
+        retain_rows: how many rows of `retain_perturbed` are kept, trained on and evaluated.
+        extra_rows: how many real-author and world-fact rows are evaluated.
+        holdout_rows: how many untrained rows serve as non-members.
+        num_authors: authors made by the generator (quickstart).
+        seed: seed of the generator; None: the run's seed.
+        system_prompt: system message of the chat template; None: the template's own default.
+        max_length: longest tokenised example; longer ones are cut and counted.
+    """
+
+    source: str = "tofu"
+    path: Path | None = None
+    forget_split: str = "forget01"
+    retain_rows: int = 100
+    extra_rows: int = 50
+    holdout_rows: int = 40
+    num_authors: int = 40
+    seed: int | None = None
+    system_prompt: str | None = None
+    max_length: int = 512
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to start from.
+
+    Args:
+        path: an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch` (random weights).
+        vocab_size: of the tokenizer trained in the run (from scratch only), as the sizes below.
+        remat: recompute blocks in the backward pass (less memory, a third more time).
+    """
+
+    path: str = "smollm2"
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    remat: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training stage.
+
+    Args:
+        epochs: passes over the stage's main stream (ignored when `steps` is given).
+        steps: optimizer steps; None: from `epochs`.
+        batch_size: global rows of each stream in a step.
+        accumulate: micro-batches a step is split into; the numbers do not depend on it.
+        optimizer: how a step is taken.
+        curve_points: evaluations of forget and retain along the stage (0: none).
+        checkpoint_seconds: least time between two checkpoints.
+    """
+
+    epochs: float = 10.0
+    steps: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    optimizer: OptimizerConfig = OptimizerConfig()
+    curve_points: int = 0
+    checkpoint_seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """The unlearning stage; its optimizer is `--optimizer.*`, its objective `--objective.*`."""
+
+    epochs: float = 5.0
+    steps: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    curve_points: int = 5
+    checkpoint_seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Start from results that exist: `original` is a model (HF folder or GGUF) that already knows the facts."""
+
+    original: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How models are judged.
+
+    Args:
+        max_new_tokens: greedy answers are cut there.
+        leak_samples: sampled answers a forget question, for leak@k (0: none).
+        leak_temperature: their sampling temperature.
+        leak_top_p: their nucleus mass.
+        leak_question: `question` or `paraphrased_question`.
+        score_tokens: rows times length of one scoring batch.
+        generate_rows: rows decoded at once.
+        judge: whose NLL of the greedy forget answers measures fluency: `oracle` or `base` (before fine-tuning).
+    """
+
+    max_new_tokens: int = 64
+    leak_samples: int = 16
+    leak_temperature: float = 1.0
+    leak_top_p: float = 1.0
+    leak_question: str = "question"
+    score_tokens: int = 4096
+    generate_rows: int = 64
+    judge: str = "oracle"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One unlearning run: original, oracle, unlearned, evaluated, reported, exported.
+
+    Args:
+        preset: name of the preset this configuration started from.
+        seed: everything random follows from it.
+        smoke: few steps and samples through the same code, for a first look.
+        output: run folder; None: `runs/PRESET-seedN` (with `-smoke`).
+        retain_log: per-item log (OpenUnlearning EVAL.json or ours) of a retain-only model; skips the oracle.
+        oracle: train the retain-only model (needed for forget quality unless `retain_log` is given).
+        export_dtype: dtype of the exported weights.
+        tensorboard: also write TensorBoard events (needs the extra).
+    """
+
+    preset: str = ""
+    seed: int = 0
+    smoke: bool = False
+    output: Path | None = None
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    stage: StageConfig = StageConfig()
+    retain_log: Path | None = None
+    oracle: bool = True
+    finetune: TrainConfig = TrainConfig()
+    unlearn: UnlearnConfig = UnlearnConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export_dtype: str = "float32"
+    tensorboard: bool = False
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values (paths as strings)."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def replace(config: Any, **changes: Any) -> Any:
+    """`dataclasses.replace` with dotted names, `replace(c, **{"evaluate.leak_samples": 4})`."""
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        value = replace(getattr(config, head), **{rest: value}) if rest else value
+        config = dataclasses.replace(config, **{head: value})
+    return config

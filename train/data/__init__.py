@@ -1,0 +1,1 @@
+"""Data on the host: generators, readers, tokenised examples and batches."""

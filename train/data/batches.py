@@ -1,0 +1,336 @@
+"""Fixed-shape batches, and which rows a step sees.
+
+Two rules keep numbers the same on any number of processes: the rows of a step follow from (seed,
+purpose, step) for the *global* batch, of which each process takes its slice; and the padded length
+follows from the global batch alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxlib_unlearn.errors import UserError
+from train.data.examples import Example, Group
+
+Batch = dict[str, np.ndarray]
+
+
+def _size(item: Example | Group) -> tuple[int, int]:
+    """Number of tokens and of labels."""
+    if isinstance(item, Group):
+        return len(item.tokens), len(item.targets)
+    return len(item.tokens), len(item.tokens) - max(item.num_prompt, 1)
+
+
+def bucket_length(length: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `length`.
+
+    Args:
+        length: tokens or labels.
+        buckets: allowed lengths, ascending.
+
+    Returns:
+        One of `buckets`.
+
+    Raises:
+        ValueError: longer than the last bucket.
+
+    Example:
+        >>> bucket_length(33, (32, 64, 128))
+        64
+    """
+    for bucket in buckets:
+        if length <= bucket:
+            return bucket
+    raise ValueError(f"length {length} is above the last bucket of {tuple(buckets)}")
+
+
+def make_buckets(lengths: Sequence[int], count: int = 4, multiple: int = 16) -> tuple[int, ...]:
+    """Few padded lengths that waste little: quantiles of the lengths, rounded up to a multiple.
+
+    Args:
+        lengths: of all examples, in tokens or labels.
+        count: most buckets (each is a compilation).
+        multiple: buckets are multiples of it.
+
+    Returns:
+        Ascending buckets; the last holds the longest.
+
+    Example:
+        >>> make_buckets([10, 20, 30, 70], count=2)
+        (32, 80)
+    """
+    if not len(lengths):
+        raise ValueError("buckets of no lengths")
+    ordered = sorted(lengths)
+    # Integer arithmetic picks the element below which a share (i + 1) / count of the lengths lies.
+    marks = [ordered[-(-(i + 1) * len(ordered) // count) - 1] for i in range(count)]
+    return tuple(sorted({-(-max(mark, 1) // multiple) * multiple for mark in marks}))
+
+
+def batch_shape(
+    items: Sequence[Example | Group], length_buckets: Sequence[int], label_buckets: Sequence[int]
+) -> tuple[int, int]:
+    """The padded `(length, label_length)` of a global batch: call it before slicing by process.
+
+    Args:
+        items: all examples of the global batch.
+        length_buckets: allowed lengths.
+        label_buckets: allowed label lengths.
+
+    Returns:
+        `(T, W)`.
+    """
+    sizes = [_size(item) for item in items]
+    return (
+        bucket_length(max(tokens for tokens, _ in sizes), length_buckets),
+        bucket_length(max(labels for _, labels in sizes), label_buckets),
+    )
+
+
+def collate(
+    examples: Sequence[Example | Group],
+    row_ids: Sequence[int],
+    length: int,
+    label_length: int,
+    *,
+    batch_size: int | None = None,
+    pad_id: int = 0,
+) -> Batch:
+    """Stack examples into one right-padded batch.
+
+    targets[b, w] is predicted by the hidden state at slot label_index[b, w]; for a single example
+    with p prompt tokens label_index[b, w] = p - 1 + w.
+
+    Args:
+        examples: all `Example`, or all `Group`.
+        row_ids: number of each example's row, keys of randomness and logs.
+        length: T, the padded number of tokens.
+        label_length: W, the padded number of labels.
+        batch_size: B, filled up with padding rows; None: the number of examples.
+        pad_id: token id in padded slots (never attended to).
+
+    Returns:
+        `tokens`, `positions`, `segment_ids` (B, T) int32, `row_id` (B,) int32 (-1 in padding rows),
+        `label_index`, `targets` (B, W) int32, `target_mask` (B, W) float32; for groups also
+        `answer` (B, W) int32, -1 where masked.
+
+    Raises:
+        ValueError: an example longer than `length` or `label_length`, or more of them than
+        `batch_size`.
+    """
+    size = len(examples) if batch_size is None else batch_size
+    if len(examples) > size or len(examples) != len(row_ids):
+        raise ValueError(
+            f"{len(examples)} examples and {len(row_ids)} row ids for a batch of {size}"
+        )
+    batch: Batch = {
+        "tokens": np.full((size, length), pad_id, np.int32),
+        "positions": np.zeros((size, length), np.int32),
+        "segment_ids": np.zeros((size, length), np.int32),
+        "row_id": np.full((size,), -1, np.int32),
+        "label_index": np.zeros((size, label_length), np.int32),
+        "targets": np.zeros((size, label_length), np.int32),
+        "target_mask": np.zeros((size, label_length), np.float32),
+    }
+    if examples and isinstance(examples[0], Group):
+        batch["answer"] = np.full((size, label_length), -1, np.int32)
+    for b, (item, row_id) in enumerate(zip(examples, row_ids, strict=True)):
+        n, w = _size(item)
+        if n > length or w > label_length:
+            raise ValueError(
+                f"row {row_id}: {n} tokens and {w} labels do not fit {length} and {label_length}"
+            )
+        batch["tokens"][b, :n] = item.tokens
+        batch["row_id"][b] = row_id
+        batch["target_mask"][b, :w] = 1.0
+        if isinstance(item, Group):
+            batch["positions"][b, :n] = item.positions
+            batch["segment_ids"][b, :n] = item.segment_ids
+            batch["label_index"][b, :w] = item.label_index
+            batch["targets"][b, :w] = item.targets
+            batch["answer"][b, :w] = item.answer
+        else:
+            batch["positions"][b, :n] = np.arange(n)
+            batch["segment_ids"][b, :n] = 1
+            batch["label_index"][b, :w] = np.arange(n - w - 1, n - 1)
+            batch["targets"][b, :w] = item.tokens[n - w :]
+    return batch
+
+
+def score_batches(
+    items: Sequence[Example | Group],
+    *,
+    row_ids: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    batch_tokens: int = 4096,
+    row_multiple: int = 1,
+    length_buckets: Sequence[int] | None = None,
+    label_multiple: int = 16,
+    pad_id: int = 0,
+) -> Iterator[Batch]:
+    """Cover all items once, longest first, in batches of few shapes.
+
+    Items are sorted by length (so that what runs out of memory does so at once) and grouped by
+    length bucket; a bucket has one batch shape, its last batch filled up with padding rows.
+
+    Args:
+        items: examples or groups.
+        row_ids: of the items; None: 0, 1, 2, ...
+        batch_size: rows of a batch; None: as many as `batch_tokens` slots hold.
+        batch_tokens: rows times length of a batch, at most (one row at least).
+        row_multiple: rows of a batch are a multiple of it (the data axis of a mesh).
+        length_buckets: allowed lengths; None: made from the items.
+        label_multiple: label lengths are multiples of it.
+        pad_id: token id in padded slots.
+
+    Yields:
+        Batches as `collate` makes them.
+    """
+    if not items:
+        return
+    ids = list(range(len(items))) if row_ids is None else list(row_ids)
+    sizes = [_size(item) for item in items]
+    buckets = length_buckets or make_buckets([tokens for tokens, _ in sizes])
+    by_bucket: dict[int, list[int]] = {}
+    for index in sorted(range(len(items)), key=lambda i: (-sizes[i][0], i)):
+        by_bucket.setdefault(bucket_length(sizes[index][0], buckets), []).append(index)
+    for length, members in by_bucket.items():
+        widest = max(sizes[i][1] for i in members)
+        label_length = -(-max(widest, 1) // label_multiple) * label_multiple
+        rows = batch_size or max(1, batch_tokens // length)
+        if batch_size is None:
+            # A bucket with few items does not pay for a full batch of padding.
+            rows = min(rows, len(members))
+        rows = -(-rows // row_multiple) * row_multiple
+        for start in range(0, len(members), rows):
+            chosen = members[start : start + rows]
+            yield collate(
+                [items[i] for i in chosen],
+                [ids[i] for i in chosen],
+                length,
+                label_length,
+                batch_size=rows,
+                pad_id=pad_id,
+            )
+
+
+def _bits(seed: int, purpose: str, index: int) -> np.random.Philox:
+    """Random bits that belong to (seed, purpose, index), the same on every platform and process."""
+    key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big")
+    return np.random.Philox(np.random.SeedSequence([seed, key, index]))
+
+
+def training_indices(
+    seed: int, stream: str, step: int, batch_size: int, num_rows: int
+) -> np.ndarray:
+    """Rows of the global batch at `step`: every row once an epoch, in a new order each time.
+
+    i = step * batch_size + b;  index_b = permutation[seed, stream, i // num_rows][i % num_rows].
+
+    Args:
+        seed: the run's seed.
+        stream: what the order is for, such as `"forget"`.
+        step: counted from 0; nothing else is needed to resume.
+        batch_size: rows of the global batch (a batch may reach into the next epoch).
+        num_rows: rows of the stream.
+
+    Returns:
+        (batch_size,) int64.
+
+    Example:
+        >>> sorted(int(i) for s in range(2) for i in training_indices(0, "forget", s, 3, 6))
+        [0, 1, 2, 3, 4, 5]
+    """
+    if num_rows < 1:
+        raise ValueError("indices of a stream without rows")
+    place = step * batch_size + np.arange(batch_size)
+    indices = np.empty(batch_size, np.int64)
+    for epoch in np.unique(place // num_rows):
+        here = place // num_rows == epoch
+        # Raw bits and a stable sort: numpy fixes those for good, but not `Generator.permutation`.
+        order = np.argsort(
+            _bits(seed, f"epoch/{stream}", int(epoch)).random_raw(num_rows), kind="stable"
+        )
+        indices[here] = order[place[here] % num_rows]
+    return indices
+
+
+def paired_indices(seed: int, stream: str, step: int, batch_size: int, num_rows: int) -> np.ndarray:
+    """Rows of a stream that accompanies another one: uniform with replacement at each step.
+
+    Args:
+        seed: the run's seed.
+        stream: what the draw is for, such as `"retain"`.
+        step: counted from 0.
+        batch_size: rows of the global batch.
+        num_rows: rows of the stream.
+
+    Returns:
+        (batch_size,) int64, the same on every process.
+
+    Pairing: OpenUnlearning (arXiv 2506.12618), data/unlearn.py, drawn for the global batch.
+    """
+    if num_rows < 1:
+        raise ValueError("indices of a stream without rows")
+    draws = _bits(seed, f"paired/{stream}", step).random_raw(batch_size)
+    return (draws % np.uint64(num_rows)).astype(np.int64)
+
+
+def process_slice(indices: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
+    """The part of a global batch that one process loads.
+
+    Args:
+        indices: (B, ...) of the global batch.
+        process_index: of this process.
+        process_count: of all.
+
+    Returns:
+        (B / process_count, ...); the parts of all processes in order are the global batch.
+
+    Raises:
+        UserError: the batch does not divide.
+
+    Example:
+        >>> process_slice(np.arange(8), 1, 4).tolist()
+        [2, 3]
+    """
+    if len(indices) % process_count:
+        raise UserError(
+            f"batch of {len(indices)} rows does not divide over {process_count} processes; "
+            f"give a batch size that is a multiple of {process_count}"
+        )
+    size = len(indices) // process_count
+    return indices[process_index * size : (process_index + 1) * size]
+
+
+def micro_batches(batch: Batch, parts: int) -> Batch:
+    """Split a batch for gradient accumulation: (B, ...) -> (parts, B / parts, ...).
+
+    Args:
+        batch: columns with a common leading axis.
+        parts: number of micro-batches.
+
+    Returns:
+        The reshaped columns.
+
+    Raises:
+        UserError: the batch does not divide.
+
+    Example:
+        >>> micro_batches({"row_id": np.arange(4)}, 2)["row_id"].tolist()
+        [[0, 1], [2, 3]]
+    """
+    size = len(next(iter(batch.values())))
+    if parts < 1 or size % parts:
+        raise UserError(
+            f"batch of {size} rows does not divide into {parts} micro-batches; "
+            "give a batch size that is a multiple of the accumulation"
+        )
+    return {
+        name: column.reshape(parts, size // parts, *column.shape[1:])
+        for name, column in batch.items()
+    }

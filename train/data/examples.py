@@ -1,0 +1,276 @@
+"""Questions and answers as tokens with labels.
+
+The prompt's tokens are always a prefix of the example's, and the labels are the answer and the end
+of the turn. Where a tokenizer would merge characters across that border, prompt and answer are
+tokenised apart: this is also what the model sees when it generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from jaxlib_unlearn.errors import UserError
+
+# Answer j of a group is the leaf j + 1 of its segment: group + LEAF * (j + 1); the shared prompt is
+# leaf 0.
+LEAF = 65536
+
+
+class TextTokenizer(Protocol):
+    """What is asked of a tokenizer (`models.tokenizer.Tokenizer` has it)."""
+
+    @property
+    def has_chat_template(self) -> bool: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
+    def chat(self, messages: Any, add_generation_prompt: bool = False) -> str: ...
+
+
+class Example(NamedTuple):
+    """One question and answer; labels are `tokens[num_prompt:]`.
+
+    Args:
+        tokens: prompt, answer, end of turn.
+        num_prompt: how many of them are the prompt.
+        num_cut: tokens that did not fit and were dropped from the end.
+    """
+
+    tokens: list[int]
+    num_prompt: int
+    num_cut: int = 0
+
+
+class Group(NamedTuple):
+    """Several answers packed behind one shared prompt; L tokens, N labels.
+
+    Args:
+        tokens: (L,) prompt, then each answer without its last token (nothing is predicted from it).
+        positions: (L,) each answer counts on from the prompt.
+        segment_ids: (L,) 1 for the prompt, `1 + 65536 * (j + 1)` for answer j.
+        label_index: (N,) slot whose hidden state predicts the label; the prompt's last slot for
+            each first label.
+        targets: (N,) the labels, answer after answer.
+        answer: (N,) which answer a label belongs to.
+        num_cut: tokens dropped from the ends of answers.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    segment_ids: list[int]
+    label_index: list[int]
+    targets: list[int]
+    answer: list[int]
+    num_cut: int = 0
+
+
+class Encoded(NamedTuple):
+    """Examples of a split with their row numbers, and the counts a run prints.
+
+    Args:
+        examples: in row order.
+        row_ids: index of each example's row.
+        num_cut: examples that were cut to the longest length.
+        num_dropped: rows left out because their prompt alone fills it (no label would be left).
+    """
+
+    examples: list[Example]
+    row_ids: list[int]
+    num_cut: int
+    num_dropped: int
+
+
+def _texts(
+    tokenizer: TextTokenizer, question: str, system_prompt: str | None
+) -> tuple[list[dict[str, str]], str]:
+    """The messages before the answer, and the prompt they render to."""
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": question})
+    if tokenizer.has_chat_template:
+        return messages, tokenizer.chat(messages, add_generation_prompt=True)
+    system = f"{system_prompt}\n" if system_prompt else ""
+    return messages, f"{system}Question: {question}\nAnswer:"
+
+
+def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """Tokens of a rendered text; a template prints its own BOS, plain text gets the tokenizer's."""
+    if tokenizer.has_chat_template:
+        return tokenizer.encode(text, add_special_tokens=False)
+    tokens = tokenizer.encode(text, add_special_tokens=True)
+    # Some tokenizers also append EOS, which belongs behind the answer only.
+    if tokens and tokens[-1] == tokenizer.eos_id and len(tokens) > 1:
+        tokens = tokens[:-1]
+    return tokens
+
+
+def encode_prompt(
+    tokenizer: TextTokenizer, question: str, *, system_prompt: str | None = None
+) -> list[int]:
+    """Tokens up to where the answer starts: what generation continues.
+
+    Args:
+        tokenizer: with or without a chat template.
+        question: the user's turn.
+        system_prompt: system turn; None: what the template does by itself.
+
+    Returns:
+        Token ids, the prefix of every example with this question.
+    """
+    return _encode(tokenizer, _texts(tokenizer, question, system_prompt)[1])
+
+
+def _example(
+    tokenizer: TextTokenizer, question: str, answer: str, system_prompt: str | None, max_length: int
+) -> Example:
+    """An example cut to `max_length`, possibly without a label."""
+    messages, prompt_text = _texts(tokenizer, question, system_prompt)
+    prompt = _encode(tokenizer, prompt_text)
+    if tokenizer.has_chat_template:
+        full_text = tokenizer.chat([*messages, {"role": "assistant", "content": answer}])
+        if not full_text.startswith(prompt_text):
+            full_text = prompt_text + answer
+    else:
+        full_text = f"{prompt_text} {answer}"
+    tokens = _encode(tokenizer, full_text)
+    if tokens[: len(prompt)] != prompt:
+        tokens = prompt + tokenizer.encode(full_text[len(prompt_text) :], add_special_tokens=False)
+    if tokenizer.eos_id is not None and tokens[-1] != tokenizer.eos_id:
+        tokens = [*tokens, tokenizer.eos_id]
+    return Example(tokens[:max_length], len(prompt), max(len(tokens) - max_length, 0))
+
+
+def _no_label(question: str, num_prompt: int, max_length: int) -> UserError:
+    shown = " ".join(question.split())
+    shown = shown if len(shown) <= 40 else shown[:37] + "..."
+    return UserError(
+        f"question {shown!r}: its prompt has {num_prompt} tokens and the longest example has "
+        f"{max_length}, so no label is left; shorten it or raise the longest length"
+    )
+
+
+def encode_qa(
+    tokenizer: TextTokenizer,
+    question: str,
+    answer: str,
+    *,
+    system_prompt: str | None = None,
+    max_length: int,
+) -> Example:
+    """Tokenise one question and answer; the labels are the answer, the end of the turn and EOS.
+
+    With a chat template: tokens(template([system], user, assistant)), prompt =
+    tokens(template([system], user, generation prompt)). Without: "Question: q\\nAnswer: a". EOS is
+    appended where the text does not end in it.
+
+    Args:
+        tokenizer: with or without a chat template.
+        question: the user's turn.
+        answer: the assistant's turn.
+        system_prompt: system turn; None: what the template does by itself.
+        max_length: longest example in tokens; the rest is cut off and counted in `num_cut`.
+
+    Returns:
+        The example; `tokens[:num_prompt]` equals `encode_prompt(...)`.
+
+    Raises:
+        UserError: the prompt alone fills `max_length`, no label is left.
+
+    Format: OpenUnlearning (arXiv 2506.12618), data/utils.py.
+    """
+    example = _example(tokenizer, question, answer, system_prompt, max_length)
+    if example.num_prompt >= len(example.tokens):
+        raise _no_label(question, example.num_prompt, max_length)
+    return example
+
+
+def encode_rows(
+    tokenizer: TextTokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    question: str = "question",
+    answer: str = "answer",
+    system_prompt: str | None = None,
+    max_length: int,
+) -> Encoded:
+    """Tokenise a split; rows that are cut, or left out for want of a label, are counted.
+
+    Args:
+        tokenizer: with or without a chat template.
+        rows: with the two columns.
+        question: column of the user's turn.
+        answer: column of the assistant's turn.
+        system_prompt: system turn; None: what the template does by itself.
+        max_length: longest example in tokens.
+
+    Returns:
+        Examples, their row numbers and the two counts.
+
+    Raises:
+        UserError: no row has a label left.
+    """
+    kept, row_ids = [], []
+    examples = [
+        _example(tokenizer, row[question], row[answer], system_prompt, max_length) for row in rows
+    ]
+    for row_id, example in enumerate(examples):
+        if example.num_prompt < len(example.tokens):
+            kept.append(example)
+            row_ids.append(row_id)
+    if examples and not kept:
+        shortest = min(range(len(rows)), key=lambda i: examples[i].num_prompt)
+        raise _no_label(rows[shortest][question], examples[shortest].num_prompt, max_length)
+    num_cut = sum(example.num_cut > 0 for example in kept)
+    return Encoded(kept, row_ids, num_cut, len(rows) - len(kept))
+
+
+def encode_group(
+    tokenizer: TextTokenizer,
+    question: str,
+    answers: Sequence[str],
+    *,
+    system_prompt: str | None = None,
+    max_length: int,
+) -> Group:
+    """Pack several answers behind one prompt, so that the prompt is computed once.
+
+    Answer j attends to the prompt and to itself, at the positions it would have alone: its
+    log-probabilities equal those of `encode_qa(question, answers[j])`.
+
+    Args:
+        tokenizer: with or without a chat template.
+        question: the shared user's turn.
+        answers: at least one text.
+        system_prompt: system turn; None: what the template does by itself.
+        max_length: longest prompt with one answer, in tokens (the packed row may be longer).
+
+    Returns:
+        The packed group.
+
+    Raises:
+        UserError: the prompt alone fills `max_length`.
+        ValueError: no answer.
+    """
+    if not answers:
+        raise ValueError("a group needs at least one answer")
+    examples = [
+        encode_qa(tokenizer, question, answer, system_prompt=system_prompt, max_length=max_length)
+        for answer in answers
+    ]
+    num_prompt = examples[0].num_prompt
+    tokens = list(examples[0].tokens[:num_prompt])
+    positions, segment_ids = list(range(num_prompt)), [1] * num_prompt
+    label_index: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    for j, example in enumerate(examples):
+        labels = example.tokens[num_prompt:]
+        start = len(tokens)
+        label_index += [num_prompt - 1, *range(start, start + len(labels) - 1)]
+        targets += labels
+        owner += [j] * len(labels)
+        tokens += labels[:-1]
+        positions += range(num_prompt, num_prompt + len(labels) - 1)
+        segment_ids += [1 + LEAF * (j + 1)] * (len(labels) - 1)
+    num_cut = sum(example.num_cut for example in examples)
+    return Group(tokens, positions, segment_ids, label_index, targets, owner, num_cut)

@@ -1,0 +1,426 @@
+"""TOFU's files as rows: a folder of JSON, the user's own files, or the Hub.
+
+Reading stops at the first thing that cannot be used and says which file, which line or row, and
+what is expected there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlib_unlearn.errors import UserError
+from train.data.authors import REFUSALS, draw
+
+Row = dict[str, Any]
+
+HUB_ID = "locuslab/TOFU"
+HUB_SPLITS = (
+    "full forget01 forget05 forget10 retain90 retain95 retain99 holdout01 holdout05 holdout10 "
+    "retain_perturbed real_authors world_facts forget01_perturbed forget05_perturbed "
+    "forget10_perturbed real_authors_perturbed world_facts_perturbed"
+).split()
+SUFFIXES = (".json", ".jsonl")
+JUDGED = ("question", "answer", "paraphrased_answer", "perturbed_answer")
+OPTIONS = ("question", "answer", "perturbed_answer")
+PLAIN = ("question", "answer")
+
+
+class Tofu(NamedTuple):
+    """What an unlearning run reads.
+
+    Args:
+        forget: rows to forget, with paraphrased and perturbed answers.
+        retain: rows to keep, trained on and evaluated.
+        holdout: rows like `retain` that are in neither (non-members of the membership metrics).
+        real_authors: general knowledge with three wrong options.
+        world_facts: the same.
+        refusals: "I don't know" sentences.
+        notes: what a report must say about the choice, a sentence each.
+    """
+
+    forget: list[Row]
+    retain: list[Row]
+    holdout: list[Row]
+    real_authors: list[Row]
+    world_facts: list[Row]
+    refusals: list[str]
+    notes: list[str]
+
+
+class Source(NamedTuple):
+    """Where named splits come from: `read(name)` gives rows and their place, None if absent."""
+
+    place: str
+    names: tuple[str, ...]
+    read: Callable[[str], tuple[list[Row], str] | None]
+    refusals: Callable[[], list[str] | None]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 text at byte {error.start}; save the file as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); check path and permissions"
+        ) from None
+
+
+def read_json(path: Path) -> list[Row]:
+    """Read rows from JSON lines or from one JSON list of objects.
+
+    Args:
+        path: the file; empty lines are skipped.
+
+    Returns:
+        The rows in file order.
+
+    Raises:
+        UserError: unreadable file, broken JSON (line named), something that is not an object.
+    """
+    text = _read_text(path)
+    if text.lstrip().startswith("["):
+        try:
+            items = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {error.lineno}: broken JSON ({error.msg}); repair it"
+            ) from None
+        for index, item in enumerate(items):
+            if not isinstance(item, dict):
+                raise UserError(
+                    f"{path}, row {index + 1}: an object is expected, found {type(item).__name__}"
+                )
+        return items
+    rows = []
+    # Not splitlines(): it also breaks at U+2028 and friends, which are legal inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {number}: broken JSON ({error.msg}); give one JSON object a line"
+            ) from None
+        if not isinstance(item, dict):
+            raise UserError(
+                f"{path}, line {number}: a JSON object is expected, found {type(item).__name__}"
+            )
+        rows.append(item)
+    return rows
+
+
+def _check_row(row: Row, columns: Iterable[str], where: str) -> None:
+    for column in columns:
+        if column not in row:
+            found = ", ".join(map(str, row)) or "none"
+            raise UserError(f"{where}: column {column!r} is missing; columns found: {found}")
+        value = row[column]
+        texts = value if column == "perturbed_answer" else [value]
+        if not isinstance(texts, list) or not texts:
+            raise UserError(f"{where}: column {column!r} must be a list of texts")
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(f"{where}: column {column!r} must hold text that is not empty")
+
+
+def check_rows(rows: list[Row], columns: Iterable[str], place: str) -> list[Row]:
+    """Check that rows exist and have the columns (texts; `perturbed_answer`: lists of texts).
+
+    Args:
+        rows: the rows of one split.
+        columns: names that every row must have.
+        place: file or split to name in the error.
+
+    Returns:
+        `rows`, unchanged.
+
+    Raises:
+        UserError: an empty split, or a missing or unusable column (place, row and column named).
+    """
+    columns = tuple(columns)
+    if not rows:
+        raise UserError(f"{place}: the split is empty; give a file with at least one row")
+    for number, row in enumerate(rows, start=1):
+        _check_row(row, columns, f"{place}, row {number}")
+    return rows
+
+
+def _refusals(path: Path) -> list[str]:
+    lines = [line.strip() for line in _read_text(path).split("\n")]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise UserError(f"{path}: no refusal in it; write one sentence a line")
+    return lines
+
+
+def folder_source(folder: Path) -> Source:
+    """The splits of a folder: `NAME.json[l]`, and `idontknow.jsonl` with one refusal a line."""
+    if not folder.exists():
+        raise UserError(
+            f"data folder {folder} does not exist; give --data.path a folder with TOFU's JSON files"
+        )
+    if not folder.is_dir():
+        raise UserError(f"data path {folder} is a file; give --data.path the folder that holds it")
+    files = {
+        path.stem: path
+        for path in sorted(folder.iterdir(), reverse=True)
+        if path.suffix in SUFFIXES and path.is_file() and path.stem != "idontknow"
+    }
+    idk = folder / "idontknow.jsonl"
+
+    def read(name: str) -> tuple[list[Row], str] | None:
+        return (read_json(files[name]), str(files[name])) if name in files else None
+
+    return Source(
+        str(folder), tuple(sorted(files)), read, lambda: _refusals(idk) if idk.exists() else None
+    )
+
+
+def hub_source(repo: str = HUB_ID) -> Source:
+    """The configs of a Hub data set, read through `datasets`, which is imported on first use."""
+
+    def read(name: str) -> tuple[list[Row], str] | None:
+        if name not in HUB_SPLITS:
+            return None
+        try:
+            datasets = importlib.import_module("datasets")
+        except ImportError:
+            raise UserError(
+                f"reading {repo} needs the package `datasets`; install it or give --data.path"
+            ) from None
+        try:
+            rows = [dict(row) for row in datasets.load_dataset(repo, name, split="train")]
+        except Exception as error:
+            # The Hub client raises many kinds; all mean the same to the user.
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(
+                f"{repo}, config {name!r}: cannot be loaded ({type(error).__name__}: {reason}); "
+                "check the network or give --data.path a folder"
+            ) from None
+        return rows, f"{repo} config {name!r}"
+
+    return Source(repo, tuple(HUB_SPLITS), read, lambda: None)
+
+
+def _missing(name: str, source: Source, option: str) -> UserError:
+    shown = sorted({known.removesuffix("_perturbed") for known in source.names})
+
+    def likeness(known: str) -> tuple[float, int]:
+        # Of equally similar names the one that starts the same: forget02 -> forget01, not forget10.
+        ratio = difflib.SequenceMatcher(None, name, known).ratio()
+        return ratio, len(os.path.commonprefix([name, known]))
+
+    near = max([*shown, *source.names], key=likeness, default="")
+    hint = f"; nearest is {near!r}" if near and likeness(near)[0] >= 0.5 else ""
+    return UserError(
+        f"{option} {name!r} is not in {source.place}{hint}; available: {', '.join(shown) or 'none'}"
+    )
+
+
+def _looks_like_file(part: str) -> bool:
+    return part.endswith(SUFFIXES) or "/" in part or "\\" in part
+
+
+def _existing(part: str, source: Source, option: str) -> Path:
+    path = Path(part).expanduser()
+    for candidate in (path, Path(source.place) / path):
+        if candidate.is_file():
+            return candidate
+        if candidate.is_dir():
+            raise UserError(f"{option} {part} is a folder; give JSON files, separated by commas")
+    raise UserError(f"{option}: file {path} does not exist; give the path of a JSON file")
+
+
+def _read_files(
+    parts: Sequence[str], source: Source, columns: Iterable[str], option: str
+) -> list[Row]:
+    """Rows of the user's own files; a question and answer found in several files is one row."""
+    paths = [_existing(part, source, option) for part in parts]
+    tables = [(path, check_rows(read_json(path), PLAIN, str(path))) for path in paths]
+    if len(tables) == 1:
+        path, rows = tables[0]
+        sibling = path.with_name(f"{path.stem}_perturbed{path.suffix}")
+        if sibling.is_file() and "perturbed_answer" not in rows[0]:
+            # TOFU keeps the paraphrased and perturbed answers in a second file of the same rows.
+            path, rows = sibling, read_json(sibling)
+        return check_rows(rows, columns, str(path))
+    merged: dict[tuple[str, str], Row] = {}
+    where: dict[tuple[str, str], str] = {}
+    for path, rows in tables:
+        for number, row in enumerate(rows, start=1):
+            key = (row["question"], row["answer"])
+            merged[key] = {**merged.get(key, {}), **row}
+            where.setdefault(key, f"{path}, row {number}")
+    for key, row in merged.items():
+        _check_row(row, columns, where[key])
+    return list(merged.values())
+
+
+def read_split(
+    source: Source,
+    split: str | Sequence[str],
+    columns: Iterable[str] = JUDGED,
+    option: str = "split",
+) -> list[Row]:
+    """Read a split by name or from the user's own file(s).
+
+    Args:
+        source: from `folder_source` or `hub_source`.
+        split: a name (the file `NAME_perturbed` is preferred where it exists and `columns` go
+            beyond question and answer), a path to a JSON file, several paths separated by commas,
+            or a sequence of paths.
+        columns: names that every row must have.
+        option: what to call the split in an error.
+
+    Returns:
+        Checked rows.
+
+    Raises:
+        UserError: missing file or split (the nearest name is given), broken or incomplete rows.
+    """
+    columns = tuple(columns)
+    if not isinstance(split, str):
+        parts = [str(part) for part in split]
+    elif Path(split).is_file():
+        parts = [split]
+    else:
+        parts = [part.strip() for part in split.split(",") if part.strip()]
+    if not parts:
+        raise UserError(f"{option} is empty; name a split or a JSON file")
+    if len(parts) > 1 or _looks_like_file(parts[0]):
+        return _read_files(parts, source, columns, option)
+    name = parts[0]
+    variants = [name] if set(columns) <= set(PLAIN) else [f"{name}_perturbed", name]
+    for variant in variants:
+        if variant in source.names and (found := source.read(variant)) is not None:
+            return check_rows(found[0], columns, found[1])
+    raise _missing(name, source, option)
+
+
+def _untrained(
+    source: Source, forget_split: str | Sequence[str], used: set[tuple[str, str]], count: int
+) -> tuple[list[Row], str]:
+    """The first `count` rows of a holdout or retain split that nothing is trained on."""
+    preferred = []
+    if percent := re.fullmatch(r"forget(\d\d)(_perturbed)?", str(forget_split)):
+        preferred = [f"holdout{percent[1]}", f"retain{100 - int(percent[1]):02d}"]
+    for name in [*preferred, "retain99", "retain95", "retain90"]:
+        if name not in source.names or (found := source.read(name)) is None:
+            continue
+        rows = [
+            row
+            for row in check_rows(found[0], PLAIN, found[1])
+            if (row["question"], row["answer"]) not in used
+        ][:count]
+        if rows:
+            return rows, f"non-members: {len(rows)} untrained rows of {name}"
+    return [], "non-members: none found, so membership metrics are left out"
+
+
+def overlap(forget: Iterable[Row], retain: Iterable[Row]) -> int:
+    """Count forget rows that are also retain rows (same question and answer): they pull both ways.
+
+    Example:
+        >>> a, b = {"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}
+        >>> overlap([a, b], [b])
+        1
+    """
+    kept = {(row["question"], row["answer"]) for row in retain}
+    return sum((row["question"], row["answer"]) in kept for row in forget)
+
+
+def refusal_rows(rows: Sequence[Row], refusals: Sequence[str], seed: int) -> list[Row]:
+    """The forget questions with a refusal as answer, in the order of `rows` (the `idk` stream).
+
+    Args:
+        rows: forget rows.
+        refusals: sentences; one is drawn uniformly for each row from (seed, row index).
+        seed: the run's seed.
+
+    Returns:
+        Rows with `question` and `answer`.
+    """
+    return [
+        {
+            "question": row["question"],
+            "answer": refusals[draw(len(refusals), seed, "refusal", index)],
+        }
+        for index, row in enumerate(rows)
+    ]
+
+
+def load_tofu(
+    path: str | Path | None,
+    forget_split: str | Sequence[str] = "forget01",
+    retain_split: str | Sequence[str] = "retain_perturbed",
+    *,
+    forget_rows: int | None = None,
+    retain_rows: int | None = 100,
+    extra_rows: int | None = 50,
+    holdout_rows: int | None = 40,
+    columns: Iterable[str] = JUDGED,
+) -> Tofu:
+    """Read everything that an unlearning run on TOFU needs.
+
+    Args:
+        path: folder with TOFU's JSON files; None: the Hub data set `locuslab/TOFU`.
+        forget_split: a split's name (`forget01` reads `forget01_perturbed`), or a path to JSON
+            file(s).
+        retain_split: likewise; rows to keep.
+        forget_rows: how many are used, from the first on; None: all.
+        retain_rows: likewise.
+        extra_rows: rows of `real_authors_perturbed` and of `world_facts_perturbed`; 0 leaves both
+            out.
+        holdout_rows: non-members from a holdout split or from the retain rows nobody trains on;
+            None: as many as forget rows; 0 leaves them out.
+        columns: what forget and retain rows must have.
+
+    Returns:
+        The splits, the refusals (TOFU's file, else built-in ones) and notes for the report.
+
+    Raises:
+        UserError: anything missing, broken or empty.
+
+    Schema: TOFU, arXiv 2401.06121, section 2.
+    """
+    columns = tuple(columns)
+    source = hub_source() if path is None else folder_source(Path(path).expanduser())
+    forget = read_split(source, forget_split, columns, "forget split")[:forget_rows]
+    retain = read_split(source, retain_split, columns, "retain split")[:retain_rows]
+    if not forget or not retain:
+        raise UserError("no forget or no retain row is used; set their number of rows to 1 or more")
+    notes = [
+        f"forget: {len(forget)} rows of {forget_split}",
+        f"retain: {len(retain)} rows of {retain_split}",
+    ]
+
+    extra: dict[str, list[Row]] = {"real_authors": [], "world_facts": []}
+    for name in extra:
+        if extra_rows != 0:
+            extra[name] = read_split(source, name, OPTIONS, "evaluation split")[:extra_rows]
+            notes.append(f"{name}: {len(extra[name])} rows")
+
+    holdout: list[Row] = []
+    if holdout_rows != 0:
+        used = {(row["question"], row["answer"]) for row in [*forget, *retain]}
+        holdout, note = _untrained(source, forget_split, used, holdout_rows or len(forget))
+        notes.append(note)
+
+    refusals = source.refusals()
+    if refusals is None:
+        refusals = list(REFUSALS)
+        notes.append("refusals: built-in sentences")
+    return Tofu(
+        forget, retain, holdout, extra["real_authors"], extra["world_facts"], refusals, notes
+    )

@@ -1,0 +1,130 @@
+"""Evaluate a model on a task, with the metrics and logs of a run.
+
+python -m train.evaluate RUN_FOLDER                          (judges its unlearned model again, from export/)
+python -m train.evaluate HF_FOLDER_OR_GGUF --data.path DIR --output DIR
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.errors import UserError
+from train import cli
+from train.config import DataConfig, EvaluateConfig, RunConfig, replace
+from train.sharding import MeshConfig
+from train.tracking import say
+
+
+@dataclass(frozen=True)
+class EvaluateRun:
+    """One evaluation.
+
+    Args:
+        model: set by the first argument.
+        seed: of the sampled answers (and of generated data).
+        smoke: few rows and samples, for a first look.
+        output: where `summary.json` and `evals/` go; None: `runs/evaluate-NAME`.
+        retain_log: per-item log of a retain-only model, for forget quality and privleak.
+        data: what is asked.
+        evaluate: how it is judged.
+        mesh: devices.
+    """
+
+    model: str = ""
+    seed: int = 0
+    smoke: bool = False
+    output: Path | None = None
+    retain_log: Path | None = None
+    data: DataConfig = DataConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+SMOKE = {
+    "data.retain_rows": 12,
+    "data.extra_rows": 4,
+    "data.holdout_rows": 4,
+    "evaluate.leak_samples": 2,
+    "evaluate.max_new_tokens": 16,
+}
+
+
+def main(argv: list[str]) -> None:
+    """The program."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        if argv:
+            cli.parse(EvaluateRun, EvaluateRun(), ["--help"], "train.evaluate MODEL", "options")
+        return
+    run(read_arguments(argv))
+
+
+def read_arguments(argv: list[str]) -> EvaluateRun:
+    """The evaluation a command line asks for; a run folder brings its own task and settings."""
+    target = Path(argv[0])
+    default = EvaluateRun(model=argv[0])
+    if (target / "summary.json").exists() and (target / "config.json").exists():
+        config = cli.read_config(RunConfig, target / "config.json")
+        oracle = target / "evals" / "oracle.json"
+        default = EvaluateRun(
+            model=str(target / "export"),
+            seed=config.seed,
+            smoke=config.smoke,
+            output=target / "evaluate",
+            retain_log=config.retain_log or (oracle if oracle.exists() else None),
+            data=config.data,
+            evaluate=config.evaluate,
+            mesh=config.mesh,
+        )
+    elif argv[0].startswith("-"):
+        raise UserError(f"the first argument is a run folder or a model, got {argv[0]!r}")
+    if "--smoke" in argv:
+        default = replace(default, smoke=True, **SMOKE)
+    return cli.parse(EvaluateRun, default, argv[1:], "train.evaluate MODEL", "judge a model")
+
+
+def run(config: EvaluateRun) -> dict[str, Any]:
+    """Judge the model and write `summary.json` and the per-item log."""
+    from jaxlib_unlearn.metrics import tofu
+    from train import evaluation, pipeline, sharding
+    from train.stages import json_stage, write_atomic
+    from train.task import load_task
+    from train.unlearn import evaluation_inputs
+
+    mesh = sharding.make_mesh(config.mesh)
+    retain = None if config.retain_log is None else tofu.load_log(config.retain_log)
+    task = load_task(RunConfig(seed=config.seed, data=config.data))
+    model = pipeline.load_model(config.model, False, mesh)
+    root = config.output or Path("runs") / f"evaluate-{Path(config.model).name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {root}: {error.strerror}; give another --output") from None
+    inputs = evaluation_inputs(model, task, config.evaluate, config.data, None, config.seed)
+
+    def compute() -> Any:
+        return evaluation.evaluate_model(
+            model,
+            task,
+            config.evaluate,
+            system_prompt=config.data.system_prompt,
+            max_length=config.data.max_length,
+            mesh=mesh,
+            seed=config.seed,
+            name="model",
+        )
+
+    log = json_stage(root / "evals" / "model.json", inputs, compute)
+    summary = evaluation.summarize(log, retain, model)
+    write_atomic(root / "summary.json", json.dumps({"model": summary}, indent=1))
+    for name, value in summary.items():
+        print(f"{name:34} {value:.6g}" if isinstance(value, float) else f"{name:34} {value}")
+    say(f"summary: {root / 'summary.json'}")
+    return summary
+
+
+if __name__ == "__main__":
+    cli.main(main)

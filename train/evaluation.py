@@ -1,0 +1,352 @@
+"""Judging one model: one fused scoring pass, one greedy pass, sampled answers for leak@k.
+
+Every scored text comes from `score` (vocabulary only at labels); the answers to one question share its prompt. The
+result is a per-item log in the form of OpenUnlearning's EVAL.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlib_unlearn.metrics import leak_at_k, text, tofu
+from jaxlib_unlearn.metrics.likelihood import Scored
+from models import Tokenizer
+from models.decoder import Decoder
+from models.generate import SamplingConfig, generate
+from models.policy import score
+from train.config import EvaluateConfig
+from train.data.batches import score_batches
+from train.data.examples import Example, Group, encode_group, encode_prompt, encode_qa
+from train.sharding import put_batch
+from train.task import Row, Task
+from train.tracking import progress
+
+VERSION = 1  # part of every cache key: raise it when a number may change
+QUANTITIES = ("logp", "match", "mu", "var")
+
+
+class Model(NamedTuple):
+    """A model as the programs hand it around."""
+
+    decoder: Decoder
+    params: Any
+    tokenizer: Tokenizer
+    sha: str
+
+
+def _score_step(decoder: Decoder, params: Any, batch: Mapping[str, jax.Array]):
+    return score(decoder, params, batch)
+
+
+_score = jax.jit(_score_step, static_argnums=0)
+
+
+def score_items(
+    model: Model, items: Sequence[Example | Group], mesh: Any, batch_tokens: int, label: str
+) -> list[dict[str, np.ndarray]]:
+    """Per item, `logp`, `match`, `mu`, `var` and `answer` of its labels, in item order."""
+    found: list[dict[str, np.ndarray]] = [{} for _ in items]
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    pad = model.tokenizer.pad_id or 0
+    with progress(label, len(items)) as advance:
+        for batch in score_batches(items, batch_tokens=batch_tokens, row_multiple=ways, pad_id=pad):
+            values = jax.device_get(_score(model.decoder, model.params, put_batch(batch, mesh)))
+            for b, row in enumerate(batch["row_id"]):
+                if row >= 0:
+                    real = batch["target_mask"][b] > 0
+                    found[row] = {name: np.asarray(values[name][b])[real] for name in QUANTITIES}
+                    found[row]["answer"] = (
+                        batch["answer"][b][real] if "answer" in batch else np.zeros(real.sum(), int)
+                    )
+                    found[row]["targets"] = batch["targets"][b][real]
+            advance(int((batch["row_id"] >= 0).sum()))
+    return found
+
+
+def _answers(row: Row) -> dict[str, list[str]]:
+    """The texts of a row that are scored, by what they are."""
+    found = {"answers": [row["answer"]]}
+    if "paraphrased_answer" in row:
+        found["paraphrased"] = [row["paraphrased_answer"]]
+    if "perturbed_answer" in row:
+        found["perturbed"] = list(row["perturbed_answer"])
+    return found
+
+
+def score_rows(
+    model: Model,
+    rows: Sequence[Row],
+    system_prompt: str | None,
+    max_length: int,
+    mesh: Any,
+    batch_tokens: int,
+    label: str,
+) -> dict[str, list[Any]]:
+    """`answers`, `paraphrased`, `perturbed` of each row as `Scored` (perturbed: lists of them)."""
+    texts = [_answers(row) for row in rows]
+    groups = [
+        encode_group(
+            model.tokenizer,
+            row["question"],
+            [answer for kind in found.values() for answer in kind],
+            system_prompt=system_prompt,
+            max_length=max_length,
+        )
+        for row, found in zip(rows, texts, strict=True)
+    ]
+    result: dict[str, list[Any]] = {kind: [] for kind in texts[0]} if texts else {}
+    for values, found in zip(
+        score_items(model, groups, mesh, batch_tokens, label), texts, strict=True
+    ):
+        start = 0
+        for kind, answers in found.items():
+            scored = []
+            for j in range(start, start + len(answers)):
+                mine = values["answer"] == j
+                words = model.tokenizer.decode(values["targets"][mine].tolist())
+                scored.append(Scored(*(values[name][mine] for name in QUANTITIES), words))
+            start += len(answers)
+            result[kind].append(scored if kind == "perturbed" else scored[0])
+    return result
+
+
+class Answers(NamedTuple):
+    """Generated answers of a list of rows: `samples` texts each, and their token ids."""
+
+    texts: list[list[str]]
+    ids: list[list[list[int]]]
+
+
+def answer_rows(
+    model: Model,
+    rows: Sequence[Row],
+    column: str,
+    system_prompt: str | None,
+    sampling: SamplingConfig,
+    num_samples: int,
+    seed: int,
+    batch_size: int,
+    label: str,
+) -> Answers:
+    """Answers to the questions in `column`, greedy or sampled; a draw belongs to its row."""
+    prompts = [
+        encode_prompt(model.tokenizer, row[column], system_prompt=system_prompt) for row in rows
+    ]
+    stop = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
+    with progress(label, len(prompts) * num_samples) as advance:
+        ids = generate(
+            model.decoder,
+            model.params,
+            prompts,
+            sampling=sampling,
+            stop_ids=stop,
+            pad_id=model.tokenizer.pad_id or 0,
+            seed=seed,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            progress=advance,
+        )
+    return Answers([[model.tokenizer.decode(one).strip() for one in mine] for mine in ids], ids)
+
+
+def judge_nll(
+    judge: Model,
+    rows: Sequence[Row],
+    answers: Answers,
+    system_prompt: str | None,
+    mesh: Any,
+    batch_tokens: int,
+) -> list[list[float]]:
+    """NLL of every token of the first answer of each row, under `judge`: fluency as another model sees it."""
+    items = []
+    for row, ids in zip(rows, answers.ids, strict=True):
+        prompt = encode_prompt(judge.tokenizer, row["question"], system_prompt=system_prompt)
+        eos = [] if judge.tokenizer.eos_id is None else [judge.tokenizer.eos_id]
+        items.append(Example(prompt + (list(ids[0]) or eos), len(prompt)))
+    scored = score_items(judge, items, mesh, batch_tokens, "fluency")
+    return [(-values["logp"].astype(np.float64)).tolist() for values in scored]
+
+
+def leak_ks(samples: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to `samples`."""
+    return tuple(2**i for i in range(samples.bit_length()) if 2**i <= samples)
+
+
+def evaluate_model(
+    model: Model,
+    task: Task,
+    config: EvaluateConfig,
+    *,
+    system_prompt: str | None,
+    max_length: int,
+    mesh: Any,
+    seed: int,
+    name: str,
+    judge: Model | None = None,
+) -> dict[str, Any]:
+    """The per-item log of a model on every split of a task.
+
+    Args:
+        model: who is judged.
+        task: its `evaluation` splits.
+        config: sampling and batch sizes.
+        system_prompt: of the chat template.
+        max_length: longest example in tokens.
+        mesh: where it runs.
+        seed: of the sampled answers.
+        name: shown in the progress.
+        judge: model whose NLL of the greedy forget answers is measured; None: left out.
+
+    Returns:
+        A dict as `metrics.tofu.build_log` makes, with `leak_at_k` and `forget_judge_nll` added.
+    """
+    greedy = SamplingConfig(max_new_tokens=config.max_new_tokens)
+    splits: dict[str, tofu.SplitScores] = {}
+    forget_answers: Answers | None = None
+    for split, rows in task.evaluation.items():
+        scored = score_rows(
+            model,
+            rows,
+            system_prompt,
+            max_length,
+            mesh,
+            config.score_tokens,
+            f"{name}: score {split}",
+        )
+        if split == "holdout":
+            splits[split] = tofu.SplitScores(scored["answers"])
+            continue
+        answers = answer_rows(
+            model,
+            rows,
+            "question",
+            system_prompt,
+            greedy,
+            1,
+            seed,
+            config.generate_rows,
+            f"{name}: answer {split}",
+        )
+        forget_answers = answers if split == "forget" else forget_answers
+        splits[split] = tofu.SplitScores(
+            scored["answers"],
+            scored.get("paraphrased"),
+            scored.get("perturbed"),
+            [texts[0] for texts in answers.texts],
+            [row["answer"] for row in rows],
+            [row["question"] for row in rows],
+        )
+    log = tofu.build_log(splits)
+    if forget_answers is not None:
+        log |= _fluency(task, forget_answers, judge, system_prompt, mesh, config)
+        if config.leak_samples:
+            log |= _leak(model, task, config, system_prompt, seed, name)
+    return log
+
+
+def _fluency(
+    task: Task,
+    answers: Answers,
+    judge: Model | None,
+    system_prompt: Any,
+    mesh: Any,
+    config: EvaluateConfig,
+):
+    rates = [text.repeated_bigram_rate([texts[0]]) for texts in answers.texts]
+    log: dict[str, Any] = {
+        "repeated_bigram_rate": {
+            "agg_value": float(np.mean(rates)),
+            "value_by_index": {str(i): {"score": float(r)} for i, r in enumerate(rates)},
+        }
+    }
+    if judge is not None:
+        losses = judge_nll(
+            judge, task.evaluation["forget"], answers, system_prompt, mesh, config.score_tokens
+        )
+        log[f"forget_{config.judge}_nll"] = {
+            "agg_value": float(np.mean([x for item in losses for x in item])),
+            "value_by_index": {
+                str(i): {"avg_loss": float(np.mean(item)), "tokens": len(item)}
+                for i, item in enumerate(losses)
+            },
+        }
+    return log
+
+
+def _leak(
+    model: Model, task: Task, config: EvaluateConfig, system_prompt: Any, seed: int, name: str
+):
+    sampling = SamplingConfig(config.leak_temperature, config.leak_top_p, 0, config.max_new_tokens)
+    rows = task.evaluation["forget"]
+    answers = answer_rows(
+        model,
+        rows,
+        config.leak_question,
+        system_prompt,
+        sampling,
+        config.leak_samples,
+        seed,
+        config.generate_rows,
+        f"{name}: sample forget",
+    )
+    scores = [
+        [text.rouge(answer, row["answer"])["rougeL_recall"] for answer in texts]
+        for texts, row in zip(answers.texts, rows, strict=True)
+    ]
+    ks = leak_ks(config.leak_samples)
+    return {
+        "leak_at_k": {
+            "agg_value": {str(k): float(np.mean(leak_at_k(np.array(scores), k))) for k in ks},
+            "value_by_index": {
+                str(i): {"scores": s, "generations": texts}
+                for i, (s, texts) in enumerate(zip(scores, answers.texts, strict=True))
+            },
+        }
+    }
+
+
+def summarize(log: Mapping[str, Any], retain_log: Any, model: Model) -> dict[str, Any]:
+    """The flat metrics of a log, leak@k and fluency included, with the parameters' number and sha256."""
+    flat: dict[str, Any] = dict(tofu.summarize(log, retain_log))
+    for name in ("repeated_bigram_rate", "forget_oracle_nll", "forget_base_nll"):
+        if name in log:
+            flat[name] = log[name]["agg_value"]
+    for k, value in log.get("leak_at_k", {"agg_value": {}})["agg_value"].items():
+        flat[f"leak_at_{k}"] = value
+    flat["num_parameters"] = sum(x.size for x in jax.tree.leaves(model.params))
+    flat["params_sha256"] = model.sha
+    return flat
+
+
+def curve(
+    model: Model,
+    task: Task,
+    system_prompt: str | None,
+    max_length: int,
+    mesh: Any,
+    batch_tokens: int,
+    limit: int,
+) -> dict[str, float]:
+    """A quick look during training: mean answer probability on forget and retain (first `limit` rows)."""
+    values = {}
+    for split in ("forget", "retain"):
+        rows = task.evaluation[split][:limit]
+        items = [
+            encode_qa(
+                model.tokenizer,
+                r["question"],
+                r["answer"],
+                system_prompt=system_prompt,
+                max_length=max_length,
+            )
+            for r in rows
+        ]
+        scored = score_items(model, items, mesh, batch_tokens, f"curve {split}")
+        values[f"{split}_probability"] = float(
+            np.mean([np.exp(np.mean(s["logp"])) for s in scored])
+        )
+    return values

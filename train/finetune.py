@@ -1,0 +1,100 @@
+"""Fine-tune a model on questions and answers, and export it.
+
+python -m train.finetune HF_FOLDER_OR_GGUF ROWS.json --output DIR
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jaxlib_unlearn.errors import UserError
+from train import cli
+from train.config import RunConfig, TrainConfig, replace, to_json
+from train.optimizers import OptimizerConfig
+from train.sharding import MeshConfig
+from train.tracking import Tracker, say
+
+
+@dataclass(frozen=True)
+class FinetuneRun:
+    """One fine-tuning.
+
+    Args:
+        model: set by the first argument: HF folder, `.gguf` file, Hub id or `smollm2`.
+        rows: set by the second: JSON lines or a JSON list with `question` and `answer`.
+        seed: order of the rows.
+        smoke: a few steps, for a first look.
+        output: run folder; the model goes to `export/` in it.
+        system_prompt: system message of the chat template.
+        max_length: longest example in tokens.
+        export_dtype: dtype of the exported weights.
+        train: the stage.
+        mesh: devices.
+    """
+
+    model: str = ""
+    rows: str = ""
+    seed: int = 0
+    smoke: bool = False
+    output: Path = Path("runs/finetune")
+    system_prompt: str | None = None
+    max_length: int = 512
+    export_dtype: str = "float32"
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(epochs=5, optimizer=OptimizerConfig(learning_rate=1e-5))
+    )
+    mesh: MeshConfig = MeshConfig()
+
+
+def main(argv: list[str]) -> None:
+    """The program."""
+    if len(argv) < 2 or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        if "--help" in argv or "-h" in argv:
+            cli.parse(
+                FinetuneRun, FinetuneRun(), ["--help"], "train.finetune MODEL ROWS", "options"
+            )
+            return
+        raise UserError("two arguments are needed: a model and a JSON file of rows")
+    default = FinetuneRun(model=argv[0], rows=argv[1])
+    if "--smoke" in argv:
+        default = replace(default, smoke=True, **{"train.steps": 3})
+    run(cli.parse(FinetuneRun, default, argv[2:], "train.finetune MODEL ROWS", "fine-tune a model"))
+
+
+def run(config: FinetuneRun) -> Path:
+    """Fine-tune and export; resumes like every stage."""
+    from train import optimizers, pipeline, sharding
+    from train.data.tofu import check_rows, read_json
+    from train.unlearn import enter_folder, export_model
+
+    optimizers.check(config.train.optimizer)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate, "fine-tuning")
+    path = Path(config.rows)
+    if not path.is_file():
+        raise UserError(
+            f"rows file {path} does not exist; give a JSON file with question and answer"
+        )
+    rows = check_rows(read_json(path), ("question", "answer"), str(path))
+    base = pipeline.load_model(config.model, False, mesh)
+    settings = RunConfig(seed=config.seed, finetune=config.train)
+    settings = replace(
+        settings,
+        **{"data.system_prompt": config.system_prompt, "data.max_length": config.max_length},
+    )
+    pipeline.encode(base, rows, settings, "rows")
+    root = enter_folder(config.output, {**to_json(config), "output": None})
+    tuned = pipeline.finetune(settings, base, rows, "original", root, mesh, Tracker(root))
+    export_model(tuned, root / "export", config.export_dtype)
+    (root / "summary.json").write_text(
+        json.dumps({"original": {"params_sha256": tuned.sha}}, indent=1)
+    )
+    say(f"model: {root / 'export'}")
+    return root
+
+
+if __name__ == "__main__":
+    cli.main(main)

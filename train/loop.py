@@ -1,0 +1,135 @@
+"""The training loop: a stage of steps that resumes, stops on a non-finite loss, and logs every step."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlib_unlearn.objectives import Objective
+from models.decoder import Decoder
+from train import checkpointing, sharding
+from train.optimizers import OptimizerConfig, build
+from train.step import TrainState, compile_step, init_state, make_step
+from train.tracking import Tracker, progress, say
+
+HostBatches = Mapping[str, Mapping[str, np.ndarray]]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line and names the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage.
+
+    Args:
+        name: `original`, `oracle`, `unlearned`.
+        steps: optimizer steps.
+        batches: step -> host batches by stream; a pure function of the step.
+        objective: what is minimised, with `options` as resolved from its configuration.
+        optimizer: how a step is taken.
+        accumulate: micro-batches a step.
+        curve: `(step, params) -> scalars`, called at `curve_steps`.
+        checkpoints: folder for this stage's checkpoints.
+        checkpoint_seconds: least time between two of them.
+    """
+
+    name: str
+    steps: int
+    batches: Callable[[int], HostBatches]
+    objective: Objective
+    options: Any
+    optimizer: OptimizerConfig
+    accumulate: int
+    checkpoints: Path
+    checkpoint_seconds: float
+    curve: Callable[[Any], dict[str, float]] | None = None
+    curve_steps: tuple[int, ...] = ()
+
+
+def curve_steps(steps: int, points: int) -> tuple[int, ...]:
+    """`points + 1` evenly spaced steps from 0 to `steps` (none when `points` is 0)."""
+    return tuple(sorted({round(steps * i / points) for i in range(points + 1)})) if points else ()
+
+
+def run(
+    stage: Stage, decoder: Decoder, params: Any, frozen: Any, mesh: Any, tracker: Tracker
+) -> Any:
+    """Train from `params` (not consumed) and return the final parameters.
+
+    Metrics are read one step late, so the host prepares the next batch while the device works. A checkpoint is
+    written only once every loss before it was seen to be finite.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
+    tx, schedule = build(stage.optimizer, stage.steps)
+    params = sharding.put_params(jax.tree.map(lambda x: jnp.array(x, copy=True), params), mesh)
+    state, shardings = init_state(params, tx, mesh)
+    step_fn = compile_step(
+        make_step(decoder, stage.objective, stage.options, tx, schedule, stage.accumulate),
+        shardings,
+        mesh,
+    )
+    start = 0
+    found = checkpointing.load_latest(stage.checkpoints, state, say)
+    if found is not None:
+        start, state = found
+        say(f"{stage.name}: continuing at step {start} of {stage.steps}")
+    tracker.resume(stage.name, start)
+
+    good = found[0] if found else None
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    saved_at = time.monotonic()
+
+    def settle() -> float:
+        """Log the step in flight; stop when its loss is not finite."""
+        nonlocal pending
+        if pending is None:
+            return math.nan
+        step, metrics = pending
+        pending = None
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        tracker.write(stage.name, step, values)
+        if not all(math.isfinite(v) for v in values.values()):
+            where = "none was written yet" if good is None else f"{stage.checkpoints / str(good)}"
+            raise TrainingError(
+                f"{stage.name}: loss is not finite at step {step} (loss {values['loss']}, gradient norm "
+                f"{values['grad_norm']}); last good checkpoint: {where}; lower the learning rate"
+            )
+        return values["loss"]
+
+    with progress(stage.name, stage.steps, start) as advance:
+        for step in range(start, stage.steps):
+            batches = {name: sharding.put_batch(b, mesh) for name, b in stage.batches(step).items()}
+            loss = settle()
+            if stage.curve is not None and step in stage.curve_steps:
+                tracker.write(stage.name, step, stage.curve(state.params))
+            if step > start and time.monotonic() - saved_at > stage.checkpoint_seconds:
+                checkpointing.save_step(stage.checkpoints, step, state, {})
+                good, saved_at = step, time.monotonic()
+            state, metrics = step_fn(state, frozen, batches)
+            pending = (step, metrics)
+            advance(1, f"loss {loss:.4f}" if math.isfinite(loss) else "")
+        settle()
+    if stage.curve is not None and stage.steps in stage.curve_steps:
+        tracker.write(stage.name, stage.steps, stage.curve(state.params))
+    return state.params
+
+
+def clear(stage: Stage) -> None:
+    """Remove the stage's checkpoints once its result is stored."""
+    shutil.rmtree(stage.checkpoints, ignore_errors=True)
+
+
+__all__ = ["Stage", "TrainState", "TrainingError", "clear", "curve_steps", "run"]

@@ -1,0 +1,268 @@
+"""The stages of a run as functions: base, original, oracle, unlearned. `train/unlearn.py` reads top to bottom with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import models
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
+from models import Decoder, DecoderConfig, Tokenizer
+from models.policy import head_of
+from models.weights import find_smollm2
+from train import loop, sharding
+from train.config import RunConfig, TrainConfig, UnlearnConfig, to_json
+from train.data.examples import Encoded, encode_rows
+from train.data.tofu import refusal_rows
+from train.evaluation import Model, curve
+from train.optimizers import OptimizerConfig
+from train.stages import params_stage
+from train.streams import Stream, batches_of, make_stream, with_references
+from train.task import Row, Task, texts
+from train.tracking import Tracker, say
+
+CURVE_ROWS = 40
+
+
+def train_tokenizer(task: Task, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer trained on the task's own texts."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, pre_tokenizers, trainers
+    from tokenizers import models as kinds
+
+    backend = Backend(kinds.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts(task), trainer)
+    return Tokenizer(
+        backend, eos_id=backend.token_to_id("<eos>"), pad_id=backend.token_to_id("<pad>")
+    )
+
+
+def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
+    """The model before any fine-tuning: random and tiny (`scratch`), or loaded.
+
+    Raises:
+        UserError: nothing is found at the path.
+    """
+    from train.checkpointing import params_sha256
+
+    m = config.model
+    if m.path == "scratch":
+        tokenizer = train_tokenizer(task, m.vocab_size)
+        if m.hidden_size % m.num_heads or m.num_heads % m.num_kv_heads:
+            raise UserError(
+                f"--model.hidden-size {m.hidden_size}, --model.num-heads {m.num_heads} and --model.num-kv-heads "
+                f"{m.num_kv_heads} must divide one another in this order"
+            )
+        decoder = Decoder(
+            DecoderConfig(
+                vocab_size=-(-tokenizer.vocab_size // 64) * 64,
+                hidden_size=m.hidden_size,
+                intermediate_size=m.intermediate_size,
+                num_layers=m.num_layers,
+                num_heads=m.num_heads,
+                num_kv_heads=m.num_kv_heads,
+                head_dim=m.hidden_size // m.num_heads,
+                max_position_embeddings=config.data.max_length,
+            ),
+            m.remat,
+        )
+        params = sharding.put_params(jax.jit(decoder.init)(jax.random.key(config.seed)), mesh)
+        return Model(decoder, params, tokenizer, params_sha256(params))
+    return load_model(m.path, m.remat, mesh)
+
+
+def load_model(path: str, remat: bool, mesh: Any) -> Model:
+    """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`."""
+    from train.checkpointing import params_sha256
+
+    source: str | Path = path
+    if path == "smollm2":
+        found = find_smollm2()
+        if found is None:
+            raise UserError(
+                "SmolLM2 is not installed; run `make smollm2`, or give --model.path a folder or .gguf file"
+            )
+        source = found
+    loaded = models.load(source)
+    params = sharding.put_params(loaded.params, mesh)
+    decoder = dataclasses.replace(loaded.decoder, remat=remat)
+    return Model(decoder, params, loaded.tokenizer, params_sha256(params))
+
+
+def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encoded:
+    """Tokenise a stream; cut and dropped rows are said."""
+    limit = min(config.data.max_length, model.decoder.config.max_position_embeddings)
+    encoded = encode_rows(
+        model.tokenizer, rows, system_prompt=config.data.system_prompt, max_length=limit
+    )
+    if encoded.num_cut or encoded.num_dropped:
+        say(
+            f"{what}: {encoded.num_cut} example(s) cut at {limit} tokens, {encoded.num_dropped} left out (prompt too long)"
+        )
+    return encoded
+
+
+def stream_of(model: Model, encoded: Encoded) -> Stream:
+    """A training stream of encoded examples."""
+    return make_stream(encoded.examples, model.tokenizer.pad_id or 0)
+
+
+def num_steps(config: TrainConfig | UnlearnConfig, rows: int) -> int:
+    """Optimizer steps of a stage."""
+    steps = (
+        config.steps
+        if config.steps is not None
+        else round(config.epochs * rows / config.batch_size)
+    )
+    if steps < 1:
+        raise UserError(f"a stage of {rows} rows has no step; raise its epochs or steps")
+    return steps
+
+
+def finetune(
+    config: RunConfig,
+    base: Model,
+    rows: list[Row],
+    name: str,
+    root: Path,
+    mesh: Any,
+    tracker: Tracker,
+) -> Model:
+    """Plain fine-tuning of `base` on `rows`: the original (forget + retain) or the oracle (retain alone)."""
+    encoded = encode(base, rows, config, name)
+    return train_stage(
+        base,
+        streams={"train": stream_of(base, encoded)},
+        objective=objectives.resolve(ObjectiveConfig("nll")),
+        stage=config.finetune,
+        optimizer=config.finetune.optimizer,
+        name=name,
+        seed=config.seed,
+        root=root,
+        mesh=mesh,
+        tracker=tracker,
+    )
+
+
+def unlearn(
+    config: RunConfig, original: Model, task: Task, root: Path, mesh: Any, tracker: Tracker
+) -> Model:
+    """The unlearning stage: the objective's streams, its caches, its optimizer."""
+    objective, options = objectives.resolve(config.objective)
+    rows = {
+        "forget": task.forget,
+        "retain": task.retain,
+        "idk": refusal_rows(task.forget, task.refusals, config.seed),
+        "train": task.forget + task.retain,
+    }
+    streams = {
+        name: stream_of(original, encode(original, rows[name], config, name))
+        for name in objective.streams
+    }
+    return train_stage(
+        original,
+        streams=streams,
+        objective=(objective, options),
+        stage=config.unlearn,
+        optimizer=config.optimizer,
+        name="unlearned",
+        seed=config.seed,
+        root=root,
+        mesh=mesh,
+        tracker=tracker,
+        watch=(task, config),
+    )
+
+
+def train_stage(
+    start: Model,
+    *,
+    streams: dict[str, Stream],
+    objective: tuple[Objective, ObjectiveConfig],
+    stage: TrainConfig | UnlearnConfig,
+    optimizer: OptimizerConfig,
+    name: str,
+    seed: int,
+    root: Path,
+    mesh: Any,
+    tracker: Tracker,
+    watch: tuple[Task, RunConfig] | None = None,
+) -> Model:
+    """One stage of training from `start`: found by the digest of what it is made from, or computed."""
+    row, options = objective
+    objectives.check_accumulation(row, stage.accumulate)
+    sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
+    main = row.streams[0]
+    steps = num_steps(stage, len(streams[main].examples))
+    # A stage's purpose keys its randomness: two stages of one seed see different orders.
+    stage_seed = seed * 2**32 + zlib.crc32(name.encode())
+    inputs = {
+        "start": start.sha,
+        "streams": {n: [[e.tokens, e.num_prompt] for e in s.examples] for n, s in streams.items()},
+        "objective": to_json(options),
+        "optimizer": to_json(optimizer),
+        "steps": steps,
+        "batch_size": stage.batch_size,
+        "seed": stage_seed,
+    }
+    from train.stages import digest
+
+    inputs["streams"] = digest(inputs["streams"])
+
+    def compute(checkpoints: Path) -> Any:
+        ready = with_references(
+            streams, row, options, start.decoder, start.params, start.sha, mesh, root
+        )
+        look = None
+        if watch is not None:
+            task, config = watch
+
+            def look(params: Any) -> dict[str, float]:
+                return curve(
+                    start._replace(params=params),
+                    task,
+                    config.data.system_prompt,
+                    config.data.max_length,
+                    mesh,
+                    config.evaluate.score_tokens,
+                    CURVE_ROWS,
+                )
+
+        plan = loop.Stage(
+            name=name,
+            steps=steps,
+            batches=batches_of(ready, main, stage_seed, stage.batch_size),
+            objective=row,
+            options=options,
+            optimizer=optimizer,
+            accumulate=stage.accumulate,
+            checkpoints=checkpoints,
+            checkpoint_seconds=stage.checkpoint_seconds,
+            curve=look,
+            curve_steps=loop.curve_steps(steps, stage.curve_points),
+        )
+        frozen = head_of(start.params) if "hidden" in row.reference.values() else None
+        return loop.run(plan, start.decoder, start.params, frozen, mesh, tracker)
+
+    params, sha = params_stage(root, name, inputs, start.params, compute)
+    return Model(start.decoder, params, start.tokenizer, sha)
+
+
+def host_size(params: Any) -> int:
+    """Number of parameters."""
+    return int(sum(np.prod(x.shape) for x in jax.tree.leaves(params)))

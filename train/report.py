@@ -1,0 +1,280 @@
+"""A run as one self-contained page and pictures; several runs side by side.
+
+python -m train.report RUN              rebuilds RUN/report.html and its PNGs, prints the table
+python -m train.report RUN RUN ... --csv FILE --latex FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from jaxlib_unlearn.errors import UserError
+from train import measures, tables
+from train.about import command, facts, limitations
+from train.runlogs import (
+    clean,
+    leak_scores,
+    read_evals,
+    read_steps,
+    samples,
+    truth_ratios,
+)
+from train.tables import Run
+from train.verdict import verdicts
+
+
+class Picture(NamedTuple):
+    """A picture of the page; without PNG bytes (not enough data) `missing` says why."""
+
+    name: str
+    alt: str
+    caption: str
+    missing: str
+    png: bytes | None
+
+
+def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
+    """curves.png, leak.png and truth_ratio.png of a run."""
+    import numpy as np
+
+    from train import plots
+
+    s, show = run.summary, measures.format_number
+    steps = [r for r in read_steps(run.folder / "metrics.jsonl") if r["stage"] == "unlearned"]
+    scores = {m: np.asarray(leak_scores(log), float) for m, log in logs.items() if leak_scores(log)}
+    values = {m: np.asarray(truth_ratios(log)) for m, log in logs.items() if truth_ratios(log)}
+    distance, p = (measures.number(s["unlearned"].get(n)) for n in ("forget_ks", "forget_quality"))
+
+    def across(name: str) -> str:
+        pairs = [(m, s[m].get(name)) for m in measures.MODELS if m in s]
+        return ", ".join(f"{m} {show(v)}" for m, v in pairs if measures.number(v) is not None)
+
+    ks = measures.leak_ks(s["unlearned"])
+    at_k = across(f"leak_at_{ks[-1]}") if ks else ""
+    made = (
+        (
+            "curves.png",
+            plots.curves(steps, s.get("oracle")),
+            f"Lines over {len(steps)} logged unlearning steps. At the end, forget ROUGE-L: "
+            f"{across('forget_rouge')}; retain ROUGE-L: {across('retain_rouge')}.",
+            "Forget and retain while unlearning. The forget line should come down to the oracle's "
+            "level, the retain line should stay up.",
+            "No curves: metrics.jsonl has no steps of the stage 'unlearned'.",
+        ),
+        (
+            "leak.png",
+            plots.leak(scores, s),
+            "leak@k over k, a line a model" + (f"; at k = {ks[-1]}: {at_k}." if ks else "."),
+            "leak@k: the best of k sampled answers, scored against the truth. A model that only "
+            "hides the facts from greedy decoding rises towards the original's line.",
+            "No leak@k: no answers were sampled (--evaluate.leak-samples).",
+        ),
+        (
+            "truth_ratio.png",
+            plots.truth_ratio(plots.Ratios(values, distance, p)),
+            "Cumulative distributions of the truth ratio on the forget questions. KS distance to "
+            f"the oracle: {across('forget_ks')}.",
+            "Truth ratios on the forget questions. The test behind forget quality asks whether the "
+            "unlearned line and the oracle's could be one; the black bar is the KS distance.",
+            "No truth ratios in evals/.",
+        ),
+    )
+    return [Picture(n, alt, c, no, f and plots.png(f)) for n, f, alt, c, no in made]
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _rows(run: Run, models: Sequence[str]) -> list[dict[str, Any]]:
+    rows = []
+    for name in measures.ordered(n for m in models for n in measures.metrics_of(run.summary[m])):
+        if name == measures.LOG10_P:  # the same number again
+            continue
+        metric = measures.describe(name)
+        head, _, tail = metric.label.rpartition(" ")
+        rows.append(
+            {
+                "head": head,
+                "tail": tail,
+                "explain": metric.explain,
+                "arrow": measures.ARROWS[metric.better],
+                "direction": measures.DIRECTIONS[metric.better],
+                "cells": [_cell(run.summary[m], m, name) for m in models],
+            }
+        )
+    return rows
+
+
+def build(run_dir: str | Path) -> Path:
+    """Write `report.html`, `curves.png`, `leak.png` and `truth_ratio.png` into a run folder.
+
+    Args:
+        run_dir: folder with config.json, summary.json, and if there metrics.jsonl and evals/.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: not the folder of a finished run, a damaged file, or a write that failed.
+    """
+    import jinja2
+
+    run = tables.load_run(run_dir)
+    logs = read_evals(run)
+    models = [m for m in measures.MODELS if m in run.summary]
+    models += sorted(set(run.summary) - set(models))
+    made = pictures(run, logs)
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    preset, seed = run.config.get("preset") or run.folder.name, run.config.get("seed")
+    objective = run.config.get("objective")
+    method = objective.get("name") if isinstance(objective, dict) else objective
+    page = environment.get_template("report.html.j2").render(
+        title=f"{preset}, {method}, seed {seed}" if method else f"{preset}, seed {seed}",
+        lead="A model that knows a set of facts was made to forget a part of them. Below: whether "
+        "it forgot, what it kept, and how that was measured.",
+        verdicts=verdicts(run.summary, len(truth_ratios(logs.get("unlearned", {})))),
+        directions=[(measures.ARROWS[k], text) for k, text in measures.DIRECTIONS.items() if k],
+        models=models,
+        rows=_rows(run, models),
+        retain_log=bool(run.config.get("retain_log")),
+        pictures=[_embed(p, p.png) for p in made if p.png],
+        no_pictures=[p.missing for p in made if not p.png],
+        samples=samples(logs),
+        facts=facts(run, logs),
+        command=clean(command(run), 4000),
+        config=clean(json.dumps(run.config, indent=2, ensure_ascii=False), 20000),
+        limitations=limitations(run, logs),
+    )
+    for picture in made:
+        if picture.png:
+            _write(run.folder / picture.name, picture.png)
+    _write(run.folder / "report.html", page.encode("utf-8", "replace"))
+    return run.folder / "report.html"
+
+
+def _cell(scores: dict[str, Any], model: str, name: str) -> dict[str, Any]:
+    value = scores.get(name)
+    known = measures.number(value) is not None
+    return {
+        "name": f"{model}.{name}",
+        "model": model,
+        "value": json.dumps(value) if known else None,
+        "text": measures.format_number(value),
+    }
+
+
+def _embed(picture: Picture, png: bytes) -> dict[str, Any]:
+    width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
+    data = base64.b64encode(png).decode("ascii")
+    return {
+        "data": data,
+        "width": width,
+        "height": height,
+        "alt": picture.alt,
+        "caption": picture.caption,
+    }
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, with the nearest right option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m train.report --help")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    import difflib
+
+    parser = _Parser(
+        prog="python -m train.report",
+        description="A run as a page; several runs side by side.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", type=Path, help="run folder of train.unlearn"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="every number, one a line")
+    parser.add_argument("--latex", type=Path, metavar="FILE", help="the table as a LaTeX tabular")
+    parser.add_argument("--all", action="store_true", help="all metrics, not only the main ones")
+    known = [o for a in parser._actions for o in a.option_strings if o.startswith("--")]
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, 0.5)
+        raise UserError(
+            f"unknown option {unknown[0]}; "
+            + (f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}")
+        )
+    return args
+
+
+def show(*run_dirs: str | Path, every: bool = False) -> None:
+    """Print runs side by side on stdout, seeds aggregated.
+
+    Args:
+        run_dirs: run folders.
+        every: all metrics, not only the main ones.
+
+    Raises:
+        UserError: one of them is not the folder of a finished run.
+    """
+    _print(tables.columns([tables.load_run(folder) for folder in run_dirs]), every)
+
+
+def _print(cols: Sequence[tables.Column], every: bool) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in tables.terminal(cols, console.width, main=not every):
+        console.print(table)
+    console.print(measures.LEGEND)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns the exit code."""
+    try:
+        args = _parse(argv)
+        runs = [tables.load_run(folder) for folder in args.runs]
+        cols = tables.columns(runs)
+        page = build(args.runs[0]) if len(runs) == 1 else None
+        if args.csv:
+            _write(args.csv, tables.to_csv(cols).encode())
+        if args.latex:
+            _write(args.latex, tables.to_latex(cols, main=not args.all).encode())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for column in cols:
+        if len(set(map(str, column.seeds))) < column.n:
+            where = f"{column.label} {column.model}".strip()
+            print(f"note: {where}: the same seed counts twice", file=sys.stderr)
+    _print(cols, args.all)
+    for path in (page, args.csv, args.latex):
+        if path:
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

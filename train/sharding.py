@@ -1,0 +1,151 @@
+"""Meshes `data x fsdp x tp` and where every array lives on them, by regex rules on the path.
+
+The batch is split over `data` and `fsdp`; parameters over `fsdp` (and `tp` for the wide axis of attention and MLP
+kernels). Model code knows no mesh names.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlib_unlearn.errors import UserError
+
+AXES = ("data", "fsdp", "tp")
+
+# First match wins; the specs name the trailing axes of a leaf, leading (stack) axes are not split.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding$", ("tp", "fsdp")),
+    (r"lm_head/kernel$", ("fsdp", "tp")),
+    (r"attn/(q|k|v)/kernel$", ("fsdp", "tp")),
+    (r"attn/o/kernel$", ("tp", "fsdp")),
+    (r"mlp/(gate|up)/kernel$", ("fsdp", "tp")),
+    (r"mlp/down/kernel$", ("tp", "fsdp")),
+    (r"(scale|bias)$", ()),
+)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; `data = -1` takes all that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tp: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """The device mesh with Auto axes `("data", "fsdp", "tp")`.
+
+    Raises:
+        UserError: the sizes are not positive or do not fit the devices present.
+    """
+    devices = jax.devices() if devices is None else devices
+    rest = config.fsdp * config.tp
+    if config.fsdp < 1 or config.tp < 1 or config.data == 0 or config.data < -1:
+        raise UserError(
+            f"mesh {config.data} x {config.fsdp} x {config.tp}: sizes must be positive (--mesh.data -1: all)"
+        )
+    data = max(1, len(devices) // rest) if config.data == -1 else config.data
+    if data * rest > len(devices):
+        raise UserError(
+            f"mesh data {data} x fsdp {config.fsdp} x tp {config.tp} needs {data * rest} devices, "
+            f"{len(devices)} are present; lower --mesh.data, --mesh.fsdp or --mesh.tp"
+        )
+    grid = np.asarray(devices[: data * rest]).reshape(data, config.fsdp, config.tp)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int, what: str) -> None:
+    """Raise `UserError` unless the global batch splits into micro-batches and over the mesh's batch axes."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (ways * accumulate):
+        raise UserError(
+            f"{what} batch size {batch_size} does not divide over data x fsdp = {ways} with {accumulate} "
+            f"micro-batch(es); use a multiple of {ways * accumulate} or another mesh"
+        )
+
+
+def path_str(path: Any) -> str:
+    """`("layers", "mlp", "up", "kernel")` as `"layers/mlp/up/kernel"`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The partition spec of one parameter; an axis that does not divide stays whole.
+
+    Raises:
+        ValueError: no rule matches `path`.
+    """
+    for pattern, axes in RULES:
+        if re.search(pattern, path):
+            break
+    else:
+        raise ValueError(
+            f"no sharding rule matches parameter {path!r}; add one to train/sharding.py RULES"
+        )
+    full = (None,) * (len(shape) - len(axes)) + axes
+    return P(
+        *(
+            a if a and size % mesh.shape[a] == 0 else None
+            for a, size in zip(full, shape, strict=True)
+        )
+    )
+
+
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A `NamedSharding` for every leaf of a parameter tree (arrays or shapes)."""
+
+    def one(path, leaf):
+        return NamedSharding(mesh, spec_of(path_str(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: those of the parameter whose path ends a leaf's path, else replicated."""
+    known = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+
+    def one(path, leaf):
+        parts = path_str(path).split("/")
+        for i in range(len(parts)):
+            name = "/".join(parts[i:])
+            if name in known and known[name].shape == leaf.shape:
+                return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the batch axes of the mesh, everything else whole."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A host batch as global arrays (rows split over `data` and `fsdp`)."""
+    return jax.device_put(dict(batch), batch_sharding(mesh))
+
+
+def put_params(params: Any, mesh: Mesh) -> Any:
+    """Parameters laid out on the mesh by the rules."""
+    return jax.device_put(params, param_shardings(params, mesh))
+
+
+def describe(params: Any, mesh: Mesh) -> str:
+    """A table of leaf, shape, spec and bytes a device, one line a leaf."""
+    lines = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        spec = spec_of(path_str(path), leaf.shape, mesh)
+        ways = math.prod(mesh.shape[a] for a in spec if a)
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize // ways
+        lines.append(f"{path_str(path):40} {leaf.shape!s:22} {spec!s:40} {size / 2**20:9.2f} MiB")
+    return "\n".join(lines)

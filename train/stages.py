@@ -1,0 +1,85 @@
+"""What was made from what: a result is stored under the digest of everything it was made from.
+
+A stage whose digest is there is never computed twice, and a killed run continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.errors import UserError
+from train import checkpointing
+from train.tracking import say
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def folder_of(root: Path, name: str, inputs: dict[str, Any]) -> Path:
+    """Where the result of stage `name` made from `inputs` lies."""
+    return root / "stages" / f"{name}-{digest(inputs)[:16]}"
+
+
+def params_stage(
+    root: Path, name: str, inputs: dict[str, Any], like: Any, compute: Callable[[Path], Any]
+) -> tuple[Any, str]:
+    """Parameters of a stage and their sha256: read when stored undamaged, else computed and stored.
+
+    Args:
+        root: the run folder.
+        name: the stage.
+        inputs: everything the result depends on, as JSON values.
+        like: a tree with the structure, dtypes and shardings of the result.
+        compute: given a folder for its checkpoints, returns the parameters.
+    """
+    folder = folder_of(root, name, inputs)
+    if checkpointing.read_manifest(folder) is not None:
+        try:
+            params = checkpointing.load_tree(folder, like)
+            say(f"{name}: found, made from the same inputs")
+            return params, checkpointing.params_sha256(params)
+        except UserError as error:
+            say(f"{error}; computing it again")
+    params = compute(root / "checkpoints" / folder.name)
+    sha = checkpointing.params_sha256(params)
+    checkpointing.save_tree(folder, params, {"stage": name, "inputs": inputs, "params_sha256": sha})
+    return params, sha
+
+
+def json_stage(path: Path, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
+    """A JSON result (an evaluation) cached beside the key of what it was made from; stale keys recompute."""
+    key_path = path.with_suffix(".key")
+    key = digest(inputs)
+    try:
+        if key_path.read_text() == key + hashlib.sha256(path.read_bytes()).hexdigest():
+            return json.loads(path.read_text())
+    except (OSError, ValueError):
+        pass
+    value = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(value))
+    write_atomic(key_path, key + hashlib.sha256(path.read_bytes()).hexdigest())
+    return value
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file through a temporary sibling and a rename.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free space or choose another --output"
+        ) from None

@@ -1,0 +1,200 @@
+"""Streams of training batches: which rows a step sees, tokenised, padded, with cached references.
+
+A batch is a pure function of (seed, stream, step), so resuming needs nothing but the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlib_unlearn.objectives import Objective, ObjectiveConfig, reference_forward
+from models.decoder import Decoder
+from models.policy import label_states, over_labels, target_log_prob
+from train.data.batches import batch_shape, collate, make_buckets, paired_indices, training_indices
+from train.data.examples import Example
+from train.sharding import put_batch
+from train.stages import digest
+from train.tracking import progress
+
+REFERENCE_COLUMNS = {"logps": "ref_log_probs", "hidden": "ref_hidden"}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The examples of one stream and, per example, the cached reference columns.
+
+    Args:
+        examples: tokenised rows.
+        pad_id: token in padded slots.
+        length_buckets: padded lengths.
+        label_buckets: padded numbers of labels.
+        references: column name -> one array per example, first axis its labels.
+    """
+
+    examples: Sequence[Example]
+    pad_id: int
+    length_buckets: tuple[int, ...]
+    label_buckets: tuple[int, ...]
+    references: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """The padded batch of these rows."""
+        chosen = [self.examples[i] for i in rows]
+        length, width = batch_shape(chosen, self.length_buckets, self.label_buckets)
+        batch = collate(chosen, [int(i) for i in rows], length, width, pad_id=self.pad_id)
+        for column, values in self.references.items():
+            tail = values[0].shape[1:]
+            padded = np.zeros((len(chosen), width, *tail), np.float32)
+            for b, row in enumerate(rows):
+                padded[b, : len(values[row])] = values[row]
+            batch[column] = padded
+        return batch
+
+
+def make_stream(examples: Sequence[Example], pad_id: int, buckets: int = 2) -> Stream:
+    """A stream with at most `buckets` padded lengths (each pair of lengths is a compilation)."""
+    lengths = [len(e.tokens) for e in examples]
+    labels = [len(e.tokens) - e.num_prompt for e in examples]
+    return Stream(examples, pad_id, make_buckets(lengths, buckets), make_buckets(labels, 1))
+
+
+def batches_of(
+    streams: Mapping[str, Stream], main: str, seed: int, batch_size: int
+) -> Callable[[int], dict[str, dict[str, np.ndarray]]]:
+    """`step -> {stream: batch}`: `main` is walked epoch by epoch, `idk` follows `forget`, others are drawn."""
+
+    def batches(step: int) -> dict[str, dict[str, np.ndarray]]:
+        rows = {}
+        for name, stream in streams.items():
+            count = len(stream.examples)
+            if name == main or name == "idk":
+                rows[name] = training_indices(seed, main, step, batch_size, count)
+            else:
+                rows[name] = paired_indices(seed, name, step, batch_size, count)
+        return {name: streams[name].batch(index) for name, index in rows.items()}
+
+    return batches
+
+
+def _reference_values(
+    decoder: Decoder,
+    params: Any,
+    stream: Stream,
+    kind: str,
+    options: Mapping[str, Any],
+    mesh: Any,
+    label: str,
+) -> list[np.ndarray]:
+    """Per example, the frozen model's log-probabilities or hidden states at its labels."""
+
+    @jax.jit
+    def values(params, options, batch):
+        states = label_states(decoder, params, batch, **options)
+        if kind == "hidden":
+            return states.astype(jnp.float32)
+
+        def log_probs(states, targets):
+            return target_log_prob(decoder.unembed(params, states), targets)
+
+        return over_labels(log_probs, decoder.config.vocab_size, states, batch["targets"])
+
+    found: list[np.ndarray] = []
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = -(-8 // ways) * ways
+    total = len(stream.examples)
+    length, width = batch_shape(stream.examples, stream.length_buckets, stream.label_buckets)
+    with progress(label, total) as advance:
+        for start in range(0, total, size):
+            chosen = list(stream.examples[start : start + size])
+            batch = collate(
+                chosen,
+                range(start, start + len(chosen)),
+                length,
+                width,
+                batch_size=size,
+                pad_id=stream.pad_id,
+            )
+            result = np.asarray(values(params, options, put_batch(batch, mesh)))
+            found += [result[b, : len(e.tokens) - e.num_prompt] for b, e in enumerate(chosen)]
+            advance(len(chosen))
+    return found
+
+
+def with_references(
+    streams: Mapping[str, Stream],
+    objective: Objective,
+    options: ObjectiveConfig,
+    decoder: Decoder,
+    params: Any,
+    params_sha: str,
+    mesh: Any,
+    folder: Path,
+) -> dict[str, Stream]:
+    """Streams with the reference columns the objective's row asks for, each computed once and cached.
+
+    The cache is keyed by the frozen parameters, the examples and the forward options.
+    """
+    keywords = reference_forward(objective, options, decoder.config.num_layers)
+    result = dict(streams)
+    for name, kind in objective.reference.items():
+        stream = streams[name]
+        forward = {k: np.asarray(v, np.float32) for k, v in keywords[name].items()}
+        key = digest(
+            {
+                "params": params_sha,
+                "kind": kind,
+                "forward": {k: v.tolist() for k, v in forward.items()},
+                "examples": [(e.tokens, e.num_prompt) for e in stream.examples],
+            }
+        )
+        path = folder / "caches" / f"{name}-{kind}-{key[:16]}.npz"
+        values = _read(path, len(stream.examples))
+        if values is None:
+            values = _reference_values(
+                decoder, params, stream, kind, forward, mesh, f"reference {name}"
+            )
+            _write(path, values)
+        result[name] = Stream(
+            stream.examples,
+            stream.pad_id,
+            stream.length_buckets,
+            stream.label_buckets,
+            {REFERENCE_COLUMNS[kind]: values},
+        )
+    return result
+
+
+def _read(path: Path, count: int) -> list[np.ndarray] | None:
+    """A cache, or None when it is absent, short or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            flat, ends, expected = data["flat"], data["ends"], str(data["sha256"])
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    except Exception as error:  # a damaged zip member raises zipfile.BadZipFile or zlib.error
+        if type(error).__module__ not in ("zipfile", "zlib"):
+            raise
+        return None
+    if (
+        len(ends) != count
+        or hashlib.sha256(np.ascontiguousarray(flat).tobytes()).hexdigest() != expected
+    ):
+        return None
+    return np.split(flat, ends[:-1])
+
+
+def _write(path: Path, values: Sequence[np.ndarray]) -> None:
+    flat = np.concatenate(values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.npz")
+    sha = hashlib.sha256(np.ascontiguousarray(flat).tobytes()).hexdigest()
+    np.savez(part, flat=flat, ends=np.cumsum([len(v) for v in values]), sha256=np.array(sha))
+    part.replace(path)

@@ -1,0 +1,100 @@
+"""What a run leaves while it runs: one JSON line a step, TensorBoard if asked, progress with an ETA on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.errors import UserError
+
+
+def say(message: str) -> None:
+    """One line to the person, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Tracker:
+    """Writes `metrics.jsonl`; lines of steps that are redone after a crash are dropped first.
+
+    Args:
+        folder: the run folder.
+        tensorboard: also write TensorBoard events there.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool = False):
+        self.path = folder / "metrics.jsonl"
+        self.board: Any = None
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "--tensorboard needs tensorboardX; pip install 'jaxlib-unlearn[tensorboard]'"
+                ) from None
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def resume(self, stage: str, step: int) -> None:
+        """Forget the lines of `stage` at `step` and later (and a line a crash cut short)."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row["stage"] != stage or row["step"] < step:
+                kept.append(line)
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(line + "\n" for line in kept))
+        part.replace(self.path)
+
+    def write(self, stage: str, step: int, scalars: dict[str, float]) -> None:
+        """Append one line."""
+        clean = {k: float(v) for k, v in scalars.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")
+        if self.board is not None:
+            for name, value in clean.items():
+                self.board.add_scalar(f"{stage}/{name}", value, step)
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Yield `advance(n=1, note="")`: a bar with an ETA on a terminal, a line every ten seconds elsewhere.
+
+    Nothing is shown in the first two seconds.
+    """
+    start = last = time.monotonic()
+    state = {"done": done, "shown": False}
+    tty = sys.stderr.isatty()
+
+    def advance(n: int = 1, note: str = "") -> None:
+        nonlocal last
+        state["done"] += n
+        now = time.monotonic()
+        if now - start < 2 or now - last < (0.2 if tty else 10):
+            return
+        last = now
+        speed = (state["done"] - done) / (now - start)
+        eta = math.ceil((total - state["done"]) / speed) if speed > 0 else 0
+        filled = round(24 * state["done"] / max(total, 1))
+        bar = "█" * filled + "░" * (24 - filled) if tty else ""
+        line = f"{label} {bar} {state['done']}/{total}  ETA {eta // 60}:{eta % 60:02d}  {note}"
+        print(
+            ("\r\033[K" if tty else "") + line, end="" if tty else "\n", file=sys.stderr, flush=True
+        )
+        state["shown"] = True
+
+    yield advance
+    if tty and state["shown"]:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    seconds = time.monotonic() - start
+    if seconds >= 2:
+        say(f"{label}: {state['done']} in {seconds:.0f} s")

@@ -1,0 +1,293 @@
+"""Unlearn a language model: original, oracle, unlearned, evaluated, reported, exported.
+
+python -m train.unlearn quickstart
+python -m train.unlearn tofu-smollm2 --data.path DIR
+python -m train.unlearn --help        (presets)      PRESET --help (options)      --list (objectives)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.errors import UserError
+from train import cli
+from train.config import RunConfig, replace, to_json
+from train.presets import PRESETS
+from train.tracking import Tracker, say
+
+
+def main(argv: list[str]) -> None:
+    """The program."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        print("Presets:")
+        for name, preset in PRESETS.items():
+            print(f"  {name:14} {preset.SUMMARY}")
+        return
+    if argv[0] == "--list":
+        print("\n".join(objectives.list_objectives()))
+        return
+    run(read_arguments(argv))
+
+
+def read_arguments(argv: list[str]) -> RunConfig:
+    """The configuration a command line asks for: a preset, or `--config FILE` of an earlier run, with overrides."""
+    if argv[0] == "--config":
+        if len(argv) < 2:
+            raise UserError("--config needs the config.json of a run")
+        return cli.parse(
+            RunConfig, cli.read_config(RunConfig, Path(argv[1])), argv[2:], "train.unlearn", "rerun"
+        )
+    if argv[0].startswith("-"):
+        raise UserError(f"the first argument is a preset ({', '.join(PRESETS)}), got {argv[0]!r}")
+    preset = cli.choose(argv[0], PRESETS, "preset")
+    default = preset.PRESET
+    name = cli.option_value(argv[1:], "--objective.name")
+    if name is not None and name != default.objective.name:
+        # Options tuned for the preset's own objective mean nothing to another one.
+        objective, _ = objectives.resolve(name)
+        default = replace(
+            default,
+            objective=preset.OBJECTIVES.get(objective.name, objectives.ObjectiveConfig(name)),
+        )
+    if "--smoke" in argv:
+        default = replace(default, smoke=True, **preset.SMOKE)
+    return cli.parse(RunConfig, default, argv[1:], f"train.unlearn {argv[0]}", preset.SUMMARY)
+
+
+def run(config: RunConfig) -> Path:
+    """Run all stages of a configuration and return the run folder."""
+    from train import optimizers, pipeline, report, sharding
+    from train.task import load_task
+
+    started = time.monotonic()
+    objectives.resolve(config.objective)
+    optimizers.check(config.optimizer)
+    optimizers.check(config.finetune.optimizer)
+    mesh = sharding.make_mesh(config.mesh)
+    for stage, what in ((config.finetune, "fine-tuning"), (config.unlearn, "unlearning")):
+        sharding.check_batch(mesh, stage.batch_size, stage.accumulate, what)
+    retain_log = _read_retain_log(config)
+    task = load_task(config)
+    if config.stage.original is not None:
+        base = pipeline.load_model(config.stage.original, config.model.remat, mesh)
+    else:
+        base = pipeline.base_model(config, task, mesh)
+    for rows, what in ((task.forget, "forget"), (task.retain, "retain")):
+        pipeline.encode(
+            base, rows, config, what
+        )  # a prompt that leaves no label is found before compute
+    root = open_run(config)
+    tracker = Tracker(root, config.tensorboard)
+    say(
+        f"{config.preset}: {pipeline.host_size(base.params) / 1e6:.1f} M parameters, seed {config.seed}, run folder {root}"
+    )
+    for note in task.notes:
+        say(f"  {note}")
+    minutes: dict[str, float] = {}
+
+    def timed(name: str, since: float) -> None:
+        minutes[name] = minutes.get(name, 0.0) + (time.monotonic() - since) / 60
+
+    # 1. The model that knows, and the model that never knew.
+    clock = time.monotonic()
+    original = base
+    if config.stage.original is None:
+        original = pipeline.finetune(
+            config, base, task.forget + task.retain, "original", root, mesh, tracker
+        )
+    timed("original", clock)
+    oracle = None
+    if config.oracle and retain_log is None:
+        if config.stage.original is not None:
+            say(
+                "oracle: trained from the same start is not possible with --stage.original; give --retain-log to compare"
+            )
+        else:
+            clock = time.monotonic()
+            oracle = pipeline.finetune(config, base, task.retain, "oracle", root, mesh, tracker)
+            timed("oracle", clock)
+
+    # 2. Forget.
+    clock = time.monotonic()
+    unlearned = pipeline.unlearn(config, original, task, root, mesh, tracker)
+    timed("unlearned", clock)
+
+    # 3. Judge all of them alike.
+    judge = {"oracle": oracle, "base": base}.get(config.evaluate.judge)
+    people = {"original": original, "oracle": oracle, "unlearned": unlearned}
+    logs = {}
+    for name, model in people.items():
+        if model is not None:
+            clock = time.monotonic()
+            logs[name] = evaluate_cached(config, model, task, judge, root, mesh, name)
+            timed(f"evaluate {name}", clock)
+    summary = summarize(logs, people, retain_log)
+
+    # 4. Hand it back.
+    export_model(unlearned, root / "export", config.export_dtype)
+    minutes["all"] = (time.monotonic() - started) / 60
+    write_summary(root, summary, minutes, task.notes)
+    report.build(root)
+    report.show(root)
+    say(f"report: {root / 'report.html'}   model: {root / 'export'}   {minutes['all']:.1f} minutes")
+    return root
+
+
+def _read_retain_log(config: RunConfig) -> Any:
+    from jaxlib_unlearn.metrics import tofu
+
+    return None if config.retain_log is None else tofu.load_log(config.retain_log)
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a configuration writes."""
+    if config.output is not None:
+        return config.output
+    return Path("runs") / f"{config.preset}-seed{config.seed}{'-smoke' if config.smoke else ''}"
+
+
+def open_run(config: RunConfig) -> Path:
+    """Create the run folder with its resolved configuration, or enter the folder of the same one."""
+    return enter_folder(run_folder(config), to_json(dataclasses.replace(config, output=None)))
+
+
+def enter_folder(root: Path, wanted: dict[str, Any]) -> Path:
+    """Create `root` with `wanted` as its `config.json`, or enter it when it holds the same.
+
+    Raises:
+        UserError: the folder holds another run's configuration, or other files, or cannot be written.
+    """
+    from train.stages import write_atomic
+
+    path = root / "config.json"
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(
+                f"{path} does not read; give another --output or delete the folder"
+            ) from None
+        if difference := first_difference(there, wanted):
+            raise UserError(
+                f"{root} holds another run's config ({difference}); give another --output"
+            )
+        return root
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"--output {root} exists and is not a run folder; give another --output")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {root}: {error.strerror}; give another --output") from None
+    write_atomic(path, json.dumps(wanted, indent=1))
+    return root
+
+
+def first_difference(there: Any, wanted: Any, name: str = "") -> str:
+    """The first entry in which two configurations differ, as words; empty when they are equal."""
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        for key in sorted(set(there) | set(wanted)):
+            if found := first_difference(
+                there.get(key), wanted.get(key), f"{name}.{key}" if name else key
+            ):
+                return found
+        return ""
+    return "" if there == wanted else f"{name}: {there} there, {wanted} here"
+
+
+def evaluation_inputs(
+    model: Any, task: Any, evaluate: Any, data: Any, judge: Any, seed: int
+) -> dict[str, Any]:
+    """Everything an evaluation depends on."""
+    from train import evaluation
+
+    return {
+        "params": model.sha,
+        "task": task.digest(),
+        "evaluate": to_json(evaluate),
+        "judge": None if judge is None else judge.sha,
+        "system_prompt": data.system_prompt,
+        "max_length": data.max_length,
+        "seed": seed,
+        "version": evaluation.VERSION,
+    }
+
+
+def evaluate_cached(
+    config: RunConfig, model: Any, task: Any, judge: Any, root: Path, mesh: Any, name: str
+) -> Any:
+    """The per-item log of a model, read from `evals/NAME.json` when it was made from the same things."""
+    from train import evaluation
+    from train.stages import json_stage
+
+    inputs = evaluation_inputs(model, task, config.evaluate, config.data, judge, config.seed)
+
+    def compute() -> Any:
+        return evaluation.evaluate_model(
+            model,
+            task,
+            config.evaluate,
+            system_prompt=config.data.system_prompt,
+            max_length=config.data.max_length,
+            mesh=mesh,
+            seed=config.seed,
+            name=name,
+            judge=judge,
+        )
+
+    return json_stage(root / "evals" / f"{name}.json", inputs, compute)
+
+
+def summarize(logs: dict[str, Any], people: dict[str, Any], retain_log: Any) -> dict[str, Any]:
+    """Flat metrics of every model, compared with the oracle's log or the one given."""
+    from train import evaluation
+
+    reference = retain_log if retain_log is not None else logs.get("oracle")
+    return {name: evaluation.summarize(log, reference, people[name]) for name, log in logs.items()}
+
+
+def write_summary(
+    root: Path, summary: dict[str, Any], minutes: dict[str, float], notes: list[str]
+) -> None:
+    """`summary.json` (metrics) and `run.json` (minutes a phase, notes, where it ran)."""
+    import platform
+
+    import jax
+
+    from train.stages import write_atomic
+
+    write_atomic(root / "summary.json", json.dumps(summary, indent=1))
+    about = {
+        "minutes": {k: round(v, 2) for k, v in minutes.items()},
+        "notes": notes,
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+    write_atomic(root / "run.json", json.dumps(about, indent=1))
+
+
+def export_model(model: Any, folder: Path, dtype: str) -> None:
+    """Export a model as an HF folder, unless the folder already holds these parameters."""
+    import models
+    from models.weights import Loaded
+
+    mark = folder / "params_sha256"
+    if mark.exists() and mark.read_text() == f"{model.sha} {dtype}":
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    loaded = Loaded(model.decoder.config, model.params, model.tokenizer)
+    models.export(loaded, folder, dtype=dtype)
+    mark.write_text(f"{model.sha} {dtype}")
+
+
+if __name__ == "__main__":
+    sys.modules.setdefault("train.unlearn", sys.modules["__main__"])
+    cli.main(main)
