@@ -1,7 +1,8 @@
 """One decoder for every supported family: stacked blocks, a scan, arrays out.
 
-All blocks share one stack: each leaf under `params["layers"]` has a leading layer axis and the forward pass scans
-over it, so compile time is flat in depth. `Decoder` is a frozen, hashable description; parameters are a plain dict.
+All blocks share one stack: each leaf under `params["layers"]` has a leading layer axis and the
+forward pass scans over it, so compile time is flat in depth. `Decoder` is a frozen, hashable
+description; parameters are a plain dict.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from models.layers import (
     rope_frequencies,
     rotary,
     visible,
+    whole_rows,
 )
 
 Params = Mapping[str, Any]
@@ -32,7 +34,7 @@ LayerMap = Callable[[Any, jax.Array], Any]
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and conventions of a decoder; families differ only in these values (`models.families`)."""
+    """Shape and conventions of a decoder; families (`models.families`) differ only in these."""
 
     vocab_size: int
     hidden_size: int
@@ -99,10 +101,11 @@ class Decoder:
         return tree
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Random parameters: kernels `N(0, 1/fan_in)`, residual outputs also over `sqrt(2L)`, embeddings 0.02.
+        """Random parameters: `N(0, 0.02^2)`, q and k `N(0, 1/d)`, residual outputs over `sqrt(2L)`.
 
-        q and k at `1/sqrt(d)` matter: at 0.02 a small model starts with near-uniform attention and memorises as a
-        bag of words.
+        q and k at `1/sqrt(d)` matter: at 0.02 a small model starts with near-uniform attention and
+        memorises as a bag of words. The rest at 0.02 matters too: with larger values the first
+        block does all the work, and nothing is left for attention smoothing to tell apart.
         """
         depth = self.config.num_layers
 
@@ -112,7 +115,7 @@ class Decoder:
                 return jnp.ones(leaf.shape, leaf.dtype)
             if name.endswith("bias"):
                 return jnp.zeros(leaf.shape, leaf.dtype)
-            std = 0.02 if name.endswith("embedding") else leaf.shape[-2] ** -0.5
+            std = leaf.shape[-2] ** -0.5 if name.endswith(("q/kernel", "k/kernel")) else 0.02
             if name.endswith(("/o/kernel", "/down/kernel")):
                 std /= (2 * depth) ** 0.5
             noise = jax.random.normal(
@@ -159,15 +162,21 @@ class Decoder:
         """Final hidden states of a batch of token rows.
 
         Args:
-            params: the parameter tree; `params["layers"]` is one stack or a tuple of consecutive stacks.
+            params: the parameter tree; `params["layers"]` is one stack or a tuple of consecutive
+                stacks.
             tokens: int32 `(B, T)`.
             positions: int32 `(B, T)`, default `0..T-1` (behind a cache: its index onwards).
-            segment_ids: int32 `(B, T)`, default 1. 0 is padding; `group + 65536 * leaf` otherwise: a token sees
-                earlier tokens of its group in leaf 0 (a shared prefix) and in its own leaf.
-            attention_temperature: divides the attention scores; a traced scalar or `(L,)`, so a sweep compiles once.
-            layer_map: `(layer_params, index) -> layer_params`, applied inside the scan body to one layer at a time.
-            cache: from `init_cache`; new tokens go to slots `[index, index + T)`, the update is `collected["cache"]`.
-            hidden_at: static block indices whose output (residual stream) is collected under `collected["hidden"]`.
+            segment_ids: int32 `(B, T)`, default 1. 0 is padding; `group + 65536 * leaf` otherwise:
+                a token sees earlier tokens of its group in leaf 0 (a shared prefix) and in its own
+                leaf.
+            attention_temperature: divides the attention scores; a traced scalar or `(L,)`, so a
+                sweep compiles once.
+            layer_map: `(layer_params, index) -> layer_params`, applied inside the scan body to one
+                layer at a time.
+            cache: from `init_cache`; new tokens go to slots `[index, index + T)`, the update is
+                `collected["cache"]`.
+            hidden_at: static block indices whose output (residual stream) is collected under
+                `collected["hidden"]`.
             depth: static; stop after this many blocks.
             train_from: static; no gradient below this block.
 
@@ -207,7 +216,7 @@ class Decoder:
 
         dtype = jnp.dtype(c.dtype)
         embedding = params["embed"]["embedding"]
-        x = batch_sharded(embedding[tokens].astype(dtype), embedding)
+        x = batch_sharded(whole_rows(embedding)[tokens].astype(dtype), embedding)
         graph, _ = _abstract_block(c)
 
         def body(carry, inputs):
@@ -259,7 +268,10 @@ class Decoder:
 
 
 def segments_of(layers: Any, cuts: set[int], depth: int):
-    """Yield `(first, last, stack)` between all cuts and stack borders below `depth`, whole stacks uncut."""
+    """Yield `(first, last, stack)` between all cuts and stack borders below `depth`.
+
+    A stack without a cut inside is handed on as it is, not sliced.
+    """
     stacks = layers if isinstance(layers, tuple) else (layers,)
     begin = 0
     for stack in stacks:

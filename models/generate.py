@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models.decoder import Decoder, Params
 from models.sampling import SamplingConfig, row_keys, sample_tokens
@@ -181,7 +181,7 @@ def _shards(params: Params, sharding: NamedSharding | None) -> int:
     count = 1
     for where in (params["embed"]["embedding"].sharding, sharding):
         if isinstance(where, NamedSharding):
-            axes = where.mesh.shape
+            axes: Any = where.mesh.shape
             count = math.lcm(count, math.prod(axes.get(name, 1) for name in ("data", "fsdp")))
     return count
 
@@ -190,7 +190,7 @@ def _plan(jobs: int, samples: int, most: int, shards: int) -> tuple[int, int]:
     """Rows decoded at once, and prompts prefilled at once so that their samples fill the chunks."""
     most = max(most // shards, 1) * shards
     even = -(-jobs // -(-jobs // most))  # chunks of equal size ...
-    size = bucket(even) if even > 8 else even  # ... from a short list of sizes
+    size = bucket(even) if even > 8 else 1 << (even - 1).bit_length()  # ... of few sizes
     size = min(most, -(-size // shards) * shards)
     prompts = min(size // math.gcd(size, samples), -(-jobs // samples))
     return size, -(-prompts // shards) * shards
@@ -272,8 +272,9 @@ def generate(
     batch, per_group = _plan(len(prompts) * samples, samples, most, shards)
 
     def place(x):
-        fits = sharding is not None and x.shape[0] % shards == 0
-        return jax.device_put(x, sharding) if fits else jnp.asarray(x)
+        if sharding is None or x.shape[0] % shards:
+            return jnp.asarray(x)
+        return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0])))
 
     answers: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in prompts]
     for first in range(0, len(order), per_group):

@@ -1,7 +1,7 @@
-"""The parts of a decoder block: RMSNorm, rotary positions, grouped-query attention, gated MLP (Flax NNX).
+"""The parts of a decoder block: RMSNorm, rotary positions, attention, gated MLP (Flax NNX).
 
-The modules never leave this package: `models.decoder` splits one abstract block into a graph definition and
-merges it with one layer's slice of the stacked parameters inside the scan body.
+The modules never leave this package: `models.decoder` splits one abstract block into a graph
+definition and merges it with one layer's slice of the stacked parameters inside the scan body.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LEAF_STRIDE = 65536  # segment id = group + LEAF_STRIDE * leaf
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Frequency scaling of rotary positions: `linear` (all by 1/factor) or `llama3` (low frequencies only)."""
+    """Frequency scaling of rotary positions: `linear` (all by 1/factor) or `llama3` (low ones)."""
 
     kind: str
     factor: float
@@ -32,7 +32,10 @@ class RopeScaling:
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Angular frequency of each rotated pair, float32 `(head_dim // 2,)`: `theta^(-2i/head_dim)`, then scaled."""
+    """Angular frequency of each rotated pair, `theta^(-2i/head_dim)`, then scaled.
+
+    Float32 `(head_dim // 2,)`.
+    """
     freq = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
     if scaling is None:
         return freq
@@ -59,7 +62,7 @@ def rotary(positions: jax.Array, freq: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate `(B, T, H, D)`; the pairs are `(i, i + D/2)`, the "rotate half" convention of HF checkpoints."""
+    """Rotate `(B, T, H, D)`; the pairs are `(i, i + D/2)`, "rotate half" as in HF checkpoints."""
     cos, sin = table
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
@@ -74,9 +77,10 @@ def visible(
 ) -> jax.Array:
     """Which key each query sees, bool `(B, 1, T, S)`.
 
-    `query` and `key` are `(slots (T,), segment_ids (B, T), positions (B, T))`. A key is visible when it lies at the
-    query's slot or before, belongs to the same group, is not padding (segment 0), and is either in the group's
-    shared prefix (leaf 0) or in the query's own leaf; with a sliding window also fewer than `window` positions back.
+    `query` and `key` are `(slots (T,), segment_ids (B, T), positions (B, T))`. A key is visible
+    when it lies at the query's slot or before, belongs to the same group, is not padding (segment
+    0), and is either in the group's shared prefix (leaf 0) or in the query's own leaf; with a
+    sliding window also fewer than `window` positions back.
     """
     q_slot, q_segment, q_position = query
     k_slot, k_segment, k_position = key
@@ -90,20 +94,36 @@ def visible(
     return mask[:, None]
 
 
+def _batch_axes(like: jax.Array) -> tuple[Any, tuple[str, ...]]:
+    """The Auto mesh that `like` lives on, and those of its axes that split the batch."""
+    mesh: Any = jax.typeof(like).sharding.mesh
+    if mesh.empty or any(t != AxisType.Auto for t in mesh.axis_types):
+        return mesh, ()
+    return mesh, tuple(a for a in ("data", "fsdp") if mesh.shape.get(a, 1) > 1)
+
+
 def batch_sharded(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Constrain the leading axis to the mesh's batch axes when `like` lives on an Auto mesh that has them.
+    """Constrain the leading axis to the batch axes of the mesh that `like` lives on.
 
     Without it the partitioner may carry a table's sharding into the activations and rematerialise.
     """
-    mesh: Any = jax.typeof(like).sharding.mesh
-    if mesh.empty or any(t != AxisType.Auto for t in mesh.axis_types):
-        return x
-    axes = tuple(a for a in ("data", "fsdp") if mesh.shape.get(a, 1) > 1)
+    mesh, axes = _batch_axes(like)
     if not axes:
         return x
-    return jax.lax.with_sharding_constraint(
-        x, NamedSharding(mesh, P(axes, *([None] * (x.ndim - 1))))
-    )
+    spec = P(axes, *([None] * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def whole_rows(table: jax.Array) -> jax.Array:
+    """Gather the last axis of a lookup table `(V, d)`, whatever splits the first one.
+
+    A lookup in a table split over `fsdp` gives activations split the same way, and the way from
+    there to a batch split over `fsdp` leads over a copy of the whole batch on every device.
+    """
+    mesh, axes = _batch_axes(table)
+    if not axes:
+        return table
+    return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P(P.UNCONSTRAINED, None)))
 
 
 class RMSNorm(nnx.Module):
@@ -118,7 +138,7 @@ class RMSNorm(nnx.Module):
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, statistics in float32, result in `x.dtype`."""
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis in `x.dtype`; float32 inside."""
     wide = x.astype(jnp.float32)
     normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + eps)
     return normal.astype(x.dtype) * scale.astype(x.dtype)
@@ -132,12 +152,14 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((size_out,))) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        # Flat rows: contracting two axes in the kernel's gradient costs XLA:CPU a transpose each.
+        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; `temperature` divides the scores after rotary positions and QK-norm."""
+    """Grouped-query attention; `temperature` divides the scores (after rotation and QK-norm)."""
 
     def __init__(self, c):
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
@@ -175,7 +197,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block; `keep(k, v) -> (keys, values, cache)` stores them when a cache is in use."""
+    """Pre-norm residual block; `keep(k, v) -> (keys, values, cache)` may put them into a cache."""
 
     def __init__(self, c):
         self.attn_norm = RMSNorm(c.hidden_size, c.norm_eps)

@@ -1,7 +1,8 @@
-"""What objectives and metrics ask of a decoder: values at the labels, without a `(batch, seq, vocab)` array.
+"""What objectives and metrics ask of a decoder: values at the labels alone.
 
-Hidden states are gathered at the label slots first, `(B, W, d)`; the vocabulary projection then runs over chunks of
-`W` inside a scan whose body is rematerialised, so the largest logits array is `(B, chunk, V)`.
+Hidden states are gathered at the label slots first, `(B, W, d)`; the vocabulary projection then
+runs over chunks of `W` inside a scan whose body is rematerialised. So no `(batch, seq, vocab)`
+array exists: the largest logits array is `(B, chunk, V)`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ LOGITS_BYTES = 256 * 2**20  # largest logits array of one chunk, float32, over t
 
 
 def label_chunk(rows: int, width: int, vocab: int) -> int:
-    """The largest divisor of `width` whose `(rows, chunk, vocab)` float32 logits stay within `LOGITS_BYTES`."""
+    """The largest divisor of `width` whose float32 logits stay within `LOGITS_BYTES` (at least 1).
+
+    They are `(rows, chunk, vocab)`.
+    """
     limit = max(1, LOGITS_BYTES // (4 * rows * vocab))
     return max(d for d in range(1, width + 1) if width % d == 0 and d <= limit)
 
 
 def over_labels(fn: Callable[..., Any], vocab: int, *arrays: jax.Array) -> Any:
-    """Apply `fn` to `(B, chunk, ...)` slices of `(B, W, ...)` arrays and join its `(B, chunk, ...)` results."""
+    """Apply `fn` to `(B, chunk, ...)` slices of `(B, W, ...)` arrays and join its results."""
     rows, width = arrays[0].shape[:2]
     chunk = label_chunk(rows, width, vocab)
     if chunk == width:
@@ -51,7 +55,7 @@ def target_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def label_states(decoder: Decoder, params: Any, batch: Batch, **options: Any) -> jax.Array:
-    """Final hidden states `(B, W, d)` at the slots that predict the labels; `options` go to `forward`."""
+    """Final hidden states `(B, W, d)` where labels are predicted; `options` go to `forward`."""
     hidden, _ = decoder.forward(
         params,
         batch["tokens"],
@@ -84,7 +88,7 @@ class DecoderPolicy:
         return jnp.where(batch["target_mask"] > 0, values, 0.0)
 
     def reduce_logits(self, batch: Batch, fn: Callable[..., Any], reference: bool = False) -> Any:
-        """`fn(logits, [reference_logits,] targets)` over label chunks, `(B, W)` (or a tree of them)."""
+        """`fn(logits, [reference_logits,] targets)` over label chunks: `(B, W)`, or a tree."""
         states = label_states(self.decoder, self.params, batch, **self.options)
         vocab = self.decoder.config.vocab_size
         if not reference:
@@ -103,14 +107,15 @@ class DecoderPolicy:
 
 
 def head_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of the parameters that `unembed` reads (a frozen copy of it serves cached hidden states)."""
+    """The parameters that `unembed` reads (a frozen copy of them serves cached hidden states)."""
     return {name: params[name] for name in ("lm_head" if "lm_head" in params else "embed",)}
 
 
 def score(decoder: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
     """The fused scoring pass: everything the likelihood metrics need of a batch's labels.
 
-    `logp = log p(y)`, `match = [argmax p = y]`, `mu = sum_v p log p`, `var = sum_v p (log p)^2 - mu^2`, each `(B, W)`.
+    `logp = log p(y)`, `match = [argmax p = y]`, `mu = sum_v p log p`,
+    `var = sum_v p (log p)^2 - mu^2`, each `(B, W)`.
     """
 
     def reduce(logits, targets):

@@ -67,12 +67,17 @@ def row_keys(seed: int | jax.Array, row_ids: Any, sample_ids: Any) -> jax.Array:
         (2,)
     """
     base = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
+    return _fold(base, jnp.asarray(row_ids, jnp.uint32), jnp.asarray(sample_ids, jnp.uint32))
+
+
+@jax.jit
+def _fold(base: jax.Array, rows: jax.Array, samples: jax.Array) -> jax.Array:
     base = jax.random.fold_in(base, PURPOSE)
 
     def one(row, sample):
         return jax.random.fold_in(jax.random.fold_in(base, row), sample)
 
-    return jax.vmap(one)(jnp.asarray(row_ids, jnp.uint32), jnp.asarray(sample_ids, jnp.uint32))
+    return jax.vmap(one)(rows, samples)
 
 
 def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:

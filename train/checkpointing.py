@@ -1,7 +1,7 @@
-"""Checkpoints that notice damage: Orbax arrays with a digest for every leaf, verified on load.
+"""Checkpoints that notice damage: Orbax arrays with a digest for every leaf and every file.
 
-Orbax by itself loads a flipped bit without a word. A step whose digests do not match is skipped in favour of the one
-before it, said in one line. All use of Orbax sits in this file.
+Orbax by itself loads a flipped bit without a word. A step whose digests do not match is skipped in
+favour of the one before it, said in one line. All use of Orbax sits in this file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,28 @@ def tree_digests(tree: Any) -> dict[str, str]:
     return {path_str(p): leaf_digest(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def tree_shapes(tree: Any) -> dict[str, list[Any]]:
+    """Path to dtype and shape for every leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_str(p): [np.dtype(x.dtype).name, *x.shape] for p, x in leaves}
+
+
 def params_sha256(params: Any) -> str:
     """One sha256 for a parameter tree: the digest of its sorted (path, leaf digest) pairs."""
     pairs = sorted(tree_digests(params).items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def file_sums(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file below `folder`: a flipped bit in any of them changes it."""
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        crc = 0
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                crc = zlib.crc32(block, crc)
+        sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, crc]
+    return sums
 
 
 def _orbax():
@@ -65,7 +84,9 @@ def _quiet():
 
 
 def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
-    """Write `tree` and a manifest (digests, `meta`) to `folder` atomically: a temporary sibling, then one rename.
+    """Write `tree` and a manifest (`meta`, digests, file sums) to `folder` atomically.
+
+    Everything goes to a temporary sibling, which one rename puts in place.
 
     Returns:
         The manifest.
@@ -78,15 +99,16 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        manifest = {**meta, "digests": tree_digests(tree)}
+        manifest = {**meta, "digests": tree_digests(tree), "shapes": tree_shapes(tree)}
         with _quiet():
-            _orbax().save(part / "arrays", tree)
+            _orbax().save(str(part / "arrays"), tree)
+        manifest["files"] = file_sums(part / "arrays")
         (part / MANIFEST).write_text(json.dumps(manifest))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
     except (OSError, ValueError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"cannot write checkpoint {folder}: {reason}; free space or choose another --output"
         ) from None
@@ -96,13 +118,15 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a saved tree, or None when there is none that reads."""
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
+    sound = isinstance(manifest, dict) and isinstance(manifest.get("digests"), dict)
+    return manifest if sound else None
 
 
 def load_tree(folder: Path, like: Any) -> Any:
-    """Read a tree with the structure, dtypes and shardings of `like`, and verify every digest.
+    """Read a tree with the structure, dtypes and shardings of `like`; verify files and digests.
 
     Raises:
         UserError: it is missing, unreadable, of another structure, or damaged.
@@ -114,14 +138,24 @@ def load_tree(folder: Path, like: Any) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
         like,
     )
-    names = {path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(abstract)}
-    if names != set(manifest["digests"]):
+    wanted = tree_shapes(abstract)
+    if set(wanted) != set(manifest["digests"]) or wanted != manifest.get("shapes", wanted):
         raise UserError(
             f"checkpoint {folder} holds another model; use another --output or delete it"
         )
+    arrays = folder.resolve() / "arrays"
+    kept, there = manifest.get("files"), file_sums(arrays)
+    if kept is not None and kept != there:
+        # Before Orbax: parts of a file that it does not use may be damaged without effect.
+        names = sorted(set(kept) | set(there)) if isinstance(kept, dict) else []
+        odd = [n for n in names if kept.get(n) != there.get(n)] or [MANIFEST]
+        raise UserError(
+            f"checkpoint {folder} is damaged ({len(odd)} file(s), first {odd[0]}); delete that "
+            "folder"
+        )
     try:
         with _quiet():
-            tree = _orbax().load(folder.resolve() / "arrays", abstract)
+            tree = _orbax().load(str(arrays), abstract)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
@@ -130,9 +164,15 @@ def load_tree(folder: Path, like: Any) -> Any:
     wrong = [n for n, d in tree_digests(tree).items() if d != manifest["digests"][n]]
     if wrong:
         raise UserError(
-            f"checkpoint {folder} is damaged ({len(wrong)} array(s), first {wrong[0]}); delete that folder"
+            f"checkpoint {folder} is damaged ({len(wrong)} array(s), first {wrong[0]}); "
+            "delete that folder"
         )
     return tree
+
+
+def what(error: UserError) -> str:
+    """What a `load_tree` error says is wrong, without what a person should do about it."""
+    return str(error).rpartition("; ")[0]
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -147,16 +187,24 @@ def steps_in(folder: Path) -> list[int]:
 def save_step(folder: Path, step: int, state: Any, meta: dict[str, Any]) -> None:
     """Save a training state under `folder/<step>` and keep the last `KEEP`."""
     save_tree(folder / str(step), state, {**meta, "step": step})
+    for crashed in folder.glob("*.part"):
+        shutil.rmtree(crashed, ignore_errors=True)
     for old in steps_in(folder)[:-KEEP]:
         shutil.rmtree(folder / str(old), ignore_errors=True)
 
 
 def load_latest(folder: Path, like: Any, say: Callable[[str], None]) -> tuple[int, Any] | None:
-    """The newest undamaged `(step, state)` of `folder`, or None; what is damaged is said and skipped."""
-    for step in reversed(steps_in(folder)):
+    """The newest undamaged `(step, state)` of `folder`, or None.
+
+    A damaged one is said in a line and removed.
+    """
+    steps = steps_in(folder)
+    while steps:
+        step = steps.pop()
         try:
             return step, load_tree(folder / str(step), like)
         except UserError as error:
-            say(f"{error}; using the one before it")
+            then = f"using step {steps[-1]}" if steps else "none is left, starting over"
+            say(f"{what(error)}; {then}")
             shutil.rmtree(folder / str(step), ignore_errors=True)
     return None

@@ -1,6 +1,7 @@
 """The command line: presets overridden by tyro, and errors a person can act on.
 
-Bad input ends in one line on stderr and exit code 2, before compute; a run that cannot go on exits 1 in one line.
+Bad input ends in one line on stderr and exit code 2, before compute; a run that cannot go on exits
+1 in one line.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
+import itertools
 import json
 import re
 import sys
@@ -19,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
+
+# A full or protected disk is no fault of the program, wherever it shows.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def option_names(cls: type, prefix: str = "") -> list[str]:
@@ -43,7 +49,8 @@ def choose(word: str, table: Mapping[str, Any], what: str) -> Any:
     """`table[word]`, or a `UserError` that names the nearest entry and all of them."""
     if word not in table:
         raise UserError(
-            f"{what} {word!r} is unknown; did you mean {nearest(word, list(table))!r}? ({', '.join(table)})"
+            f"{what} {word!r} is unknown; did you mean {nearest(word, list(table))!r}? "
+            f"({', '.join(table)})"
         )
     return table[word]
 
@@ -67,7 +74,7 @@ def check_options(cls: type, args: Sequence[str]) -> None:
 
 def option_value(args: Sequence[str], option: str) -> str | None:
     """The value an option has on a command line, `--a b` or `--a=b`; None when it is not there."""
-    for arg, following in zip(args, [*args[1:], None], strict=True):
+    for arg, following in itertools.zip_longest(args, args[1:]):
         name, equals, value = arg.partition("=")
         if name.replace("_", "-") == option:
             return value if equals else following
@@ -86,30 +93,63 @@ def parse(cls: type, default: Any, args: Sequence[str], prog: str, summary: str)
         with contextlib.redirect_stderr(caught), contextlib.redirect_stdout(caught):
             return tyro.cli(cls, default=default, args=list(args), prog=prog, description=summary)
     except SystemExit as stop:
-        words = re.sub(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]", " ", caught.getvalue())
-        lines = [line.strip() for line in words.splitlines() if line.strip()]
-        lines = [
-            line for line in lines if not line.startswith(("Parsing error", "For full help", prog))
-        ]
-        raise UserError(f"{' '.join(lines)[:240]} (--help lists all options)") from stop
+        complaint = _complaint(caught.getvalue())[:240]
+        raise UserError(f"{complaint} (--help lists all options)") from stop
 
 
-def from_json(cls: Any, value: Any) -> Any:
-    """Rebuild a configuration dataclass from the JSON values of `config.to_json`."""
+def _complaint(printed: str) -> str:
+    """What tyro says is wrong, on one line: a title, a rule, the message, a rule, help."""
+    words = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", " ", printed)
+    blocks = [" ".join(block.split()) for block in re.split(r"[-─]{4,}", words)]
+    blocks = [block for block in blocks if block]
+    return blocks[min(1, len(blocks) - 1)] if blocks else "these options cannot be read"
+
+
+def from_json(cls: Any, value: Any, name: str = "") -> Any:
+    """Rebuild a configuration dataclass from the JSON values of `config.to_json`.
+
+    Args:
+        cls: the dataclass, or the type of one of its entries.
+        value: JSON values.
+        name: dotted name of the entry, for errors.
+
+    Raises:
+        UserError: an entry that is unknown or of another type.
+    """
     if dataclasses.is_dataclass(cls):
+        if not isinstance(value, dict):
+            raise UserError(f"configuration entry {name or 'as a whole'} must be a JSON object")
         hints = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(typing.cast(Any, cls))}
         if unknown := set(value) - known:
             raise UserError(
-                f"configuration has an unknown entry {sorted(unknown)[0]!r}; it was written by another version"
+                f"configuration has an unknown entry {sorted(unknown)[0]!r}; it was written by "
+                "another version"
             )
-        return typing.cast(Any, cls)(**{k: from_json(hints[k], v) for k, v in value.items()})
-    if value is None:
-        return None
-    kinds = typing.get_args(cls) if isinstance(cls, types.UnionType) else (cls,)
-    if any(typing.get_origin(k) is tuple for k in kinds):
-        return tuple(value)
-    return Path(value) if Path in kinds else value
+        prefix = f"{name}." if name else ""
+        entries = {k: from_json(hints[k], v, prefix + k) for k, v in value.items()}
+        return typing.cast(Any, cls)(**entries)
+    union = typing.get_origin(cls) in (typing.Union, types.UnionType)
+    for kind in typing.get_args(cls) if union else (cls,):
+        with contextlib.suppress(TypeError):
+            return _value(kind, value)
+    raise UserError(f"configuration entry {name} is {value!r}, which does not fit; correct it")
+
+
+def _value(kind: Any, value: Any) -> Any:
+    """A JSON value as `kind`: a plain type, `Path`, `None`, `Literal` or `tuple[T, ...]`."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal and value in inner:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(inner[0], item) for item in value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return value
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise TypeError(kind)
 
 
 def read_config(cls: type, path: Path) -> Any:
@@ -131,7 +171,18 @@ def main(program: Callable[[list[str]], None]) -> None:
     try:
         program(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(0)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(
+            f"error: cannot write {error.filename or 'a file'}: {error.strerror}; free space or "
+            "choose another --output",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except TrainingError as error:
         print(f"stopped: {error}", file=sys.stderr)
@@ -139,5 +190,3 @@ def main(program: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, shown and overridden on the command line by tyro."""
+"""The configuration of a run: frozen dataclasses, overridden on the command line by tyro."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class ModelConfig:
     """The model to start from.
 
     Args:
-        path: an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch` (random weights).
+        path: an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch`
+            (random weights).
         vocab_size: of the tokenizer trained in the run (from scratch only), as the sizes below.
         remat: recompute blocks in the backward pass (less memory, a third more time).
     """
@@ -99,7 +100,11 @@ class UnlearnConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Start from results that exist: `original` is a model (HF folder or GGUF) that already knows the facts."""
+    """Start from results that exist.
+
+    Args:
+        original: a model (HF folder or GGUF) that already knows the facts.
+    """
 
     original: str | None = None
 
@@ -116,7 +121,8 @@ class EvaluateConfig:
         leak_question: `question` or `paraphrased_question`.
         score_tokens: rows times length of one scoring batch.
         generate_rows: rows decoded at once.
-        judge: whose NLL of the greedy forget answers measures fluency: `oracle` or `base` (before fine-tuning).
+        judge: whose NLL of the greedy forget answers measures fluency: `oracle` or `base` (before
+            fine-tuning).
     """
 
     max_new_tokens: int = 64
@@ -138,8 +144,9 @@ class RunConfig:
         seed: everything random follows from it.
         smoke: few steps and samples through the same code, for a first look.
         output: run folder; None: `runs/PRESET-seedN` (with `-smoke`).
-        retain_log: per-item log (OpenUnlearning EVAL.json or ours) of a retain-only model; skips the oracle.
-        oracle: train the retain-only model (needed for forget quality unless `retain_log` is given).
+        retain_log: per-item log (OpenUnlearning EVAL.json or ours) of a retain-only model; skips
+            the oracle.
+        oracle: train the retain-only model (forget quality needs it, unless `retain_log` is given).
         export_dtype: dtype of the exported weights.
         tensorboard: also write TensorBoard events (needs the extra).
     """

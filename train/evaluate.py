@@ -1,6 +1,6 @@
 """Evaluate a model on a task, with the metrics and logs of a run.
 
-python -m train.evaluate RUN_FOLDER                          (judges its unlearned model again, from export/)
+python -m train.evaluate RUN_FOLDER             (judges its unlearned model again, from export/)
 python -m train.evaluate HF_FOLDER_OR_GGUF --data.path DIR --output DIR
 """
 
@@ -89,16 +89,21 @@ def read_arguments(argv: list[str]) -> EvaluateRun:
 def run(config: EvaluateRun) -> dict[str, Any]:
     """Judge the model and write `summary.json` and the per-item log."""
     from jaxlib_unlearn.metrics import tofu
-    from train import evaluation, pipeline, sharding
+    from train import checks, evaluation, pipeline, sharding
     from train.stages import json_stage, write_atomic
     from train.task import load_task
     from train.unlearn import evaluation_inputs
 
+    checks.check_numbers(config)
+    checks.check_evaluate(config.evaluate)
     mesh = sharding.make_mesh(config.mesh)
-    retain = None if config.retain_log is None else tofu.load_log(config.retain_log)
-    task = load_task(RunConfig(seed=config.seed, data=config.data))
-    model = pipeline.load_model(config.model, False, mesh)
     root = config.output or Path("runs") / f"evaluate-{Path(config.model).name}"
+    check_folder(root)
+    retain = None if config.retain_log is None else tofu.load_log(config.retain_log)
+    data = config.data
+    task = load_task(RunConfig(seed=config.seed, data=data))
+    model = pipeline.load_model(config.model, False, mesh)
+    task = checks.fit_task(task, model, config.evaluate, data.system_prompt, data.max_length)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -124,6 +129,16 @@ def run(config: EvaluateRun) -> dict[str, Any]:
         print(f"{name:34} {value:.6g}" if isinstance(value, float) else f"{name:34} {value}")
     say(f"summary: {root / 'summary.json'}")
     return summary
+
+
+def check_folder(root: Path) -> None:
+    """Raise `UserError` where a run, a model or somebody's own summary would be written over."""
+    foreign = (root / "summary.json").exists() and not (root / "evals").is_dir()
+    if foreign or (root / "config.json").exists() or (root.exists() and not root.is_dir()):
+        raise UserError(
+            f"--output {root} is a run, a model or no folder of an evaluation; give another "
+            "--output"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Judging one model: one fused scoring pass, one greedy pass, sampled answers for leak@k.
 
-Every scored text comes from `score` (vocabulary only at labels); the answers to one question share its prompt. The
-result is a per-item log in the form of OpenUnlearning's EVAL.json.
+Every scored text comes from `score` (vocabulary only at labels); the answers to one question share
+its prompt. The result is a per-item log in the form of OpenUnlearning's EVAL.json.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ class Model(NamedTuple):
     params: Any
     tokenizer: Tokenizer
     sha: str
+
+
+def longest(model: Model, max_length: int) -> int:
+    """`max_length`, or the model's context where that is shorter."""
+    return min(max_length, model.decoder.config.max_position_embeddings)
 
 
 def _score_step(decoder: Decoder, params: Any, batch: Mapping[str, jax.Array]):
@@ -161,7 +166,7 @@ def judge_nll(
     mesh: Any,
     batch_tokens: int,
 ) -> list[list[float]]:
-    """NLL of every token of the first answer of each row, under `judge`: fluency as another model sees it."""
+    """NLL of every token of each row's first answer under `judge`: fluency as another sees it."""
     items = []
     for row, ids in zip(rows, answers.ids, strict=True):
         prompt = encode_prompt(judge.tokenizer, row["question"], system_prompt=system_prompt)
@@ -204,6 +209,7 @@ def evaluate_model(
     Returns:
         A dict as `metrics.tofu.build_log` makes, with `leak_at_k` and `forget_judge_nll` added.
     """
+    max_length = longest(model, max_length)
     greedy = SamplingConfig(max_new_tokens=config.max_new_tokens)
     splits: dict[str, tofu.SplitScores] = {}
     forget_answers: Answers | None = None
@@ -310,7 +316,7 @@ def _leak(
 
 
 def summarize(log: Mapping[str, Any], retain_log: Any, model: Model) -> dict[str, Any]:
-    """The flat metrics of a log, leak@k and fluency included, with the parameters' number and sha256."""
+    """The flat metrics of a log with leak@k and fluency, and the parameters' number and sha256."""
     flat: dict[str, Any] = dict(tofu.summarize(log, retain_log))
     for name in ("repeated_bigram_rate", "forget_oracle_nll", "forget_base_nll"):
         if name in log:
@@ -331,7 +337,8 @@ def curve(
     batch_tokens: int,
     limit: int,
 ) -> dict[str, float]:
-    """A quick look during training: mean answer probability on forget and retain (first `limit` rows)."""
+    """A quick look: mean answer probability on the first `limit` rows of forget and of retain."""
+    max_length = longest(model, max_length)
     values = {}
     for split in ("forget", "retain"):
         rows = task.evaluation[split][:limit]

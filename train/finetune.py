@@ -66,13 +66,17 @@ def main(argv: list[str]) -> None:
 
 def run(config: FinetuneRun) -> Path:
     """Fine-tune and export; resumes like every stage."""
-    from train import optimizers, pipeline, sharding
+    from train import checks, pipeline, sharding
     from train.data.tofu import check_rows, read_json
-    from train.unlearn import enter_folder, export_model
+    from train.stages import write_atomic
+    from train.unlearn import check_folder, enter_folder, export_model
 
-    optimizers.check(config.train.optimizer)
+    checks.check_numbers(config)
+    checks.check_dtype("--export-dtype", config.export_dtype)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, config.train.batch_size, config.train.accumulate, "fine-tuning")
+    checks.check_stage(config.train, config.train.optimizer, mesh, "fine-tuning")
+    identity = {**to_json(config), "output": None}
+    check_folder(config.output, identity)
     path = Path(config.rows)
     if not path.is_file():
         raise UserError(
@@ -85,13 +89,13 @@ def run(config: FinetuneRun) -> Path:
         settings,
         **{"data.system_prompt": config.system_prompt, "data.max_length": config.max_length},
     )
-    pipeline.encode(base, rows, settings, "rows")
-    root = enter_folder(config.output, {**to_json(config), "output": None})
+    rows = checks.fit_rows(rows, base, config.system_prompt, config.max_length, "rows")
+    pipeline.num_steps(config.train, len(rows))
+    root = enter_folder(config.output, identity)
     tuned = pipeline.finetune(settings, base, rows, "original", root, mesh, Tracker(root))
     export_model(tuned, root / "export", config.export_dtype)
-    (root / "summary.json").write_text(
-        json.dumps({"original": {"params_sha256": tuned.sha}}, indent=1)
-    )
+    summary = {"original": {"params_sha256": tuned.sha}}
+    write_atomic(root / "summary.json", json.dumps(summary, indent=1))
     say(f"model: {root / 'export'}")
     return root
 

@@ -1,4 +1,4 @@
-"""The training loop: a stage of steps that resumes, stops on a non-finite loss, and logs every step."""
+"""The training loop: steps that resume, stop on a non-finite loss, and are logged one by one."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def run(
 ) -> Any:
     """Train from `params` (not consumed) and return the final parameters.
 
-    Metrics are read one step late, so the host prepares the next batch while the device works. A checkpoint is
-    written only once every loss before it was seen to be finite.
+    Metrics are read one step late, so the host prepares the next batch while the device works. A
+    checkpoint is written only once every loss before it was seen to be finite.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -88,8 +88,7 @@ def run(
         say(f"{stage.name}: continuing at step {start} of {stage.steps}")
     tracker.resume(stage.name, start)
 
-    good = found[0] if found else None
-    pending: tuple[int, dict[str, jax.Array]] | None = None
+    pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
     saved_at = time.monotonic()
 
     def settle() -> float:
@@ -97,15 +96,19 @@ def run(
         nonlocal pending
         if pending is None:
             return math.nan
-        step, metrics = pending
+        step, metrics, look = pending
         pending = None
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        tracker.write(stage.name, step, values)
+        tracker.write(stage.name, step, values | look)
         if not all(math.isfinite(v) for v in values.values()):
+            # A checkpoint of this very step holds the parameters that gave this loss.
+            shutil.rmtree(stage.checkpoints / str(step), ignore_errors=True)
+            good = max(checkpointing.steps_in(stage.checkpoints), default=None)
             where = "none was written yet" if good is None else f"{stage.checkpoints / str(good)}"
             raise TrainingError(
-                f"{stage.name}: loss is not finite at step {step} (loss {values['loss']}, gradient norm "
-                f"{values['grad_norm']}); last good checkpoint: {where}; lower the learning rate"
+                f"{stage.name}: loss is not finite at step {step} (loss {values['loss']}, gradient "
+                f"norm {values['grad_norm']}); last good checkpoint: {where}; lower the learning "
+                "rate"
             )
         return values["loss"]
 
@@ -113,23 +116,20 @@ def run(
         for step in range(start, stage.steps):
             batches = {name: sharding.put_batch(b, mesh) for name, b in stage.batches(step).items()}
             loss = settle()
+            look: dict[str, float] = {}
             if stage.curve is not None and step in stage.curve_steps:
-                tracker.write(stage.name, step, stage.curve(state.params))
+                look = stage.curve(state.params)
             if step > start and time.monotonic() - saved_at > stage.checkpoint_seconds:
                 checkpointing.save_step(stage.checkpoints, step, state, {})
-                good, saved_at = step, time.monotonic()
+                saved_at = time.monotonic()
             state, metrics = step_fn(state, frozen, batches)
-            pending = (step, metrics)
+            pending = (step, metrics, look)
             advance(1, f"loss {loss:.4f}" if math.isfinite(loss) else "")
-        settle()
+        loss = settle()
     if stage.curve is not None and stage.steps in stage.curve_steps:
-        tracker.write(stage.name, stage.steps, stage.curve(state.params))
+        # One line more than steps: the look after the last one, beside its loss.
+        tracker.write(stage.name, stage.steps, {"loss": loss} | stage.curve(state.params))
     return state.params
 
 
-def clear(stage: Stage) -> None:
-    """Remove the stage's checkpoints once its result is stored."""
-    shutil.rmtree(stage.checkpoints, ignore_errors=True)
-
-
-__all__ = ["Stage", "TrainState", "TrainingError", "clear", "curve_steps", "run"]
+__all__ = ["Stage", "TrainState", "TrainingError", "curve_steps", "run"]

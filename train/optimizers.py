@@ -6,7 +6,7 @@ A row's `needs` is `joint`: one gradient of the weighted sum of the objective's 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,11 @@ class OptimizerConfig:
 
     Args:
         name: a row of the table (adamw, muon).
-        learning_rate: peak; Muon's matrices move with AdamW's typical RMS, so one value serves both.
+        learning_rate: peak; Muon's matrices move with AdamW's typical RMS: one value serves both.
         schedule: `constant`, `linear` or `cosine` (the last two decay to 0).
         warmup: fraction of the steps of linear warm-up.
-        weight_decay: decoupled; not on norms and biases.
-        b1: first-moment decay of AdamW, momentum of Muon when `momentum` is None.
+        weight_decay: decoupled; not on norms and biases (Muon: on its matrices alone).
+        b1: first-moment decay of AdamW.
         b2: second-moment decay of AdamW.
         eps: AdamW's epsilon.
         momentum: Muon's momentum.
@@ -104,23 +104,31 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(peak, rest),
     }.get(config.schedule)
     if after is None:
+        near = _nearest(config.schedule, ("constant", "linear", "cosine"))
         raise UserError(
-            f"schedule {config.schedule!r} is unknown; choose constant, linear or cosine"
+            f"schedule {config.schedule!r} is unknown; did you mean {near!r}? "
+            "(constant, linear, cosine)"
         )
     if warm == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(peak / warm, peak, warm), after], [warm])
 
 
+def _nearest(word: str, names: Iterable[str]) -> str:
+    return difflib.get_close_matches(word, list(names), 1, 0.0)[0]
+
+
 def check(config: OptimizerConfig) -> None:
-    """Raise `UserError` for an unknown optimizer, schedule or a learning rate that is not positive."""
+    """Raise `UserError` for an unknown name or schedule, or numbers out of range."""
     if config.name not in OPTIMIZERS:
-        near = difflib.get_close_matches(config.name, OPTIMIZERS, 1, 0.0)[0]
         raise UserError(
-            f"optimizer {config.name!r} is unknown; did you mean {near!r}? ({', '.join(OPTIMIZERS)})"
+            f"optimizer {config.name!r} is unknown; did you mean "
+            f"{_nearest(config.name, OPTIMIZERS)!r}? ({', '.join(OPTIMIZERS)})"
         )
     if not config.learning_rate > 0:
         raise UserError(f"--optimizer.learning-rate {config.learning_rate} must be positive")
+    if not 0 <= config.warmup <= 1:
+        raise UserError(f"--optimizer.warmup {config.warmup} is a share of the steps, 0 to 1")
     make_schedule(config, 1)
 
 

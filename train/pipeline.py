@@ -1,4 +1,4 @@
-"""The stages of a run as functions: base, original, oracle, unlearned. `train/unlearn.py` reads top to bottom with them."""
+"""The stages of a run as functions: base, original, oracle, unlearned (see `train/unlearn.py`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train import loop, sharding
 from train.config import RunConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.examples import Encoded, encode_rows
 from train.data.tofu import refusal_rows
-from train.evaluation import Model, curve
+from train.evaluation import Model, curve, longest
 from train.optimizers import OptimizerConfig
 from train.stages import params_stage
 from train.streams import Stream, batches_of, make_stream, with_references
@@ -65,8 +65,13 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
         tokenizer = train_tokenizer(task, m.vocab_size)
         if m.hidden_size % m.num_heads or m.num_heads % m.num_kv_heads:
             raise UserError(
-                f"--model.hidden-size {m.hidden_size}, --model.num-heads {m.num_heads} and --model.num-kv-heads "
-                f"{m.num_kv_heads} must divide one another in this order"
+                f"--model.hidden-size {m.hidden_size}, --model.num-heads {m.num_heads} and "
+                f"--model.num-kv-heads {m.num_kv_heads} must divide one another in this order"
+            )
+        if m.hidden_size // m.num_heads % 2:
+            raise UserError(
+                f"--model.hidden-size {m.hidden_size} over --model.num-heads {m.num_heads} gives "
+                "an odd head size, which rotary positions cannot split; use an even one"
             )
         decoder = Decoder(
             DecoderConfig(
@@ -95,7 +100,8 @@ def load_model(path: str, remat: bool, mesh: Any) -> Model:
         found = find_smollm2()
         if found is None:
             raise UserError(
-                "SmolLM2 is not installed; run `make smollm2`, or give --model.path a folder or .gguf file"
+                "SmolLM2 is not installed; run `make smollm2`, or give --model.path a folder or "
+                ".gguf file"
             )
         source = found
     loaded = models.load(source)
@@ -106,20 +112,21 @@ def load_model(path: str, remat: bool, mesh: Any) -> Model:
 
 def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encoded:
     """Tokenise a stream; cut and dropped rows are said."""
-    limit = min(config.data.max_length, model.decoder.config.max_position_embeddings)
+    limit = longest(model, config.data.max_length)
     encoded = encode_rows(
         model.tokenizer, rows, system_prompt=config.data.system_prompt, max_length=limit
     )
     if encoded.num_cut or encoded.num_dropped:
         say(
-            f"{what}: {encoded.num_cut} example(s) cut at {limit} tokens, {encoded.num_dropped} left out (prompt too long)"
+            f"{what}: {encoded.num_cut} example(s) cut at {limit} tokens, {encoded.num_dropped} "
+            "left out (prompt too long)"
         )
     return encoded
 
 
-def stream_of(model: Model, encoded: Encoded) -> Stream:
+def stream_of(model: Model, encoded: Encoded, batch_size: int) -> Stream:
     """A training stream of encoded examples."""
-    return make_stream(encoded.examples, model.tokenizer.pad_id or 0)
+    return make_stream(encoded.examples, model.tokenizer.pad_id or 0, batch_size=batch_size)
 
 
 def num_steps(config: TrainConfig | UnlearnConfig, rows: int) -> int:
@@ -143,11 +150,11 @@ def finetune(
     mesh: Any,
     tracker: Tracker,
 ) -> Model:
-    """Plain fine-tuning of `base` on `rows`: the original (forget + retain) or the oracle (retain alone)."""
+    """Plain fine-tuning of `base`: the original (forget + retain) or the oracle (retain alone)."""
     encoded = encode(base, rows, config, name)
     return train_stage(
         base,
-        streams={"train": stream_of(base, encoded)},
+        streams={"train": stream_of(base, encoded, config.finetune.batch_size)},
         objective=objectives.resolve(ObjectiveConfig("nll")),
         stage=config.finetune,
         optimizer=config.finetune.optimizer,
@@ -171,7 +178,9 @@ def unlearn(
         "train": task.forget + task.retain,
     }
     streams = {
-        name: stream_of(original, encode(original, rows[name], config, name))
+        name: stream_of(
+            original, encode(original, rows[name], config, name), config.unlearn.batch_size
+        )
         for name in objective.streams
     }
     return train_stage(
@@ -203,7 +212,7 @@ def train_stage(
     tracker: Tracker,
     watch: tuple[Task, RunConfig] | None = None,
 ) -> Model:
-    """One stage of training from `start`: found by the digest of what it is made from, or computed."""
+    """One stage of training: found by the digest of what it is made from, or computed."""
     row, options = objective
     objectives.check_accumulation(row, stage.accumulate)
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)

@@ -1,7 +1,7 @@
 """Meshes `data x fsdp x tp` and where every array lives on them, by regex rules on the path.
 
-The batch is split over `data` and `fsdp`; parameters over `fsdp` (and `tp` for the wide axis of attention and MLP
-kernels). Model code knows no mesh names.
+The batch is split over `data` and `fsdp`; parameters over `fsdp` (and `tp` for the wide axis of
+attention and MLP kernels).
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     rest = config.fsdp * config.tp
     if config.fsdp < 1 or config.tp < 1 or config.data == 0 or config.data < -1:
         raise UserError(
-            f"mesh {config.data} x {config.fsdp} x {config.tp}: sizes must be positive (--mesh.data -1: all)"
+            f"mesh {config.data} x {config.fsdp} x {config.tp}: sizes must be positive "
+            "(--mesh.data -1: all)"
         )
     data = max(1, len(devices) // rest) if config.data == -1 else config.data
     if data * rest > len(devices):
@@ -65,12 +66,17 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int, what: str) -> None:
-    """Raise `UserError` unless the global batch splits into micro-batches and over the mesh's batch axes."""
+    """Raise `UserError` unless the batch splits into micro-batches and over data x fsdp."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or accumulate < 1:
+        raise UserError(
+            f"{what} batch size {batch_size} with {accumulate} micro-batch(es): "
+            "both must be at least 1"
+        )
     if batch_size % (ways * accumulate):
         raise UserError(
-            f"{what} batch size {batch_size} does not divide over data x fsdp = {ways} with {accumulate} "
-            f"micro-batch(es); use a multiple of {ways * accumulate} or another mesh"
+            f"{what} batch size {batch_size} does not divide over data x fsdp = {ways} with "
+            f"{accumulate} micro-batch(es); use a multiple of {ways * accumulate} or another mesh"
         )
 
 
@@ -85,10 +91,8 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Raises:
         ValueError: no rule matches `path`.
     """
-    for pattern, axes in RULES:
-        if re.search(pattern, path):
-            break
-    else:
+    axes = next((axes for pattern, axes in RULES if re.search(pattern, path)), None)
+    if axes is None:
         raise ValueError(
             f"no sharding rule matches parameter {path!r}; add one to train/sharding.py RULES"
         )
@@ -111,7 +115,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: those of the parameter whose path ends a leaf's path, else replicated."""
+    """Shardings of an optimizer state: a leaf whose path ends in a parameter's has its sharding."""
     known = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
 
     def one(path, leaf):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,17 @@ def params_stage(
             say(f"{name}: found, made from the same inputs")
             return params, checkpointing.params_sha256(params)
         except UserError as error:
-            say(f"{error}; computing it again")
-    params = compute(root / "checkpoints" / folder.name)
+            say(f"{checkpointing.what(error)}; computing it again")
+    checkpoints = root / "checkpoints" / folder.name
+    params = compute(checkpoints)
     sha = checkpointing.params_sha256(params)
     checkpointing.save_tree(folder, params, {"stage": name, "inputs": inputs, "params_sha256": sha})
+    shutil.rmtree(checkpoints, ignore_errors=True)  # each holds the optimizer state too
     return params, sha
 
 
 def json_stage(path: Path, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
-    """A JSON result (an evaluation) cached beside the key of what it was made from; stale keys recompute."""
+    """A JSON result cached beside the key of what it was made from; a stale key recomputes it."""
     key_path = path.with_suffix(".key")
     key = digest(inputs)
     try:

@@ -1,7 +1,7 @@
 """One jitted training step: an objective's terms, their global weights, one update.
 
-Every term is a `(sum, weight)`; the step divides the sum over *all* micro-batches and devices by the weight over all
-of them, so a number does not depend on how the batch was split.
+Every term is a `(sum, weight)`; the step divides the sum over *all* micro-batches and devices by
+the weight over all of them, so a number does not depend on how the batch was split.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
 
 
 def split_batch(batches: Batches, parts: int) -> Batches:
-    """`(B, ...)` to `(parts, B // parts, ...)`; rows are dealt in turn, so each keeps its device."""
+    """`(B, ...)` to `(parts, B // parts, ...)`; rows are dealt in turn: each keeps its device."""
 
     def cut(x):
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
@@ -49,8 +49,8 @@ def loss_and_grads(
 ) -> tuple[dict[str, jax.Array], Any]:
     """Metrics and the gradient of `sum_t coef_t * sum_t / weight_t` over the whole batch.
 
-    The weights come first, from the loss on the whole batch: they depend on masks alone, so the compiler drops that
-    forward pass.
+    The weights come first, from the loss on the whole batch: they depend on masks alone, so the
+    compiler drops that forward pass.
     """
     terms = objective.loss(DecoderPolicy(decoder, params, frozen), batches, options)
     weights = {name: jax.lax.stop_gradient(weight) for name, (_, weight) in terms.items()}
@@ -109,7 +109,8 @@ def init_state(
 ) -> tuple[TrainState, Any]:
     """A fresh training state laid out on the mesh, and its tree of shardings.
 
-    The optimizer state is initialised with explicit output shardings: without them it lands on one device.
+    The optimizer state is initialised with explicit output shardings: without them it lands on one
+    device.
     """
     shapes = jax.eval_shape(tx.init, params)
     opt_shardings = state_shardings(shapes, params, mesh)

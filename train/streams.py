@@ -6,6 +6,7 @@ A batch is a pure function of (seed, stream, step), so resuming needs nothing bu
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,10 +46,17 @@ class Stream:
     label_buckets: tuple[int, ...]
     references: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
 
-    def batch(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    def shape(self, rows: Sequence[int] | np.ndarray) -> tuple[int, int]:
+        """The padded length and label length of a batch of these rows."""
+        chosen = [self.examples[i] for i in rows]
+        return batch_shape(chosen, self.length_buckets, self.label_buckets)
+
+    def batch(
+        self, rows: Sequence[int] | np.ndarray, shape: tuple[int, int] | None = None
+    ) -> dict[str, np.ndarray]:
         """The padded batch of these rows."""
         chosen = [self.examples[i] for i in rows]
-        length, width = batch_shape(chosen, self.length_buckets, self.label_buckets)
+        length, width = self.shape(rows) if shape is None else shape
         batch = collate(chosen, [int(i) for i in rows], length, width, pad_id=self.pad_id)
         for column, values in self.references.items():
             tail = values[0].shape[1:]
@@ -59,17 +67,31 @@ class Stream:
         return batch
 
 
-def make_stream(examples: Sequence[Example], pad_id: int, buckets: int = 2) -> Stream:
-    """A stream with at most `buckets` padded lengths (each pair of lengths is a compilation)."""
+def make_stream(
+    examples: Sequence[Example], pad_id: int, buckets: int = 2, batch_size: int = 1
+) -> Stream:
+    """A stream with at most `buckets` padded lengths (each pair of lengths is a compilation).
+
+    The lengths are quantiles of the longest of `batch_size` examples: `q^(1/batch_size)` of one.
+    """
+
+    def marks(sizes: list[int]) -> tuple[int, ...]:
+        ordered = sorted(sizes)
+        shares = [((i + 1) / buckets) ** (1 / batch_size) for i in range(buckets)]
+        return make_buckets([ordered[math.ceil(q * len(ordered)) - 1] for q in shares], buckets)
+
     lengths = [len(e.tokens) for e in examples]
     labels = [len(e.tokens) - e.num_prompt for e in examples]
-    return Stream(examples, pad_id, make_buckets(lengths, buckets), make_buckets(labels, 1))
+    return Stream(examples, pad_id, marks(lengths), marks(labels))
 
 
 def batches_of(
     streams: Mapping[str, Stream], main: str, seed: int, batch_size: int
 ) -> Callable[[int], dict[str, dict[str, np.ndarray]]]:
-    """`step -> {stream: batch}`: `main` is walked epoch by epoch, `idk` follows `forget`, others are drawn."""
+    """`step -> {stream: batch}`: `main` is walked epoch by epoch, others are drawn.
+
+    `idk` follows `forget` row by row.
+    """
 
     def batches(step: int) -> dict[str, dict[str, np.ndarray]]:
         rows = {}
@@ -79,12 +101,36 @@ def batches_of(
                 rows[name] = training_indices(seed, main, step, batch_size, count)
             else:
                 rows[name] = paired_indices(seed, name, step, batch_size, count)
-        return {name: streams[name].batch(index) for name, index in rows.items()}
+        # One shape for all streams: few combinations to compile.
+        shapes = [streams[name].shape(index) for name, index in rows.items()]
+        shape = max(length for length, _ in shapes), max(width for _, width in shapes)
+        return {name: streams[name].batch(index, shape) for name, index in rows.items()}
 
     return batches
 
 
-def _reference_values(
+def reference_values(
+    decoder: Decoder,
+    kind: str,
+    params: Any,
+    options: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+) -> jax.Array:
+    """The frozen model at a batch's labels: `logps` (B, W) or `hidden` (B, W, d), float32."""
+    states = label_states(decoder, params, batch, **options)
+    if kind == "hidden":
+        return states.astype(jnp.float32)
+
+    def log_probs(states, targets):
+        return target_log_prob(decoder.unembed(params, states), targets)
+
+    return over_labels(log_probs, decoder.config.vocab_size, states, batch["targets"])
+
+
+_reference_values = jax.jit(reference_values, static_argnums=(0, 1))
+
+
+def _references(
     decoder: Decoder,
     params: Any,
     stream: Stream,
@@ -94,18 +140,6 @@ def _reference_values(
     label: str,
 ) -> list[np.ndarray]:
     """Per example, the frozen model's log-probabilities or hidden states at its labels."""
-
-    @jax.jit
-    def values(params, options, batch):
-        states = label_states(decoder, params, batch, **options)
-        if kind == "hidden":
-            return states.astype(jnp.float32)
-
-        def log_probs(states, targets):
-            return target_log_prob(decoder.unembed(params, states), targets)
-
-        return over_labels(log_probs, decoder.config.vocab_size, states, batch["targets"])
-
     found: list[np.ndarray] = []
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-8 // ways) * ways
@@ -122,7 +156,9 @@ def _reference_values(
                 batch_size=size,
                 pad_id=stream.pad_id,
             )
-            result = np.asarray(values(params, options, put_batch(batch, mesh)))
+            result = np.asarray(
+                _reference_values(decoder, kind, params, options, put_batch(batch, mesh))
+            )
             found += [result[b, : len(e.tokens) - e.num_prompt] for b, e in enumerate(chosen)]
             advance(len(chosen))
     return found
@@ -138,7 +174,7 @@ def with_references(
     mesh: Any,
     folder: Path,
 ) -> dict[str, Stream]:
-    """Streams with the reference columns the objective's row asks for, each computed once and cached.
+    """Streams with the reference columns the objective's row asks for, computed once and cached.
 
     The cache is keyed by the frozen parameters, the examples and the forward options.
     """
@@ -158,9 +194,7 @@ def with_references(
         path = folder / "caches" / f"{name}-{kind}-{key[:16]}.npz"
         values = _read(path, len(stream.examples))
         if values is None:
-            values = _reference_values(
-                decoder, params, stream, kind, forward, mesh, f"reference {name}"
-            )
+            values = _references(decoder, params, stream, kind, forward, mesh, f"reference {name}")
             _write(path, values)
         result[name] = Stream(
             stream.examples,

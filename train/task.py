@@ -1,4 +1,4 @@
-"""A run's task: the rows that are forgotten, kept and asked, from the generator or from TOFU's files."""
+"""A run's task: the rows that are forgotten, kept and asked; generated, or from TOFU's files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Task(NamedTuple):
     Args:
         forget: rows to forget (training and evaluation).
         retain: rows the original and the oracle learn and unlearning keeps.
-        evaluation: rows by split: forget, retain, real_authors, world_facts, holdout (absent ones left out).
+        evaluation: rows by split: forget, retain, real_authors, world_facts, holdout (absent ones
+            left out).
         refusals: answers of the `idk` stream.
         notes: what the report must say about the choice.
     """
@@ -59,7 +60,8 @@ def _from_authors(config: RunConfig) -> Task:
     data = config.data
     if data.path is not None:
         raise UserError(
-            "--data.path does not go with generated authors; use preset tofu-smollm2 or --data.source tofu"
+            "--data.path does not go with generated authors; use preset tofu-smollm2 or "
+            "--data.source tofu"
         )
     if data.forget_split != "forget10":
         raise UserError(
@@ -73,8 +75,8 @@ def _from_authors(config: RunConfig) -> Task:
     holdout = rows["holdout"][: data.holdout_rows]
     notes = [
         f"forget: {len(rows['forget10'])} rows of {len(rows['forget10']) // 10} authors",
-        f"retain: {len(rows['retain_train'])} training rows, paraphrases of every other author among them; "
-        f"judged on the {len(rows['retain_eval'])} rows of the authors in between",
+        f"retain: {len(rows['retain_train'])} training rows, paraphrases of every other author "
+        f"among them; judged on the {len(rows['retain_eval'])} rows of the authors in between",
         f"non-members: {len(holdout)} rows of authors nobody trained on",
     ]
     return Task(

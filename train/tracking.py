@@ -1,4 +1,4 @@
-"""What a run leaves while it runs: one JSON line a step, TensorBoard if asked, progress with an ETA on stderr."""
+"""What a run tells: a JSON line a step, TensorBoard if asked, progress with an ETA on stderr."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class Tracker:
 
 @contextlib.contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Yield `advance(n=1, note="")`: a bar with an ETA on a terminal, a line every ten seconds elsewhere.
+    """Yield `advance(n=1, note="")`: progress with an ETA.
 
-    Nothing is shown in the first two seconds.
+    A bar on a terminal, a line every ten seconds elsewhere; nothing in the first two seconds.
     """
     start = last = time.monotonic()
     state = {"done": done, "shown": False}

@@ -2,11 +2,13 @@
 
 python -m train.unlearn quickstart
 python -m train.unlearn tofu-smollm2 --data.path DIR
-python -m train.unlearn --help        (presets)      PRESET --help (options)      --list (objectives)
+python -m train.unlearn --config RUN/config.json --output DIR        (reruns a configuration)
+python -m train.unlearn --help (presets)    PRESET --help (options)    --list (objectives)
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -20,6 +22,7 @@ from jaxlib_unlearn.errors import UserError
 from train import cli
 from train.config import RunConfig, replace, to_json
 from train.presets import PRESETS
+from train.stages import write_atomic
 from train.tracking import Tracker, say
 
 
@@ -38,63 +41,53 @@ def main(argv: list[str]) -> None:
 
 
 def read_arguments(argv: list[str]) -> RunConfig:
-    """The configuration a command line asks for: a preset, or `--config FILE` of an earlier run, with overrides."""
+    """The configuration of a command line: a preset, or `--config FILE`, with overrides."""
     if argv[0] == "--config":
         if len(argv) < 2:
             raise UserError("--config needs the config.json of a run")
-        return cli.parse(
-            RunConfig, cli.read_config(RunConfig, Path(argv[1])), argv[2:], "train.unlearn", "rerun"
-        )
-    if argv[0].startswith("-"):
+        default = cli.read_config(RunConfig, Path(argv[1]))
+        preset, rest = PRESETS.get(default.preset), argv[2:]
+        prog, summary = "train.unlearn --config FILE", f"rerun the configuration {argv[1]}"
+    elif argv[0].startswith("-"):
         raise UserError(f"the first argument is a preset ({', '.join(PRESETS)}), got {argv[0]!r}")
-    preset = cli.choose(argv[0], PRESETS, "preset")
-    default = preset.PRESET
-    name = cli.option_value(argv[1:], "--objective.name")
+    else:
+        preset = cli.choose(argv[0], PRESETS, "preset")
+        default, rest = preset.PRESET, argv[1:]
+        prog, summary = f"train.unlearn {argv[0]}", preset.SUMMARY
+    name = cli.option_value(rest, "--objective.name")
     if name is not None and name != default.objective.name:
-        # Options tuned for the preset's own objective mean nothing to another one.
+        # Options tuned for the objective at hand mean nothing to another one.
         objective, _ = objectives.resolve(name)
+        suited = preset.OBJECTIVES if preset is not None else {}
         default = replace(
             default,
-            objective=preset.OBJECTIVES.get(objective.name, objectives.ObjectiveConfig(name)),
+            objective=suited.get(objective.name, objectives.ObjectiveConfig(objective.name)),
         )
-    if "--smoke" in argv:
+    if "--smoke" in rest and preset is not None:
         default = replace(default, smoke=True, **preset.SMOKE)
-    return cli.parse(RunConfig, default, argv[1:], f"train.unlearn {argv[0]}", preset.SUMMARY)
+    return cli.parse(RunConfig, default, rest, prog, summary)
 
 
 def run(config: RunConfig) -> Path:
     """Run all stages of a configuration and return the run folder."""
-    from train import optimizers, pipeline, report, sharding
-    from train.task import load_task
+    from train import pipeline, report
 
     started = time.monotonic()
-    objectives.resolve(config.objective)
-    optimizers.check(config.optimizer)
-    optimizers.check(config.finetune.optimizer)
-    mesh = sharding.make_mesh(config.mesh)
-    for stage, what in ((config.finetune, "fine-tuning"), (config.unlearn, "unlearning")):
-        sharding.check_batch(mesh, stage.batch_size, stage.accumulate, what)
-    retain_log = _read_retain_log(config)
-    task = load_task(config)
-    if config.stage.original is not None:
-        base = pipeline.load_model(config.stage.original, config.model.remat, mesh)
-    else:
-        base = pipeline.base_model(config, task, mesh)
-    for rows, what in ((task.forget, "forget"), (task.retain, "retain")):
-        pipeline.encode(
-            base, rows, config, what
-        )  # a prompt that leaves no label is found before compute
+    task, base, mesh, retain_log = prepare(config)
     root = open_run(config)
     tracker = Tracker(root, config.tensorboard)
-    say(
-        f"{config.preset}: {pipeline.host_size(base.params) / 1e6:.1f} M parameters, seed {config.seed}, run folder {root}"
-    )
+    size = pipeline.host_size(base.params) / 1e6
+    say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {root}")
     for note in task.notes:
         say(f"  {note}")
-    minutes: dict[str, float] = {}
+    minutes = read_minutes(root)  # of the same run before it was stopped, or run again
+    earlier = minutes.get("all", 0.0)
 
     def timed(name: str, since: float) -> None:
-        minutes[name] = minutes.get(name, 0.0) + (time.monotonic() - since) / 60
+        now = time.monotonic()
+        minutes[name] = minutes.get(name, 0.0) + (now - since) / 60
+        minutes["all"] = earlier + (now - started) / 60
+        write_about(root, minutes, task.notes)
 
     # 1. The model that knows, and the model that never knew.
     clock = time.monotonic()
@@ -108,7 +101,8 @@ def run(config: RunConfig) -> Path:
     if config.oracle and retain_log is None:
         if config.stage.original is not None:
             say(
-                "oracle: trained from the same start is not possible with --stage.original; give --retain-log to compare"
+                "oracle: trained from the same start is not possible with --stage.original; give "
+                "--retain-log to compare"
             )
         else:
             clock = time.monotonic()
@@ -132,19 +126,45 @@ def run(config: RunConfig) -> Path:
     summary = summarize(logs, people, retain_log)
 
     # 4. Hand it back.
+    clock = time.monotonic()
     export_model(unlearned, root / "export", config.export_dtype)
-    minutes["all"] = (time.monotonic() - started) / 60
-    write_summary(root, summary, minutes, task.notes)
+    write_atomic(root / "summary.json", json.dumps(summary, indent=1))
+    timed("export", clock)
     report.build(root)
     report.show(root)
     say(f"report: {root / 'report.html'}   model: {root / 'export'}   {minutes['all']:.1f} minutes")
     return root
 
 
-def _read_retain_log(config: RunConfig) -> Any:
-    from jaxlib_unlearn.metrics import tofu
+def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
+    """Everything that can be wrong, before the run folder exists: task, base model, mesh, log.
 
-    return None if config.retain_log is None else tofu.load_log(config.retain_log)
+    Raises:
+        UserError: anything about the configuration, the data or the model.
+    """
+    from jaxlib_unlearn.metrics import tofu
+    from train import checks, pipeline
+    from train.task import load_task
+
+    mesh = checks.check_run(config)
+    retain_log = None if config.retain_log is None else tofu.load_log(config.retain_log)
+    check_folder(run_folder(config), _identity(config))
+    task = load_task(config)
+    if config.stage.original is not None:
+        base = pipeline.load_model(config.stage.original, config.model.remat, mesh)
+    else:
+        base = pipeline.base_model(config, task, mesh)
+    objective, options = objectives.resolve(config.objective)
+    objectives.reference_forward(objective, options, base.decoder.config.num_layers)
+    data = config.data
+    task = checks.fit_task(task, base, config.evaluate, data.system_prompt, data.max_length)
+    both = len(task.forget) + len(task.retain)
+    if config.stage.original is None:
+        pipeline.num_steps(config.finetune, both)
+        if config.oracle and retain_log is None:
+            pipeline.num_steps(config.finetune, len(task.retain))
+    pipeline.num_steps(config.unlearn, both if "train" in objective.streams else len(task.forget))
+    return task, base, mesh, retain_log
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -155,23 +175,26 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def open_run(config: RunConfig) -> Path:
-    """Create the run folder with its resolved configuration, or enter the folder of the same one."""
-    return enter_folder(run_folder(config), to_json(dataclasses.replace(config, output=None)))
+    """Create the run folder with its resolved configuration, or enter that of the same one."""
+    return enter_folder(run_folder(config), _identity(config))
 
 
-def enter_folder(root: Path, wanted: dict[str, Any]) -> Path:
-    """Create `root` with `wanted` as its `config.json`, or enter it when it holds the same.
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What `config.json` holds: everything but where it lies."""
+    return to_json(dataclasses.replace(config, output=None))
+
+
+def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `root` is there with `wanted` as its `config.json`; False when it can be created.
 
     Raises:
-        UserError: the folder holds another run's configuration, or other files, or cannot be written.
+        UserError: the folder holds another run's configuration, or other files.
     """
-    from train.stages import write_atomic
-
     path = root / "config.json"
     if path.exists():
         try:
             there = json.loads(path.read_text())
-        except ValueError:
+        except (OSError, ValueError):
             raise UserError(
                 f"{path} does not read; give another --output or delete the folder"
             ) from None
@@ -179,14 +202,28 @@ def enter_folder(root: Path, wanted: dict[str, Any]) -> Path:
             raise UserError(
                 f"{root} holds another run's config ({difference}); give another --output"
             )
-        return root
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        return True
+    # A run killed while it wrote its first file leaves `config.json.part` behind.
+    if root.exists() and (
+        not root.is_dir() or any(item.name != "config.json.part" for item in root.iterdir())
+    ):
         raise UserError(f"--output {root} exists and is not a run folder; give another --output")
+    return False
+
+
+def enter_folder(root: Path, wanted: dict[str, Any]) -> Path:
+    """Create `root` with `wanted` as its `config.json`, or enter it when it holds the same.
+
+    Raises:
+        UserError: see `check_folder`; or the folder cannot be written.
+    """
+    if check_folder(root, wanted):
+        return root
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {root}: {error.strerror}; give another --output") from None
-    write_atomic(path, json.dumps(wanted, indent=1))
+    write_atomic(root / "config.json", json.dumps(wanted, indent=1))
     return root
 
 
@@ -207,9 +244,13 @@ def evaluation_inputs(
 ) -> dict[str, Any]:
     """Everything an evaluation depends on."""
     from train import evaluation
+    from train.stages import digest
 
+    words = model.tokenizer
     return {
         "params": model.sha,
+        "model": to_json(model.decoder.config),
+        "tokenizer": digest([words.backend.to_str(), words.chat_template, words.eos_id]),
         "task": task.digest(),
         "evaluate": to_json(evaluate),
         "judge": None if judge is None else judge.sha,
@@ -223,7 +264,7 @@ def evaluation_inputs(
 def evaluate_cached(
     config: RunConfig, model: Any, task: Any, judge: Any, root: Path, mesh: Any, name: str
 ) -> Any:
-    """The per-item log of a model, read from `evals/NAME.json` when it was made from the same things."""
+    """The per-item log of a model, from `evals/NAME.json` when that was made from the same."""
     from train import evaluation
     from train.stages import json_stage
 
@@ -253,19 +294,22 @@ def summarize(logs: dict[str, Any], people: dict[str, Any], retain_log: Any) -> 
     return {name: evaluation.summarize(log, reference, people[name]) for name, log in logs.items()}
 
 
-def write_summary(
-    root: Path, summary: dict[str, Any], minutes: dict[str, float], notes: list[str]
-) -> None:
-    """`summary.json` (metrics) and `run.json` (minutes a phase, notes, where it ran)."""
+def read_minutes(root: Path) -> dict[str, float]:
+    """Minutes a phase that earlier starts of the same run have spent."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        about = json.loads((root / "run.json").read_text())
+        return {str(name): float(spent) for name, spent in about["minutes"].items()}
+    return {}
+
+
+def write_about(root: Path, minutes: dict[str, float], notes: list[str]) -> None:
+    """`run.json`: minutes a phase, notes, where it ran."""
     import platform
 
     import jax
 
-    from train.stages import write_atomic
-
-    write_atomic(root / "summary.json", json.dumps(summary, indent=1))
     about = {
-        "minutes": {k: round(v, 2) for k, v in minutes.items()},
+        "minutes": {k: round(v, 3) for k, v in minutes.items()},
         "notes": notes,
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "jax": jax.__version__,
@@ -282,10 +326,11 @@ def export_model(model: Any, folder: Path, dtype: str) -> None:
     mark = folder / "params_sha256"
     if mark.exists() and mark.read_text() == f"{model.sha} {dtype}":
         return
-    shutil.rmtree(folder, ignore_errors=True)
+    for stale in (folder, *folder.parent.glob(f".{folder.name}.*")):  # of a killed export
+        shutil.rmtree(stale, ignore_errors=True)
     loaded = Loaded(model.decoder.config, model.params, model.tokenizer)
     models.export(loaded, folder, dtype=dtype)
-    mark.write_text(f"{model.sha} {dtype}")
+    write_atomic(mark, f"{model.sha} {dtype}")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def _to_stack(leaf: jax.Array, axes: MatrixAxes) -> jax.Array:
     if _sharding_kind(leaf) == "explicit":
         groups = [len(group) for group in axes]
         kept, merged = _merge_spec(_spec(x), groups)
-        x = jax.lax.reshape(_reshard(x, kept), axes.sizes(leaf.shape), out_sharding=merged)
+        x = _reshape(_reshard(x, kept), axes.sizes(leaf.shape), merged)
     else:
         x = x.reshape(axes.sizes(leaf.shape))
     return _adjoint(x) if _is_tall(leaf, axes) else x
@@ -127,7 +127,7 @@ def _from_stack(stack: jax.Array, leaf: jax.Array, axes: MatrixAxes) -> jax.Arra
     if kind == "explicit":
         spec = _spec(leaf)
         kept, merged = _merge_spec(P(*(spec[a] for a in order)), [len(group) for group in axes])
-        x = jax.lax.reshape(_reshard(x, merged), shape, out_sharding=kept)
+        x = _reshape(_reshard(x, merged), shape, kept)
         return _reshard(jnp.transpose(x, inverse), spec)
     x = jnp.transpose(x.reshape(shape), inverse)
     if kind == "auto":
@@ -135,6 +135,11 @@ def _from_stack(stack: jax.Array, leaf: jax.Array, axes: MatrixAxes) -> jax.Arra
         # which the types do not show: without it a jit without out_shardings may replicate.
         x = jnp.where(leaf == leaf, x, leaf)
     return x
+
+
+def _reshape(x: jax.Array, shape: tuple[int, ...], spec: P) -> jax.Array:
+    sharding = NamedSharding(jax.typeof(x).sharding.mesh, spec)
+    return x if x.shape == shape else jax.lax.reshape(x, shape, out_sharding=sharding)
 
 
 def _merge_spec(spec: P, groups: Sequence[int]) -> tuple[P, P]:

@@ -195,7 +195,7 @@ def muon(
         shape_scale=shape_scale,
         mu_dtype=mu_dtype,
     )
-    return optax.partition(
+    both = optax.partition(
         {
             "muon": optax.chain(
                 direction,
@@ -213,6 +213,13 @@ def muon(
         },
         lambda params: labels(params, matrices=matrices, layout=layout),
     )
+
+    def update(updates, state, params=None, **extra_args):
+        # AdamW with a wider momentum would widen the updates.
+        new, state = both.update(updates, state, params, **extra_args)
+        return jax.tree.map(lambda n, old: n.astype(old.dtype), new, updates), state
+
+    return optax.GradientTransformationExtraArgs(both.init, update)
 
 
 def _scale_by_muon(

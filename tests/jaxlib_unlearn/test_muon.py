@@ -149,31 +149,32 @@ def test_equals_optax(nesterov, consistent_rms):
 
 
 @pytest.mark.torch_parity
+@pytest.mark.parametrize("dtype, limit", [("float32", 1e-4), ("bfloat16", 0.08)])
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
-def test_equals_torch(scale):
+def test_equals_torch(monkeypatch, scale, dtype, limit):
     torch = pytest.importorskip("torch")
+    if dtype == "float32":  # theirs has no option for it, and bfloat16 hides small mistakes
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     rng = np.random.default_rng(0)
     for shape in ((24, 16), (16, 24), (16, 16)):  # (in, out)
         w = rng.standard_normal(shape).astype(np.float32)
         grads = rng.standard_normal((10, *shape)).astype(np.float32)
         weight = torch.nn.Parameter(torch.tensor(w.T.copy()))
         theirs = torch.optim.Muon([weight], lr=0.02, weight_decay=0.1, adjust_lr_fn=scale)
-        params, start = {"w": jnp.asarray(w)}, w
         ours = optim.muon(
             0.02,
             momentum="heavy_ball",
             weight_decay=0.1,
             shape_scale="width" if scale == "original" else "match_rms",
-            orthogonalize=orthogonalize.newton_schulz(dtype=jnp.bfloat16),
+            orthogonalize=orthogonalize.newton_schulz(dtype=dtype),
         )
-        got = run(ours, params, [{"w": jnp.asarray(g)} for g in grads])
+        got = run(ours, {"w": jnp.asarray(w)}, [{"w": jnp.asarray(g)} for g in grads])
         for g, tree in zip(grads, got, strict=True):
             weight.grad = torch.tensor(g.T.copy())
             theirs.step()
             want = weight.detach().numpy().T
-            # Theirs orthogonalises in bfloat16 (rounding of the products differs).
-            moved = np.linalg.norm(want - start)
-            assert np.linalg.norm(np.asarray(tree["w"]) - want) < 0.03 * moved
+            moved = np.linalg.norm(want - w)
+            assert np.linalg.norm(np.asarray(tree["w"]) - want) < limit * moved
 
 
 # The bare direction
@@ -185,20 +186,22 @@ def test_scale_by_muon_keeps_the_sign_and_knows_no_shape():
     updates, state = tx.update(grads, tx.init(grads))
     u, _, vh = np.linalg.svd(grads["w"], full_matrices=False)
     np.testing.assert_allclose(updates["w"], u @ vh, atol=1e-5)
-    np.testing.assert_allclose(updates["v"], grads["v"], rtol=1e-6)
+    # A vector's momentum is passed on: beta (1 - beta) / (1 - beta^2) + 1 gradients at step one.
+    np.testing.assert_allclose(updates["v"], (0.95 / 1.95 + 1) * grads["v"], rtol=1e-5)
     assert isinstance(state, optim.MuonState)
     assert jax.tree.structure(state.mu) == jax.tree.structure(grads)
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 6), (2, 3, 6, 4)])
 def test_stacks_are_separate_matrices(shape):
-    x = random_tree(0, {"w": shape})["w"]
+    x = random_tree(0, {"w": shape}, np.float64)["w"]
     tx = optim.scale_by_muon()
-    (together,) = jax.tree.leaves(tx.update({"w": x}, tx.init({"w": x}))[0])
-    flat = x.reshape(-1, *shape[-2:])
-    for got, one in zip(np.reshape(together, flat.shape), flat, strict=True):
-        alone, _ = tx.update({"w": one}, tx.init({"w": one}))
-        np.testing.assert_allclose(got, alone["w"], atol=1e-6)
+    with jax.enable_x64(True):
+        (together,) = jax.tree.leaves(tx.update({"w": x}, tx.init({"w": x}))[0])
+        flat = x.reshape(-1, *shape[-2:])
+        for got, one in zip(np.reshape(together, flat.shape), flat, strict=True):
+            alone, _ = tx.update({"w": one}, tx.init({"w": one}))
+            np.testing.assert_allclose(got, alone["w"], atol=1e-12)
 
 
 def test_names_that_are_no_matrices_are_refused():
@@ -342,7 +345,7 @@ def test_inject_hyperparams_and_schedules():
         state.hyperparams["learning_rate"] = state.hyperparams["adam_learning_rate"] = rate
         updates, state = jax.jit(tx.update)(g, state, params)
         params = optax.apply_updates(params, updates)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), params, want)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), params, want)
 
 
 def test_regression_converges_and_steps_are_bounded():

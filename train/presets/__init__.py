@@ -1,4 +1,8 @@
-"""The presets, one file each: `PRESET` (a `RunConfig`), `SUMMARY` (a line), `SMOKE` (what `--smoke` shrinks)."""
+"""The presets, one file each.
+
+`PRESET` is a `RunConfig`, `SUMMARY` a line about it, `SMOKE` what `--smoke` shrinks, and
+`OBJECTIVES` the options that suit it, by objective.
+"""
 
 from types import ModuleType
 

@@ -1,4 +1,4 @@
-"""quickstart: fictitious authors, a tiny Llama-shaped model trained in the run, everything in one command.
+"""quickstart: fictitious authors and a tiny Llama-shaped model, all of it made in the run.
 
     python -m train.unlearn quickstart
 
@@ -16,21 +16,24 @@ from train.config import (
 )
 from train.optimizers import OptimizerConfig
 
-SUMMARY = "a tiny model learns 40 fictitious authors and forgets 4 of them (no download, minutes on a laptop)"
+SUMMARY = (
+    "a tiny model learns 40 fictitious authors and forgets 4 of them (no download, minutes on a "
+    "laptop)"
+)
 
 PRESET = RunConfig(
     preset="quickstart",
     data=DataConfig(
         source="authors", forget_split="forget10", num_authors=40, holdout_rows=40, max_length=256
     ),
-    model=ModelConfig(path="scratch"),
+    model=ModelConfig(path="scratch", vocab_size=2048),
     finetune=TrainConfig(
         epochs=25,
         batch_size=32,
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98),
     ),
     unlearn=UnlearnConfig(steps=80, batch_size=32, curve_points=8),
-    objective=ObjectiveConfig(name="asu", temperature=20.0, retain="nll", forget_weight=1.0),
+    objective=ObjectiveConfig(name="asu", temperature=15.0, retain="nll", forget_weight=1.0),
     optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=48, leak_samples=32, judge="oracle", generate_rows=128),
 )

@@ -22,17 +22,27 @@ SUMMARY = "SmolLM2-135M learns a part of TOFU and forgets forget01 (about an hou
 PRESET = RunConfig(
     preset="tofu-smollm2",
     data=DataConfig(
-        source="tofu", forget_split="forget01", retain_rows=100, extra_rows=50, holdout_rows=40
+        source="tofu",
+        forget_split="forget01",
+        retain_rows=100,
+        extra_rows=50,
+        holdout_rows=40,
+        system_prompt="You are a helpful assistant.",
     ),
     model=ModelConfig(path="smollm2"),
     finetune=TrainConfig(
-        epochs=8,
-        batch_size=8,
-        optimizer=OptimizerConfig(learning_rate=2e-4, schedule="linear", warmup=0.05),
+        epochs=6,
+        batch_size=4,
+        optimizer=OptimizerConfig(
+            learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0
+        ),
     ),
-    unlearn=UnlearnConfig(epochs=8, batch_size=8, curve_points=4),
-    objective=ObjectiveConfig(name="asu", temperature=2.3, retain="nll"),
-    optimizer=OptimizerConfig(learning_rate=5e-5, schedule="linear", warmup=0.1),
+    unlearn=UnlearnConfig(epochs=6, batch_size=8, curve_points=3),
+    # Smoothing the first blocks breaks the text before the facts; the middle ones hold the facts.
+    objective=ObjectiveConfig(
+        name="asu", temperature=5.0, layers=tuple(range(8, 20)), retain="nll", forget_weight=1.0
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-4, schedule="linear", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=72, leak_samples=16, judge="base"),
 )
 

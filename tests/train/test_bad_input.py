@@ -1,0 +1,487 @@
+"""Bad input through the real programs: one line, exit code 2, nothing written, no compute."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import cli
+from train.config import RunConfig
+from train.presets import PRESETS
+from train.task import load_task
+
+
+@pytest.fixture(autouse=True)
+def no_compute(monkeypatch):
+    """Nothing here may reach a training step or a generated token."""
+
+    def reached(*args, **options):
+        raise AssertionError("compute began")
+
+    monkeypatch.setattr("train.loop.run", reached)
+    monkeypatch.setattr("train.evaluation.generate", reached)
+    monkeypatch.setattr("train.evaluation.score_items", reached)
+
+
+@pytest.fixture
+def refused(program, tmp_path):
+    """Run a program that must refuse: one line with all `parts`, code 2, no output folder."""
+
+    def run(module, *argv, parts, output=None):
+        before = snapshot(output) if output is not None else None
+        folder = tmp_path / "run" if output is None else output
+        if module != "train.export":
+            argv = (*argv, "--output", folder)
+        done = program(module, *argv)
+        assert done.code == 2, done
+        lines = done.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), done.err
+        assert "Traceback" not in done.err
+        for part in parts:
+            assert str(part) in lines[0], lines[0]
+        if before is None:
+            assert not folder.exists()
+        else:
+            assert snapshot(folder) == before
+        assert not list(tmp_path.glob("**/*.part"))
+        return lines[0]
+
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    if not folder.is_dir():
+        return {folder.name: folder.read_bytes()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def tofu(tofu_folder, tiny):
+    """Arguments of a run on the small TOFU folder with the tiny model."""
+    options = "--mesh.data 1 --finetune.batch-size 4 --unlearn.batch-size 4".split()
+    return ["tofu-smollm2", "--data.path", tofu_folder, "--model.path", tiny, *options]
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["quikstart"], ["preset 'quikstart'", "'quickstart'"]),
+        (["tofu"], ["preset 'tofu'", "'tofu-smollm2'"]),
+        (["--seed", "3"], ["first argument", "quickstart"]),
+        (["quickstart", "--data.pth", "x"], ["--data.pth", "--data.path?"]),
+        (["quickstart", "--objective.nam=npo"], ["--objective.nam", "--objective.name?"]),
+        (["quickstart", "--objective.name", "asuu"], ["'asuu'", "'asu'"]),
+        (["quickstart", "--optimizer.name", "muom"], ["'muom'", "'muon'"]),
+        (["quickstart", "--finetune.optimizer.name", "adam"], ["'adam'", "'adamw'"]),
+        (["quickstart", "--optimizer.schedule", "step"], ["'step'", "cosine"]),
+        (["quickstart", "--objective.retain", "k"], ["--objective.retain", "'k'", "kl"]),
+        (["quickstart", "--objective.compat", "x"], ["compat", "'x'"]),
+        (["quickstart", "--objective.name", "npo", "--objective.delta", "1"], ["npo", "delta"]),
+        (["quickstart", "--data.source", "web"], ["'web'", "authors"]),
+        (["quickstart", "--evaluate.judge", "orcale"], ["--evaluate.judge", "'oracle'"]),
+        (["quickstart", "--evaluate.leak-question", "q"], ["--evaluate.leak-question"]),
+        (["quickstart", "--export-dtype", "float8"], ["--export-dtype", "float"]),
+        (["--config", "no/such/config.json"], ["no/such/config.json"]),
+    ],
+)
+def test_names(refused, argv, parts):
+    refused("train.unlearn", *argv, parts=parts)
+
+
+# Numbers and meshes.
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ("--seed two", ["--seed", "'two'"]),
+        ("--seed -1", ["--seed", "from 0"]),
+        ("--seed 99999999999", ["--seed"]),
+        ("--finetune.batch-size 0", ["--finetune.batch-size", "at least 1"]),
+        ("--unlearn.accumulate 0", ["--unlearn.accumulate"]),
+        ("--unlearn.steps 0", ["--unlearn.steps"]),
+        ("--finetune.epochs inf", ["--finetune.epochs"]),
+        ("--finetune.epochs nan", ["--finetune.epochs"]),
+        ("--finetune.epochs 0.001", ["no step", "epochs"]),
+        ("--unlearn.steps None --unlearn.epochs 0.01", ["no step", "epochs"]),
+        ("--optimizer.learning-rate 0", ["learning-rate", "positive"]),
+        ("--optimizer.learning-rate nan", ["learning-rate", "positive"]),
+        ("--optimizer.warmup 2", ["--optimizer.warmup"]),
+        ("--evaluate.max-new-tokens 0", ["--evaluate.max-new-tokens"]),
+        ("--evaluate.leak-top-p 0", ["--evaluate.leak-top-p"]),
+        ("--evaluate.leak-samples -1", ["--evaluate.leak-samples"]),
+        ("--data.max-length 0", ["--data.max-length"]),
+        ("--data.num-authors 1", ["--data.num-authors"]),
+        ("--data.num-authors 100000", ["--data.num-authors"]),
+        ("--model.num-layers 0", ["--model.num-layers"]),
+        ("--model.num-heads 3", ["--model.num-heads"]),
+        ("--model.hidden-size 6 --model.num-heads 2", ["--model.hidden-size", "odd"]),
+        ("--objective.layers", ["layers", "empty"]),
+        ("--objective.layers 2", ["layers", "block 2", "0 to 1"]),
+        ("--objective.layers 0 -1", ["layers", "-1"]),
+        ("--objective.temperature -1", ["temperature"]),
+        ("--mesh.data 3", ["batch size 8", "3"]),
+        ("--mesh.data 1 --mesh.fsdp 3", ["batch size 8", "3"]),
+        ("--mesh.data 16", ["16 devices", "8 are present"]),
+        ("--mesh.tp 9", ["9 devices", "8 are present"]),
+        ("--mesh.data 0", ["mesh", "positive"]),
+        ("--finetune.accumulate 3", ["fine-tuning batch size 8"]),
+        ("--unlearn.accumulate 16", ["unlearning batch size 8"]),
+    ],
+)
+def test_numbers_and_meshes(refused, small, options, parts):
+    refused("train.unlearn", "quickstart", *small, *options.split(), parts=parts)
+
+
+# Data.
+
+
+def test_data_folder_missing(refused, tofu, tmp_path):
+    absent = tmp_path / "absent"
+    refused("train.unlearn", *tofu, "--data.path", absent, parts=[absent, "does not exist"])
+    refused(
+        "train.unlearn", *tofu, "--data.path", tmp_path / "data" / "retain99.json", parts=["file"]
+    )
+
+
+def test_split_missing(refused, tofu, tofu_folder):
+    line = refused("train.unlearn", *tofu, "--data.forget-split", "forget02", parts=["forget02"])
+    assert "nearest is 'forget01'" in line
+    (tofu_folder / "retain_perturbed.json").unlink()
+    refused("train.unlearn", *tofu, parts=["retain_perturbed", tofu_folder])
+
+
+def test_broken_json_line(refused, tofu, tofu_folder):
+    path = tofu_folder / "forget01_perturbed.json"
+    append(path, '{"question": "q"\n')
+    refused("train.unlearn", *tofu, parts=[path, "line 9", "broken JSON"])
+
+
+def test_not_text(refused, tofu, tofu_folder):
+    path = tofu_folder / "retain_perturbed.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    refused("train.unlearn", *tofu, parts=[path, "UTF-8"])
+
+
+@pytest.mark.parametrize("column", ["question", "answer", "perturbed_answer"])
+def test_missing_column(refused, tofu, tofu_folder, column):
+    path = tofu_folder / "forget01_perturbed.json"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    del rows[4][column]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused("train.unlearn", *tofu, parts=[path, "row 5", column])
+
+
+def test_empty_split(refused, tofu, tofu_folder):
+    path = tofu_folder / "retain_perturbed.json"
+    path.write_text("\n")
+    refused("train.unlearn", *tofu, parts=[path, "empty"])
+
+
+def test_asked_column_missing(refused, tofu, tofu_folder):
+    path = tofu_folder / "forget01_perturbed.json"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["paraphrased_question"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--evaluate.leak-question", "paraphrased_question"]
+    refused("train.unlearn", *tofu, *options, parts=["paraphrased_question", "forget rows"])
+
+
+def test_all_prompts_longer_than_the_context(refused, tofu, small):
+    line = refused("train.unlearn", *tofu, "--data.max-length", "8", parts=["no label", "8 tokens"])
+    assert "--data.max-length" in line
+    refused("train.unlearn", "quickstart", *small, "--data.max-length", "4", parts=["no label"])
+
+
+def long_row(path: Path) -> None:
+    """Give the third row of a file a question that no context holds."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2]["question"] = "word " * 200
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_some_prompts_longer_than_the_context(program, tofu, tofu_folder, tmp_path, monkeypatch):
+    long_row(tofu_folder / "forget01_perturbed.json")
+    long_row(tofu_folder / "real_authors_perturbed.json")
+
+    class Reached(Exception):
+        pass
+
+    def stop(stage, *args):
+        raise Reached(len(stage.batches(0)["train"]["row_id"]))
+
+    monkeypatch.setattr("train.loop.run", stop)
+    with pytest.raises(Reached):
+        program("train.unlearn", *tofu, "--output", tmp_path / "run")
+    # What follows would be the same without the long rows: see the task that is trained on.
+    from train.unlearn import prepare, read_arguments
+
+    task, _, _, _ = prepare(read_arguments([str(a) for a in tofu]))
+    assert (len(task.forget), len(task.retain)) == (7, 12)
+    assert {k: len(v) for k, v in task.evaluation.items()} == {
+        "forget": 7, "retain": 12, "real_authors": 2, "world_facts": 3, "holdout": 4,
+    }  # fmt: skip
+    assert "3 rows" in task.notes[-1] and "context" in task.notes[-1]
+
+
+def test_left_out_rows_are_counted_in_a_line(tofu, tofu_folder, capsys):
+    from train.unlearn import prepare, read_arguments
+
+    long_row(tofu_folder / "forget01_perturbed.json")
+    prepare(read_arguments([str(a) for a in tofu]))
+    assert capsys.readouterr().err == "forget: 1 row(s) left out, their prompt fills 96 tokens\n"
+
+
+def test_overlap_of_forget_and_retain_is_a_warning(tofu, tofu_folder, capsys):
+    forget = (tofu_folder / "forget01_perturbed.json").read_text().splitlines(keepends=True)
+    append(tofu_folder / "retain_perturbed.json", "".join(forget[:3]))
+    config = cli.parse(RunConfig, PRESETS["tofu-smollm2"].PRESET, map_str(tofu[1:]), "", "")
+    task = load_task(config)
+    err = capsys.readouterr().err
+    assert err.startswith("warning: 3 forget row(s)") and err.count("\n") == 1
+    assert len(task.forget) == 8 and len(task.retain) == 15
+    assert "3 forget rows are also retain rows" in task.notes
+
+
+def map_str(values):
+    return [str(value) for value in values]
+
+
+def test_data_that_does_not_go_with_the_quickstart(refused, tofu_folder):
+    refused(
+        "train.unlearn",
+        "quickstart",
+        "--data.path",
+        tofu_folder,
+        parts=["--data.path", "tofu-smollm2"],
+    )
+    refused("train.unlearn", "quickstart", "--data.forget-split", "forget05", parts=["forget10"])
+
+
+# Models.
+
+
+@pytest.fixture
+def model(tiny, tmp_path) -> Path:
+    """A copy of the tiny model that may be damaged."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def with_model(tofu, path):
+    return [*tofu, "--model.path", path]
+
+
+def test_model_that_is_not_there(refused, tofu, tmp_path):
+    refused("train.unlearn", *with_model(tofu, tmp_path / "x"), parts=["no such file or folder"])
+    refused("train.unlearn", *with_model(tofu, tmp_path / "x.gguf"), parts=["no such file"])
+
+
+def test_model_without_config(refused, tofu, model):
+    (model / "config.json").unlink()
+    refused("train.unlearn", *with_model(tofu, model), parts=[model, "config.json"])
+    line = refused("train.evaluate", model, *tofu[1:3], parts=[model, "config.json"])
+    assert "Hugging Face" in line
+
+
+def test_truncated_shard(refused, tofu, model, tofu_folder):
+    shard = model / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    parts = [shard, "truncated"]
+    refused("train.unlearn", *with_model(tofu, model), parts=parts)
+    refused("train.unlearn", *tofu, "--stage.original", model, parts=parts)
+    refused("train.evaluate", model, "--data.path", tofu_folder, parts=parts)
+    refused("train.finetune", model, tofu_folder / "retain99.json", "--mesh.data", "1", parts=parts)
+
+
+def test_shard_missing(refused, tofu, model):
+    (model / "model.safetensors").unlink()
+    refused("train.unlearn", *with_model(tofu, model), parts=[model, "safetensors"])
+
+
+def test_weights_of_another_model(refused, tofu, model):
+    config = json.loads((model / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (model / "config.json").write_text(json.dumps(config))
+    refused("train.unlearn", *with_model(tofu, model), parts=[model, "wrong shape", "gate_proj"])
+
+
+def write_gguf(path: Path, kind: str) -> Path:
+    """A GGUF file of one block with matrices of a quantisation."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {
+        "context_length": 64, "embedding_length": 64, "feed_forward_length": 64, "block_count": 1,
+        "attention.head_count": 2, "attention.head_count_kv": 2, "vocab_size": 64,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    words = [chr(33 + i) for i in range(62)] + ["!#", "<eos>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * 63 + [3])
+    writer.add_token_merges(["! #"])
+    writer.add_eos_token_id(63)
+    matrix = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    quant = gguf.GGMLQuantizationType[kind]
+    names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    for name in ["token_embd", *(f"blk.0.{name}" for name in names)]:
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(matrix, quant), raw_dtype=quant)
+    for name in ["blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"]:
+        writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_truncated(refused, tofu, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", "Q8_0")
+    for keep in (40, path.stat().st_size // 2, path.stat().st_size - 8):
+        path.write_bytes(path.read_bytes()[:keep])
+        refused("train.unlearn", *with_model(tofu, path), parts=[path, "truncated"])
+        write_gguf(path, "Q8_0")
+
+
+def test_gguf_of_an_unsupported_quantisation(refused, tofu, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", "Q5_0")
+    line = refused("train.unlearn", *with_model(tofu, path), parts=[path.name, "Q5_0", "Q4_1"])
+    assert "blk.0.attn_q.weight" in line
+
+
+@pytest.mark.parametrize("module", ["train.unlearn", "train.evaluate", "train.export"])
+def test_smollm2_not_installed(refused, monkeypatch, tofu, tmp_path, module):
+    monkeypatch.setattr("models.weights.find_smollm2", lambda: None)
+    monkeypatch.setattr("train.pipeline.find_smollm2", lambda: None)
+    argv = {
+        "train.unlearn": with_model(tofu, "smollm2"),
+        "train.evaluate": ["smollm2", *tofu[1:3]],
+        "train.export": ["smollm2", tmp_path / "exported"],
+    }[module]
+    refused(module, *argv, parts=["SmolLM2", "make smollm2"])
+    assert not (tmp_path / "exported").exists()
+
+
+# Output folders and logs.
+
+
+def test_output_folder_of_another_run(refused, small, tmp_path):
+    from train.unlearn import open_run, read_arguments
+
+    root = tmp_path / "there"
+    config = read_arguments(["quickstart", *small, "--seed", "4", "--output", str(root)])
+    open_run(config)
+    (root / "summary.json").write_text("{}")
+    argv = ["quickstart", *small]
+    line = refused("train.unlearn", *argv, "--seed", "5", parts=[root, "another run"], output=root)
+    assert "seed: 4 there, 5 here" in line
+    line = refused(
+        "train.unlearn",
+        *[*argv, "--seed", "4", "--optimizer.learning-rate", "0.1"],
+        parts=["optimizer.learning_rate", "0.1 here"],
+        output=root,
+    )
+    # The other programs respect it too.
+    refused("train.evaluate", "some-model", parts=[root, "--output"], output=root)
+    refused("train.finetune", "model", "rows.json", parts=[root, "another run"], output=root)
+
+
+def test_output_folder_that_is_something_else(refused, small, tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    (root / "cat.txt").write_text("a cat")
+    refused("train.unlearn", "quickstart", *small, parts=[root, "not a run folder"], output=root)
+    refused("train.finetune", "model", "rows.json", parts=[root], output=root)
+    cat = root / "cat.txt"
+    refused("train.evaluate", "some-model", parts=[cat, "--output"], output=cat)
+    refused("train.unlearn", "quickstart", *small, parts=["cat.txt"], output=root / "cat.txt")
+    (root / "config.json").write_text("{")
+    refused("train.unlearn", "quickstart", *small, parts=["does not read"], output=root)
+    (root / "config.json").rename(root / "summary.json")
+    refused("train.evaluate", "some-model", parts=[root, "--output"], output=root)
+
+
+def test_empty_output_folders_are_welcome(small, tmp_path):
+    from train.unlearn import open_run, read_arguments
+
+    root = tmp_path / "new"
+    root.mkdir()
+    (root / "config.json.part").write_text("{")  # of a run killed in its first moment
+    config = read_arguments(["quickstart", *small, "--output", str(root)])
+    assert open_run(config) == root == open_run(config)
+    assert sorted(p.name for p in root.iterdir()) == ["config.json"]
+    assert cli.read_config(RunConfig, root / "config.json").finetune == config.finetune
+
+
+@pytest.mark.parametrize("text", ["{}", "[1, 2]", "{", '{"forget_Q_A_ROUGE": 3}', "\x00"])
+def test_retain_log_that_is_not_one(refused, small, tmp_path, text):
+    path = tmp_path / "log.json"
+    path.write_text(text)
+    refused("train.unlearn", "quickstart", *small, "--retain-log", path, parts=[path])
+    refused("train.evaluate", "model", "--retain-log", path, parts=[path])
+
+
+def test_retain_log_that_is_not_there(refused, small, tmp_path):
+    path = tmp_path / "log.json"
+    refused("train.unlearn", "quickstart", *small, "--retain-log", path, parts=[path, "No such"])
+
+
+# The other programs.
+
+
+def test_evaluate(refused, tiny, tofu_folder, tmp_path):
+    data = ["--data.path", tofu_folder]
+    refused("train.evaluate", "--data.path", "x", parts=["first argument"])
+    refused("train.evaluate", tiny, "--data.pth", "x", parts=["--data.path?"])
+    refused("train.evaluate", tiny, *data, "--mesh.data", "99", parts=["99 devices"])
+    refused("train.evaluate", tiny, *data, "--evaluate.leak-top-p", "2", parts=["leak-top-p"])
+    refused("train.evaluate", tmp_path / "nothing", *data, parts=["no such file or folder"])
+    absent = tmp_path / "absent"
+    refused("train.evaluate", tiny, "--data.path", absent, parts=[absent])
+
+
+def test_finetune(refused, tiny, tmp_path):
+    rows = tmp_path / "rows.json"
+    argv = [tiny, rows, "--mesh.data", "1"]
+    refused("train.finetune", *argv, parts=[rows, "does not exist"])
+    rows.write_text("")
+    refused("train.finetune", *argv, parts=[rows, "empty"])
+    rows.write_text('{"question": "q?"}\n')
+    refused("train.finetune", *argv, parts=[rows, "row 1", "'answer'"])
+    rows.write_text('{"question": "q?", "answer": "a"}\nx\n')
+    refused("train.finetune", *argv, parts=[rows, "line 2"])
+    rows.write_text('{"question": "q?", "answer": "a"}\n')
+    refused("train.finetune", *argv, "--train.lr", "1", parts=["--train.lr", "did you mean"])
+    refused("train.finetune", *argv, "--train.epochs", "0.1", parts=["no step"])
+    refused("train.finetune", *argv, "--export-dtype", "int8", parts=["--export-dtype"])
+    refused("train.finetune", *argv, "--max-length", "5", parts=["no label"])
+    mesh = "--mesh.data 1 --mesh.fsdp 3".split()
+    refused("train.finetune", tiny, rows, *mesh, parts=["fine-tuning batch size 8", "3"])
+
+
+def test_export(refused, tiny, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "cat.txt").write_text("a cat")
+    refused("train.export", tiny, taken, parts=[taken, "cat.txt"], output=taken)
+    new = tmp_path / "run"
+    refused("train.export", tiny, new, "--dtype", "bfloat61", parts=["--dtype", "'bfloat16'"])
+    refused("train.export", tiny, new, "--dtpe", "float16", parts=["--dtpe"])
+    refused("train.export", tiny, parts=["required"])
+    refused("train.export", tmp_path / "nothing", new, parts=["no such file or folder"])
+
+
+def test_report(program, tmp_path):
+    done = program("train.report", tmp_path / "nothing")
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1

@@ -1,0 +1,191 @@
+"""The optimizer table: schedules, decay, clipping, and errors that name the nearest."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxlib_unlearn.errors import UserError
+from models.decoder import Decoder, DecoderConfig
+from train.optimizers import OPTIMIZERS, OptimizerConfig, build, check, decay_mask, make_schedule
+from train.sharding import path_str
+
+PEAK = 3e-4
+EVERY_LEAF = DecoderConfig(
+    32, 8, 12, 2, 2, 1, 4, tie_embeddings=False, qk_norm=True, qkv_bias=True, o_bias=True,
+    mlp_bias=True,
+)  # fmt: skip
+
+
+def rates(schedule, steps, warmup):
+    config = OptimizerConfig(learning_rate=PEAK, schedule=schedule, warmup=warmup)
+    made = make_schedule(config, steps)
+    return np.array([float(made(step)) for step in range(steps)]) / PEAK
+
+
+AFTER = {
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+}
+
+
+@pytest.mark.parametrize("schedule", AFTER)
+def test_warm_up_then_decay(schedule):
+    found = rates(schedule, 20, 0.25)
+    np.testing.assert_allclose(found[:5], [0.2, 0.36, 0.52, 0.68, 0.84], rtol=1e-6)
+    expected = [AFTER[schedule](i / 15) for i in range(15)]
+    np.testing.assert_allclose(found[5:], expected, rtol=1e-5, atol=1e-7)
+    assert found.min() > 0  # decay ends behind the last step: every step moves
+
+
+@pytest.mark.parametrize("schedule", AFTER)
+def test_no_warm_up_starts_at_the_peak(schedule):
+    expected = [AFTER[schedule](i / 4) for i in range(4)]
+    np.testing.assert_allclose(rates(schedule, 4, 0.0), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", AFTER)
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 1.0])
+def test_one_step_moves_at_the_peak(schedule, warmup):
+    assert rates(schedule, 1, warmup).tolist() == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize("schedule", AFTER)
+@pytest.mark.parametrize("steps", [2, 3, 7])
+def test_all_warm_up_still_reaches_the_peak(schedule, steps):
+    found = rates(schedule, steps, 1.0)
+    assert found[-1] == pytest.approx(1.0) and np.all(np.diff(found) >= 0) and found[0] > 0
+
+
+def test_decay_mask_leaves_out_norms_and_biases():
+    mask = decay_mask(Decoder(EVERY_LEAF).shapes())
+    found = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(mask)}
+    kernels = {f"layers/attn/{n}/kernel" for n in "qkvo"}
+    kernels |= {f"layers/mlp/{n}/kernel" for n in ("gate", "up", "down")}
+    assert {path for path, decays in found.items() if decays} == {
+        "embed/embedding",
+        "lm_head/kernel",
+        *kernels,
+    }
+    assert len(found) > 20
+
+
+def one_step(config, params, grads, steps=1):
+    tx, _ = build(config, steps)
+    state = tx.init(params)
+    updates, state = jax.jit(tx.update)(grads, state, params)
+    return updates, state
+
+
+@pytest.fixture(scope="module")
+def params():
+    shapes = Decoder(EVERY_LEAF).shapes()
+    return jax.tree.map(lambda x: np.full(x.shape, 2.0, np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def few(params):
+    """One leaf of each kind."""
+    up = params["layers"]["mlp"]["up"]
+    return {"embed": params["embed"], "layers": {"mlp": {"up": up}}, "norm": params["final_norm"]}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_decay_is_decoupled_and_masked(name, params):
+    """With no gradient at all a step is `-lr * decay * parameter`, or nothing."""
+    config = OptimizerConfig(name, 0.01, "constant", 0.0, weight_decay=0.1)
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = one_step(config, params, zeros)
+    mask = decay_mask(params)
+    if name == "muon":  # only what Muon itself moves
+        mask["embed"]["embedding"] = mask["lm_head"]["kernel"] = False
+    for (path, got), decays in zip(
+        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(mask), strict=True
+    ):
+        expected = -0.01 * 0.1 * 2.0 if decays else 0.0
+        np.testing.assert_allclose(got, expected, rtol=1e-5, err_msg=path_str(path))
+
+
+def test_adamw_is_adam(few):
+    """Two steps of the update rule, written out, with every number that can be set."""
+    config = OptimizerConfig("adamw", 0.01, "linear", 0.0, b1=0.8, b2=0.95, eps=1e-3)
+    tx, schedule = build(config, 4)
+    state, m, v = tx.init(few), 0.0, 0.0
+    update = jax.jit(tx.update)
+    for step, g in enumerate((0.5, -0.2), 1):
+        grads = jax.tree.map(lambda x, g=g: np.full_like(x, g), few)
+        updates, state = update(grads, state, few)
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
+        hat = (m / (1 - 0.8**step)) / (math.sqrt(v / (1 - 0.95**step)) + 1e-3)
+        rate = 0.01 * (1 - (step - 1) / 4)
+        assert float(schedule(step - 1)) == pytest.approx(rate)
+        for leaf in jax.tree.leaves(updates):
+            np.testing.assert_allclose(leaf, -rate * hat, rtol=1e-5)
+
+
+def test_muon_moves_matrices_as_far_as_adamw(params):
+    """One learning rate serves both parts: RMS 0.2 on kernels, sign steps of AdamW elsewhere."""
+    draw = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: draw.standard_normal(x.shape, np.float32), params)
+    updates, _ = one_step(OptimizerConfig("muon", 0.01, "constant", 0.0), params, grads)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+        name, rms = path_str(path), float(np.sqrt(np.mean(np.square(leaf)))) / 0.01
+        if name.startswith("layers") and name.endswith("kernel"):
+            assert 0.1 < rms < 0.3, name
+        else:
+            assert rms == pytest.approx(1.0, abs=0.01), name
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_clip_norm_scales_the_gradient_first(name, few):
+    grads = jax.tree.map(np.ones_like, few)
+    size = float(optax.tree.norm(grads))
+    config = OptimizerConfig(name, 0.01, clip_norm=size / 4)
+    _, clipped = one_step(config, few, grads)
+    _, plain = one_step(dataclasses.replace(config, clip_norm=None), few, grads)
+    moments = [
+        [x for p, x in jax.tree_util.tree_leaves_with_path(s) if "mu" in path_str(p).split("/")]
+        for s in (clipped, plain)
+    ]
+    assert len(moments[0]) == len(jax.tree.leaves(few))
+    for a, b in zip(*moments, strict=True):
+        np.testing.assert_allclose(a, np.asarray(b) / 4, rtol=1e-5)
+
+
+def test_extra_arguments_are_swallowed(few):
+    for name in OPTIMIZERS:
+        tx, _ = build(OptimizerConfig(name, clip_norm=1.0), 2)
+        jax.eval_shape(lambda x, t=tx: t.update(x, t.init(x), x, value=1.0, unknown=None), few)
+
+
+def test_table_is_consistent():
+    for name, row in OPTIMIZERS.items():
+        assert row.name == name and row.needs == "joint" and row.summary
+        check(OptimizerConfig(name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "adam"}, "optimizer 'adam' is unknown; did you mean 'adamw'?"),
+        ({"name": "moun"}, "optimizer 'moun' is unknown; did you mean 'muon'?"),
+        ({"name": ""}, "optimizer '' is unknown; did you mean"),
+        ({"schedule": "cosin"}, "schedule 'cosin' is unknown; did you mean 'cosine'?"),
+        ({"schedule": "lin"}, "schedule 'lin' is unknown; did you mean 'linear'?"),
+        ({"learning_rate": 0.0}, "--optimizer.learning-rate 0.0 must be positive"),
+        ({"learning_rate": -1.0}, "must be positive"),
+        ({"learning_rate": math.nan}, "must be positive"),
+        ({"warmup": 1.5}, "--optimizer.warmup 1.5 is a share of the steps, 0 to 1"),
+        ({"warmup": -0.1}, "is a share of the steps"),
+    ],
+)
+def test_bad_options_are_told_in_one_line(changes, message):
+    config = dataclasses.replace(OptimizerConfig(), **changes)
+    for call in (lambda: check(config), lambda: build(config, 10)):
+        with pytest.raises(UserError) as error:
+            call()
+        assert message in str(error.value) and "\n" not in str(error.value)

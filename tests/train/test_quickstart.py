@@ -1,0 +1,62 @@
+"""What the quickstart must show, on seeds its defaults were not chosen on (slow: minutes a seed)."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxlib_unlearn.metrics import tofu
+from train import pipeline, sharding, unlearn
+from train.config import replace
+from train.evaluation import evaluate_model
+from train.presets import PRESETS
+from train.task import load_task
+from train.tracking import Tracker
+
+SEEDS = (3, 4, 5)  # the defaults were chosen on 0, 1, 2
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def run(request, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("quickstart") / f"seed{request.param}"
+    config = replace(
+        PRESETS["quickstart"].PRESET, seed=request.param, output=root, **{"mesh.data": 1}
+    )
+    return unlearn.run(config)
+
+
+@pytest.mark.slow
+def test_forgets_keeps_and_stays_readable(run):
+    summary = json.loads((run / "summary.json").read_text())
+    original, oracle, mine = (summary[name] for name in ("original", "oracle", "unlearned"))
+    assert original["forget_rouge"] >= 0.95
+    assert original["forget_quality"] < 0.01
+    assert mine["forget_rouge"] <= 1.5 * oracle["forget_rouge"]
+    assert mine["retain_rouge"] >= 0.95 * original["retain_rouge"]
+    assert mine["forget_quality"] >= 10 * original["forget_quality"]
+    assert mine["forget_oracle_nll"] <= oracle["forget_oracle_nll"] + 2.0
+    assert mine["repeated_bigram_rate"] <= 0.05
+
+
+@pytest.mark.slow
+def test_oracle_cannot_be_told_from_a_reseeded_oracle(run):
+    config = unlearn.cli.read_config(unlearn.RunConfig, run / "config.json")
+    other = replace(config, seed=config.seed + 1000, **{"data.seed": config.seed})
+    mesh = sharding.make_mesh(other.mesh)
+    task = load_task(other)
+    root = run / "reseeded"
+    root.mkdir()
+    base = pipeline.base_model(other, task, mesh)
+    model = pipeline.finetune(other, base, task.retain, "oracle", root, mesh, Tracker(root))
+    only = task._replace(evaluation={"forget": task.evaluation["forget"]})
+    log = evaluate_model(
+        model,
+        only,
+        replace(other.evaluate, leak_samples=0),
+        system_prompt=None,
+        max_length=other.data.max_length,
+        mesh=mesh,
+        seed=0,
+        name="reseeded",
+    )
+    assert tofu.forget_quality(log, tofu.load_log(run / "evals" / "oracle.json")).p_value > 0.1

@@ -1,0 +1,304 @@
+"""A run that was stopped, by an error or by SIGKILL, ends with the bits of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import pytest
+
+from train import checkpointing, cli, loop, pipeline, sharding
+from train.config import RunConfig
+from train.presets import PRESETS
+from train.task import load_task
+from train.tracking import Tracker
+
+STEPS = 8
+
+
+class Stopped(Exception):
+    """What interrupts a stage here."""
+
+
+class Setting(NamedTuple):
+    """A small job: its configuration, task, start and mesh, and how one stage of it is run."""
+
+    config: RunConfig
+    task: Any
+    base: Any
+    mesh: Any
+
+    def run(self, name: str, root: Path) -> Any:
+        root.mkdir(exist_ok=True)
+        arguments = (root, self.mesh, Tracker(root))
+        if name == "unlearned":
+            return pipeline.unlearn(self.config, self.base, self.task, *arguments)
+        return pipeline.finetune(self.config, self.base, self.task.retain, name, *arguments)
+
+
+@pytest.fixture(scope="module")
+def setting(small):
+    options = [
+        *small,
+        *f"--finetune.steps {STEPS} --unlearn.steps {STEPS} --unlearn.curve-points 2".split(),
+        *"--finetune.checkpoint-seconds 0 --unlearn.checkpoint-seconds 0".split(),
+        *"--unlearn.accumulate 2 --optimizer.name muon".split(),
+    ]
+    config = cli.parse(RunConfig, PRESETS["quickstart"].PRESET, options, "tests", "")
+    task, mesh = load_task(config), sharding.make_mesh(config.mesh)
+    return Setting(config, task, pipeline.base_model(config, task, mesh), mesh)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(setting, tmp_path_factory):
+    """Result and metrics of the stages that nobody interrupts."""
+    results = {}
+    for name in ("original", "unlearned"):
+        root = tmp_path_factory.mktemp(name)
+        results[name] = (setting.run(name, root).sha, metrics(root))
+    return results
+
+
+def metrics(root: Path) -> str:
+    return (root / "metrics.jsonl").read_text()
+
+
+def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the logging of a step fail once."""
+    real = Tracker.write
+
+    def write(self, stage, at, scalars):
+        if at == step:
+            raise Stopped
+        real(self, stage, at, scalars)
+
+    patch.setattr(Tracker, "write", write)
+
+
+def newest(root: Path) -> Path:
+    (folder,) = (root / "checkpoints").iterdir()
+    return folder / str(checkpointing.steps_in(folder)[-1])
+
+
+@pytest.mark.parametrize(("name", "step"), [("original", 5), ("unlearned", 1), ("unlearned", 6)])
+def test_interrupted_and_continued_is_bit_equal(
+    setting, undisturbed, tmp_path, monkeypatch, capsys, name, step
+):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, step)
+        setting.run(name, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "' + name)  # a line cut short
+    sha, rows = undisturbed[name]
+    assert setting.run(name, tmp_path).sha == sha
+    assert f"{name}: continuing at step {step} of {STEPS}" in capsys.readouterr().err
+    assert metrics(tmp_path) == rows
+    steps = [json.loads(row)["step"] for row in rows.splitlines()]
+    assert steps == list(range(STEPS + (name == "unlearned")))
+
+
+def test_a_flipped_bit_costs_one_checkpoint(setting, undisturbed, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 5)
+        setting.run("original", tmp_path)
+    folder = newest(tmp_path)
+    assert folder.name == "5"
+    files = [p for p in (folder / "arrays").rglob("*") if p.is_file()]
+    victim = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 3] ^= 16
+    victim.write_bytes(bytes(data))
+    sha, rows = undisturbed["original"]
+    assert setting.run("original", tmp_path).sha == sha and metrics(tmp_path) == rows
+    said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert len(said) == 1 and str(folder) in said[0] and "using step 4" in said[0]
+
+
+def test_stopped_in_the_middle_of_a_checkpoint(setting, undisturbed, tmp_path, monkeypatch):
+    real = checkpointing.os.replace
+
+    def replace(source, target):
+        if Path(target).name == "4":
+            raise Stopped
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(checkpointing.os, "replace", replace)
+        setting.run("original", tmp_path)
+    assert newest(tmp_path).name == "3" and newest(tmp_path).with_name("4.part").exists()
+    sha, rows = undisturbed["original"]
+    assert setting.run("original", tmp_path).sha == sha and metrics(tmp_path) == rows
+
+
+def poison(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Make the loss of one step NaN."""
+    real = loop.make_step
+
+    def make_step(*args):
+        inner = real(*args)
+
+        def run(state, frozen, batches):
+            after, values = inner(state, frozen, batches)
+            return after, values | {"loss": jnp.where(state.step == step, jnp.nan, values["loss"])}
+
+        return run
+
+    patch.setattr(loop, "make_step", make_step)
+
+
+def test_a_loss_that_is_not_finite(setting, undisturbed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(loop.TrainingError) as error:
+        poison(patch, 5)
+        setting.run("original", tmp_path)
+    message = str(error.value)
+    assert "\n" not in message and "original: loss is not finite at step 5" in message
+    # The checkpoint of step 5 holds the parameters that gave the NaN: not a good one.
+    good = newest(tmp_path)
+    assert good.name == "4" and f"last good checkpoint: {good}" in message
+    assert not list((tmp_path / "stages").glob("*"))
+    # Once the cause is gone the same run continues from there.
+    sha, rows = undisturbed["original"]
+    assert setting.run("original", tmp_path).sha == sha and metrics(tmp_path) == rows
+
+
+def test_a_loss_that_is_not_finite_before_any_checkpoint(setting, tmp_path, monkeypatch):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(loop.TrainingError, match="none was written"),
+    ):
+        poison(patch, 0)
+        setting.run("original", tmp_path)
+
+
+def test_a_diverging_run_exits_with_code_1(program, tiny, tofu_folder, tmp_path):
+    options = (
+        "--mesh.data 1 --train.steps 6 --train.batch-size 4 --max-length 96 "
+        "--train.optimizer.learning-rate 1e30"
+    ).split()
+    root = tmp_path / "run"
+    argv = [tiny, tofu_folder / "retain99.json", *options, "--output", root]
+    done = program("train.finetune", *argv)
+    assert done.code == 1
+    last = done.err.splitlines()[-1]
+    assert last.startswith("stopped: original: loss is not finite at step 0")
+    assert "learning rate" in last and "Traceback" not in done.err
+    assert not (root / "export").exists() and not (root / "summary.json").exists()
+
+
+# SIGKILL, as `kill -9` sends it, on a real process.
+
+
+class Process:
+    """A program of the toolkit in a process of its own, with a compilation cache of the test's."""
+
+    def __init__(self, repo: Path, cache: Path):
+        self.repo = repo
+        self.env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONWARNINGS": "ignore",
+        }
+
+    def start(self, argv: list[Any], log: Path) -> subprocess.Popen:
+        with log.open("a") as file:
+            return subprocess.Popen(
+                [sys.executable, "-m", *map(str, argv)],
+                cwd=self.repo, env=self.env, stdout=subprocess.DEVNULL, stderr=file,
+            )  # fmt: skip
+
+    def finish(self, argv: list[Any], log: Path) -> str:
+        code = self.start(argv, log).wait(timeout=600)
+        text = log.read_text()
+        assert code == 0, text
+        return text
+
+    def kill_when(self, argv: list[Any], log: Path, ready) -> None:
+        """Start, wait until `ready()`, send SIGKILL."""
+        process = self.start(argv, log)
+        deadline = time.monotonic() + 600
+        while not ready():
+            assert process.poll() is None, f"ended before it could be killed: {log.read_text()}"
+            assert time.monotonic() < deadline, "nothing happened"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def process(repo, tmp_path_factory):
+    return Process(repo, tmp_path_factory.mktemp("cache"))
+
+
+def lines(root: Path, stage: str) -> int:
+    path = root / "metrics.jsonl"
+    return path.read_text().count(f'"stage": "{stage}"') if path.exists() else 0
+
+
+def test_kill_9_of_a_finetuning(process, tiny, tofu_folder, tmp_path):
+    """The fast one: no evaluation around the stage."""
+    options = (
+        "--train.steps 24 --train.batch-size 4 --max-length 96 --train.checkpoint-seconds 0 "
+        "--train.optimizer.learning-rate 1e-3"
+    ).split()
+    argv = ["train.finetune", tiny, tofu_folder / "retain99.json", *options, "--output"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    process.finish([*argv, one], tmp_path / "one.log")
+    log = tmp_path / "two.log"
+    process.kill_when([*argv, two], log, lambda: lines(two, "original") >= 8)
+    assert not (two / "summary.json").exists()
+    said = process.finish([*argv, two], log)
+    assert "original: continuing at step" in said
+    assert metrics(one) == metrics(two)
+    ours, theirs = (json.loads((root / "summary.json").read_text()) for root in (one, two))
+    assert ours == theirs and len(ours["original"]["params_sha256"]) == 64
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_quickstart(process, small, tmp_path):
+    """Killed in every stage, in the evaluation and in the export; then one start to the end."""
+    options = (
+        "--finetune.steps 40 --unlearn.steps 20 --finetune.checkpoint-seconds 0 "
+        "--unlearn.checkpoint-seconds 0"
+    ).split()
+    argv = ["train.unlearn", "quickstart", *small, *options, "--output"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    process.finish([*argv, one], tmp_path / "one.log")
+
+    def stored(stage: str) -> list[tuple[str, int]]:
+        found = (two / "stages").glob(f"{stage}-*/manifest.json")
+        return [(str(p), p.stat().st_mtime_ns) for p in found]
+
+    moments = [
+        lambda: (two / "config.json").exists(),
+        lambda: lines(two, "original") >= 3,
+        lambda: lines(two, "original") >= 25,
+        lambda: lines(two, "oracle") >= 10,
+        lambda: bool(list((two / "caches").glob("*"))),
+        lambda: lines(two, "unlearned") >= 8,
+        lambda: (two / "evals" / "original.json").exists(),
+        lambda: (two / "export").exists() or bool(list(two.glob(".export*"))),
+    ]
+    finished: list[tuple[str, int]] = []
+    for number, ready in enumerate(moments):
+        process.kill_when([*argv, two], tmp_path / f"kill{number}.log", ready)
+        # What was stored is never stored again: it was not computed again either.
+        assert set(finished) <= {
+            entry for stage in ("original", "oracle") for entry in stored(stage)
+        }
+        finished = [entry for stage in ("original", "oracle") for entry in stored(stage)]
+    assert len(finished) == 2
+    said = process.finish([*argv, two], tmp_path / "last.log")
+    for stage in ("original", "oracle", "unlearned"):
+        assert f"{stage}: found, made from the same inputs" in said
+    assert metrics(one) == metrics(two)
+    ours, theirs = (json.loads((root / "summary.json").read_text()) for root in (one, two))
+    assert ours == theirs
+    weights = [(root / "export" / "model.safetensors").read_bytes() for root in (one, two)]
+    assert weights[0] == weights[1]
+    assert not [p.name for p in two.iterdir() if p.name.startswith(".")]

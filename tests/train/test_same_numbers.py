@@ -1,0 +1,435 @@
+"""The same numbers on any mesh and with any number of micro-batches; what a step costs and keeps.
+
+Objectives are compared at the gradient, optimizers on a fixed gradient, one stage as a whole.
+"""
+
+import json
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
+from models.decoder import Decoder, DecoderConfig
+from models.policy import DecoderPolicy, head_of
+from train import loop, pipeline, sharding
+from train.config import UnlearnConfig
+from train.data.examples import Example
+from train.evaluation import Model
+from train.optimizers import OPTIMIZERS, OptimizerConfig, build
+from train.sharding import MeshConfig, make_mesh
+from train.step import compile_step, init_state, loss_and_grads, make_step, split_batch
+from train.streams import Stream, batches_of, make_stream, with_references
+from train.tracking import Tracker
+
+DECODER = Decoder(DecoderConfig(64, 32, 48, 2, 4, 2, 8))
+STEPS, ROWS, SEED = 6, 16, 3
+ADAMW = OptimizerConfig("adamw", 2e-3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_compilation():
+    """Almost all of the time here is XLA's optimiser."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def quick(jitted, *args):
+    """The compiled function, without fused code where XLA can do without: half the time again."""
+    lowered = jitted.lower(*args)
+    try:
+        return lowered.compile(compiler_options={"xla_cpu_use_fusion_emitters": False})
+    except jax.errors.JaxRuntimeError:  # an XLA that does not know the option
+        return lowered.compile()
+
+
+def mesh_of(*sizes):
+    return make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+
+
+@pytest.fixture(scope="module")
+def start():
+    """A model whose predictions are far from uniform."""
+    params = jax.jit(DECODER.init)(jax.random.key(0))
+    params["embed"]["embedding"] = params["embed"]["embedding"] * 20
+    return jax.device_get(params)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Streams of unequal rows: any split into micro-batches has unequal numbers of labels."""
+    draw = np.random.default_rng(0)
+
+    def stream(count):
+        sizes = [(int(draw.integers(3, 14)), int(draw.integers(1, 16))) for _ in range(count)]
+        rows = [Example(draw.integers(2, 64, p + a).tolist(), p) for p, a in sizes]
+        return make_stream(rows, 0, buckets=1)
+
+    forget = stream(20)
+    # A refusal answers the question of its forget row.
+    refusals = [
+        Example(e.tokens[: e.num_prompt] + draw.integers(2, 64, 4).tolist(), e.num_prompt)
+        for e in forget.examples
+    ]
+    return {
+        "forget": forget,
+        "retain": stream(30),
+        "idk": make_stream(refusals, 0, buckets=1),
+        "train": stream(40),
+    }
+
+
+def distance(a, b):
+    """``||a - b|| / ||b||`` over all leaves."""
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    off = sum(np.sum(np.square(np.float64(x) - np.float64(y))) for x, y in pairs)
+    return float(np.sqrt(off / sum(np.sum(np.square(np.float64(y))) for _, y in pairs)))
+
+
+# One stage as a whole.
+
+
+class Seen(NamedTuple):
+    """What a stage left: row ids by step and stream, losses, first gradient, final parameters."""
+
+    rows: list
+    losses: list
+    gradient: dict
+    params: dict
+
+
+def run_stage(name, sizes, accumulate, start, plain, folder):
+    """Six steps through the pieces of the program; the first gradient is AdamW's first moment."""
+    mesh = mesh_of(*sizes)
+    row, options = objectives.resolve(ObjectiveConfig(name))
+    params = sharding.put_params(start, mesh)
+    streams = {stream: plain[stream] for stream in row.streams}
+    ready = with_references(streams, row, options, DECODER, params, "start", mesh, folder)
+    tx, schedule = build(ADAMW, STEPS)
+    batches = batches_of(ready, row.streams[0], SEED, ROWS)
+    seen = {"rows": [], "gradient": None}
+
+    def watched(step, shardings, mesh):
+        jitted, run = compile_step(step, shardings, mesh), None
+
+        def call(state, frozen, batches):
+            nonlocal run
+            run = run or quick(jitted, state, frozen, batches)  # one shape: one compilation
+            seen["rows"].append({n: np.asarray(b["row_id"]).tolist() for n, b in batches.items()})
+            state, metrics = run(state, frozen, batches)
+            if seen["gradient"] is None:
+                mu = optax.tree.get(state.opt_state, "mu")
+                seen["gradient"] = jax.tree.map(lambda x: np.array(x) / (1 - ADAMW.b1), mu)
+            return state, metrics
+
+        return call
+
+    stage = loop.Stage(
+        name, STEPS, batches, row, options, ADAMW, accumulate, folder / "checkpoints", 1e9
+    )
+    frozen = head_of(params) if "hidden" in row.reference.values() else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compile_step", watched)
+        params = loop.run(stage, DECODER, params, frozen, mesh, Tracker(folder))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    return Seen(seen["rows"], [x["loss"] for x in lines], seen["gradient"], jax.device_get(params))
+
+
+@pytest.fixture(scope="module")
+def one_device(start, plain, tmp_path_factory):
+    """The stages on one device without micro-batches."""
+    return {
+        name: run_stage(name, (1, 1, 1), 1, start, plain, tmp_path_factory.mktemp(name))
+        for name in ("asu", "npo")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "accumulate"),
+    [
+        ("asu", (1, 1, 1), 4),
+        ("asu", (1, 1, 2), 2),
+        ("asu", (1, 2, 2), 4),
+        ("asu", (2, 2, 2), 1),
+        ("npo", (2, 2, 1), 2),
+        ("npo", (1, 8, 1), 2),
+        ("npo", (8, 1, 1), 1),
+    ],
+)
+def test_stage_gives_the_same_numbers(name, sizes, accumulate, one_device, start, plain, tmp_path):
+    seen = run_stage(name, sizes, accumulate, start, plain, tmp_path)
+    expected = one_device[name]
+    assert seen.rows == expected.rows
+    assert distance(seen.gradient, expected.gradient) <= 1e-6
+    np.testing.assert_allclose(seen.losses, expected.losses, rtol=1e-5)
+    assert distance(seen.params, expected.params) <= 1e-4
+
+
+def test_stage_walks_an_epoch_and_learns(one_device, plain):
+    """The comparison above is of something: rows differ by step, the loss falls, gradients are."""
+    for name, seen in one_device.items():
+        assert len({tuple(rows["forget"]) for rows in seen.rows}) == STEPS, name
+        walked = [row for rows in seen.rows for row in rows["forget"]]
+        assert sorted(walked[:20]) == list(range(20))  # an epoch before anything comes again
+        assert {i for rows in seen.rows for i in rows["retain"]} <= set(range(30))
+        assert seen.losses[-1] < seen.losses[0]
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(seen.gradient))
+
+
+# Objectives at the gradient.
+
+
+CONFIGS = [
+    *(ObjectiveConfig(name) for name in OBJECTIVES),
+    ObjectiveConfig("graddiff", retain="kl", forget_weight=0.3, retain_weight=2.0),
+    ObjectiveConfig("idk", compat="tofu_concat"),
+]
+
+
+def label(config):
+    return "-".join(x for x in (config.name, config.compat, config.retain) if x)
+
+
+def gradient_of(config, sizes, accumulate, start, plain):
+    """Metrics and gradient of the first batch, references made up (both runs get the same)."""
+    row, options = objectives.resolve(config)
+    mesh = mesh_of(*sizes)
+    draw = np.random.default_rng(1)
+    streams = {}
+    for name in row.streams:
+        labels = [len(e.tokens) - e.num_prompt for e in plain[name].examples]
+        columns = {
+            "ref_log_probs": [-2 * draw.random(n, np.float32) for n in labels],
+            "ref_hidden": [draw.standard_normal((n, 32), np.float32) for n in labels],
+        }
+        streams[name] = Stream(
+            plain[name].examples, 0, plain[name].length_buckets, plain[name].label_buckets, columns
+        )
+    host = batches_of(streams, row.streams[0], SEED, ROWS)(0)
+    batches = {name: sharding.put_batch(batch, mesh) for name, batch in host.items()}
+    params = sharding.put_params(start, mesh)
+
+    @jax.jit
+    def run(params, frozen, batches):
+        return loss_and_grads(DECODER, row, options, params, frozen, batches, accumulate)
+
+    args = (params, head_of(params), batches)
+    return jax.device_get(quick(run, *args)(*args))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=label)
+def test_every_objective_has_the_same_gradient(config, start, plain):
+    """One device, one batch against eight devices, two micro-batches (`asu`: each alone too)."""
+    metrics, gradient = gradient_of(config, (1, 1, 1), 1, start, plain)
+    assert all(np.isfinite(value) for value in metrics.values())
+    alone = [((1, 1, 1), 2), ((2, 2, 2), 1)] if config.name == "asu" else []
+    for sizes, accumulate in [((2, 2, 2), 2), *alone]:
+        other, grads = gradient_of(config, sizes, accumulate, start, plain)
+        assert distance(grads, gradient) <= 1e-6, (sizes, accumulate)
+        assert metrics.keys() == other.keys()
+        for key, value in metrics.items():
+            assert other[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (key, sizes, accumulate)
+
+
+def test_micro_batches_deal_rows_in_turn():
+    batch = {"forget": {"row_id": jnp.arange(8), "tokens": jnp.arange(16).reshape(8, 2)}}
+    parts = split_batch(batch, 2)
+    assert parts["forget"]["row_id"].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert parts["forget"]["tokens"][1].tolist() == [[2, 3], [6, 7], [10, 11], [14, 15]]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ObjectiveConfig(name, compat=compat)
+        for name, row in OBJECTIVES.items()
+        for compat, form in row.compat.items()
+        if not form.additive
+    ],
+    ids=label,
+)
+def test_accumulation_refuses_what_does_not_add_up(config, start, plain, tmp_path):
+    def stage(accumulate):
+        return pipeline.train_stage(
+            Model(DECODER, start, None, "start"),
+            streams={name: plain[name] for name in ("forget", "retain")},
+            objective=objectives.resolve(config),
+            stage=UnlearnConfig(batch_size=4, accumulate=accumulate, steps=1),
+            optimizer=ADAMW,
+            name="unlearned",
+            seed=0,
+            root=tmp_path,
+            mesh=mesh_of(3, 1, 1),
+            tracker=Tracker(tmp_path),
+        )
+
+    with pytest.raises(UserError, match="cannot be split into 2 micro-batches") as error:
+        stage(2)
+    assert config.name in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="does not divide over data x fsdp = 3"):
+        stage(1)  # past that check, into the next
+    assert not list(tmp_path.iterdir())
+
+
+# Optimizers on a fixed gradient.
+
+
+@pytest.fixture(scope="module")
+def fixed():
+    """Three gradients as large as a model's, some elements exactly 0 as those of unseen tokens."""
+    shapes = DECODER.shapes()
+
+    def draw(step):
+        def one(path, leaf):
+            rng = np.random.default_rng([step, *sharding.path_str(path).encode()])
+            value = 0.01 * rng.standard_normal(leaf.shape, np.float32)
+            value[..., :3] = 0.0
+            return value
+
+        return jax.tree_util.tree_map_with_path(one, shapes)
+
+    return [draw(step) for step in range(3)]
+
+
+def updates_of(name, sizes, start, fixed):
+    """Updates of three steps on a mesh, and the state after them."""
+    mesh = mesh_of(*sizes)
+    tx, _ = build(OptimizerConfig(name, 1e-2, weight_decay=0.1, clip_norm=1.0), 3)
+    params = sharding.put_params(start, mesh)
+    state, shardings = init_state(params, tx, mesh)
+    where = shardings.opt_state
+    opt_state, found = state.opt_state, []
+    grads = [sharding.put_params(one, mesh) for one in fixed]
+    update = jax.jit(tx.update, out_shardings=(shardings.params, where), donate_argnums=(1,))
+    update = quick(update, grads[0], opt_state, params)
+    for one in grads:
+        updates, opt_state = update(one, opt_state, params)
+        found.append(jax.device_get(updates))
+    return found, opt_state, params
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_on_a_fixed_gradient(name, start, fixed):
+    expected, _, _ = updates_of(name, (1, 1, 1), start, fixed)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(expected))
+    for sizes in ((2, 2, 2), (1, 8, 1)):
+        found, _, _ = updates_of(name, sizes, start, fixed)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_is_split_like_its_parameters(name, start, fixed):
+    """After `init` and after updates: every moment lies where its parameter does."""
+    mesh = mesh_of(2, 2, 2)
+    tx, _ = build(OptimizerConfig(name), 3)
+    params = sharding.put_params(start, mesh)
+    state, shardings = init_state(params, tx, mesh)
+    known = {
+        sharding.path_str(path): (x.shape, x.sharding)
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert sum(not where.is_fully_replicated for _, where in known.values()) >= 8
+    tx_state = updates_of(name, (2, 2, 2), start, fixed)[1]
+    for opt_state in (state.opt_state, tx_state):
+        found = dict.fromkeys(known, 0)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+            assert len(leaf.sharding.device_set) == 8
+            end = [k for k in known if sharding.path_str(path).endswith("/" + k)]
+            if end:
+                shape, where = known[end[0]]
+                assert leaf.shape == shape and leaf.sharding.is_equivalent_to(where, leaf.ndim)
+                found[end[0]] += 1
+            else:
+                assert leaf.shape == () and leaf.sharding.is_fully_replicated
+        assert min(found.values()) >= 1, found
+    assert shardings.params["layers"]["mlp"]["up"]["kernel"].spec == P(None, "fsdp", "tp")
+
+
+# What a step costs and keeps.
+
+
+def test_weights_first_costs_no_forward(start, plain):
+    """The compiled step does no more than `value_and_grad` of the loss, which has one forward."""
+    row, options = objectives.resolve(ObjectiveConfig("ga"))
+    host = batches_of({"forget": plain["forget"]}, "forget", SEED, 4)(0)
+
+    def loss(params, batches):
+        terms = row.loss(DecoderPolicy(DECODER, params), batches, options)
+        return objectives.combine(terms, None, options)
+
+    def both(params, batches):  # what it would cost if the first pass were kept
+        value, grads = jax.value_and_grad(loss)(params, batches)
+        probe = jax.tree.map(lambda x: 1.01 * x, params)
+        return value, grads, loss(probe, batches)
+
+    def cost(fn):
+        compiled = quick(jax.jit(fn), start, host)
+        dots = len(re.findall(r" dot\(| custom-call\(|__onednn", compiled.as_text()))
+        return compiled.cost_analysis()["flops"], dots
+
+    def step(accumulate):
+        return lambda params, batches: loss_and_grads(
+            DECODER, row, options, params, None, batches, accumulate
+        )
+
+    flops, dots = cost(jax.value_and_grad(loss))
+    assert dots > 20
+    more = cost(both)
+    assert more[0] > 1.2 * flops and more[1] > 1.2 * dots
+    mine = cost(step(1))
+    assert mine[0] <= 1.01 * flops and mine[1] <= dots
+    # The body of the loop over micro-batches is counted once.
+    halves = cost(step(2))
+    assert halves[0] <= 0.75 * flops and halves[1] <= dots
+
+
+def test_step_donates_its_state_and_compiles_once_a_shape(start, plain):
+    mesh = mesh_of(2, 2, 2)
+    row, options = objectives.resolve(ObjectiveConfig("nll"))
+    tx, schedule = build(ADAMW, STEPS)
+    params = sharding.put_params(start, mesh)
+    state, shardings = init_state(params, tx, mesh)
+    step = compile_step(make_step(DECODER, row, options, tx, schedule), shardings, mesh)
+    train = plain["train"]
+    short = [i for i, e in enumerate(train.examples) if len(e.tokens) <= 16]
+    two = Stream(train.examples, 0, (16, 32), train.label_buckets)
+    assert len(short) >= 8
+    lengths = set()
+    for rows in (short[:8], range(8), short[-8:], range(8, 16)):
+        batch = sharding.put_batch(two.batch(rows), mesh)
+        lengths.add(batch["tokens"].shape)
+        before = jax.tree.leaves(state)
+        state, metrics = step(state, None, {"train": batch})
+        assert all(leaf.is_deleted() for leaf in before)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batch))
+    assert lengths == {(8, 16), (8, 32)} and step._cache_size() == 2
+    assert int(state.step) == 4
+    assert set(metrics) == {"loss", "train_loss", "grad_norm", "update_norm", "lr"}
+    assert all(x.sharding.is_fully_replicated for x in metrics.values())
+    for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+
+
+def test_a_stage_does_not_consume_what_it_starts_from(start, plain, tmp_path):
+    """The original model is still there after it was unlearned from (zero steps suffice)."""
+    mesh = mesh_of(1, 2, 1)
+    params = sharding.put_params(start, mesh)
+    row, options = objectives.resolve(ObjectiveConfig("nll"))
+    batches = batches_of({"train": plain["train"]}, "train", SEED, ROWS)
+    stage = loop.Stage("nll", 0, batches, row, options, ADAMW, 1, tmp_path / "c", 1e9)
+    after = loop.run(stage, DECODER, params, None, mesh, Tracker(tmp_path))
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True):
+        assert not b.is_deleted() and np.array_equal(a, b)
+        pointers = {s.data.unsafe_buffer_pointer() for s in b.addressable_shards}
+        assert not pointers & {s.data.unsafe_buffer_pointer() for s in a.addressable_shards}

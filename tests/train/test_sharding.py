@@ -1,0 +1,221 @@
+"""Meshes and layouts: every leaf has a rule, what does not divide stays whole, errors say why."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxlib_unlearn.errors import UserError
+from models.decoder import Decoder, DecoderConfig
+from models.families import FAMILIES, from_hf
+from train.sharding import (
+    RULES,
+    MeshConfig,
+    batch_sharding,
+    check_batch,
+    describe,
+    make_mesh,
+    param_shardings,
+    path_str,
+    put_batch,
+    put_params,
+    spec_of,
+    state_shardings,
+)
+
+TINY = DecoderConfig(64, 16, 32, 2, 4, 2, 4)
+HF = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+}
+
+
+def family_configs():
+    """Every family, tied and untied, with every bias its config file can ask for."""
+    for name in FAMILIES:
+        for tied in (True, False):
+            raw = {**HF, "model_type": name, "tie_word_embeddings": tied}
+            yield f"{name}-{'tied' if tied else 'untied'}", from_hf(raw)
+            raw |= {"attention_bias": True, "mlp_bias": True}
+            yield f"{name}-{'tied' if tied else 'untied'}-biases", from_hf(raw)
+    every = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True}
+    yield "everything", dataclasses.replace(TINY, tie_embeddings=False, **every)
+
+
+CONFIGS = dict(family_configs())
+
+
+@pytest.fixture(scope="module")
+def cube():
+    return make_mesh(MeshConfig(2, 2, 2))
+
+
+def leaves(tree):
+    return {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_leaf_of_every_family_has_a_rule(name, cube):
+    shapes = Decoder(CONFIGS[name]).shapes()
+    found = leaves(param_shardings(shapes, cube))
+    assert found.keys() == leaves(shapes).keys()
+    for path, where in found.items():
+        used = [axis for axis in where.spec if axis is not None]
+        if path.endswith(("scale", "bias")):
+            assert used == [], path
+        else:
+            assert sorted(used) == ["fsdp", "tp"], path
+        if path.startswith("layers"):
+            assert where.spec == P() or where.spec[0] is None  # the stack axis stays whole
+
+
+def test_the_configs_above_have_every_optional_leaf():
+    paths = set().union(*(leaves(Decoder(c).shapes()) for c in CONFIGS.values()))
+    for part in ("attn/q/bias", "attn/o/bias", "mlp/up/bias", "attn/q_norm/scale"):
+        assert f"layers/{part}" in paths
+    assert "lm_head/kernel" in paths
+    # No rule is there for nothing.
+    for pattern, axes in RULES:
+        assert any(re.search(pattern, path) for path in paths), (pattern, axes)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("embed/embedding", (64, 16), P("tp", "fsdp")),
+        ("lm_head/kernel", (16, 64), P("fsdp", "tp")),
+        ("layers/attn/q/kernel", (2, 16, 16), P(None, "fsdp", "tp")),
+        ("layers/attn/o/kernel", (2, 16, 16), P(None, "tp", "fsdp")),
+        ("layers/mlp/down/kernel", (2, 32, 16), P(None, "tp", "fsdp")),
+        ("layers/1/mlp/gate/kernel", (2, 16, 32), P(None, "fsdp", "tp")),  # a tuple of stacks
+        ("layers/attn/q/bias", (2, 16), P(None, None)),
+        ("final_norm/scale", (16,), P(None)),
+        # What does not divide stays whole, each axis by itself.
+        ("embed/embedding", (63, 16), P(None, "fsdp")),
+        ("embed/embedding", (64, 15), P("tp", None)),
+        ("layers/attn/k/kernel", (3, 15, 7), P(None, None, None)),
+    ],
+)
+def test_spec_of(path, shape, expected, cube):
+    assert spec_of(path, shape, cube) == expected
+
+
+def test_spec_of_an_unknown_leaf(cube):
+    with pytest.raises(ValueError, match="no sharding rule matches parameter 'router/kernel'"):
+        spec_of("router/kernel", (16, 4), cube)
+
+
+def test_put_params_splits_and_keeps_the_numbers(cube):
+    config = dataclasses.replace(TINY, vocab_size=63, qkv_bias=True)
+    params = Decoder(config).init(jax.random.key(0))
+    placed = put_params(params, cube)
+    for path, x in leaves(placed).items():
+        ways = math.prod(cube.shape[a] for a in x.sharding.spec if a)
+        assert {s.data.size for s in x.addressable_shards} == {x.size // ways}, path
+        assert np.array_equal(x, leaves(params)[path])
+    assert placed["embed"]["embedding"].sharding.spec == P(None, "fsdp")
+
+
+def test_batches_are_split_over_data_and_fsdp(cube):
+    batch = {"tokens": np.arange(32).reshape(8, 4), "row_id": np.arange(8)}
+    placed = put_batch(batch, cube)
+    assert batch_sharding(cube).spec == P(("data", "fsdp"))
+    for name, x in placed.items():
+        assert np.array_equal(x, batch[name])
+        assert all(s.data.shape[0] == 2 for s in x.addressable_shards)  # 4 ways; tp holds copies
+    parts = {s.index[0].start: s.data.tolist() for s in placed["row_id"].addressable_shards}
+    assert parts == {0: [0, 1], 2: [2, 3], 4: [4, 5], 6: [6, 7]}
+
+
+def test_state_shardings_follow_the_parameters(cube):
+    shapes = Decoder(TINY).shapes()
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    state = jax.eval_shape(tx.init, shapes)
+    found = leaves(state_shardings(state, shapes, cube))
+    assert found["1/0/mu/layers/attn/q/kernel"].spec == P(None, "fsdp", "tp")
+    assert found["1/0/nu/embed/embedding"].spec == P("tp", "fsdp")
+    assert found["1/0/count"].spec == P()
+    # A leaf with a parameter's path and another shape (a factored moment) is not split by its rule.
+    factored = {"rows": {"embed": {"embedding": jax.ShapeDtypeStruct((64,), jnp.float32)}}}
+    assert leaves(state_shardings(factored, shapes, cube))["rows/embed/embedding"].spec == P()
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "expected"),
+    [
+        (MeshConfig(), 8, (8, 1, 1)),
+        (MeshConfig(fsdp=4), 8, (2, 4, 1)),
+        (MeshConfig(-1, 2, 2), 4, (1, 2, 2)),
+        (MeshConfig(1, 1, 1), 8, (1, 1, 1)),  # a part of the devices
+        (MeshConfig(-1, 3, 1), 8, (2, 3, 1)),
+    ],
+)
+def test_make_mesh(config, count, expected):
+    mesh = make_mesh(config, jax.devices()[:count])
+    assert mesh.axis_names == ("data", "fsdp", "tp")
+    assert tuple(mesh.shape.values()) == expected
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert mesh.devices.ravel().tolist() == jax.devices()[: math.prod(expected)]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(16), "needs 16 devices, 8 are present; lower --mesh.data"),
+        (MeshConfig(-1, 16, 1), "mesh data 1 x fsdp 16 x tp 1 needs 16 devices, 8 are present"),
+        (MeshConfig(4, 2, 2), "mesh data 4 x fsdp 2 x tp 2 needs 16 devices"),
+        (MeshConfig(0), "sizes must be positive"),
+        (MeshConfig(-2), "sizes must be positive"),
+        (MeshConfig(1, 0, 1), "sizes must be positive"),
+        (MeshConfig(-1, 1, -1), "sizes must be positive"),
+    ],
+)
+def test_make_mesh_errors(config, message):
+    with pytest.raises(UserError, match=message) as error:
+        make_mesh(config, jax.devices()[:8])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "message"),
+    [
+        (8, 1, None),
+        (16, 4, None),
+        (6, 1, "unlearning batch size 6 does not divide over data x fsdp = 4 with 1 micro-batch"),
+        (8, 4, "use a multiple of 16 or another mesh"),
+        (0, 1, "must be at least 1"),
+        (8, 0, "must be at least 1"),
+        (-4, 1, "must be at least 1"),
+    ],
+)
+def test_check_batch(batch, accumulate, message, cube):
+    if message is None:
+        return check_batch(cube, batch, accumulate, "unlearning")
+    with pytest.raises(UserError, match=message) as error:
+        check_batch(cube, batch, accumulate, "unlearning")
+    assert "\n" not in str(error.value)
+
+
+def test_describe_lists_every_leaf(cube):
+    shapes = Decoder(TINY).shapes()
+    lines = describe(shapes, cube).splitlines()
+    assert [line.split()[0] for line in lines] == list(leaves(shapes))
+    line = next(line for line in lines if line.startswith("embed/embedding"))
+    assert "(64, 16)" in line and "'tp', 'fsdp'" in line and line.endswith("0.00 MiB")
+    big = {"embed": {"embedding": jax.ShapeDtypeStruct((2048, 1024), jnp.float32)}}
+    assert describe(big, cube).endswith(" 2.00 MiB")  # 8 MiB over tp x fsdp = 4

@@ -1,0 +1,181 @@
+"""What is refused before compute: settings that cannot work, and rows that a model cannot read."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.errors import UserError
+from models.weights import DTYPES
+from train import cli, optimizers, sharding
+from train.config import EvaluateConfig, RunConfig, TrainConfig, UnlearnConfig
+from train.data.examples import encode_prompt
+from train.evaluation import Model, longest
+from train.optimizers import OptimizerConfig
+from train.task import Row, Task
+from train.tracking import say
+
+# Lowest and highest value of a number, by the last part of its name.
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "retain_rows": (1, math.inf),
+    "extra_rows": (0, math.inf),
+    "holdout_rows": (0, math.inf),
+    "num_authors": (1, math.inf),
+    "max_length": (2, math.inf),
+    "vocab_size": (1, math.inf),
+    "hidden_size": (1, math.inf),
+    "intermediate_size": (1, math.inf),
+    "num_layers": (1, math.inf),
+    "num_heads": (1, math.inf),
+    "num_kv_heads": (1, math.inf),
+    "epochs": (0, 1e9),
+    "steps": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "accumulate": (1, math.inf),
+    "curve_points": (0, math.inf),
+    "checkpoint_seconds": (0, math.inf),
+    "warmup": (0, 1),
+    "weight_decay": (0, math.inf),
+    "b1": (0, 1),
+    "b2": (0, 1),
+    "momentum": (0, 1),
+    "eps": (0, math.inf),
+    "clip_norm": (0, math.inf),
+    "max_new_tokens": (1, math.inf),
+    "leak_samples": (0, math.inf),
+    "leak_temperature": (0, 1e9),
+    "leak_top_p": (1e-9, 1),
+    "score_tokens": (1, math.inf),
+    "generate_rows": (1, math.inf),
+}
+JUDGES = ("oracle", "base")
+QUESTIONS = ("question", "paraphrased_question")
+
+
+def check_numbers(config: Any, prefix: str = "--") -> None:
+    """Raise `UserError` for a number of a configuration (nested ones too) outside its range."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = f"{prefix}{field.name}".replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            check_numbers(value, name + ".")
+        elif value is not None and field.name in RANGES:
+            low, high = RANGES[field.name]
+            if not low <= value <= high:
+                wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+                raise UserError(f"{name} is {value}; it must be {wanted}")
+
+
+def check_choice(option: str, value: str, known: Sequence[str]) -> None:
+    """Raise `UserError` for a word that is none of `known`, naming the nearest."""
+    if value not in known:
+        near = cli.nearest(value, known)
+        raise UserError(f"{option} {value!r} is unknown; did you mean {near!r}? {', '.join(known)}")
+
+
+def check_stage(
+    stage: TrainConfig | UnlearnConfig, optimizer: OptimizerConfig, mesh: Mesh, what: str
+) -> None:
+    """Raise `UserError` for an unknown optimizer or a batch that does not divide over the mesh."""
+    optimizers.check(optimizer)
+    sharding.check_batch(mesh, stage.batch_size, stage.accumulate, what)
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Raise `UserError` for an unknown judge or question column."""
+    check_choice("--evaluate.judge", config.judge, JUDGES)
+    check_choice("--evaluate.leak-question", config.leak_question, QUESTIONS)
+
+
+def check_dtype(option: str, value: str) -> None:
+    """Raise `UserError` for a dtype that weights cannot be exported in."""
+    check_choice(option, value, tuple(DTYPES))
+
+
+def check_run(config: RunConfig) -> Mesh:
+    """Everything about a run that is known before data and model are read; returns its mesh.
+
+    Raises:
+        UserError: a number out of range, an unknown name, a mesh that does not fit.
+    """
+    check_numbers(config)
+    objective, _ = objectives.resolve(config.objective)
+    objectives.check_accumulation(objective, config.unlearn.accumulate)
+    check_evaluate(config.evaluate)
+    check_dtype("--export-dtype", config.export_dtype)
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise UserError(
+            "--tensorboard needs tensorboardX; pip install 'jaxlib-unlearn[tensorboard]'"
+        )
+    mesh = sharding.make_mesh(config.mesh)
+    check_stage(config.finetune, config.finetune.optimizer, mesh, "fine-tuning")
+    check_stage(config.unlearn, config.optimizer, mesh, "unlearning")
+    return mesh
+
+
+def fit_rows(
+    rows: list[Row], model: Model, system_prompt: str | None, max_length: int, what: str
+) -> list[Row]:
+    """The rows whose prompt leaves room for a label; the others are counted in a line.
+
+    Raises:
+        UserError: no row is left.
+    """
+    limit = longest(model, max_length)
+    sizes = [
+        len(encode_prompt(model.tokenizer, row["question"], system_prompt=system_prompt))
+        for row in rows
+    ]
+    kept = [row for row, size in zip(rows, sizes, strict=True) if size < limit]
+    if rows and not kept:
+        raise UserError(
+            f"{what}: every prompt fills the {limit} tokens of the context (shortest: {min(sizes)})"
+            ", so no label is left; shorten the questions or raise --data.max-length"
+        )
+    if len(kept) < len(rows):
+        say(f"{what}: {len(rows) - len(kept)} row(s) left out, their prompt fills {limit} tokens")
+    return kept
+
+
+def fit_task(
+    task: Task,
+    model: Model,
+    evaluate: EvaluateConfig,
+    system_prompt: str | None,
+    max_length: int,
+) -> Task:
+    """The task with the rows that the model can read; what is left out becomes a note.
+
+    Raises:
+        UserError: a split of which no row is left, or rows without the column that is asked.
+    """
+    column = evaluate.leak_question
+    if evaluate.leak_samples and not all(column in r for r in task.evaluation["forget"]):
+        raise UserError(
+            f"--evaluate.leak-question {column}: forget rows without that column; add it or use "
+            "question"
+        )
+
+    def fit(rows: list[Row], what: str) -> list[Row]:
+        return fit_rows(rows, model, system_prompt, max_length, what)
+
+    forget = fit(task.forget, "forget")
+    retain = fit(task.retain, "retain")
+    done = [(task.forget, forget), (task.retain, retain)]
+    judged = {}
+    for name, rows in task.evaluation.items():
+        same = [kept for given, kept in done if given == rows]
+        judged[name] = same[0] if same else fit(rows, f"{name} (evaluation)")
+    notes = list(task.notes)
+    before = len(task.forget) + len(task.retain) + sum(map(len, task.evaluation.values()))
+    left = before - len(forget) - len(retain) - sum(map(len, judged.values()))
+    if left:
+        notes.append(f"left out, their prompt fills the context: {left} rows of all splits")
+    return task._replace(forget=forget, retain=retain, evaluation=judged, notes=notes)
