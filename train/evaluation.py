@@ -113,7 +113,7 @@ def score_rows(
             for j in range(start, start + len(answers)):
                 mine = values["answer"] == j
                 words = model.tokenizer.decode(values["targets"][mine].tolist())
-                scored.append(Scored(*(values[name][mine] for name in QUANTITIES), words))
+                scored.append(Scored(**{q: values[q][mine] for q in QUANTITIES}, text=words))
             start += len(answers)
             result[kind].append(scored if kind == "perturbed" else scored[0])
     return result

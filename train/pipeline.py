@@ -23,7 +23,7 @@ from train.data.examples import Encoded, encode_rows
 from train.data.tofu import refusal_rows
 from train.evaluation import Model, curve, longest
 from train.optimizers import OptimizerConfig
-from train.stages import params_stage
+from train.stages import digest, params_stage
 from train.streams import Stream, batches_of, make_stream, with_references
 from train.task import Row, Task, texts
 from train.tracking import Tracker, say
@@ -222,36 +222,33 @@ def train_stage(
     stage_seed = seed * 2**32 + zlib.crc32(name.encode())
     inputs = {
         "start": start.sha,
-        "streams": {n: [[e.tokens, e.num_prompt] for e in s.examples] for n, s in streams.items()},
+        "streams": digest(
+            {n: [[e.tokens, e.num_prompt] for e in s.examples] for n, s in streams.items()}
+        ),
         "objective": to_json(options),
         "optimizer": to_json(optimizer),
         "steps": steps,
         "batch_size": stage.batch_size,
         "seed": stage_seed,
     }
-    from train.stages import digest
 
-    inputs["streams"] = digest(inputs["streams"])
+    def look(params: Any) -> dict[str, float]:
+        assert watch is not None
+        task, config = watch
+        return curve(
+            start._replace(params=params),
+            task,
+            config.data.system_prompt,
+            config.data.max_length,
+            mesh,
+            config.evaluate.score_tokens,
+            CURVE_ROWS,
+        )
 
     def compute(checkpoints: Path) -> Any:
         ready = with_references(
             streams, row, options, start.decoder, start.params, start.sha, mesh, root
         )
-        look = None
-        if watch is not None:
-            task, config = watch
-
-            def look(params: Any) -> dict[str, float]:
-                return curve(
-                    start._replace(params=params),
-                    task,
-                    config.data.system_prompt,
-                    config.data.max_length,
-                    mesh,
-                    config.evaluate.score_tokens,
-                    CURVE_ROWS,
-                )
-
         plan = loop.Stage(
             name=name,
             steps=steps,
@@ -262,7 +259,7 @@ def train_stage(
             accumulate=stage.accumulate,
             checkpoints=checkpoints,
             checkpoint_seconds=stage.checkpoint_seconds,
-            curve=look,
+            curve=None if watch is None else look,
             curve_steps=loop.curve_steps(steps, stage.curve_points),
         )
         frozen = head_of(start.params) if "hidden" in row.reference.values() else None

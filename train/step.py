@@ -22,11 +22,11 @@ Batches = Mapping[str, Mapping[str, jax.Array]]
 
 
 class TrainState(NamedTuple):
-    """Parameters, optimizer state and the number of steps taken."""
+    """Parameters, optimizer state and the number of steps taken (or the shardings of the three)."""
 
     params: Any
     opt_state: Any
-    step: jax.Array
+    step: Any
 
 
 def split_batch(batches: Batches, parts: int) -> Batches:

@@ -1,4 +1,4 @@
-"""What the quickstart must show, on seeds its defaults were not chosen on (slow: minutes a seed)."""
+"""What the quickstart must show, on seeds its defaults were not chosen on (slow)."""
 
 import json
 from pathlib import Path
