@@ -131,8 +131,8 @@ def _told_apart(summary: dict[str, dict[str, Any]], n: int) -> Finding:
         text = "Forget quality needs an oracle or a retain log."
         return Finding(question, "unknown", "not measured", text)
     text = (
-        f"The KS test on truth ratios gives p = {show(s.unlearned)}, "
-        f"10 to the {decades(s.unlearned):.1f}"
+        f"The KS test on truth ratios gives p = {show(s.unlearned)}"
+        + (f", 10 to the {decades(s.unlearned):.1f}" if s.unlearned < 0.1 else "")
         + (f", on {n} questions." if n else ".")
         + f" Above {ALPHA} it does not tell the two apart."
     )

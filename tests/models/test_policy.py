@@ -32,10 +32,16 @@ TIED, UNTIED = Decoder(CONFIG), Decoder(dataclasses.replace(CONFIG, tie_embeddin
 
 
 def sharp(decoder, seed):
-    """Parameters whose predictions are far from uniform, so that a wrong slot shows."""
-    params = decoder.init(jax.random.key(seed))
-    params["embed"]["embedding"] = params["embed"]["embedding"] * 40
-    return params
+    """Parameters with which every block and token matters and predictions are far from uniform."""
+    draw = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        if jax.tree_util.keystr(path).endswith("['scale']"):
+            return 1 + 0.1 * draw.standard_normal(leaf.shape, np.float32)
+        std = 0.8 if leaf.shape[0] == VOCAB else leaf.shape[-2] ** -0.5
+        return jnp.array(std * draw.standard_normal(leaf.shape, np.float32))
+
+    return jax.tree_util.tree_map_with_path(one, decoder.shapes())
 
 
 def examples_of(seed=0, rows=ROWS):

@@ -27,7 +27,6 @@ from train.unlearn import evaluation_inputs
 LONGEST = 128
 CONFIG = EvaluateConfig(max_new_tokens=6, leak_samples=4, generate_rows=16)
 SYSTEM = "Be brief."
-INIT = jax.jit(Decoder.init, static_argnums=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,9 +62,15 @@ def make_model(task, seed, mesh=None):
     tokenizer = pipeline.train_tokenizer(task, 320)
     sizes = (320, 32, 48, 2, 4, 2, 8)
     decoder = Decoder(DecoderConfig(*sizes, tie_embeddings=False, max_position_embeddings=256))
-    params = INIT(decoder, jax.random.key(seed))
-    # Predictions far from uniform: a wrong slot, or a neighbour's answer, shows.
-    params["lm_head"]["kernel"] = params["lm_head"]["kernel"] * 3
+    draw = np.random.default_rng(seed)
+
+    def one(path, leaf):  # every block and token matters, predictions are far from uniform
+        if sharding.path_str(path).endswith("scale"):
+            return np.ones(leaf.shape, np.float32)
+        std = {"embed": 1.0, "lm_head": 0.5}.get(path[0].key, leaf.shape[-2] ** -0.5)
+        return np.float32(std) * draw.standard_normal(leaf.shape, np.float32)
+
+    params = jax.tree_util.tree_map_with_path(one, decoder.shapes())
     params = params if mesh is None else sharding.put_params(params, mesh)
     return Model(decoder, params, tokenizer, f"model {seed}")
 

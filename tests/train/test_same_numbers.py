@@ -30,7 +30,7 @@ from train.step import compile_step, init_state, loss_and_grads, make_step, spli
 from train.streams import Stream, batches_of, make_stream, with_references
 from train.tracking import Tracker
 
-DECODER = Decoder(DecoderConfig(64, 32, 48, 2, 4, 2, 8))
+DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
 STEPS, ROWS, SEED = 6, 16, 3
 ADAMW = OptimizerConfig("adamw", 2e-3)
 
@@ -63,10 +63,16 @@ def mesh_of(*sizes):
 
 @pytest.fixture(scope="module")
 def start():
-    """A model whose predictions are far from uniform."""
-    params = jax.jit(DECODER.init)(jax.random.key(0))
-    params["embed"]["embedding"] = params["embed"]["embedding"] * 20
-    return jax.device_get(params)
+    """Parameters with which every block and token matters and predictions are far from uniform."""
+    draw = np.random.default_rng(0)
+
+    def one(path, leaf):
+        noise = draw.standard_normal(leaf.shape, np.float32)
+        if sharding.path_str(path).endswith("scale"):
+            return 1 + 0.1 * noise
+        return noise * np.float32(0.4 if leaf.shape[0] == 64 else leaf.shape[-2] ** -0.5)
+
+    return jax.tree_util.tree_map_with_path(one, DECODER.shapes())
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,7 @@ def plain():
     draw = np.random.default_rng(0)
 
     def stream(count):
-        sizes = [(int(draw.integers(3, 14)), int(draw.integers(1, 16))) for _ in range(count)]
+        sizes = [(int(draw.integers(3, 8)), int(draw.integers(1, 9))) for _ in range(count)]
         rows = [Example(draw.integers(2, 64, p + a).tolist(), p) for p, a in sizes]
         return make_stream(rows, 0, buckets=1)
 
@@ -191,6 +197,20 @@ def test_stage_walks_an_epoch_and_learns(one_device, plain):
         assert all(np.any(leaf) for leaf in jax.tree.leaves(seen.gradient))
 
 
+def test_refusals_follow_their_questions(plain):
+    """Row b of `idk` answers the question in row b of `forget`, at every step and across epochs."""
+    streams = {name: plain[name] for name in ("forget", "idk", "retain")}
+    batches = batches_of(streams, "forget", SEED, ROWS)
+    for step in range(3):
+        batch = batches(step)
+        assert np.array_equal(batch["idk"]["row_id"], batch["forget"]["row_id"])
+        assert not np.array_equal(batch["retain"]["row_id"], batch["forget"]["row_id"])
+        again = batches_of(streams, "forget", SEED, ROWS)(step)  # nothing is carried over
+        assert all(np.array_equal(again[n][c], batch[n][c]) for n in batch for c in batch[n])
+    alone = batches_of({"idk": plain["idk"], "retain": plain["retain"]}, "idk", SEED, ROWS)(0)
+    assert sorted(alone["idk"]["row_id"])[0] >= 0 and len(set(alone["idk"]["row_id"])) == ROWS
+
+
 # Objectives at the gradient.
 
 
@@ -215,7 +235,7 @@ def gradient_of(config, sizes, accumulate, start, plain):
         labels = [len(e.tokens) - e.num_prompt for e in plain[name].examples]
         columns = {
             "ref_log_probs": [-2 * draw.random(n, np.float32) for n in labels],
-            "ref_hidden": [draw.standard_normal((n, 32), np.float32) for n in labels],
+            "ref_hidden": [draw.standard_normal((n, 16), np.float32) for n in labels],
         }
         streams[name] = Stream(
             plain[name].examples, 0, plain[name].length_buckets, plain[name].label_buckets, columns
@@ -407,8 +427,8 @@ def test_step_donates_its_state_and_compiles_once_a_shape(start, plain):
     state, shardings = init_state(params, tx, mesh)
     step = compile_step(make_step(DECODER, row, options, tx, schedule), shardings, mesh)
     train = plain["train"]
-    short = [i for i, e in enumerate(train.examples) if len(e.tokens) <= 16]
-    two = Stream(train.examples, 0, (16, 32), train.label_buckets)
+    short = [i for i, e in enumerate(train.examples) if len(e.tokens) <= 8]
+    two = Stream(train.examples, 0, (8, 16), train.label_buckets)
     assert len(short) >= 8
     lengths = set()
     for rows in (short[:8], range(8), short[-8:], range(8, 16)):
@@ -418,7 +438,7 @@ def test_step_donates_its_state_and_compiles_once_a_shape(start, plain):
         state, metrics = step(state, None, {"train": batch})
         assert all(leaf.is_deleted() for leaf in before)
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batch))
-    assert lengths == {(8, 16), (8, 32)} and step._cache_size() == 2
+    assert lengths == {(8, 8), (8, 16)} and step._cache_size() == 2
     assert int(state.step) == 4
     assert set(metrics) == {"loss", "train_loss", "grad_norm", "update_norm", "lr"}
     assert all(x.sharding.is_fully_replicated for x in metrics.values())

@@ -40,7 +40,7 @@ PRESET = RunConfig(
     unlearn=UnlearnConfig(epochs=6, batch_size=8, curve_points=3),
     # Smoothing the first blocks breaks the text before the facts; the middle ones hold the facts.
     objective=ObjectiveConfig(
-        name="asu", temperature=5.0, layers=tuple(range(8, 20)), retain="nll", forget_weight=1.0
+        name="asu", temperature=5.0, layers=tuple(range(8, 20)), retain="nll", forget_weight=0.2
     ),
     optimizer=OptimizerConfig(learning_rate=1e-4, schedule="linear", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=72, leak_samples=16, judge="base"),

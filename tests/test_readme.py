@@ -1,0 +1,28 @@
+"""README's Python runs as it stands, and its commands name options and programs that exist."""
+
+import re
+
+from train import cli
+from train.config import RunConfig
+from train.presets import PRESETS
+
+
+def blocks(repo, language):
+    return re.findall(rf"```{language}\n(.*?)```", (repo / "README.md").read_text(), re.S)
+
+
+def test_python_blocks_run(repo):
+    found = blocks(repo, "python")
+    assert found
+    for block in found:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_commands_exist(repo):
+    text = (repo / "README.md").read_text()
+    programs = set(re.findall(r"python -m (train\.\w+)", text))
+    assert programs and all((repo / f"{p.replace('.', '/')}.py").exists() for p in programs)
+    presets = set(re.findall(r"train\.unlearn ([a-z][\w-]*)", text))
+    assert presets and presets <= set(PRESETS)
+    known = set(cli.option_names(RunConfig)) | {"--list", "--help", "--config", "--output"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)) <= known
