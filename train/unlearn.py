@@ -63,6 +63,10 @@ def read_arguments(argv: list[str]) -> RunConfig:
             default,
             objective=suited.get(objective.name, objectives.ObjectiveConfig(objective.name)),
         )
+    other = any(cli.option_value(rest, m) for m in ("--model.path", "--stage.original"))
+    if other and preset is not None and default.objective == preset.PRESET.objective:
+        # Blocks and temperatures tuned for the preset's model mean nothing to another one.
+        default = replace(default, objective=objectives.ObjectiveConfig(default.objective.name))
     if "--smoke" in rest and preset is not None:
         default = replace(default, smoke=True, **preset.SMOKE)
     return cli.parse(RunConfig, default, rest, prog, summary)

@@ -375,6 +375,9 @@ def test_bfloat16_compute(params, tokens):
 def test_shapes_describe_init(params):
     found = jax.tree.map(lambda x: (x.shape, x.dtype), params)
     assert found == jax.tree.map(lambda x: (x.shape, x.dtype), DECODER.shapes())
-    std = {name: float(params["layers"]["attn"][name]["kernel"].std()) for name in "qko"}
-    assert std["q"] == pytest.approx(32**-0.5, rel=0.05) == pytest.approx(std["k"], rel=0.1)
-    assert std["o"] == pytest.approx(32**-0.5 / 6**0.5, rel=0.05)
+    drawn = DECODER.init(jax.random.key(0))
+    std = {name: float(drawn["layers"]["attn"][name]["kernel"].std()) for name in "qkvo"}
+    assert std["q"] == pytest.approx(32**-0.5, rel=0.05)
+    assert std["k"] == pytest.approx(32**-0.5, rel=0.05)
+    assert std["v"] == pytest.approx(0.02, rel=0.05)
+    assert std["o"] == pytest.approx(0.02 / 6**0.5, rel=0.05)

@@ -213,6 +213,14 @@ def test_another_objective_drops_the_presets_tuning(preset, name):
     assert weight == config.objective
 
 
+@pytest.mark.parametrize("option", ["--model.path", "--stage.original"])
+@pytest.mark.parametrize("more", [[], ["--objective.name", "asu"]])
+def test_another_model_drops_the_presets_tuning(option, more):
+    assert PRESETS["tofu-smollm2"].PRESET.objective.layers
+    config = read_arguments(["tofu-smollm2", option, "folder", *more])
+    assert config.objective == ObjectiveConfig("asu")
+
+
 def test_options_beside_another_objective_count():
     config = read_arguments(["quickstart", "--objective.beta", "0.3", "--objective.name", "npo"])
     assert config.objective == ObjectiveConfig("npo", beta=0.3)
