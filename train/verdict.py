@@ -132,7 +132,7 @@ def _told_apart(summary: dict[str, dict[str, Any]], n: int) -> Finding:
         return Finding(question, "unknown", "not measured", text)
     text = (
         f"The KS test on truth ratios gives p = {show(s.unlearned)}"
-        + (f", 10 to the {decades(s.unlearned):.1f}" if s.unlearned < 0.1 else "")
+        + (f", 10 to the {decades(s.unlearned):.1f}" if s.unlearned < 0.5 else "")
         + (f", on {n} questions." if n else ".")
         + f" Above {ALPHA} it does not tell the two apart."
     )
