@@ -37,6 +37,14 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@pytest.fixture(scope="module")
+def cheap_compilation():
+    """For modules that compile a lot of small programs: most of that time is XLA's optimiser."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The folder that holds pyproject.toml."""

@@ -48,10 +48,14 @@ def tree_shapes(tree: Any) -> dict[str, list[Any]]:
     return {path_str(p): [np.dtype(x.dtype).name, *x.shape] for p, x in leaves}
 
 
+def combined(digests: dict[str, str]) -> str:
+    """One sha256 for a tree: the digest of its sorted (path, leaf digest) pairs."""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
 def params_sha256(params: Any) -> str:
-    """One sha256 for a parameter tree: the digest of its sorted (path, leaf digest) pairs."""
-    pairs = sorted(tree_digests(params).items())
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    """The sha256 of a parameter tree."""
+    return combined(tree_digests(params))
 
 
 def file_sums(folder: Path) -> dict[str, list[int]]:
@@ -123,6 +127,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     sound = isinstance(manifest, dict) and isinstance(manifest.get("digests"), dict)
     return manifest if sound else None
+
+
+def saved_sha256(folder: Path) -> str:
+    """`params_sha256` of a saved tree by its manifest, which `load_tree` has verified."""
+    return combined((read_manifest(folder) or {"digests": {}})["digests"])
 
 
 def load_tree(folder: Path, like: Any) -> Any:

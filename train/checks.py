@@ -75,9 +75,7 @@ def check_numbers(config: Any, prefix: str = "--") -> None:
 
 def check_choice(option: str, value: str, known: Sequence[str]) -> None:
     """Raise `UserError` for a word that is none of `known`, naming the nearest."""
-    if value not in known:
-        near = cli.nearest(value, known)
-        raise UserError(f"{option} {value!r} is unknown; did you mean {near!r}? {', '.join(known)}")
+    cli.choose(value, dict.fromkeys(known), option)
 
 
 def check_stage(

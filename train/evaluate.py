@@ -14,6 +14,7 @@ from typing import Any
 from jaxlib_unlearn.errors import UserError
 from train import cli
 from train.config import DataConfig, EvaluateConfig, RunConfig, replace
+from train.presets import tofu_smollm2
 from train.sharding import MeshConfig
 from train.tracking import say
 
@@ -43,12 +44,11 @@ class EvaluateRun:
     mesh: MeshConfig = MeshConfig()
 
 
+# What the TOFU preset shrinks, without its training.
 SMOKE = {
-    "data.retain_rows": 12,
-    "data.extra_rows": 4,
-    "data.holdout_rows": 4,
-    "evaluate.leak_samples": 2,
-    "evaluate.max_new_tokens": 16,
+    name: value
+    for name, value in tofu_smollm2.SMOKE.items()
+    if name.startswith(("data.", "evaluate."))
 }
 
 
@@ -90,9 +90,9 @@ def run(config: EvaluateRun) -> dict[str, Any]:
     """Judge the model and write `summary.json` and the per-item log."""
     from jaxlib_unlearn.metrics import tofu
     from train import checks, evaluation, pipeline, sharding
-    from train.stages import json_stage, write_atomic
+    from train.stages import write_atomic
     from train.task import load_task
-    from train.unlearn import evaluation_inputs
+    from train.unlearn import evaluate_cached
 
     checks.check_numbers(config)
     checks.check_evaluate(config.evaluate)
@@ -108,21 +108,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {root}: {error.strerror}; give another --output") from None
-    inputs = evaluation_inputs(model, task, config.evaluate, config.data, None, config.seed)
-
-    def compute() -> Any:
-        return evaluation.evaluate_model(
-            model,
-            task,
-            config.evaluate,
-            system_prompt=config.data.system_prompt,
-            max_length=config.data.max_length,
-            mesh=mesh,
-            seed=config.seed,
-            name="model",
-        )
-
-    log = json_stage(root / "evals" / "model.json", inputs, compute)
+    log = evaluate_cached(config, model, task, None, root, mesh, "model")
     summary = evaluation.summarize(log, retain, model)
     write_atomic(root / "summary.json", json.dumps({"model": summary}, indent=1))
     for name, value in summary.items():

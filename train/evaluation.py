@@ -38,16 +38,17 @@ class Model(NamedTuple):
     sha: str
 
 
+def num_parameters(params: Any) -> int:
+    """Elements of a parameter tree."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
 def longest(model: Model, max_length: int) -> int:
     """`max_length`, or the model's context where that is shorter."""
     return min(max_length, model.decoder.config.max_position_embeddings)
 
 
-def _score_step(decoder: Decoder, params: Any, batch: Mapping[str, jax.Array]):
-    return score(decoder, params, batch)
-
-
-_score = jax.jit(_score_step, static_argnums=0)
+_score = jax.jit(score, static_argnums=0)
 
 
 def score_items(
@@ -207,7 +208,8 @@ def evaluate_model(
         judge: model whose NLL of the greedy forget answers is measured; None: left out.
 
     Returns:
-        A dict as `metrics.tofu.build_log` makes, with `leak_at_k` and `forget_judge_nll` added.
+        A dict as `metrics.tofu.build_log` makes, with `leak_at_k`, `repeated_bigram_rate` and
+        `forget_{config.judge}_nll` added.
     """
     max_length = longest(model, max_length)
     greedy = SamplingConfig(max_new_tokens=config.max_new_tokens)
@@ -323,7 +325,7 @@ def summarize(log: Mapping[str, Any], retain_log: Any, model: Model) -> dict[str
             flat[name] = log[name]["agg_value"]
     for k, value in log.get("leak_at_k", {"agg_value": {}})["agg_value"].items():
         flat[f"leak_at_{k}"] = value
-    flat["num_parameters"] = sum(x.size for x in jax.tree.leaves(model.params))
+    flat["num_parameters"] = num_parameters(model.params)
     flat["params_sha256"] = model.sha
     return flat
 

@@ -39,7 +39,7 @@ class Stage:
         objective: what is minimised, with `options` as resolved from its configuration.
         optimizer: how a step is taken.
         accumulate: micro-batches a step.
-        curve: `(step, params) -> scalars`, called at `curve_steps`.
+        curve: `params -> scalars`, called at `curve_steps`.
         checkpoints: folder for this stage's checkpoints.
         checkpoint_seconds: least time between two of them.
     """

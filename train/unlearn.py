@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -74,13 +73,13 @@ def read_arguments(argv: list[str]) -> RunConfig:
 
 def run(config: RunConfig) -> Path:
     """Run all stages of a configuration and return the run folder."""
-    from train import pipeline, report
+    from train import evaluation, pipeline, report
 
     started = time.monotonic()
     task, base, mesh, retain_log = prepare(config)
     root = open_run(config)
     tracker = Tracker(root, config.tensorboard)
-    size = pipeline.host_size(base.params) / 1e6
+    size = evaluation.num_parameters(base.params) / 1e6
     say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {root}")
     for note in task.notes:
         say(f"  {note}")
@@ -266,9 +265,12 @@ def evaluation_inputs(
 
 
 def evaluate_cached(
-    config: RunConfig, model: Any, task: Any, judge: Any, root: Path, mesh: Any, name: str
+    config: Any, model: Any, task: Any, judge: Any, root: Path, mesh: Any, name: str
 ) -> Any:
-    """The per-item log of a model, from `evals/NAME.json` when that was made from the same."""
+    """The per-item log of a model, from `evals/NAME.json` when that was made from the same.
+
+    `config` has `data`, `evaluate` and `seed`: that of a run, or of `train.evaluate`.
+    """
     from train import evaluation
     from train.stages import json_stage
 
@@ -338,5 +340,4 @@ def export_model(model: Any, folder: Path, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules.setdefault("train.unlearn", sys.modules["__main__"])
     cli.main(main)

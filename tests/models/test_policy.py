@@ -51,12 +51,7 @@ def examples_of(seed=0, rows=ROWS):
     return [Example(draw.integers(2, VOCAB, p + a).tolist(), p) for p, a in sizes]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_compilation():
-    """Almost all of the time here is XLA's optimiser."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,7 @@ CONFIG = EvaluateConfig(max_new_tokens=6, leak_samples=4, generate_rows=16)
 SYSTEM = "Be brief."
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_compilation():
-    """Almost all of the time here is XLA's optimiser."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -35,12 +35,7 @@ STEPS, ROWS, SEED = 6, 16, 3
 ADAMW = OptimizerConfig("adamw", 2e-3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_compilation():
-    """Almost all of the time here is XLA's optimiser."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 
 def quick(jitted, *args):
