@@ -31,10 +31,23 @@ def pytest_configure(config):
     cache = getattr(config, "cache", None)
     if cache is None or jax.config.jax_compilation_cache_dir:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax-one-device")))
     # Bounded means locked: xdist's workers share the cache, and JAX's writes are not atomic.
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="module")
+def compiled_afresh():
+    """For modules that compute on several devices: nothing of theirs goes into the cache.
+
+    XLA's CPU programs that come from the cache run their collectives in any order: one device waits
+    in one all-reduce, another in the next, and after 40 s the process is aborted.
+    """
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 @pytest.fixture(scope="module")

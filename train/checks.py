@@ -112,6 +112,9 @@ def check_run(config: RunConfig) -> Mesh:
         raise UserError(
             "--tensorboard needs tensorboardX; pip install 'jaxlib-unlearn[tensorboard]'"
         )
+    cache = config.stage.cache
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise UserError(f"--stage.cache {cache} is not a folder; give a folder, or leave it out")
     mesh = sharding.make_mesh(config.mesh)
     check_stage(config.finetune, config.finetune.optimizer, mesh, "fine-tuning")
     check_stage(config.unlearn, config.optimizer, mesh, "unlearning")

@@ -104,9 +104,12 @@ class StageConfig:
 
     Args:
         original: a model (HF folder or GGUF) that already knows the facts.
+        cache: folder that runs share: an original or oracle made from the same inputs, and its
+            evaluation, are taken from there, or put there for the next run.
     """
 
     original: str | None = None
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,7 @@ def finetune(
         root=root,
         mesh=mesh,
         tracker=tracker,
+        cache=config.stage.cache,
     )
 
 
@@ -215,6 +216,7 @@ def train_stage(
     mesh: Any,
     tracker: Tracker,
     watch: tuple[Task, RunConfig] | None = None,
+    cache: Path | None = None,
 ) -> Model:
     """One stage of training: found by the digest of what it is made from, or computed."""
     row, options = objective
@@ -269,5 +271,5 @@ def train_stage(
         frozen = head_of(start.params) if "hidden" in row.reference.values() else None
         return loop.run(plan, start.decoder, start.params, frozen, mesh, tracker)
 
-    params, sha = params_stage(root, name, inputs, start.params, compute)
+    params, sha = params_stage(root, name, inputs, start.params, compute, cache)
     return Model(start.decoder, params, start.tokenizer, sha)

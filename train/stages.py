@@ -5,10 +5,12 @@ A stage whose digest is there is never computed twice, and a killed run continue
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,36 @@ def folder_of(root: Path, name: str, inputs: dict[str, Any]) -> Path:
     return root / "stages" / f"{name}-{digest(inputs)[:16]}"
 
 
+@contextlib.contextmanager
+def alone(folder: Path, name: str) -> Iterator[None]:
+    """Hold `folder` against other processes; the lock falls with the process, `kill -9` included.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = folder.with_name(folder.name + ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder.parent}: {error.strerror}; give another --stage.cache"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"{name}: another run is computing it; waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def params_stage(
-    root: Path, name: str, inputs: dict[str, Any], like: Any, compute: Callable[[Path], Any]
+    root: Path,
+    name: str,
+    inputs: dict[str, Any],
+    like: Any,
+    compute: Callable[[Path], Any],
+    cache: Path | None = None,
 ) -> tuple[Any, str]:
     """Parameters of a stage and their sha256: read when stored undamaged, else computed and stored.
 
@@ -38,7 +68,12 @@ def params_stage(
         inputs: everything the result depends on, as JSON values.
         like: a tree with the structure, dtypes and shardings of the result.
         compute: given a folder for its checkpoints, returns the parameters.
+        cache: folder shared with other runs that takes the place of `root`; of several runs that
+            want a result, one computes it and the others wait.
     """
+    if cache is not None:
+        with alone(folder_of(cache, name, inputs), name):
+            return params_stage(cache, name, inputs, like, compute)
     folder = folder_of(root, name, inputs)
     if checkpointing.read_manifest(folder) is not None:
         try:
@@ -54,8 +89,21 @@ def params_stage(
     return params, checkpointing.combined(manifest["digests"])
 
 
-def json_stage(path: Path, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
-    """A JSON result cached beside the key of what it was made from; a stale key recomputes it."""
+def json_stage(
+    path: Path, inputs: dict[str, Any], compute: Callable[[], Any], cache: Path | None = None
+) -> Any:
+    """A JSON result cached beside the key of what it was made from; a stale key recomputes it.
+
+    With `cache`, a folder shared with other runs, it is looked for there before it is computed.
+    """
+    if cache is not None:
+        shared = cache / path.parent.name / f"{path.stem}-{digest(inputs)[:16]}.json"
+
+        def look() -> Any:
+            with alone(shared, path.stem):
+                return json_stage(shared, inputs, compute)
+
+        return json_stage(path, inputs, look)
     key_path = path.with_suffix(".key")
     key = digest(inputs)
     try:

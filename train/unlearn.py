@@ -63,7 +63,7 @@ def read_arguments(argv: list[str]) -> RunConfig:
             objective=suited.get(objective.name, objectives.ObjectiveConfig(objective.name)),
         )
     other = any(cli.option_value(rest, m) for m in ("--model.path", "--stage.original"))
-    if other and preset is not None and default.objective == preset.PRESET.objective:
+    if other and preset is not None and default.objective in preset.OBJECTIVES.values():
         # Blocks and temperatures tuned for the preset's model mean nothing to another one.
         default = replace(default, objective=objectives.ObjectiveConfig(default.objective.name))
     if "--smoke" in rest and preset is not None:
@@ -124,7 +124,8 @@ def run(config: RunConfig) -> Path:
     for name, model in people.items():
         if model is not None:
             clock = time.monotonic()
-            logs[name] = evaluate_cached(config, model, task, judge, root, mesh, name)
+            cache = None if name == "unlearned" else config.stage.cache
+            logs[name] = evaluate_cached(config, model, task, judge, root, mesh, name, cache)
             timed(f"evaluate {name}", clock)
     summary = summarize(logs, people, retain_log)
 
@@ -183,8 +184,9 @@ def open_run(config: RunConfig) -> Path:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    """What `config.json` holds: everything but where it lies."""
-    return to_json(dataclasses.replace(config, output=None))
+    """What `config.json` holds: everything but where it and what it is made from lie."""
+    stage = dataclasses.replace(config.stage, cache=None)
+    return to_json(dataclasses.replace(config, output=None, stage=stage))
 
 
 def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
@@ -265,7 +267,14 @@ def evaluation_inputs(
 
 
 def evaluate_cached(
-    config: Any, model: Any, task: Any, judge: Any, root: Path, mesh: Any, name: str
+    config: Any,
+    model: Any,
+    task: Any,
+    judge: Any,
+    root: Path,
+    mesh: Any,
+    name: str,
+    cache: Path | None = None,
 ) -> Any:
     """The per-item log of a model, from `evals/NAME.json` when that was made from the same.
 
@@ -289,7 +298,7 @@ def evaluate_cached(
             judge=judge,
         )
 
-    return json_stage(root / "evals" / f"{name}.json", inputs, compute)
+    return json_stage(root / "evals" / f"{name}.json", inputs, compute, cache)
 
 
 def summarize(logs: dict[str, Any], people: dict[str, Any], retain_log: Any) -> dict[str, Any]:

@@ -14,7 +14,10 @@ from jax.sharding import PartitionSpec as P
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim import buckets, orthogonalize
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+pytestmark = [
+    pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
+    pytest.mark.usefixtures("compiled_afresh"),
+]
 
 MESHES = {
     "8": ((8,), ("fsdp",)),

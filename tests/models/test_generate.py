@@ -240,6 +240,7 @@ def test_the_cache_is_updated_in_place(params):
     assert memory.temp_size_in_bytes < rows.cache["k"].nbytes
 
 
+@pytest.mark.usefixtures("compiled_afresh")
 def test_a_mesh_changes_nothing(params, prompts):
     axes = ("data", "fsdp")
     mesh = jax.make_mesh((2, 2), axes, axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -217,8 +217,9 @@ def test_another_objective_drops_the_presets_tuning(preset, name):
 @pytest.mark.parametrize("more", [[], ["--objective.name", "asu"]])
 def test_another_model_drops_the_presets_tuning(option, more):
     assert PRESETS["tofu-smollm2"].PRESET.objective.layers
-    config = read_arguments(["tofu-smollm2", option, "folder", *more])
-    assert config.objective == ObjectiveConfig("asu")
+    for name in PRESETS if more else ["tofu-smollm2"]:
+        config = read_arguments([name, option, "folder", *more])
+        assert config.objective == ObjectiveConfig("asu")
 
 
 def test_options_beside_another_objective_count():

@@ -35,7 +35,7 @@ STEPS, ROWS, SEED = 6, 16, 3
 ADAMW = OptimizerConfig("adamw", 2e-3)
 
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
+pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
 
 
 def quick(jitted, *args):

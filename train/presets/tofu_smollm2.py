@@ -31,7 +31,7 @@ PRESET = RunConfig(
     ),
     model=ModelConfig(path="smollm2"),
     finetune=TrainConfig(
-        epochs=6,
+        epochs=5,
         batch_size=4,
         optimizer=OptimizerConfig(
             learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0

@@ -1,0 +1,106 @@
+"""`--stage.cache`: runs that start from the same original and oracle train and judge them once."""
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import pytest
+
+from jaxlib_unlearn.errors import UserError
+from train import checks, cli, pipeline, sharding, stages, unlearn
+from train.config import RunConfig, StageConfig, replace
+from train.presets import PRESETS
+from train.task import load_task
+from train.tracking import Tracker
+
+
+@pytest.fixture(scope="module")
+def config(small) -> RunConfig:
+    options = [*small, *"--finetune.steps 2 --unlearn.steps 2 --unlearn.curve-points 0".split()]
+    return cli.parse(RunConfig, PRESETS["quickstart"].PRESET, options, "tests", "")
+
+
+def files(root: Path) -> set[str]:
+    return {p.relative_to(root).parts[0] for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_second_run_takes_the_original_from_the_cache(config, tmp_path, capsys):
+    config = replace(config, **{"stage.cache": tmp_path / "cache"})
+    task, mesh = load_task(config), sharding.make_mesh(config.mesh)
+    base = pipeline.base_model(config, task, mesh)
+
+    def original(root: Path, config: RunConfig = config) -> str:
+        root.mkdir()
+        return pipeline.finetune(
+            config, base, task.retain, "original", root, mesh, Tracker(root)
+        ).sha
+
+    first = original(tmp_path / "one")
+    assert "found" not in capsys.readouterr().err
+    assert original(tmp_path / "two") == first
+    assert "original: found, made from the same inputs" in capsys.readouterr().err
+    assert files(tmp_path / "two") == set()
+    other = replace(config, **{"finetune.optimizer.learning_rate": 1e-5})
+    assert original(tmp_path / "three", other) != first
+    assert "found" not in capsys.readouterr().err
+
+
+def test_what_unlearning_makes_stays_in_the_run(config, tmp_path):
+    config = replace(config, **{"stage.cache": tmp_path / "cache"})
+    task, mesh = load_task(config), sharding.make_mesh(config.mesh)
+    base = pipeline.base_model(config, task, mesh)
+    root = tmp_path / "run"
+    root.mkdir()
+    pipeline.unlearn(config, base, task, root, mesh, Tracker(root))
+    assert "stages" in files(root) and not (tmp_path / "cache").exists()
+
+
+def test_an_evaluation_is_computed_once_for_two_runs(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"agg_value": 0.5}
+
+    cache = tmp_path / "cache"
+    for run in ("one", "two"):
+        path = tmp_path / run / "evals" / "oracle.json"
+        assert stages.json_stage(path, {"params": "a"}, compute, cache) == {"agg_value": 0.5}
+        assert path.exists() and len(calls) == 1
+    (kept,) = (cache / "evals").glob("oracle-*.json")
+    kept.write_text('{"agg_value": 1.0}')  # not what was computed
+    path = tmp_path / "three" / "evals" / "oracle.json"
+    assert stages.json_stage(path, {"params": "a"}, compute, cache) == {"agg_value": 0.5}
+    stages.json_stage(path, {"params": "b"}, compute, cache)
+    assert len(calls) == 3
+
+
+def test_of_two_runs_that_want_a_stage_one_waits(tmp_path, monkeypatch):
+    waiting, order = threading.Event(), []
+    monkeypatch.setattr(stages, "say", lambda line: (order.append(line), waiting.set()))
+
+    def second():
+        with stages.alone(tmp_path / "stages" / "original-1", "original"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with stages.alone(tmp_path / "stages" / "original-1", "original"):
+        thread.start()
+        assert waiting.wait(30)
+        order.append("first")
+    thread.join(30)
+    assert order == ["original: another run is computing it; waiting", "first", "second"]
+
+
+def test_the_cache_is_no_part_of_what_a_run_is(config, tmp_path):
+    cached = dataclasses.replace(config, stage=StageConfig(cache=tmp_path))
+    assert unlearn._identity(cached) == unlearn._identity(config)
+
+
+def test_a_cache_that_is_a_file_is_refused(config, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(UserError, match="stage.cache .* is not a folder"):
+        checks.check_run(replace(config, **{"stage.cache": path}))
+    with pytest.raises(UserError, match="give another --stage.cache"), stages.alone(path / "a", ""):
+        pass
