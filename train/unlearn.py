@@ -156,6 +156,11 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
     task = load_task(config)
     if config.stage.original is not None:
         base = pipeline.load_model(config.stage.original, config.model.remat, mesh)
+        if "holdout" in task.evaluation:
+            task.notes.append(
+                "The model came from outside. Where it was trained on the rows taken as "
+                "non-members, the membership metrics (privleak) mean nothing."
+            )
     else:
         base = pipeline.base_model(config, task, mesh)
     objective, options = objectives.resolve(config.objective)

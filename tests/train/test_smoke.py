@@ -259,4 +259,5 @@ def test_tofu_files_from_end_to_end(program, tiny, tofu_folder, tmp_path):
     assert done.code == 0, done.err
     summary = json.loads((tmp_path / "second" / "summary.json").read_text())
     assert list(summary) == ["original", "unlearned"]
+    assert "came from outside" in (tmp_path / "second" / "report.html").read_text()
     assert 0 <= summary["unlearned"]["forget_quality"] <= 1
