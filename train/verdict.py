@@ -87,11 +87,18 @@ def _kept(summary: dict[str, dict[str, Any]]) -> Finding:
         f"{100 * share:.0f} % is left (kept: at least {100 * KEPT:.0f} %, "
         f"mostly kept: {100 * MOSTLY_KEPT:.0f} %)."
     )
-    u = _get(summary, "model_utility")
+    u, fell = _get(summary, "model_utility"), False
     if u.original is not None and u.unlearned is not None:
-        text += f" Model utility went from {show(u.original)} to {show(u.unlearned)}."
+        text += f" Model utility went from {show(u.original)} to {show(u.unlearned)}"
+        text += "." if u.oracle is None else f", the oracle has {show(u.oracle)}."
+        # Training the oracle moves it too; what unlearning costs is what is below both.
+        floor = u.original if u.oracle is None else min(u.original, u.oracle)
+        fell = u.unlearned < MOSTLY_KEPT * floor
+        if fell:
+            text += f" That is less than {100 * MOSTLY_KEPT:.0f} % of what it could have kept."
     if share >= KEPT:
-        return Finding(question, "good", "kept", text)
+        level = ("mixed", "kept, but utility fell") if fell else ("good", "kept")
+        return Finding(question, *level, text)
     return Finding(
         question, *(("mixed", "mostly kept") if share >= MOSTLY_KEPT else ("bad", "damaged")), text
     )

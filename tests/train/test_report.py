@@ -307,8 +307,13 @@ def test_leak_curve_ends():
 
 
 BASE = {
-    "original": {"forget_rouge": 1.0, "retain_rouge": 1.0, "forget_quality": 1e-6},
-    "oracle": {"forget_rouge": 0.3, "forget_oracle_nll": 0.5, "forget_base_nll": 0.5},
+    "original": {
+        "forget_rouge": 1.0, "retain_rouge": 1.0, "forget_quality": 1e-6, "model_utility": 0.3,
+    },
+    "oracle": {
+        "forget_rouge": 0.3, "forget_oracle_nll": 0.5, "forget_base_nll": 0.5,
+        "model_utility": 0.24,
+    },
     "unlearned": {
         "forget_rouge": 0.3, "retain_rouge": 0.99, "forget_quality": 0.2,
         "repeated_bigram_rate": 0.0, "forget_oracle_nll": 1.5,
@@ -325,6 +330,8 @@ BASE = {
         (1, {}, "good"),
         (1, {"retain_rouge": 0.9}, "mixed"),
         (1, {"retain_rouge": 0.2}, "bad"),
+        (1, {"model_utility": 0.21}, "good"),  # the oracle has 0.24
+        (1, {"model_utility": 0.2}, "mixed"),
         (2, {}, "good"),
         (2, {"repeated_bigram_rate": 0.06}, "mixed"),
         (2, {"repeated_bigram_rate": 0.06, "forget_oracle_nll": 3.0}, "bad"),
