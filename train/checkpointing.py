@@ -129,11 +129,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if sound else None
 
 
-def saved_sha256(folder: Path) -> str:
-    """`params_sha256` of a saved tree by its manifest, which `load_tree` has verified."""
-    return combined((read_manifest(folder) or {"digests": {}})["digests"])
-
-
 def load_tree(folder: Path, like: Any) -> Any:
     """Read a tree with the structure, dtypes and shardings of `like`; verify files and digests.
 

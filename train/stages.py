@@ -75,11 +75,12 @@ def params_stage(
         with alone(folder_of(cache, name, inputs), name):
             return params_stage(cache, name, inputs, like, compute)
     folder = folder_of(root, name, inputs)
-    if checkpointing.read_manifest(folder) is not None:
+    manifest = checkpointing.read_manifest(folder)
+    if manifest is not None:
         try:
             params = checkpointing.load_tree(folder, like)
             say(f"{name}: found, made from the same inputs")
-            return params, checkpointing.saved_sha256(folder)
+            return params, checkpointing.combined(manifest["digests"])  # load_tree verified them
         except UserError as error:
             say(f"{checkpointing.what(error)}; computing it again")
     checkpoints = root / "checkpoints" / folder.name
