@@ -4,14 +4,109 @@
 optimizer. ``matrices`` decides which leaves are matrices, ``orthogonalize`` builds polar factors.
 """
 
-from jaxlib_unlearn.optim import matrices, orthogonalize
+from jaxlib_unlearn.optim import (
+    compressed,
+    hybrid,
+    matrices,
+    orthogonalize,
+    smoothing,
+    two_stream,
+    wrappers,
+    zo_methods,
+)
+from jaxlib_unlearn.optim.compressed import (
+    quantize_updates,
+    scale_by_sign_momentum,
+    sign_momentum,
+)
+from jaxlib_unlearn.optim.hybrid import alternate, ends_on_zeroth_order, round_to_zeroth_order
 from jaxlib_unlearn.optim.muon import MUON_STATIC_ARGS, MuonState, muon, scale_by_muon
+from jaxlib_unlearn.optim.post import Post, normuon
+from jaxlib_unlearn.optim.sift import SIFT_STATIC_ARGS, SiftState, scale_by_sift, sift
+from jaxlib_unlearn.optim.smoothing import randomised_smoothing, sam
+from jaxlib_unlearn.optim.sophia import SOPHIA_STATIC_ARGS, scale_by_sophia, sophia
+from jaxlib_unlearn.optim.splitting import Split
+from jaxlib_unlearn.optim.teon import TEON_STATIC_ARGS, scale_by_teon, teon
+from jaxlib_unlearn.optim.two_stream import blur, pcgrad, weighted_sum
+from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
+from jaxlib_unlearn.optim.zeroth_order import ZOState
+from jaxlib_unlearn.optim.zo_methods import (
+    hizoo,
+    lozo,
+    mezo,
+    rada_zo,
+    sparse_mezo,
+    subspace_mezo,
+    subzero,
+)
+from jaxlib_unlearn.optim.zo_muon import ZO_MUON_STATIC_ARGS, scale_by_zo_muon, zo_muon
+
+STATIC_ARGS: dict[str, tuple[str, ...]] = {
+    "accumulate": wrappers.ACCUMULATE_STATIC_ARGS,
+    "alternate": hybrid.ALTERNATE_STATIC_ARGS,
+    "blur": two_stream.BLUR_STATIC_ARGS,
+    "clip_streams": wrappers.CLIP_STREAMS_STATIC_ARGS,
+    "finite": wrappers.FINITE_STATIC_ARGS,
+    "hizoo": zo_methods.HIZOO_STATIC_ARGS,
+    "lozo": zo_methods.LOZO_STATIC_ARGS,
+    "mezo": zo_methods.MEZO_STATIC_ARGS,
+    "muon": MUON_STATIC_ARGS,
+    "pcgrad": two_stream.PCGRAD_STATIC_ARGS,
+    "quantize_updates": compressed.QUANTIZE_UPDATES_STATIC_ARGS,
+    "rada_zo": zo_methods.RADA_ZO_STATIC_ARGS,
+    "randomised_smoothing": smoothing.RANDOMISED_SMOOTHING_STATIC_ARGS,
+    "sam": smoothing.SAM_STATIC_ARGS,
+    "sift": SIFT_STATIC_ARGS,
+    "sign_momentum": compressed.SIGN_MOMENTUM_STATIC_ARGS,
+    "sophia": SOPHIA_STATIC_ARGS,
+    "sparse_mezo": zo_methods.SPARSE_MEZO_STATIC_ARGS,
+    "subspace_mezo": zo_methods.SUBSPACE_MEZO_STATIC_ARGS,
+    "subzero": zo_methods.SUBZERO_STATIC_ARGS,
+    "teon": TEON_STATIC_ARGS,
+    "weighted_sum": two_stream.WEIGHTED_SUM_STATIC_ARGS,
+    "zo_muon": ZO_MUON_STATIC_ARGS,
+}
+"""What ``optax.inject_hyperparams(factory, static_args=STATIC_ARGS[name])`` must not trace."""
 
 __all__ = [
-    "MUON_STATIC_ARGS",
+    "STATIC_ARGS",
     "MuonState",
+    "Post",
+    "SiftState",
+    "Split",
+    "ZOState",
+    "accumulate",
+    "alternate",
+    "blur",
+    "clip_streams",
+    "ends_on_zeroth_order",
+    "finite",
+    "hizoo",
+    "lozo",
     "matrices",
+    "mezo",
     "muon",
+    "normuon",
     "orthogonalize",
+    "pcgrad",
+    "quantize_updates",
+    "rada_zo",
+    "randomised_smoothing",
+    "round_to_zeroth_order",
+    "sam",
     "scale_by_muon",
+    "scale_by_sift",
+    "scale_by_sign_momentum",
+    "scale_by_sophia",
+    "scale_by_teon",
+    "scale_by_zo_muon",
+    "sift",
+    "sign_momentum",
+    "sophia",
+    "sparse_mezo",
+    "subspace_mezo",
+    "subzero",
+    "teon",
+    "weighted_sum",
+    "zo_muon",
 ]

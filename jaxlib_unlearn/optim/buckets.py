@@ -17,6 +17,7 @@ still enough work for one kernel on an accelerator.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn.optim.matrices import MatrixAxes
 
-StackFunction = Callable[[jax.Array], jax.Array]
+StackFunction = Callable[..., Any]
 
 _BLOCK = 2**20  # elements of a block of matrices off a mesh
 _OPEN = P.UNCONSTRAINED
@@ -58,20 +59,70 @@ def map_matrices(
         >>> wide.shape, tall.shape, float(tall.sum())
         ((2, 3), (3, 2), 12.0)
     """
-    roles = ("",) * len(leaves) if roles is None else roles
-    return _map(tuple(leaves), fn=fn, axes=tuple(axes), roles=tuple(roles))
+    return map_stacks([fn] * len(leaves), [(leaf,) for leaf in leaves], axes, roles)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("fn", "axes", "roles"))
-def _map(leaves, *, fn, axes, roles) -> list[jax.Array]:
+def map_stacks(
+    fns: Sequence[StackFunction],
+    streams: Sequence[Sequence[jax.Array]],
+    axes: Sequence[MatrixAxes],
+    roles: Sequence[str] | None = None,
+    *,
+    together: Sequence[int] | None = None,
+    extras: Sequence[Any] | None = None,
+) -> tuple[list[jax.Array], list[Any]]:
+    """The general form: several arrays a leaf, neighbours that belong together, numbers beside.
+
+    Args:
+        fns: one function a leaf; leaves with different functions never share a bucket. It is
+            called as ``fn(*stacks)`` with one ``(n, r, c)`` a stream and returns ``(n, r, c)``;
+            with ``extras`` as ``fn(*stacks, extra)``, and returns ``((n, r, c), aux)``.
+        streams: for every leaf a tuple of arrays, all of one shape, dtype and sharding (a gradient
+            and another one, say); every leaf has the same number of them.
+        axes: how each leaf is a stack of matrices.
+        roles: as in :func:`map_matrices`.
+        together: for every leaf, how many consecutive matrices of its stack must meet in one call
+            (its number of matrices is a multiple of it); 1 if absent.
+        extras: for every leaf a tree of arrays ``(n, ...)``, one entry a matrix, replicated.
+
+    Returns:
+        The results, arrays like the first stream, and for every leaf the tree of ``aux`` arrays
+        ``(n, ...)``, replicated (None without ``extras``).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def add(a, b, extra):
+        ...     return a + b, {"scale": 2 * extra}
+        >>> pair = (jnp.ones((3, 2, 2)), jnp.ones((3, 2, 2)))
+        >>> (sums,), (aux,) = map_stacks(
+        ...     [add], [pair], [MatrixAxes((0,), (1,), (2,))], extras=[jnp.arange(3.0)]
+        ... )
+        >>> sums.shape, aux["scale"].tolist()
+        ((3, 2, 2), [0.0, 2.0, 4.0])
+    """
+    count = len(streams)
+    out, aux = _map(
+        tuple(tuple(leaf) for leaf in streams),
+        None if extras is None else tuple(extras),
+        fns=tuple(fns),
+        axes=tuple(axes),
+        roles=("",) * count if roles is None else tuple(roles),
+        together=(1,) * count if together is None else tuple(together),
+    )
+    return list(out), list(aux)
+
+
+@functools.partial(jax.jit, static_argnames=("fns", "axes", "roles", "together"))
+def _map(streams, extras, *, fns, axes, roles, together):
     buckets: dict[tuple, list[int]] = {}
     stacks = []
-    for i, (leaf, leaf_axes, role) in enumerate(zip(leaves, axes, roles, strict=True)):
-        stack = _to_stack(leaf, leaf_axes)
+    for i, (leaves, leaf_axes, role) in enumerate(zip(streams, axes, roles, strict=True)):
+        leaf = leaves[0]
+        stack = tuple(_to_stack(x, leaf_axes) for x in leaves)
         stacks.append(stack)
-        turned = _is_tall(leaf, leaf_axes)
-        kind, spec = _sharding_kind(leaf), _spec(stack)
-        key = (stack.shape[1:], stack.dtype, kind)
+        turned = is_tall(leaf, leaf_axes)
+        kind, spec = _sharding_kind(leaf), _spec(stack[0])
+        key = (stack[0].shape[1:], stack[0].dtype, kind, fns[i], together[i])
         if kind == "explicit":
             # The type shows the role. Stacks sharded along themselves cannot be concatenated.
             key += (spec, jax.typeof(leaf).sharding.mesh, i if spec[0] else None)
@@ -79,25 +130,33 @@ def _map(leaves, *, fn, axes, roles) -> list[jax.Array]:
             key += ((role == "row") != turned, jax.typeof(leaf).sharding.mesh)
         buckets.setdefault(key, []).append(i)
 
-    out: list[jax.Array] = list(leaves)
+    out: list[jax.Array] = [leaves[0] for leaves in streams]
+    aux: list[Any] = [None] * len(streams)
     for members in buckets.values():
-        sizes = [stacks[i].shape[0] for i in members]
-        batch = stacks[members[0]]
-        if len(members) > 1:
-            batch = jnp.concatenate([stacks[i] for i in members])
-        batch = _run(fn, batch, _sharding_kind(leaves[members[0]]))
+        first = members[0]
+        batch = _concatenate([stacks[i] for i in members])
+        extra = None if extras is None else _concatenate([extras[i] for i in members])
+        kind = _sharding_kind(streams[first][0])
+        batch, beside = _run(fns[first], batch, extra, kind, together[first])
         start = 0
-        for i, size in zip(members, sizes, strict=True):
-            part = batch if len(members) == 1 else batch[start : start + size]
-            out[i] = _from_stack(part, leaves[i], axes[i])
-            start += size
-    return out
+        for i in members:
+            end = start + stacks[i][0].shape[0]
+            whole = len(members) == 1
+            out[i] = _from_stack(batch if whole else batch[start:end], streams[i][0], axes[i])
+            aux[i] = beside if whole else jax.tree.map(lambda x, a=start, b=end: x[a:b], beside)
+            start = end
+    return out, aux
+
+
+def _concatenate(trees: list[Any]) -> Any:
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *trees)
 
 
 # Leaves and stacks of matrices
 
 
-def _is_tall(leaf: jax.Array, axes: MatrixAxes) -> bool:
+def is_tall(leaf: jax.Array, axes: MatrixAxes) -> bool:
+    """Whether the stack holds the transposed matrices: more inputs than outputs."""
     _, fan_in, fan_out = axes.sizes(leaf.shape)
     return fan_in > fan_out
 
@@ -115,13 +174,13 @@ def _to_stack(leaf: jax.Array, axes: MatrixAxes) -> jax.Array:
         x = _reshape(_reshard(x, kept), axes.sizes(leaf.shape), merged)
     else:
         x = x.reshape(axes.sizes(leaf.shape))
-    return _adjoint(x) if _is_tall(leaf, axes) else x
+    return _adjoint(x) if is_tall(leaf, axes) else x
 
 
 def _from_stack(stack: jax.Array, leaf: jax.Array, axes: MatrixAxes) -> jax.Array:
     order = _order(axes)
     inverse = tuple(order.index(a) for a in range(leaf.ndim))
-    x = _adjoint(stack) if _is_tall(leaf, axes) else stack
+    x = _adjoint(stack) if is_tall(leaf, axes) else stack
     shape = tuple(leaf.shape[a] for a in order)
     kind = _sharding_kind(leaf)
     if kind == "explicit":
@@ -180,9 +239,10 @@ def _spec(x: jax.Array) -> P:
     return P(*spec, *(None,) * (x.ndim - len(spec)))
 
 
-def _reshard(x: jax.Array, spec: P) -> jax.Array:
+def _reshard(x: jax.Array, spec: P, mesh: Any = None) -> jax.Array:
     """One hop; on Auto axes a constraint."""
-    sharding = NamedSharding(jax.typeof(x).sharding.mesh, spec)
+    mesh = jax.typeof(x).sharding.mesh if mesh is None else mesh
+    sharding = NamedSharding(mesh, spec)
     if _sharding_kind(x) == "auto":
         return jax.lax.with_sharding_constraint(x, sharding)
     return x if _spec(x) == spec else jax.sharding.reshard(x, sharding)
@@ -223,32 +283,56 @@ def _hops(batch: jax.Array, kind: str) -> list[P]:
     return specs
 
 
-def _run(fn: StackFunction, batch: jax.Array, kind: str) -> jax.Array:
-    """The function on a whole bucket (n, r, c)."""
+def _run(
+    fn: StackFunction, batch: tuple[jax.Array, ...], extra: Any, kind: str, together: int
+) -> tuple[jax.Array, Any]:
+    """The function on a whole bucket: streams (n, r, c), extras (n, ...)."""
     if kind == "none":
-        return _in_blocks(fn, batch)
-    count, mesh = batch.shape[0], jax.typeof(batch).sharding.mesh
-    extra = -count % mesh.size
-    if kind == "explicit" and extra and _spec(batch)[0] is not None:
-        batch = _reshard(batch, P(None, *_spec(batch)[1:]))
-    if extra:
-        batch = jnp.pad(batch, ((0, extra), (0, 0), (0, 0)))
-    hops = _hops(batch, kind)
+        return _in_blocks(fn, batch, extra, together)
+    count, mesh = batch[0].shape[0], jax.typeof(batch[0]).sharding.mesh
+    missing = -count % (mesh.size * together)
+    if kind == "explicit" and missing and _spec(batch[0])[0] is not None:
+        batch = tuple(_reshard(x, P(None, *_spec(x)[1:])) for x in batch)
+    if missing:
+        batch, extra = jax.tree.map(
+            lambda x: jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))), (batch, extra)
+        )
+    hops = _hops(batch[0], kind)
     for spec in hops:
-        batch = _reshard(batch, spec)
-    local = functools.partial(_in_blocks, fn)
-    batch = jax.shard_map(local, mesh=mesh, in_specs=hops[-1], out_specs=hops[-1])(batch)
+        batch = tuple(_reshard(x, spec) for x in batch)
+    alone = P(hops[-1][0])  # one entry a matrix, with its matrix
+    if kind == "explicit":
+        extra = jax.tree.map(
+            lambda x: _reshard(x, P(hops[-1][0], *(None,) * (x.ndim - 1)), mesh), extra
+        )
+    out, aux = jax.shard_map(
+        lambda batch, extra: _in_blocks(fn, batch, extra, together),
+        mesh=mesh,
+        in_specs=(hops[-1], alone),
+        out_specs=(hops[-1], alone),
+    )(batch, extra)
     for spec in reversed(hops):
-        batch = _reshard(batch, spec)
-    return batch[:count] if extra else batch
+        out = _reshard(out, spec)
+    aux = jax.tree.map(lambda x: _reshard(x, P(*(None,) * x.ndim)), aux)
+    return (out[:count], jax.tree.map(lambda x: x[:count], aux)) if missing else (out, aux)
 
 
-def _in_blocks(fn: StackFunction, batch: jax.Array) -> jax.Array:
+def _in_blocks(
+    fn: StackFunction, batch: tuple[jax.Array, ...], extra: Any, together: int
+) -> tuple[jax.Array, Any]:
     """As many matrices at a time as fit a block, in equal blocks."""
-    count = batch.shape[0]
-    most = max(1, _BLOCK // math.prod(batch.shape[1:]))
+
+    def call(batch, extra):
+        return (fn(*batch), None) if extra is None else fn(*batch, extra)
+
+    count = batch[0].shape[0] // together
+    most = max(1, _BLOCK // (together * math.prod(batch[0].shape[1:])))
     if count <= most:
-        return fn(batch)
+        return call(batch, extra)
     size = max(k for k in range(1, most + 1) if count % k == 0)
-    blocks = batch.reshape(count // size, size, *batch.shape[1:])
-    return jax.lax.map(fn, blocks).reshape(batch.shape)
+
+    def cut(x):
+        return x.reshape(count // size, size * together, *x.shape[1:])
+
+    out = jax.lax.map(lambda parts: call(*parts), jax.tree.map(cut, (batch, extra)))
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), out)

@@ -22,16 +22,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_unlearn.optim.buckets import map_matrices
-from jaxlib_unlearn.optim.matrices import (
-    MatrixAxes,
-    Specs,
-    labels,
-    resolve,
-    sharding_role,
-    trailing_axes,
+from jaxlib_unlearn.optim.direction import (
+    SHAPE_SCALES,
+    Meet,
+    alone,
+    init_post,
+    orthogonalize_tree,
 )
+from jaxlib_unlearn.optim.matrices import MatrixAxes, Specs, labels, resolve, trailing_axes
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, newton_schulz
+from jaxlib_unlearn.optim.post import Post
+from jaxlib_unlearn.optim.splitting import Splits
 
 Resolver = Callable[[Any], list[MatrixAxes | None]]
 
@@ -43,23 +44,18 @@ MUON_STATIC_ARGS = (
     "matrices",
     "layout",
     "mu_dtype",
+    "split",
+    "post",
 )
 """``static_args`` for ``optax.inject_hyperparams(muon, static_args=...)``."""
 
 
 class MuonState(NamedTuple):
-    """State of Muon: the number of steps and the momentum, a tree like the parameters."""
+    """State of Muon (and of TEON): steps, momentum, and what the ``post`` hook keeps."""
 
     count: jax.Array  # () int32
-    mu: optax.Updates
-
-
-_SHAPE_SCALES: dict[str, Callable[[int, int], float]] = {
-    "unit": lambda fan_in, fan_out: 1.0,
-    "width": lambda fan_in, fan_out: max(1.0, fan_out / fan_in) ** 0.5,
-    "spectral": lambda fan_in, fan_out: (fan_out / fan_in) ** 0.5,
-    "match_rms": lambda fan_in, fan_out: 0.2 * max(fan_in, fan_out) ** 0.5,
-}
+    mu: optax.Updates  # like the parameters
+    post: Any = ()
 
 
 def scale_by_muon(
@@ -69,6 +65,8 @@ def scale_by_muon(
     *,
     momentum: str = "ema",
     shape_scale: str = "unit",
+    split: Splits | None = None,
+    post: Post | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction of Muon, with the gradient's sign: no learning rate, no decay.
@@ -89,6 +87,8 @@ def scale_by_muon(
         momentum: "ema" or "heavy_ball" (see the module's table).
         shape_scale: the factor s of a matrix: "unit" 1, "width" sqrt(max(1, out / in)),
             "spectral" sqrt(out / in), "match_rms" 0.2 sqrt(max(in, out)).
+        split: leaves that hold several matrices each (heads, fused q/k/v): see ``optim.splitting``.
+        post: a step between orthogonalisation and scaling: see ``optim.post`` (NorMuon).
         mu_dtype: dtype of the momentum; None for the parameters'.
 
     Returns:
@@ -109,15 +109,15 @@ def scale_by_muon(
         Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
         Bernstein and Newhouse, arXiv:2409.20325, section 3.
     """
-    return _scale_by_muon(
-        lambda tree: [
-            trailing_axes(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        ],
+    return scale_by_momentum(
+        every_matrix,
         beta=beta,
         nesterov=nesterov,
-        orthogonalize=orthogonalize,
+        orthogonalize=newton_schulz() if orthogonalize is None else orthogonalize,
         momentum=momentum,
         shape_scale=shape_scale,
+        split=split,
+        post=post,
         mu_dtype=mu_dtype,
     )
 
@@ -138,6 +138,8 @@ def muon(
     adam_weight_decay: float | jax.Array = 0.0,
     matrices: Specs = None,
     layout: str = "in_out",
+    split: Splits | None = None,
+    post: Post | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon for the hidden matrices, AdamW for everything else.
@@ -167,6 +169,10 @@ def muon(
         matrices: which leaves are matrices: None for the rules of ``optim.matrices``, or a tree
             (prefixes allowed) or function of ``optax.contrib.MuonDimensionNumbers``.
         layout: "in_out" or "out_in", for the rules.
+        split: leaves that hold several matrices each, by path: ``{"attn/q/": 9}`` for nine heads,
+            ``{"c_attn": (768, 768, 768)}`` for fused q, k, v, ``{"attn/o/": Split(9, "in")}``.
+            Shape factors are those of the blocks.
+        post: a step between orthogonalisation and scaling, e.g. ``optim.normuon()``.
         mu_dtype: dtype of the momenta; None for the parameters'.
 
     Returns:
@@ -186,15 +192,59 @@ def muon(
     References:
         Jordan et al., "Muon" (2024); Liu et al., arXiv:2502.16982, section 2 ("match_rms").
     """
-    direction = _scale_by_muon(
+    direction = scale_by_momentum(
         lambda tree: resolve(tree, matrices, layout),
         beta=beta,
         nesterov=nesterov,
-        orthogonalize=orthogonalize,
+        orthogonalize=newton_schulz() if orthogonalize is None else orthogonalize,
         momentum=momentum,
         shape_scale=shape_scale,
+        split=split,
+        post=post,
         mu_dtype=mu_dtype,
     )
+    return with_adamw(
+        direction,
+        learning_rate,
+        weight_decay,
+        optax.adamw(
+            learning_rate if adam_learning_rate is None else adam_learning_rate,
+            b1=adam_b1,
+            b2=adam_b2,
+            eps=adam_eps,
+            weight_decay=adam_weight_decay,
+            mu_dtype=mu_dtype,
+        ),
+        lambda params: labels(params, matrices=matrices, layout=layout),
+    )
+
+
+def with_adamw(
+    direction: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float | jax.Array,
+    adamw: optax.GradientTransformation,
+    find_labels: Callable[[Any], Any],
+) -> optax.GradientTransformationExtraArgs:
+    """A direction with decay and learning rate for the matrices, another optimizer for the rest.
+
+    Args:
+        direction: for the leaves labelled "muon".
+        learning_rate: of the matrices.
+        weight_decay: of the matrices, decoupled.
+        adamw: for the leaves labelled "adamw".
+        find_labels: ``params ->`` labels. Extra arguments that are trees like the parameters
+            (``constraint_grads``) are masked alike.
+
+    Returns:
+        A transformation whose updates have the gradients' dtypes.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> tx = with_adamw(scale_by_muon(), 0.1, 0.0, optax.adamw(1e-3), labels)
+        >>> sorted(tx.init({"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}).inner_states)
+        ['adamw', 'muon']
+    """
     both = optax.partition(
         {
             "muon": optax.chain(
@@ -202,16 +252,10 @@ def muon(
                 optax.add_decayed_weights(weight_decay),
                 optax.scale_by_learning_rate(learning_rate),
             ),
-            "adamw": optax.adamw(
-                learning_rate if adam_learning_rate is None else adam_learning_rate,
-                b1=adam_b1,
-                b2=adam_b2,
-                eps=adam_eps,
-                weight_decay=adam_weight_decay,
-                mu_dtype=mu_dtype,
-            ),
+            "adamw": adamw,
         },
-        lambda params: labels(params, matrices=matrices, layout=layout),
+        find_labels,
+        mask_compatible_extra_args=True,
     )
 
     def update(updates, state, params=None, **extra_args):
@@ -222,40 +266,72 @@ def muon(
     return optax.GradientTransformationExtraArgs(both.init, update)
 
 
-def _scale_by_muon(
+def every_matrix(tree: Any) -> list[MatrixAxes | None]:
+    """The bare rule for a whole tree: leaves of rank >= 2 are stacks over their last two axes.
+
+    Raises:
+        ValueError: a leaf of rank >= 2 whose name says norm, bias, scale or embed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> every_matrix({"v": jnp.ones(2), "w": jnp.ones((2, 3))})
+        [None, MatrixAxes(stack=(), fan_in=(0,), fan_out=(1,))]
+    """
+    return [trailing_axes(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def scale_by_momentum(
     find_axes: Resolver,
     *,
-    beta,
+    beta: jax.typing.ArrayLike,
     nesterov: bool,
-    orthogonalize: Orthogonalizer | None,
+    orthogonalize: Orthogonalizer,
     momentum: str,
     shape_scale: str,
-    mu_dtype,
+    split: Splits | None = None,
+    post: Post | None = None,
+    meet: Meet = alone,
+    mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction for the matrices that ``find_axes`` finds."""
+    """Momentum, orthogonalised as ``meet`` says, for the matrices that ``find_axes`` finds.
+
+    What Muon and TEON are made of; arguments as in :func:`scale_by_muon`.
+
+    Example:
+        >>> tx = scale_by_momentum(every_matrix, beta=0.9, nesterov=False, momentum="ema",
+        ...     orthogonalize=newton_schulz(), shape_scale="unit")
+        >>> tx.init({"v": jnp.ones(2)}).mu["v"].tolist()
+        [0.0, 0.0]
+    """
     if momentum not in ("ema", "heavy_ball"):
         raise ValueError(f"momentum is 'ema' or 'heavy_ball', got {momentum!r}")
-    if shape_scale not in _SHAPE_SCALES:
-        raise ValueError(f"shape_scale is one of {list(_SHAPE_SCALES)}, got {shape_scale!r}")
+    if shape_scale not in SHAPE_SCALES:
+        raise ValueError(f"shape_scale is one of {list(SHAPE_SCALES)}, got {shape_scale!r}")
     if isinstance(beta, int | float) and not 0 <= beta < 1:
         raise ValueError(f"beta lies in [0, 1), got {beta}")
-    orthogonalize = newton_schulz() if orthogonalize is None else orthogonalize
-    factor = _SHAPE_SCALES[shape_scale]
 
     def init(params):
-        find_axes(params)  # an ambiguous leaf is told here, before any compute
+        axes = find_axes(params)  # an ambiguous leaf is told here, before any compute
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype), params)
-        return MuonState(jnp.zeros([], jnp.int32), mu)
+        return MuonState(jnp.zeros([], jnp.int32), mu, init_post(params, axes, split, post))
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         count = jnp.asarray(optax.safe_increment(state.count))
         mu, mixed = update_momentum(updates, state.mu, beta, count, nesterov, momentum)
-        axes = find_axes(updates)
-        directions = orthogonalize_tree(orthogonalize, mixed, axes, factor)
+        directions, post_state = orthogonalize_tree(
+            orthogonalize,
+            mixed,
+            find_axes(updates),
+            SHAPE_SCALES[shape_scale],
+            split=split,
+            post=post,
+            post_state=state.post,
+            meet=meet,
+        )
         directions = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, updates)
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu)
-        return directions, MuonState(count, mu)
+        return directions, MuonState(count, mu, post_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -294,41 +370,3 @@ def update_momentum(
     ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
     now = optax.tree.bias_correction(updates, beta, count)
     return mu, jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now)
-
-
-def orthogonalize_tree(
-    orthogonalize: Orthogonalizer,
-    tree: Any,
-    axes: list[MatrixAxes | None],
-    factor: Callable[[int, int], float] = _SHAPE_SCALES["unit"],
-) -> Any:
-    """Orthogonalises the matrices of a tree in buckets and scales them by their shape.
-
-    Args:
-        orthogonalize: ``(n, r, c) -> (n, r, c)``.
-        tree: arrays.
-        axes: one entry a leaf; leaves with None pass unchanged.
-        factor: ``(in, out) ->`` the number to multiply by.
-
-    Returns:
-        A tree like ``tree``.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxlib_unlearn.optim.orthogonalize import svd
-        >>> orthogonalize_tree(svd(), [3 * jnp.eye(2)], [MatrixAxes((), (0,), (1,))])[0].tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
-    """
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
-    out = [leaf for _, leaf in flat]
-    picked = [(i, a) for i, a in enumerate(axes) if a is not None]
-    results = map_matrices(
-        orthogonalize,
-        [out[i] for i, _ in picked],
-        [a for _, a in picked],
-        [sharding_role(flat[i][0]) for i, _ in picked],
-    )
-    for (i, a), result in zip(picked, results, strict=True):
-        _, fan_in, fan_out = a.sizes(result.shape)
-        out[i] = result * factor(fan_in, fan_out)
-    return jax.tree.unflatten(structure, out)

@@ -1,5 +1,6 @@
 """Which leaf gets which rule, on the trees people have."""
 
+import equinox as eqx
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
+from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim import matrices as m
 
 L, D, F, V = 3, 8, 12, 20
@@ -218,6 +220,34 @@ def test_nnx_state_and_pure_dict():
     optax.partition({"muon": optax.sgd(1.0), "adamw": optax.sgd(1.0)}, m.labels).init(state)
 
 
+class EquinoxBlock(eqx.Module):
+    embed: eqx.nn.Embedding
+    attn: eqx.nn.MultiheadAttention
+    norm: eqx.nn.LayerNorm
+    layers: list
+
+    def __init__(self, key):
+        self.embed = eqx.nn.Embedding(V, D, key=key)
+        self.attn = eqx.nn.MultiheadAttention(2, D, use_output_bias=True, key=key)
+        self.norm = eqx.nn.LayerNorm(D)
+        self.layers = [eqx.nn.Linear(D, F, key=key), eqx.nn.Linear(F, D, key=key)]
+
+
+def test_equinox():
+    """Weights are (out, in) there: `layout` turns the shape factor."""
+    params = eqx.filter(EquinoxBlock(jax.random.key(0)), eqx.is_inexact_array)
+    got = found(params, layout="out_in")
+    names = {f"attn/{part}_proj/weight" for part in ("query", "key", "value", "output")}
+    assert set(got) == names | {"layers/0/weight", "layers/1/weight"}
+    assert got["layers/0/weight"] == m.MatrixAxes((), (1,), (0,))
+    tx = optim.muon(1.0, layout="out_in", shape_scale="spectral", adam_learning_rate=0.1)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = jax.jit(lambda g, p: tx.update(g, tx.init(p), p))(grads, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    sizes = [float(jnp.linalg.norm(layer.weight, 2)) for layer in updates.layers]
+    assert sizes[0] / sizes[1] == pytest.approx(F / D, rel=1e-4)  # sqrt(F/D) over sqrt(D/F)
+
+
 def test_bare_rule():
     assert m.trailing_axes("anything", np.zeros((2, 3, 4))) == m.MatrixAxes((0,), (1,), (2,))
     assert m.trailing_axes("bias", np.zeros(3)) is None
@@ -233,3 +263,13 @@ def test_describe_decoder():
     assert f"{L} x ({F} in, {D} out)" in lines["layers/mlp/down/kernel"]
     assert "named embed" in lines["embed/embedding"]
     assert len(lines) == 1 + len(jax.tree.leaves(decoder(stack_of_blocks())))
+
+
+def test_describe_says_what_an_optimizer_keeps():
+    params = {"up": {"kernel": np.zeros((2, 4), np.float32), "bias": np.zeros(4, np.float32)}}
+    lines = m.describe(params, optim.muon(0.1)).splitlines()
+    assert lines[0].split() == ["leaf", "shape", "optimizer", "rule", "state"]
+    assert lines[1].endswith("ScaleByAdamState.mu .nu, 32 bytes")
+    assert lines[2].endswith("1 x (2 in, 4 out)  MuonState.mu, 32 bytes")
+    assert m.describe(params, optax.sgd(0.1)).count("nothing") == 2
+    assert "SiftState.mu .mu_constraint" in m.describe(params, optim.sift(0.1))

@@ -338,7 +338,7 @@ def test_inject_hyperparams_and_schedules():
     rates = [0.1, 0.05, 0.025]
     schedule = optax.piecewise_constant_schedule(0.1, {1: 0.5, 2: 0.5})
     scheduled = run(optim.muon(schedule, adam_learning_rate=schedule), params, grads)
-    make = optax.inject_hyperparams(optim.muon, static_args=optim.MUON_STATIC_ARGS)
+    make = optax.inject_hyperparams(optim.muon, static_args=optim.STATIC_ARGS["muon"])
     tx = make(learning_rate=0.1, adam_learning_rate=0.1, weight_decay=0.0)
     state = tx.init(params)
     for rate, g, want in zip(rates, grads, scheduled, strict=True):

@@ -1,0 +1,183 @@
+"""First-order and zeroth-order steps in turn (hybrid FO-ZO)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+ALTERNATE_STATIC_ARGS = ("first_order", "zeroth_order", "period")
+"""``static_args`` for ``optax.inject_hyperparams(alternate, static_args=...)``."""
+
+
+class AlternateState(NamedTuple):
+    """State of both optimizers: each advances in its own blocks only and waits in the others."""
+
+    count: jax.Array  # () int32
+    first_order: Any
+    zeroth_order: Any
+
+
+def alternate(
+    first_order: optax.GradientTransformation,
+    zeroth_order: optax.GradientTransformation,
+    period: int = 20,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Blocks of first-order steps and blocks of zeroth-order steps, first order first.
+
+    .. math::
+        \text{step } t \text{ is first-order iff } \lfloor t / N \rfloor \text{ is even}
+
+    ``update(updates, state, params, *, value_fn, grad_fn=None)``. With ``grad_fn(params) ->
+    gradients`` the gradient is computed inside the first-order branch of a ``lax.cond``, and
+    ``updates`` is ignored (pass None): a zeroth-order step pays no backward pass. Without it
+    ``updates`` is the gradient, which the caller paid for at every step. (Under ``jax.vmap`` over
+    ``count`` both branches run.)
+
+    ``value_fn`` (or ``layered_value_fn``) goes to the zeroth-order part, ``grad_fn`` to the
+    first-order one (``sam`` may be in there), every other extra argument to both. Learning rates
+    belong to the parts; their schedules count their own steps. Both states persist: memory is the
+    sum of the two.
+
+    Args:
+        first_order: a whole optimizer (with its learning rate), e.g. ``optax.adamw(1e-5)``.
+        zeroth_order: another one that takes ``value_fn``.
+        period: N, static. The paper found the result insensitive to it and used 20 and 20. Let the
+            number of steps be :func:`round_to_zeroth_order`'s: the robustness comes from the end.
+
+    Returns:
+        A transformation whose state is an :class:`AlternateState`; updates have the parameters'
+        dtypes.
+
+    Raises:
+        ValueError: ``period`` is not a positive whole number; at ``update``, params, ``value_fn``
+            or any gradient is missing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> def descend(updates, state, params, *, value_fn):  # a toy zeroth-order part
+        ...     return -0.1 * jnp.sign(value_fn(params + 0.01) - value_fn(params)), state
+        >>> toy = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), descend)
+        >>> tx, w, loss = alternate(optax.sgd(0.25), toy, period=1), jnp.float32(3.0), jnp.square
+        >>> state = tx.init(w)
+        >>> functions = {"value_fn": loss, "grad_fn": jax.grad(loss)}
+        >>> for _ in range(2):
+        ...     updates, state = tx.update(None, state, w, **functions)
+        ...     w = w + updates
+        ...     print(round(float(w), 3))
+        1.5
+        1.4
+
+    References:
+        Lang et al., arXiv:2510.00761 (hybrid FO-ZO).
+    """
+    _check_period(period)
+    first = optax.with_extra_args_support(first_order)
+    zeroth = optax.with_extra_args_support(zeroth_order)
+
+    def init(params):
+        return AlternateState(jnp.zeros([], jnp.int32), first.init(params), zeroth.init(params))
+
+    def update(updates, state, params=None, *, value_fn=None, grad_fn=None, **extra_args):
+        if params is None:
+            raise ValueError("alternate needs update(updates, state, params, ...): params is None")
+        if value_fn is None and extra_args.get("layered_value_fn") is None:
+            raise ValueError("alternate needs update(..., value_fn=f) with f(params) -> loss")
+        if updates is None and grad_fn is None:
+            raise ValueError("alternate needs grad_fn=f with f(params) -> gradients, or updates")
+
+        def cast(new, old):
+            return jax.tree.map(lambda n, o: jnp.asarray(n, o.dtype), new, old)
+
+        def first_step(first_state, zeroth_state):
+            gradient, extra = updates, extra_args
+            if grad_fn is not None:
+                gradient, extra = grad_fn(params), {**extra_args, "grad_fn": grad_fn}
+            new, new_state = first.update(gradient, first_state, params, **extra)
+            return cast(new, params), cast(new_state, first_state), zeroth_state
+
+        def zeroth_step(first_state, zeroth_state):
+            extra = extra_args if value_fn is None else {**extra_args, "value_fn": value_fn}
+            new, new_state = zeroth.update(None, zeroth_state, params, **extra)
+            return cast(new, params), first_state, cast(new_state, zeroth_state)
+
+        new, first_state, zeroth_state = jax.lax.cond(
+            (state.count // period) % 2 == 0,
+            first_step,
+            zeroth_step,
+            state.first_order,
+            state.zeroth_order,
+        )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return new, AlternateState(count, first_state, zeroth_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def ends_on_zeroth_order(steps: int, period: int = 20) -> bool:
+    """Whether a run of that many steps of :func:`alternate` ends with a whole zeroth-order block.
+
+    Args:
+        steps: number of steps.
+        period: length of a block.
+
+    Returns:
+        True for positive multiples of ``2 * period``.
+
+    Raises:
+        ValueError: ``period`` is not a positive whole number.
+
+    Example:
+        >>> [ends_on_zeroth_order(steps) for steps in (20, 40, 50)]
+        [False, True, False]
+    """
+    _check_period(period)
+    return steps > 0 and steps % (2 * period) == 0
+
+
+def round_to_zeroth_order(steps: int, period: int = 20) -> int:
+    """The least number of steps, but not less than asked for, that ends on zeroth order.
+
+    Args:
+        steps: number of steps asked for.
+        period: length of a block.
+
+    Returns:
+        A positive multiple of ``2 * period``.
+
+    Raises:
+        ValueError: ``period`` is not a positive whole number.
+
+    Example:
+        >>> [round_to_zeroth_order(steps) for steps in (1, 40, 41)]
+        [40, 40, 80]
+    """
+    _check_period(period)
+    return max(1, -(-steps // (2 * period))) * 2 * period
+
+
+def zeroth_order_steps(steps: int, period: int = 20) -> int:
+    """How many of the first ``steps`` steps of :func:`alternate` are zeroth-order ones.
+
+    Args:
+        steps: number of steps.
+        period: length of a block.
+
+    Returns:
+        What a schedule inside the zeroth-order part counts to; the rest are first-order.
+
+    Raises:
+        ValueError: ``period`` is not a positive whole number.
+
+    Example:
+        >>> [zeroth_order_steps(steps) for steps in (20, 25, 40, 65)]
+        [0, 5, 20, 25]
+    """
+    _check_period(period)
+    cycles, rest = divmod(steps, 2 * period)
+    return cycles * period + max(0, rest - period)
+
+
+def _check_period(period: int) -> None:
+    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        raise ValueError(f"period is a positive whole number, got {period!r}")

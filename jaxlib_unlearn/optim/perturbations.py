@@ -1,0 +1,357 @@
+r"""Random directions for zeroth-order optimizers: one row a family, drawn leaf by leaf.
+
+A family says what a random direction Z of a matrix looks like. Every draw is a function of (seed,
+purpose, step, query, leaf, layer) by ``fold_in``, so it is regenerated where it is needed and never
+stored, and drawing one layer at a time gives the numbers of drawing the whole stack. Kernels are
+``(in, out)``: the transpose of the matrices in the papers, whose m is our ``out``.
+
+=============  ===========================  ==================  ===============================
+family         direction of a matrix        kept over steps     core drawn per query
+=============  ===========================  ==================  ===============================
+dense          z                            nothing             z
+sparse         z * mask                     nothing             z
+uvt            V U^T                        V (in, r)           U (out, r), Gaussian
+uzv            sqrt(in out) / r  V Z U^T    V and U, orthonorm. Z (r, r)
+subspace       u P^T                        P (out, r), orth.   u (in, r)
+curvature      z / sqrt(H)                  H (a moment)        z
+sphere         sqrt(d) z / norm of all z    nothing             z
+=============  ===========================  ==================  ===============================
+
+Vectors are always drawn dense. A low-rank direction is linear in its core, so sums over queries run
+over cores and are lifted once.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_unlearn.optim.matrices import MatrixAxes
+
+Basis = tuple[jax.Array, ...]
+Moments = Mapping[str, jax.Array]
+
+# What a stream of random numbers is for: the first number folded into the seed.
+BASIS, QUERY, MASK = 0, 1, 2
+
+
+class Factored(NamedTuple):
+    """A kernel with a low-rank term that is never multiplied out: ``kernel + left @ right.T``.
+
+    Args:
+        kernel: ``(in, out)``.
+        left: ``(in, r)``.
+        right: ``(out, r)``.
+    """
+
+    kernel: jax.Array
+    left: jax.Array
+    right: jax.Array
+
+
+def matmul(x: jax.Array, kernel: Any) -> jax.Array:
+    """``x @ kernel`` in the dtype of x; a :class:`Factored` kernel is applied factor by factor.
+
+    Args:
+        x: ``(..., in)``.
+        kernel: an array ``(in, out)`` or a :class:`Factored`.
+
+    Returns:
+        ``(..., out)``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel = Factored(jnp.zeros((2, 3)), jnp.ones((2, 1)), jnp.ones((3, 1)))
+        >>> matmul(jnp.ones((1, 2)), kernel).tolist()
+        [[2.0, 2.0, 2.0]]
+    """
+    if not isinstance(kernel, Factored):
+        return x @ kernel.astype(x.dtype)
+    low = (x @ kernel.left.astype(x.dtype)) @ kernel.right.astype(x.dtype).T
+    return x @ kernel.kernel.astype(x.dtype) + low
+
+
+class Leaf(NamedTuple):
+    """What a draw must know of a parameter (of one layer of it, if layers are stacked).
+
+    Args:
+        path: where it is, e.g. ``layers/0/mlp/up/kernel``.
+        name: the path without the number of a segment; the draws hang on it.
+        code: a stable hash of the name.
+        shape: of one layer.
+        dtype: of the parameter.
+        axes: how one layer is a stack of matrices, or None for vectors.
+        trainable: whether it is perturbed and updated at all.
+        decayed: whether weight decay may touch it.
+    """
+
+    path: str
+    name: str
+    code: int
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: MatrixAxes | None
+    trainable: bool
+    decayed: bool
+
+
+class Family(NamedTuple):
+    """One row of the table above.
+
+    Args:
+        name: the row's name.
+        core: ``(in, out) ->`` shape of the Gaussian core of one matrix; None draws leaves dense.
+        basis: ``(key, n, in, out, dtype) ->`` arrays ``(n, ...)`` that stay for some steps.
+        factors: ``(core, basis) -> (left (n, in, r), right (n, out, r))``, linear in the core.
+        gain: ``(in, out) ->`` what the estimate for a matrix is multiplied by.
+        vector_gain: the same for vectors.
+        weigh: ``(z, key, moments) -> z`` elementwise, for dense families.
+        static_mask: whether ``weigh`` gets the same key at every step.
+        normalize: scale z to norm sqrt(d) over all d parameters.
+    """
+
+    name: str
+    core: Callable[[int, int], tuple[int, int]] | None = None
+    basis: Callable[[jax.Array, int, int, int, Any], Basis] | None = None
+    factors: Callable[[jax.Array, Basis], tuple[jax.Array, jax.Array]] | None = None
+    gain: Callable[[int, int], float] = lambda fan_in, fan_out: 1.0
+    vector_gain: float = 1.0
+    weigh: Callable[[jax.Array, jax.Array, Moments], jax.Array] | None = None
+    static_mask: bool = False
+    normalize: bool = False
+
+
+def dense() -> Family:
+    """Gaussian entries (MeZO, arXiv:2305.17333)."""
+    return Family("dense")
+
+
+def sphere() -> Family:
+    r"""The unit sphere over *all* parameters, times :math:`\sqrt d`.
+
+    With :math:`Z = \sqrt d\, z / \lVert z \rVert` the estimate :math:`c Z` holds the factor d of
+    the sphere, and ``eps`` is the step per coordinate (the radius is :math:`\epsilon \sqrt d`).
+    """
+    return Family("sphere", normalize=True)
+
+
+def sparse(keep: float, mask: str = "step") -> Family:
+    """Gaussian entries of which a random share is kept.
+
+    The mask is Bernoulli, not by magnitude as Sparse-MeZO's paper has it: as in public code.
+
+    Args:
+        keep: share of the entries that are perturbed, in (0, 1].
+        mask: "step" draws a new one every step (for all its queries), "static" only once.
+
+    Raises:
+        ValueError: ``keep`` or ``mask`` out of range.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is the share of perturbed entries, in (0, 1], got {keep}")
+    if mask not in ("step", "static"):
+        raise ValueError(f"mask is 'step' or 'static', got {mask!r}")
+
+    def weigh(z, key, moments):
+        del moments
+        # Not zero times z: a kept share of one leaves z as it is, bit for bit.
+        return jnp.where(jax.random.bernoulli(key, keep, z.shape), z, 0)
+
+    return Family("sparse", weigh=weigh, static_mask=mask == "static")
+
+
+def curvature() -> Family:
+    """Gaussian entries over the root of the moment "hessian" (HiZOO, arXiv:2402.15173)."""
+    return Family("curvature", weigh=lambda z, key, moments: z * jax.lax.rsqrt(moments["hessian"]))
+
+
+def uvt(rank: int, divide_vectors: bool = False) -> Family:
+    r"""Low rank, one factor fresh: :math:`V U^T` with V kept (LOZO, arXiv:2410.07698).
+
+    The estimate is divided by the rank, which makes it unbiased.
+
+    Args:
+        rank: r; the smaller side of a matrix bounds it.
+        divide_vectors: divide the estimate for vectors too, as public code does (a biased one).
+    """
+    _check_rank(rank)
+
+    def width(*sides):
+        return min(rank, *sides)
+
+    return Family(
+        "uvt",
+        core=lambda fan_in, fan_out: (fan_out, width(fan_in, fan_out)),
+        basis=lambda key, n, fan_in, fan_out, dtype: (
+            jax.random.normal(key, (n, fan_in, width(fan_in, fan_out)), dtype),
+        ),
+        factors=lambda core, basis: (basis[0], core),
+        gain=lambda fan_in, fan_out: 1 / width(fan_in, fan_out),
+        vector_gain=1 / rank if divide_vectors else 1.0,
+    )
+
+
+def uzv(rank: int) -> Family:
+    r"""Low rank, both bases kept: :math:`\sqrt{mn} / r \; V Z U^T` (SubZero, arXiv:2410.08989).
+
+    Args:
+        rank: r; the smaller side of a matrix bounds it.
+    """
+    _check_rank(rank)
+
+    def basis(key, n, fan_in, fan_out, dtype):
+        r = min(rank, fan_in, fan_out)
+        left, right = (jax.random.fold_in(key, i) for i in range(2))
+        return orthonormal(left, n, fan_in, r, dtype), orthonormal(right, n, fan_out, r, dtype)
+
+    def factors(core, basis):
+        v, u = basis
+        scale = math.sqrt(v.shape[-2] * u.shape[-2]) / core.shape[-1]
+        return scale * jnp.matmul(v, core, precision="highest"), u
+
+    def core(fan_in, fan_out):
+        return (min(rank, fan_in, fan_out),) * 2
+
+    return Family("uzv", core=core, basis=basis, factors=factors)
+
+
+def subspace(rank: int) -> Family:
+    r"""Inside the span of a random orthonormal P on the output side: :math:`u P^T` (ZO-Muon).
+
+    Args:
+        rank: r; the smaller side of a matrix bounds it.
+    """
+    _check_rank(rank)
+    return Family(
+        "subspace",
+        core=lambda fan_in, fan_out: (fan_in, min(rank, fan_in, fan_out)),
+        basis=lambda key, n, fan_in, fan_out, dtype: (
+            orthonormal(key, n, fan_out, min(rank, fan_in, fan_out), dtype),
+        ),
+        factors=lambda core, basis: (core, basis[0]),
+    )
+
+
+def orthonormal(key: jax.Array, n: int, rows: int, rank: int, dtype: Any) -> jax.Array:
+    """Haar-distributed orthonormal columns: QR of a Gaussian, its diagonal made positive.
+
+    Args:
+        key: of the draw.
+        n: how many.
+        rows: length of a column.
+        rank: number of columns, at most ``rows``.
+        dtype: float32 or float64.
+
+    Returns:
+        ``(n, rows, rank)``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> p = orthonormal(jax.random.key(0), 1, 5, 2, jnp.float32)[0]
+        >>> bool(jnp.allclose(p.T @ p, jnp.eye(2), atol=1e-6))
+        True
+    """
+    q, r = jnp.linalg.qr(jax.random.normal(key, (n, rows, rank), dtype))
+    sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) >= 0, 1, -1).astype(dtype)
+    return q * sign[:, None, :]
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype in which directions are drawn and added: float64 for float64, else float32."""
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+
+
+def is_low_rank(family: Family, leaf: Leaf) -> bool:
+    """Whether the leaf's directions have a core and a basis."""
+    return family.core is not None and leaf.axes is not None
+
+
+def leaf_key(key: jax.Array, leaf: Leaf, index: jax.Array | int | None) -> jax.Array:
+    """The key of a leaf, and of one of its layers: by name and absolute layer index."""
+    key = jax.random.fold_in(key, leaf.code)
+    return key if index is None else jax.random.fold_in(key, index)
+
+
+def draw_basis(family: Family, leaf: Leaf, key: jax.Array, index: Any) -> Basis:
+    """What the family keeps for a leaf (one layer of it), ``(n, ...)`` each; () for most.
+
+    Args:
+        family: the row.
+        leaf: the parameter.
+        key: of purpose ``BASIS`` and the refresh it belongs to.
+        index: absolute index of the layer, None if layers are not stacked.
+    """
+    if family.basis is None or leaf.axes is None or not leaf.trainable:
+        return ()
+    key = leaf_key(key, leaf, index)
+    return family.basis(key, *leaf.axes.sizes(leaf.shape), wide(leaf.dtype))
+
+
+def draw_core(
+    family: Family, leaf: Leaf, key: jax.Array, mask_key: jax.Array, index: Any, moments: Moments
+) -> jax.Array:
+    """What is drawn for one query: a core ``(n, ., .)``, or z of the leaf's own shape.
+
+    Args:
+        family: the row.
+        leaf: the parameter.
+        key: of purpose ``QUERY``, the step and the query.
+        mask_key: of purpose ``MASK`` and the step (or of no step).
+        index: absolute index of the layer, None if layers are not stacked.
+        moments: arrays like one layer that ``weigh`` reads.
+    """
+    key, dtype = leaf_key(key, leaf, index), wide(leaf.dtype)
+    if family.core is not None and leaf.axes is not None:
+        n, fan_in, fan_out = leaf.axes.sizes(leaf.shape)
+        return jax.random.normal(key, (n, *family.core(fan_in, fan_out)), dtype)
+    z = jax.random.normal(key, leaf.shape, dtype)
+    return z if family.weigh is None else family.weigh(z, leaf_key(mask_key, leaf, index), moments)
+
+
+def lift(family: Family, leaf: Leaf, core: jax.Array, basis: Basis) -> jax.Array:
+    """The direction of the leaf's own shape that belongs to a core."""
+    if family.factors is None or leaf.axes is None:
+        return core
+    left, right = family.factors(core, basis)
+    z = jnp.einsum("nir,nor->nio", left, right, precision="highest")
+    order = leaf.axes.stack + leaf.axes.fan_in + leaf.axes.fan_out
+    z = z.reshape(tuple(leaf.shape[a] for a in order))
+    return jnp.transpose(z, tuple(order.index(a) for a in range(len(order))))
+
+
+def perturb(
+    family: Family,
+    leaf: Leaf,
+    x: jax.Array,
+    core: jax.Array,
+    basis: Basis,
+    scale: jax.Array,
+    factored: bool = False,
+) -> Any:
+    """One layer of a parameter moved along a direction: ``x + scale Z``, rounded once.
+
+    Args:
+        family: the row.
+        leaf: the parameter.
+        x: its value (one layer).
+        core: from :func:`draw_core`.
+        basis: from :func:`draw_basis`.
+        scale: the step along Z.
+        factored: keep low-rank directions of plain kernels as a :class:`Factored`.
+
+    Returns:
+        An array like x, or a :class:`Factored`.
+    """
+    scale = scale.astype(core.dtype)
+    plain = leaf.axes == MatrixAxes((), (0,), (1,)) and leaf.name.rsplit("/", 1)[-1] == "kernel"
+    if factored and plain and family.factors is not None:
+        left, right = family.factors(core, basis)
+        return Factored(x, scale * left[0], right[0])
+    return (x.astype(core.dtype) + scale * lift(family, leaf, core, basis)).astype(x.dtype)
+
+
+def _check_rank(rank: int) -> None:
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank is a whole number of at least 1, got {rank!r}")

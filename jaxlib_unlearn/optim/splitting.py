@@ -1,0 +1,178 @@
+"""Matrices that a model keeps in one leaf but that act apart: attention heads, fused q, k and v.
+
+A fused ``(in, 3 in)`` projection is three matrices and a query projection one matrix a head;
+orthogonalising them as one mixes what the model never mixes. A :class:`Split` says where to cut.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlib_unlearn.optim.matrices import MatrixAxes
+
+
+class Split(NamedTuple):
+    """Where a matrix is cut.
+
+    Args:
+        sizes: a number of equal blocks (heads), or the sizes of the blocks (unequal q, k, v).
+        axis: "out" or "in": the side that is cut. Output projections have their heads on "in".
+    """
+
+    sizes: int | tuple[int, ...]
+    axis: str = "out"
+
+
+Splits = Mapping[str, Split | int | tuple[int, ...]]
+"""Patterns (``re.search`` on the path, first match wins) and what to do with a leaf they match."""
+
+
+def find_split(path: str, splits: Splits | None) -> Split | None:
+    """The split of a leaf, or None.
+
+    Raises:
+        ValueError: an axis that is neither "in" nor "out", or sizes that are not positive.
+
+    Example:
+        >>> find_split("layers/attn/q/kernel", {"attn/(q|k)/": 9})
+        Split(sizes=9, axis='out')
+    """
+    for pattern, given in (splits or {}).items():
+        if re.search(pattern, path):
+            split = given if isinstance(given, Split) else Split(given)
+            sizes = (split.sizes,) if isinstance(split.sizes, int) else tuple(split.sizes)
+            if split.axis not in ("in", "out") or not sizes or min(sizes) < 1:
+                raise ValueError(f"{pattern!r}: no way to split by {split}")
+            return split
+    return None
+
+
+def cut(
+    leaf: jax.Array, axes: MatrixAxes, split: Split | None, path: str = ""
+) -> list[tuple[jax.Array, MatrixAxes]]:
+    """The parts of a leaf, each with its axes.
+
+    Args:
+        leaf: an array, or a shape under ``jax.eval_shape``.
+        axes: how it is a stack of matrices.
+        split: where to cut; None gives the leaf itself.
+        path: for the message.
+
+    Returns:
+        Equal blocks are one part whose stack has an axis more; sizes are one part each.
+
+    Raises:
+        ValueError: the sizes do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> axes = MatrixAxes((), (0,), (1,))
+        >>> (heads, heads_axes), = cut(jnp.zeros((4, 6)), axes, Split(3))
+        >>> heads.shape, heads_axes
+        ((4, 3, 2), MatrixAxes(stack=(1,), fan_in=(0,), fan_out=(2,)))
+        >>> [part.shape for part, _ in cut(jnp.zeros((4, 6)), axes, Split((4, 2)))]
+        [(4, 4), (4, 2)]
+    """
+    if split is None:
+        return [(leaf, axes)]
+    side = axes.fan_out if split.axis == "out" else axes.fan_in
+    total = math.prod(leaf.shape[a] for a in side)
+    if isinstance(split.sizes, int):
+        if len(side) > 1 and leaf.shape[side[0]] == split.sizes:  # DenseGeneral's own head axis
+            inner, lead = side[1:], side[0]
+            return [(leaf, _with_side(axes, split.axis, inner, (lead,)))]
+        if len(side) > 1 or total % split.sizes:
+            raise ValueError(
+                f"{path!r} {tuple(leaf.shape)} does not split into {split.sizes} equal blocks "
+                f"along {split.axis}"
+            )
+        at = side[0]
+        shape = (*leaf.shape[:at], split.sizes, total // split.sizes, *leaf.shape[at + 1 :])
+        moved = MatrixAxes(*(tuple(a + (a > at) for a in group) for group in axes))
+        moved = _with_side(moved, split.axis, (at + 1,), (at,))
+        return [(_reshape(leaf, shape, at, split.sizes), moved)]
+    if len(side) > 1 or sum(split.sizes) != total:
+        raise ValueError(
+            f"{path!r} {tuple(leaf.shape)} does not split into {split.sizes} along {split.axis}"
+        )
+    whole = _unsharded(leaf, side[0])
+    starts = [sum(split.sizes[:i]) for i in range(len(split.sizes))]
+    return [
+        (jax.lax.slice_in_dim(whole, start, start + size, axis=side[0]), axes)
+        for start, size in zip(starts, split.sizes, strict=True)
+    ]
+
+
+def join(
+    parts: list[jax.Array], leaf: jax.Array, axes: MatrixAxes, split: Split | None
+) -> jax.Array:
+    """Undoes :func:`cut`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, axes = jnp.arange(24.0).reshape(4, 6), MatrixAxes((), (0,), (1,))
+        >>> parts = [part for part, _ in cut(x, axes, Split(3))]
+        >>> bool((join(parts, x, axes, Split(3)) == x).all())
+        True
+    """
+    if split is None or parts[0].shape == leaf.shape:
+        return parts[0]
+    if isinstance(split.sizes, int):
+        side = axes.fan_out if split.axis == "out" else axes.fan_in
+        x = _unsharded(parts[0], side[0] + 1)
+        x = _reshape(x, leaf.shape, side[0], None)
+    else:
+        side = axes.fan_out if split.axis == "out" else axes.fan_in
+        x = jnp.concatenate(parts, axis=side[0])
+    sharding = _explicit(leaf)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def _with_side(axes: MatrixAxes, side: str, inner: tuple[int, ...], lead: tuple[int, ...]):
+    stack = axes.stack + lead
+    if side == "out":
+        return MatrixAxes(stack, axes.fan_in, inner)
+    return MatrixAxes(stack, inner, axes.fan_out)
+
+
+# Explicit axes: a reshape must say where the sharding goes.
+
+
+def _explicit(x: Any) -> NamedSharding | None:
+    sharding: Any = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    return None if mesh.empty or not mesh.are_all_axes_explicit else sharding
+
+
+def _unsharded(x: jax.Array, axis: int) -> jax.Array:
+    sharding = _explicit(x)
+    if sharding is None:
+        return x
+    spec = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
+    if spec[axis] is None:
+        return x
+    spec[axis] = None
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*spec)))
+
+
+def _reshape(x: jax.Array, shape: tuple[int, ...], at: int, blocks: int | None) -> jax.Array:
+    """Axis ``at`` into (blocks, size), or ``at`` and the next one into one (blocks = None)."""
+    sharding = _explicit(x)
+    if sharding is None:
+        return x.reshape(shape)
+    spec = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
+    if blocks is not None:
+        names = spec[at] if isinstance(spec[at], tuple) else (spec[at],) if spec[at] else ()
+        if blocks % math.prod(sharding.mesh.shape[name] for name in names):
+            x = _unsharded(x, at)
+            spec[at] = None
+        spec.insert(at + 1, None)
+    else:
+        del spec[at + 1]
+    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, P(*spec)))

@@ -1,0 +1,215 @@
+r"""Leading singular subspaces: exact, and by a few passes of block subspace iteration.
+
+The iteration is for optimizers that need the top k singular vectors of a slowly changing matrix at
+every step: it starts from the vectors of the step before and costs matrix products, two thin QR
+decompositions a pass and one small SVD, where a full SVD is slow or missing (accelerators).
+
+Both work in float32 or wider, whatever the input, and both return *paired* vectors: column i of u
+belongs to column i of v. Columns without a singular value are zero in u and v, so a zero or
+rank-deficient matrix adds nothing instead of arbitrary directions.
+"""
+
+import functools
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+# Half-precision passes, the default of some accelerators, would ruin bases and Gram matrices.
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def adjoint(x: jax.Array) -> jax.Array:
+    """The conjugate transpose of the last two axes.
+
+    Args:
+        x: ``(..., r, c)``.
+
+    Returns:
+        ``(..., c, r)``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> adjoint(jnp.array([[1, 2j]])).tolist()
+        [[(1-0j)], [-2j]]
+    """
+    return jnp.conj(jnp.swapaxes(x, -1, -2))
+
+
+def scale_to_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Matrices divided by their largest entry, in float32 or wider, and that entry.
+
+    Args:
+        x: ``(..., r, c)``.
+
+    Returns:
+        ``(..., r, c)`` and ``(..., 1, 1)``; a zero matrix is divided by one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, largest = scale_to_one(jnp.array([[1e-30, -2e-30]]))
+        >>> x.tolist()
+        [[0.5, -1.0]]
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    largest = jnp.where(largest == 0, 1, largest)
+    return x / largest, largest
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def top_singular(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""The leading singular triplets, from a full SVD: the reference, and slow.
+
+    .. math::
+        X \approx U \operatorname{diag}(s) V^H, \qquad s_1 \ge \dots \ge s_k
+
+    Args:
+        matrix: ``(..., r, c)``.
+        rank: k, at most ``min(r, c)``.
+
+    Returns:
+        u ``(..., r, k)``, s ``(..., k)``, v ``(..., c, k)``. Singular values at rounding level,
+        ``max(r, c) * eps * s_1``, count as zero, and so do their vectors.
+
+    Raises:
+        ValueError: the rank does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> u, s, v = top_singular(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 2)
+        >>> s.tolist(), abs(u[1]).tolist()
+        ([3.0, 2.0], [1.0, 0.0])
+    """
+    _check_rank(matrix.shape, rank)
+    x, largest = scale_to_one(matrix)
+    u, s, vh = jnp.linalg.svd(x, full_matrices=False)
+    return _without_null(
+        u[..., :rank], s[..., :rank], adjoint(vh)[..., :rank], matrix.shape, largest
+    )
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def subspace_iteration(
+    matrix: jax.Array, start: jax.Array, rank: int, passes: int | jax.Array = 2
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""The leading singular triplets by block subspace iteration with a Rayleigh-Ritz step.
+
+    .. math::
+        V = \mathrm{qr}(X^H Q), \quad Q = \mathrm{qr}(X V) \quad \text{(a pass)}; \qquad
+        Q R = X V, \quad R = A S B^H, \quad U = Q A, \quad V \leftarrow V B
+
+    With a block of b columns each pass shrinks the tangent of the angle to the leading k-subspace
+    by :math:`(s_{b+1} / s_k)^2`.
+
+    Args:
+        matrix: ``(..., r, c)``.
+        start: ``(..., r, b)`` with k <= b <= min(r, c), any scale: the left vectors of a similar
+            matrix, with a few random columns beside them so that new directions can come in.
+        rank: k.
+        passes: at least 1; may be traced.
+
+    Returns:
+        As :func:`top_singular`.
+
+    Raises:
+        ValueError: rank or block does not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
+        >>> start = jax.random.normal(jax.random.key(0), (3, 2))
+        >>> u, s, v = subspace_iteration(x, start, 1, passes=8)
+        >>> round(float(s[0]), 3)
+        3.0
+
+    References:
+        Halko, Martinsson and Tropp, SIAM Review 53(2), 2011, algorithms 4.4 and 5.1.
+    """
+    _check_rank(matrix.shape, rank)
+    width = start.shape[-1]
+    if not rank <= width <= min(matrix.shape[-2:]) or start.shape[-2] != matrix.shape[-2]:
+        raise ValueError(
+            f"a start of shape {start.shape} does not fit rank {rank} of {matrix.shape}: "
+            "(..., rows, between rank and min(rows, columns))"
+        )
+    x, largest = scale_to_one(matrix)
+    back = adjoint(x)
+
+    def to_right(q):
+        return jnp.linalg.qr(matmul(back, q)).Q
+
+    def one_pass(_, v):
+        return to_right(jnp.linalg.qr(matmul(x, v)).Q)
+
+    v = jax.lax.fori_loop(1, passes, one_pass, to_right(start.astype(x.dtype)))
+    q, r = jnp.linalg.qr(matmul(x, v))
+    a, s, bh = jnp.linalg.svd(r, full_matrices=False)
+    u = matmul(q, a[..., :rank])
+    v = matmul(v, adjoint(bh)[..., :rank])
+    return _without_null(u, s[..., :rank], v, matrix.shape, largest)
+
+
+def random_block(
+    seed: int | jax.Array, purpose: str, count: int | jax.Array, shape: Sequence[int], dtype
+) -> jax.Array:
+    """Random columns to start from: normal, the same for the same (seed, purpose, count).
+
+    Args:
+        seed: uint32.
+        purpose: text, e.g. the parameter's path.
+        count: of the step.
+        shape: of the result.
+        dtype: real or complex.
+
+    Returns:
+        An array of that shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> a = random_block(0, "layers/up/kernel", 1, (4, 2), jnp.float32)
+        >>> b = random_block(0, "layers/up/kernel", 1, (4, 2), jnp.float32)
+        >>> bool((a == b).all())
+        True
+    """
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+    return jax.random.normal(jax.random.fold_in(key, count), tuple(shape), dtype)
+
+
+@jax.jit
+def gram_inverse_root(columns: jax.Array, tol: jax.typing.ArrayLike = 1e-5) -> jax.Array:
+    r"""The factor that makes columns orthonormal: the nearest orthonormal ones are ``A @ root``.
+
+    .. math::
+        (A^H A)^{-1/2} = E \operatorname{diag}(\lambda_i^{-1/2} [\lambda_i > \tau]) E^H
+
+    Args:
+        columns: A ``(..., r, n)``, of unit or zero length.
+        tol: a number or ``(...)``; eigenvalues up to this are dropped, directions that the columns
+            do not span. Those of two orthonormal bases are 1 +- the cosines of their angles.
+
+    Returns:
+        ``(..., n, n)``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> twice = jnp.array([[1.0, 1.0], [0.0, 0.0]])
+        >>> (twice @ gram_inverse_root(twice)).round(4).tolist()
+        [[0.7071, 0.7071], [0.0, 0.0]]
+    """
+    values, vectors = jnp.linalg.eigh(matmul(adjoint(columns), columns))
+    keep = values > jnp.asarray(tol, values.dtype)[..., None]
+    roots = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1)), 0)
+    return matmul(vectors * roots[..., None, :], adjoint(vectors))
+
+
+def _check_rank(shape: Sequence[int], rank: int) -> None:
+    if not 1 <= rank <= min(shape[-2:]):
+        raise ValueError(f"rank lies between 1 and min(rows, columns) of {shape}, got {rank}")
+
+
+def _without_null(u, s, v, shape: Sequence[int], largest) -> tuple[jax.Array, jax.Array, jax.Array]:
+    keep = s > max(shape[-2:]) * jnp.finfo(s.dtype).eps * s[..., :1]
+    mask = keep[..., None, :].astype(u.dtype)
+    return u * mask, jnp.where(keep, s, 0) * largest[..., 0], v * mask

@@ -1,0 +1,198 @@
+"""Floating-point operations of a function, counted on its jaxpr without running it.
+
+`compiled.cost_analysis()` counts the body of a `lax.scan` once, so a model of 32 scanned layers
+looks like one of 4. Here every matrix product is counted as often as it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+
+Branches = Literal["max", "min"]
+
+# Work that has no closed form in products, or none we know: listed instead of counted.
+_DECOMPOSITIONS = {
+    "cholesky",
+    "eig",
+    "eigh",
+    "hessenberg",
+    "householder_product",
+    "lu",
+    "qr",
+    "schur",
+    "svd",
+    "triangular_solve",
+    "tridiagonal",
+    "tridiagonal_solve",
+}
+_OPAQUE = {"ffi_call", "fft", "pallas_call", "pure_callback", "ragged_dot_general", "scaled_dot"}
+
+
+class Count(NamedTuple):
+    """What a function costs.
+
+    Args:
+        flops: multiplications and additions of all matrix products and convolutions; inside a
+            `shard_map`, of all devices together.
+        unknown_loops: loops with such work whose trip count only the data knows; one trip counted.
+        uncounted: how many times work runs that is not counted (`svd`: matrices, `fft`: calls).
+    """
+
+    flops: int
+    unknown_loops: int
+    uncounted: dict[str, int]
+
+
+def flops(fn: Callable, *args: Any, branches: Branches = "max", **kwargs: Any) -> int:
+    r"""Floating-point operations of one call.
+
+    .. math::
+        2 \cdot B M N K \text{ for each product } (B, M, K) \times (B, K, N)
+
+    times the lengths of the scans around it. Element-wise work is not counted, nor are
+    decompositions: see :func:`count`, which names them.
+
+    Args:
+        fn: any function that JAX can trace.
+        args: arrays, or `jax.ShapeDtypeStruct`s in their place; nothing is computed.
+        branches: a `lax.cond` counts as its dearest branch ("max") or its cheapest ("min").
+        kwargs: passed on to `fn`, arrays or shapes as well.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: `branches` is neither word.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x = jax.ShapeDtypeStruct((3, 3), jnp.float32)
+        >>> flops(lambda x: jax.lax.fori_loop(0, 10, lambda i, y: y @ x, x), x)
+        540
+    """
+    return count(fn, *args, branches=branches, **kwargs).flops
+
+
+def count(fn: Callable, *args: Any, branches: Branches = "max", **kwargs: Any) -> Count:
+    """Like :func:`flops`, and what the number leaves out.
+
+    Args:
+        fn: any function that JAX can trace.
+        args: arrays or shapes.
+        branches: "max" or "min".
+        kwargs: passed on to `fn`.
+
+    Returns:
+        A :class:`Count`.
+
+    Raises:
+        ValueError: `branches` is neither word.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> count(jnp.linalg.eigh, jax.ShapeDtypeStruct((5, 4, 4), jnp.float32)).uncounted
+        {'eigh': 5}
+    """
+    if branches not in ("max", "min"):
+        raise ValueError(f"branches is 'max' or 'min', got {branches!r}")
+    total = _Walk(branches).jaxpr(jax.make_jaxpr(fn)(*args, **kwargs))
+    return Count(total.flops, total.loops, dict(sorted(total.uncounted.items())))
+
+
+class _Work(NamedTuple):
+    flops: int = 0
+    loops: int = 0
+    uncounted: Counter = Counter()
+
+    def plus(self, other: _Work) -> _Work:
+        return _Work(
+            self.flops + other.flops,
+            self.loops + other.loops,
+            Counter({k: self.uncounted[k] + other.uncounted[k]
+                     for k in self.uncounted.keys() | other.uncounted.keys()}),
+        )  # fmt: skip
+
+    def times(self, n: int) -> _Work:
+        # A loop inside a loop is one loop: how often it is entered is known, its length is not.
+        uncounted = Counter({k: n * v for k, v in self.uncounted.items()})
+        return _Work(n * self.flops, self.loops, uncounted)
+
+    def any(self) -> bool:
+        return bool(self.flops or self.uncounted)
+
+
+class _Walk:
+    """Adds up equations, each as often as what surrounds it runs it."""
+
+    def __init__(self, branches: Branches):
+        self.choose = max if branches == "max" else min
+
+    def jaxpr(self, jaxpr: Any) -> _Work:
+        total = _Work()
+        for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+            total = total.plus(self.equation(eqn))
+        return total
+
+    def equation(self, eqn: Any) -> _Work:
+        name, params = eqn.primitive.name, eqn.params
+        if name in _PRODUCTS:
+            work = _PRODUCTS[name](eqn)
+            # (a + ib)(c + id): four real products.
+            return _Work(4 * work if jnp.iscomplexobj(eqn.outvars[0].aval) else work)
+        if name in _DECOMPOSITIONS:
+            matrices = math.prod(eqn.invars[0].aval.shape[:-2])
+            return _Work(uncounted=Counter({name: matrices}))
+        if name in _OPAQUE:
+            return _Work(uncounted=Counter({name: 1}))
+        if name == "cond":
+            found = [self.jaxpr(branch) for branch in params["branches"]]
+            # Of two branches without products, the one with an svd is the dearer.
+            return self.choose(found, key=lambda w: (w.flops, sum(w.uncounted.values())))
+        if name == "custom_linear_solve":
+            return self.jaxpr(params["jaxprs"].solve)
+        inner = _Work()
+        for sub in _jaxprs(tuple(params.values())):
+            inner = inner.plus(self.jaxpr(sub))
+        if name == "scan":
+            return inner.times(params["length"])
+        if name == "while" and inner.any():
+            return inner._replace(loops=inner.loops + 1)
+        if name == "shard_map":
+            shape = params["mesh"].shape
+            return inner.times(math.prod(shape[a] for a in params["newly_manual_axes"]))
+        return inner
+
+
+def _jaxprs(value: Any) -> Iterator[Any]:
+    """Jaxprs among an equation's parameters (jit, remat, custom_jvp, custom_vjp, while, ..)."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _jaxprs(item)
+    elif isinstance(value, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr):
+        yield value
+
+
+def _dot_general(eqn: Any) -> int:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left = eqn.invars[0].aval.shape
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[a] for a in contracted)
+
+
+def _convolution(eqn: Any) -> int:
+    """Every tap of every output, those in the padding included."""
+    kernel = eqn.invars[1].aval.shape
+    features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * (math.prod(kernel) // features)
+
+
+_PRODUCTS: dict[str, Callable[[Any], int]] = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
+}
