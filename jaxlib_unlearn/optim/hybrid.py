@@ -90,7 +90,8 @@ def alternate(
             return jax.tree.map(lambda n, o: jnp.asarray(n, o.dtype), new, old)
 
         def first_step(first_state, zeroth_state):
-            gradient, extra = updates, extra_args
+            gradient: Any = updates
+            extra = extra_args
             if grad_fn is not None:
                 gradient, extra = grad_fn(params), {**extra_args, "grad_fn": grad_fn}
             new, new_state = first.update(gradient, first_state, params, **extra)
@@ -98,7 +99,8 @@ def alternate(
 
         def zeroth_step(first_state, zeroth_state):
             extra = extra_args if value_fn is None else {**extra_args, "value_fn": value_fn}
-            new, new_state = zeroth.update(None, zeroth_state, params, **extra)
+            nothing: Any = None
+            new, new_state = zeroth.update(nothing, zeroth_state, params, **extra)
             return cast(new, params), first_state, cast(new_state, zeroth_state)
 
         new, first_state, zeroth_state = jax.lax.cond(

@@ -212,7 +212,8 @@ def uzv(rank: int) -> Family:
         return scale * jnp.matmul(v, core, precision="highest"), u
 
     def core(fan_in, fan_out):
-        return (min(rank, fan_in, fan_out),) * 2
+        r = min(rank, fan_in, fan_out)
+        return r, r
 
     return Family("uzv", core=core, basis=basis, factors=factors)
 

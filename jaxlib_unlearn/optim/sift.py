@@ -485,7 +485,7 @@ def _sum_streams(num_constraints: int) -> optax.GradientTransformationExtraArgs:
         ]
         return jax.tree.map(lambda *x: _sum(x).astype(x[0].dtype), *trees), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _with_constraints(

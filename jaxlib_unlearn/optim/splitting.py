@@ -83,28 +83,27 @@ def cut(
         return [(leaf, axes)]
     side = axes.fan_out if split.axis == "out" else axes.fan_in
     total = math.prod(leaf.shape[a] for a in side)
+    at, *inner = side
     if isinstance(split.sizes, int):
-        if len(side) > 1 and leaf.shape[side[0]] == split.sizes:  # DenseGeneral's own head axis
-            inner, lead = side[1:], side[0]
-            return [(leaf, _with_side(axes, split.axis, inner, (lead,)))]
-        if len(side) > 1 or total % split.sizes:
+        if inner and leaf.shape[at] == split.sizes:  # DenseGeneral's own head axis
+            return [(leaf, _with_side(axes, split.axis, tuple(inner), (at,)))]
+        if inner or total % split.sizes:
             raise ValueError(
                 f"{path!r} {tuple(leaf.shape)} does not split into {split.sizes} equal blocks "
                 f"along {split.axis}"
             )
-        at = side[0]
         shape = (*leaf.shape[:at], split.sizes, total // split.sizes, *leaf.shape[at + 1 :])
         moved = MatrixAxes(*(tuple(a + (a > at) for a in group) for group in axes))
         moved = _with_side(moved, split.axis, (at + 1,), (at,))
         return [(_reshape(leaf, shape, at, split.sizes), moved)]
-    if len(side) > 1 or sum(split.sizes) != total:
+    if inner or sum(split.sizes) != total:
         raise ValueError(
             f"{path!r} {tuple(leaf.shape)} does not split into {split.sizes} along {split.axis}"
         )
-    whole = _unsharded(leaf, side[0])
+    whole = _unsharded(leaf, at)
     starts = [sum(split.sizes[:i]) for i in range(len(split.sizes))]
     return [
-        (jax.lax.slice_in_dim(whole, start, start + size, axis=side[0]), axes)
+        (jax.lax.slice_in_dim(whole, start, start + size, axis=at), axes)
         for start, size in zip(starts, split.sizes, strict=True)
     ]
 

@@ -15,7 +15,7 @@ that view is the shared one.
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -226,6 +226,10 @@ def teon(
     )
 
 
+Run = list[tuple[int, Any]]
+"""Parts that go to a bucket together, each with a slice of its first axis or an index there."""
+
+
 # How parts meet: every leaf is cut into runs of blocks; a run is Muon's or holds whole groups.
 
 
@@ -248,7 +252,7 @@ def _grouped(group_size: int, axis: str, groups: str | Callable[[str], bool] | N
 
     def meet(orthogonalize: Orthogonalizer, parts: Sequence[Part]) -> list[jax.Array]:
         pieces: list[tuple[Part, int]] = []  # what goes to the buckets, and its group size
-        whence: list[list[tuple[int, slice | int]]] = []  # part and where in its first axis
+        whence: list[Run] = []  # part and where in its first axis
         for members, size in _runs(parts, group_size, picked):
             whence.append(members)
             pieces.append((_gather(parts, members), size))
@@ -277,7 +281,9 @@ def _shared(z: jax.Array, *, orthogonalize: Orthogonalizer, size: int, turned: b
     return jnp.swapaxes(z, -1, -2) if turned else z
 
 
-def _runs(parts: Sequence[Part], size: int, picked: Callable[[str], bool]):
+def _runs(
+    parts: Sequence[Part], size: int, picked: Callable[[str], bool]
+) -> Iterator[tuple[Run, int]]:
     """Yields the blocks of parts that go to a bucket together, and whether as groups.
 
     A run is a list of (part, slice of its first axis or index there or None for all of it).
@@ -327,11 +333,11 @@ def _runs(parts: Sequence[Part], size: int, picked: Callable[[str], bool]):
             yield [(i, slice(start, stop))], kind
 
 
-def _at(where: tuple[int, int | None]) -> tuple[int, slice | int]:
+def _at(where: tuple[int, int | None]) -> tuple[int, Any]:
     return (where[0], slice(None) if where[1] is None else where[1])
 
 
-def _gather(parts: Sequence[Part], members: list[tuple[int, slice | int]]) -> Part:
+def _gather(parts: Sequence[Part], members: Run) -> Part:
     """The matrices of a run as one part; those of a group are neighbours in its stack."""
     first = parts[members[0][0]]
     if len(members) == 1:
@@ -363,7 +369,7 @@ def _without(axes: MatrixAxes, lead: int) -> MatrixAxes:
 
 def _scatter(
     parts: Sequence[Part],
-    whence: list[list[tuple[int, slice | int]]],
+    whence: list[Run],
     results: list[jax.Array],
 ) -> list[jax.Array]:
     """Results of the runs, back in the layout of the parts."""

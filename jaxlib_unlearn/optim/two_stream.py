@@ -104,7 +104,7 @@ def blur(
     def init(params):
         return BlurStats(*(jnp.zeros([], dot_dtype(params)) for _ in BlurStats._fields))
 
-    def update(updates, state, params=None, *, constraint_grads, **extra_args):
+    def update(updates, state, params=None, *, constraint_grads=None, **extra_args):
         del params, extra_args
         direction, stats = blur_combine(
             updates,
@@ -172,7 +172,9 @@ def blur_combine(
         factors = jnp.broadcast_to(xi, table.shape[:1])
     one = jnp.ones_like(factors)
     of_primary, of_constraint = (factors, one) if lower == "primary" else (one, factors)
-    direction = _combine(primary, constraint, of_primary, constraint_weight * of_constraint)
+    direction = _combine(
+        primary, constraint, of_primary, jnp.asarray(constraint_weight * of_constraint)
+    )
     return direction, BlurStats(dot, primary_sq, constraint_sq, xi)
 
 
@@ -218,7 +220,7 @@ def pcgrad(
     def init(params):
         return PcgradStats(*(jnp.zeros([], dot_dtype(params)) for _ in PcgradStats._fields))
 
-    def update(updates, state, params=None, *, constraint_grads, **extra_args):
+    def update(updates, state, params=None, *, constraint_grads=None, **extra_args):
         del params, extra_args
         check_streams(updates, constraint_grads)
         table = _inner_products(updates, constraint_grads, constraint_weight)
@@ -231,7 +233,10 @@ def pcgrad(
             return 1 - conflict / jnp.where(squares > 0, squares, 1)
 
         direction = _combine(
-            updates, constraint_grads, kept(primary_sq), constraint_weight * kept(constraint_sq)
+            updates,
+            constraint_grads,
+            kept(primary_sq),
+            jnp.asarray(constraint_weight * kept(constraint_sq)),
         )
         return direction, _like(PcgradStats(*total), state)
 
@@ -264,12 +269,12 @@ def weighted_sum(weight: Scalar = 1.0) -> optax.GradientTransformationExtraArgs:
         del params
         return optax.EmptyState()
 
-    def update(updates, state, params=None, *, constraint_grads, **extra_args):
+    def update(updates, state, params=None, *, constraint_grads=None, **extra_args):
         del params, extra_args
         check_streams(updates, constraint_grads)
         count = len(jax.tree.leaves(updates))
         ones = jnp.ones(count, dot_dtype(updates))
-        return _combine(updates, constraint_grads, ones, weight * ones), state
+        return _combine(updates, constraint_grads, ones, jnp.asarray(weight * ones)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -285,7 +290,8 @@ def check_streams(primary: Any, constraint: Any) -> None:
         constraint: another one.
 
     Raises:
-        ValueError: different structures, or a leaf of another shape (named by its path).
+        ValueError: no constraint gradient, different structures, or a leaf of another shape (named
+            by its path).
 
     Example:
         >>> import jax.numpy as jnp
@@ -295,6 +301,8 @@ def check_streams(primary: Any, constraint: Any) -> None:
         ValueError: constraint_grads['w'] has shape (3,), the primary gradient (2,)
     """
     structure = jax.tree.structure(primary)
+    if constraint is None and primary is not None:
+        raise ValueError("two streams are needed: update(..., constraint_grads=tree)")
     if jax.tree.structure(constraint) != structure:
         raise ValueError(
             f"constraint_grads is a tree like the primary gradient ({structure}), got "

@@ -200,7 +200,8 @@ def finite(
     def update(updates, state, params=None, **extra_args):
         old = state.inner_state
         new, new_state = inner.update(updates, old, params, **extra_args)
-        new_state = _cast_like(new_state, old)
+        new_state, like = _cast_like(new_state, old), params if updates is None else updates
+        new = new if like is None else _cast_like(new, like)
         seen = (updates, extra_args.get("constraint_grads"), new)
         checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(seen) if _inexact(x)]
         checks += [
@@ -299,7 +300,9 @@ def clip_streams(
             extra_args["constraint_grads"] = _packed(clipped[1:], constraint_grads, updates)
         new, inner_state = wrapped.update(clipped[0], state.inner_state, params, **extra_args)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return new, ClipStreamsState(count, length.astype(jnp.float32), inner_state)
+        return _cast_like(new, updates), ClipStreamsState(
+            count, length.astype(jnp.float32), inner_state
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -356,5 +356,5 @@ def test_wrong_arguments():
             combine(tx, g, {"v": jnp.ones(2)})
         with pytest.raises(ValueError, match=r"\['w'\] has shape \(1,\)"):
             combine(tx, g, {"w": jnp.ones(1)})
-        with pytest.raises(TypeError, match="constraint_grads"):
+        with pytest.raises(ValueError, match="constraint_grads=tree"):
             tx.update(g, tx.init(g))
