@@ -7,7 +7,7 @@ before an optimizer: ``optax.chain(blur(), optax.adamw(1e-5))``; what follows re
 and every other extra argument. Clip after them, not before: what comes out is what is applied.
 
 Inner products run over *all* leaves at once, in float32 (float64 for float64), stacked into one
-vector before they are added up, so that sharded trees need one all-reduce. Average both gradients
+vector before they are added up; only scalars cross devices. Average both gradients
 over micro-batches (``optim.accumulate``) and replicas first: a mean of projections is not the
 projection of the means. ``optax.masked`` needs ``mask_compatible_extra_args=True`` here.
 """
