@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlib_unlearn.optim.subspace import adjoint, gram_inverse_root, matmul, top_singular
+from jaxlib_unlearn.optim.arrays import adjoint, matmul
+from jaxlib_unlearn.optim.subspace import gram_inverse_root, top_singular
 
 
 def merge(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlib_unlearn.optim.arrays import adjoint
 from jaxlib_unlearn.optim.matrices import MatrixAxes
 
 StackFunction = Callable[..., Any]
@@ -174,13 +175,13 @@ def _to_stack(leaf: jax.Array, axes: MatrixAxes) -> jax.Array:
         x = _reshape(_reshard(x, kept), axes.sizes(leaf.shape), merged)
     else:
         x = x.reshape(axes.sizes(leaf.shape))
-    return _adjoint(x) if is_tall(leaf, axes) else x
+    return adjoint(x) if is_tall(leaf, axes) else x
 
 
 def _from_stack(stack: jax.Array, leaf: jax.Array, axes: MatrixAxes) -> jax.Array:
     order = _order(axes)
     inverse = tuple(order.index(a) for a in range(leaf.ndim))
-    x = _adjoint(stack) if is_tall(leaf, axes) else stack
+    x = adjoint(stack) if is_tall(leaf, axes) else stack
     shape = tuple(leaf.shape[a] for a in order)
     kind = _sharding_kind(leaf)
     if kind == "explicit":
@@ -210,10 +211,6 @@ def _merge_spec(spec: P, groups: Sequence[int]) -> tuple[P, P]:
         after.append(first)
         start += size
     return P(*before), P(*after)
-
-
-def _adjoint(x: jax.Array) -> jax.Array:
-    return jnp.conj(jnp.swapaxes(x, -1, -2))
 
 
 # Shardings

@@ -65,7 +65,7 @@ def scale_by_sign_momentum(
         del params, extra_args
         mu = optax.tree.update_moment(updates, state.mu, beta, 1)
         direction = jax.tree.map(lambda m, g: jnp.sign(m).astype(g.dtype), mu, updates)
-        mu = jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu)
+        mu = optax.tree.cast_like(mu, state.mu)
         count = jnp.asarray(optax.safe_increment(state.count))
         return direction, SignMomentumState(count, mu)
 

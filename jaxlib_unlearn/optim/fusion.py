@@ -12,15 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlib_unlearn.optim.arrays import adjoint, matmul, scale_to_one
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, newton_schulz
-from jaxlib_unlearn.optim.subspace import (
-    adjoint,
-    gram_inverse_root,
-    matmul,
-    scale_to_one,
-    subspace_iteration,
-    top_singular,
-)
+from jaxlib_unlearn.optim.subspace import gram_inverse_root, subspace_iteration, top_singular
 
 MSIGNS = ("gram", "ns", "svd")
 BASES = ("svd", "subspace")

@@ -261,7 +261,7 @@ def with_adamw(
     def update(updates, state, params=None, **extra_args):
         # AdamW with a wider momentum would widen the updates.
         new, state = both.update(updates, state, params, **extra_args)
-        return jax.tree.map(lambda n, old: n.astype(old.dtype), new, updates), state
+        return optax.tree.cast_like(new, updates), state
 
     return optax.GradientTransformationExtraArgs(both.init, update)
 
@@ -329,8 +329,8 @@ def scale_by_momentum(
             post_state=state.post,
             meet=meet,
         )
-        directions = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, updates)
-        mu = jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu)
+        directions = optax.tree.cast_like(directions, updates)
+        mu = optax.tree.cast_like(mu, state.mu)
         return directions, MuonState(count, mu, post_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

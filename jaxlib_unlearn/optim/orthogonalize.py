@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlib_unlearn.optim.arrays import adjoint, scale_to_one
+
 Orthogonalizer = Callable[[jax.Array], jax.Array]
 Row = tuple[float, float, float]
 
@@ -309,35 +311,24 @@ def _wide(x: jax.Array) -> tuple[jax.Array, bool]:
     if x.ndim < 2:
         raise ValueError(f"an orthogonaliser takes (..., rows, columns), got shape {x.shape}")
     tall = x.shape[-2] > x.shape[-1]
-    return (_adjoint(x), True) if tall else (x, False)
-
-
-def _adjoint(x: jax.Array) -> jax.Array:
-    return jnp.conj(jnp.swapaxes(x, -1, -2))
+    return (adjoint(x), True) if tall else (x, False)
 
 
 def _real_square(x: jax.Array) -> jax.Array:
     return jnp.real(x) ** 2 + jnp.imag(x) ** 2 if jnp.iscomplexobj(x) else x**2
 
 
-def _scale_to_one(x: jax.Array) -> jax.Array:
-    """Largest entry 1, in float32 or wider; zeros stay zeros."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    return x / jnp.where(largest == 0, 1, largest)
-
-
 def _normalize(x: jax.Array, margin: float) -> jax.Array:
-    x = _scale_to_one(x)
+    x = scale_to_one(x)[0]
     norm = jnp.sqrt(jnp.sum(_real_square(x), axis=(-2, -1), keepdims=True))
-    # No epsilon: the norm of what _scale_to_one returns is zero or at least one.
+    # No epsilon: the norm of what scale_to_one returns is zero or at least one.
     return x / (margin * jnp.where(norm == 0, 1, norm))
 
 
 def _precondition_aol(x: jax.Array) -> jax.Array:
     """diag(s) X with s_i = (sum_j |X X^H|_ij)^(-1/2), which has no singular value above one."""
-    x = _scale_to_one(x)
-    sums = jnp.sum(jnp.abs(x @ _adjoint(x)), axis=-1, keepdims=True)
+    x = scale_to_one(x)[0]
+    sums = jnp.sum(jnp.abs(x @ adjoint(x)), axis=-1, keepdims=True)
     return x * jnp.where(sums == 0, 0, jax.lax.rsqrt(jnp.where(sums == 0, 1, sums)))
 
 
@@ -358,8 +349,8 @@ def _iterate(x, *, rows: tuple[Row, ...], table: Table, dtype) -> jax.Array:
     x = _precondition_aol(x) if table.preconditioner == "aol" else _normalize(x, table.margin)
     x = x.astype(_compute_dtype(original, dtype, table))
     for row in rows:
-        x = row[0] * x + _polynomial(x @ _adjoint(x), row) @ x
-    return (_adjoint(x) if turned else x).astype(original)
+        x = row[0] * x + _polynomial(x @ adjoint(x), row) @ x
+    return (adjoint(x) if turned else x).astype(original)
 
 
 def _iterate_gram(
@@ -370,23 +361,23 @@ def _iterate_gram(
     original = x.dtype
     x, turned = _wide(x)
     x = _normalize(x, table.margin).astype(_compute_dtype(original, dtype, table))
-    gram, q = x @ _adjoint(x), None  # q = None stands for the identity
+    gram, q = x @ adjoint(x), None  # q = None stands for the identity
     eye = jnp.eye(x.shape[-2], dtype=x.dtype)
     for t, row in enumerate(rows):
         if t in restarts and q is not None:
             x = q @ x
-            gram, q = x @ _adjoint(x), None
+            gram, q = x @ adjoint(x), None
         factor = _polynomial(gram, row) + row[0] * eye
         q = factor if q is None else q @ factor
         if t + 1 < len(rows) and t + 1 not in restarts:
             gram = factor @ (gram @ factor)
     assert q is not None
     x = q @ x
-    return (_adjoint(x) if turned else x).astype(original)
+    return (adjoint(x) if turned else x).astype(original)
 
 
 def _exact(x: jax.Array) -> jax.Array:
-    scaled = _scale_to_one(x)
+    scaled = scale_to_one(x)[0]
     u, s, vh = jnp.linalg.svd(scaled, full_matrices=False)
     tolerance = max(x.shape[-2:]) * jnp.finfo(s.dtype).eps * s[..., :1]
     keep = (s > tolerance).astype(u.dtype)

@@ -121,7 +121,7 @@ def sam(rho: jax.typing.ArrayLike = 0.05) -> optax.GradientTransformationExtraAr
         norm = _norm(ascent)
         gradient = _at_worst(grad_fn, params, rho, ascent, norm)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return _cast_like(gradient, ascent), SamState(count, norm.astype(jnp.float32))
+        return optax.tree.cast_like(gradient, ascent), SamState(count, norm.astype(jnp.float32))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -189,7 +189,7 @@ def smoothed_gradient(
     kinds = jax.eval_shape(grad_fn, params)
     start = jax.tree.map(lambda p, g: jnp.zeros_like(p, dtype=_wide(g)), params, kinds)
     mean, _ = jax.lax.scan(add, start, jnp.arange(num_samples))
-    return _cast_like(mean, kinds)
+    return optax.tree.cast_like(mean, kinds)
 
 
 def randomised_smoothing(
@@ -240,7 +240,7 @@ def randomised_smoothing(
             grad_fn, params, sigma, num_samples, seed=state.seed, count=state.count
         )
         count = jnp.asarray(optax.safe_increment(state.count))
-        gradient = gradient if updates is None else _cast_like(gradient, updates)
+        gradient = gradient if updates is None else optax.tree.cast_like(gradient, updates)
         return gradient, RandomisedSmoothingState(count, state.seed)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -278,7 +278,3 @@ def _normal(key: jax.Array, path: Any, p: jax.Array) -> jax.Array:
 
 def _wide(x: Any) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _cast_like(new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)

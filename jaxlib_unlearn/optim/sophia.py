@@ -103,10 +103,7 @@ def scale_by_sophia(
         h = optax.tree.update_moment(wide, state.h, b2, 2)
         mu = optax.tree.update_moment(updates, state.mu, beta, 1)
         out = jax.tree.map(direction, mu, h, updates)
-        mu, h = (
-            jax.tree.map(lambda n, old: n.astype(old.dtype), new, before)
-            for new, before in ((mu, state.mu), (h, state.h))
-        )
+        mu, h = optax.tree.cast_like((mu, h), (state.mu, state.h))
         return out, SophiaState(jnp.asarray(optax.safe_increment(state.count)), mu, h)
 
     return optax.GradientTransformationExtraArgs(init, update)

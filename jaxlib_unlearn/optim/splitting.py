@@ -122,13 +122,11 @@ def join(
     """
     if split is None or parts[0].shape == leaf.shape:
         return parts[0]
+    at = (axes.fan_out if split.axis == "out" else axes.fan_in)[0]
     if isinstance(split.sizes, int):
-        side = axes.fan_out if split.axis == "out" else axes.fan_in
-        x = _unsharded(parts[0], side[0] + 1)
-        x = _reshape(x, leaf.shape, side[0], None)
+        x = _reshape(_unsharded(parts[0], at + 1), leaf.shape, at, None)
     else:
-        side = axes.fan_out if split.axis == "out" else axes.fan_in
-        x = jnp.concatenate(parts, axis=side[0])
+        x = jnp.concatenate(parts, axis=at)
     sharding = _explicit(leaf)
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 

@@ -115,7 +115,7 @@ def blur(
             eps=eps,
             scope=scope,
         )
-        return direction, _like(stats, state)
+        return direction, optax.tree.cast_like(stats, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -238,7 +238,7 @@ def pcgrad(
             kept(primary_sq),
             jnp.asarray(constraint_weight * kept(constraint_sq)),
         )
-        return direction, _like(PcgradStats(*total), state)
+        return direction, optax.tree.cast_like(PcgradStats(*total), state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -363,10 +363,6 @@ def _combine(primary: Any, constraint: Any, of_primary: jax.Array, of_constraint
         # Factors are float32 or wider: the sum is rounded to a narrow dtype once, at the end.
         out.append((of_primary[i] * p + of_constraint[i] * c).astype(p.dtype))
     return jax.tree.unflatten(structure, out)
-
-
-def _like(new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -337,6 +337,7 @@ def _wide(x: Any) -> Any:
 
 
 def _cast_like(new: Any, old: Any) -> Any:
+    # Not optax.tree.cast_like: an inner state may hold typed keys, which no astype takes.
     def cast(n, o):
         return n if n.dtype == o.dtype else n.astype(o.dtype)
 
