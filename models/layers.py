@@ -17,6 +17,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlib_unlearn.optim.perturbations import matmul
+
 LEAF_STRIDE = 65536  # segment id = group + LEAF_STRIDE * leaf
 
 
@@ -145,7 +147,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel (+ bias)` with the kernel stored `(in, out)`."""
+    """`x @ kernel (+ bias)`, the kernel `(in, out)` or a `Factored` one."""
 
     def __init__(self, size_in: int, size_out: int, use_bias: bool):
         self.kernel = nnx.Param(jnp.zeros((size_in, size_out)))
@@ -153,7 +155,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # Flat rows: contracting two axes in the kernel's gradient costs XLA:CPU a transpose each.
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        # `get_value`: a layer map may have put a `Factored` in the kernel's place.
+        y = matmul(x.reshape(-1, x.shape[-1]), self.kernel.get_value())
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 

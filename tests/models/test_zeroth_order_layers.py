@@ -1,0 +1,252 @@
+"""Zeroth order through the decoder's scan: the same numbers as materialised copies, less memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlib_unlearn.optim import perturbations
+from jaxlib_unlearn.optim.perturbations import Factored, matmul
+from jaxlib_unlearn.optim.zeroth_order import zeroth_order
+from models.decoder import Decoder, DecoderConfig
+from models.policy import DecoderPolicy
+
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
+
+CONFIG = DecoderConfig(
+    vocab_size=24,
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    qkv_bias=True,
+)
+DECODER = Decoder(CONFIG)
+FAMILIES = {
+    "dense": perturbations.dense(),
+    "sparse": perturbations.sparse(0.5),
+    "sphere": perturbations.sphere(),
+    "uvt": perturbations.uvt(2),
+    "uzv": perturbations.uzv(2),
+    "subspace": perturbations.subspace(2),
+}
+
+
+def batch(rows=2, length=6, width=4):
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (rows, length)), jnp.int32)
+    index = jnp.tile(jnp.arange(width, dtype=jnp.int32), (rows, 1))
+    return {
+        "tokens": tokens,
+        "positions": jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1)),
+        "segment_ids": jnp.ones((rows, length), jnp.int32),
+        "label_index": index,
+        "targets": tokens[:, 1 : width + 1],
+        "target_mask": jnp.ones((rows, width), jnp.float32),
+    }
+
+
+def layered_value_fn(decoder, data, params, layer_map):
+    policy = DecoderPolicy(decoder, params, options={"layer_map": layer_map})
+    return -jnp.mean(policy.log_probs(data))
+
+
+def value_fn(decoder, data, params):
+    return -jnp.mean(DecoderPolicy(decoder, params).log_probs(data))
+
+
+def losses(family, params, decoder=DECODER, *, layered, factored=True, **options):
+    """Value and coefficients; eps = 1, so that nothing magnifies rounding."""
+    tx = zeroth_order(
+        0.1, family, num_queries=2, eps=1.0, estimator="forward", factored=factored, **options
+    )
+    data = batch()
+    if layered:
+        kwargs = {"layered_value_fn": functools.partial(layered_value_fn, decoder, data)}
+    else:
+        kwargs = {"value_fn": functools.partial(value_fn, decoder, data)}
+
+    @jax.jit
+    def step(params):
+        return tx.update(None, tx.init(params), params, **kwargs)
+
+    updates, state = step(params)
+    return updates, state
+
+
+def small():
+    """Parameters scaled down, so that a perturbation of norm one per entry stays tame."""
+    return DECODER.init(jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layer_map_equals_materialised_copies(name):
+    params = small()
+    plain, a = losses(FAMILIES[name], params, layered=False)
+    inside, b = losses(FAMILIES[name], params, layered=True)
+    # Losses of about 10 in float32; 1e-6 of that, for the two orders of summation.
+    np.testing.assert_allclose(a.value, b.value, rtol=1e-6)
+    np.testing.assert_allclose(a.coeffs, b.coeffs, rtol=1e-5, atol=1e-5)
+    for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(inside), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_curvature_scaled_directions_through_the_layer_map():
+    from jaxlib_unlearn.optim.zo_methods import hizoo
+
+    params, data = small(), batch()
+    tx = hizoo(0.1, eps=0.5, smoothing=0.1)
+
+    def two(kwargs):
+        def steps(params):
+            _, state = tx.update(None, tx.init(params), params, **kwargs)
+            return tx.update(None, state, params, **kwargs)[1]
+
+        return jax.jit(steps)(params)
+
+    a = two({"value_fn": functools.partial(value_fn, DECODER, data)})
+    b = two({"layered_value_fn": functools.partial(layered_value_fn, DECODER, data)})
+    np.testing.assert_allclose(a.coeffs, b.coeffs, rtol=1e-5, atol=1e-5)
+    h = a.moments["hessian"]["layers"]["mlp"]["up"]["kernel"]
+    assert float(jnp.abs(h - 1).max()) > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ["central", "jvp"])
+def test_other_estimators_and_remat(estimator):
+    params, data = small(), batch()
+    tx = zeroth_order(0.1, perturbations.subspace(2), num_queries=2, estimator=estimator, eps=0.5)
+    results = []
+    for kwargs in (
+        {"value_fn": functools.partial(value_fn, DECODER, data)},
+        {
+            "layered_value_fn": functools.partial(
+                layered_value_fn, Decoder(CONFIG, remat=True), data
+            )
+        },
+    ):
+        step = jax.jit(lambda p, kwargs=kwargs: tx.update(None, tx.init(p), p, **kwargs)[1])
+        results.append(step(params))
+    np.testing.assert_allclose(results[0].value, results[1].value, rtol=1e-6)
+    np.testing.assert_allclose(results[0].coeffs, results[1].coeffs, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_segments_draw_what_one_stack_draws(layered):
+    params = small()
+    stack = params["layers"]
+    cut = {
+        **params,
+        "layers": tuple(jax.tree.map(lambda x, s=s: x[s], stack) for s in (slice(1), slice(1, 3))),
+    }
+    family = perturbations.uzv(2)
+    whole, a = losses(family, params, layered=False)
+    parts, b = losses(family, cut, layered=layered)
+    np.testing.assert_allclose(a.coeffs, b.coeffs, rtol=1e-5, atol=1e-5)
+    joined = jax.tree.map(lambda *x: jnp.concatenate(x), *parts["layers"])
+    for x, y in zip(jax.tree.leaves(whole["layers"]), jax.tree.leaves(joined), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_segment_stays_where_it_is():
+    params = small()
+    stack = params["layers"]
+    params["layers"] = tuple(
+        jax.tree.map(lambda x, s=s: x[s], stack) for s in (slice(1), slice(1, 3))
+    )
+    family = perturbations.subspace(2)
+    options = {"trainable": lambda path: path.startswith("layers/1/mlp")}
+    plain, a = losses(family, params, layered=False, **options)
+    _, b = losses(family, params, layered=True, **options)
+    np.testing.assert_allclose(a.coeffs, b.coeffs, rtol=1e-5, atol=1e-6)
+    assert not any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(plain["layers"][0]))
+    assert bool(jnp.any(plain["layers"][1]["mlp"]["up"]["kernel"] != 0))
+
+
+def test_factored_equals_multiplied_out_in_float64():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        shapes = {"x": (5, 8), "kernel": (8, 6), "left": (8, 2), "right": (6, 2)}
+        x, *parts = (jnp.asarray(rng.normal(size=s)) for s in shapes.values())
+        whole = parts[0] + parts[1] @ parts[2].T
+        np.testing.assert_allclose(matmul(x, Factored(*parts)), matmul(x, whole), rtol=1e-12)
+
+
+def test_layer_map_is_factored_only_where_asked():
+    seen = []
+
+    def fn(params, layer_map):
+        layer = jax.tree.map(lambda x: x[0], params["layers"])
+        mapped = layer_map(layer, jnp.int32(0))
+        seen.append(mapped["mlp"]["up"]["kernel"])
+        return jnp.sum(mapped["mlp"]["up"]["bias"]) if "bias" in mapped["mlp"]["up"] else 0.0
+
+    params = small()
+    for factored in (True, False):
+        tx = zeroth_order(0.1, perturbations.subspace(2), estimator="jvp", factored=factored)
+        state = tx.init(params)
+        jax.eval_shape(functools.partial(tx.update, layered_value_fn=fn), None, state, params)
+    assert [isinstance(kernel, Factored) for kernel in seen] == [True, False]
+
+
+def _temporaries(fn, *args, **jit_options):
+    return jax.jit(fn, **jit_options).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sparse", "uzv")]
+
+
+@pytest.mark.parametrize("name", ["dense", "subspace", *SLOW])
+def test_memory_of_value_stage_and_of_the_whole_step(name):
+    """Temporaries, compiled, at 8 x 128 tokens and with directions drawn one layer at a time."""
+    config = DecoderConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=384,
+        num_layers=8,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+    )
+    decoder, data = Decoder(config), jax.eval_shape(lambda: batch(rows=8, length=128, width=64))
+    params = decoder.shapes()
+    weights = sum(x.size for x in jax.tree.leaves(params)) * 4
+    layer = sum(x.size for x in jax.tree.leaves(params["layers"])) * 4 // config.num_layers
+    tx = zeroth_order(1e-3, FAMILIES[name], num_queries=2)
+    state = jax.eval_shape(tx.init, params)
+
+    def forward(data, params):
+        return value_fn(decoder, data, params)
+
+    def update(data, params, state):
+        inside = functools.partial(layered_value_fn, decoder, data)
+        return tx.update(None, state, params, layered_value_fn=inside)
+
+    def value_stage(data, params, state):
+        return update(data, params, state)[1].coeffs
+
+    def step(data, params, state):
+        updates, state = update(data, params, state)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    allowed = _temporaries(forward, data, params) + layer
+    value = _temporaries(value_stage, data, params, state)
+    whole = weights + _temporaries(step, data, params, state, donate_argnums=(1, 2))
+    print(f"{name}: weights {weights} allowed {allowed} value stage {value} step {whole}")
+    assert value <= 1.3 * allowed
+    assert whole <= 2.2 * weights + allowed
+    # What it saves: a perturbed copy of the weights for every evaluation.
+    materialised = _temporaries(
+        lambda data, params, state: (
+            tx.update(None, state, params, value_fn=functools.partial(value_fn, decoder, data))[
+                1
+            ].coeffs
+        ),
+        data,
+        params,
+        state,
+    )
+    assert materialised > value + weights // 2
