@@ -16,6 +16,7 @@ RERUN = (
     "data.forget_split",
     "objective.name",
     "optimizer.name",
+    "combine",
     "model.path",
     "stage.original",
     "retain_log",
@@ -105,6 +106,8 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         ("Objective", _options(config.get("objective", ""))),
         ("Optimizer", _options(config.get("optimizer", ""))),
     ]
+    if config.get("combine", "sum") != "sum":
+        rows.append(("Two sides' gradients", str(config["combine"])))
     if not run.summary.get("oracle") and config.get("retain_log"):
         rows.append(("Retain log in place of the oracle", str(config["retain_log"])))
     minutes = run.about.get("minutes")

@@ -48,6 +48,15 @@ RANGES: dict[str, tuple[float, float]] = {
     "momentum": (0, 1),
     "eps": (0, math.inf),
     "clip_norm": (0, math.inf),
+    "rank": (1, math.inf),
+    "threshold": (-math.inf, math.inf),
+    "group_size": (1, math.inf),
+    "queries": (1, math.inf),
+    "perturbation": (1e-12, math.inf),
+    "refresh": (1, math.inf),
+    "vector_rate": (0, math.inf),
+    "period": (1, math.inf),
+    "zo_learning_rate": (1e-30, math.inf),
     "max_new_tokens": (1, math.inf),
     "leak_samples": (0, math.inf),
     "leak_temperature": (0, 1e9),
@@ -104,8 +113,9 @@ def check_run(config: RunConfig) -> Mesh:
         UserError: a number out of range, an unknown name, a mesh that does not fit.
     """
     check_numbers(config)
-    objective, _ = objectives.resolve(config.objective)
+    objective, options = objectives.resolve(config.objective)
     objectives.check_accumulation(objective, config.unlearn.accumulate)
+    optimizers.check_pair(config.optimizer, config.combine, objective, options)
     check_evaluate(config.evaluate)
     check_dtype("--export-dtype", config.export_dtype)
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:

@@ -147,6 +147,7 @@ class RunConfig:
         seed: everything random follows from it.
         smoke: few steps and samples through the same code, for a first look.
         output: run folder; None: `runs/PRESET-seedN` (with `-smoke`).
+        combine: how the gradients of the forget and the retain side become one: sum, blur, pcgrad.
         retain_log: per-item log (OpenUnlearning EVAL.json or ours) of a retain-only model; skips
             the oracle.
         oracle: train the retain-only model (forget quality needs it, unless `retain_log` is given).
@@ -167,6 +168,7 @@ class RunConfig:
     unlearn: UnlearnConfig = UnlearnConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    combine: str = "sum"
     mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export_dtype: str = "float32"

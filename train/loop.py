@@ -28,6 +28,15 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line and names the last good checkpoint."""
 
 
+def step_bytes(compiled: Any) -> int | None:
+    """Bytes a compiled program needs on one device: arguments, results and temporaries."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+    return sum(parts) - memory.alias_size_in_bytes
+
+
 @dataclass(frozen=True)
 class Stage:
     """One training stage.
@@ -38,6 +47,7 @@ class Stage:
         batches: step -> host batches by stream; a pure function of the step.
         objective: what is minimised, with `options` as resolved from its configuration.
         optimizer: how a step is taken.
+        combine: how the gradients of the two sides become one.
         accumulate: micro-batches a step.
         curve: `params -> scalars`, called at `curve_steps`.
         checkpoints: folder for this stage's checkpoints.
@@ -55,6 +65,7 @@ class Stage:
     checkpoint_seconds: float
     curve: Callable[[Any], dict[str, float]] | None = None
     curve_steps: tuple[int, ...] = ()
+    combine: str = "sum"
 
 
 def curve_steps(steps: int, points: int) -> tuple[int, ...]:
@@ -73,11 +84,11 @@ def run(
     Raises:
         TrainingError: a loss is not finite.
     """
-    tx, schedule = build(stage.optimizer, stage.steps)
+    tx, schedule, needs = build(stage.optimizer, stage.steps, stage.combine)
     params = sharding.put_params(jax.tree.map(lambda x: jnp.array(x, copy=True), params), mesh)
     state, shardings = init_state(params, tx, mesh)
     step_fn = compile_step(
-        make_step(decoder, stage.objective, stage.options, tx, schedule, stage.accumulate),
+        make_step(decoder, stage.objective, stage.options, tx, schedule, stage.accumulate, needs),
         shardings,
         mesh,
     )
@@ -107,22 +118,33 @@ def run(
             where = "none was written yet" if good is None else f"{stage.checkpoints / str(good)}"
             raise TrainingError(
                 f"{stage.name}: loss is not finite at step {step} (loss {values['loss']}, gradient "
-                f"norm {values['grad_norm']}); last good checkpoint: {where}; lower the learning "
-                "rate"
+                f"norm {values.get('grad_norm', 'not computed')}); last good checkpoint: {where}; "
+                "lower the learning rate"
             )
         return values["loss"]
+
+    compiled: dict[Any, tuple[Any, dict[str, float]]] = {}
+
+    def program(state, batches):
+        """The step for batches of these shapes, compiled once, and its MiB on a device."""
+        shapes = tuple((n, k, x.shape) for n, b in batches.items() for k, x in b.items())
+        if shapes not in compiled:
+            made = step_fn.lower(state, frozen, batches).compile()
+            size = step_bytes(made)
+            compiled[shapes] = made, {} if size is None else {"step_mib": round(size / 2**20, 3)}
+        return compiled[shapes]
 
     with progress(stage.name, stage.steps, start) as advance:
         for step in range(start, stage.steps):
             batches = {name: sharding.put_batch(b, mesh) for name, b in stage.batches(step).items()}
             loss = settle()
-            look: dict[str, float] = {}
+            run_step, look = program(state, batches)
             if stage.curve is not None and step in stage.curve_steps:
-                look = stage.curve(state.params)
+                look = look | stage.curve(state.params)
             if step > start and time.monotonic() - saved_at > stage.checkpoint_seconds:
                 checkpointing.save_step(stage.checkpoints, step, state, {})
                 saved_at = time.monotonic()
-            state, metrics = step_fn(state, frozen, batches)
+            state, metrics = run_step(state, frozen, batches)
             pending = (step, metrics, look)
             advance(1, f"loss {loss:.4f}" if math.isfinite(loss) else "")
         loss = settle()

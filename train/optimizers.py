@@ -1,12 +1,14 @@
 """The optimizer table: how each row is built and what it needs from the step.
 
-A row's `needs` is `joint`: one gradient of the weighted sum of the objective's terms.
+A row's `needs` is `joint`, one gradient of the weighted sum of the objective's terms; `split`, the
+gradients of its forget and of its retain side; `value`, the loss as a function and no gradient;
+`lazy`, both as functions. A combiner turns two gradients into one and fits `joint` rows only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import optax
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
 from train import cli
 from train.sharding import path_str
 
@@ -23,16 +26,25 @@ class OptimizerConfig:
     """How a step is taken.
 
     Args:
-        name: a row of the table (adamw, muon).
-        learning_rate: peak; Muon's matrices move with AdamW's typical RMS: one value serves both.
+        name: a row of the table: adamw, muon, teon, sift, sophia, sign, mezo, zo-muon, hybrid.
+        learning_rate: peak; one value serves the matrices of muon, teon and sift and AdamW's rest.
         schedule: `constant`, `linear` or `cosine` (the last two decay to 0).
         warmup: fraction of the steps of linear warm-up.
-        weight_decay: decoupled; not on norms and biases (Muon: on its matrices alone).
-        b1: first-moment decay of AdamW.
-        b2: second-moment decay of AdamW.
+        weight_decay: decoupled; not on norms and biases (muon, teon, sift: on matrices alone).
+        b1: first-moment decay of AdamW and Sophia, momentum of sign.
+        b2: second-moment decay of AdamW and Sophia.
         eps: AdamW's epsilon.
-        momentum: Muon's momentum.
+        momentum: of muon, teon and sift.
         clip_norm: clip the global gradient norm; None: no clipping.
+        rank: of SIFT's bases (None: 256, at most half the matrix) or ZO-Muon's subspace (None: 64).
+        threshold: SIFT fuses a matrix where the cosine of its two momenta lies below.
+        group_size: consecutive blocks that TEON orthogonalises together.
+        queries: perturbations of a zeroth-order step (None: mezo and hybrid 1, zo-muon 4).
+        perturbation: their size.
+        refresh: steps that ZO-Muon keeps a subspace for.
+        vector_rate: ZO-Muon's learning rate of norms and biases, constant.
+        period: steps of one kind before hybrid turns to the other kind.
+        zo_learning_rate: peak of hybrid's zeroth-order steps; None: `learning_rate`.
     """
 
     name: str = "adamw"
@@ -45,16 +57,37 @@ class OptimizerConfig:
     eps: float = 1e-8
     momentum: float = 0.95
     clip_norm: float | None = None
+    rank: int | None = None
+    threshold: float = 0.0
+    group_size: int = 2
+    queries: int | None = None
+    perturbation: float = 1e-3
+    refresh: int = 100
+    vector_rate: float = 1e-7
+    period: int = 20
+    zo_learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A row: `build(config, schedule) -> optax transformation`, and what the step must hand it."""
+    """A row: `build(config, schedule) -> optax transformation`, and what the step must hand it.
+
+    `uses` names the options it reads, beside the learning rate's. `learning_rate` is where to start
+    when a preset says nothing; None: AdamW's will do.
+    """
 
     name: str
     build: Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformationExtraArgs]
     needs: str
+    uses: tuple[str, ...]
     summary: str
+    learning_rate: float | None = None
+
+    def options(self, config: OptimizerConfig) -> dict[str, Any]:
+        """What of `config` this row reads, in the order of the fields."""
+        shared = ("name", "learning_rate", "schedule", "warmup", "weight_decay", "clip_norm")
+        names = [f.name for f in fields(config)]
+        return {n: getattr(config, n) for n in names if n in shared + self.uses}
 
 
 def decay_mask(params: Any) -> Any:
@@ -71,26 +104,125 @@ def _adamw(c: OptimizerConfig, schedule: optax.Schedule):
     return optax.with_extra_args_support(tx)
 
 
-def _muon(c: OptimizerConfig, schedule: optax.Schedule):
-    return optim.muon(
+def _with_matrices(make: Callable[..., Any], **options: Any):
+    """Muon, TEON or SIFT: matrices move with AdamW's typical RMS, the rest is AdamW's."""
+
+    def build(c: OptimizerConfig, schedule: optax.Schedule):
+        more = {name: value(c) for name, value in options.items()}
+        return make(
+            schedule,
+            beta=c.momentum,
+            shape_scale="match_rms",
+            weight_decay=c.weight_decay,
+            adam_b1=c.b1,
+            adam_b2=c.b2,
+            adam_eps=c.eps,
+            **more,
+        )
+
+    return build
+
+
+def _sophia(c: OptimizerConfig, schedule: optax.Schedule):
+    return optim.sophia(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=decay_mask)
+
+
+def _sign(c: OptimizerConfig, schedule: optax.Schedule):
+    return optim.sign_momentum(schedule, beta=c.b1, weight_decay=c.weight_decay, mask=decay_mask)
+
+
+def _mezo(c: OptimizerConfig, schedule: optax.Schedule):
+    return optim.mezo(
         schedule,
-        beta=c.momentum,
-        shape_scale="match_rms",
+        num_queries=c.queries or 1,
+        eps=c.perturbation,
         weight_decay=c.weight_decay,
-        adam_b1=c.b1,
-        adam_b2=c.b2,
-        adam_eps=c.eps,
     )
 
+
+def _zo_muon(c: OptimizerConfig, schedule: optax.Schedule):
+    return optim.zo_muon(
+        schedule,
+        num_queries=c.queries or 4,
+        rank=c.rank or 64,
+        eps=c.perturbation,
+        refresh_every=c.refresh,
+        aux_learning_rate=c.vector_rate,
+        weight_decay=c.weight_decay,
+    )
+
+
+def _hybrid(c: OptimizerConfig, schedule: optax.Schedule):
+    """Both halves follow the run's schedule, although each counts its own steps alone."""
+    ratio = 1.0 if c.zo_learning_rate is None else c.zo_learning_rate / c.learning_rate
+
+    def at(phase: int, factor: float) -> optax.Schedule:
+        def rate(count):
+            step = (2 * (count // c.period) + phase) * c.period + count % c.period
+            return factor * schedule(step)
+
+        return rate
+
+    first = optax.adamw(at(0, 1.0), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decay_mask)
+    zeroth = optim.rada_zo(at(1, ratio), num_queries=c.queries or 1, eps=c.perturbation)
+    return optim.alternate(first, zeroth, c.period)
+
+
+_ADAM = ("b1", "b2", "eps")
+_ZEROTH = ("queries", "perturbation")
 
 OPTIMIZERS: dict[str, Optimizer] = {
     row.name: row
     for row in (
-        Optimizer("adamw", _adamw, "joint", "Adam with decoupled weight decay"),
+        Optimizer("adamw", _adamw, "joint", _ADAM, "Adam with decoupled weight decay"),
         Optimizer(
-            "muon", _muon, "joint", "orthogonalised momentum for matrices, AdamW for the rest"
+            "muon",
+            _with_matrices(optim.muon),
+            "joint",
+            ("momentum", *_ADAM),
+            "orthogonalised momentum for matrices, AdamW for the rest",
+        ),
+        Optimizer(
+            "teon",
+            _with_matrices(optim.teon, group_size=lambda c: c.group_size),
+            "joint",
+            ("momentum", "group_size", *_ADAM),
+            "Muon with q, k and v of neighbouring blocks orthogonalised together",
+        ),
+        Optimizer(
+            "sift",
+            _with_matrices(
+                optim.sift, rank=lambda c: c.rank or 256, threshold=lambda c: c.threshold
+            ),
+            "split",
+            ("momentum", "rank", "threshold", *_ADAM),
+            "Muon that fuses the two sides' subspaces where their momenta conflict",
+        ),
+        Optimizer("sophia", _sophia, "joint", ("b1", "b2"), "clipped diagonal second-order steps"),
+        Optimizer("sign", _sign, "joint", ("b1",), "sign of the momentum, one bit a parameter"),
+        Optimizer("mezo", _mezo, "value", _ZEROTH, "zeroth order, dense perturbations", 1e-7),
+        Optimizer(
+            "zo-muon",
+            _zo_muon,
+            "value",
+            ("rank", "refresh", "vector_rate", *_ZEROTH),
+            "zeroth order in a subspace, orthogonalised",
+            1e-2,
+        ),
+        Optimizer(
+            "hybrid",
+            _hybrid,
+            "lazy",
+            ("period", "zo_learning_rate", *_ZEROTH, *_ADAM),
+            "AdamW and adaptive zeroth order in turn",
         ),
     )
+}
+
+COMBINERS: dict[str, Callable[[], optax.GradientTransformationExtraArgs] | None] = {
+    "sum": None,
+    "blur": optim.blur,
+    "pcgrad": optim.pcgrad,
 }
 
 
@@ -114,21 +246,79 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def check(config: OptimizerConfig) -> None:
     """Raise `UserError` for an unknown name or schedule, or numbers out of range."""
-    cli.choose(config.name, OPTIMIZERS, "optimizer")
+    row = cli.choose(config.name, OPTIMIZERS, "optimizer")
+    read = row.options(config)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in read and value != field.default:
+            raise UserError(
+                f"--optimizer.{field.name.replace('_', '-')} {value}: {row.name} does not read it; "
+                f"its own are {', '.join(n.replace('_', '-') for n in row.uses)}"
+            )
     if not config.learning_rate > 0:
         raise UserError(f"--optimizer.learning-rate {config.learning_rate} must be positive")
     if not 0 <= config.warmup <= 1:
         raise UserError(f"--optimizer.warmup {config.warmup} is a share of the steps, 0 to 1")
+    if config.clip_norm is not None and row.needs in ("value", "lazy"):
+        raise UserError(
+            f"--optimizer.clip-norm {config.clip_norm}: {config.name} has steps without a gradient "
+            "to clip; leave it out"
+        )
     make_schedule(config, 1)
 
 
+def check_pair(
+    config: OptimizerConfig, combine: str, objective: Objective, options: ObjectiveConfig
+) -> None:
+    """Raise `UserError` for an optimizer, a combiner and an objective that do not go together."""
+    needs = cli.choose(config.name, OPTIMIZERS, "optimizer").needs
+    cli.choose(combine, COMBINERS, "--combine")
+    if combine != "sum" and needs != "joint":
+        why = {
+            "split": "takes the two gradients itself",
+            "value": "sees values of the loss alone and has no gradients to combine",
+            "lazy": "has steps without a gradient, in which there is nothing to combine",
+        }[needs]
+        raise UserError(
+            f"--combine {combine} does not go with optimizer {config.name}, which {why}; use "
+            "--combine sum"
+        )
+    if (combine != "sum" or needs == "split") and not two_sided(objective, options):
+        what = f"--combine {combine}" if combine != "sum" else f"optimizer {config.name}"
+        raise UserError(
+            f"{what} needs a forget and a retain side; objective {objective.name} here has one: "
+            "set --objective.retain nll or choose another objective"
+        )
+
+
+def two_sided(objective: Objective, options: ObjectiveConfig) -> bool:
+    """Whether the objective's terms have a forget and a retain side."""
+    retain = options.retain not in (None, "none")
+    return retain and "retain" in objective.streams and len(objective.streams) > 1
+
+
+def check_steps(config: OptimizerConfig, steps: int) -> None:
+    """Raise `UserError` for a hybrid run that would not end on a zeroth-order block."""
+    if config.name == "hybrid" and not optim.ends_on_zeroth_order(steps, config.period):
+        near = optim.round_to_zeroth_order(steps, config.period)
+        raise UserError(
+            f"hybrid ends on its zeroth-order steps: {steps} steps are not blocks of 2 x "
+            f"{config.period}; use --unlearn.steps {near} or another --optimizer.period"
+        )
+
+
 def build(
-    config: OptimizerConfig, steps: int
-) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
-    """The transformation of `config` over `steps` and its learning-rate schedule."""
+    config: OptimizerConfig, steps: int, combine: str = "sum"
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule, str]:
+    """The transformation of `config` over `steps`, its schedule, and what the step must hand it."""
     check(config)
-    schedule = make_schedule(config, steps)
-    tx = OPTIMIZERS[config.name].build(config, schedule)
-    if config.clip_norm is not None:
+    row, schedule = OPTIMIZERS[config.name], make_schedule(config, steps)
+    tx, needs = row.build(config, schedule), row.needs
+    make_combiner = cli.choose(combine, COMBINERS, "--combine")
+    if make_combiner is not None:
+        tx, needs = optax.chain(make_combiner(), tx), "split"
+    if config.clip_norm is not None and needs == "split":
+        tx = optim.clip_streams(config.clip_norm, tx)
+    elif config.clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
-    return optax.with_extra_args_support(tx), schedule
+    return optax.with_extra_args_support(tx), schedule, needs

@@ -22,7 +22,7 @@ from train.config import RunConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.examples import Encoded, encode_rows
 from train.data.tofu import refusal_rows
 from train.evaluation import Model, curve, longest
-from train.optimizers import OptimizerConfig
+from train.optimizers import OptimizerConfig, check_pair, check_steps
 from train.stages import digest, params_stage
 from train.streams import Stream, batches_of, make_stream, with_references
 from train.task import Row, Task, texts
@@ -200,6 +200,7 @@ def unlearn(
         mesh=mesh,
         tracker=tracker,
         watch=(task, config),
+        combine=config.combine,
     )
 
 
@@ -217,13 +218,16 @@ def train_stage(
     tracker: Tracker,
     watch: tuple[Task, RunConfig] | None = None,
     cache: Path | None = None,
+    combine: str = "sum",
 ) -> Model:
     """One stage of training: found by the digest of what it is made from, or computed."""
     row, options = objective
     objectives.check_accumulation(row, stage.accumulate)
+    check_pair(optimizer, combine, row, options)
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
     main = row.streams[0]
     steps = num_steps(stage, len(streams[main].examples))
+    check_steps(optimizer, steps)
     # A stage's purpose keys its randomness: two stages of one seed see different orders.
     stage_seed = seed * 2**32 + zlib.crc32(name.encode())
     inputs = {
@@ -236,6 +240,7 @@ def train_stage(
         "steps": steps,
         "batch_size": stage.batch_size,
         "seed": stage_seed,
+        "combine": combine,
     }
 
     def look(params: Any) -> dict[str, float]:
@@ -267,6 +272,7 @@ def train_stage(
             checkpoint_seconds=stage.checkpoint_seconds,
             curve=None if watch is None else look,
             curve_steps=loop.curve_steps(steps, stage.curve_points),
+            combine=combine,
         )
         frozen = head_of(start.params) if "hidden" in row.reference.values() else None
         return loop.run(plan, start.decoder, start.params, frozen, mesh, tracker)

@@ -38,44 +38,77 @@ def split_batch(batches: Batches, parts: int) -> Batches:
     return jax.tree.map(cut, batches)
 
 
-def loss_and_grads(
-    decoder: Decoder,
-    objective: Objective,
-    options: Any,
-    params: Any,
-    frozen: Any,
-    batches: Batches,
-    accumulate: int,
-) -> tuple[dict[str, jax.Array], Any]:
-    """Metrics and the gradient of `sum_t coef_t * sum_t / weight_t` over the whole batch.
+class Losses:
+    """An objective on one global batch, as the functions of the parameters that optimizers ask for.
 
     The weights come first, from the loss on the whole batch: they depend on masks alone, so the
     compiler drops that forward pass.
     """
-    terms = objective.loss(DecoderPolicy(decoder, params, frozen), batches, options)
-    weights = {name: jax.lax.stop_gradient(weight) for name, (_, weight) in terms.items()}
 
-    def loss(params, part):
-        policy = DecoderPolicy(decoder, params, frozen)
-        terms = objective.loss(policy, part, options)
-        sums = {name: total for name, (total, _) in terms.items()}
-        return combine({n: (s, weights[n]) for n, s in sums.items()}, weights, options), sums
+    def __init__(self, decoder, objective, options, params, frozen, batches, accumulate):
+        def terms(params, part, layer_map=None):
+            forward = {} if layer_map is None else {"layer_map": layer_map}
+            return objective.loss(DecoderPolicy(decoder, params, frozen, forward), part, options)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    if accumulate == 1:
-        (total, sums), grads = gradient(params, batches)
-    else:
+        self._terms, self._options = terms, options
+        self._batches, self._accumulate = batches, accumulate
+        self.weights = {
+            name: jax.lax.stop_gradient(weight)
+            for name, (_, weight) in terms(params, batches).items()
+        }
+
+    def _over_parts(self, fn: Callable[[Batches], Any]) -> Any:
+        """The sum of a function over the micro-batches."""
+        if self._accumulate == 1:
+            return fn(self._batches)
+        parts = split_batch(self._batches, self._accumulate)
+        shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts))
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def body(carry, part):
-            (total, sums), grads = gradient(params, part)
-            return jax.tree.map(jnp.add, carry, (total, sums, grads)), None
+            return jax.tree.map(jnp.add, carry, fn(part)), None
 
-        start = jax.tree.map(
-            jnp.zeros_like, (jnp.zeros(()), {n: s for n, (s, _) in terms.items()}, params)
-        )
-        (total, sums, grads), _ = jax.lax.scan(body, start, split_batch(batches, accumulate))
-    metrics = {f"{n}_loss": s / jnp.maximum(weights[n], 1e-9) for n, s in sums.items()}
-    return {"loss": total, **metrics}, grads
+        return jax.lax.scan(body, start, parts)[0]
+
+    def _total(self, params: Any, part: Batches, side: str | None, layer_map: Any = None):
+        terms = self._terms(params, part, layer_map)
+        sums = {name: total for name, (total, _) in terms.items()}
+        weighted = {name: (total, self.weights[name]) for name, total in sums.items()}
+        return combine(weighted, self.weights, self._options, side), sums
+
+    def value(self, params: Any, layer_map: Any = None) -> jax.Array:
+        """`sum_t coef_t * sum_t / weight_t` over the whole batch."""
+        return self._over_parts(lambda part: self._total(params, part, None, layer_map)[0])
+
+    def look(self, params: Any) -> dict[str, jax.Array]:
+        """The total and the mean of every term, without a gradient."""
+        return self._metrics(*self._over_parts(lambda part: self._total(params, part, None)))
+
+    def grad(self, params: Any) -> Any:
+        """The gradient of `value`."""
+        return self.gradients(params)[1][0]
+
+    def gradients(self, params: Any, sides: tuple[str | None, ...] = (None,)):
+        """Metrics, and the gradient of the total of each side (None: of all)."""
+
+        def one(part):
+            first, *rest = sides
+            fn = jax.value_and_grad(self._total, has_aux=True)
+            (total, sums), grads = fn(params, part, first)
+            found = [grads]
+            for side in rest:
+                more, grads = jax.value_and_grad(
+                    lambda p, side=side: self._total(p, part, side)[0]
+                )(params)
+                total, found = total + more, [*found, grads]
+            return (total, sums), tuple(found)
+
+        (total, sums), grads = self._over_parts(one)
+        return self._metrics(total, sums), grads
+
+    def _metrics(self, total: jax.Array, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        means = {f"{n}_loss": s / jnp.maximum(self.weights[n], 1e-9) for n, s in sums.items()}
+        return {"loss": total, **means}
 
 
 def make_step(
@@ -85,20 +118,43 @@ def make_step(
     tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     accumulate: int = 1,
+    needs: str = "joint",
 ) -> Callable[[TrainState, Any, Batches], tuple[TrainState, dict[str, jax.Array]]]:
-    """The un-jitted step `(state, frozen, batches) -> (state, metrics)`."""
+    """The un-jitted step `(state, frozen, batches) -> (state, metrics)`.
+
+    `needs` says what the optimizer is handed: `joint`, one gradient; `split`, those of the forget
+    side and of the retain side; `value`, the loss as a function (no gradient is computed); `lazy`,
+    the loss and its gradient as functions.
+    """
 
     def step(state: TrainState, frozen: Any, batches: Batches):
-        metrics, grads = loss_and_grads(
-            decoder, objective, options, state.params, frozen, batches, accumulate
-        )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = state.params
+        losses = Losses(decoder, objective, options, params, frozen, batches, accumulate)
+        grads: Any = None
+        extra: dict[str, Any] = {}
+        if needs == "joint":
+            metrics, (grads,) = losses.gradients(params)
+            metrics["grad_norm"] = optax.tree.norm(grads)
+        elif needs == "split":
+            metrics, (grads, constraint) = losses.gradients(params, ("forget", "retain"))
+            extra = {"constraint_grads": constraint}
+            metrics["grad_norm"] = optax.tree.norm(optax.tree.add(grads, constraint))
+        else:
+            metrics = losses.look(params)
+            # A loss that is known saves the forward estimator an evaluation.
+            extra = {
+                "value": metrics["loss"],
+                "value_fn": losses.value,
+                "layered_value_fn": losses.value,
+            }
+            if needs == "lazy":
+                extra["grad_fn"] = losses.grad
+        updates, opt_state = tx.update(grads, state.opt_state, params, **extra)
         metrics |= {
-            "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
             "lr": jnp.asarray(schedule(state.step)),
         }
+        params = optax.apply_updates(params, updates)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step

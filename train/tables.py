@@ -164,14 +164,14 @@ def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
         key = json.dumps(flat, sort_keys=True, default=str)
         keyed.setdefault(key, []).append(run)
         flats[key] = flat
-    names = ("preset", "objective.name", "optimizer.name")
+    names = ("preset", "objective.name", "optimizer.name", "combine")
     every = {name for flat in flats.values() for name in flat}
     differ = [
         name
         for name in sorted(every)
         if len({json.dumps(f.get(name), default=str) for f in flats.values()}) > 1
     ]
-    shown = [name for name in names if name in differ or len(flats) == 1]
+    shown = [n for n in names if n in differ or len(flats) == 1 and n != "combine"]
     # Other fields follow from a method's name where the names alone tell the groups apart.
     told = {tuple(str(f.get(n)) for n in shown) for f in flats.values()}
     rest = [] if len(told) == len(flats) else [n for n in differ if n not in names][:4]

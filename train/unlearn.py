@@ -62,6 +62,9 @@ def read_arguments(argv: list[str]) -> RunConfig:
             default,
             objective=suited.get(objective.name, objectives.ObjectiveConfig(objective.name)),
         )
+    name = cli.option_value(rest, "--optimizer.name")
+    if name is not None and name != default.optimizer.name:
+        default = with_optimizer(default, name, preset)
     other = any(cli.option_value(rest, m) for m in ("--model.path", "--stage.original"))
     if other and preset is not None and default.objective in preset.OBJECTIVES.values():
         # Blocks and temperatures tuned for the preset's model mean nothing to another one.
@@ -69,6 +72,19 @@ def read_arguments(argv: list[str]) -> RunConfig:
     if "--smoke" in rest and preset is not None:
         default = replace(default, smoke=True, **preset.SMOKE)
     return cli.parse(RunConfig, default, rest, prog, summary)
+
+
+def with_optimizer(config: RunConfig, name: str, preset: Any) -> RunConfig:
+    """The configuration with another optimizer: as the preset suits it, else its row's own rate."""
+    from train.optimizers import OPTIMIZERS
+
+    row = cli.choose(name, OPTIMIZERS, "optimizer")
+    optimizer, changes = getattr(preset, "OPTIMIZERS", {}).get(row.name, (None, {}))
+    if optimizer is None:
+        optimizer = replace(config.optimizer, name=row.name)
+        if row.learning_rate is not None:
+            optimizer = replace(optimizer, learning_rate=row.learning_rate)
+    return replace(config, optimizer=optimizer, **changes)
 
 
 def run(config: RunConfig) -> Path:
@@ -189,9 +205,15 @@ def open_run(config: RunConfig) -> Path:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    """What `config.json` holds: everything but where it and what it is made from lie."""
+    """What `config.json` holds: everything but where it and what it is made from lie.
+
+    Of the optimizer, what its row reads: the report and the tables of runs show no more.
+    """
+    from train.optimizers import OPTIMIZERS
+
     stage = dataclasses.replace(config.stage, cache=None)
-    return to_json(dataclasses.replace(config, output=None, stage=stage))
+    whole = to_json(dataclasses.replace(config, output=None, stage=stage))
+    return whole | {"optimizer": OPTIMIZERS[config.optimizer.name].options(config.optimizer)}
 
 
 def check_folder(root: Path, wanted: dict[str, Any]) -> bool:

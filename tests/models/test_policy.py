@@ -17,7 +17,7 @@ from models.policy import DecoderPolicy, head_of, label_chunk, score, target_log
 from train import streams
 from train.data.batches import collate
 from train.data.examples import Example, encode_group, encode_qa
-from train.step import loss_and_grads
+from train.step import Losses
 
 # A prime vocabulary: an array whose size it divides has a vocabulary axis, whatever its shape.
 VOCAB, LENGTH, WIDTH, ROWS = 97, 48, 16, 4
@@ -291,7 +291,8 @@ def training(name, accumulate=1, **options):
     batches = {stream: plain for stream in row.streams}
 
     def run(params, frozen, batches):
-        return loss_and_grads(TIED, row, config, params, frozen, batches, accumulate)
+        losses = Losses(TIED, row, config, params, frozen, batches, accumulate)
+        return losses.gradients(params)
 
     return run, (params, head_of(params), batches)
 

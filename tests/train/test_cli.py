@@ -18,6 +18,7 @@ from train.evaluate import EvaluateRun
 from train.evaluate import read_arguments as evaluation_of
 from train.finetune import FinetuneRun
 from train.loop import TrainingError
+from train.optimizers import OPTIMIZERS
 from train.presets import PRESETS
 from train.unlearn import read_arguments
 
@@ -211,6 +212,26 @@ def test_another_objective_drops_the_presets_tuning(preset, name):
     # Options on the command line win, in either order.
     weight = read_arguments([preset, f"--objective.name={name}"]).objective
     assert weight == config.objective
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_another_optimizer_brings_the_presets_options_for_it(preset, name):
+    default = PRESETS[preset].PRESET
+    config = read_arguments([preset, "--optimizer.name", name])
+    assert config.optimizer.name == name and config.objective == default.objective
+    known, changes = getattr(PRESETS[preset], "OPTIMIZERS", {}).get(name, (None, {}))
+    if name == default.optimizer.name:
+        assert config == default
+    elif known is not None:
+        assert config == replace(default, optimizer=known, **changes)
+    elif OPTIMIZERS[name].learning_rate is not None:
+        assert config.optimizer.learning_rate == OPTIMIZERS[name].learning_rate
+    else:
+        assert config.optimizer == replace(default.optimizer, name=name)
+    # Options on the command line win.
+    rate = read_arguments([preset, "--optimizer.name", name, "--optimizer.learning-rate", "0.5"])
+    assert rate.optimizer == replace(config.optimizer, learning_rate=0.5)
 
 
 @pytest.mark.parametrize("option", ["--model.path", "--stage.original"])

@@ -8,9 +8,21 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.objectives import ObjectiveConfig
 from models.decoder import Decoder, DecoderConfig
-from train.optimizers import OPTIMIZERS, OptimizerConfig, build, check, decay_mask, make_schedule
+from train.optimizers import (
+    COMBINERS,
+    OPTIMIZERS,
+    OptimizerConfig,
+    build,
+    check,
+    check_pair,
+    check_steps,
+    decay_mask,
+    make_schedule,
+)
 from train.sharding import path_str
 
 PEAK = 3e-4
@@ -75,9 +87,10 @@ def test_decay_mask_leaves_out_norms_and_biases():
 
 
 def one_step(config, params, grads, steps=1):
-    tx, _ = build(config, steps)
+    tx, _, needs = build(config, steps)
+    extra = {"constraint_grads": jax.tree.map(np.zeros_like, grads)} if needs == "split" else {}
     state = tx.init(params)
-    updates, state = jax.jit(tx.update)(grads, state, params)
+    updates, state = jax.jit(tx.update)(grads, state, params, **extra)
     return updates, state
 
 
@@ -94,14 +107,17 @@ def few(params):
     return {"embed": params["embed"], "layers": {"mlp": {"up": up}}, "norm": params["final_norm"]}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+WITH_GRADIENT = [name for name, row in OPTIMIZERS.items() if row.needs in ("joint", "split")]
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENT)
 def test_decay_is_decoupled_and_masked(name, params):
     """With no gradient at all a step is `-lr * decay * parameter`, or nothing."""
     config = OptimizerConfig(name, 0.01, "constant", 0.0, weight_decay=0.1)
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = one_step(config, params, zeros)
     mask = decay_mask(params)
-    if name == "muon":  # only what Muon itself moves
+    if name in ("muon", "teon", "sift"):  # only the matrices
         mask["embed"]["embedding"] = mask["lm_head"]["kernel"] = False
     for (path, got), decays in zip(
         jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(mask), strict=True
@@ -113,7 +129,8 @@ def test_decay_is_decoupled_and_masked(name, params):
 def test_adamw_is_adam(few):
     """Two steps of the update rule, written out, with every number that can be set."""
     config = OptimizerConfig("adamw", 0.01, "linear", 0.0, b1=0.8, b2=0.95, eps=1e-3)
-    tx, schedule = build(config, 4)
+    tx, schedule, needs = build(config, 4)
+    assert needs == "joint"
     state, m, v = tx.init(few), 0.0, 0.0
     update = jax.jit(tx.update)
     for step, g in enumerate((0.5, -0.2), 1):
@@ -127,20 +144,21 @@ def test_adamw_is_adam(few):
             np.testing.assert_allclose(leaf, -rate * hat, rtol=1e-5)
 
 
-def test_muon_moves_matrices_as_far_as_adamw(params):
+@pytest.mark.parametrize("name", ["muon", "teon", "sift"])
+def test_matrices_move_as_far_as_adamw(name, params):
     """One learning rate serves both parts: RMS 0.2 on kernels, sign steps of AdamW elsewhere."""
     draw = np.random.default_rng(0)
     grads = jax.tree.map(lambda x: draw.standard_normal(x.shape, np.float32), params)
-    updates, _ = one_step(OptimizerConfig("muon", 0.01, "constant", 0.0), params, grads)
+    updates, _ = one_step(OptimizerConfig(name, 0.01, "constant", 0.0), params, grads)
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
-        name, rms = path_str(path), float(np.sqrt(np.mean(np.square(leaf)))) / 0.01
-        if name.startswith("layers") and name.endswith("kernel"):
-            assert 0.1 < rms < 0.3, name
+        leaf_name, rms = path_str(path), float(np.sqrt(np.mean(np.square(leaf)))) / 0.01
+        if leaf_name.startswith("layers") and leaf_name.endswith("kernel"):
+            assert 0.1 < rms < 0.3, leaf_name
         else:
-            assert rms == pytest.approx(1.0, abs=0.01), name
+            assert rms == pytest.approx(1.0, abs=0.01), leaf_name
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", WITH_GRADIENT)
 def test_clip_norm_scales_the_gradient_first(name, few):
     grads = jax.tree.map(np.ones_like, few)
     size = float(optax.tree.norm(grads))
@@ -157,15 +175,119 @@ def test_clip_norm_scales_the_gradient_first(name, few):
 
 
 def test_extra_arguments_are_swallowed(few):
-    for name in OPTIMIZERS:
-        tx, _ = build(OptimizerConfig(name, clip_norm=1.0), 2)
-        jax.eval_shape(lambda x, t=tx: t.update(x, t.init(x), x, value=1.0, unknown=None), few)
+    extra = {"value": 1.0, "unknown": None}
+    for name in WITH_GRADIENT:
+        tx, _, needs = build(OptimizerConfig(name, clip_norm=1.0), 2)
+        both = extra | ({"constraint_grads": few} if needs == "split" else {})
+        jax.eval_shape(lambda x, t=tx, e=both: t.update(x, t.init(x), x, **e), few)
 
 
 def test_table_is_consistent():
+    known = {field.name for field in dataclasses.fields(OptimizerConfig)}
     for name, row in OPTIMIZERS.items():
-        assert row.name == name and row.needs == "joint" and row.summary
+        assert row.name == name and row.summary and set(row.uses) <= known
+        assert row.needs in ("joint", "split", "value", "lazy")
+        assert row.options(OptimizerConfig(name))["name"] == name
         check(OptimizerConfig(name))
+    used = set().union(*(row.uses for row in OPTIMIZERS.values()))
+    shared = {"name", "learning_rate", "schedule", "warmup", "weight_decay", "clip_norm"}
+    assert used | shared == known
+
+
+# Which optimizer, combiner and objective go together.
+
+
+def refusal(name, combine, objective=None):
+    """The message that refuses a pair, or None."""
+    row, options = objectives.resolve(objective or ObjectiveConfig("graddiff"))
+    try:
+        check_pair(OptimizerConfig(name), combine, row, options)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return str(error)
+
+
+def test_an_option_that_is_not_read_is_refused():
+    check(OptimizerConfig("sift", rank=8))
+    with pytest.raises(UserError, match=r"--optimizer.rank 8: muon does not read it; .* momentum"):
+        check(OptimizerConfig("muon", rank=8))
+    with pytest.raises(UserError, match=r"--optimizer.group-size 3: adamw"):
+        check(OptimizerConfig("adamw", group_size=3))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("combine", COMBINERS)
+def test_pairs(name, combine):
+    message = refusal(name, combine)
+    if OPTIMIZERS[name].needs == "joint" or combine == "sum":
+        assert message is None
+        assert build(OptimizerConfig(name), 2, combine)[2] == (
+            OPTIMIZERS[name].needs if combine == "sum" else "split"
+        )
+    else:
+        assert message and f"--combine {combine}" in message and name in message
+
+
+@pytest.mark.parametrize(
+    "objective", [ObjectiveConfig("ga"), ObjectiveConfig("npo", retain="none")], ids=["ga", "npo"]
+)
+def test_two_sides_are_needed(objective):
+    assert "a forget and a retain side" in (refusal("sift", "sum", objective) or "")
+    assert "--combine blur" in (refusal("adamw", "blur", objective) or "")
+    assert refusal("adamw", "sum", objective) is None
+    assert "did you mean 'blur'" in (refusal("adamw", "blurr") or "")
+
+
+def test_combiners_see_both_sides(few):
+    """BLUR before SGD-like steps: the gradient of the retain side loses its part along forget."""
+    rng = np.random.default_rng(0)
+    primary = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), few)
+    constraint = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), few)
+    config = OptimizerConfig("sign", 1.0, "constant", 0.0, b1=0.0)
+    found = {}
+    for combine in COMBINERS:
+        tx, _, needs = build(config, 2, combine)
+        joint = jax.tree.map(np.add, primary, constraint)
+        handed, extra = (
+            (joint, {}) if needs == "joint" else (primary, {"constraint_grads": constraint})
+        )
+        found[combine], _ = tx.update(handed, tx.init(few), few, **extra)
+    flat = {k: np.concatenate([np.ravel(x) for x in jax.tree.leaves(v)]) for k, v in found.items()}
+    g, h = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (primary, constraint)
+    )
+    np.testing.assert_array_equal(flat["sum"], -np.sign(g + h))
+    np.testing.assert_array_equal(flat["blur"], -np.sign(g + h - (g @ h) / (g @ g) * g))
+    assert set(found) == {"sum", "blur", "pcgrad"}
+
+
+def test_hybrid_ends_on_zeroth_order():
+    check_steps(OptimizerConfig("hybrid", period=20), 120)
+    check_steps(OptimizerConfig("adamw", period=20), 7)
+    with pytest.raises(UserError, match="--unlearn.steps 160"):
+        check_steps(OptimizerConfig("hybrid", period=20), 121)
+
+
+def test_hybrid_follows_the_schedule_of_the_run(few):
+    """Each half counts its own steps, and still moves at the rate of the run's step."""
+    config = OptimizerConfig("hybrid", 0.1, "linear", 0.0, b1=0.0, b2=0.0, period=2)
+    tx, schedule, needs = build(config, 8)
+    state, rates = tx.init(few), []
+    ones = jax.tree.map(np.ones_like, few)
+    extra = {"value_fn": lambda p: 0.0, "coeffs": np.ones(1, np.float32)}
+    for _ in range(8):
+        updates, state = tx.update(ones, state, few, **extra)
+        rates.append(np.abs(jax.tree.leaves(updates)[0]).max())
+    assert needs == "lazy"
+    for step in (0, 1, 4, 5):  # sign steps of AdamW without memory
+        assert rates[step] == pytest.approx(float(schedule(step)), rel=1e-5)
+    assert rates[6] < rates[2]
+
+
+def test_clipping_needs_gradients():
+    for name in ("mezo", "zo-muon", "hybrid"):
+        with pytest.raises(UserError, match="--optimizer.clip-norm"):
+            check(OptimizerConfig(name, clip_norm=1.0))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """The presets, one file each.
 
-`PRESET` is a `RunConfig`, `SUMMARY` a line about it, `SMOKE` what `--smoke` shrinks, and
-`OBJECTIVES` the options that suit it, by objective.
+`PRESET` is a `RunConfig`, `SUMMARY` a line about it, `SMOKE` what `--smoke` shrinks, `OBJECTIVES`
+the options that suit it, by objective, and `OPTIMIZERS` those by optimizer, each with what else
+changes (`unlearn.steps`).
 """
 
 from types import ModuleType

@@ -13,6 +13,7 @@ from train.config import (
     RunConfig,
     TrainConfig,
     UnlearnConfig,
+    replace,
 )
 from train.optimizers import OptimizerConfig
 
@@ -44,6 +45,25 @@ PRESET = RunConfig(
 OBJECTIVES = {
     "asu": PRESET.objective,
     "simnpo": ObjectiveConfig(name="simnpo", beta=1.0, delta=-0.25, retain="nll"),
+}
+
+# By optimizer: its options, and what else changes. A step that sees only values knows little of
+# the gradient, so that many times more of them are needed.
+OPTIMIZERS = {
+    "sophia": (replace(PRESET.optimizer, name="sophia", learning_rate=1e-4), {}),
+    "sign": (replace(PRESET.optimizer, name="sign", learning_rate=1e-4), {}),
+    "mezo": (
+        replace(PRESET.optimizer, name="mezo", learning_rate=2e-4, queries=8),
+        {"unlearn.steps": 1200},
+    ),
+    "zo-muon": (
+        replace(PRESET.optimizer, name="zo-muon", learning_rate=2e-3, queries=8, vector_rate=1e-4),
+        {"unlearn.steps": 1200},
+    ),
+    "hybrid": (
+        replace(PRESET.optimizer, name="hybrid", queries=8, zo_learning_rate=2e-5),
+        {"unlearn.steps": 240},
+    ),
 }
 
 SMOKE = {
