@@ -95,6 +95,13 @@ def check_stage(
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, what)
 
 
+def check_finetuning(stage: TrainConfig, mesh: Mesh) -> None:
+    """As `check_stage`; raises for an optimizer that needs more than its one side, too."""
+    check_stage(stage, stage.optimizer, mesh, "fine-tuning")
+    nll = objectives.resolve(objectives.ObjectiveConfig("nll"))
+    optimizers.check_pair(stage.optimizer, "sum", *nll)
+
+
 def check_evaluate(config: EvaluateConfig) -> None:
     """Raise `UserError` for an unknown judge or question column."""
     check_choice("--evaluate.judge", config.judge, JUDGES)
@@ -126,7 +133,7 @@ def check_run(config: RunConfig) -> Mesh:
     if cache is not None and cache.exists() and not cache.is_dir():
         raise UserError(f"--stage.cache {cache} is not a folder; give a folder, or leave it out")
     mesh = sharding.make_mesh(config.mesh)
-    check_stage(config.finetune, config.finetune.optimizer, mesh, "fine-tuning")
+    check_finetuning(config.finetune, mesh)
     check_stage(config.unlearn, config.optimizer, mesh, "unlearning")
     return mesh
 

@@ -74,7 +74,7 @@ def run(config: FinetuneRun) -> Path:
     checks.check_numbers(config)
     checks.check_dtype("--export-dtype", config.export_dtype)
     mesh = sharding.make_mesh(config.mesh)
-    checks.check_stage(config.train, config.train.optimizer, mesh, "fine-tuning")
+    checks.check_finetuning(config.train, mesh)
     identity = {**to_json(config), "output": None}
     check_folder(config.output, identity)
     path = Path(config.rows)

@@ -303,7 +303,7 @@ def check_steps(config: OptimizerConfig, steps: int) -> None:
         near = optim.round_to_zeroth_order(steps, config.period)
         raise UserError(
             f"hybrid ends on its zeroth-order steps: {steps} steps are not blocks of 2 x "
-            f"{config.period}; use --unlearn.steps {near} or another --optimizer.period"
+            f"{config.period}; use {near} steps or another --optimizer.period"
         )
 
 

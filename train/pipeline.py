@@ -133,8 +133,14 @@ def stream_of(model: Model, encoded: Encoded, batch_size: int) -> Stream:
     return make_stream(encoded.examples, model.tokenizer.pad_id or 0, batch_size=batch_size)
 
 
-def num_steps(config: TrainConfig | UnlearnConfig, rows: int) -> int:
-    """Optimizer steps of a stage."""
+def num_steps(
+    config: TrainConfig | UnlearnConfig, rows: int, optimizer: OptimizerConfig | None = None
+) -> int:
+    """Optimizer steps of a stage.
+
+    Raises:
+        UserError: there is none, or the optimizer cannot take that many.
+    """
     steps = (
         config.steps
         if config.steps is not None
@@ -142,6 +148,7 @@ def num_steps(config: TrainConfig | UnlearnConfig, rows: int) -> int:
     )
     if steps < 1:
         raise UserError(f"a stage of {rows} rows has no step; raise its epochs or steps")
+    check_steps(optimizer or getattr(config, "optimizer", OptimizerConfig()), steps)
     return steps
 
 
@@ -226,8 +233,7 @@ def train_stage(
     check_pair(optimizer, combine, row, options)
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
     main = row.streams[0]
-    steps = num_steps(stage, len(streams[main].examples))
-    check_steps(optimizer, steps)
+    steps = num_steps(stage, len(streams[main].examples), optimizer)
     # A stage's purpose keys its randomness: two stages of one seed see different orders.
     stage_seed = seed * 2**32 + zlib.crc32(name.encode())
     inputs = {

@@ -188,7 +188,8 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
         pipeline.num_steps(config.finetune, both)
         if config.oracle and retain_log is None:
             pipeline.num_steps(config.finetune, len(task.retain))
-    pipeline.num_steps(config.unlearn, both if "train" in objective.streams else len(task.forget))
+    rows = both if "train" in objective.streams else len(task.forget)
+    pipeline.num_steps(config.unlearn, rows, config.optimizer)
     return task, base, mesh, retain_log
 
 

@@ -264,7 +264,7 @@ def test_combiners_see_both_sides(few):
 def test_hybrid_ends_on_zeroth_order():
     check_steps(OptimizerConfig("hybrid", period=20), 120)
     check_steps(OptimizerConfig("adamw", period=20), 7)
-    with pytest.raises(UserError, match="--unlearn.steps 160"):
+    with pytest.raises(UserError, match="use 160 steps"):
         check_steps(OptimizerConfig("hybrid", period=20), 121)
 
 
