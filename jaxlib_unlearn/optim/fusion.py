@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_unlearn.optim.arrays import adjoint, matmul, scale_to_one
+from jaxlib_unlearn.optim.arrays import adjoint, matmul, scale_to_one, thin_svd
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, newton_schulz
 from jaxlib_unlearn.optim.subspace import gram_inverse_root, subspace_iteration, top_singular
 
@@ -60,7 +60,7 @@ def _side_by_side(x: jax.Array) -> jax.Array:
 
 
 def _polar(x: jax.Array) -> jax.Array:
-    u, _, vh = jnp.linalg.svd(x, full_matrices=False)
+    u, _, vh = thin_svd(x)
     return matmul(u, vh)
 
 

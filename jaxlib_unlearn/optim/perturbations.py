@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlib_unlearn.optim.arrays import thin_qr
 from jaxlib_unlearn.optim.matrices import MatrixAxes
 
 Basis = tuple[jax.Array, ...]
@@ -254,7 +255,7 @@ def orthonormal(key: jax.Array, n: int, rows: int, rank: int, dtype: Any) -> jax
         >>> bool(jnp.allclose(p.T @ p, jnp.eye(2), atol=1e-6))
         True
     """
-    q, r = jnp.linalg.qr(jax.random.normal(key, (n, rows, rank), dtype))
+    q, r = thin_qr(jax.random.normal(key, (n, rows, rank), dtype))
     sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) >= 0, 1, -1).astype(dtype)
     return q * sign[:, None, :]
 

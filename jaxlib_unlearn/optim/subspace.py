@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlib_unlearn.optim.arrays import adjoint, matmul, scale_to_one
+from jaxlib_unlearn.optim.arrays import adjoint, eigh, matmul, scale_to_one, thin_qr, thin_svd
 
 
 @functools.partial(jax.jit, static_argnames="rank")
@@ -45,7 +45,7 @@ def top_singular(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, ja
     """
     _check_rank(matrix.shape, rank)
     x, largest = scale_to_one(matrix)
-    u, s, vh = jnp.linalg.svd(x, full_matrices=False)
+    u, s, vh = thin_svd(x)
     return _without_null(
         u[..., :rank], s[..., :rank], adjoint(vh)[..., :rank], matrix.shape, largest
     )
@@ -99,14 +99,14 @@ def subspace_iteration(
     back = adjoint(x)
 
     def to_right(q):
-        return jnp.linalg.qr(matmul(back, q)).Q
+        return thin_qr(matmul(back, q))[0]
 
     def one_pass(_, v):
-        return to_right(jnp.linalg.qr(matmul(x, v)).Q)
+        return to_right(thin_qr(matmul(x, v))[0])
 
     v = jax.lax.fori_loop(1, passes, one_pass, to_right(start.astype(x.dtype)))
-    q, r = jnp.linalg.qr(matmul(x, v))
-    a, s, bh = jnp.linalg.svd(r, full_matrices=False)
+    q, r = thin_qr(matmul(x, v))
+    a, s, bh = thin_svd(r)
     u = matmul(q, a[..., :rank])
     v = matmul(v, adjoint(bh)[..., :rank])
     return _without_null(u, s[..., :rank], v, matrix.shape, largest)
@@ -159,7 +159,7 @@ def gram_inverse_root(columns: jax.Array, tol: jax.typing.ArrayLike = 1e-5) -> j
         >>> (twice @ gram_inverse_root(twice)).round(4).tolist()
         [[0.7071, 0.7071], [0.0, 0.0]]
     """
-    values, vectors = jnp.linalg.eigh(matmul(adjoint(columns), columns))
+    values, vectors = eigh(matmul(adjoint(columns), columns))
     keep = values > jnp.asarray(tol, values.dtype)[..., None]
     roots = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1)), 0)
     return matmul(vectors * roots[..., None, :], adjoint(vectors))
