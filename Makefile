@@ -25,7 +25,7 @@ ARGS ?=
 ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(VENV)" UV="$(UV)" sh .ci/environment
 RUN = $(VENV)/bin/python
 
-.PHONY: help quickstart test parity lint format smollm2
+.PHONY: help quickstart test parity bench lint format smollm2
 
 help:  ## this list
 	@awk -F ':  ## ' '/^[a-z0-9]+:  ## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,11 @@ test:  ## the tests, without the slow ones and those that need torch
 parity:  ## the tests that compare with torch (installs it into the same environment)
 	$(ENVIRONMENT) train test parity
 	$(RUN) -m pytest -n $(WORKERS) -m torch_parity tests $(ARGS)
+
+bench:  ## optimizers against optax's and torch's, into runs/bench (half an hour, a quiet machine)
+	$(ENVIRONMENT) train test parity
+	$(RUN) tests/bench/optimizers.py $(ARGS)
+	$(RUN) tests/bench/collectives_table.py
 
 lint:  ## ruff check, ruff format --check, pyright
 	$(ENVIRONMENT) train tensorboard lint

@@ -17,6 +17,7 @@ import optax
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
+from jaxlib_unlearn.optim.fusion import BASES
 from train import cli
 from train.sharding import path_str
 
@@ -37,6 +38,7 @@ class OptimizerConfig:
         momentum: of muon, teon and sift.
         clip_norm: clip the global gradient norm; None: no clipping.
         rank: of SIFT's bases (None: 256, at most half the matrix) or ZO-Muon's subspace (None: 64).
+        bases: how SIFT finds them: `subspace` (iterated from the last step's) or `svd` (exact).
         threshold: SIFT fuses a matrix where the cosine of its two momenta lies below.
         group_size: consecutive blocks that TEON orthogonalises together.
         queries: perturbations of a zeroth-order step (None: mezo and hybrid 1, zo-muon 4).
@@ -58,6 +60,7 @@ class OptimizerConfig:
     momentum: float = 0.95
     clip_norm: float | None = None
     rank: int | None = None
+    bases: str = "subspace"
     threshold: float = 0.0
     group_size: int = 2
     queries: int | None = None
@@ -192,10 +195,13 @@ OPTIMIZERS: dict[str, Optimizer] = {
         Optimizer(
             "sift",
             _with_matrices(
-                optim.sift, rank=lambda c: c.rank or 256, threshold=lambda c: c.threshold
+                optim.sift,
+                rank=lambda c: c.rank or 256,
+                bases=lambda c: c.bases,
+                threshold=lambda c: c.threshold,
             ),
             "split",
-            ("momentum", "rank", "threshold", *_ADAM),
+            ("momentum", "rank", "bases", "threshold", *_ADAM),
             "Muon that fuses the two sides' subspaces where their momenta conflict",
         ),
         Optimizer("sophia", _sophia, "joint", ("b1", "b2"), "clipped diagonal second-order steps"),
@@ -224,6 +230,32 @@ COMBINERS: dict[str, Callable[[], optax.GradientTransformationExtraArgs] | None]
     "blur": optim.blur,
     "pcgrad": optim.pcgrad,
 }
+
+
+SEES = {
+    "joint": "one gradient",
+    "split": "two gradients",
+    "value": "values only",
+    "lazy": "both in turn",
+}
+
+
+def list_optimizers() -> list[str]:
+    """One line a row: name, what a step sees, summary."""
+    return [f"{row.name:8}  {SEES[row.needs]:13}  {row.summary}" for row in OPTIMIZERS.values()]
+
+
+def list_combiners() -> list[str]:
+    """One line a combiner, from the first line of its documentation."""
+    told = {
+        name: "the gradient of the weighted sum" if make is None else _summary(make)
+        for name, make in COMBINERS.items()
+    }
+    return [f"{name:8}  {text}" for name, text in told.items()]
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").splitlines()[0].partition(": ")[2].rstrip(".")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -264,6 +296,7 @@ def check(config: OptimizerConfig) -> None:
             f"--optimizer.clip-norm {config.clip_norm}: {config.name} has steps without a gradient "
             "to clip; leave it out"
         )
+    cli.choose(config.bases, dict.fromkeys(BASES), "--optimizer.bases")
     make_schedule(config, 1)
 
 

@@ -3,7 +3,7 @@
 python -m train.unlearn quickstart
 python -m train.unlearn tofu-smollm2 --data.path DIR
 python -m train.unlearn --config RUN/config.json --output DIR        (reruns a configuration)
-python -m train.unlearn --help (presets)    PRESET --help (options)    --list (objectives)
+python -m train.unlearn --help (presets)    PRESET --help (options)    --list (methods)
 """
 
 from __future__ import annotations
@@ -34,9 +34,23 @@ def main(argv: list[str]) -> None:
             print(f"  {name:14} {preset.SUMMARY}")
         return
     if argv[0] == "--list":
-        print("\n".join(objectives.list_objectives()))
+        print("\n".join(list_methods()))
         return
     run(read_arguments(argv))
+
+
+def list_methods() -> list[str]:
+    """Lines that name every objective, optimizer and combiner."""
+    from train.optimizers import list_combiners, list_optimizers
+
+    return [
+        "Objectives (--objective.name), the data they take, what they ask a frozen model:",
+        *objectives.list_objectives(),
+        "Optimizers (--optimizer.name), and what a step sees of the loss:",
+        *list_optimizers(),
+        "Combiners of the forget and the retain gradient (--combine), for optimizers that see one:",
+        *list_combiners(),
+    ]
 
 
 def read_arguments(argv: list[str]) -> RunConfig:

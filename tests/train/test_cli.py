@@ -18,7 +18,7 @@ from train.evaluate import EvaluateRun
 from train.evaluate import read_arguments as evaluation_of
 from train.finetune import FinetuneRun
 from train.loop import TrainingError
-from train.optimizers import OPTIMIZERS
+from train.optimizers import COMBINERS, OPTIMIZERS
 from train.presets import PRESETS
 from train.unlearn import read_arguments
 
@@ -275,10 +275,15 @@ def test_help_lists_presets_in_a_line_each(program):
             assert len(lines) == 1 and preset.SUMMARY in lines[0]
 
 
-def test_list_of_objectives(program):
+def test_list_of_methods(program):
     done = program("train.unlearn", "--list")
     assert done.code == 0
-    assert [line.split()[0] for line in done.out.splitlines()] == list(OBJECTIVES)
+    heads, names = [], []
+    for line in done.out.splitlines():
+        (heads if line.endswith(":") else names).append(line.split()[0])
+    assert heads == ["Objectives", "Optimizers", "Combiners"]
+    assert names == [*OBJECTIVES, *OPTIMIZERS, *COMBINERS]
+    assert all(len(line.split()) > 2 for line in done.out.splitlines())
 
 
 @pytest.mark.parametrize(
