@@ -42,10 +42,11 @@ parity:  ## the tests that compare with torch (installs it into the same environ
 	$(ENVIRONMENT) train test parity
 	$(RUN) -m pytest -n $(WORKERS) -m torch_parity tests $(ARGS)
 
-bench:  ## optimizers against optax's and torch's, into runs/bench (half an hour, a quiet machine)
+bench:  ## optimizers against optax's and torch's, into runs/bench (10 quiet minutes)
 	$(ENVIRONMENT) train test parity
 	$(RUN) tests/bench/optimizers.py $(ARGS)
 	$(RUN) tests/bench/collectives_table.py
+	$(RUN) tests/bench/memory.py
 
 lint:  ## ruff check, ruff format --check, pyright
 	$(ENVIRONMENT) train tensorboard lint

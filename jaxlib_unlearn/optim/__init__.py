@@ -22,7 +22,8 @@ from jaxlib_unlearn.optim.compressed import (
 from jaxlib_unlearn.optim.hybrid import alternate, ends_on_zeroth_order, round_to_zeroth_order
 from jaxlib_unlearn.optim.muon import MUON_STATIC_ARGS, MuonState, muon, scale_by_muon
 from jaxlib_unlearn.optim.post import Post, normuon
-from jaxlib_unlearn.optim.sift import SIFT_STATIC_ARGS, SiftState, scale_by_sift, sift
+from jaxlib_unlearn.optim.sift import SIFT_STATIC_ARGS, scale_by_sift, sift
+from jaxlib_unlearn.optim.sift_direction import SiftState
 from jaxlib_unlearn.optim.smoothing import randomised_smoothing, sam
 from jaxlib_unlearn.optim.sophia import SOPHIA_STATIC_ARGS, scale_by_sophia, sophia
 from jaxlib_unlearn.optim.splitting import Split

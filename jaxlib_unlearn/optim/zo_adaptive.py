@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn.optim import perturbations
-from jaxlib_unlearn.optim.zeroth_order import COMMON_STATIC_ARGS, Rule, zeroth_order
+from jaxlib_unlearn.optim.zeroth_order import COMMON_STATIC_ARGS, zeroth_order
 from jaxlib_unlearn.optim.zo_leaves import Trainable
+from jaxlib_unlearn.optim.zo_steps import Rule
 
 HIZOO_STATIC_ARGS = tuple(name for name in COMMON_STATIC_ARGS if name != "estimator")
 RADA_ZO_STATIC_ARGS = ("directions", "bias_correction", *COMMON_STATIC_ARGS)

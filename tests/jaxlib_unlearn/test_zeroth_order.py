@@ -9,10 +9,11 @@ import optax
 import pytest
 
 from jaxlib_unlearn.optim import perturbations, zo_methods
-from jaxlib_unlearn.optim.zeroth_order import Rule, scale_by_zeroth_order, zeroth_order
+from jaxlib_unlearn.optim.zeroth_order import scale_by_zeroth_order, zeroth_order
 from jaxlib_unlearn.optim.zo_directions import Draws, draw_bases, norm_scales, perturbed
 from jaxlib_unlearn.optim.zo_estimate import estimate
 from jaxlib_unlearn.optim.zo_leaves import layout_of
+from jaxlib_unlearn.optim.zo_steps import Rule
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

@@ -1,0 +1,52 @@
+"""The benchmarks write what they promise."""
+
+import importlib.util
+import json
+
+import pytest
+
+from models.decoder import DecoderConfig
+
+
+def load(repo, name):
+    """A benchmark as a module; `tests` is no package."""
+    spec = importlib.util.spec_from_file_location(
+        f"bench_{name}", repo / "tests" / "bench" / f"{name}.py"
+    )
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    return bench
+
+
+def test_bench_writes_its_table(repo, tmp_path, capsys, monkeypatch):
+    """The benchmark on a tiny tree: what it writes, not how fast it is."""
+    bench = load(repo, "optimizers")
+    few = ("muon", "optax.contrib.muon", "sophia", "optax.adamw")  # the others take long to compile
+    monkeypatch.setattr(bench, "CONTENDERS", {n: bench.CONTENDERS[n] for n in few})
+    bench.main(["--tree", "tiny", "--repeats", "1", "--output", str(tmp_path), "--no-torch"])
+    told = json.loads((tmp_path / "optimizers.json").read_text())
+    assert set(told) == {"device", "rows"}
+    works = [row["work"] for row in told["rows"]]
+    assert works == ["tiny: muon, s", "tiny: sophia, s", "tiny: muon, FLOPs"]
+    for row in told["rows"]:
+        assert set(row) == {"work", "peer", "ours", "theirs", "ratio", "goal"}, row
+        assert row["ours"] > 0 and row["theirs"] > 0
+        assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
+    table = (tmp_path / "optimizers.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert all(row["work"] in table for row in told["rows"])
+
+
+def test_memory_of_a_step(repo, tmp_path, monkeypatch):
+    """On a tiny model: Adam's two moments are counted, and no gradient is less than one."""
+    bench = load(repo, "memory")
+    tiny = DecoderConfig(64, 32, 64, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=16)
+    rows = bench.rows
+    monkeypatch.setattr(bench, "SMOLLM2", tiny)
+    monkeypatch.setattr(bench, "rows", lambda *args: rows(*args, names=("adamw", "mezo")))
+    bench.main(["--rows", "2", "--length", "8", "--output", str(tmp_path)])
+    lines = (tmp_path / "memory.md").read_text().splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[0] for row in cells[2:]] == ["adamw", "mezo"]
+    adamw, mezo = (float(row[3]) for row in cells[2:])
+    assert adamw > 4 and 1 < mezo < adamw  # parameters, two moments, a gradient; none
