@@ -19,8 +19,9 @@ def test_there_are_notebooks():
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLIB_UNLEARN_SMOKE", "1")
     monkeypatch.setenv("JAXLIB_UNLEARN_RUNS", str(tmp_path))
-    # The kernel must not inherit eight devices or pytest's compilation cache.
+    # The kernel must not inherit eight devices or pytest's compilation cache, and it draws inline.
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("MPLBACKEND", raising=False)
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
