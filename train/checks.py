@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -82,11 +81,6 @@ def check_numbers(config: Any, prefix: str = "--") -> None:
                 raise UserError(f"{name} is {value}; it must be {wanted}")
 
 
-def check_choice(option: str, value: str, known: Sequence[str]) -> None:
-    """Raise `UserError` for a word that is none of `known`, naming the nearest."""
-    cli.choose(value, dict.fromkeys(known), option)
-
-
 def check_stage(
     stage: TrainConfig | UnlearnConfig, optimizer: OptimizerConfig, mesh: Mesh, what: str
 ) -> None:
@@ -104,13 +98,13 @@ def check_finetuning(stage: TrainConfig, mesh: Mesh) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     """Raise `UserError` for an unknown judge or question column."""
-    check_choice("--evaluate.judge", config.judge, JUDGES)
-    check_choice("--evaluate.leak-question", config.leak_question, QUESTIONS)
+    cli.check_choice("--evaluate.judge", config.judge, JUDGES)
+    cli.check_choice("--evaluate.leak-question", config.leak_question, QUESTIONS)
 
 
 def check_dtype(option: str, value: str) -> None:
     """Raise `UserError` for a dtype that weights cannot be exported in."""
-    check_choice(option, value, tuple(DTYPES))
+    cli.check_choice(option, value, tuple(DTYPES))
 
 
 def check_run(config: RunConfig) -> Mesh:

@@ -55,6 +55,11 @@ def choose(word: str, table: Mapping[str, Any], what: str) -> Any:
     return table[word]
 
 
+def check_choice(option: str, value: str, known: Sequence[str]) -> None:
+    """Raise `UserError` for a word that is none of `known`, naming the nearest."""
+    choose(value, dict.fromkeys(known), option)
+
+
 def check_options(cls: type, args: Sequence[str]) -> None:
     """Raise `UserError` for an option that `cls` does not have, naming the nearest one."""
     known = option_names(cls)

@@ -90,7 +90,7 @@ def run(config: FinetuneRun) -> Path:
         **{"data.system_prompt": config.system_prompt, "data.max_length": config.max_length},
     )
     rows = checks.fit_rows(rows, base, config.system_prompt, config.max_length, "rows")
-    pipeline.num_steps(config.train, len(rows))
+    pipeline.num_steps(config.train, len(rows), config.train.optimizer)
     root = enter_folder(config.output, identity)
     tuned = pipeline.finetune(settings, base, rows, "original", root, mesh, Tracker(root))
     export_model(tuned, root / "export", config.export_dtype)

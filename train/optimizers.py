@@ -296,7 +296,7 @@ def check(config: OptimizerConfig) -> None:
             f"--optimizer.clip-norm {config.clip_norm}: {config.name} has steps without a gradient "
             "to clip; leave it out"
         )
-    cli.choose(config.bases, dict.fromkeys(BASES), "--optimizer.bases")
+    cli.check_choice("--optimizer.bases", config.bases, BASES)
     make_schedule(config, 1)
 
 

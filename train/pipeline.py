@@ -133,9 +133,7 @@ def stream_of(model: Model, encoded: Encoded, batch_size: int) -> Stream:
     return make_stream(encoded.examples, model.tokenizer.pad_id or 0, batch_size=batch_size)
 
 
-def num_steps(
-    config: TrainConfig | UnlearnConfig, rows: int, optimizer: OptimizerConfig | None = None
-) -> int:
+def num_steps(config: TrainConfig | UnlearnConfig, rows: int, optimizer: OptimizerConfig) -> int:
     """Optimizer steps of a stage.
 
     Raises:
@@ -148,7 +146,7 @@ def num_steps(
     )
     if steps < 1:
         raise UserError(f"a stage of {rows} rows has no step; raise its epochs or steps")
-    check_steps(optimizer or getattr(config, "optimizer", OptimizerConfig()), steps)
+    check_steps(optimizer, steps)
     return steps
 
 

@@ -20,6 +20,7 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from train import cli
 from train.config import RunConfig, replace, to_json
+from train.optimizers import OPTIMIZERS, list_combiners, list_optimizers
 from train.presets import PRESETS
 from train.stages import write_atomic
 from train.tracking import Tracker, say
@@ -41,8 +42,6 @@ def main(argv: list[str]) -> None:
 
 def list_methods() -> list[str]:
     """Lines that name every objective, optimizer and combiner."""
-    from train.optimizers import list_combiners, list_optimizers
-
     return [
         "Objectives (--objective.name), the data they take, what they ask a frozen model:",
         *objectives.list_objectives(),
@@ -90,8 +89,6 @@ def read_arguments(argv: list[str]) -> RunConfig:
 
 def with_optimizer(config: RunConfig, name: str, preset: Any) -> RunConfig:
     """The configuration with another optimizer: as the preset suits it, else its row's own rate."""
-    from train.optimizers import OPTIMIZERS
-
     row = cli.choose(name, OPTIMIZERS, "optimizer")
     optimizer, changes = getattr(preset, "OPTIMIZERS", {}).get(row.name, (None, {}))
     if optimizer is None:
@@ -199,9 +196,9 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
     task = checks.fit_task(task, base, config.evaluate, data.system_prompt, data.max_length)
     both = len(task.forget) + len(task.retain)
     if config.stage.original is None:
-        pipeline.num_steps(config.finetune, both)
+        pipeline.num_steps(config.finetune, both, config.finetune.optimizer)
         if config.oracle and retain_log is None:
-            pipeline.num_steps(config.finetune, len(task.retain))
+            pipeline.num_steps(config.finetune, len(task.retain), config.finetune.optimizer)
     rows = both if "train" in objective.streams else len(task.forget)
     pipeline.num_steps(config.unlearn, rows, config.optimizer)
     return task, base, mesh, retain_log
@@ -224,8 +221,6 @@ def _identity(config: RunConfig) -> dict[str, Any]:
 
     Of the optimizer, what its row reads: the report and the tables of runs show no more.
     """
-    from train.optimizers import OPTIMIZERS
-
     stage = dataclasses.replace(config.stage, cache=None)
     whole = to_json(dataclasses.replace(config, output=None, stage=stage))
     return whole | {"optimizer": OPTIMIZERS[config.optimizer.name].options(config.optimizer)}

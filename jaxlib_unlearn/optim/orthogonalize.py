@@ -344,15 +344,21 @@ def _compute_dtype(original, dtype, table: Table):
     return dtype if table.narrow else jnp.promote_types(dtype, jnp.float32)
 
 
-def _alone(fn: Orthogonalizer, x: jax.Array) -> jax.Array:
+def _without_batch_of_one(iterate: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A batch of one as a matrix: XLA's CPU products of batches are a third slower."""
-    lead = x.ndim - 2
-    return jnp.expand_dims(fn(jnp.squeeze(x, tuple(range(lead)))), tuple(range(lead)))
+
+    @functools.wraps(iterate)
+    def apply(x, **options):
+        lead = tuple(range(x.ndim - 2))
+        if not lead or math.prod(x.shape[:-2]) != 1:
+            return iterate(x, **options)
+        return jnp.expand_dims(iterate(jnp.squeeze(x, lead), **options), lead)
+
+    return apply
 
 
+@_without_batch_of_one
 def _iterate(x, *, rows: tuple[Row, ...], table: Table, dtype) -> jax.Array:
-    if x.ndim > 2 and math.prod(x.shape[:-2]) == 1:
-        return _alone(functools.partial(_iterate, rows=rows, table=table, dtype=dtype), x)
     original = x.dtype
     x, turned = _wide(x)
     x = _precondition_aol(x) if table.preconditioner == "aol" else _normalize(x, table.margin)
@@ -362,14 +368,12 @@ def _iterate(x, *, rows: tuple[Row, ...], table: Table, dtype) -> jax.Array:
     return (adjoint(x) if turned else x).astype(original)
 
 
+@_without_batch_of_one
 def _iterate_gram(
     x, *, rows: tuple[Row, ...], table: Table, restarts: frozenset[int], dtype
 ) -> jax.Array:
     if x.shape[-2] == x.shape[-1]:
         return _iterate(x, rows=rows, table=table, dtype=dtype)
-    if x.ndim > 2 and math.prod(x.shape[:-2]) == 1:
-        step = functools.partial(_iterate_gram, rows=rows, table=table, restarts=restarts)
-        return _alone(functools.partial(step, dtype=dtype), x)
     original = x.dtype
     x, turned = _wide(x)
     x = _normalize(x, table.margin).astype(_compute_dtype(original, dtype, table))

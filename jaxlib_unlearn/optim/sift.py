@@ -27,7 +27,6 @@ from typing import Any
 import jax
 import optax
 
-from jaxlib_unlearn.optim.fusion import JORDAN, Method
 from jaxlib_unlearn.optim.matrices import Specs, labels, resolve
 from jaxlib_unlearn.optim.muon import every_matrix, with_adamw
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
@@ -147,17 +146,15 @@ def scale_by_sift(
         spatial_mask=spatial_mask,
         step_gate=step_gate,
         tol=tol,
-        method=Method(
-            rank,
-            rank_cap,
-            msign,
-            bases,
-            passes,
-            first_passes,
-            match_norm,
-            JORDAN if orthogonalize is None else orthogonalize,
-        ),
+        rank=rank,
+        rank_cap=rank_cap,
+        msign=msign,
+        bases=bases,
+        passes=passes,
+        first_passes=first_passes,
         oversample=oversample,
+        match_norm=match_norm,
+        orthogonalize=orthogonalize,
         shape_scale=shape_scale,
         num_constraints=num_constraints,
         seed=seed,
@@ -246,17 +243,15 @@ def sift(
         spatial_mask=spatial_mask,
         step_gate=step_gate,
         tol=tol,
-        method=Method(
-            rank,
-            rank_cap,
-            msign,
-            bases,
-            passes,
-            first_passes,
-            match_norm,
-            JORDAN if orthogonalize is None else orthogonalize,
-        ),
+        rank=rank,
+        rank_cap=rank_cap,
+        msign=msign,
+        bases=bases,
+        passes=passes,
+        first_passes=first_passes,
         oversample=oversample,
+        match_norm=match_norm,
+        orthogonalize=orthogonalize,
         shape_scale=shape_scale,
         num_constraints=num_constraints,
         seed=seed,

@@ -15,10 +15,11 @@ import optax
 
 from jaxlib_unlearn.optim.buckets import map_matrices, map_stacks
 from jaxlib_unlearn.optim.direction import SHAPE_SCALES
-from jaxlib_unlearn.optim.fusion import BASES, MSIGNS, Method, matrix_function
+from jaxlib_unlearn.optim.fusion import BASES, JORDAN, MSIGNS, Method, matrix_function
 from jaxlib_unlearn.optim.localization import Candidates, find_candidates, limit_at
 from jaxlib_unlearn.optim.matrices import sharding_role
 from jaxlib_unlearn.optim.muon import Resolver, update_momentum
+from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
 from jaxlib_unlearn.optim.subspace import random_block
 from jaxlib_unlearn.optim.two_stream import check_streams
 
@@ -47,8 +48,15 @@ def sift_direction(
     spatial_mask,
     step_gate,
     tol,
-    method: Method,
+    rank: int,
+    rank_cap: bool,
+    msign: str,
+    bases: str,
+    passes: int,
+    first_passes: int,
     oversample: int,
+    match_norm: bool,
+    orthogonalize: Orthogonalizer | None,
     shape_scale: str,
     num_constraints: int,
     seed: int,
@@ -59,6 +67,16 @@ def sift_direction(
     Constraint streams come as ``constraint_0=``, ``constraint_1=``, .. (:func:`with_constraints`),
     and ``find_axes`` says which leaves are matrices.
     """
+    method = Method(
+        rank,
+        rank_cap,
+        msign,
+        bases,
+        passes,
+        first_passes,
+        match_norm,
+        JORDAN if orthogonalize is None else orthogonalize,
+    )
     _check(beta, method, oversample, shape_scale, num_constraints)
     factor, streams = SHAPE_SCALES[shape_scale], num_constraints + 1
     subspace = method.bases == "subspace"

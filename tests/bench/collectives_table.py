@@ -11,24 +11,20 @@ update, loops counted by their trips.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlib_unlearn.optim.muon import scale_by_muon
+from train.collectives import collectives, summary
+
 REPO = Path(__file__).resolve().parent.parent.parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(REPO))
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-
-from jaxlib_unlearn.optim.muon import scale_by_muon  # noqa: E402
-from train.collectives import collectives, summary  # noqa: E402
-
 LAYERS, D, F = 16, 512, 2048
 LAYOUTS = {
     "P('fsdp', None)": ((8,), ("fsdp",), ("fsdp", None)),

@@ -10,23 +10,19 @@ state, batches), results and temporaries.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
+from jaxlib_unlearn.objectives import ObjectiveConfig, resolve
+from models.decoder import Decoder, DecoderConfig
+from train.loop import step_bytes
+from train.optimizers import OPTIMIZERS, OptimizerConfig, build
+from train.step import TrainState, make_step
+
 REPO = Path(__file__).resolve().parent.parent.parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(REPO))
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-
-from jaxlib_unlearn.objectives import ObjectiveConfig, resolve  # noqa: E402
-from models.decoder import Decoder, DecoderConfig  # noqa: E402
-from train.loop import step_bytes  # noqa: E402
-from train.optimizers import OPTIMIZERS, OptimizerConfig, build  # noqa: E402
-from train.step import TrainState, make_step  # noqa: E402
-
 SMOLLM2 = DecoderConfig(49152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
 
 

@@ -26,23 +26,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlib_unlearn.optim import matrices, orthogonalize
+from jaxlib_unlearn.optim.compressed import sign_momentum
+from jaxlib_unlearn.optim.muon import muon
+from jaxlib_unlearn.optim.sift import sift
+from jaxlib_unlearn.optim.sophia import sophia
+from jaxlib_unlearn.optim.teon import teon
+from train.flops import count
+
 REPO = Path(__file__).resolve().parent.parent.parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(REPO))
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-
-from jaxlib_unlearn.optim import matrices, orthogonalize  # noqa: E402
-from jaxlib_unlearn.optim.compressed import sign_momentum  # noqa: E402
-from jaxlib_unlearn.optim.muon import muon  # noqa: E402
-from jaxlib_unlearn.optim.sift import sift  # noqa: E402
-from jaxlib_unlearn.optim.sophia import sophia  # noqa: E402
-from jaxlib_unlearn.optim.teon import teon  # noqa: E402
-from train.flops import count  # noqa: E402
-
 # Layers, width, MLP width, key-value width, vocabulary.
 SIZES = {
     "smollm2": (30, 576, 1536, 192, 49152),

@@ -84,6 +84,7 @@ def append(path: Path, text: str) -> None:
         (["quickstart", "--finetune.optimizer.name", "adam"], ["'adam'", "'adamw'"]),
         (["quickstart", "--optimizer.schedule", "step"], ["'step'", "cosine"]),
         (["quickstart", "--optimizer.rank", "8"], ["--optimizer.rank", "adamw does not read it"]),
+        (["quickstart", "--optimizer.name", "sift", "--optimizer.bases", "sdv"], ["'svd'"]),
         (["quickstart", "--combine", "blurr"], ["'blurr'", "'blur'"]),
         (["quickstart", "--combine", "blur", "--objective.retain", "none"], ["retain side"]),
         (["quickstart", "--combine", "pcgrad", "--optimizer.name", "sift"], ["pcgrad", "sift"]),

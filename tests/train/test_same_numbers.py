@@ -406,7 +406,7 @@ def test_optimizer_state_is_split_like_its_parameters(name, start, fixed):
                 found[end[0]] += 1
             else:  # counts, diagnostics of a matrix, bases of a subspace
                 assert leaf.sharding.is_fully_replicated
-                assert leaf.ndim <= 1 or OPTIMIZERS[name].needs in ("value", "split")
+                assert leaf.ndim <= {"joint": 0, "lazy": 1}.get(OPTIMIZERS[name].needs, leaf.ndim)
         assert OPTIMIZERS[name].needs == "value" or min(found.values()) >= 1, found
     assert shardings.params["layers"]["mlp"]["up"]["kernel"].spec == P(None, "fsdp", "tp")
 
