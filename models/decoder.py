@@ -21,11 +21,11 @@ from models.layers import (
     Block,
     RopeScaling,
     batch_sharded,
+    lookup,
     rms_norm,
     rope_frequencies,
     rotary,
     visible,
-    whole_rows,
 )
 
 Params = Mapping[str, Any]
@@ -216,7 +216,7 @@ class Decoder:
 
         dtype = jnp.dtype(c.dtype)
         embedding = params["embed"]["embedding"]
-        x = batch_sharded(whole_rows(embedding)[tokens].astype(dtype), embedding)
+        x = lookup(embedding.astype(dtype), tokens)
         graph, _ = _abstract_block(c)
 
         def body(carry, inputs):

@@ -51,7 +51,7 @@ class Draw(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
-def _prefill(decoder: Decoder, params: Params, tokens: jax.Array, lengths: jax.Array):
+def prefill(decoder: Decoder, params: Params, tokens: jax.Array, lengths: jax.Array):
     """Cache and last hidden state `(P, d)` of left-padded prompts `(P, T)`."""
     count, width = tokens.shape
     positions = jnp.arange(width) - (width - lengths[:, None])
@@ -121,7 +121,7 @@ def _append(rows: Rows, logits: jax.Array, draw: Draw, top_k: int, greedy: bool)
 @functools.partial(
     jax.jit, static_argnames=("decoder", "top_k", "greedy"), donate_argnames=("rows",)
 )
-def _advance(
+def advance(
     decoder: Decoder,
     params: Params,
     rows: Rows,
@@ -285,7 +285,7 @@ def generate(
         for slot, i in enumerate(group):
             tokens[slot, width - len(prompts[i]) :] = prompts[i]
             lengths[slot] = len(prompts[i])
-        prompt = _prefill(decoder, params, place(tokens), place(lengths))
+        prompt = prefill(decoder, params, place(tokens), place(lengths))
         jobs = [(slot, sample) for slot in range(len(group)) for sample in range(samples)]
         for start in range(0, len(jobs), batch):
             mine = jobs[start : start + batch]
@@ -350,4 +350,4 @@ def _finish(
             rows, draw = _select(rows, draw, which, np.int32(len(pending)))
             pending = [(slot, owner) for slot, (_, owner) in enumerate(pending)]
         step = min(max_new, step + SEGMENT)
-        rows = _advance(decoder, params, rows, draw, jnp.int32(step), **static)
+        rows = advance(decoder, params, rows, draw, jnp.int32(step), **static)

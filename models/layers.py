@@ -116,16 +116,32 @@ def batch_sharded(x: jax.Array, like: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def whole_rows(table: jax.Array) -> jax.Array:
-    """Gather the last axis of a lookup table `(V, d)`, whatever splits the first one.
+def batch_ways(like: jax.Array) -> int:
+    """Over how many devices the mesh that `like` lives on splits a batch."""
+    mesh, axes = _batch_axes(like)
+    return math.prod(mesh.shape[a] for a in axes)
 
-    A lookup in a table split over `fsdp` gives activations split the same way, and the way from
-    there to a batch split over `fsdp` leads over a copy of the whole batch on every device.
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`table[tokens]`, `(V, d), (B, T) -> (B, T, d)`.
+
+    On a mesh a device looks up all tokens in its part of the columns, and one all-to-all turns
+    columns into rows of the batch. Left alone, the partitioner gathers the table (in the backward
+    pass: sums one of that size over all devices) or copies the whole batch to every device.
     """
     mesh, axes = _batch_axes(table)
-    if not axes:
-        return table
-    return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P(P.UNCONSTRAINED, None)))
+    columns = [a for a in axes if a == "fsdp" and table.shape[1] % mesh.shape[a] == 0]
+    if not columns:
+        return batch_sharded(table[tokens], table)
+    rows = tuple(a for a in axes if a not in columns)
+    open_ = P.UNCONSTRAINED
+
+    def at(x: jax.Array, *spec: Any) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+
+    table = at(table, open_, tuple(columns))
+    x = at(table[at(tokens, rows, None)], rows, None, tuple(columns))
+    return batch_sharded(x, table)
 
 
 class RMSNorm(nnx.Module):

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from models.decoder import Decoder
+from models.layers import batch_ways
 
 Batch = Mapping[str, jax.Array]
-LOGITS_BYTES = 256 * 2**20  # largest logits array of one chunk, float32, over the global batch
+LOGITS_BYTES = 256 * 2**20  # largest logits array of one chunk, float32, on one device
 
 
 def label_chunk(rows: int, width: int, vocab: int) -> int:
@@ -32,7 +33,7 @@ def label_chunk(rows: int, width: int, vocab: int) -> int:
 def over_labels(fn: Callable[..., Any], vocab: int, *arrays: jax.Array) -> Any:
     """Apply `fn` to `(B, chunk, ...)` slices of `(B, W, ...)` arrays and join its results."""
     rows, width = arrays[0].shape[:2]
-    chunk = label_chunk(rows, width, vocab)
+    chunk = label_chunk(-(-rows // batch_ways(arrays[0])), width, vocab)
     if chunk == width:
         return fn(*arrays)
     count = width // chunk

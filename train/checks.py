@@ -64,6 +64,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "generate_rows": (1, math.inf),
 }
 JUDGES = ("oracle", "base")
+COMPUTE = ("float32", "bfloat16")
 QUESTIONS = ("question", "paraphrased_question")
 
 
@@ -119,6 +120,7 @@ def check_run(config: RunConfig) -> Mesh:
     optimizers.check_pair(config.optimizer, config.combine, objective, options)
     check_evaluate(config.evaluate)
     check_dtype("--export-dtype", config.export_dtype)
+    cli.check_choice("--model.dtype", config.model.dtype, COMPUTE)
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError(
             "--tensorboard needs tensorboardX; pip install 'jaxlib-unlearn[tensorboard]'"

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from train import hlo
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -37,6 +39,7 @@ class Collective(NamedTuple):
         in_loop: whether it stands inside a loop's body (or condition).
         known: whether the trip counts of all loops around it are known; an unknown one counts once.
         groups: the devices that talk to each other; empty if the text does not list groups.
+        scope: where in the traced function it comes from; empty if the text does not say.
     """
 
     kind: str
@@ -45,13 +48,14 @@ class Collective(NamedTuple):
     in_loop: bool
     known: bool
     groups: Groups
+    scope: str = ""
 
 
 def collectives(program: Any) -> list[Collective]:
     """The collectives of a compiled program, in the order of its text, branches all included.
 
     Args:
-        program: the text of optimised HLO, or `jax.jit(f).lower(...).compile()`.
+        program: the text of optimised HLO, `jax.jit(f).lower(...).compile()`, or one parsed.
 
     Returns:
         One entry an instruction and call site.
@@ -64,29 +68,23 @@ def collectives(program: Any) -> list[Collective]:
         >>> collectives(jax.jit(jnp.sin).lower(1.0).compile())
         []
     """
-    text = program if isinstance(program, str) else program.as_text()
-    computations, entry = _parse(text)
     found: list[Collective] = []
-
-    def walk(name: str, times: int, in_loop: bool, known: bool) -> None:
-        computation = computations[name]
-        for line in computation:
-            kind = re.sub("-start$", "", line.opcode)
-            if kind in KINDS:
-                size = _bytes_moved(line, computation)
-                found.append(Collective(kind, size, times, in_loop, known, _groups(line.rest)))
-            called = [c for c in _called(line.rest) if c in computations]
-            if line.opcode in ("async-update", "async-done"):
-                continue  # they name what async-start has started
-            if line.opcode == "while":
-                trips = _trips(line.rest, computations)
-                for inner in called:
-                    walk(inner, times * (trips or 1), True, known and trips is not None)
-            else:
-                for inner in called:
-                    walk(inner, times, in_loop, known)
-
-    walk(entry, 1, False, True)
+    chains: set[str] = set()
+    for visit in hlo.visits(program if isinstance(program, hlo.Program) else hlo.parse(program)):
+        line = visit.line
+        kind = re.sub("-start$", "", line.opcode)
+        if kind not in KINDS:
+            continue
+        if chain := _CHAIN.search(line.rest):
+            # On TPUs a collective that overlaps with products stands in each of their fusions.
+            if chain[1] in chains:
+                continue
+            chains.add(chain[1])
+        if "all-reduce-scatter" in visit.computation.name:
+            kind = "reduce-scatter"  # a fusion of an all-reduce and a slice, carried out as one
+        size, groups = _bytes_moved(line, visit.computation), _groups(line.rest)
+        found.append(Collective(kind, size, visit.times, visit.in_loop, visit.known, groups,
+                                line.op_name))  # fmt: skip
     return found
 
 
@@ -113,14 +111,7 @@ def summary(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
 
 # The text
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\d+m\d+\w*)?\[([\d,<=]*)\]")
-_CALLS = re.compile(
-    r"\b(?:body|condition|calls|to_apply|true_computation|false_computation"
-    r"|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
-)
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHAIN = re.compile(r"channel_id=(\d+).*\bchain_id=")
 _EXPLICIT_GROUPS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]"
@@ -129,68 +120,10 @@ _MESH_GROUPS = re.compile(
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
-class _Line(NamedTuple):
-    name: str
-    type: str
-    opcode: str
-    rest: str  # operands and attributes
-
-
-def _parse(text: str) -> tuple[dict[str, list[_Line]], str]:
-    computations: dict[str, list[_Line]] = {}
-    current: list[_Line] | None = None
-    entry = ""
-    for line in text.splitlines():
-        if current is None:
-            if match := _COMPUTATION.match(line):
-                current = computations.setdefault(match[2], [])
-                entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
-            current = None
-        elif match := _INSTRUCTION.match(line):
-            current.append(_Line(*match.groups()))
-    if not entry:
-        raise ValueError("this is no text of a compiled program: no ENTRY computation in it")
-    return computations, entry
-
-
-def _called(rest: str) -> list[str]:
-    return [
-        name for group in _CALLS.findall(rest) for name in re.findall(r"[\w.\-]+", group) if name
-    ]
-
-
-def _trips(rest: str, computations: dict[str, list[_Line]]) -> int | None:
-    """The loop's trip count: as noted by XLA, or the one constant its condition compares with."""
-    if match := _TRIPS.search(rest):
-        return int(match[1])
-    match = re.search(r"\bcondition=%?([\w.\-]+)", rest)
-    condition = computations.get(match[1], []) if match else []
-    limits = [line for line in condition if line.opcode == "constant"]
-    # Scans count from 0 by 1 while smaller; programs for TPU carry no note.
-    nested = [x for line in condition for c in _called(line.rest) for x in computations.get(c, [])]
-    smaller = any("direction=LT" in line.rest for line in (*condition, *nested))
-    if len(limits) == 1 and smaller and limits[0].type.startswith("s32[]"):
-        return int(limits[0].rest.split(")")[0])
-    return None
-
-
-def _size(shapes: str) -> int:
-    """Bytes of a type, the parts of a tuple added up."""
-    total = 0
-    for dtype, shape in _ARRAY.findall(shapes):
-        digits = re.search(r"\d+", dtype)
-        bits = int(digits[0]) if digits else 8 * (dtype == "pred")
-        total += -(-bits * math.prod(int(n) for n in re.findall(r"\d+", shape)) // 8)
-    return total
-
-
-def _bytes_moved(line: _Line, computation: list[_Line]) -> int:
-    operands = line.rest.split(")")[0]
-    types = {other.name: other.type for other in computation}
-    names = re.findall(r"%([\w.\-]+)", operands)
-    given = sum(_size(types.get(name, "")) for name in names) or _size(operands)
-    result = _size(line.type)
+def _bytes_moved(line: hlo.Line, computation: hlo.Computation) -> int:
+    given = sum(hlo.array_bytes(computation.type_of(name)) for name in line.operands)
+    given = given or hlo.array_bytes(line.rest.split(")")[0])
+    result = hlo.array_bytes(line.type)
     if line.opcode in ("all-gather-start", "collective-permute-start"):
         result -= given  # their results are pairs (operand, result)
     return max(given, result)

@@ -50,6 +50,7 @@ class ModelConfig:
         path: an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch`
             (random weights).
         vocab_size: of the tokenizer trained in the run (from scratch only), as the sizes below.
+        dtype: what the model computes in, `float32` or `bfloat16`; its parameters stay float32.
         remat: recompute blocks in the backward pass (less memory, a third more time).
     """
 
@@ -60,6 +61,7 @@ class ModelConfig:
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
+    dtype: str = "float32"
     remat: bool = False
 
 

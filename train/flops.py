@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 Branches = Literal["max", "min"]
 
@@ -100,9 +101,33 @@ def count(fn: Callable, *args: Any, branches: Branches = "max", **kwargs: Any) -
         >>> count(jnp.linalg.eigh, jax.ShapeDtypeStruct((5, 4, 4), jnp.float32)).uncounted
         {'eigh': 5}
     """
+    return count_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs), branches)
+
+
+def count_jaxpr(closed: Any, branches: Branches = "max") -> Count:
+    """:func:`count` of a function that is traced already, without work whose result nobody uses.
+
+    Args:
+        closed: a `jax.extend.core.ClosedJaxpr`, as of `jax.make_jaxpr` or `jax.jit(f).trace(...)`.
+        branches: "max" or "min".
+
+    Returns:
+        A :class:`Count`.
+
+    Raises:
+        ValueError: `branches` is neither word.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> def first(x):
+        ...     return x @ x, (x @ x) @ x
+        >>> count_jaxpr(jax.make_jaxpr(lambda x: first(x)[0])(jnp.ones((3, 3)))).flops
+        54
+    """
     if branches not in ("max", "min"):
         raise ValueError(f"branches is 'max' or 'min', got {branches!r}")
-    total = _Walk(branches).jaxpr(jax.make_jaxpr(fn)(*args, **kwargs))
+    used, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    total = _Walk(branches).jaxpr(used)
     return Count(total.flops, total.loops, dict(sorted(total.uncounted.items())))
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
+from jaxlib_unlearn.optim import matrices
 from jaxlib_unlearn.optim.fusion import BASES
 from train import cli
 from train.sharding import path_str
@@ -27,7 +29,8 @@ class OptimizerConfig:
     """How a step is taken.
 
     Args:
-        name: a row of the table: adamw, muon, teon, sift, sophia, sign, mezo, zo-muon, hybrid.
+        name: a row of the table: adamw, muon, optax-muon, teon, sift, sophia, sign, mezo, zo-muon,
+            hybrid.
         learning_rate: peak; one value serves the matrices of muon, teon and sift and AdamW's rest.
         schedule: `constant`, `linear` or `cosine` (the last two decay to 0).
         warmup: fraction of the steps of linear warm-up.
@@ -126,6 +129,28 @@ def _with_matrices(make: Callable[..., Any], **options: Any):
     return build
 
 
+def _optax_muon(c: OptimizerConfig, schedule: optax.Schedule):
+    """The peer, told which leaves are matrices: left alone it takes scanned ones for vectors."""
+
+    def dimensions(params: Any) -> Any:
+        leaves = [
+            None if axes is None else optax.contrib.MuonDimensionNumbers(axes.fan_in, axes.fan_out)
+            for axes in matrices.resolve(params)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    return optax.contrib.muon(
+        schedule,
+        beta=c.momentum,
+        weight_decay=c.weight_decay,
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        eps=c.eps,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=dimensions,
+    )
+
+
 def _sophia(c: OptimizerConfig, schedule: optax.Schedule):
     return optim.sophia(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=decay_mask)
 
@@ -186,6 +211,13 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "orthogonalised momentum for matrices, AdamW for the rest",
         ),
         Optimizer(
+            "optax-muon",
+            _optax_muon,
+            "joint",
+            ("momentum", *_ADAM),
+            "optax.contrib.muon, leaf by leaf: what ours is measured against",
+        ),
+        Optimizer(
             "teon",
             _with_matrices(optim.teon, group_size=lambda c: c.group_size),
             "joint",
@@ -242,7 +274,7 @@ SEES = {
 
 def list_optimizers() -> list[str]:
     """One line a row: name, what a step sees, summary."""
-    return [f"{row.name:8}  {SEES[row.needs]:13}  {row.summary}" for row in OPTIMIZERS.values()]
+    return [f"{row.name:10}  {SEES[row.needs]:13}  {row.summary}" for row in OPTIMIZERS.values()]
 
 
 def list_combiners() -> list[str]:
@@ -251,7 +283,7 @@ def list_combiners() -> list[str]:
         name: "the gradient of the weighted sum" if make is None else _summary(make)
         for name, make in COMBINERS.items()
     }
-    return [f"{name:8}  {text}" for name, text in told.items()]
+    return [f"{name:10}  {text}" for name, text in told.items()]
 
 
 def _summary(function: Callable[..., Any]) -> str:

@@ -71,6 +71,7 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
                 f"--model.hidden-size {m.hidden_size} over --model.num-heads {m.num_heads} gives "
                 "an odd head size, which rotary positions cannot split; use an even one"
             )
+        sharding.check_heads(mesh, m.num_heads)
         decoder = Decoder(
             DecoderConfig(
                 vocab_size=-(-tokenizer.vocab_size // 64) * 64,
@@ -81,12 +82,13 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
                 num_kv_heads=m.num_kv_heads,
                 head_dim=m.hidden_size // m.num_heads,
                 max_position_embeddings=config.data.max_length,
+                dtype=m.dtype,
             ),
             m.remat,
         )
         params = sharding.put_params(jax.jit(decoder.init)(jax.random.key(config.seed)), mesh)
         return Model(decoder, params, tokenizer, params_sha256(params))
-    return load_model(m.path, m.remat, mesh)
+    return load_model(m.path, m.remat, mesh, m.dtype)
 
 
 def model_source(path: str) -> str | Path:
@@ -106,11 +108,17 @@ def model_source(path: str) -> str | Path:
     return found
 
 
-def load_model(path: str, remat: bool, mesh: Any) -> Model:
-    """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`."""
+def load_model(path: str, remat: bool, mesh: Any, dtype: str = "float32") -> Model:
+    """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`, to compute in `dtype`.
+
+    Raises:
+        UserError: nothing is found at the path, or the mesh splits more heads than there are.
+    """
     loaded = models.load(model_source(path))
+    sharding.check_heads(mesh, loaded.decoder.config.num_heads)
     params = sharding.put_params(loaded.params, mesh)
-    decoder = dataclasses.replace(loaded.decoder, remat=remat)
+    shape = dataclasses.replace(loaded.decoder.config, dtype=dtype)
+    decoder = dataclasses.replace(loaded.decoder, config=shape, remat=remat)
     return Model(decoder, params, loaded.tokenizer, params_sha256(params))
 
 

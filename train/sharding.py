@@ -35,7 +35,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; `data = -1` takes all that the others leave."""
+    """Devices along each mesh axis; one of them may be -1: all devices that the others leave."""
 
     data: int = -1
     fsdp: int = 1
@@ -49,25 +49,41 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         UserError: the sizes are not positive or do not fit the devices present.
     """
     devices = jax.devices() if devices is None else devices
-    rest = config.fsdp * config.tp
-    if config.fsdp < 1 or config.tp < 1 or config.data == 0 or config.data < -1:
+    sizes = [config.data, config.fsdp, config.tp]
+    given = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
             f"mesh {config.data} x {config.fsdp} x {config.tp}: sizes must be positive "
-            "(--mesh.data -1: all)"
+            "(one of them may be -1: all devices left)"
         )
-    data = max(1, len(devices) // rest) if config.data == -1 else config.data
-    if data * rest > len(devices):
+    sizes = [max(1, len(devices) // given) if size == -1 else size for size in sizes]
+    data, fsdp, tp = sizes
+    if math.prod(sizes) > len(devices):
         raise UserError(
-            f"mesh data {data} x fsdp {config.fsdp} x tp {config.tp} needs {data * rest} devices, "
+            f"mesh data {data} x fsdp {fsdp} x tp {tp} needs {math.prod(sizes)} devices, "
             f"{len(devices)} are present; lower --mesh.data, --mesh.fsdp or --mesh.tp"
         )
-    grid = np.asarray(devices[: data * rest]).reshape(data, config.fsdp, config.tp)
+    grid = np.asarray(devices[: math.prod(sizes)]).reshape(sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_heads(mesh: Mesh, num_heads: int) -> None:
+    """Raise `UserError` for more tensor-parallel devices than the model has attention heads."""
+    if mesh.shape["tp"] > num_heads:
+        raise UserError(
+            f"--mesh.tp {mesh.shape['tp']}: the model has {num_heads} attention heads, and a head "
+            f"is not split; use --mesh.tp {num_heads} or less and more --mesh.fsdp"
+        )
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Over how many devices the mesh splits a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int, what: str) -> None:
     """Raise `UserError` unless the batch splits into micro-batches and over data x fsdp."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     if batch_size < 1 or accumulate < 1:
         raise UserError(
             f"{what} batch size {batch_size} with {accumulate} micro-batch(es): "
@@ -110,6 +126,25 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
     def one(path, leaf):
         return NamedSharding(mesh, spec_of(path_str(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def constrain(tree: Any, dtype: Any = None) -> Any:
+    """Tie parameters, or one layer of them, to the layout the rules give them on their own mesh.
+
+    Its use is in the backward pass: the gradient is tied as well, so each device gets its part of
+    the sum (a reduce-scatter) and not the whole of it (an all-reduce). With `dtype` the leaves are
+    cast first, so that what travels is as narrow as what is computed with.
+    """
+
+    def one(path, leaf):
+        leaf = leaf if dtype is None else leaf.astype(dtype)
+        mesh: Any = jax.typeof(leaf).sharding.mesh
+        if mesh.empty or mesh.size == 1 or any(t != AxisType.Auto for t in mesh.axis_types):
+            return leaf
+        sharding = NamedSharding(mesh, spec_of(path_str(path), leaf.shape, mesh))
+        return jax.lax.with_sharding_constraint(leaf, sharding)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

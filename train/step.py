@@ -16,9 +16,10 @@ import optax
 from jaxlib_unlearn.objectives import Objective, combine
 from models.decoder import Decoder
 from models.policy import DecoderPolicy
-from train.sharding import batch_sharding, param_shardings, state_shardings
+from train.sharding import batch_sharding, constrain, param_shardings, state_shardings
 
 Batches = Mapping[str, Mapping[str, jax.Array]]
+OPTIMIZER_SCOPE = "optimizer"  # what the update's instructions are called in profiles and plans
 
 
 class TrainState(NamedTuple):
@@ -47,8 +48,17 @@ class Losses:
 
     def __init__(self, decoder, objective, options, params, frozen, batches, accumulate):
         def terms(params, part, layer_map=None):
-            forward = {} if layer_map is None else {"layer_map": layer_map}
-            return objective.loss(DecoderPolicy(decoder, params, frozen, forward), part, options)
+            dtype = decoder.config.dtype
+
+            def layer(leaves, index):
+                if layer_map is not None:
+                    return layer_map(leaves, index)  # of values alone: nothing flows back
+                return constrain(leaves, dtype)
+
+            outer = {k: v for k, v in params.items() if k != "layers"}
+            model = constrain(outer, dtype) | {"layers": params["layers"]}
+            policy = DecoderPolicy(decoder, model, frozen, {"layer_map": layer})
+            return objective.loss(policy, part, options)
 
         self._terms, self._options = terms, options
         self._batches, self._accumulate = batches, accumulate
@@ -149,7 +159,8 @@ def make_step(
             }
             if needs == "lazy":
                 extra["grad_fn"] = losses.grad
-        updates, opt_state = tx.update(grads, state.opt_state, params, **extra)
+        with jax.named_scope(OPTIMIZER_SCOPE):
+            updates, opt_state = tx.update(grads, state.opt_state, params, **extra)
         metrics |= {
             "update_norm": optax.tree.norm(updates),
             "lr": jnp.asarray(schedule(state.step)),
@@ -168,13 +179,33 @@ def init_state(
     The optimizer state is initialised with explicit output shardings: without them it lands on one
     device.
     """
-    shapes = jax.eval_shape(tx.init, params)
-    opt_shardings = state_shardings(shapes, params, mesh)
-    opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(params)
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
-    shardings = TrainState(param_shardings(params, mesh), opt_shardings, replicated)
+    _, shardings = state_shapes(params, tx, mesh)
+    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
     return TrainState(params, opt_state, step), shardings
+
+
+def state_shapes(
+    params: Any, tx: optax.GradientTransformationExtraArgs, mesh: Any
+) -> tuple[TrainState, TrainState]:
+    """A training state as shapes that know their layout, and its tree of shardings.
+
+    `params` are arrays or shapes; nothing is computed.
+    """
+    opt_state = jax.eval_shape(tx.init, params)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shardings = TrainState(
+        param_shardings(params, mesh), state_shardings(opt_state, params, mesh), replicated
+    )
+    state = TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
+    return shaped(state, shardings), shardings
+
+
+def shaped(tree: Any, shardings: Any) -> Any:
+    """Arrays or shapes as shapes laid out by a tree of shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
 
 
 def compile_step(step: Callable[..., Any], shardings: TrainState, mesh: Any) -> Callable[..., Any]:

@@ -52,20 +52,25 @@ def list_methods() -> list[str]:
     ]
 
 
-def read_arguments(argv: list[str]) -> RunConfig:
-    """The configuration of a command line: a preset, or `--config FILE`, with overrides."""
+def read_arguments(
+    argv: list[str], cls: type[RunConfig] = RunConfig, program: str = "train.unlearn"
+) -> Any:
+    """The configuration of a command line: a preset, or `--config FILE`, with overrides.
+
+    `cls` may be a configuration with more options, those of another `program`.
+    """
     if argv[0] == "--config":
         if len(argv) < 2:
             raise UserError("--config needs the config.json of a run")
         default = cli.read_config(RunConfig, Path(argv[1]))
         preset, rest = PRESETS.get(default.preset), argv[2:]
-        prog, summary = "train.unlearn --config FILE", f"rerun the configuration {argv[1]}"
+        prog, summary = f"{program} --config FILE", f"rerun the configuration {argv[1]}"
     elif argv[0].startswith("-"):
         raise UserError(f"the first argument is a preset ({', '.join(PRESETS)}), got {argv[0]!r}")
     else:
         preset = cli.choose(argv[0], PRESETS, "preset")
         default, rest = preset.PRESET, argv[1:]
-        prog, summary = f"train.unlearn {argv[0]}", preset.SUMMARY
+        prog, summary = f"{program} {argv[0]}", preset.SUMMARY
     name = cli.option_value(rest, "--objective.name")
     if name is not None and name != default.objective.name:
         # Options tuned for the objective at hand mean nothing to another one.
@@ -84,7 +89,8 @@ def read_arguments(argv: list[str]) -> RunConfig:
         default = replace(default, objective=objectives.ObjectiveConfig(default.objective.name))
     if "--smoke" in rest and preset is not None:
         default = replace(default, smoke=True, **preset.SMOKE)
-    return cli.parse(RunConfig, default, rest, prog, summary)
+    fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    return cli.parse(cls, cls(**fields), rest, prog, summary)
 
 
 def with_optimizer(config: RunConfig, name: str, preset: Any) -> RunConfig:
@@ -182,7 +188,9 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
     check_folder(run_folder(config), _identity(config))
     task = load_task(config)
     if config.stage.original is not None:
-        base = pipeline.load_model(config.stage.original, config.model.remat, mesh)
+        base = pipeline.load_model(
+            config.stage.original, config.model.remat, mesh, config.model.dtype
+        )
         if "holdout" in task.evaluation:
             task.notes.append(
                 "The model came from outside. Where it was trained on the rows taken as "

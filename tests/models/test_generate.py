@@ -140,13 +140,13 @@ def test_finished_rows_leave_the_batch_unnoticed(params, prompts, monkeypatch):
 
 
 def test_a_prompt_is_prefilled_once(params, prompts, monkeypatch):
-    seen, prefill = [], module._prefill
+    seen, prefill = [], module.prefill
 
     def count(decoder, params, tokens, lengths):
         seen.append(tokens.shape)
         return prefill(decoder, params, tokens, lengths)
 
-    monkeypatch.setattr(module, "_prefill", count)
+    monkeypatch.setattr(module, "prefill", count)
     shared = answer(params, prompts[:1], num_samples=7, batch_size=4)
     assert seen == [(1, 24)]
     for size in (1, 8):
@@ -197,7 +197,7 @@ def test_edges(params, prompts):
 
 def test_equal_buckets_and_a_sweep_compile_once(params, prompts):
     def compiled():
-        return module._prefill._cache_size(), module._advance._cache_size()
+        return module.prefill._cache_size(), module.advance._cache_size()
 
     odd = Decoder(dataclasses.replace(DECODER.config, norm_eps=1.1e-5))  # nothing cached for it
     options = {"stop_ids": (1,), "pad_id": 0, "num_samples": 2}
@@ -224,12 +224,12 @@ def test_the_cache_is_updated_in_place(params):
         jnp.float32(1.0),
     )
     static = {"top_k": 0, "greedy": False}
-    prompt = module._prefill(decoder, params, tokens, full)
+    prompt = module.prefill(decoder, params, tokens, full)
     idle = jnp.zeros((batch,), bool)
     rows = module._begin(
         decoder, params, prompt, jnp.arange(batch), idle, draw, max_new=room, **static
     )
-    program = module._advance.lower(decoder, params, rows, draw, jnp.int32(5), **static).compile()
+    program = module.advance.lower(decoder, params, rows, draw, jnp.int32(5), **static).compile()
     shape = "f32[" + ",".join(map(str, rows.cache["k"].shape)) + "]"
     text = program.as_text()
     assert "dynamic-update-slice" in text and shape in text

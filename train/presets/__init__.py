@@ -7,6 +7,11 @@ changes (`unlearn.steps`).
 
 from types import ModuleType
 
-from train.presets import quickstart, tofu_smollm2
+from train.presets import quickstart, tofu_npo_llama3_8b, tofu_npo_llama3_70b, tofu_smollm2
 
-PRESETS: dict[str, ModuleType] = {"quickstart": quickstart, "tofu-smollm2": tofu_smollm2}
+PRESETS: dict[str, ModuleType] = {
+    "quickstart": quickstart,
+    "tofu-smollm2": tofu_smollm2,
+    "tofu-npo-llama3-8b": tofu_npo_llama3_8b,
+    "tofu-npo-llama3-70b": tofu_npo_llama3_70b,
+}

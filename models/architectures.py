@@ -1,0 +1,108 @@
+"""Shapes of published models by Hub id, for programs that plan a run without its weights.
+
+Each entry is what the model's `config.json` says; a test holds SmolLM2's to the packaged file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.errors import UserError
+from models.decoder import DecoderConfig
+from models.families import from_hf
+
+
+def _llama(
+    hidden: int, intermediate: int, layers: int, heads: int, factor: float = 0.0, **more: Any
+) -> Mapping[str, Any]:
+    """A Llama 3; `factor` stretches its rotary positions (3.1 and 3.2)."""
+    stretched = {
+        "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+    return {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        **(stretched if factor else {}),
+        **more,
+    }
+
+
+_SMALL = (4096, 14336, 32, 32)
+_LARGE = (8192, 28672, 80, 64)
+
+ARCHITECTURES: dict[str, Mapping[str, Any]] = {
+    "meta-llama/Meta-Llama-3-8B-Instruct": _llama(*_SMALL),
+    "meta-llama/Meta-Llama-3-70B-Instruct": _llama(*_LARGE),
+    "meta-llama/Llama-3.1-8B-Instruct": _llama(*_SMALL, factor=8.0),
+    "meta-llama/Llama-3.1-70B-Instruct": _llama(*_LARGE, factor=8.0),
+    "meta-llama/Llama-3.2-1B-Instruct": _llama(
+        2048, 8192, 16, 32, factor=32.0, head_dim=64, tie_word_embeddings=True
+    ),
+    "meta-llama/Llama-3.2-3B-Instruct": _llama(
+        3072, 8192, 28, 24, factor=32.0, head_dim=128, tie_word_embeddings=True
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rope_theta": 100000.0,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
+ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def config_of(source: str) -> DecoderConfig:
+    """The decoder configuration of a model, without its weights.
+
+    Args:
+        source: a Hub id of `ARCHITECTURES`, `smollm2`, or a folder with a `config.json`.
+
+    Returns:
+        A `DecoderConfig` with `dtype` float32.
+
+    Raises:
+        UserError: neither a known id nor a folder with a `config.json` that reads.
+
+    Example:
+        >>> config_of("meta-llama/Meta-Llama-3-8B-Instruct").num_kv_heads
+        8
+    """
+    name = ALIASES.get(source, source)
+    if name in ARCHITECTURES:
+        return from_hf(ARCHITECTURES[name], name)
+    path = Path(source) / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"no shapes known for --model.path {source}: it is no folder with a config.json; give "
+            f"one, or an id of {', '.join([*ALIASES, *ARCHITECTURES])}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return from_hf(raw, str(path))

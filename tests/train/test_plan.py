@@ -1,0 +1,344 @@
+"""Plans: slices that exist, work against closed forms, errors before anything is compiled."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlib_unlearn.errors import UserError
+from models.architectures import ALIASES, ARCHITECTURES, config_of
+from models.weights import find_smollm2
+from train import flops, hlo, plan, programs, sharding, topology, work
+from train.plan import PlanConfig, needed_bytes
+from train.presets import PRESETS
+from train.unlearn import read_arguments
+
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
+on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+with_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (make plan installs it)"
+)
+KEYS = {
+    "chips",
+    "hbm_bytes_per_chip",
+    "argument_bytes",
+    "temp_bytes",
+    "peak_bytes",
+    "flops_per_chip",
+    "optimizer_flops_per_chip",
+    "collectives",
+    "roofline_seconds",
+    "fits",
+}
+SMALL = ("--unlearn.batch-size", "8", "--length", "32", "--model.vocab-size", "256")
+
+
+def config(*args: str, preset: str = "quickstart") -> PlanConfig:
+    return read_arguments([preset, *args], PlanConfig, "train.plan")
+
+
+def run(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "train.plan", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+# Slices
+
+
+@pytest.mark.parametrize(
+    "name", [f"{k}:{s}" for k, shapes in topology.SLICES.items() for s in shapes]
+)
+def test_slices_are_known_and_have_chips(name):
+    kind, shape = topology.check_topology(name)
+    assert kind in topology.TPUS
+    assert len(shape.split("x")) == (2 if kind in ("v5e", "v6e") else 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("v5e:32x32", ("v5e:32x32 does not exist", "v5e:8x8", "v5e:16x16")),
+        ("v5e:8x8x8", ("does not exist", "v5e:8x8")),
+        ("v5p:8x8", ("does not exist", "v5p:8x8x8")),
+        ("v5x:8x8", ("v5x", "did you mean", "v5e")),
+        ("cpu:none", ("cpu:8",)),
+        ("gpu:0", ("gpu:8",)),
+    ],
+)
+def test_a_slice_that_does_not_exist_names_those_that_do(name, parts):
+    with pytest.raises(UserError) as error:
+        topology.check_topology(name)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_without_libtpu_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"jaxlib-unlearn\[tpu\]"):
+        topology.find_topology("v5e:8x8")
+
+
+@on_devices
+def test_gpus_that_are_not_there():
+    with pytest.raises(UserError, match="no GPU is present"):
+        topology.find_topology("gpu:8")
+
+
+# Models without weights
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_published_shapes_read(name):
+    shape = config_of(name)
+    assert shape.num_heads % shape.num_kv_heads == 0
+
+
+def parameters(name: str) -> float:
+    """Billions, from the shapes alone."""
+    from models import Decoder
+
+    return sum(x.size for x in jax.tree.leaves(Decoder(config_of(name)).shapes())) / 1e9
+
+
+def test_published_numbers_of_parameters():
+    """Those on the models' cards, to the digits given there."""
+    assert round(parameters("meta-llama/Meta-Llama-3-8B-Instruct"), 2) == 8.03
+    assert round(parameters("meta-llama/Meta-Llama-3-70B-Instruct"), 1) == 70.6
+    assert round(parameters("meta-llama/Llama-3.2-1B-Instruct"), 2) == 1.24
+    assert round(parameters("meta-llama/Llama-3.2-3B-Instruct"), 2) == 3.21
+    assert round(parameters(ALIASES["smollm2"]), 4) == 0.1345
+
+
+def test_smollm2_is_what_its_file_says():
+    path = find_smollm2()
+    if path is None:
+        pytest.skip("needs make smollm2")
+    from models.gguf_files import opened
+
+    with opened(path) as (shape, _, _):
+        assert config_of("smollm2") == shape
+
+
+def test_an_unknown_model_names_the_known_ones(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json.*meta-llama/Meta-Llama-3-8B-Instruct"):
+        config_of(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(ARCHITECTURES[ALIASES["smollm2"]]))
+    assert config_of(str(tmp_path)) == config_of("smollm2")
+
+
+# Work
+
+
+def closed_form(shape, batch: int, length: int, labels: int) -> int:
+    """Products of one forward pass: kernels, attention scores and values, head at the labels."""
+    tokens, wide = batch * length, shape.num_heads * shape.head_dim
+    kernels = shape.hidden_size * (2 * wide + 2 * shape.num_kv_heads * shape.head_dim)
+    kernels += 3 * shape.hidden_size * shape.intermediate_size
+    attention = 2 * wide * length
+    layers = 2 * tokens * shape.num_layers * (kernels + attention)
+    return layers + 2 * batch * labels * shape.hidden_size * shape.vocab_size
+
+
+@on_devices
+def test_the_walker_and_the_compiled_program_give_the_closed_form():
+    """A scanned model: `cost_analysis` would count one layer of four."""
+    run_config = config("--topology", "cpu:8", *SMALL)
+    decoder = programs.decoder_of(run_config)
+    mesh = sharding.make_mesh(sharding.MeshConfig(1, 8, 1))
+    program = programs.score_program(run_config, decoder, mesh, 32, 16)
+    rows = program.args[2]["tokens"].shape[0]
+    traced = program.call.trace(*program.args)
+    wanted = closed_form(decoder.config, rows, 32, 16)
+    assert flops.count_jaxpr(traced.jaxpr).flops == wanted
+    compiled = traced.lower().compile()
+    assert 8 * work.device_flops(compiled).flops == wanted
+    assert compiled.cost_analysis()["flops"] < wanted / 8  # what we must not use
+
+
+def test_unused_work_is_not_counted():
+    def both(x):
+        return x @ x, jnp.sum(x @ x @ x)
+
+    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    assert flops.flops(lambda x: both(x)[0], x) == 2 * 4**3
+    assert flops.flops(both, x) == 3 * 2 * 4**3
+
+
+# A projection to 32 heads as TPUs run it, and a conditional.
+HEADS = "window={size=32 pad=31_31 rhs_reversal=1}, dim_labels=bf0_0oi->b0f"
+SCOPE = 'metadata={op_name="jit(f)/optimizer/dot_general"}'
+TPU_TEXT = f"""HloModule m
+%fused (p0: bf16[512,64,1], p1: bf16[32,128,64]) -> bf16[512,32,128] {{
+  %p0 = bf16[512,64,1]{{1,0,2}} parameter(0)
+  %p1 = bf16[32,128,64]{{2,1,0}} parameter(1)
+  ROOT %c = bf16[512,32,128]{{0,2,1}} convolution(%p0, %p1), {HEADS}
+}}
+
+%small (p: f32[8,8]) -> f32[8,8] {{
+  %p = f32[8,8]{{1,0}} parameter(0)
+  ROOT %d = f32[8,8]{{1,0}} convolution(%p, %p), dim_labels=bf_io->bf, {SCOPE}
+}}
+
+%large (p: f32[8,8]) -> f32[8,8] {{
+  %p = f32[8,8]{{1,0}} parameter(0)
+  %d = f32[8,8]{{1,0}} convolution(%p, %p), dim_labels=bf_io->bf
+  ROOT %e = f32[8,8]{{1,0}} convolution(%d, %p), dim_labels=bf_oi->bf
+}}
+
+ENTRY %main (x: f32[8,8], i: s32[], a: bf16[512,64,1], b: bf16[32,128,64]) -> f32[8,8] {{
+  %x = f32[8,8]{{1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %a = bf16[512,64,1]{{1,0,2}} parameter(2)
+  %b = bf16[32,128,64]{{2,1,0}} parameter(3)
+  %f = bf16[512,32,128]{{0,2,1}} fusion(%a, %b), kind=kOutput, calls=%fused
+  ROOT %r = f32[8,8]{{1,0}} conditional(%i, %x, %x), branch_computations={{%small, %large}}
+}}
+"""
+
+
+def test_products_in_the_text_of_a_tpu_program():
+    """Batched products are convolutions in which all but one tap of a window meets padding."""
+    projection = 2 * 512 * 64 * 32 * 128
+    assert work.device_flops(TPU_TEXT).flops == projection + 2 * 2 * 8**3
+    assert work.device_flops(TPU_TEXT, "optimizer").flops == 2 * 8**3
+
+
+def test_a_conditional_counts_as_its_dearest_branch():
+    def fn(i, x):
+        return jax.lax.switch(i, [lambda x: x @ x, lambda x: x @ x @ x, lambda x: x], x)
+
+    text = jax.jit(fn).lower(jnp.int32(0), jnp.ones((16, 16))).compile()
+    assert work.device_flops(text).flops == 2 * 2 * 16**3
+
+
+def test_traffic_of_slices_and_updates_counts_the_slice():
+    """A scan reads and writes one row of its stacks a trip, not the stacks."""
+
+    def fn(xs):
+        return jax.lax.scan(lambda c, x: (c, jnp.sin(x)), 0.0, xs)[1]
+
+    program = hlo.parse(jax.jit(fn).lower(jnp.ones((64, 1024))).compile())
+    whole = 64 * 1024 * 4
+    assert 2 * whole <= work.device_bytes(program) < 6 * whole
+
+
+# Plans
+
+
+@on_devices
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sift", "mezo"])
+def test_a_plan_for_virtual_devices(optimizer):
+    args = ("--topology", "cpu:8", "--optimizer.name", optimizer, "--mesh.fsdp", "8", *SMALL)
+    found = plan.plan(config(*args))
+    assert found.keys() >= KEYS
+    assert found["chips"] == 8 and found["fits"] and found["compiled"]
+    assert found["programs"].keys() == {"train", "score", "prefill", "decode"}
+    assert found["peak_bytes"] >= found["argument_bytes"] > 0
+    assert found["roofline_seconds"] == {"compute": None, "hbm": None, "interconnect": None}
+    step = found["programs"]["train"]
+    # What a device does is at least its part of what was asked for.
+    assert step["flops_per_chip"] >= 0.95 * step["asked_flops_per_chip"] > 0
+    if optimizer in ("muon", "sift"):
+        asked = step["asked_optimizer_flops_per_chip"]
+        assert 0.5 * asked <= step["optimizer_flops_per_chip"] <= 1.05 * asked
+        assert "all-to-all" in step["optimizer_collectives"]
+    json.dumps(found)
+    assert "fits" in plan.table(found)
+
+
+@on_devices
+def test_weights_are_not_gathered_once_a_label_chunk():
+    """The head is gathered for a stream's labels at once; gradients come back in parts."""
+    args = ("--topology", "cpu:8", "--mesh.fsdp", "8", "--objective.name", "npo", *SMALL)
+    step = plan.plan(config(*args, "--programs", "train"))["programs"]["train"]
+    decoder = programs.decoder_of(config(*args))
+    size = sum(4 * x.size for x in jax.tree.leaves(decoder.shapes()))
+    moved = sum(c["bytes"] for c in step["collectives"].values())
+    # Two streams: weights forward and backward, gradients (as all-reduces on CPUs), activations.
+    assert moved < 2 * 5 * size, (moved, size)
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ((), ("--topology", "v5e:8x8")),
+        (("--topology", "cpu:8", "--mesh.tp", "8"), ("--mesh.tp 8", "4 attention heads")),
+        (("--topology", "cpu:8", "--mesh.fsdp", "16"), ("needs 16 devices", "8 are present")),
+        (("--topology", "cpu:8", "--unlearn.batch-size", "12"), ("does not divide", "multiple")),
+        (("--topology", "cpu:8", "--programs", "tarin"), ("tarin", "train")),
+        (("--topology", "cpu:8", "--labels", "900"), ("--labels 900",)),
+        (("--topology", "cpu:8", "--model.path", "nowhere"), ("nowhere", "config.json")),
+        (("--topolgy", "cpu:8"), ("--topolgy", "did you mean --topology")),
+    ],
+)
+@on_devices
+def test_bad_input_is_one_line_before_anything_is_compiled(args, parts, monkeypatch):
+    monkeypatch.setattr(plan, "account", lambda *a: pytest.fail("compiled"))
+    with pytest.raises(UserError) as error:
+        plan.main(["quickstart", *args])
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_the_command_line_prints_one_object_or_one_line():
+    done = run("quickstart", "--topology", "cpu:2", "--programs", "score", "--json", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout).keys() >= KEYS - {"optimizer_flops_per_chip"}
+    failed = run("quickstart", "--topology", "v5e:3x3")
+    assert failed.returncode == 2
+    assert failed.stdout == "" and failed.stderr.count("\n") == 1 and "v5e:2x2" in failed.stderr
+
+
+def test_what_a_compiler_that_ran_out_of_memory_needed():
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (19.38G) exceeds available HBM (15.75G)."
+    )
+    assert needed_bytes(said) == int(19.38 * 2**30)
+    assert needed_bytes("INVALID_ARGUMENT: something else") is None
+
+
+@pytest.mark.parametrize("name", ["tofu-npo-llama3-8b", "tofu-npo-llama3-70b"])
+def test_presets_of_large_models(name):
+    preset = PRESETS[name].PRESET
+    decoder = programs.decoder_of(preset)
+    assert preset.preset == name and preset.model.dtype == "bfloat16"
+    assert decoder.config.num_layers == (32 if "8b" in name else 80)
+    assert preset.objective.name == "npo" and preset.mesh.fsdp == -1
+
+
+# For TPUs, with libtpu
+
+
+@with_libtpu
+@pytest.mark.parametrize("name", [f"{k}:{s[0]}" for k, s in topology.SLICES.items()] + ["v4:4x4x4"])
+def test_slices_have_the_devices_that_programs_see(name):
+    found = topology.find_topology(name)
+    assert len(found.devices) == found.chips * found.chip.devices
+
+
+@with_libtpu
+@pytest.mark.parametrize("optimizer", ["muon", "sift"])
+def test_a_plan_for_a_small_slice(optimizer):
+    args = ("--topology", "v5e:2x2", "--optimizer.name", optimizer, "--mesh.fsdp", "4", *SMALL)
+    found = plan.plan(config(*args))
+    assert found.keys() >= KEYS and found["fits"] and found["chips"] == 4
+    assert all(seconds > 0 for seconds in found["roofline_seconds"].values())
+    step = found["programs"]["train"]
+    assert 0.9 <= step["flops_per_chip"] / step["asked_flops_per_chip"] <= 1.1
+
+
+@with_libtpu
+@pytest.mark.slow
+def test_llama3_8b_on_64_chips():
+    """NPO with a cached reference: fits, and Muon costs at most 1.15 times a step without it."""
+    args = ("--topology", "v5e:8x8", "--programs", "train")
+    found = plan.plan(config(*args, "--optimizer.name", "muon", preset="tofu-npo-llama3-8b"))
+    assert found["fits"] and found["peak_bytes"] < 15.75 * 2**30
+    rest = found["flops_per_chip"] - found["optimizer_flops_per_chip"]
+    assert found["flops_per_chip"] / rest <= 1.15
+    # The peer, one matrix after the other.
+    peer = plan.plan(config(*args, "--optimizer.name", "optax-muon", preset="tofu-npo-llama3-8b"))
+    assert peer["peak_bytes"] > 1.5 * found["peak_bytes"]

@@ -1,0 +1,205 @@
+"""The text of a compiled program: its computations, and how often each instruction runs.
+
+An instruction in a loop's body stands there once and runs once a trip, so whoever adds something
+up multiplies it by the trip counts of the loops around it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\d+m\d+\w*)?\[([\d,<=]*)\]")
+_CALLS = re.compile(
+    r"\b(?:body|condition|calls|to_apply|true_computation|false_computation"
+    r"|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+class Line(NamedTuple):
+    """An instruction: `%name = type opcode(rest`, operands and attributes in `rest`."""
+
+    name: str
+    type: str
+    opcode: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands; in text without them, none."""
+        return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
+
+    @property
+    def op_name(self) -> str:
+        """Where in the traced function it comes from, as scopes joined by `/`."""
+        match = _OP_NAME.search(self.rest)
+        return match[1] if match else ""
+
+
+class Computation(NamedTuple):
+    """A named list of instructions."""
+
+    name: str
+    lines: list[Line]
+
+    def type_of(self, name: str) -> str:
+        """The type of an instruction; empty if there is none of that name."""
+        return next((line.type for line in self.lines if line.name == name), "")
+
+
+class Program(NamedTuple):
+    """The computations of a program by name, and which one it starts in."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+
+class Visit(NamedTuple):
+    """An instruction at one call site.
+
+    Args:
+        line: the instruction.
+        computation: where it stands.
+        times: how often a call of the program runs it: the product of the trip counts around it.
+        in_loop: whether it stands inside a loop's body (or condition).
+        known: whether the trip counts of all loops around it are known; an unknown one counts once.
+        branch: the branches of conditionals around it, as (name of the conditional, which one).
+    """
+
+    line: Line
+    computation: Computation
+    times: int
+    in_loop: bool
+    known: bool
+    branch: tuple[tuple[str, int], ...]
+
+
+def parse(program: Any) -> Program:
+    """The computations of a compiled program.
+
+    Args:
+        program: the text of optimised HLO, or `jax.jit(f).lower(...).compile()`.
+
+    Returns:
+        A :class:`Program`.
+
+    Raises:
+        ValueError: the text has no entry computation.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> program = parse(jax.jit(jnp.sin).lower(1.0).compile())
+        >>> [line.opcode for line in program.computations[program.entry].lines][0]
+        'parameter'
+    """
+    text = program if isinstance(program, str) else program.as_text()
+    computations: dict[str, Computation] = {}
+    current: list[Line] | None = None
+    entry = ""
+    for line in text.splitlines():
+        if current is None:
+            if match := _COMPUTATION.match(line):
+                current = computations.setdefault(match[2], Computation(match[2], [])).lines
+                entry = match[2] if match[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif match := _INSTRUCTION.match(line):
+            current.append(Line(*match.groups()))
+    if not entry:
+        raise ValueError("this is no text of a compiled program: no ENTRY computation in it")
+    return Program(computations, entry)
+
+
+def visits(program: Program) -> Iterator[Visit]:
+    """Every instruction at every call site, in the order of the text, all branches included.
+
+    Example:
+        >>> import jax
+        >>> loop = jax.jit(lambda x: jax.lax.fori_loop(0, 6, lambda i, y: y @ x, x))
+        >>> program = parse(loop.lower(jax.numpy.ones((3, 3))).compile())
+        >>> [v.times for v in visits(program) if v.line.opcode in ("dot", "custom-call")]
+        [6]
+    """
+
+    def walk(
+        name: str, times: int, in_loop: bool, known: bool, branch: tuple[tuple[str, int], ...]
+    ) -> Iterator[Visit]:
+        computation = program.computations[name]
+        for line in computation.lines:
+            yield Visit(line, computation, times, in_loop, known, branch)
+            inner = [c for c in called(line.rest) if c in program.computations]
+            if line.opcode in ("async-update", "async-done"):
+                continue  # they name what async-start has started
+            if line.opcode == "while":
+                trips = _trips(line.rest, program)
+                for c in inner:
+                    yield from walk(
+                        c, times * (trips or 1), True, known and trips is not None, branch
+                    )
+            elif line.opcode == "conditional":
+                for i, c in enumerate(inner):
+                    yield from walk(c, times, in_loop, known, (*branch, (f"{name}/{line.name}", i)))
+            else:
+                for c in inner:
+                    yield from walk(c, times, in_loop, known, branch)
+
+    yield from walk(program.entry, 1, False, True, ())
+
+
+def called(rest: str) -> list[str]:
+    """Names of the computations that an instruction with these attributes calls."""
+    return [
+        name for group in _CALLS.findall(rest) for name in re.findall(r"[\w.\-]+", group) if name
+    ]
+
+
+def _trips(rest: str, program: Program) -> int | None:
+    """The loop's trip count: as noted by XLA, or the one constant its condition compares with."""
+    if match := _TRIPS.search(rest):
+        return int(match[1])
+
+    def lines(name: str) -> list[Line]:
+        found = program.computations.get(name)
+        return [] if found is None else found.lines
+
+    match = re.search(r"\bcondition=%?([\w.\-]+)", rest)
+    condition = lines(match[1]) if match else []
+    limits = [line for line in condition if line.opcode == "constant"]
+    # Scans count from 0 by 1 while smaller; programs for TPU carry no note.
+    nested = [x for line in condition for c in called(line.rest) for x in lines(c)]
+    smaller = any("direction=LT" in line.rest for line in (*condition, *nested))
+    if len(limits) == 1 and smaller and limits[0].type.startswith("s32[]"):
+        return int(limits[0].rest.split(")")[0])
+    return None
+
+
+def shape_of(kind: str) -> tuple[int, ...]:
+    """The shape of the first array of a type.
+
+    Example:
+        >>> shape_of("bf16[32,128]{1,0:T(8,128)}")
+        (32, 128)
+    """
+    match = _ARRAY.search(kind)
+    return () if match is None else tuple(int(n) for n in re.findall(r"\d+", match[2]))
+
+
+def array_bytes(kind: str) -> int:
+    """Bytes of a type, the parts of a tuple added up.
+
+    Example:
+        >>> array_bytes("(f32[2,3]{1,0}, pred[8]{0})")
+        32
+    """
+    total = 0
+    for dtype, shape in _ARRAY.findall(kind):
+        digits = re.search(r"\d+", dtype)
+        bits = int(digits[0]) if digits else 8 * (dtype == "pred")
+        total += -(-bits * math.prod(int(n) for n in re.findall(r"\d+", shape)) // 8)
+    return total

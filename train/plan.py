@@ -1,0 +1,346 @@
+"""What a run costs on an accelerator that is not here: memory, work, traffic, time.
+
+python -m train.plan tofu-npo-llama3-8b --topology v5e:8x8
+python -m train.plan PRESET --topology KIND:SHAPE [any option of train.unlearn] [--json]
+
+The programs of the run are compiled ahead of time for the slice; no TPU and no weights are needed.
+Kinds: v4, v5e, v5p, v6e, tpu7x (with jaxlib-unlearn[tpu]); cpu:8; gpu:8 (GPUs that are present).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlib_unlearn.errors import UserError
+from train import cli
+from train.config import RunConfig
+from train.topology import GIB, Topology, check_topology, find_topology
+
+PROGRAMS = ("train", "score", "generate")
+# What a collective sends over the links of a chip in a group of n, in parts of its bytes.
+WIRE = {
+    "all-gather": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+}
+
+
+@dataclass(frozen=True)
+class PlanConfig(RunConfig):
+    """A run, and what to plan it for.
+
+    Args:
+        topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
+        length: padded tokens a row; None: `data.max_length`.
+        labels: padded labels a row; None: `length`.
+        programs: which programs to compile: train, score, generate.
+        json: print one JSON object and nothing else.
+    """
+
+    topology: str = ""
+    length: int | None = None
+    labels: int | None = None
+    programs: tuple[str, ...] = PROGRAMS
+    json: bool = False
+
+
+def main(argv: list[str]) -> None:
+    """The program."""
+    from train.presets import PRESETS
+    from train.unlearn import read_arguments
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        print("Presets: " + ", ".join(PRESETS))
+        return
+    config = read_arguments(argv, PlanConfig, "train.plan")
+    check(config)
+    found = plan(config, say=None if config.json else lambda text: print(text, flush=True))
+    print(json.dumps(found, indent=1) if config.json else table(found))
+
+
+def check(config: PlanConfig) -> None:
+    """Raise `UserError` for what is wrong before a device is looked for."""
+    if not config.topology:
+        raise UserError("give --topology, a TPU slice such as v5e:8x8, or cpu:8")
+    check_topology(config.topology)
+    for name in config.programs:
+        cli.check_choice("--programs", name, PROGRAMS)
+    for option, size in (("--length", config.length), ("--labels", config.labels)):
+        if size is not None and size < 1:
+            raise UserError(f"{option} {size} must be at least 1")
+    if (config.labels or 1) > (config.length or config.data.max_length):
+        raise UserError(f"--labels {config.labels} are more than the tokens of a row")
+
+
+def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
+    """Compile the programs of a run for a slice and account for them.
+
+    Args:
+        config: the run and the slice.
+        say: called with a line before each compilation; None: silent.
+
+    Returns:
+        Plain values: those of the training step at the top, all of them under `programs`.
+
+    Raises:
+        UserError: the slice does not exist, or the run does not fit it in kind.
+    """
+    from train import programs, sharding
+
+    topology = find_topology(config.topology)
+    decoder = programs.decoder_of(config)
+    mesh = sharding.make_mesh(config.mesh, list(topology.devices))
+    sharding.check_heads(mesh, decoder.config.num_heads)
+    length = config.length or config.data.max_length
+    labels = config.labels or length
+    wanted = []
+    if "train" in config.programs:
+        wanted.append(programs.train_program(config, decoder, mesh, length, labels))
+    if "score" in config.programs:
+        wanted.append(programs.score_program(config, decoder, mesh, length, labels))
+    if "generate" in config.programs:
+        wanted += programs.generate_programs(config, decoder, mesh, length)
+    done = {}
+    for program in wanted:
+        if say is not None:
+            say(f"compiling {program.name} for {topology.name}: {program.unit}")
+        done[program.name] = account(program, topology, mesh.size)
+    if "train" in done:
+        done["train"] |= optimizer_work(config, decoder, mesh, done["train"])
+    first = next(iter(done.values()))
+    return {
+        "preset": config.preset,
+        "model": config.stage.original or config.model.path,
+        "optimizer": config.optimizer.name,
+        "topology": topology.name,
+        "chips": topology.chips,
+        "devices": len(topology.devices),
+        "mesh": dict(mesh.shape),
+        "hbm_bytes_per_chip": topology.chip.hbm_bytes,
+        **first,
+        "fits": all(p["fits"] for p in done.values()),
+        "knobs": knobs(config, decoder, done, mesh),
+        "programs": done,
+    }
+
+
+def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
+    """Compile one program and add up what a chip holds, does and sends."""
+    from train import collectives, flops, hlo, work
+
+    per_chip = len(topology.devices) // topology.chips
+    room = topology.hbm_bytes_per_device
+    start = time.monotonic()
+    traced = program.call.trace(*program.args, **program.static)
+    # Counted on the whole mesh, of which every device has its part.
+    asked = flops.count_jaxpr(traced.jaxpr).flops / devices
+    result: dict[str, Any] = {"unit": program.unit}
+    try:
+        compiled = traced.lower().compile()
+    except Exception as error:
+        needed = needed_bytes(str(error))
+        if needed is None:
+            raise
+        # The compiler gave up: no program to look at, but it says what it would have needed.
+        arguments = argument_bytes(program.args)
+        temporaries = max(0, needed - arguments) if needed > arguments else needed
+        return result | {
+            "compiled": False,
+            "compile_seconds": round(time.monotonic() - start, 1),
+            "argument_bytes": arguments * per_chip,
+            "temp_bytes": temporaries * per_chip,
+            "peak_bytes": (arguments + temporaries) * per_chip,
+            "flops_per_chip": asked * per_chip,
+            "asked_flops_per_chip": asked * per_chip,
+            "optimizer_flops_per_chip": None,
+            "hbm_traffic_bytes": None,
+            "collectives": {},
+            "roofline_seconds": {"compute": None, "hbm": None, "interconnect": None},
+            "fits": False,
+        }
+    seconds = time.monotonic() - start
+    memory = compiled.memory_analysis()
+    parsed = hlo.parse(compiled)
+    done = work.device_flops(parsed)
+    scoped = work.device_flops(parsed, "optimizer").flops
+    found = collectives.collectives(parsed)
+    arguments = memory.argument_size_in_bytes
+    peak = (
+        arguments
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    traffic = work.device_bytes(parsed)
+    on_chip = {kind: {"count": n, "bytes": size * per_chip}
+               for kind, (n, size) in collectives.summary(found).items()}  # fmt: skip
+    return result | {
+        "compiled": True,
+        "compile_seconds": round(seconds, 1),
+        "argument_bytes": arguments * per_chip,
+        "temp_bytes": memory.temp_size_in_bytes * per_chip,
+        "peak_bytes": peak * per_chip,
+        "flops_per_chip": done.flops * per_chip,
+        "asked_flops_per_chip": asked * per_chip,
+        "optimizer_flops_per_chip": scoped * per_chip,
+        "hbm_traffic_bytes": traffic * per_chip,
+        "collectives": on_chip,
+        "optimizer_collectives": {
+            kind: {"count": n, "bytes": size * per_chip}
+            for kind, (n, size) in collectives.summary(
+                c for c in found if "optimizer" in c.scope.split("/")
+            ).items()
+        },
+        "roofline_seconds": roofline(topology, done.flops, traffic, found, per_chip),
+        "fits": peak <= room,
+    }
+
+
+def optimizer_work(config: Any, decoder: Any, mesh: Any, step: dict[str, Any]) -> dict[str, Any]:
+    """The update's work: as compiled, or (where nothing was compiled) as it was asked for."""
+    from train import flops, programs
+
+    made = programs.update_program(config, decoder, mesh)
+    if made is None:
+        return {"optimizer_flops_per_chip": step["optimizer_flops_per_chip"] or 0}
+    asked = flops.count(made[0], *made[1]).flops / mesh.size
+    compiled = step["optimizer_flops_per_chip"]
+    return {
+        "optimizer_flops_per_chip": asked if compiled is None else compiled,
+        "asked_optimizer_flops_per_chip": asked,
+    }
+
+
+def roofline(
+    topology: Topology, flops: int, traffic: int, found: list[Any], per_chip: int
+) -> dict[str, float | None]:
+    """Seconds that each resource of a chip needs by itself; None: its speed is not known."""
+    chip = topology.chip
+    wire = 0.0
+    for c in found:
+        n = len(c.groups[0]) if c.groups else len(topology.devices)
+        wire += c.times * c.bytes * (WIRE[c.kind](n) if c.kind in WIRE else 1.0)
+
+    def at(amount: float, speed: float | None) -> float | None:
+        return None if speed is None else amount * per_chip / speed
+
+    return {
+        "compute": at(flops, chip.flops),
+        "hbm": at(traffic, chip.hbm_bandwidth),
+        "interconnect": at(wire, chip.ici_bandwidth),
+    }
+
+
+_NEEDED = (
+    re.compile(r"memory required for HLO temporaries \(([\d.]+)([KMG])\)"),
+    re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm"),
+    re.compile(r"[Aa]ttempting to (?:allocate|reserve) ([\d.]+)([KMG])"),
+)
+
+
+def needed_bytes(message: str) -> int | None:
+    """What a compiler that ran out of memory would have needed, in its own words; None: not said.
+
+    Example:
+        >>> needed_bytes("Used 19.5G of 15.75G hbm. Exceeded hbm capacity by 3.75G") / 2**30
+        19.5
+    """
+    for pattern in _NEEDED:
+        if match := pattern.search(message):
+            return int(float(match[1]) * 1024 ** ("KMG".index(match[2]) + 1))
+    return None
+
+
+def argument_bytes(args: Any) -> int:
+    """Bytes of a program's arguments on one device."""
+    import jax
+
+    total = 0
+    for leaf in jax.tree.leaves(args):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+            size = 1
+            for n in shape:
+                size *= n
+            total += size * getattr(leaf.dtype, "itemsize", 4)
+    return total
+
+
+def knobs(config: PlanConfig, decoder: Any, done: dict[str, Any], mesh: Any) -> list[str]:
+    """What is left to turn when something does not fit, the cheapest first."""
+    out = []
+    if "train" in done and not done["train"]["fits"]:
+        out += [f"--model.remat {word}" for word in ("True",) if not config.model.remat]
+        rows = config.unlearn.batch_size
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        parts = config.unlearn.accumulate * 2
+        if rows % (ways * parts) == 0:
+            out.append(f"--unlearn.accumulate {parts}")
+        if mesh.shape["data"] > 1:
+            out.append(f"--mesh.data 1 --mesh.fsdp {mesh.shape['data'] * mesh.shape['fsdp']}")
+        if config.model.dtype == "float32":
+            out.append("--model.dtype bfloat16")
+        out.append("a larger --topology")
+    if not all(p["fits"] for name, p in done.items() if name != "train"):
+        out.append("--evaluate.score-tokens, --evaluate.generate-rows: smaller")
+    return out
+
+
+def table(found: dict[str, Any]) -> str:
+    """A plan as lines for a terminal."""
+    mesh = " x ".join(f"{name} {n}" for name, n in found["mesh"].items())
+    lines = [
+        f"{found['preset']}: {found['model']}, {found['optimizer']}, on {found['topology']} "
+        f"({found['chips']} chips, mesh {mesh}, {found['hbm_bytes_per_chip'] / GIB:.2f} GiB each)",
+    ]
+    for name, p in found["programs"].items():
+        verdict = "fits" if p["fits"] else "DOES NOT FIT"
+        spare = (found["hbm_bytes_per_chip"] - p["peak_bytes"]) / GIB
+        lines += [
+            "",
+            f"{name}: {p['unit']}; compiled in {p['compile_seconds']} s",
+            f"  memory a chip   {p['peak_bytes'] / GIB:8.2f} GiB  ({p['argument_bytes'] / GIB:.2f} "
+            f"arguments, {p['temp_bytes'] / GIB:.2f} temporaries): {verdict}, "
+            f"{abs(spare):.2f} GiB {'to spare' if spare >= 0 else 'too much'}",
+            f"  products        {p['flops_per_chip'] / 1e12:8.2f} TFLOP a chip"
+            + _optimizer(p)
+            + _repeated(p),
+        ]
+        for kind, c in p["collectives"].items():
+            lines.append(f"  {kind:15} {c['bytes'] / GIB:8.2f} GiB a chip in {c['count']} calls")
+        times = {k: v for k, v in p["roofline_seconds"].items() if v is not None}
+        if times:
+            slowest = max(times, key=lambda k: times[k])
+            lines.append(
+                "  at best         "
+                + ", ".join(f"{k} {v:.3f} s" for k, v in times.items())
+                + f": bound by {slowest}"
+            )
+    if found["knobs"]:
+        lines += ["", "left to turn: " + "; ".join(found["knobs"])]
+    return "\n".join(lines)
+
+
+def _optimizer(p: dict[str, Any]) -> str:
+    spent = p.get("optimizer_flops_per_chip")
+    return f", {spent / 1e12:.2f} of them the update" if spent else ""
+
+
+def _repeated(p: dict[str, Any]) -> str:
+    """Work that several chips repeat, where there is any to speak of."""
+    more = p["flops_per_chip"] / p["asked_flops_per_chip"] - 1 if p["asked_flops_per_chip"] else 0
+    return f" ({more:.0%} repeated on several chips)" if more > 0.05 else ""
+
+
+if __name__ == "__main__":
+    cli.main(main)
+
+
+__all__ = ["PlanConfig", "account", "check", "main", "plan", "table"]

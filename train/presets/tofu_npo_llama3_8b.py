@@ -1,0 +1,49 @@
+"""tofu-npo-llama3-8b: Llama-3-8B learns TOFU and forgets a tenth of it with NPO, on a TPU slice.
+
+    python -m train.plan tofu-npo-llama3-8b --topology v5e:8x8      (on any machine)
+    python -m train.unlearn tofu-npo-llama3-8b                      (on every host of the slice)
+
+The weights are gated on the Hub: accept their licence and log in, or give --model.path a folder.
+"""
+
+from jaxlib_unlearn.objectives import ObjectiveConfig
+from train.config import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    UnlearnConfig,
+)
+from train.optimizers import OptimizerConfig
+from train.sharding import MeshConfig
+
+SUMMARY = "Llama-3-8B learns TOFU and forgets a tenth of it with NPO (a TPU slice or GPUs)"
+
+PRESET = RunConfig(
+    preset="tofu-npo-llama3-8b",
+    data=DataConfig(source="tofu", forget_split="forget10", retain_rows=400, max_length=512),
+    model=ModelConfig(path="meta-llama/Meta-Llama-3-8B-Instruct", dtype="bfloat16", remat=True),
+    # Parameters, gradients and optimizer state split over every chip.
+    mesh=MeshConfig(data=1, fsdp=-1, tp=1),
+    finetune=TrainConfig(
+        epochs=5,
+        batch_size=64,
+        optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup=0.1),
+    ),
+    unlearn=UnlearnConfig(epochs=10, batch_size=64),
+    objective=ObjectiveConfig(name="npo", retain="nll"),
+    optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup=0.1),
+    evaluate=EvaluateConfig(score_tokens=65536, generate_rows=256),
+    export_dtype="bfloat16",
+)
+
+OBJECTIVES = {"npo": PRESET.objective}
+
+SMOKE = {
+    "finetune.steps": 4,
+    "unlearn.steps": 2,
+    "unlearn.curve_points": 1,
+    "evaluate.leak_samples": 2,
+    "evaluate.max_new_tokens": 16,
+}
