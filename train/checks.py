@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
+from models.decoder import REMAT
 from models.weights import DTYPES
 from train import cli, optimizers, sharding
 from train.config import EvaluateConfig, RunConfig, TrainConfig, UnlearnConfig
@@ -119,6 +120,7 @@ def check_run(config: RunConfig) -> Mesh:
     optimizers.check_pair(config.optimizer, config.combine, objective, options)
     check_evaluate(config.evaluate)
     check_dtype("--export-dtype", config.export_dtype)
+    cli.check_choice("--model.remat", config.model.remat, tuple(REMAT))
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError(
             "--tensorboard needs tensorboardX; pip install 'jaxlib-unlearn[tensorboard]'"

@@ -50,7 +50,8 @@ class ModelConfig:
         path: an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch`
             (random weights).
         vocab_size: of the tokenizer trained in the run (from scratch only), as the sizes below.
-        remat: recompute blocks in the backward pass (less memory, a third more time).
+        remat: what the backward pass recomputes: `none`, `dots` (all but the projections: half the
+            memory, hardly more time) or `full` (whole blocks: least memory, a third more time).
     """
 
     path: str = "smollm2"
@@ -60,7 +61,7 @@ class ModelConfig:
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
-    remat: bool = False
+    remat: str = "none"
 
 
 @dataclass(frozen=True)

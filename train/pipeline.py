@@ -106,7 +106,7 @@ def model_source(path: str) -> str | Path:
     return found
 
 
-def load_model(path: str, remat: bool, mesh: Any) -> Model:
+def load_model(path: str, remat: str, mesh: Any) -> Model:
     """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`."""
     loaded = models.load(model_source(path))
     params = sharding.put_params(loaded.params, mesh)
