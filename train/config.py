@@ -100,6 +100,29 @@ class UnlearnConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of the parameters, in the unlearning stage.
+
+    The model is frozen, the optimizer sees the adapters alone, and what is judged and exported is
+    the model with the adapters merged into it.
+
+    Args:
+        rank: r of the adapters; None: no adapters, every parameter is trained.
+        alpha: the adapters' term is multiplied by alpha / rank; None: the rank, so by 1.
+        targets: kernels that get one, by name.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """Start from results that exist.
 
@@ -170,6 +193,7 @@ class RunConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     combine: str = "sum"
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export_dtype: str = "float32"

@@ -18,7 +18,7 @@ from jaxlib_unlearn.objectives import Objective
 from models.decoder import Decoder
 from train import checkpointing, sharding
 from train.optimizers import OptimizerConfig, build
-from train.step import TrainState, compile_step, init_state, make_step
+from train.step import Bind, TrainState, compile_step, init_state, make_step, whole
 from train.tracking import Tracker, progress, say
 
 HostBatches = Mapping[str, Mapping[str, np.ndarray]]
@@ -52,6 +52,7 @@ class Stage:
         curve: `params -> scalars`, called at `curve_steps`.
         checkpoints: folder for this stage's checkpoints.
         checkpoint_seconds: least time between two of them.
+        bind: how what is trained becomes a model (`train.step.Trainable`).
     """
 
     name: str
@@ -66,6 +67,7 @@ class Stage:
     curve: Callable[[Any], dict[str, float]] | None = None
     curve_steps: tuple[int, ...] = ()
     combine: str = "sum"
+    bind: Bind = whole
 
 
 def curve_steps(steps: int, points: int) -> tuple[int, ...]:
@@ -88,7 +90,16 @@ def run(
     params = sharding.put_params(jax.tree.map(lambda x: jnp.array(x, copy=True), params), mesh)
     state, shardings = init_state(params, tx, mesh)
     step_fn = compile_step(
-        make_step(decoder, stage.objective, stage.options, tx, schedule, stage.accumulate, needs),
+        make_step(
+            decoder,
+            stage.objective,
+            stage.options,
+            tx,
+            schedule,
+            stage.accumulate,
+            needs,
+            stage.bind,
+        ),
         shardings,
         mesh,
     )

@@ -48,8 +48,8 @@ class OptimizerConfig:
         period: steps of one kind before hybrid turns to the other kind.
         state_dtype: of first moments and momenta (AdamW's, hybrid's AdamW's, Sophia's, sign's, and
             those of muon, teon and sift): float32 or bfloat16, half their bytes. A step changes
-            them by 5 to 10 %, and bfloat16 tells 0.4 % apart (decays of 0.99 would leave them up to a
-            fifth short of a steady gradient). Second moments stay float32: with b2 0.999 one of
+            them by 5 to 10 %, and bfloat16 tells 0.4 % apart (decays of 0.99 would leave them up to
+            a fifth short of a steady gradient). Second moments stay float32: with b2 0.999 one of
             bfloat16 would never fall, as 0.1 % of it rounds to nothing.
         zo_learning_rate: peak of hybrid's zeroth-order steps; None: `learning_rate`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ import models
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
-from models import Decoder, DecoderConfig, Tokenizer
+from models import Decoder, DecoderConfig, Tokenizer, lora
 from models.policy import head_of
 from models.weights import find_smollm2
 from train import loop, sharding
 from train.checkpointing import params_sha256
-from train.config import RunConfig, TrainConfig, UnlearnConfig, to_json
+from train.config import LoraConfig, RunConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.examples import Encoded, encode_rows
 from train.data.tofu import refusal_rows
 from train.evaluation import Model, curve, longest
 from train.optimizers import OptimizerConfig, check_pair, check_steps
 from train.stages import digest, params_stage
+from train.step import Trainable, all_of
 from train.streams import Stream, batches_of, make_stream, with_references
 from train.task import Row, Task, texts
 from train.tracking import Tracker, say
@@ -206,6 +208,22 @@ def unlearn(
         tracker=tracker,
         watch=(task, config),
         combine=config.combine,
+        adapters=config.lora,
+    )
+
+
+def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed: int) -> Trainable:
+    """What a stage trains: the parameters of a model, or adapters beside them."""
+    params = start.params
+    if adapters is None or adapters.rank is None:
+        return all_of(params, head_of(params) if "hidden" in row.reference.values() else None)
+    options = {"scale": adapters.scale}
+    return Trainable(
+        lora.init(params, adapters.rank, adapters.targets, seed),
+        params,
+        functools.partial(lora.bind, **options),
+        lambda trainable: lora.view(trainable, params, **options),
+        lambda trainable: lora.merge(trainable, params, **options),
     )
 
 
@@ -224,6 +242,7 @@ def train_stage(
     watch: tuple[Task, RunConfig] | None = None,
     cache: Path | None = None,
     combine: str = "sum",
+    adapters: LoraConfig | None = None,
 ) -> Model:
     """One stage of training: found by the digest of what it is made from, or computed."""
     row, options = objective
@@ -246,6 +265,8 @@ def train_stage(
         "seed": stage_seed,
         "combine": combine,
     }
+    if adapters is not None and adapters.rank is not None:
+        inputs["lora"] = to_json(adapters)
 
     def look(params: Any) -> dict[str, float]:
         assert watch is not None
@@ -264,6 +285,7 @@ def train_stage(
         ready = with_references(
             streams, row, options, start.decoder, start.params, start.sha, mesh, root
         )
+        training = trainable_of(start, row, adapters, seed)
         plan = loop.Stage(
             name=name,
             steps=steps,
@@ -274,12 +296,13 @@ def train_stage(
             accumulate=stage.accumulate,
             checkpoints=checkpoints,
             checkpoint_seconds=stage.checkpoint_seconds,
-            curve=None if watch is None else look,
+            curve=None if watch is None else lambda trainable: look(training.view(trainable)),
             curve_steps=loop.curve_steps(steps, stage.curve_points),
             combine=combine,
+            bind=training.bind,
         )
-        frozen = head_of(start.params) if "hidden" in row.reference.values() else None
-        return loop.run(plan, start.decoder, start.params, frozen, mesh, tracker)
+        trained = loop.run(plan, start.decoder, training.start, training.frozen, mesh, tracker)
+        return training.finish(trained)
 
     params, sha = params_stage(root, name, inputs, start.params, compute, cache)
     return Model(start.decoder, params, start.tokenizer, sha)

@@ -19,10 +19,41 @@ from models.policy import DecoderPolicy
 from train.sharding import batch_sharding, param_shardings, state_shardings
 
 Batches = Mapping[str, Mapping[str, jax.Array]]
+Bind = Callable[..., tuple[Any, Any]]
+
+
+class Trainable(NamedTuple):
+    """What a stage trains, what it leaves as it is, and how the two are a model.
+
+    Args:
+        start: the tree that is trained, as it starts. Optimizers see nothing else.
+        frozen: arrays that a step reads and never writes: they are not donated.
+        bind: `(trainable, frozen, layer_map=None) -> (params, layer_map)`, what `forward` takes.
+            The `layer_map` that comes in is of the trainable tree's layers.
+        view: `trainable -> params` for a look on the way, whose `forward` needs no layer map.
+        finish: `trainable -> params`, the plain parameters of the trained model.
+    """
+
+    start: Any
+    frozen: Any
+    bind: Bind
+    view: Callable[[Any], Any]
+    finish: Callable[[Any], Any]
+
+
+def whole(trainable: Any, frozen: Any, layer_map: Any = None) -> tuple[Any, Any]:
+    """The trained tree is all of the model's parameters."""
+    del frozen
+    return trainable, layer_map
+
+
+def all_of(params: Any, frozen: Any = None) -> Trainable:
+    """Every parameter is trained; `frozen` holds what references are computed with."""
+    return Trainable(params, frozen, whole, lambda params: params, lambda params: params)
 
 
 class TrainState(NamedTuple):
-    """Parameters, optimizer state and the number of steps taken (or the shardings of the three)."""
+    """What is trained, optimizer state and number of steps (or the shardings of the three)."""
 
     params: Any
     opt_state: Any
@@ -41,12 +72,18 @@ def split_batch(batches: Batches, parts: int) -> Batches:
 class Losses:
     """An objective on one global batch, as the functions of the parameters that optimizers ask for.
 
+    `params` is the trained tree; `bind` makes a model of it and `frozen` (`Trainable`). `frozen` is
+    also what unembeds cached hidden states of the reference.
+
     The weights come first, from the loss on the whole batch: they depend on masks alone, so the
     compiler drops that forward pass.
     """
 
-    def __init__(self, decoder, objective, options, params, frozen, batches, accumulate):
-        def terms(params, part, layer_map=None):
+    def __init__(
+        self, decoder, objective, options, params, frozen, batches, accumulate, bind: Bind = whole
+    ):
+        def terms(trainable, part, layer_map=None):
+            params, layer_map = bind(trainable, frozen, layer_map)
             forward = {} if layer_map is None else {"layer_map": layer_map}
             return objective.loss(DecoderPolicy(decoder, params, frozen, forward), part, options)
 
@@ -119,17 +156,18 @@ def make_step(
     schedule: optax.Schedule,
     accumulate: int = 1,
     needs: str = "joint",
+    bind: Bind = whole,
 ) -> Callable[[TrainState, Any, Batches], tuple[TrainState, dict[str, jax.Array]]]:
     """The un-jitted step `(state, frozen, batches) -> (state, metrics)`.
 
     `needs` says what the optimizer is handed: `joint`, one gradient; `split`, those of the forget
     side and of the retain side; `value`, the loss as a function (no gradient is computed); `lazy`,
-    the loss and its gradient as functions.
+    the loss and its gradient as functions. `bind` says how what is trained becomes a model.
     """
 
     def step(state: TrainState, frozen: Any, batches: Batches):
         params = state.params
-        losses = Losses(decoder, objective, options, params, frozen, batches, accumulate)
+        losses = Losses(decoder, objective, options, params, frozen, batches, accumulate, bind)
         grads: Any = None
         extra: dict[str, Any] = {}
         if needs == "joint":

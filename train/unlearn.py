@@ -190,6 +190,7 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
             )
     else:
         base = pipeline.base_model(config, task, mesh)
+    checks.check_lora(config.lora, config.optimizer, base.params)
     objective, options = objectives.resolve(config.objective)
     objectives.reference_forward(objective, options, base.decoder.config.num_layers)
     data = config.data
