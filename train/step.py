@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_unlearn.objectives import Objective, combine
+from jaxlib_unlearn.objectives import Objective, combine, side_of
 from models.decoder import Decoder
 from models.policy import DecoderPolicy
 from train.sharding import batch_sharding, param_shardings, state_shardings
@@ -111,7 +111,9 @@ class Losses:
         terms = self._terms(params, part, layer_map)
         sums = {name: total for name, (total, _) in terms.items()}
         weighted = {name: (total, self.weights[name]) for name, total in sums.items()}
-        return combine(weighted, self.weights, self._options, side), sums
+        # Not the other side's: their forward pass would be done for nothing but these numbers.
+        mine = {n: total for n, total in sums.items() if side in (None, side_of(n))}
+        return combine(weighted, self.weights, self._options, side), mine
 
     def value(self, params: Any, layer_map: Any = None) -> jax.Array:
         """`sum_t coef_t * sum_t / weight_t` over the whole batch."""
@@ -129,16 +131,14 @@ class Losses:
         """Metrics, and the gradient of the total of each side (None: of all)."""
 
         def one(part):
-            first, *rest = sides
             fn = jax.value_and_grad(self._total, has_aux=True)
-            (total, sums), grads = fn(params, part, first)
-            found = [grads]
-            for side in rest:
-                more, grads = jax.value_and_grad(
-                    lambda p, side=side: self._total(p, part, side)[0]
-                )(params)
-                total, found = total + more, [*found, grads]
-            return (total, sums), tuple(found)
+            totals, sums, found = [], {}, []
+            for side in sides:
+                (total, mine), grads = fn(params, part, side)
+                totals.append(total)
+                sums |= mine
+                found.append(grads)
+            return (sum(totals[1:], totals[0]), sums), tuple(found)
 
         (total, sums), grads = self._over_parts(one)
         return self._metrics(total, sums), grads
@@ -188,6 +188,11 @@ def make_step(
             if needs == "lazy":
                 extra["grad_fn"] = losses.grad
         updates, opt_state = tx.update(grads, state.opt_state, params, **extra)
+        if needs in ("value", "lazy"):
+            # Nothing of the update depends on this look at the loss. Told that it does, XLA writes
+            # the new parameters in place; else it keeps a copy for whichever of the two is later.
+            after = 0.0 * metrics["loss"]
+            updates = jax.tree.map(lambda u: u + after.astype(u.dtype), updates)
         metrics |= {
             "update_norm": optax.tree.norm(updates),
             "lr": jnp.asarray(schedule(state.step)),
