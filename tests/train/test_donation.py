@@ -49,8 +49,8 @@ def compiled(name, combine="sum", accumulate=1, objective="graddiff"):
 def check(state, made):
     memory = made.memory_analysis()
     # All but a few numbers: of those that a step does not read, JAX passes no buffer.
-    assert memory.alias_size_in_bytes >= size(state) - 512
-    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 512  # the metrics
+    assert memory.alias_size_in_bytes >= size(state) - 4096
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 4096  # metrics
     # XLA copies a donated array when it cannot tell that its last reader comes before its writer.
     copied = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(%state_(\w+?)\.?\d*\)", made.as_text())
     large = [name for dims, name in copied if dims.count(",") >= 1]
