@@ -188,15 +188,16 @@ def make_step(
             if needs == "lazy":
                 extra["grad_fn"] = losses.grad
         updates, opt_state = tx.update(grads, state.opt_state, params, **extra)
-        if needs in ("value", "lazy"):
-            # Nothing of the update depends on this look at the loss. Told that it does, XLA writes
-            # the new parameters in place; else it keeps a copy for whichever of the two is later.
-            after = 0.0 * metrics["loss"]
-            updates = jax.tree.map(lambda u: u + after.astype(u.dtype), updates)
         metrics |= {
             "update_norm": optax.tree.norm(updates),
             "lr": jnp.asarray(schedule(state.step)),
         }
+        if needs in ("value", "lazy"):
+            # Nothing of the update depends on these looks at parameters and update. Told that it
+            # does, XLA writes the new parameters in place; else it may keep a copy of the old ones
+            # for whichever comes later.
+            after = 0.0 * (metrics["loss"] + metrics["update_norm"])
+            updates = jax.tree.map(lambda u: u + after.astype(u.dtype), updates)
         params = optax.apply_updates(params, updates)
         return TrainState(params, opt_state, state.step + 1), metrics
 
