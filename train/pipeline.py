@@ -17,7 +17,7 @@ from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
 from models import Decoder, DecoderConfig, Tokenizer, lora
 from models.policy import head_of
 from models.weights import find_smollm2
-from train import loop, sharding
+from train import loop, residency, sharding
 from train.checkpointing import params_sha256
 from train.config import LoraConfig, RunConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.examples import Encoded, encode_rows
@@ -213,10 +213,16 @@ def unlearn(
 
 
 def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed: int) -> Trainable:
-    """What a stage trains: the parameters of a model, or adapters beside them."""
+    """What a stage trains: the parameters of a model, or adapters beside them.
+
+    Of a parked model only what a step reads is brought to the device: it and its copy that is
+    trained never lie there together.
+    """
     params = start.params
     if adapters is None or adapters.rank is None:
-        return all_of(params, head_of(params) if "hidden" in row.reference.values() else None)
+        hidden = "hidden" in row.reference.values()
+        return all_of(params, residency.at_hand(head_of(params)) if hidden else None)
+    params = residency.at_hand(params)
     options = {"scale": adapters.scale}
     return Trainable(
         lora.init(params, adapters.rank, adapters.targets, seed),
@@ -304,5 +310,10 @@ def train_stage(
         trained = loop.run(plan, start.decoder, training.start, training.frozen, mesh, tracker)
         return training.finish(trained)
 
-    params, sha = params_stage(root, name, inputs, start.params, compute, cache)
+    like = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        start.params,
+        sharding.param_shardings(start.params, mesh),
+    )
+    params, sha = params_stage(root, name, inputs, like, compute, cache)
     return Model(start.decoder, params, start.tokenizer, sha)

@@ -104,6 +104,7 @@ def run(config: RunConfig) -> Path:
 
     started = time.monotonic()
     task, base, mesh, retain_log = prepare(config)
+    base = base.parked()  # as every model while it waits: a step has the device to itself
     root = open_run(config)
     tracker = Tracker(root, config.tensorboard)
     size = evaluation.num_parameters(base.params) / 1e6
@@ -125,7 +126,7 @@ def run(config: RunConfig) -> Path:
     if config.stage.original is None:
         original = pipeline.finetune(
             config, base, task.forget + task.retain, "original", root, mesh, tracker
-        )
+        ).parked()
     timed("original", clock)
     oracle = None
     if config.oracle and retain_log is None:
@@ -136,12 +137,14 @@ def run(config: RunConfig) -> Path:
             )
         else:
             clock = time.monotonic()
-            oracle = pipeline.finetune(config, base, task.retain, "oracle", root, mesh, tracker)
+            oracle = pipeline.finetune(
+                config, base, task.retain, "oracle", root, mesh, tracker
+            ).parked()
             timed("oracle", clock)
 
     # 2. Forget.
     clock = time.monotonic()
-    unlearned = pipeline.unlearn(config, original, task, root, mesh, tracker)
+    unlearned = pipeline.unlearn(config, original, task, root, mesh, tracker).parked()
     timed("unlearned", clock)
 
     # 3. Judge all of them alike.
@@ -325,7 +328,7 @@ def evaluate_cached(
 
     def compute() -> Any:
         return evaluation.evaluate_model(
-            model,
+            model.at_hand(),
             task,
             config.evaluate,
             system_prompt=config.data.system_prompt,
@@ -333,7 +336,7 @@ def evaluate_cached(
             mesh=mesh,
             seed=config.seed,
             name=name,
-            judge=judge,
+            judge=None if judge is None else judge.at_hand(),
         )
 
     return json_stage(root / "evals" / f"{name}.json", inputs, compute, cache)
