@@ -50,8 +50,9 @@ class ModelConfig:
         path: an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch`
             (random weights).
         vocab_size: of the tokenizer trained in the run (from scratch only), as the sizes below.
-        remat: what the backward pass recomputes: `none`, `dots` (all but the projections: half the
-            memory, hardly more time) or `full` (whole blocks: least memory, a third more time).
+        remat: what the backward pass recomputes: `none`, `dots` (all but the projections: half of
+            the temporaries, hardly more work) or `full` (whole blocks: a quarter, for a quarter
+            more work).
     """
 
     path: str = "smollm2"
