@@ -1,5 +1,6 @@
 """Decoder language models in JAX: load, run and export Llama, Mistral, Qwen and SmolLM2."""
 
+from models import lora
 from models.decoder import Decoder, DecoderConfig
 from models.export import export
 from models.tokenizer import Tokenizer
@@ -13,4 +14,5 @@ __all__ = [
     "export",
     "find_smollm2",
     "load",
+    "lora",
 ]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.layers import (
+    LINEAR,
     Block,
     RopeScaling,
     batch_sharded,
@@ -30,6 +31,15 @@ from models.layers import (
 
 Params = Mapping[str, Any]
 LayerMap = Callable[[Any, jax.Array], Any]
+
+# What the forward pass keeps of a block for the backward pass: a policy of `jax.checkpoint`, None
+# for no checkpoint. `dots` names what projections return instead of asking for products without
+# batch axes: a product inside one (the factors of an adapter) is then not kept beside it.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,12 @@ class Decoder:
 
     Args:
         config: shape and conventions.
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: what the backward pass recomputes, a row of `REMAT`: `none`, every activation is
+            kept; `dots`, attention and what is elementwise (the results of the projections are
+            kept); `full`, whole blocks (their inputs alone are kept).
+
+    Raises:
+        ValueError: no such row.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -81,7 +96,11 @@ class Decoder:
     """
 
     config: DecoderConfig
-    remat: bool = False
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is one of {', '.join(REMAT)}, got {self.remat!r}")
 
     def shapes(self) -> dict[str, Any]:
         """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
@@ -242,8 +261,8 @@ class Decoder:
             y, kv = nnx.merge(graph, layer)(x, table, mask, heat, keep)
             return (batch_sharded(y, embedding), kv), None
 
-        if self.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
+        if (policy := REMAT[self.remat]) is not None:
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
 
         collected: dict[str, Any] = {"hidden": {}}
         cuts = {train_from, depth, *(i + 1 for i in hidden_at)}

@@ -14,12 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn.optim.perturbations import matmul
 
 LEAF_STRIDE = 65536  # segment id = group + LEAF_STRIDE * leaf
+LINEAR = "linear"  # what a `Linear` returns, to policies of `jax.checkpoint`
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class Linear(nnx.Module):
         # `get_value`: a layer map may have put a `Factored` in the kernel's place.
         y = matmul(x.reshape(-1, x.shape[-1]), self.kernel.get_value())
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = checkpoint_name(y, LINEAR)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -106,6 +106,12 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         ("Objective", _options(config.get("objective", ""))),
         ("Optimizer", _options(config.get("optimizer", ""))),
     ]
+    adapters = config.get("lora")
+    if isinstance(adapters, dict) and adapters.get("rank"):
+        alpha = adapters.get("alpha") or adapters["rank"]
+        on = ", ".join(adapters.get("targets") or ())
+        what = f"LoRA adapters of rank {adapters['rank']}, alpha {alpha}, on {on}"
+        rows.append(("Trained", what))
     if config.get("combine", "sum") != "sum":
         rows.append(("Two sides' gradients", str(config["combine"])))
     if not run.summary.get("oracle") and config.get("retain_log"):

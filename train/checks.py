@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
+from models import lora
+from models.decoder import REMAT
 from models.weights import DTYPES
 from train import cli, optimizers, sharding
-from train.config import EvaluateConfig, RunConfig, TrainConfig, UnlearnConfig
+from train.config import EvaluateConfig, LoraConfig, RunConfig, TrainConfig, UnlearnConfig
 from train.data.examples import encode_prompt
 from train.evaluation import Model, longest
 from train.optimizers import OptimizerConfig
@@ -50,6 +52,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "rank": (1, math.inf),
     "threshold": (-math.inf, math.inf),
     "group_size": (1, math.inf),
+    "alpha": (1e-30, math.inf),
     "queries": (1, math.inf),
     "perturbation": (1e-12, math.inf),
     "refresh": (1, math.inf),
@@ -108,6 +111,45 @@ def check_dtype(option: str, value: str) -> None:
     cli.check_choice(option, value, tuple(DTYPES))
 
 
+def check_lora(config: LoraConfig, optimizer: OptimizerConfig, params: Any = None) -> None:
+    """Raise `UserError` for adapters that an optimizer or a model cannot have.
+
+    `params` (arrays or shapes) are the model's; None: it is not read yet.
+    """
+    if config.rank is None:
+        odd = [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+        if odd:
+            raise UserError(
+                f"--lora.{odd[0].name} {getattr(config, odd[0].name)}: no adapters without "
+                "--lora.rank; give it, or leave this out"
+            )
+        return
+    if optimizer.name == "teon":
+        raise UserError(
+            "--lora.rank does not go with optimizer teon, which orthogonalises one projection of "
+            "neighbouring blocks together: the columns of two blocks' adapters have nothing in "
+            "common; use --optimizer.name muon"
+        )
+    if optimizer.name == "sift" and config.rank < 2:
+        raise UserError(
+            "--lora.rank 1 does not go with optimizer sift, which keeps a direction of each of two "
+            "momenta in a matrix; use --lora.rank 2 or more"
+        )
+    if not config.targets:
+        raise UserError("--lora.targets is empty; leave it out for all projections of a block")
+    if params is None:
+        return
+    known = lora.kernels(params)
+    for name in config.targets:
+        _, (fan_in, fan_out) = cli.choose(name, known, "--lora.targets")
+        if config.rank > min(fan_in, fan_out):
+            raise UserError(
+                f"--lora.rank {config.rank} is larger than {name}'s matrices of this model "
+                f"({fan_in} in, {fan_out} out); use at most {min(fan_in, fan_out)}, or leave "
+                f"{name} out of --lora.targets"
+            )
+
+
 def check_run(config: RunConfig) -> Mesh:
     """Everything about a run that is known before data and model are read; returns its mesh.
 
@@ -118,9 +160,11 @@ def check_run(config: RunConfig) -> Mesh:
     objective, options = objectives.resolve(config.objective)
     objectives.check_accumulation(objective, config.unlearn.accumulate)
     optimizers.check_pair(config.optimizer, config.combine, objective, options)
+    check_lora(config.lora, config.optimizer)
     check_evaluate(config.evaluate)
     check_dtype("--export-dtype", config.export_dtype)
     cli.check_choice("--model.dtype", config.model.dtype, COMPUTE)
+    cli.check_choice("--model.remat", config.model.remat, tuple(REMAT))
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError(
             "--tensorboard needs tensorboardX; pip install 'jaxlib-unlearn[tensorboard]'"

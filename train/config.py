@@ -51,7 +51,9 @@ class ModelConfig:
             (random weights).
         vocab_size: of the tokenizer trained in the run (from scratch only), as the sizes below.
         dtype: what the model computes in, `float32` or `bfloat16`; its parameters stay float32.
-        remat: recompute blocks in the backward pass (less memory, a third more time).
+        remat: what the backward pass recomputes: `none`, `dots` (all but the projections: half of
+            the temporaries, hardly more work) or `full` (whole blocks: a quarter, for a quarter
+            more work).
     """
 
     path: str = "smollm2"
@@ -62,7 +64,7 @@ class ModelConfig:
     num_heads: int = 4
     num_kv_heads: int = 2
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,29 @@ class UnlearnConfig:
     accumulate: int = 1
     curve_points: int = 5
     checkpoint_seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of the parameters, in the unlearning stage.
+
+    The model is frozen, the optimizer sees the adapters alone, and what is judged and exported is
+    the model with the adapters merged into it.
+
+    Args:
+        rank: r of the adapters; None: no adapters, every parameter is trained.
+        alpha: the adapters' term is multiplied by alpha / rank; None: the rank, so by 1.
+        targets: kernels that get one, by name.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -171,6 +196,7 @@ class RunConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     combine: str = "sum"
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export_dtype: str = "float32"

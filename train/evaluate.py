@@ -102,7 +102,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
     retain = None if config.retain_log is None else tofu.load_log(config.retain_log)
     data = config.data
     task = load_task(RunConfig(seed=config.seed, data=data))
-    model = pipeline.load_model(config.model, False, mesh)
+    model = pipeline.load_model(config.model, "none", mesh)
     task = checks.fit_task(task, model, config.evaluate, data.system_prompt, data.max_length)
     try:
         root.mkdir(parents=True, exist_ok=True)

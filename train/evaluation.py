@@ -18,6 +18,7 @@ from models import Tokenizer
 from models.decoder import Decoder
 from models.generate import SamplingConfig, generate
 from models.policy import score
+from train import residency
 from train.config import EvaluateConfig
 from train.data.batches import score_batches
 from train.data.examples import Example, Group, encode_group, encode_prompt, encode_qa
@@ -36,6 +37,14 @@ class Model(NamedTuple):
     params: Any
     tokenizer: Tokenizer
     sha: str
+
+    def parked(self) -> Model:
+        """The model in host memory, where it waits until it is needed."""
+        return self._replace(params=residency.parked(self.params))
+
+    def at_hand(self) -> Model:
+        """The model in device memory."""
+        return self._replace(params=residency.at_hand(self.params))
 
 
 def num_parameters(params: Any) -> int:

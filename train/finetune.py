@@ -83,7 +83,7 @@ def run(config: FinetuneRun) -> Path:
             f"rows file {path} does not exist; give a JSON file with question and answer"
         )
     rows = check_rows(read_json(path), ("question", "answer"), str(path))
-    base = pipeline.load_model(config.model, False, mesh)
+    base = pipeline.load_model(config.model, "none", mesh).parked()
     settings = RunConfig(seed=config.seed, finetune=config.train)
     settings = replace(
         settings,

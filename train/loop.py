@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_unlearn.objectives import Objective
 from models.decoder import Decoder
-from train import checkpointing, sharding
+from train import checkpointing, residency, sharding
 from train.optimizers import OptimizerConfig, build
-from train.step import TrainState, compile_step, init_state, make_step
+from train.step import Bind, TrainState, compile_step, init_state, make_step, whole
 from train.tracking import Tracker, progress, say
 
 HostBatches = Mapping[str, Mapping[str, np.ndarray]]
@@ -52,6 +51,7 @@ class Stage:
         curve: `params -> scalars`, called at `curve_steps`.
         checkpoints: folder for this stage's checkpoints.
         checkpoint_seconds: least time between two of them.
+        bind: how what is trained becomes a model (`train.step.Trainable`).
     """
 
     name: str
@@ -66,6 +66,7 @@ class Stage:
     curve: Callable[[Any], dict[str, float]] | None = None
     curve_steps: tuple[int, ...] = ()
     combine: str = "sum"
+    bind: Bind = whole
 
 
 def curve_steps(steps: int, points: int) -> tuple[int, ...]:
@@ -76,7 +77,7 @@ def curve_steps(steps: int, points: int) -> tuple[int, ...]:
 def run(
     stage: Stage, decoder: Decoder, params: Any, frozen: Any, mesh: Any, tracker: Tracker
 ) -> Any:
-    """Train from `params` (not consumed) and return the final parameters.
+    """Train from `params` (not consumed, parked ones stay parked) and return the final parameters.
 
     Metrics are read one step late, so the host prepares the next batch while the device works. A
     checkpoint is written only once every loss before it was seen to be finite.
@@ -85,10 +86,19 @@ def run(
         TrainingError: a loss is not finite.
     """
     tx, schedule, needs = build(stage.optimizer, stage.steps, stage.combine)
-    params = sharding.put_params(jax.tree.map(lambda x: jnp.array(x, copy=True), params), mesh)
+    params = residency.fresh(params, sharding.param_shardings(params, mesh))
     state, shardings = init_state(params, tx, mesh)
     step_fn = compile_step(
-        make_step(decoder, stage.objective, stage.options, tx, schedule, stage.accumulate, needs),
+        make_step(
+            decoder,
+            stage.objective,
+            stage.options,
+            tx,
+            schedule,
+            stage.accumulate,
+            needs,
+            stage.bind,
+        ),
         shardings,
         mesh,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ import models
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
-from models import Decoder, DecoderConfig, Tokenizer
+from models import Decoder, DecoderConfig, Tokenizer, lora
 from models.policy import head_of
 from models.weights import find_smollm2
-from train import loop, sharding
+from train import loop, residency, sharding
 from train.checkpointing import params_sha256
-from train.config import RunConfig, TrainConfig, UnlearnConfig, to_json
+from train.config import LoraConfig, RunConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.examples import Encoded, encode_rows
 from train.data.tofu import refusal_rows
 from train.evaluation import Model, curve, longest
 from train.optimizers import OptimizerConfig, check_pair, check_steps
 from train.stages import digest, params_stage
+from train.step import Trainable, all_of
 from train.streams import Stream, batches_of, make_stream, with_references
 from train.task import Row, Task, texts
 from train.tracking import Tracker, say
@@ -108,7 +110,7 @@ def model_source(path: str) -> str | Path:
     return found
 
 
-def load_model(path: str, remat: bool, mesh: Any, dtype: str = "float32") -> Model:
+def load_model(path: str, remat: str, mesh: Any, dtype: str = "float32") -> Model:
     """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`, to compute in `dtype`.
 
     Raises:
@@ -214,6 +216,28 @@ def unlearn(
         tracker=tracker,
         watch=(task, config),
         combine=config.combine,
+        adapters=config.lora,
+    )
+
+
+def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed: int) -> Trainable:
+    """What a stage trains: the parameters of a model, or adapters beside them.
+
+    Of a parked model only what a step reads is brought to the device: it and its copy that is
+    trained never lie there together.
+    """
+    params = start.params
+    if adapters is None or adapters.rank is None:
+        hidden = "hidden" in row.reference.values()
+        return all_of(params, residency.at_hand(head_of(params)) if hidden else None)
+    params = residency.at_hand(params)
+    options = {"scale": adapters.scale}
+    return Trainable(
+        lora.init(params, adapters.rank, adapters.targets, seed),
+        params,
+        functools.partial(lora.bind, **options),
+        lambda trainable: lora.view(trainable, params, **options),
+        lambda trainable: lora.merge(trainable, params, **options),
     )
 
 
@@ -232,6 +256,7 @@ def train_stage(
     watch: tuple[Task, RunConfig] | None = None,
     cache: Path | None = None,
     combine: str = "sum",
+    adapters: LoraConfig | None = None,
 ) -> Model:
     """One stage of training: found by the digest of what it is made from, or computed."""
     row, options = objective
@@ -254,6 +279,8 @@ def train_stage(
         "seed": stage_seed,
         "combine": combine,
     }
+    if adapters is not None and adapters.rank is not None:
+        inputs["lora"] = to_json(adapters)
 
     def look(params: Any) -> dict[str, float]:
         assert watch is not None
@@ -272,6 +299,7 @@ def train_stage(
         ready = with_references(
             streams, row, options, start.decoder, start.params, start.sha, mesh, root
         )
+        training = trainable_of(start, row, adapters, seed)
         plan = loop.Stage(
             name=name,
             steps=steps,
@@ -282,12 +310,18 @@ def train_stage(
             accumulate=stage.accumulate,
             checkpoints=checkpoints,
             checkpoint_seconds=stage.checkpoint_seconds,
-            curve=None if watch is None else look,
+            curve=None if watch is None else lambda trainable: look(training.view(trainable)),
             curve_steps=loop.curve_steps(steps, stage.curve_points),
             combine=combine,
+            bind=training.bind,
         )
-        frozen = head_of(start.params) if "hidden" in row.reference.values() else None
-        return loop.run(plan, start.decoder, start.params, frozen, mesh, tracker)
+        trained = loop.run(plan, start.decoder, training.start, training.frozen, mesh, tracker)
+        return training.finish(trained)
 
-    params, sha = params_stage(root, name, inputs, start.params, compute, cache)
+    like = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        start.params,
+        sharding.param_shardings(start.params, mesh),
+    )
+    params, sha = params_stage(root, name, inputs, like, compute, cache)
     return Model(start.decoder, params, start.tokenizer, sha)

@@ -275,9 +275,13 @@ def argument_bytes(args: Any) -> int:
 
 def knobs(config: PlanConfig, decoder: Any, done: dict[str, Any], mesh: Any) -> list[str]:
     """What is left to turn when something does not fit, the cheapest first."""
+    from models.decoder import REMAT
+    from train.optimizers import OPTIMIZERS
+
     out = []
     if "train" in done and not done["train"]["fits"]:
-        out += [f"--model.remat {word}" for word in ("True",) if not config.model.remat]
+        words = list(REMAT)
+        out += [f"--model.remat {word}" for word in words[words.index(config.model.remat) + 1 :]]
         rows = config.unlearn.batch_size
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         parts = config.unlearn.accumulate * 2
@@ -287,6 +291,11 @@ def knobs(config: PlanConfig, decoder: Any, done: dict[str, Any], mesh: Any) -> 
             out.append(f"--mesh.data 1 --mesh.fsdp {mesh.shape['data'] * mesh.shape['fsdp']}")
         if config.model.dtype == "float32":
             out.append("--model.dtype bfloat16")
+        if "state_dtype" in OPTIMIZERS[config.optimizer.name].uses:
+            if config.optimizer.state_dtype == "float32":
+                out.append("--optimizer.state-dtype bfloat16")
+        if config.lora.rank is None:
+            out.append("--lora.rank 16")
         out.append("a larger --topology")
     if not all(p["fits"] for name, p in done.items() if name != "train"):
         out.append("--evaluate.score-tokens, --evaluate.generate-rows: smaller")

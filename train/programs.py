@@ -7,6 +7,7 @@ its arrays, so what is planned is what will run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn import objectives
-from models import generate
+from models import generate, lora
 from models.architectures import config_of
 from models.decoder import Decoder, DecoderConfig
 from models.policy import head_of, score
-from train import optimizers, sharding
+from train import checks, optimizers, sharding
 from train.config import RunConfig
 from train.data.batches import collate
-from train.step import TrainState, compile_step, make_step, shaped, state_shapes
+from train.step import Bind, TrainState, compile_step, make_step, shaped, state_shapes, whole
 from train.streams import REFERENCE_COLUMNS
 
 STEPS = 100  # of the schedule, where the data is not there to tell; costs do not depend on it
@@ -88,6 +89,17 @@ def param_shapes(decoder: Decoder, mesh: Mesh) -> Any:
     return shaped(shapes, sharding.param_shardings(shapes, mesh))
 
 
+def trained_shapes(config: RunConfig, params: Any, mesh: Mesh) -> tuple[Any, Bind]:
+    """What the unlearning stage trains, as shapes, and how it becomes a model."""
+    chosen = config.lora
+    if chosen.rank is None:
+        return params, whole
+    checks.check_lora(chosen, config.optimizer, params)
+    adapters = jax.eval_shape(lambda: lora.init(params, chosen.rank or 1, chosen.targets))
+    adapters = shaped(adapters, sharding.param_shardings(adapters, mesh))
+    return adapters, functools.partial(lora.bind, scale=chosen.scale)
+
+
 def train_program(
     config: RunConfig, decoder: Decoder, mesh: Mesh, length: int, labels: int
 ) -> AbstractProgram:
@@ -105,7 +117,8 @@ def train_program(
         config.optimizer, config.unlearn.steps or STEPS, config.combine
     )
     params = param_shapes(decoder, mesh)
-    state, shardings = state_shapes(params, tx, mesh)
+    trained, bind = trained_shapes(config, params, mesh)
+    state, shardings = state_shapes(trained, tx, mesh)
     batches = {name: batch_shapes(rows, length, labels, mesh) for name in objective.streams}
     for name, kind in objective.reference.items():
         tail = (decoder.config.hidden_size,) if kind == "hidden" else ()
@@ -113,7 +126,10 @@ def train_program(
             (rows, labels, *tail), jnp.float32, sharding=sharding.batch_sharding(mesh)
         )
     frozen = head_of(params) if "hidden" in objective.reference.values() else None
-    step = make_step(decoder, objective, options, tx, schedule, config.unlearn.accumulate, needs)
+    frozen = frozen if config.lora.rank is None else params
+    step = make_step(
+        decoder, objective, options, tx, schedule, config.unlearn.accumulate, needs, bind
+    )
     tokens = rows * length * len(objective.streams)
     unit = f"a step of {len(objective.streams)} x {rows} rows of {length} tokens ({tokens} tokens)"
     return AbstractProgram(
@@ -192,14 +208,14 @@ def update_program(config: RunConfig, decoder: Decoder, mesh: Mesh) -> tuple[Any
     tx, _, needs = optimizers.build(config.optimizer, STEPS, config.combine)
     if needs not in ("joint", "split"):
         return None
-    params = param_shapes(decoder, mesh)
-    state, _ = state_shapes(params, tx, mesh)
+    trained, _ = trained_shapes(config, param_shapes(decoder, mesh), mesh)
+    state, _ = state_shapes(trained, tx, mesh)
 
     def update(grads, opt_state, params, other):
         extra = {"constraint_grads": other} if needs == "split" else {}
         return tx.update(grads, opt_state, params, **extra)
 
-    return update, (params, state.opt_state, params, params)
+    return update, (trained, state.opt_state, trained, trained)
 
 
 __all__ = [
@@ -211,5 +227,6 @@ __all__ = [
     "param_shapes",
     "score_program",
     "train_program",
+    "trained_shapes",
     "update_program",
 ]

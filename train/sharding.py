@@ -29,6 +29,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attn/o/kernel$", ("tp", "fsdp")),
     (r"mlp/(gate|up)/kernel$", ("fsdp", "tp")),
     (r"mlp/down/kernel$", ("tp", "fsdp")),
+    # Adapters of the kernels above: their long axis lies where the kernel's does.
+    (r"(attn/(q|k|v)|mlp/(gate|up))/lora_a/kernel$", ("fsdp", None)),
+    (r"(attn/(q|k|v)|mlp/(gate|up))/lora_b/kernel$", (None, "tp")),
+    (r"(attn/o|mlp/down)/lora_a/kernel$", ("tp", None)),
+    (r"(attn/o|mlp/down)/lora_b/kernel$", (None, "fsdp")),
     (r"(scale|bias)$", ()),
 )
 

@@ -13,17 +13,48 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_unlearn.objectives import Objective, combine
+from jaxlib_unlearn.objectives import Objective, combine, side_of
 from models.decoder import Decoder
 from models.policy import DecoderPolicy
 from train.sharding import batch_sharding, constrain, param_shardings, state_shardings
 
 Batches = Mapping[str, Mapping[str, jax.Array]]
 OPTIMIZER_SCOPE = "optimizer"  # what the update's instructions are called in profiles and plans
+Bind = Callable[..., tuple[Any, Any]]
+
+
+class Trainable(NamedTuple):
+    """What a stage trains, what it leaves as it is, and how the two are a model.
+
+    Args:
+        start: the tree that is trained, as it starts. Optimizers see nothing else.
+        frozen: arrays that a step reads and never writes: they are not donated.
+        bind: `(trainable, frozen, layer_map=None) -> (params, layer_map)`, what `forward` takes.
+            The `layer_map` that comes in is of the trainable tree's layers.
+        view: `trainable -> params` for a look on the way, whose `forward` needs no layer map.
+        finish: `trainable -> params`, the plain parameters of the trained model.
+    """
+
+    start: Any
+    frozen: Any
+    bind: Bind
+    view: Callable[[Any], Any]
+    finish: Callable[[Any], Any]
+
+
+def whole(trainable: Any, frozen: Any, layer_map: Any = None) -> tuple[Any, Any]:
+    """The trained tree is all of the model's parameters."""
+    del frozen
+    return trainable, layer_map
+
+
+def all_of(params: Any, frozen: Any = None) -> Trainable:
+    """Every parameter is trained; `frozen` holds what references are computed with."""
+    return Trainable(params, frozen, whole, lambda params: params, lambda params: params)
 
 
 class TrainState(NamedTuple):
-    """Parameters, optimizer state and the number of steps taken (or the shardings of the three)."""
+    """What is trained, optimizer state and number of steps (or the shardings of the three)."""
 
     params: Any
     opt_state: Any
@@ -42,22 +73,24 @@ def split_batch(batches: Batches, parts: int) -> Batches:
 class Losses:
     """An objective on one global batch, as the functions of the parameters that optimizers ask for.
 
+    `params` is the trained tree; `bind` makes a model of it and `frozen` (`Trainable`). `frozen` is
+    also what unembeds cached hidden states of the reference.
+
     The weights come first, from the loss on the whole batch: they depend on masks alone, so the
     compiler drops that forward pass.
     """
 
-    def __init__(self, decoder, objective, options, params, frozen, batches, accumulate):
-        def terms(params, part, layer_map=None):
+    def __init__(
+        self, decoder, objective, options, params, frozen, batches, accumulate, bind: Bind = whole
+    ):
+        def terms(trainable, part, layer_map=None):
+            params, layer_map = bind(trainable, frozen, layer_map)
             dtype = decoder.config.dtype
-
-            def layer(leaves, index):
-                if layer_map is not None:
-                    return layer_map(leaves, index)  # of values alone: nothing flows back
-                return constrain(leaves, dtype)
-
-            outer = {k: v for k, v in params.items() if k != "layers"}
-            model = constrain(outer, dtype) | {"layers": params["layers"]}
-            policy = DecoderPolicy(decoder, model, frozen, {"layer_map": layer})
+            outer = {name: x for name, x in params.items() if name != "layers"}
+            params = constrain(outer, dtype) | {"layers": params["layers"]}
+            # A layer map of values or of adapters: no gradient of the layer itself flows back.
+            layer_map = layer_map or (lambda layer, index: constrain(layer, dtype))
+            policy = DecoderPolicy(decoder, params, frozen, {"layer_map": layer_map})
             return objective.loss(policy, part, options)
 
         self._terms, self._options = terms, options
@@ -84,7 +117,9 @@ class Losses:
         terms = self._terms(params, part, layer_map)
         sums = {name: total for name, (total, _) in terms.items()}
         weighted = {name: (total, self.weights[name]) for name, total in sums.items()}
-        return combine(weighted, self.weights, self._options, side), sums
+        # Not the other side's: their forward pass would be done for nothing but these numbers.
+        mine = {n: total for n, total in sums.items() if side in (None, side_of(n))}
+        return combine(weighted, self.weights, self._options, side), mine
 
     def value(self, params: Any, layer_map: Any = None) -> jax.Array:
         """`sum_t coef_t * sum_t / weight_t` over the whole batch."""
@@ -102,16 +137,14 @@ class Losses:
         """Metrics, and the gradient of the total of each side (None: of all)."""
 
         def one(part):
-            first, *rest = sides
             fn = jax.value_and_grad(self._total, has_aux=True)
-            (total, sums), grads = fn(params, part, first)
-            found = [grads]
-            for side in rest:
-                more, grads = jax.value_and_grad(
-                    lambda p, side=side: self._total(p, part, side)[0]
-                )(params)
-                total, found = total + more, [*found, grads]
-            return (total, sums), tuple(found)
+            totals, sums, found = [], {}, []
+            for side in sides:
+                (total, mine), grads = fn(params, part, side)
+                totals.append(total)
+                sums |= mine
+                found.append(grads)
+            return (sum(totals[1:], totals[0]), sums), tuple(found)
 
         (total, sums), grads = self._over_parts(one)
         return self._metrics(total, sums), grads
@@ -129,17 +162,18 @@ def make_step(
     schedule: optax.Schedule,
     accumulate: int = 1,
     needs: str = "joint",
+    bind: Bind = whole,
 ) -> Callable[[TrainState, Any, Batches], tuple[TrainState, dict[str, jax.Array]]]:
     """The un-jitted step `(state, frozen, batches) -> (state, metrics)`.
 
     `needs` says what the optimizer is handed: `joint`, one gradient; `split`, those of the forget
     side and of the retain side; `value`, the loss as a function (no gradient is computed); `lazy`,
-    the loss and its gradient as functions.
+    the loss and its gradient as functions. `bind` says how what is trained becomes a model.
     """
 
     def step(state: TrainState, frozen: Any, batches: Batches):
         params = state.params
-        losses = Losses(decoder, objective, options, params, frozen, batches, accumulate)
+        losses = Losses(decoder, objective, options, params, frozen, batches, accumulate, bind)
         grads: Any = None
         extra: dict[str, Any] = {}
         if needs == "joint":
@@ -165,6 +199,12 @@ def make_step(
             "update_norm": optax.tree.norm(updates),
             "lr": jnp.asarray(schedule(state.step)),
         }
+        if needs in ("value", "lazy"):
+            # Nothing of the update depends on these looks at parameters and update. Told that it
+            # does, XLA writes the new parameters in place; else it may keep a copy of the old ones
+            # for whichever comes later.
+            after = 0.0 * (metrics["loss"] + metrics["update_norm"])
+            updates = jax.tree.map(lambda u: u + after.astype(u.dtype), updates)
         params = optax.apply_updates(params, updates)
         return TrainState(params, opt_state, state.step + 1), metrics
 

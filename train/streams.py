@@ -19,6 +19,7 @@ import numpy as np
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig, reference_forward
 from models.decoder import Decoder
 from models.policy import label_states, over_labels, target_log_prob
+from train import residency
 from train.data.batches import batch_shape, collate, make_buckets, paired_indices, training_indices
 from train.data.examples import Example
 from train.sharding import put_batch
@@ -194,7 +195,8 @@ def with_references(
         path = folder / "caches" / f"{name}-{kind}-{key[:16]}.npz"
         values = _read(path, len(stream.examples))
         if values is None:
-            values = _references(decoder, params, stream, kind, forward, mesh, f"reference {name}")
+            at_hand = residency.at_hand(params)
+            values = _references(decoder, at_hand, stream, kind, forward, mesh, f"reference {name}")
             _write(path, values)
         result[name] = Stream(
             stream.examples,

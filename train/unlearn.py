@@ -110,6 +110,7 @@ def run(config: RunConfig) -> Path:
 
     started = time.monotonic()
     task, base, mesh, retain_log = prepare(config)
+    base = base.parked()  # as every model while it waits: a step has the device to itself
     root = open_run(config)
     tracker = Tracker(root, config.tensorboard)
     size = evaluation.num_parameters(base.params) / 1e6
@@ -131,7 +132,7 @@ def run(config: RunConfig) -> Path:
     if config.stage.original is None:
         original = pipeline.finetune(
             config, base, task.forget + task.retain, "original", root, mesh, tracker
-        )
+        ).parked()
     timed("original", clock)
     oracle = None
     if config.oracle and retain_log is None:
@@ -142,12 +143,14 @@ def run(config: RunConfig) -> Path:
             )
         else:
             clock = time.monotonic()
-            oracle = pipeline.finetune(config, base, task.retain, "oracle", root, mesh, tracker)
+            oracle = pipeline.finetune(
+                config, base, task.retain, "oracle", root, mesh, tracker
+            ).parked()
             timed("oracle", clock)
 
     # 2. Forget.
     clock = time.monotonic()
-    unlearned = pipeline.unlearn(config, original, task, root, mesh, tracker)
+    unlearned = pipeline.unlearn(config, original, task, root, mesh, tracker).parked()
     timed("unlearned", clock)
 
     # 3. Judge all of them alike.
@@ -198,6 +201,7 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
             )
     else:
         base = pipeline.base_model(config, task, mesh)
+    checks.check_lora(config.lora, config.optimizer, base.params)
     objective, options = objectives.resolve(config.objective)
     objectives.reference_forward(objective, options, base.decoder.config.num_layers)
     data = config.data
@@ -332,7 +336,7 @@ def evaluate_cached(
 
     def compute() -> Any:
         return evaluation.evaluate_model(
-            model,
+            model.at_hand(),
             task,
             config.evaluate,
             system_prompt=config.data.system_prompt,
@@ -340,7 +344,7 @@ def evaluate_cached(
             mesh=mesh,
             seed=config.seed,
             name=name,
-            judge=judge,
+            judge=None if judge is None else judge.at_hand(),
         )
 
     return json_stage(root / "evals" / f"{name}.json", inputs, compute, cache)

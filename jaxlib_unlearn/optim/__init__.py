@@ -19,6 +19,7 @@ from jaxlib_unlearn.optim.compressed import (
     scale_by_sign_momentum,
     sign_momentum,
 )
+from jaxlib_unlearn.optim.first_moments import keep_first_moments
 from jaxlib_unlearn.optim.hybrid import alternate, ends_on_zeroth_order, round_to_zeroth_order
 from jaxlib_unlearn.optim.muon import MUON_STATIC_ARGS, MuonState, muon, scale_by_muon
 from jaxlib_unlearn.optim.post import Post, normuon
@@ -83,6 +84,7 @@ __all__ = [
     "ends_on_zeroth_order",
     "finite",
     "hizoo",
+    "keep_first_moments",
     "lozo",
     "matrices",
     "mezo",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_unlearn.optim.first_moments import widen
 from jaxlib_unlearn.optim.matrices import path_str
 from jaxlib_unlearn.optim.rules import stack_depth
 
@@ -63,7 +64,7 @@ def scale_by_sign_momentum(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        mu = optax.tree.update_moment(updates, state.mu, beta, 1)
+        mu = optax.tree.update_moment(updates, widen(state.mu, updates), beta, 1)
         direction = jax.tree.map(lambda m, g: jnp.sign(m).astype(g.dtype), mu, updates)
         mu = optax.tree.cast_like(mu, state.mu)
         count = jnp.asarray(optax.safe_increment(state.count))

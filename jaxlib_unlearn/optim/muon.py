@@ -29,6 +29,7 @@ from jaxlib_unlearn.optim.direction import (
     init_post,
     orthogonalize_tree,
 )
+from jaxlib_unlearn.optim.first_moments import keep_first_moments, widen
 from jaxlib_unlearn.optim.matrices import MatrixAxes, Specs, labels, resolve, trailing_axes
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, newton_schulz
 from jaxlib_unlearn.optim.post import Post
@@ -207,13 +208,15 @@ def muon(
         direction,
         learning_rate,
         weight_decay,
-        optax.adamw(
-            learning_rate if adam_learning_rate is None else adam_learning_rate,
-            b1=adam_b1,
-            b2=adam_b2,
-            eps=adam_eps,
-            weight_decay=adam_weight_decay,
-            mu_dtype=mu_dtype,
+        keep_first_moments(
+            optax.adamw(
+                learning_rate if adam_learning_rate is None else adam_learning_rate,
+                b1=adam_b1,
+                b2=adam_b2,
+                eps=adam_eps,
+                weight_decay=adam_weight_decay,
+            ),
+            mu_dtype,
         ),
         lambda params: labels(params, matrices=matrices, layout=layout),
     )
@@ -360,6 +363,7 @@ def update_momentum(
         >>> float(mu), float(mixed)
         (0.5, 1.0)
     """
+    mu = widen(mu, updates)
     if momentum == "heavy_ball":
         mu = jax.tree.map(lambda g, m: beta * m + g, updates, mu)
         mixed = jax.tree.map(lambda g, m: g + beta * m, updates, mu) if nesterov else mu

@@ -58,6 +58,7 @@ _DENSE_GENERAL_IN = re.compile(r"^(query|key|value|qkv|q_proj|k_proj|v_proj)$")
 _DENSE_GENERAL_OUT = re.compile(r"^(out|out_proj|attn_out)$")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _ROW_PARALLEL = re.compile(r"^(o|out|wo|down|w2|fc2|c_proj|[a-z_]*(o|out|down)_proj)$")
+_ADAPTER = re.compile(r"^lora_[ab]$", re.IGNORECASE)
 _REFUSED_BARE = re.compile(r"norm|embed", re.IGNORECASE)
 _REFUSED_BARE_NAME = re.compile(r"(bias(es)?|scales?)$", re.IGNORECASE)
 
@@ -146,7 +147,7 @@ def sharding_role(path: Any) -> str:
 
     Tensor parallelism shards the first kind on its input, the second on its output. Where a mesh
     hides the real sharding (Auto axes under ``jit``), this tells apart square matrices that must
-    not share a bucket.
+    not share a bucket. An adapter has the role of the kernel it stands beside.
 
     Args:
         path: where the leaf is.
@@ -157,8 +158,10 @@ def sharding_role(path: Any) -> str:
     Example:
         >>> sharding_role("layers/attn/o/kernel"), sharding_role("layers/attn/q/kernel")
         ('row', 'column')
+        >>> sharding_role("layers/attn/o/lora_a/kernel")
+        'row'
     """
-    parts = path_str(path).split("/")
+    parts = [part for part in path_str(path).split("/") if not _ADAPTER.match(part)]
     return "row" if any(_ROW_PARALLEL.match(part) for part in parts[-2:]) else "column"
 
 

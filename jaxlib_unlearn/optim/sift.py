@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import optax
 
+from jaxlib_unlearn.optim.first_moments import keep_first_moments
 from jaxlib_unlearn.optim.matrices import Specs, labels, resolve
 from jaxlib_unlearn.optim.muon import every_matrix, with_adamw
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
@@ -257,13 +258,15 @@ def sift(
         seed=seed,
         mu_dtype=mu_dtype,
     )
-    adamw = optax.adamw(
-        learning_rate if adam_learning_rate is None else adam_learning_rate,
-        b1=adam_b1,
-        b2=adam_b2,
-        eps=adam_eps,
-        weight_decay=adam_weight_decay,
-        mu_dtype=mu_dtype,
+    adamw = keep_first_moments(
+        optax.adamw(
+            learning_rate if adam_learning_rate is None else adam_learning_rate,
+            b1=adam_b1,
+            b2=adam_b2,
+            eps=adam_eps,
+            weight_decay=adam_weight_decay,
+        ),
+        mu_dtype,
     )
     both = with_adamw(
         direction,

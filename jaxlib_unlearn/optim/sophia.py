@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_unlearn.optim.first_moments import widen
+
 SOPHIA_STATIC_ARGS = ("form", "mask", "mu_dtype")
 """``static_args`` for ``optax.inject_hyperparams(sophia, static_args=...)``."""
 
@@ -101,7 +103,7 @@ def scale_by_sophia(
         del params, extra_args
         wide = jax.tree.map(lambda g, h: g.astype(h.dtype), updates, state.h)
         h = optax.tree.update_moment(wide, state.h, b2, 2)
-        mu = optax.tree.update_moment(updates, state.mu, beta, 1)
+        mu = optax.tree.update_moment(updates, widen(state.mu, updates), beta, 1)
         out = jax.tree.map(direction, mu, h, updates)
         mu, h = optax.tree.cast_like((mu, h), (state.mu, state.h))
         return out, SophiaState(jnp.asarray(optax.safe_increment(state.count)), mu, h)

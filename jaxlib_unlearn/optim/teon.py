@@ -24,6 +24,7 @@ import optax
 
 from jaxlib_unlearn.optim.buckets import is_tall, map_stacks
 from jaxlib_unlearn.optim.direction import Part
+from jaxlib_unlearn.optim.first_moments import keep_first_moments
 from jaxlib_unlearn.optim.matrices import (
     MatrixAxes,
     Specs,
@@ -214,13 +215,15 @@ def teon(
         direction,
         learning_rate,
         weight_decay,
-        optax.adamw(
-            learning_rate if adam_learning_rate is None else adam_learning_rate,
-            b1=adam_b1,
-            b2=adam_b2,
-            eps=adam_eps,
-            weight_decay=adam_weight_decay,
-            mu_dtype=mu_dtype,
+        keep_first_moments(
+            optax.adamw(
+                learning_rate if adam_learning_rate is None else adam_learning_rate,
+                b1=adam_b1,
+                b2=adam_b2,
+                eps=adam_eps,
+                weight_decay=adam_weight_decay,
+            ),
+            mu_dtype,
         ),
         lambda params: labels(params, matrices=matrices, layout=layout),
     )

@@ -50,3 +50,26 @@ def test_memory_of_a_step(repo, tmp_path, monkeypatch):
     assert [row[0] for row in cells[2:]] == ["adamw", "mezo"]
     adamw, mezo = (float(row[3]) for row in cells[2:])
     assert adamw > 4 and 1 < mezo < adamw  # parameters, two moments, a gradient; none
+
+
+def test_memory_of_what_saves_it(repo, tmp_path, monkeypatch):
+    """On a tiny model: the columns are there, and every knob turns the number it is for."""
+    bench = load(repo, "memory")
+    tiny = DecoderConfig(64, 32, 64, num_layers=6, num_heads=2, num_kv_heads=1, head_dim=16)
+    knobs = (bench.Knobs(), bench.Knobs(remat="full", state_dtype="bfloat16", rank=2))
+    table = bench.knob_rows
+    monkeypatch.setattr(bench, "SMOLLM2", tiny)
+    monkeypatch.setattr(bench, "knob_rows", lambda *args: table(*args, knobs=knobs))
+    monkeypatch.setattr(bench, "MIB", 1)
+    bench.main(["--rows", "2", "--length", "64", "--only", "knobs", "--output", str(tmp_path)])
+    assert not (tmp_path / "memory.md").exists()
+    lines = (tmp_path / "memory_knobs.md").read_text().splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[:4] for row in cells[2:]] == [
+        ["adamw", "all", "none", "float32"],
+        ["adamw", "LoRA, rank 2", "full", "bfloat16"],
+    ]
+    plain, saving = ([int(x) for x in row[4:8]] for row in cells[2:])
+    assert all(a > 2 * b for a, b in zip(plain, saving, strict=True))
+    parameters = bench.bytes_of(bench.Decoder(tiny).shapes())
+    assert 2 * parameters <= plain[0] < 2.01 * parameters

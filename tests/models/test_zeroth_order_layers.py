@@ -124,7 +124,7 @@ def test_other_estimators_and_remat(estimator):
         {"value_fn": functools.partial(value_fn, DECODER, data)},
         {
             "layered_value_fn": functools.partial(
-                layered_value_fn, Decoder(CONFIG, remat=True), data
+                layered_value_fn, Decoder(CONFIG, remat="full"), data
             )
         },
     ):

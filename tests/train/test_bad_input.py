@@ -131,6 +131,7 @@ def test_names(refused, argv, parts):
         ("--data.num-authors 1", ["--data.num-authors"]),
         ("--data.num-authors 100000", ["--data.num-authors"]),
         ("--model.num-layers 0", ["--model.num-layers"]),
+        ("--model.remat all", ["--model.remat", "none, dots, full"]),
         ("--model.num-heads 3", ["--model.num-heads"]),
         ("--model.hidden-size 6 --model.num-heads 2", ["--model.hidden-size", "odd"]),
         ("--objective.name asu --objective.layers", ["layers", "empty"]),

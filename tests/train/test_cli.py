@@ -72,7 +72,7 @@ def test_a_typo_names_the_nearest_option(typo, right):
 def test_right_options_pass():
     args = "--data.path=x --data.forget_split y --no-smoke --seed -3 --help".split()
     cli.check_options(RunConfig, args)
-    cli.check_options(RunConfig, ["--model.no-remat"])
+    cli.check_options(RunConfig, ["--no-tensorboard"])
     cli.check_options(RunConfig, [])
 
 
@@ -97,13 +97,14 @@ def test_overrides():
         *"--objective.layers 1 2 --seed 5 --output out/x --finetune.steps 7 --mesh.tp 2".split(),
         *"--finetune.optimizer.learning-rate 1e-3 --data.system-prompt".split(),
         "Be kind.",
-        *"--no-oracle --model.remat --data.path=some/where".split(),
+        *"--no-oracle --tensorboard --model.remat dots --data.path=some/where".split(),
     )
     assert config.objective.layers == (1, 2) and config.seed == 5
     assert config.output == Path("out/x") and config.data.path == Path("some/where")
     assert config.finetune.steps == 7 and config.finetune.optimizer.learning_rate == 1e-3
     assert config.data.system_prompt == "Be kind."
-    assert (config.oracle, config.model.remat, config.mesh.tp) == (False, True, 2)
+    assert (config.oracle, config.tensorboard, config.mesh.tp) == (False, True, 2)
+    assert config.model.remat == "dots"
     # What was not named stays.
     default = PRESETS["quickstart"].PRESET
     assert config.unlearn == default.unlearn and config.evaluate == default.evaluate

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlib_unlearn.optim import orthogonalize
-from models.decoder import Decoder, DecoderConfig
+from models.decoder import REMAT, Decoder, DecoderConfig
 from train.flops import Count, count, flops
 
 
@@ -168,9 +168,9 @@ def test_decoder_forward(layers):
     assert got - rotary == layers * block_flops()
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", REMAT)
 def test_decoder_gradient(remat):
-    """Two products back for each one forward; with remat every block's forward once more."""
+    """Two products back for each one forward, and once more what the policy does not keep."""
     decoder = Decoder(CONFIG, remat=remat)
     tokens = shape(BATCH, LENGTH, dtype=jnp.int32)
 
@@ -181,8 +181,11 @@ def test_decoder_gradient(remat):
     blocks = CONFIG.num_layers * block_flops()
     # What the last product of a block's recomputation gives, nobody needs.
     unused = CONFIG.num_layers * 2 * BATCH * LENGTH * CONFIG.hidden_size * CONFIG.intermediate_size
+    width = CONFIG.num_heads * CONFIG.head_dim
+    attention = CONFIG.num_layers * 2 * BATCH * LENGTH * 2 * width * LENGTH  # scores and mixing
+    again = {"none": 0, "dots": attention, "full": blocks - unused}
     rotary = flops(lambda p, t: decoder.forward(p, t, depth=0)[0], decoder.shapes(), tokens)
-    assert back - rotary == 3 * blocks + remat * (blocks - unused)
+    assert back - rotary == 3 * blocks + again[remat]
 
 
 @pytest.mark.parametrize("r, c", [(8, 24), (24, 8), (16, 16)])

@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn.errors import UserError
+from models import lora
 from models.decoder import Decoder, DecoderConfig
 from models.families import FAMILIES, from_hf
 from train.sharding import (
@@ -71,6 +72,24 @@ def leaves(tree):
     return {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def adapters_of(params):
+    return jax.eval_shape(lambda: lora.init(params, 2, list(lora.kernels(params))))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapters_lie_where_their_kernels_do(name, cube):
+    """The long axis of each adapter is split as that axis of its kernel; the rank is whole."""
+    shapes = Decoder(CONFIGS[name]).shapes()
+    kernels = leaves(param_shardings(shapes, cube))
+    found = leaves(param_shardings(adapters_of(shapes), cube))
+    assert len(found) == 14
+    for path, where in found.items():
+        stem, which, _ = path.rsplit("/", 2)
+        spec = kernels[f"{stem}/kernel"].spec
+        expected = P(None, spec[1], None) if which == "lora_a" else P(None, None, spec[2])
+        assert where.spec == expected, path
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_leaf_of_every_family_has_a_rule(name, cube):
     shapes = Decoder(CONFIGS[name]).shapes()
@@ -91,6 +110,7 @@ def test_the_configs_above_have_every_optional_leaf():
     for part in ("attn/q/bias", "attn/o/bias", "mlp/up/bias", "attn/q_norm/scale"):
         assert f"layers/{part}" in paths
     assert "lm_head/kernel" in paths
+    paths |= leaves(adapters_of(Decoder(TINY).shapes())).keys()
     # No rule is there for nothing.
     for pattern, axes in RULES:
         assert any(re.search(pattern, path) for path in paths), (pattern, axes)

@@ -23,7 +23,7 @@ SUMMARY = "Llama-3-8B learns TOFU and forgets a tenth of it with NPO (a TPU slic
 PRESET = RunConfig(
     preset="tofu-npo-llama3-8b",
     data=DataConfig(source="tofu", forget_split="forget10", retain_rows=400, max_length=512),
-    model=ModelConfig(path="meta-llama/Meta-Llama-3-8B-Instruct", dtype="bfloat16", remat=True),
+    model=ModelConfig(path="meta-llama/Meta-Llama-3-8B-Instruct", dtype="bfloat16", remat="full"),
     # Parameters, gradients and optimizer state split over every chip.
     mesh=MeshConfig(data=1, fsdp=-1, tp=1),
     finetune=TrainConfig(

@@ -1,0 +1,119 @@
+"""What lies in device memory while a stage takes its steps: one model, and no second one."""
+
+import dataclasses
+import gc
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlib_unlearn.objectives import ObjectiveConfig
+from train import cli, pipeline, residency, sharding
+from train.config import RunConfig
+from train.presets import PRESETS
+from train.sharding import MeshConfig, make_mesh
+from train.task import load_task
+from train.tracking import Tracker
+
+pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
+
+
+def pointers(x):
+    return {shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards}
+
+
+def test_parked_and_back():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    where = NamedSharding(mesh, P(None, "fsdp", "tp"))
+    x = jax.device_put(np.arange(64.0, dtype=np.float32).reshape(4, 4, 4), where)
+    tree = {"a": x, "b": np.ones(3)}
+    away = residency.parked(tree)
+    assert away["a"].sharding.memory_kind == "pinned_host" and away["b"] is tree["b"]
+    assert away["a"].sharding.spec == where.spec and not pointers(away["a"]) & pointers(x)
+    assert residency.parked(away)["a"] is away["a"] and residency.at_hand(tree)["a"] is x
+    back = residency.at_hand(away)["a"]
+    assert back.sharding == where and np.array_equal(back, x)
+    for source in (x, away["a"]):
+        copy = residency.fresh(source, where)
+        assert copy.sharding == where and np.array_equal(copy, x)
+        assert not pointers(copy) & (pointers(x) | pointers(away["a"]))
+
+
+def test_donating_a_fresh_copy_leaves_what_it_was_made_from():
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for x in (jnp.ones((64, 64)), residency.parked(jnp.ones((64, 64)))):
+        copy = residency.fresh(x, where)
+        jax.jit(lambda x: 2 * x, donate_argnums=0)(copy)
+        assert copy.is_deleted() and np.asarray(x).max() == 1.0
+
+
+# A stage.
+
+
+class Seen(NamedTuple):
+    """Bytes in device memory during steps, and of parameters and adapters."""
+
+    steps: list
+    model: int
+    head: int
+    result: Any
+
+
+def on_device():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays() if x.sharding.memory_kind == "device")
+
+
+def run(small, tmp_path, monkeypatch, objective, *options):
+    """Unlearn from a parked model; look at device memory whenever a step is logged."""
+    more = (
+        "--unlearn.steps 3 --unlearn.curve-points 0 --model.num-layers 12 --model.hidden-size 64 "
+        "--model.intermediate-size 512"
+    ).split()
+    config = cli.parse(
+        RunConfig, PRESETS["quickstart"].PRESET, [*small, *more, *options], "tests", ""
+    )
+    config = dataclasses.replace(config, objective=objective)
+    task, mesh = load_task(config), sharding.make_mesh(config.mesh)
+    base = pipeline.base_model(config, task, mesh).parked()
+    sizes = {n: sum(x.nbytes for x in jax.tree.leaves(t)) for n, t in base.params.items()}
+    before, seen, real = on_device(), [], Tracker.write
+
+    def write(self, stage, step, scalars):
+        seen.append(on_device() - before)
+        real(self, stage, step, scalars)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "write", write)
+        result = pipeline.unlearn(config, base, task, tmp_path, mesh, Tracker(tmp_path))
+    assert all(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(base.params))
+    assert all(x.sharding.memory_kind == "device" for x in jax.tree.leaves(result.params))
+    assert len(seen) == 3
+    return Seen(seen, sum(sizes.values()), sizes["embed"], result)
+
+
+@pytest.mark.parametrize(
+    ("objective", "frozen"),
+    [
+        (ObjectiveConfig("npo"), 0),  # its reference is a column of the batches
+        pytest.param(  # hidden states, which the frozen head unembeds
+            ObjectiveConfig("graddiff", retain="kl"), 1, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["npo", "kl"],
+)
+def test_one_model_beside_its_optimizer_state(objective, frozen, small, tmp_path, monkeypatch):
+    seen = run(small, tmp_path, monkeypatch, objective, "--optimizer.name", "sign")
+    wanted = 2 * seen.model + frozen * seen.head  # parameters and one momentum
+    for size in seen.steps:
+        assert wanted <= size < wanted + 0.5 * seen.model  # batches: no second model
+
+
+def test_adapters_beside_one_model(small, tmp_path, monkeypatch):
+    seen = run(small, tmp_path, monkeypatch, ObjectiveConfig("npo"), "--lora.rank", "2")
+    for size in seen.steps:
+        assert seen.model < size < 1.5 * seen.model

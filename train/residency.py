@@ -1,0 +1,72 @@
+"""Where models wait: in host memory, out of the way of steps and scores.
+
+A run knows several models (base, original, oracle, unlearned) and works with one or two at a time.
+The others are parked: every device's shard lies in the memory of its host, laid out as before, so
+this needs no gathering and works for any number of processes. A stage that starts from a parked
+model makes the one copy on the device that it trains.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+HOST = "pinned_host"
+DEVICE = "device"
+
+
+def parked(params: Any) -> Any:
+    """Arrays in host memory, shard by shard; the device's are freed with their last reference.
+
+    Args:
+        params: a tree; what is no `jax.Array` is in host memory already.
+
+    Returns:
+        A tree of equal arrays, of the same shardings but for the memory.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> parked(jnp.ones(2)).sharding.memory_kind
+        'pinned_host'
+    """
+    return _moved(params, HOST)
+
+
+def at_hand(params: Any) -> Any:
+    """Arrays in device memory; those that are there already are handed on as they are.
+
+    Args:
+        params: a tree of arrays.
+
+    Returns:
+        A tree of equal arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> at_hand(parked(jnp.ones(2))).sharding.memory_kind
+        'device'
+    """
+    return _moved(params, DEVICE)
+
+
+def fresh(params: Any, shardings: Any) -> Any:
+    """A copy on the device that may be donated, from arrays wherever they lie.
+
+    Args:
+        params: a tree of arrays, parked or not.
+        shardings: of the copy, a tree of the same structure.
+
+    Returns:
+        A tree of equal arrays that shares no memory with `params`.
+    """
+    return jax.device_put(params, shardings, may_alias=False)
+
+
+def _moved(params: Any, kind: str) -> Any:
+    def one(x):
+        if not isinstance(x, jax.Array) or x.sharding.memory_kind == kind:
+            return x
+        return jax.device_put(x, x.sharding.with_memory_kind(kind))
+
+    return jax.tree.map(one, params)
