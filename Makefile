@@ -22,10 +22,14 @@ UV ?= $(shell command -v uv 2>/dev/null)
 WORKERS ?= 2
 ARGS ?=
 
+# libtpu lives in an environment of its own: beside it, a JAX that nobody told better asks for TPUs.
+TPU_VENV = $(VENV)-tpu
 ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(VENV)" UV="$(UV)" sh .ci/environment
 RUN = $(VENV)/bin/python
+TPU_ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(TPU_VENV)" UV="$(UV)" sh .ci/environment
+TPU_RUN = JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python
 
-.PHONY: help quickstart test parity bench lint format smollm2
+.PHONY: help quickstart test parity tpu bench plan lint format smollm2
 
 help:  ## this list
 	@awk -F ':  ## ' '/^[a-z0-9]+:  ## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -41,6 +45,14 @@ test:  ## the tests, without the slow ones and those that need torch
 parity:  ## the tests that compare with torch (installs it into the same environment)
 	$(ENVIRONMENT) train test parity
 	$(RUN) -m pytest -n $(WORKERS) -m torch_parity tests $(ARGS)
+
+tpu:  ## the tests that compile for TPUs, on any machine (libtpu goes into an environment of its own)
+	$(TPU_ENVIRONMENT) train test tpu
+	$(TPU_RUN) -m pytest -n $(WORKERS) -m "libtpu and not slow" tests $(ARGS)
+
+plan:  ## Llama-3 on TPU slices, compiled here, into runs/bench (half an hour on two cores)
+	$(TPU_ENVIRONMENT) train test tpu
+	$(TPU_RUN) tests/bench/plan_table.py $(ARGS)
 
 bench:  ## optimizers against optax's and torch's, into runs/bench (10 quiet minutes)
 	$(ENVIRONMENT) train test parity

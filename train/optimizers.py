@@ -150,7 +150,7 @@ def _optax_muon(c: OptimizerConfig, schedule: optax.Schedule):
         ]
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
-    return optax.contrib.muon(
+    tx = optax.contrib.muon(
         schedule,
         beta=c.momentum,
         weight_decay=c.weight_decay,
@@ -160,6 +160,7 @@ def _optax_muon(c: OptimizerConfig, schedule: optax.Schedule):
         consistent_rms=0.2,
         muon_weight_dimension_numbers=dimensions,
     )
+    return optax.with_extra_args_support(tx)
 
 
 def _sophia(c: OptimizerConfig, schedule: optax.Schedule):

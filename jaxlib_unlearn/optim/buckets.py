@@ -469,7 +469,8 @@ def _run_here(buckets: list[_Bucket], counts: list[int]) -> list[tuple[jax.Array
             for i in members
         ]
         if counts[members[0]]:
-            found = _in_blocks(bucket.fn, *_concatenate(parts), bucket.together)
+            batch, extra = _concatenate(parts)
+            found = _in_blocks(bucket.fn, batch, extra, bucket.together)
         else:
             found = _nothing(bucket)
         start = 0
@@ -490,7 +491,9 @@ def _run_here(buckets: list[_Bucket], counts: list[int]) -> list[tuple[jax.Array
 def _nothing(bucket: _Bucket) -> tuple[jax.Array, Any]:
     """What the function returns for no matrices, as arrays of length 0."""
     one = jax.tree.map(lambda x: x[: bucket.together], (bucket.batch, bucket.extra))
-    shapes = jax.eval_shape(lambda parts: _in_blocks(bucket.fn, *parts, bucket.together), one)
+    shapes = jax.eval_shape(
+        lambda batch, extra: _in_blocks(bucket.fn, batch, extra, bucket.together), *one
+    )
     return jax.tree.map(lambda x: jnp.zeros((0, *x.shape[1:]), x.dtype), shapes)
 
 

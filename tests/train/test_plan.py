@@ -19,9 +19,7 @@ from train.unlearn import read_arguments
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")
 on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-with_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (make plan installs it)"
-)
+without_libtpu = importlib.util.find_spec("libtpu") is None
 KEYS = {
     "chips",
     "hbm_bytes_per_chip",
@@ -312,14 +310,16 @@ def test_presets_of_large_models(name):
 # For TPUs, with libtpu
 
 
-@with_libtpu
+@pytest.mark.libtpu
+@pytest.mark.skipif(without_libtpu, reason="needs libtpu: make tpu")
 @pytest.mark.parametrize("name", [f"{k}:{s[0]}" for k, s in topology.SLICES.items()] + ["v4:4x4x4"])
 def test_slices_have_the_devices_that_programs_see(name):
     found = topology.find_topology(name)
     assert len(found.devices) == found.chips * found.chip.devices
 
 
-@with_libtpu
+@pytest.mark.libtpu
+@pytest.mark.skipif(without_libtpu, reason="needs libtpu: make tpu")
 @pytest.mark.parametrize("optimizer", ["muon", "sift"])
 def test_a_plan_for_a_small_slice(optimizer):
     args = ("--topology", "v5e:2x2", "--optimizer.name", optimizer, "--mesh.fsdp", "4", *SMALL)
@@ -330,7 +330,8 @@ def test_a_plan_for_a_small_slice(optimizer):
     assert 0.9 <= step["flops_per_chip"] / step["asked_flops_per_chip"] <= 1.1
 
 
-@with_libtpu
+@pytest.mark.libtpu
+@pytest.mark.skipif(without_libtpu, reason="needs libtpu: make tpu")
 @pytest.mark.slow
 def test_llama3_8b_on_64_chips():
     """NPO with a cached reference: fits, and Muon costs at most 1.15 times a step without it."""
