@@ -16,7 +16,7 @@ from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
 from models import Decoder, DecoderConfig, Tokenizer
 from models.policy import head_of
 from models.weights import find_smollm2
-from train import loop, sharding
+from train import distributed, loop, sharding
 from train.checkpointing import params_sha256
 from train.config import RunConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.examples import Encoded, encode_rows
@@ -108,10 +108,12 @@ def model_source(path: str) -> str | Path:
 
 def load_model(path: str, remat: bool, mesh: Any) -> Model:
     """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`."""
-    loaded = models.load(model_source(path))
-    params = sharding.put_params(loaded.params, mesh)
+    with distributed.together():
+        loaded = models.load(
+            model_source(path), shardings=lambda name, shape: sharding.sharding_of(name, shape, mesh)
+        )
     decoder = dataclasses.replace(loaded.decoder, remat=remat)
-    return Model(decoder, params, loaded.tokenizer, params_sha256(params))
+    return Model(decoder, loaded.params, loaded.tokenizer, params_sha256(loaded.params))
 
 
 def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encoded:
@@ -261,13 +263,17 @@ def train_stage(
         )
 
     def compute(checkpoints: Path) -> Any:
-        ready = with_references(
-            streams, row, options, start.decoder, start.params, start.sha, mesh, root
-        )
+        with distributed.interruptible():
+            ready = with_references(
+                streams, row, options, start.decoder, start.params, start.sha, mesh, root
+            )
         plan = loop.Stage(
             name=name,
             steps=steps,
-            batches=batches_of(ready, main, stage_seed, stage.batch_size),
+            batches=batches_of(
+                ready, main, stage_seed, stage.batch_size, sharding.rows_here(mesh, stage.batch_size)
+            ),
+            batch_size=stage.batch_size,
             objective=row,
             options=options,
             optimizer=optimizer,
