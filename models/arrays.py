@@ -53,7 +53,7 @@ def read_into(shape: tuple[int, ...], sharding: jax.sharding.Sharding, read: Rea
     def part(index):
         key = tuple((s.start, s.stop) for s in index)
         if key not in parts:
-            parts[key] = np.ascontiguousarray(read(index))
+            parts[key] = np.asarray(read(index), order="C")
         return parts[key]
 
     return jax.make_array_from_callback(shape, sharding, part)

@@ -72,7 +72,9 @@ def read_header(path: Any) -> dict[str, tuple[str, tuple[int, ...], int]]:
         end = last
     if 8 + length + end != size:
         raise ValueError(f"{size} bytes, the header tells of {8 + length + end}")
-    return {name: (kind, shape, 8 + length + first) for first, _, name, kind, shape in sorted(found)}
+    return {
+        name: (kind, shape, 8 + length + first) for first, _, name, kind, shape in sorted(found)
+    }
 
 
 def read_part(

@@ -44,7 +44,6 @@ class Stage:
         name: `original`, `oracle`, `unlearned`.
         steps: optimizer steps.
         batches: step -> this process's rows of the batches by stream; a pure function of the step.
-        batch_size: rows of a global batch.
         objective: what is minimised, with `options` as resolved from its configuration.
         optimizer: how a step is taken.
         combine: how the gradients of the two sides become one.
@@ -52,12 +51,12 @@ class Stage:
         curve: `params -> scalars`, called at `curve_steps`.
         checkpoints: folder for this stage's checkpoints.
         checkpoint_seconds: least time between two of them.
+        batch_size: rows of a global batch; None: `batches` makes all of them.
     """
 
     name: str
     steps: int
     batches: Callable[[int], HostBatches]
-    batch_size: int
     objective: Objective
     options: Any
     optimizer: OptimizerConfig
@@ -67,6 +66,7 @@ class Stage:
     curve: Callable[[Any], dict[str, float]] | None = None
     curve_steps: tuple[int, ...] = ()
     combine: str = "sum"
+    batch_size: int | None = None
 
 
 def curve_steps(steps: int, points: int) -> tuple[int, ...]:
@@ -146,9 +146,7 @@ def run(
 
     def due() -> bool:
         """Whether the last checkpoint is old, by the clock of the first process."""
-        return distributed.of_first(
-            lambda: time.monotonic() - saved_at > stage.checkpoint_seconds
-        )
+        return distributed.of_first(lambda: time.monotonic() - saved_at > stage.checkpoint_seconds)
 
     with progress(stage.name, stage.steps, start) as advance:
         for step in range(start, stage.steps):

@@ -110,7 +110,8 @@ def load_model(path: str, remat: bool, mesh: Any) -> Model:
     """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`."""
     with distributed.together():
         loaded = models.load(
-            model_source(path), shardings=lambda name, shape: sharding.sharding_of(name, shape, mesh)
+            model_source(path),
+            shardings=lambda name, shape: sharding.sharding_of(name, shape, mesh),
         )
     decoder = dataclasses.replace(loaded.decoder, remat=remat)
     return Model(decoder, loaded.params, loaded.tokenizer, params_sha256(loaded.params))
@@ -271,7 +272,11 @@ def train_stage(
             name=name,
             steps=steps,
             batches=batches_of(
-                ready, main, stage_seed, stage.batch_size, sharding.rows_here(mesh, stage.batch_size)
+                ready,
+                main,
+                stage_seed,
+                stage.batch_size,
+                sharding.rows_here(mesh, stage.batch_size),
             ),
             batch_size=stage.batch_size,
             objective=row,

@@ -110,7 +110,9 @@ def json_stage(
     With `cache`, a folder shared with other runs, it is looked for there before it is computed.
     """
     if cache is not None:
-        shared = remote.located(cache) / path.parent.name / f"{path.stem}-{digest(inputs)[:16]}.json"
+        shared = (
+            remote.located(cache) / path.parent.name / f"{path.stem}-{digest(inputs)[:16]}.json"
+        )
 
         def look() -> Any:
             with alone(shared, path.stem):

@@ -108,7 +108,9 @@ def run(config: RunConfig) -> Path:
     root = open_run(config)
     tracker = Tracker(root, config.tensorboard)
     size = evaluation.num_parameters(base.params) / 1e6
-    say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {remote.shown(root)}")
+    say(
+        f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {remote.shown(root)}"
+    )
     for note in task.notes:
         say(f"  {note}")
     minutes = read_minutes(root)  # of the same run before it was stopped, or run again
@@ -171,7 +173,9 @@ def run(config: RunConfig) -> Path:
 
     distributed.of_first(tell)
     where = remote.shown(root)
-    say(f"report: {where / 'report.html'}   model: {where / 'export'}   {minutes['all']:.1f} minutes")
+    say(
+        f"report: {where / 'report.html'}   model: {where / 'export'}   {minutes['all']:.1f} minutes"
+    )
     return root
 
 
@@ -286,7 +290,9 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
     if root.exists() and (
         not root.is_dir() or any(item.name != "config.json.part" for item in root.iterdir())
     ):
-        raise UserError(f"--output {remote.shown(root)} exists and is not a run folder; give another --output")
+        raise UserError(
+            f"--output {remote.shown(root)} exists and is not a run folder; give another --output"
+        )
     return False
 
 
