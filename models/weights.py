@@ -146,19 +146,19 @@ def _load_bucket(source: str, dtype: str, shardings: Shardings) -> Loaded:
     from etils import epath
 
     folder = epath.Path(source)
-    try:
-        small = [p for p in folder.iterdir() if p.name.endswith((".json", ".jinja"))]
-        with tempfile.TemporaryDirectory() as name:
-            for path in small:
-                (Path(name) / path.name).write_bytes(path.read_bytes())
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            for path in folder.iterdir():
+                if path.name.endswith((".json", ".jinja")):
+                    (Path(name) / path.name).write_bytes(path.read_bytes())
             return _load_folder(Path(name), folder, dtype, shardings)
-    except UserError as error:
-        raise UserError(str(error).replace(name, source)) from None
-    except Exception as error:  # each service has its own errors, without a common base
-        raise UserError(
-            f"{source}: cannot be read ({type(error).__name__}: {one_line(error)}); check the "
-            "bucket's name, install gcsfs or s3fs, and log in to it"
-        ) from error
+        except UserError as error:
+            raise UserError(str(error).replace(name, source)) from None
+        except Exception as error:  # each service has its own errors, without a common base
+            raise UserError(
+                f"{source}: cannot be read ({type(error).__name__}: {one_line(error)}); check the "
+                "bucket's name, install gcsfs or s3fs, and log in to it"
+            ) from error
 
 
 def find_smollm2() -> Path | None:

@@ -72,7 +72,7 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: the disk is full or not writable.
     """
-    folder = folder.resolve()
+    folder = remote.absolute(folder)
     part = folder if remote.is_remote(folder) else folder.with_name(folder.name + ".part")
     manifest = {**meta, "digests": tree_digests(tree), "shapes": tree_shapes(tree)}
 
@@ -134,10 +134,10 @@ def load_tree(folder: Path, like: Any) -> Any:
         raise UserError(
             f"checkpoint {folder} holds another model; use another --output or delete it"
         )
-    arrays = folder.resolve() / "arrays"
+    arrays = remote.absolute(folder) / "arrays"
     kept = manifest.get("files")  # none of a bucket, which sums its files itself
-    there = None if kept is None else distributed.of_first(lambda: file_sums(arrays))
-    if there is not None and kept != there:
+    there = {} if kept is None else distributed.of_first(lambda: file_sums(arrays))
+    if kept is not None and kept != there:
         # Before Orbax: parts of a file that it does not use may be damaged without effect.
         names = sorted(set(kept) | set(there)) if isinstance(kept, dict) else []
         odd = [n for n in names if kept.get(n) != there.get(n)] or [MANIFEST]

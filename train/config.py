@@ -105,8 +105,8 @@ class StageConfig:
 
     Args:
         original: a model (HF folder or GGUF) that already knows the facts.
-        cache: folder or bucket path that runs share: an original or oracle made from the same inputs, and its
-            evaluation, are taken from there, or put there for the next run.
+        cache: folder (or `gs://…`) that runs share: an original or oracle made from the same
+            inputs, and its evaluation, are taken from there, or put there for the next run.
     """
 
     original: str | None = None
@@ -147,7 +147,7 @@ class RunConfig:
         preset: name of the preset this configuration started from.
         seed: everything random follows from it.
         smoke: few steps and samples through the same code, for a first look.
-        output: run folder, or one in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`).
+        output: run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`).
         combine: how the gradients of the forget and the retain side become one: sum, blur, pcgrad.
         retain_log: per-item log (OpenUnlearning EVAL.json or ours) of a retain-only model; skips
             the oracle.

@@ -229,8 +229,9 @@ def array_of_first(value: np.ndarray | None) -> np.ndarray:
         return value
     from jax.experimental import multihost_utils
 
-    kind = of_first(lambda: None if value is None else [value.dtype.name, *value.shape])
-    mine = value if _state.first else np.zeros(kind[1:], kind[0])
+    have = np.zeros(0) if value is None else value
+    dtype, shape = of_first(lambda: (have.dtype.name, have.shape))
+    mine = have if _state.first else np.zeros(tuple(shape), dtype)
     return np.asarray(multihost_utils.broadcast_one_to_all(mine))
 
 

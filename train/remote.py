@@ -1,13 +1,14 @@
-"""Bucket paths (`gs://…`, `s3://…`) beside local ones.
+"""Bucket paths (`gs://…`) beside local ones.
 
-Arrays are read and written where they lie, by every process. All other files of a run are small:
-the first process keeps them in a local folder, its mirror, which is fetched at the start and sent
-after each stage and checkpoint.
+Arrays are read and written where they lie, by every process. All other files of a run are small
+(but for the exported model): the first process keeps them in a local folder, its mirror, which is
+fetched at the start and sent after each stage and checkpoint.
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import re
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from etils import epath
 from jaxlib_unlearn.errors import UserError
 from train import distributed
 
-PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+PACKAGES = {"gs": ("gcsfs", "google.cloud.storage")}  # what Orbax writes arrays to, and with what
 ARRAYS = ("stages", "checkpoints")  # folders of a run that Orbax writes in place
 _mirrors: dict[Path, Any] = {}
 _sent: dict[Path, int] = {}
@@ -40,14 +41,21 @@ def located(path: str | Path | epath.Path) -> Any:
         return Path(path)
     scheme, rest = found.groups()
     if scheme not in PACKAGES:
-        known = ", ".join(f"{name}://" for name in PACKAGES)
-        raise UserError(f"{scheme}://{rest}: only {known} buckets are supported; give one of them")
+        known = ", ".join(f"{name}://…" for name in PACKAGES)
+        raise UserError(
+            f"{scheme}://{rest}: runs go to local folders and {known}; give one of them"
+        )
     return epath.Path(f"{scheme}://{rest}")
 
 
 def is_remote(path: Any) -> bool:
     """Whether a path lies in a bucket."""
     return re.match(r"[a-z][a-z0-9]+:/", str(path)) is not None
+
+
+def absolute(path: Any) -> Any:
+    """A path from the root; bucket paths are that already."""
+    return path if is_remote(path) else path.resolve()
 
 
 def check(path: Any, option: str, write: bool = True) -> None:
@@ -59,12 +67,16 @@ def check(path: Any, option: str, write: bool = True) -> None:
         write: also put a file there and take it away.
 
     Raises:
-        UserError: no package for such buckets, no credentials, no such bucket.
+        UserError: a package for such buckets is missing, no credentials, no such bucket.
     """
     if not is_remote(path):
         return
     there = located(path)
-    scheme = str(there).partition(":")[0]
+    missing = [name for name in PACKAGES[str(there).partition(":")[0]] if not _installed(name)]
+    if missing:
+        raise UserError(
+            f"{option} {there} needs {' and '.join(missing)}; pip install 'jaxlib-unlearn[gcs]'"
+        )
     try:
         there.exists()
         if write:
@@ -72,16 +84,18 @@ def check(path: Any, option: str, write: bool = True) -> None:
             trial = there / f".can-write-{'first' if distributed.is_first() else 'other'}"
             trial.write_text("")
             trial.unlink()
-    except ImportError as error:
-        raise UserError(
-            f"{option} {there} needs the package {PACKAGES[scheme]} ({_line(error)}); "
-            f"pip install {PACKAGES[scheme]}"
-        ) from None
     except Exception as error:  # each service has its own errors, without a common base
         raise UserError(
             f"{option} {there} cannot be {'written' if write else 'read'} "
             f"({type(error).__name__}: {_line(error)}); check the bucket's name and log in to it"
         ) from None
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def _line(error: BaseException) -> str:
@@ -115,13 +129,14 @@ def mirror(path: Path) -> Path:
 def _fetch(there: Any, local: Path, skip: tuple[str, ...] = ()) -> None:
     local.mkdir(parents=True, exist_ok=True)
     for item in there.iterdir():
-        if item.name in skip:
+        if item.name in skip or item.name.endswith(".safetensors"):  # never read again
             continue
         if item.is_dir():
             _fetch(item, local / item.name)
         else:
-            (local / item.name).write_bytes(item.read_bytes())
-            _sent[local / item.name] = zlib.crc32((local / item.name).read_bytes())
+            with item.open("rb") as source, (local / item.name).open("wb") as sink:
+                shutil.copyfileobj(source, sink, 2**22)
+            _sent[local / item.name] = _crc(local / item.name)
 
 
 def arrays_of(root: Path) -> Any:
@@ -142,10 +157,18 @@ def send(root: Path) -> None:
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         if path.name.endswith(".part"):
             continue
-        data = path.read_bytes()
-        crc = zlib.crc32(data)
+        crc = _crc(path)
         if _sent.get(path) != crc:
             target = there / path.relative_to(root).as_posix()
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
+            with path.open("rb") as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 2**22)
             _sent[path] = crc
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return crc

@@ -81,9 +81,9 @@ def params_stage(
             want a result, one computes it and the others wait.
     """
     if cache is not None:
-        cache = remote.located(cache)
-        with alone(folder_of(cache, name, inputs), name):
-            return params_stage(cache, name, inputs, like, compute)
+        shared = remote.located(cache)
+        with alone(folder_of(shared, name, inputs), name):
+            return params_stage(shared, name, inputs, like, compute)
     root = remote.arrays_of(root)
     folder = folder_of(root, name, inputs)
     manifest = distributed.of_first(lambda: checkpointing.read_manifest(folder))

@@ -108,9 +108,8 @@ def run(config: RunConfig) -> Path:
     root = open_run(config)
     tracker = Tracker(root, config.tensorboard)
     size = evaluation.num_parameters(base.params) / 1e6
-    say(
-        f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {remote.shown(root)}"
-    )
+    where = remote.shown(root)
+    say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {where}")
     for note in task.notes:
         say(f"  {note}")
     minutes = read_minutes(root)  # of the same run before it was stopped, or run again
@@ -172,10 +171,8 @@ def run(config: RunConfig) -> Path:
         remote.send(root)
 
     distributed.of_first(tell)
-    where = remote.shown(root)
-    say(
-        f"report: {where / 'report.html'}   model: {where / 'export'}   {minutes['all']:.1f} minutes"
-    )
+    spent = f"{minutes['all']:.1f} minutes"
+    say(f"report: {where / 'report.html'}   model: {where / 'export'}   {spent}")
     return root
 
 
@@ -283,7 +280,8 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
             there = there | {"mesh": wanted.get("mesh")}
         if difference := distributed.first_difference(there, wanted):
             raise UserError(
-                f"{remote.shown(root)} holds another run's config ({difference}); give another --output"
+                f"{remote.shown(root)} holds another run's config ({difference}); give another "
+                "--output"
             )
         return True
     # A run killed while it wrote its first file leaves `config.json.part` behind.
