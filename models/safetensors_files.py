@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -77,31 +76,30 @@ def read_header(path: Any) -> dict[str, tuple[str, tuple[int, ...], int]]:
     }
 
 
-def read_part(
-    path: Path, kind: str, shape: tuple[int, ...], offset: int, index: tuple[slice, ...]
+def read_rows(
+    path: Any, kind: str, shape: tuple[int, ...], offset: int, first: int, last: int
 ) -> np.ndarray:
-    """A part of a tensor; of its first axis only the rows that are asked for are read.
+    """Rows of a tensor; nothing else of it is read.
 
     Args:
         path: the file.
         kind: storage type, one of `KINDS`.
-        shape: of the whole tensor.
+        shape: of the whole tensor, one axis at least.
         offset: where it starts in the file.
-        index: a slice for each axis, with step 1.
+        first: of the rows.
+        last: one past them.
 
     Returns:
-        The values, in the storage type.
+        `(last - first, *shape[1:])`, in the storage type.
 
     Raises:
         OSError: the file cannot be read, or ends early.
     """
     dtype = KINDS[kind]
     row = math.prod(shape[1:]) * dtype.itemsize
-    first, last, _ = index[0].indices(shape[0]) if shape else (0, 1, 1)
     with path.open("rb") as file:
         file.seek(offset + first * row)
         data = file.read((last - first) * row)
     if len(data) != (last - first) * row:
         raise OSError(f"{path}: ends before the tensor does")
-    rows = np.frombuffer(data, dtype).reshape((last - first, *shape[1:]) if shape else ())
-    return rows[(slice(None), *index[1:])] if shape else rows
+    return np.frombuffer(data, dtype).reshape(last - first, *shape[1:])

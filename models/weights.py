@@ -39,7 +39,6 @@ DTYPES = {
 INDEX = "model.safetensors.index.json"
 BUCKET = re.compile(r"(gs|s3):/+(.+)")
 Shardings = Callable[[str, tuple[int, ...]], Sharding]
-Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,14 @@ class Loaded:
 
 
 class Stored(NamedTuple):
-    """A tensor of a file: its shape (out, in) and how to read a part of it.
+    """A tensor of a file: its shape (out, in) and how to read its rows `first` to `last - 1`.
 
     `kind` names its storage type, `order` says where it lies among the others.
     """
 
     shape: tuple[int, ...]
     kind: str
-    read: Callable[[Index], np.ndarray]
+    read: Callable[[int, int], np.ndarray]
     order: tuple[Any, ...] = ()
 
 
@@ -236,7 +235,7 @@ def _safetensors(folder: Any) -> dict[str, Stored]:
         for name, (kind, shape, offset) in header.items():
             if table is None or table.get(name) == file:
                 read = functools.partial(
-                    safetensors_files.read_part, folder / file, kind, shape, offset
+                    safetensors_files.read_rows, folder / file, kind, shape, offset
                 )
                 stored[name] = Stored(shape, kind, read, (file, offset))
     return stored
@@ -332,11 +331,16 @@ def assemble(
 def _read(
     stored: Stored, shape: tuple[int, ...], sharding: Sharding, transpose: bool, dtype: np.dtype
 ) -> jax.Array:
-    """A tensor on its devices, of which this process reads the parts that its own hold."""
+    """A tensor on its devices, of which this process reads the rows that its own need, once."""
+    found: dict[tuple[int, int], np.ndarray] = {}
 
-    def part(index: Index) -> np.ndarray:
-        value = stored.read(index[::-1] if transpose else index)
-        return (value.T if transpose else value).astype(dtype)
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        rows, *rest = index[::-1] if transpose else index
+        first, last, _ = rows.indices(stored.shape[0])
+        if (first, last) not in found:
+            found[first, last] = stored.read(first, last)
+        value = found[first, last][(slice(None), *rest)]
+        return (value.T if transpose else value).astype(dtype, order="C")
 
     return read_into(shape, sharding, part)
 
@@ -377,8 +381,8 @@ def _check_tied(
         return
 
     def same(first: int) -> bool:
-        index = (slice(first, min(first + 4096, embedding.shape[0])), slice(None))
-        return np.array_equal(head.read(index).astype(dtype), embedding.read(index).astype(dtype))
+        rows = first, min(first + 4096, embedding.shape[0])
+        return np.array_equal(head.read(*rows).astype(dtype), embedding.read(*rows).astype(dtype))
 
     if head.shape != embedding.shape or not all(map(same, range(0, head.shape[0], 4096))):
         raise UserError(
