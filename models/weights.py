@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxlib_unlearn.errors import UserError
 from models import safetensors_files
@@ -92,8 +92,8 @@ def load(
         source: a folder with config.json, safetensors and tokenizer.json, also in a bucket
             (`gs://…`, `s3://…`); a GGUF file; or `org/name` of the Hub, when no such path exists.
         dtype: of the parameters and of the computation: float32, bfloat16 or float16.
-        shardings: `(path, shape) -> sharding` of every leaf; default: JAX's default device. The
-            leading axis of a leaf below `layers/` stays whole.
+        shardings: `(path, shape) -> sharding` of every leaf; default: uncommitted, on JAX's default
+            device. The leading axis of a leaf below `layers/` stays whole.
 
     Returns:
         The configuration, parameters and tokenizer.
@@ -109,8 +109,6 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
-    device = jax.local_devices()[0]
-    shardings = shardings or (lambda path, shape: SingleDeviceSharding(device))
     found = BUCKET.fullmatch(str(source))
     path = Path(source).expanduser()
     if found is not None:
@@ -129,7 +127,7 @@ def load(
     return Loaded(dataclasses.replace(config, dtype=dtype), params, tokenizer)
 
 
-def _load_folder(folder: Path, tensors: Any, dtype: str, shardings: Shardings) -> Loaded:
+def _load_folder(folder: Path, tensors: Any, dtype: str, shardings: Shardings | None) -> Loaded:
     """A model from the small files of `folder` and the safetensors files of `tensors`."""
     raw = read_json(folder / "config.json", "a Hugging Face model folder has one")
     config = from_hf(raw, str(folder / "config.json"))
@@ -140,7 +138,7 @@ def _load_folder(folder: Path, tensors: Any, dtype: str, shardings: Shardings) -
     return Loaded(dataclasses.replace(config, dtype=dtype), params, tokenizer)
 
 
-def _load_bucket(source: str, dtype: str, shardings: Shardings) -> Loaded:
+def _load_bucket(source: str, dtype: str, shardings: Shardings | None) -> Loaded:
     """A model from a bucket: small files are copied, tensors read in place."""
     from etils import epath
 
@@ -255,7 +253,7 @@ def assemble(
     stored: Mapping[str, Stored],
     names: str,
     dtype: np.dtype,
-    shardings: Shardings,
+    shardings: Shardings | None,
     where: str,
 ) -> dict[str, Any]:
     """The parameter tree from a table of stored tensors.
@@ -265,7 +263,7 @@ def assemble(
         stored: tensors by file name, kernels `(out, in)`.
         names: which column of the tensor table the file uses, `hf` or `gguf`.
         dtype: of the leaves.
-        shardings: `(path, shape) -> sharding` of each leaf.
+        shardings: `(path, shape) -> sharding` of each leaf; None: JAX's default device.
         where: how error messages name the source.
 
     Raises:
@@ -314,7 +312,7 @@ def assemble(
     leaves: dict[str, Any] = {}
     for path, layer, name, transpose in sorted(plan, key=lambda entry: stored[entry[2]].order):
         shape = shapes[path].shape
-        sharding = shardings(path, shape)
+        sharding = None if shardings is None else shardings(path, shape)
         if layer is None:
             leaves[path] = _read(stored[name], shape, sharding, transpose, dtype)
             continue
@@ -329,7 +327,11 @@ def assemble(
 
 
 def _read(
-    stored: Stored, shape: tuple[int, ...], sharding: Sharding, transpose: bool, dtype: np.dtype
+    stored: Stored,
+    shape: tuple[int, ...],
+    sharding: Sharding | None,
+    transpose: bool,
+    dtype: np.dtype,
 ) -> jax.Array:
     """A tensor on its devices, of which this process reads the rows that its own need, once."""
     found: dict[tuple[int, int], np.ndarray] = {}
@@ -342,10 +344,12 @@ def _read(
         value = found[first, last][(slice(None), *rest)]
         return (value.T if transpose else value).astype(dtype, order="C")
 
+    if sharding is None:
+        return jnp.asarray(part(tuple(slice(0, size) for size in shape)))
     return read_into(shape, sharding, part)
 
 
-def _of_block(sharding: Sharding) -> Sharding:
+def _of_block(sharding: Sharding | None) -> Sharding | None:
     """Where one block of a stack lies: as the stack does, without its leading axis."""
     if not isinstance(sharding, NamedSharding):
         return sharding
@@ -355,7 +359,7 @@ def _of_block(sharding: Sharding) -> Sharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*rest))
 
 
-def _empty_stack(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
+def _empty_stack(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 

@@ -98,6 +98,7 @@ def start(config: DistributedConfig) -> None:
     except ValueError as error:
         if not config.auto:
             raise UserError(f"--distributed.coordinator {config.coordinator}: {error}") from None
+        jax.config.update("jax_cpu_enable_async_dispatch", True)
         return  # no cluster around: a lone machine
     except RuntimeError as error:
         where = config.coordinator or "the coordinator"

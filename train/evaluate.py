@@ -125,7 +125,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
             print(f"{name:34} {value:.6g}" if isinstance(value, float) else f"{name:34} {value}")
 
     distributed.of_first(tell)
-    say(f"summary: {remote.shown(root) / 'summary.json'}")
+    say(f"summary: {remote.home(root) / 'summary.json'}")
     return summary
 
 

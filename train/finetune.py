@@ -111,7 +111,7 @@ def run(config: FinetuneRun) -> Path:
         remote.send(root)
 
     distributed.of_first(tell)
-    say(f"model: {remote.shown(root) / 'export'}")
+    say(f"model: {remote.home(root) / 'export'}")
     return root
 
 

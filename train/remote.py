@@ -139,14 +139,9 @@ def _fetch(there: Any, local: Path, skip: tuple[str, ...] = ()) -> None:
             _sent[local / item.name] = _crc(local / item.name)
 
 
-def arrays_of(root: Path) -> Any:
-    """Where the arrays of a run folder lie: in its bucket when `root` is a mirror."""
+def home(root: Path) -> Any:
+    """Where a run folder and its arrays really lie: in a bucket when `root` is a mirror."""
     return _mirrors.get(root, root)
-
-
-def shown(root: Path) -> Any:
-    """How to name a run folder to a person."""
-    return arrays_of(root)
 
 
 def send(root: Path) -> None:

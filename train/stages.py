@@ -84,7 +84,7 @@ def params_stage(
         shared = remote.located(cache)
         with alone(folder_of(shared, name, inputs), name):
             return params_stage(shared, name, inputs, like, compute)
-    root = remote.arrays_of(root)
+    root = remote.home(root)
     folder = folder_of(root, name, inputs)
     manifest = distributed.of_first(lambda: checkpointing.read_manifest(folder))
     if manifest is not None:

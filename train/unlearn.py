@@ -108,7 +108,7 @@ def run(config: RunConfig) -> Path:
     root = open_run(config)
     tracker = Tracker(root, config.tensorboard)
     size = evaluation.num_parameters(base.params) / 1e6
-    where = remote.shown(root)
+    where = remote.home(root)
     say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {where}")
     for note in task.notes:
         say(f"  {note}")
@@ -245,7 +245,7 @@ def enter_run(folder: Path, identity: dict[str, Any]) -> Path:
     """
     root = remote.mirror(folder)
     distributed.of_first(lambda: str(enter_folder(root, identity)))
-    distributed.check_shared(remote.arrays_of(root))
+    distributed.check_shared(remote.home(root))
     distributed.of_first(lambda: remote.send(root))
     return root
 
@@ -280,7 +280,7 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
             there = there | {"mesh": wanted.get("mesh")}
         if difference := distributed.first_difference(there, wanted):
             raise UserError(
-                f"{remote.shown(root)} holds another run's config ({difference}); give another "
+                f"{remote.home(root)} holds another run's config ({difference}); give another "
                 "--output"
             )
         return True
@@ -289,7 +289,7 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
         not root.is_dir() or any(item.name != "config.json.part" for item in root.iterdir())
     ):
         raise UserError(
-            f"--output {remote.shown(root)} exists and is not a run folder; give another --output"
+            f"--output {remote.home(root)} exists and is not a run folder; give another --output"
         )
     return False
 

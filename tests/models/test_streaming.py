@@ -1,4 +1,4 @@
-"""Weights go file by file onto the devices: the host holds a few tensors, never a leaf or a model."""
+"""Weights go file by file onto the devices: the host holds a few tensors, never a whole leaf."""
 
 import gc
 import subprocess
@@ -25,12 +25,12 @@ CONFIG = DecoderConfig(
     num_kv_heads=4,
     head_dim=64,
 )
-SHARD = 32 * 10**6
+SHARD = 48 * 10**6
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of 400 MB in 13 files."""
+    """A model of 390 MB in 8 files or more."""
     draw = np.random.default_rng(0)
 
     def leaf(shape):
@@ -49,10 +49,10 @@ def whole(folder) -> int:
 
 
 def test_the_host_holds_two_files_at_most(folder):
-    assert len(list(folder.glob("*.safetensors"))) >= 10
+    assert len(list(folder.glob("*.safetensors"))) >= 8
     stacks = flatten(Decoder(CONFIG).shapes())
     # What a loader that collects a leaf would hold.
-    assert 4 * stacks["layers/mlp/up/kernel"].size > 3 * SHARD
+    assert 4 * stacks["layers/mlp/up/kernel"].size > 2 * SHARD
     gc.collect()
     tracemalloc.start()
     try:
@@ -71,7 +71,8 @@ def test_the_process_grows_by_the_model_and_two_files(folder, repo):
     program = (
         "import re, sys, jax, models\n"
         "def peak():\n"  # ru_maxrss starts at that of the process which forked this one
-        "    return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
+        "    status = open('/proc/self/status').read()\n"
+        "    return int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) * 1024\n"
         "jax.jit(lambda: jax.numpy.zeros(3))().block_until_ready()\n"
         "models.Tokenizer.from_folder(sys.argv[1])\n"
         "before = peak()\n"

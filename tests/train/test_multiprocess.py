@@ -32,7 +32,10 @@ from train.sharding import MeshConfig, make_mesh
 from train.step import Losses, init_state
 from train.streams import batches_of, make_stream, with_references
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.usefixtures("compiled_afresh")]
+pytestmark = [
+    pytest.mark.multiprocess,
+    pytest.mark.usefixtures("compiled_afresh", "cheap_compilation"),
+]
 
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
 MESH = MeshConfig(2, 2, 1)
@@ -191,6 +194,7 @@ def environment(devices: int) -> dict[str, str]:
     return mine | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
         "PYTHONWARNINGS": "ignore",
     }
 
@@ -370,6 +374,27 @@ def test_stopped_on_two_processes_and_resumed_on_one(launch, tiny, tofu_folder, 
     np.testing.assert_allclose(
         [row["loss"] for row in ours], [row["loss"] for row in theirs], rtol=1e-5
     )
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_lost(launch, tiny, tofu_folder, tmp_path):
+    """`kill -9` of either: the other ends by itself; the same command goes on, bit for bit."""
+    whole, root = tmp_path / "whole", tmp_path / "run"
+    more = ("--train.checkpoint-seconds", "0")
+    done = launch([finetuning(tiny, tofu_folder, whole, *more)] * 2).end()
+    assert [one.code for one in done] == [0, 0], done
+    for lost, step in ((1, 5), (0, 12)):
+        run = launch([finetuning(tiny, tofu_folder, root, *more)] * 2)
+        run.when(lambda step=step: len(lines_of(root, "original")) >= step)
+        run.processes[lost].kill()
+        ended = run.end(seconds=200)
+        assert ended[lost].code == -signal.SIGKILL and ended[1 - lost].code != 0
+    done = launch([finetuning(tiny, tofu_folder, root, *more)] * 2).end()
+    assert [one.code for one in done] == [0, 0], done
+    assert "original: continuing at step" in done[0].err
+    assert (root / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    for name in ("summary.json", "export/model.safetensors"):
+        assert (root / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.mark.slow
