@@ -6,6 +6,7 @@ name is always whole.
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import shutil
@@ -18,7 +19,9 @@ import jax
 import numpy as np
 
 from jaxlib_unlearn.errors import UserError
+from models.arrays import host as on_host
 from models.families import SLOTS, to_hf
+from models.tokenizer import Tokenizer
 from models.weights import DTYPES, INDEX, Loaded, flatten, shortened
 
 EXPORTER = "jaxlib-unlearn"  # under "exporter" in config.json: the folder is ours to replace
@@ -35,6 +38,8 @@ def export(
 ) -> Path:
     """Write a model as config.json, safetensors and tokenizer files.
 
+    Where several processes share the parameters each must call it; the first one writes.
+
     Args:
         loaded: configuration, parameters (one stack or several) and tokenizer.
         folder: created; an earlier export there is replaced.
@@ -49,23 +54,45 @@ def export(
             cannot be written.
     """
     folder = Path(folder).expanduser().absolute()
-    _check_replaceable(folder)
     flat = _leaves(loaded.params)
     if dtype is None:
         dtype = str(np.dtype(jax.numpy.result_type(*(leaf for _, leaf in flat))))
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} cannot be exported; use one of {', '.join(DTYPES)}")
     raw = to_hf(loaded.config)
+    tensors = _tensors(loaded, DTYPES[dtype])
+    if jax.process_index() == 0:
+        try:
+            _write(folder, raw, dtype, loaded.tokenizer, tensors, shard_bytes)
+        except BaseException:
+            if jax.process_count() > 1:
+                collections.deque(tensors, 0)  # the others wait for our part of each
+            raise
+    else:
+        collections.deque(tensors, 0)
+    return folder
+
+
+def _write(
+    folder: Path,
+    raw: dict[str, Any],
+    dtype: str,
+    tokenizer: Tokenizer,
+    tensors: Iterator[tuple[str, np.ndarray]],
+    shard_bytes: int,
+) -> None:
+    """The files, in a sibling folder that takes its place once it is whole."""
+    _check_replaceable(folder)
     raw |= {"dtype": dtype, "torch_dtype": dtype, "exporter": EXPORTER}
     for key in ("bos", "eos", "pad"):
-        raw[f"{key}_token_id"] = getattr(loaded.tokenizer, f"{key}_id")
+        raw[f"{key}_token_id"] = getattr(tokenizer, f"{key}_id")
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The prefix stays short of the longest file name; mkdtemp's folders are private by default.
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:64]}.", dir=folder.parent))
     try:
-        _write_tensors(loaded, temporary, DTYPES[dtype], shard_bytes)
-        loaded.tokenizer.save(temporary)
+        _write_tensors(tensors, temporary, shard_bytes)
+        tokenizer.save(temporary)
         text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
         (temporary / "config.json").write_text(text, encoding="utf-8")
         umask = os.umask(0)
@@ -75,7 +102,6 @@ def export(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return folder
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -135,7 +161,7 @@ def _tensors(loaded: Loaded, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]
         raise UserError(f"parameters {shortened(extra)} have no name in a Hugging Face folder")
 
     def host(leaf: Any, transpose: bool) -> np.ndarray:
-        array = np.asarray(leaf).astype(dtype)
+        array = on_host(leaf).astype(dtype)
         return np.ascontiguousarray(array.T if transpose else array)
 
     stacks = loaded.params["layers"]
@@ -156,7 +182,9 @@ def _tensors(loaded: Loaded, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]
         raise ValueError(f"{index} blocks of parameters, the config has {loaded.config.num_layers}")
 
 
-def _write_tensors(loaded: Loaded, folder: Path, dtype: np.dtype, shard_bytes: int) -> None:
+def _write_tensors(
+    tensors: Iterator[tuple[str, np.ndarray]], folder: Path, shard_bytes: int
+) -> None:
     from safetensors.numpy import save_file
 
     files: list[Path] = []
@@ -172,7 +200,7 @@ def _write_tensors(loaded: Loaded, folder: Path, dtype: np.dtype, shard_bytes: i
 
     shard: dict[str, np.ndarray] = {}
     size = 0
-    for name, array in _tensors(loaded, dtype):
+    for name, array in tensors:
         if shard and size + array.nbytes > shard_bytes:
             write(shard)
             shard, size = {}, 0

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from models.arrays import host, put
 from models.decoder import Decoder, Params
 from models.sampling import SamplingConfig, row_keys, sample_tokens
 
@@ -274,7 +275,7 @@ def generate(
     def place(x):
         if sharding is None or x.shape[0] % shards:
             return jnp.asarray(x)
-        return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0])))
+        return put(x, NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0])))
 
     answers: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in prompts]
     for first in range(0, len(order), per_group):
@@ -333,9 +334,9 @@ def _finish(
     pending = list(enumerate(owners))
     step = 1
     while pending:
-        over = np.asarray(rows.done) | (step >= max_new)
+        over = host(rows.done) | (step >= max_new)
         if over.any():
-            tokens, lengths = np.asarray(rows.tokens), np.asarray(rows.lengths)
+            tokens, lengths = host(rows.tokens), host(rows.lengths)
             for slot, owner in pending:
                 if over[slot]:
                     yield owner, tokens[slot, : lengths[slot]].tolist()

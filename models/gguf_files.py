@@ -64,11 +64,11 @@ def _stored(tensor: Any, arch: str, config: DecoderConfig) -> Stored:
     part = str(tensor.name).rsplit(".", 2)[-2]
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(part)
 
-    def read() -> np.ndarray:
+    def read(first: int, last: int) -> np.ndarray:
         value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        return unpermute(value, heads) if arch == "llama" and heads else value
+        return (unpermute(value, heads) if arch == "llama" and heads else value)[first:last]
 
-    return Stored(shape, tensor.tensor_type.name, read)
+    return Stored(shape, tensor.tensor_type.name, read, (int(tensor.data_offset),))
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

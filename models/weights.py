@@ -1,26 +1,32 @@
 """Weights from safetensors folders, GGUF files and the Hugging Face Hub, as stacked parameters.
 
 Everything that can be wrong with names and shapes is known from the headers alone, so all of it is
-collected and reported once, before any tensor is read. Tensors are then read one at a time into
-their place in the stacked leaf: the host holds the model and one leaf, not two models.
+collected and reported once, before any tensor is read. Tensors are then read one at a time, file by
+file, and put into their layer of the stacks on the devices: the host holds one tensor, and of
+several processes each reads what its own devices need.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import importlib.util
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxlib_unlearn.errors import UserError
+from models import safetensors_files
+from models.arrays import read_into
 from models.decoder import Decoder, DecoderConfig
 from models.families import SLOTS, from_hf
 from models.tokenizer import Tokenizer, one_line, read_json
@@ -31,7 +37,8 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 INDEX = "model.safetensors.index.json"
-Place = Callable[[str, np.ndarray], Any]
+BUCKET = re.compile(r"(gs|s3):/+(.+)")
+Shardings = Callable[[str, tuple[int, ...]], Sharding]
 
 
 @dataclass(frozen=True)
@@ -65,22 +72,28 @@ class Loaded:
 
 
 class Stored(NamedTuple):
-    """A tensor of a file: its shape (out, in) and how to read it; `kind` names its storage type."""
+    """A tensor of a file: its shape (out, in) and how to read its rows `first` to `last - 1`.
+
+    `kind` names its storage type, `order` says where it lies among the others.
+    """
 
     shape: tuple[int, ...]
     kind: str
-    read: Callable[[], np.ndarray]
+    read: Callable[[int, int], np.ndarray]
+    order: tuple[Any, ...] = ()
 
 
-def load(source: str | Path, *, dtype: str = "float32", place: Place | None = None) -> Loaded:
+def load(
+    source: str | Path, *, dtype: str = "float32", shardings: Shardings | None = None
+) -> Loaded:
     """Load a model from a Hugging Face folder, a `.gguf` file or a Hub id.
 
     Args:
-        source: a folder with config.json, safetensors and tokenizer.json; a GGUF file; or
-            `org/name` of the Hub, when no such path exists.
+        source: a folder with config.json, safetensors and tokenizer.json, also in a bucket
+            (`gs://…`, `s3://…`); a GGUF file; or `org/name` of the Hub, when no such path exists.
         dtype: of the parameters and of the computation: float32, bfloat16 or float16.
-        place: `(path, host array) -> array`, called once a leaf is complete, to put it on a mesh;
-            default: on JAX's default device.
+        shardings: `(path, shape) -> sharding` of every leaf; default: uncommitted, on JAX's default
+            device. The leading axis of a leaf below `layers/` stays whole.
 
     Returns:
         The configuration, parameters and tokenizer.
@@ -96,26 +109,53 @@ def load(source: str | Path, *, dtype: str = "float32", place: Place | None = No
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
-    place = place or (lambda path, array: jnp.asarray(array))
+    found = BUCKET.fullmatch(str(source))
     path = Path(source).expanduser()
+    if found is not None:
+        return _load_bucket("{}://{}".format(*found.groups()), dtype, shardings)
     if path.is_file() and path.suffix == ".gguf":
         from models import gguf_files
 
         with gguf_files.opened(path) as (config, stored, tokenizer):
             _check_vocabulary(config, tokenizer, path.name)
-            params = assemble(config, stored, "gguf", DTYPES[dtype], place, path.name)
+            params = assemble(config, stored, "gguf", DTYPES[dtype], shardings, path.name)
     else:
         folder = path if path.exists() else _download(str(source))
         if not folder.is_dir():
             raise UserError(f"{folder}: neither a folder nor a .gguf file; give one of the two")
-        raw = read_json(folder / "config.json", "a Hugging Face model folder has one")
-        config = from_hf(raw, str(folder / "config.json"))
-        tokenizer = Tokenizer.from_folder(folder)
-        _check_vocabulary(config, tokenizer, str(folder))
-        with contextlib.ExitStack() as stack:
-            stored = _safetensors(folder, stack)
-            params = assemble(config, stored, "hf", DTYPES[dtype], place, str(folder))
+        return _load_folder(folder, folder, dtype, shardings)
     return Loaded(dataclasses.replace(config, dtype=dtype), params, tokenizer)
+
+
+def _load_folder(folder: Path, tensors: Any, dtype: str, shardings: Shardings | None) -> Loaded:
+    """A model from the small files of `folder` and the safetensors files of `tensors`."""
+    raw = read_json(folder / "config.json", "a Hugging Face model folder has one")
+    config = from_hf(raw, str(folder / "config.json"))
+    tokenizer = Tokenizer.from_folder(folder)
+    _check_vocabulary(config, tokenizer, str(folder))
+    stored = _safetensors(tensors)
+    params = assemble(config, stored, "hf", DTYPES[dtype], shardings, str(tensors))
+    return Loaded(dataclasses.replace(config, dtype=dtype), params, tokenizer)
+
+
+def _load_bucket(source: str, dtype: str, shardings: Shardings | None) -> Loaded:
+    """A model from a bucket: small files are copied, tensors read in place."""
+    from etils import epath
+
+    folder = epath.Path(source)
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            for path in folder.iterdir():
+                if path.name.endswith((".json", ".jinja")):
+                    (Path(name) / path.name).write_bytes(path.read_bytes())
+            return _load_folder(Path(name), folder, dtype, shardings)
+        except UserError as error:
+            raise UserError(str(error).replace(name, source)) from None
+        except Exception as error:  # each service has its own errors, without a common base
+            raise UserError(
+                f"{source}: cannot be read ({type(error).__name__}: {one_line(error)}); check the "
+                "bucket's name, install gcsfs or s3fs, and log in to it"
+            ) from error
 
 
 def find_smollm2() -> Path | None:
@@ -162,10 +202,8 @@ def _check_vocabulary(config: DecoderConfig, tokenizer: Tokenizer, where: str) -
         )
 
 
-def _safetensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
+def _safetensors(folder: Any) -> dict[str, Stored]:
     """The headers of a folder's safetensors files, whole or sharded."""
-    from safetensors import SafetensorError, safe_open
-
     index = folder / INDEX
     if index.is_file():
         table = read_json(index, "it lists the shards").get("weight_map")
@@ -186,22 +224,18 @@ def _safetensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Stored]
     stored: dict[str, Stored] = {}
     for file in files:
         try:
-            handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
-            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if table is not None and table.get(name) != file:
-                    continue
-                part = handle.get_slice(name)
-                kind = part.get_dtype()
-
-                def read(handle=handle, name=name) -> np.ndarray:
-                    return handle.get_tensor(name)
-
-                stored[name] = Stored(tuple(part.get_shape()), kind, read)
-        except (SafetensorError, OSError) as error:
+            header = safetensors_files.read_header(folder / file)
+        except (ValueError, OSError) as error:
             raise UserError(
                 f"{folder / file}: cannot be read, truncated or damaged ({one_line(error)}); "
                 "download it again"
             ) from error
+        for name, (kind, shape, offset) in header.items():
+            if table is None or table.get(name) == file:
+                read = functools.partial(
+                    safetensors_files.read_rows, folder / file, kind, shape, offset
+                )
+                stored[name] = Stored(shape, kind, read, (file, offset))
     return stored
 
 
@@ -219,7 +253,7 @@ def assemble(
     stored: Mapping[str, Stored],
     names: str,
     dtype: np.dtype,
-    place: Place,
+    shardings: Shardings | None,
     where: str,
 ) -> dict[str, Any]:
     """The parameter tree from a table of stored tensors.
@@ -229,7 +263,7 @@ def assemble(
         stored: tensors by file name, kernels `(out, in)`.
         names: which column of the tensor table the file uses, `hf` or `gguf`.
         dtype: of the leaves.
-        place: `(path, host array) -> array` for each complete leaf.
+        shardings: `(path, shape) -> sharding` of each leaf; None: JAX's default device.
         where: how error messages name the source.
 
     Raises:
@@ -240,7 +274,7 @@ def assemble(
     missing: list[str] = []
     wrong: list[str] = []
     unreadable: list[str] = []
-    plan: list[tuple[str, list[str], bool]] = []
+    plan: list[tuple[str, int | None, str, bool]] = []
     for slot in SLOTS:
         if slot.path not in shapes:
             continue
@@ -249,7 +283,7 @@ def assemble(
         shape = shapes[slot.path].shape[1:] if layered else shapes[slot.path].shape
         want = shape[::-1] if slot.transpose else shape
         found = [template.format(i) for i in range(config.num_layers)] if layered else [template]
-        for name in found:
+        for layer, name in enumerate(found):
             used.add(name)
             if name not in stored:
                 missing.append(name)
@@ -257,7 +291,7 @@ def assemble(
                 wrong.append(f"{name} {stored[name].shape} instead of {tuple(want)}")
             elif stored[name].kind not in READABLE[names]:
                 unreadable.append(f"{name} ({stored[name].kind})")
-        plan.append((slot.path, found, slot.transpose))
+            plan.append((slot.path, layer if layered else None, name, slot.transpose))
     extra = [n for n in stored if n not in used and not _ignored(n, config)]
     problems = [
         f"{label}: {shortened(items)}"
@@ -274,16 +308,65 @@ def assemble(
             f"{where}: the tensors do not fit a {config.family} model; {'; '.join(problems)}; "
             "use weights and config of one model"
         )
-    tree: dict[str, Any] = {}
-    for path, found, transpose in plan:
+    _check_tied(config, stored, names, dtype, where)
+    leaves: dict[str, Any] = {}
+    for path, layer, name, transpose in sorted(plan, key=lambda entry: stored[entry[2]].order):
         shape = shapes[path].shape
-        leaf = np.empty(shape, dtype)
-        for row, name in zip(leaf if path.startswith("layers/") else [leaf], found, strict=True):
-            tensor = stored[name].read()
-            row[...] = tensor.T if transpose else tensor
-        _check_tied(config, path, leaf, stored, names, where)
-        insert(tree, path, place(path, leaf))
+        sharding = None if shardings is None else shardings(path, shape)
+        if layer is None:
+            leaves[path] = _read(stored[name], shape, sharding, transpose, dtype)
+            continue
+        if path not in leaves:
+            leaves[path] = _empty_stack(shape, dtype, sharding)
+        block = _read(stored[name], shape[1:], _of_block(sharding), transpose, dtype)
+        leaves[path] = _set_block(leaves[path], block, np.int32(layer))
+    tree: dict[str, Any] = {}
+    for path in dict.fromkeys(entry[0] for entry in plan):
+        insert(tree, path, leaves[path])
     return tree
+
+
+def _read(
+    stored: Stored,
+    shape: tuple[int, ...],
+    sharding: Sharding | None,
+    transpose: bool,
+    dtype: np.dtype,
+) -> jax.Array:
+    """A tensor on its devices, of which this process reads the rows that its own need, once."""
+    found: dict[tuple[int, int], np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        rows, *rest = index[::-1] if transpose else index
+        first, last, _ = rows.indices(stored.shape[0])
+        if (first, last) not in found:
+            found[first, last] = stored.read(first, last)
+        value = found[first, last][(slice(None), *rest)]
+        return (value.T if transpose else value).astype(dtype, order="C")
+
+    if sharding is None:
+        return jnp.asarray(part(tuple(slice(0, size) for size in shape)))
+    return read_into(shape, sharding, part)
+
+
+def _of_block(sharding: Sharding | None) -> Sharding | None:
+    """Where one block of a stack lies: as the stack does, without its leading axis."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    first, *rest = sharding.spec if len(sharding.spec) else (None,)
+    if first is not None:
+        raise ValueError(f"{sharding.spec} splits the layers of a stack, which load fills in turn")
+    return NamedSharding(sharding.mesh, PartitionSpec(*rest))
+
+
+def _empty_stack(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_block(stack: jax.Array, block: jax.Array, layer: jax.Array) -> jax.Array:
+    """The stack with one layer set, in place."""
+    return jax.lax.dynamic_update_index_in_dim(stack, block, layer, 0)
 
 
 def _ignored(name: str, config: DecoderConfig) -> bool:
@@ -294,20 +377,18 @@ def _ignored(name: str, config: DecoderConfig) -> bool:
 
 
 def _check_tied(
-    config: DecoderConfig,
-    path: str,
-    leaf: np.ndarray,
-    stored: Mapping[str, Stored],
-    names: str,
-    where: str,
+    config: DecoderConfig, stored: Mapping[str, Stored], names: str, dtype: np.dtype, where: str
 ) -> None:
     # Some checkpoints store the tied head too. One that differs must not vanish silently.
-    if names != "hf" or path != "embed/embedding" or not config.tie_embeddings:
+    head, embedding = (stored.get(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+    if names != "hf" or not config.tie_embeddings or head is None or embedding is None:
         return
-    head = stored.get("lm_head.weight")
-    if head is None:
-        return
-    if head.shape != leaf.shape or not np.array_equal(head.read().astype(leaf.dtype), leaf):
+
+    def same(first: int) -> bool:
+        rows = first, min(first + 4096, embedding.shape[0])
+        return np.array_equal(head.read(*rows).astype(dtype), embedding.read(*rows).astype(dtype))
+
+    if head.shape != embedding.shape or not all(map(same, range(0, head.shape[0], 4096))):
         raise UserError(
             f"{where}: config.json ties the embeddings, but lm_head.weight differs from "
             "model.embed_tokens.weight; set tie_word_embeddings to false"

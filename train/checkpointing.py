@@ -2,60 +2,32 @@
 
 Orbax by itself loads a flipped bit without a word. A step whose digests do not match is skipped in
 favour of the one before it, said in one line. All use of Orbax sits in this file.
+
+Several processes write one checkpoint, each its own part of the arrays, to a path that all of them
+see (a shared folder or a bucket). It is read on any number of processes and on any mesh.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxlib_unlearn.errors import UserError
-from train.sharding import path_str
+from train import distributed, remote
+from train.digests import combined, params_sha256, tree_digests, tree_shapes
 
 MANIFEST = "manifest.json"
 KEEP = 2
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save on it
-
-
-def leaf_digest(leaf: Any) -> str:
-    """sha256 of one array's dtype, shape and bytes."""
-    array = np.ascontiguousarray(np.asarray(leaf))
-    digest = hashlib.sha256(f"{array.dtype.name}{array.shape}".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
-    return digest.hexdigest()
-
-
-def tree_digests(tree: Any) -> dict[str, str]:
-    """Path to sha256 for every leaf."""
-    return {path_str(p): leaf_digest(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def tree_shapes(tree: Any) -> dict[str, list[Any]]:
-    """Path to dtype and shape for every leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_str(p): [np.dtype(x.dtype).name, *x.shape] for p, x in leaves}
-
-
-def combined(digests: dict[str, str]) -> str:
-    """One sha256 for a tree: the digest of its sorted (path, leaf digest) pairs."""
-    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
-
-
-def params_sha256(params: Any) -> str:
-    """The sha256 of a parameter tree."""
-    return combined(tree_digests(params))
 
 
 def file_sums(folder: Path) -> dict[str, list[int]]:
@@ -90,7 +62,9 @@ def _quiet():
 def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
     """Write `tree` and a manifest (`meta`, digests, file sums) to `folder` atomically.
 
-    Everything goes to a temporary sibling, which one rename puts in place.
+    Everything goes to a temporary sibling, which one rename puts in place. Buckets know no rename:
+    there the manifest comes last, and a folder without one counts as absent. Each process must call
+    this.
 
     Returns:
         The manifest.
@@ -98,22 +72,33 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: the disk is full or not writable.
     """
-    folder = folder.resolve()
-    part = folder.with_name(folder.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
+    folder = remote.absolute(folder)
+    part = folder if remote.is_remote(folder) else folder.with_name(folder.name + ".part")
+    manifest = {**meta, "digests": tree_digests(tree), "shapes": tree_shapes(tree)}
+
+    def make_room() -> None:
+        remote.remove(part)
         part.mkdir(parents=True)
-        manifest = {**meta, "digests": tree_digests(tree), "shapes": tree_shapes(tree)}
-        with _quiet():
-            _orbax().save(str(part / "arrays"), tree)
-        manifest["files"] = file_sums(part / "arrays")
+
+    def finish() -> None:
+        if part != folder:
+            manifest["files"] = file_sums(part / "arrays")
         (part / MANIFEST).write_text(json.dumps(manifest))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    except (OSError, ValueError) as error:
-        shutil.rmtree(part, ignore_errors=True)
+        if part != folder:
+            remote.remove(folder)
+            os.replace(part, folder)
+
+    try:
+        distributed.of_first(make_room)
+        with distributed.together(), _quiet():
+            _orbax().save(str(part / "arrays"), tree)
+        distributed.of_first(finish)
+    except (OSError, ValueError, UserError) as error:
+        if distributed.is_first():
+            remote.remove(part)
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
+        kind = distributed.Agreed if isinstance(error, distributed.Agreed) else UserError
+        raise kind(
             f"cannot write checkpoint {folder}: {reason}; free space or choose another --output"
         ) from None
     return manifest
@@ -132,10 +117,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def load_tree(folder: Path, like: Any) -> Any:
     """Read a tree with the structure, dtypes and shardings of `like`; verify files and digests.
 
+    Each process must call this.
+
     Raises:
         UserError: it is missing, unreadable, of another structure, or damaged.
     """
-    manifest = read_manifest(folder)
+    manifest = distributed.of_first(lambda: read_manifest(folder))
     if manifest is None:
         raise UserError(f"no checkpoint in {folder}; delete that folder to compute it again")
     abstract = jax.tree.map(
@@ -147,8 +134,9 @@ def load_tree(folder: Path, like: Any) -> Any:
         raise UserError(
             f"checkpoint {folder} holds another model; use another --output or delete it"
         )
-    arrays = folder.resolve() / "arrays"
-    kept, there = manifest.get("files"), file_sums(arrays)
+    arrays = remote.absolute(folder) / "arrays"
+    kept = manifest.get("files")  # none of a bucket, which sums its files itself
+    there = {} if kept is None else distributed.of_first(lambda: file_sums(arrays))
     if kept is not None and kept != there:
         # Before Orbax: parts of a file that it does not use may be damaged without effect.
         names = sorted(set(kept) | set(there)) if isinstance(kept, dict) else []
@@ -158,7 +146,7 @@ def load_tree(folder: Path, like: Any) -> Any:
             "folder"
         )
     try:
-        with _quiet():
+        with distributed.together(), _quiet():
             tree = _orbax().load(str(arrays), abstract)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
@@ -180,21 +168,33 @@ def what(error: UserError) -> str:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps with a complete checkpoint in `folder`, ascending."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / MANIFEST).exists()
-    )
+    """Steps with a complete checkpoint in `folder`, ascending; each process must call this."""
+
+    def look() -> list[int]:
+        if not folder.is_dir():
+            return []
+        return sorted(
+            int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / MANIFEST).exists()
+        )
+
+    return distributed.of_first(look)
+
+
+def remove(folder: Path) -> None:
+    """Remove a saved tree, or a folder of them; each process must call this."""
+    distributed.of_first(lambda: remote.remove(folder))
 
 
 def save_step(folder: Path, step: int, state: Any, meta: dict[str, Any]) -> None:
     """Save a training state under `folder/<step>` and keep the last `KEEP`."""
     save_tree(folder / str(step), state, {**meta, "step": step})
-    for crashed in folder.glob("*.part"):
-        shutil.rmtree(crashed, ignore_errors=True)
-    for old in steps_in(folder)[:-KEEP]:
-        shutil.rmtree(folder / str(old), ignore_errors=True)
+    stale = steps_in(folder)[:-KEEP]
+
+    def clean() -> None:
+        for path in [*folder.glob("*.part"), *(folder / str(old) for old in stale)]:
+            remote.remove(path)
+
+    distributed.of_first(clean)
 
 
 def load_latest(folder: Path, like: Any, say: Callable[[str], None]) -> tuple[int, Any] | None:
@@ -210,5 +210,23 @@ def load_latest(folder: Path, like: Any, say: Callable[[str], None]) -> tuple[in
         except UserError as error:
             then = f"using step {steps[-1]}" if steps else "none is left, starting over"
             say(f"{what(error)}; {then}")
-            shutil.rmtree(folder / str(step), ignore_errors=True)
+            remove(folder / str(step))
     return None
+
+
+__all__ = [
+    "MANIFEST",
+    "combined",
+    "file_sums",
+    "load_latest",
+    "load_tree",
+    "params_sha256",
+    "read_manifest",
+    "remove",
+    "save_step",
+    "save_tree",
+    "steps_in",
+    "tree_digests",
+    "tree_shapes",
+    "what",
+]

@@ -14,7 +14,7 @@ from jaxlib_unlearn.errors import UserError
 from models import lora
 from models.decoder import REMAT
 from models.weights import DTYPES
-from train import cli, optimizers, sharding
+from train import cli, optimizers, remote, sharding
 from train.config import EvaluateConfig, LoraConfig, RunConfig, TrainConfig, UnlearnConfig
 from train.data.examples import encode_prompt
 from train.evaluation import Model, longest
@@ -169,7 +169,9 @@ def check_run(config: RunConfig) -> Mesh:
         raise UserError(
             "--tensorboard needs tensorboardX; pip install 'jaxlib-unlearn[tensorboard]'"
         )
-    cache = config.stage.cache
+    cache = None if config.stage.cache is None else remote.located(config.stage.cache)
+    remote.check(config.stage.cache, "--stage.cache")
+    remote.check(config.output, "--output")
     if cache is not None and cache.exists() and not cache.is_dir():
         raise UserError(f"--stage.cache {cache} is not a folder; give a folder, or leave it out")
     mesh = sharding.make_mesh(config.mesh)

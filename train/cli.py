@@ -14,7 +14,9 @@ import io
 import itertools
 import json
 import re
+import shlex
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -169,14 +171,29 @@ def read_config(cls: type, path: Path) -> Any:
         ) from None
 
 
+def command() -> str:
+    """The command line of this process, to start it again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = sys.argv[0] if spec is None else f"-m {spec.name.removesuffix('.__main__')}"
+    return f"python {name} {shlex.join(sys.argv[1:])}".rstrip()
+
+
 def main(program: Callable[[list[str]], None]) -> None:
     """Run `program(argv)`; turn its errors into one line and an exit code."""
+    from train import distributed
     from train.loop import TrainingError
 
     try:
-        program(sys.argv[1:])
+        with distributed.sigterm_stops():
+            program(sys.argv[1:])
+    except distributed.Preempted:
+        distributed.say_on_first(
+            f"stopped by SIGTERM, what is finished is stored; resume with: {command()}"
+        )
+        sys.exit(0)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        distributed.leave(2, isinstance(error, distributed.Agreed))
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)
@@ -188,10 +205,16 @@ def main(program: Callable[[list[str]], None]) -> None:
             "choose another --output",
             file=sys.stderr,
         )
+        distributed.leave(2)
         sys.exit(2)
     except TrainingError as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        distributed.say_on_first(f"stopped: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        if distributed.many():
+            traceback.print_exc()
+            distributed.leave(1)
+        raise

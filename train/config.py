@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.objectives import ObjectiveConfig
+from train.distributed import DistributedConfig
 from train.optimizers import OptimizerConfig
 from train.sharding import MeshConfig
 
@@ -131,8 +132,8 @@ class StageConfig:
 
     Args:
         original: a model (HF folder or GGUF) that already knows the facts.
-        cache: folder that runs share: an original or oracle made from the same inputs, and its
-            evaluation, are taken from there, or put there for the next run.
+        cache: folder (or `gs://…`) that runs share: an original or oracle made from the same
+            inputs, and its evaluation, are taken from there, or put there for the next run.
     """
 
     original: str | None = None
@@ -173,13 +174,14 @@ class RunConfig:
         preset: name of the preset this configuration started from.
         seed: everything random follows from it.
         smoke: few steps and samples through the same code, for a first look.
-        output: run folder; None: `runs/PRESET-seedN` (with `-smoke`).
+        output: run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`).
         combine: how the gradients of the forget and the retain side become one: sum, blur, pcgrad.
         retain_log: per-item log (OpenUnlearning EVAL.json or ours) of a retain-only model; skips
             the oracle.
         oracle: train the retain-only model (forget quality needs it, unless `retain_log` is given).
         export_dtype: dtype of the exported weights.
         tensorboard: also write TensorBoard events (needs the extra).
+        distributed: the processes of the run, where it has several.
     """
 
     preset: str = ""
@@ -201,6 +203,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export_dtype: str = "float32"
     tensorboard: bool = False
+    distributed: DistributedConfig = DistributedConfig()
 
 
 def to_json(config: Any) -> dict[str, Any]:

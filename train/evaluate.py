@@ -13,7 +13,8 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from train import cli
-from train.config import DataConfig, EvaluateConfig, RunConfig, replace
+from train.config import DataConfig, EvaluateConfig, RunConfig, replace, to_json
+from train.distributed import DistributedConfig
 from train.presets import tofu_smollm2
 from train.sharding import MeshConfig
 from train.tracking import say
@@ -32,6 +33,7 @@ class EvaluateRun:
         data: what is asked.
         evaluate: how it is judged.
         mesh: devices.
+        distributed: the processes, where there are several.
     """
 
     model: str = ""
@@ -42,6 +44,7 @@ class EvaluateRun:
     data: DataConfig = DataConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
 
 # What the TOFU preset shrinks, without its training.
@@ -89,32 +92,49 @@ def read_arguments(argv: list[str]) -> EvaluateRun:
 def run(config: EvaluateRun) -> dict[str, Any]:
     """Judge the model and write `summary.json` and the per-item log."""
     from jaxlib_unlearn.metrics import tofu
-    from train import checks, evaluation, pipeline, sharding
+    from train import checks, distributed, evaluation, pipeline, remote, sharding
     from train.stages import write_atomic
     from train.task import load_task
     from train.unlearn import evaluate_cached
 
-    checks.check_numbers(config)
-    checks.check_evaluate(config.evaluate)
-    mesh = sharding.make_mesh(config.mesh)
-    root = config.output or Path("runs") / f"evaluate-{Path(config.model).name}"
-    check_folder(root)
-    retain = None if config.retain_log is None else tofu.load_log(config.retain_log)
-    data = config.data
-    task = load_task(RunConfig(seed=config.seed, data=data))
+    distributed.start(config.distributed)
+    distributed.check_same({k: v for k, v in to_json(config).items() if k != "distributed"})
+    with distributed.together():
+        checks.check_numbers(config)
+        checks.check_evaluate(config.evaluate)
+        mesh = sharding.make_mesh(config.mesh)
+        folder = config.output or Path("runs") / f"evaluate-{Path(config.model).name}"
+        remote.check(folder, "--output")
+        root = remote.mirror(folder)
+        if distributed.is_first():
+            check_folder(root)
+        retain = None if config.retain_log is None else tofu.load_log(config.retain_log)
+        data = config.data
+        task = load_task(RunConfig(seed=config.seed, data=data))
+    distributed.check_same({"data": task.digest()})
     model = pipeline.load_model(config.model, "none", mesh)
     task = checks.fit_task(task, model, config.evaluate, data.system_prompt, data.max_length)
+    distributed.of_first(lambda: create(root))
+    log = evaluate_cached(config, model, task, None, root, mesh, "model")
+    summary = evaluation.summarize(log, retain, model)
+
+    def tell() -> None:
+        write_atomic(root / "summary.json", json.dumps({"model": summary}, indent=1))
+        remote.send(root)
+        for name, value in summary.items():
+            print(f"{name:34} {value:.6g}" if isinstance(value, float) else f"{name:34} {value}")
+
+    distributed.of_first(tell)
+    say(f"summary: {remote.home(root) / 'summary.json'}")
+    return summary
+
+
+def create(root: Path) -> None:
+    """Make the folder of an evaluation."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {root}: {error.strerror}; give another --output") from None
-    log = evaluate_cached(config, model, task, None, root, mesh, "model")
-    summary = evaluation.summarize(log, retain, model)
-    write_atomic(root / "summary.json", json.dumps({"model": summary}, indent=1))
-    for name, value in summary.items():
-        print(f"{name:34} {value:.6g}" if isinstance(value, float) else f"{name:34} {value}")
-    say(f"summary: {root / 'summary.json'}")
-    return summary
 
 
 def check_folder(root: Path) -> None:

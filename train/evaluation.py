@@ -14,15 +14,15 @@ import numpy as np
 
 from jaxlib_unlearn.metrics import leak_at_k, text, tofu
 from jaxlib_unlearn.metrics.likelihood import Scored
-from models import Tokenizer
+from models import Tokenizer, arrays
 from models.decoder import Decoder
 from models.generate import SamplingConfig, generate
 from models.policy import score
-from train import residency
+from train import distributed, residency
 from train.config import EvaluateConfig
 from train.data.batches import score_batches
 from train.data.examples import Example, Group, encode_group, encode_prompt, encode_qa
-from train.sharding import put_batch
+from train.sharding import batch_sharding, put_batch
 from train.task import Row, Task
 from train.tracking import progress
 
@@ -69,16 +69,18 @@ def score_items(
     pad = model.tokenizer.pad_id or 0
     with progress(label, len(items)) as advance:
         for batch in score_batches(items, batch_tokens=batch_tokens, row_multiple=ways, pad_id=pad):
-            values = jax.device_get(_score(model.decoder, model.params, put_batch(batch, mesh)))
+            scored = _score(model.decoder, model.params, put_batch(batch, mesh))
+            values = {name: arrays.host(scored[name]) for name in QUANTITIES}
             for b, row in enumerate(batch["row_id"]):
                 if row >= 0:
                     real = batch["target_mask"][b] > 0
-                    found[row] = {name: np.asarray(values[name][b])[real] for name in QUANTITIES}
+                    found[row] = {name: values[name][b][real] for name in QUANTITIES}
                     found[row]["answer"] = (
                         batch["answer"][b][real] if "answer" in batch else np.zeros(real.sum(), int)
                     )
                     found[row]["targets"] = batch["targets"][b][real]
             advance(int((batch["row_id"] >= 0).sum()))
+            distributed.stop_point()
     return found
 
 
@@ -145,6 +147,7 @@ def answer_rows(
     num_samples: int,
     seed: int,
     batch_size: int,
+    mesh: Any,
     label: str,
 ) -> Answers:
     """Answers to the questions in `column`, greedy or sampled; a draw belongs to its row."""
@@ -153,6 +156,11 @@ def answer_rows(
     ]
     stop = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
     with progress(label, len(prompts) * num_samples) as advance:
+
+        def finished(count: int) -> None:
+            advance(count)
+            distributed.stop_point()
+
         ids = generate(
             model.decoder,
             model.params,
@@ -163,7 +171,8 @@ def answer_rows(
             seed=seed,
             num_samples=num_samples,
             batch_size=batch_size,
-            progress=advance,
+            sharding=batch_sharding(mesh),
+            progress=finished,
         )
     return Answers([[model.tokenizer.decode(one).strip() for one in mine] for mine in ids], ids)
 
@@ -246,6 +255,7 @@ def evaluate_model(
             1,
             seed,
             config.generate_rows,
+            mesh,
             f"{name}: answer {split}",
         )
         forget_answers = answers if split == "forget" else forget_answers
@@ -261,7 +271,7 @@ def evaluate_model(
     if forget_answers is not None:
         log |= _fluency(task, forget_answers, judge, system_prompt, mesh, config)
         if config.leak_samples:
-            log |= _leak(model, task, config, system_prompt, seed, name)
+            log |= _leak(model, task, config, system_prompt, mesh, seed, name)
     return log
 
 
@@ -295,7 +305,13 @@ def _fluency(
 
 
 def _leak(
-    model: Model, task: Task, config: EvaluateConfig, system_prompt: Any, seed: int, name: str
+    model: Model,
+    task: Task,
+    config: EvaluateConfig,
+    system_prompt: Any,
+    mesh: Any,
+    seed: int,
+    name: str,
 ):
     sampling = SamplingConfig(config.leak_temperature, config.leak_top_p, 0, config.max_new_tokens)
     rows = task.evaluation["forget"]
@@ -308,6 +324,7 @@ def _leak(
         config.leak_samples,
         seed,
         config.generate_rows,
+        mesh,
         f"{name}: sample forget",
     )
     scores = [

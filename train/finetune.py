@@ -12,6 +12,7 @@ from pathlib import Path
 from jaxlib_unlearn.errors import UserError
 from train import cli
 from train.config import RunConfig, TrainConfig, replace, to_json
+from train.distributed import DistributedConfig
 from train.optimizers import OptimizerConfig
 from train.sharding import MeshConfig
 from train.tracking import Tracker, say
@@ -32,6 +33,7 @@ class FinetuneRun:
         export_dtype: dtype of the exported weights.
         train: the stage.
         mesh: devices.
+        distributed: the processes, where there are several.
     """
 
     model: str = ""
@@ -46,6 +48,7 @@ class FinetuneRun:
         default_factory=lambda: TrainConfig(epochs=5, optimizer=OptimizerConfig(learning_rate=1e-5))
     )
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
 
 def main(argv: list[str]) -> None:
@@ -66,23 +69,30 @@ def main(argv: list[str]) -> None:
 
 def run(config: FinetuneRun) -> Path:
     """Fine-tune and export; resumes like every stage."""
-    from train import checks, pipeline, sharding
+    from train import checks, distributed, pipeline, remote, sharding
     from train.data.tofu import check_rows, read_json
-    from train.stages import write_atomic
-    from train.unlearn import check_folder, enter_folder, export_model
+    from train.stages import digest, write_atomic
+    from train.unlearn import check_folder, enter_run, export_model
 
-    checks.check_numbers(config)
-    checks.check_dtype("--export-dtype", config.export_dtype)
-    mesh = sharding.make_mesh(config.mesh)
-    checks.check_finetuning(config.train, mesh)
+    distributed.start(config.distributed)
     identity = {**to_json(config), "output": None}
-    check_folder(config.output, identity)
-    path = Path(config.rows)
-    if not path.is_file():
-        raise UserError(
-            f"rows file {path} does not exist; give a JSON file with question and answer"
-        )
-    rows = check_rows(read_json(path), ("question", "answer"), str(path))
+    del identity["distributed"]
+    distributed.check_same(identity)
+    with distributed.together():
+        checks.check_numbers(config)
+        checks.check_dtype("--export-dtype", config.export_dtype)
+        remote.check(config.output, "--output")
+        mesh = sharding.make_mesh(config.mesh)
+        checks.check_finetuning(config.train, mesh)
+        if distributed.is_first():
+            check_folder(remote.mirror(config.output), identity)
+        path = Path(config.rows)
+        if not path.is_file():
+            raise UserError(
+                f"rows file {path} does not exist; give a JSON file with question and answer"
+            )
+        rows = check_rows(read_json(path), ("question", "answer"), str(path))
+    distributed.check_same({"rows": digest(rows)})
     base = pipeline.load_model(config.model, "none", mesh).parked()
     settings = RunConfig(seed=config.seed, finetune=config.train)
     settings = replace(
@@ -91,12 +101,17 @@ def run(config: FinetuneRun) -> Path:
     )
     rows = checks.fit_rows(rows, base, config.system_prompt, config.max_length, "rows")
     pipeline.num_steps(config.train, len(rows), config.train.optimizer)
-    root = enter_folder(config.output, identity)
+    root = enter_run(config.output, identity)
     tuned = pipeline.finetune(settings, base, rows, "original", root, mesh, Tracker(root))
     export_model(tuned, root / "export", config.export_dtype)
     summary = {"original": {"params_sha256": tuned.sha}}
-    write_atomic(root / "summary.json", json.dumps(summary, indent=1))
-    say(f"model: {root / 'export'}")
+
+    def tell() -> None:
+        write_atomic(root / "summary.json", json.dumps(summary, indent=1))
+        remote.send(root)
+
+    distributed.of_first(tell)
+    say(f"model: {remote.home(root) / 'export'}")
     return root
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 
 from jaxlib_unlearn.objectives import Objective
 from models.decoder import Decoder
-from train import checkpointing, residency, sharding
+from train import checkpointing, distributed, remote, residency, sharding
 from train.optimizers import OptimizerConfig, build
 from train.step import Bind, TrainState, compile_step, init_state, make_step, whole
 from train.tracking import Tracker, progress, say
@@ -43,7 +42,7 @@ class Stage:
     Args:
         name: `original`, `oracle`, `unlearned`.
         steps: optimizer steps.
-        batches: step -> host batches by stream; a pure function of the step.
+        batches: step -> this process's rows of the batches by stream; a pure function of the step.
         objective: what is minimised, with `options` as resolved from its configuration.
         optimizer: how a step is taken.
         combine: how the gradients of the two sides become one.
@@ -52,6 +51,7 @@ class Stage:
         checkpoints: folder for this stage's checkpoints.
         checkpoint_seconds: least time between two of them.
         bind: how what is trained becomes a model (`train.step.Trainable`).
+        batch_size: rows of a global batch; None: `batches` makes all of them.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Stage:
     curve_steps: tuple[int, ...] = ()
     combine: str = "sum"
     bind: Bind = whole
+    batch_size: int | None = None
 
 
 def curve_steps(steps: int, points: int) -> tuple[int, ...]:
@@ -80,10 +81,12 @@ def run(
     """Train from `params` (not consumed, parked ones stay parked) and return the final parameters.
 
     Metrics are read one step late, so the host prepares the next batch while the device works. A
-    checkpoint is written only once every loss before it was seen to be finite.
+    checkpoint is written only once every loss before it was seen to be finite, every
+    `checkpoint_seconds` and when the run is asked to stop.
 
     Raises:
         TrainingError: a loss is not finite.
+        Preempted: the run was asked to stop.
     """
     tx, schedule, needs = build(stage.optimizer, stage.steps, stage.combine)
     params = residency.fresh(params, sharding.param_shardings(params, mesh))
@@ -123,7 +126,7 @@ def run(
         tracker.write(stage.name, step, values | look)
         if not all(math.isfinite(v) for v in values.values()):
             # A checkpoint of this very step holds the parameters that gave this loss.
-            shutil.rmtree(stage.checkpoints / str(step), ignore_errors=True)
+            checkpointing.remove(stage.checkpoints / str(step))
             good = max(checkpointing.steps_in(stage.checkpoints), default=None)
             where = "none was written yet" if good is None else f"{stage.checkpoints / str(good)}"
             raise TrainingError(
@@ -144,16 +147,33 @@ def run(
             compiled[shapes] = made, {} if size is None else {"step_mib": round(size / 2**20, 3)}
         return compiled[shapes]
 
+    def save(step: int) -> None:
+        """Keep the state before `step`."""
+        nonlocal saved_at
+        checkpointing.save_step(stage.checkpoints, step, state, {})
+        remote.send(tracker.folder)
+        saved_at = time.monotonic()
+
+    def due() -> bool:
+        """Whether the last checkpoint is old, by the clock of the first process."""
+        return distributed.of_first(lambda: time.monotonic() - saved_at > stage.checkpoint_seconds)
+
     with progress(stage.name, stage.steps, start) as advance:
         for step in range(start, stage.steps):
-            batches = {name: sharding.put_batch(b, mesh) for name, b in stage.batches(step).items()}
+            batches = {
+                name: sharding.put_batch(rows, mesh, stage.batch_size)
+                for name, rows in stage.batches(step).items()
+            }
             loss = settle()
+            stop = distributed.asked_to_stop()
+            if step > start and (stop or due()):
+                save(step)
+            if stop:
+                say(f"{stage.name}: stopped before step {step} of {stage.steps}")
+                raise distributed.Preempted
             run_step, look = program(state, batches)
             if stage.curve is not None and step in stage.curve_steps:
                 look = look | stage.curve(state.params)
-            if step > start and time.monotonic() - saved_at > stage.checkpoint_seconds:
-                checkpointing.save_step(stage.checkpoints, step, state, {})
-                saved_at = time.monotonic()
             state, metrics = run_step(state, frozen, batches)
             pending = (step, metrics, look)
             advance(1, f"loss {loss:.4f}" if math.isfinite(loss) else "")

@@ -17,7 +17,7 @@ from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
 from models import Decoder, DecoderConfig, Tokenizer, lora
 from models.policy import head_of
 from models.weights import find_smollm2
-from train import loop, residency, sharding
+from train import distributed, loop, residency, sharding
 from train.checkpointing import params_sha256
 from train.config import LoraConfig, RunConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.examples import Encoded, encode_rows
@@ -116,12 +116,15 @@ def load_model(path: str, remat: str, mesh: Any, dtype: str = "float32") -> Mode
     Raises:
         UserError: nothing is found at the path, or the mesh splits more heads than there are.
     """
-    loaded = models.load(model_source(path))
-    sharding.check_heads(mesh, loaded.decoder.config.num_heads)
-    params = sharding.put_params(loaded.params, mesh)
+    with distributed.together():
+        loaded = models.load(
+            model_source(path),
+            shardings=lambda name, shape: sharding.sharding_of(name, shape, mesh),
+        )
+        sharding.check_heads(mesh, loaded.decoder.config.num_heads)
     shape = dataclasses.replace(loaded.decoder.config, dtype=dtype)
     decoder = dataclasses.replace(loaded.decoder, config=shape, remat=remat)
-    return Model(decoder, params, loaded.tokenizer, params_sha256(params))
+    return Model(decoder, loaded.params, loaded.tokenizer, params_sha256(loaded.params))
 
 
 def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encoded:
@@ -296,14 +299,22 @@ def train_stage(
         )
 
     def compute(checkpoints: Path) -> Any:
-        ready = with_references(
-            streams, row, options, start.decoder, start.params, start.sha, mesh, root
-        )
+        with distributed.interruptible():
+            ready = with_references(
+                streams, row, options, start.decoder, start.params, start.sha, mesh, root
+            )
         training = trainable_of(start, row, adapters, seed)
         plan = loop.Stage(
             name=name,
             steps=steps,
-            batches=batches_of(ready, main, stage_seed, stage.batch_size),
+            batches=batches_of(
+                ready,
+                main,
+                stage_seed,
+                stage.batch_size,
+                sharding.rows_here(mesh, stage.batch_size),
+            ),
+            batch_size=stage.batch_size,
             objective=row,
             options=options,
             optimizer=optimizer,

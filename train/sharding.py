@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn.errors import UserError
+from models import arrays
 
 AXES = ("data", "fsdp", "tp")
 
@@ -67,6 +68,11 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         raise UserError(
             f"mesh data {data} x fsdp {fsdp} x tp {tp} needs {math.prod(sizes)} devices, "
             f"{len(devices)} are present; lower --mesh.data, --mesh.fsdp or --mesh.tp"
+        )
+    if jax.process_count() > 1 and math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh data {data} x fsdp {fsdp} x tp {tp} leaves devices out: {jax.process_count()} "
+            f"processes have {len(devices)}; use all of them"
         )
     grid = np.asarray(devices[: math.prod(sizes)]).reshape(sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
@@ -126,11 +132,16 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     )
 
 
+def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where one parameter lies on the mesh."""
+    return NamedSharding(mesh, spec_of(path, shape, mesh))
+
+
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
     """A `NamedSharding` for every leaf of a parameter tree (arrays or shapes)."""
 
     def one(path, leaf):
-        return NamedSharding(mesh, spec_of(path_str(path), leaf.shape, mesh))
+        return sharding_of(path_str(path), leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -174,14 +185,47 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A host batch as global arrays (rows split over `data` and `fsdp`)."""
-    return jax.device_put(dict(batch), batch_sharding(mesh))
+def rows_here(mesh: Mesh, size: int) -> np.ndarray:
+    """Of a global batch of `size` rows those that the devices of this process hold, ascending."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((size,))
+    return np.unique(np.concatenate([np.arange(size)[index] for index in held.values()]))
+
+
+def put_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, size: int | None = None
+) -> dict[str, jax.Array]:
+    """A host batch as global arrays (rows split over `data` and `fsdp`).
+
+    Args:
+        batch: the global batch, or with `size` the rows `rows_here(mesh, size)` of it.
+        mesh: the devices.
+        size: rows of the global batch.
+    """
+    where = batch_sharding(mesh)
+    if size is None:
+        return {name: arrays.put(x, where) for name, x in batch.items()}
+    here = rows_here(mesh, size)
+
+    def put(x: np.ndarray) -> jax.Array:
+        def read(index):
+            first, last, _ = index[0].indices(size)
+            start = int(np.searchsorted(here, first))  # a device's rows are consecutive here too
+            return x[start : start + last - first]
+
+        return arrays.read_into((size, *x.shape[1:]), where, read)
+
+    return {name: put(x) for name, x in batch.items()}
 
 
 def put_params(params: Any, mesh: Mesh) -> Any:
-    """Parameters laid out on the mesh by the rules."""
-    return jax.device_put(params, param_shardings(params, mesh))
+    """Parameters laid out on the mesh by the rules; host values are the same on all processes."""
+
+    def put(x, where):
+        # An array of this process alone is a host value as well.
+        local = jax.process_count() > 1 and getattr(x, "is_fully_addressable", True)
+        return arrays.put(x, where) if local else jax.device_put(x, where)
+
+    return jax.tree.map(put, params, param_shardings(params, mesh))
 
 
 def describe(params: Any, mesh: Mesh) -> str:

@@ -9,13 +9,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import checkpointing
+from train import checkpointing, distributed, remote
 from train.tracking import say
 
 
@@ -31,11 +30,21 @@ def folder_of(root: Path, name: str, inputs: dict[str, Any]) -> Path:
 
 @contextlib.contextmanager
 def alone(folder: Path, name: str) -> Iterator[None]:
-    """Hold `folder` against other processes; the lock falls with the process, `kill -9` included.
+    """Hold `folder` against other runs; the lock falls with the process, `kill -9` included.
+
+    Buckets know no locks: two runs may then compute the same thing, each whole.
 
     Raises:
         UserError: the folder cannot be made or written.
     """
+    with contextlib.ExitStack() as held:
+        if not remote.is_remote(folder):
+            distributed.of_first(lambda: held.enter_context(_lock(folder, name)))
+        yield
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, name: str) -> Iterator[None]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = folder.with_name(folder.name + ".lock").open("w")
@@ -72,10 +81,12 @@ def params_stage(
             want a result, one computes it and the others wait.
     """
     if cache is not None:
-        with alone(folder_of(cache, name, inputs), name):
-            return params_stage(cache, name, inputs, like, compute)
+        shared = remote.located(cache)
+        with alone(folder_of(shared, name, inputs), name):
+            return params_stage(shared, name, inputs, like, compute)
+    root = remote.home(root)
     folder = folder_of(root, name, inputs)
-    manifest = checkpointing.read_manifest(folder)
+    manifest = distributed.of_first(lambda: checkpointing.read_manifest(folder))
     if manifest is not None:
         try:
             params = checkpointing.load_tree(folder, like)
@@ -84,9 +95,10 @@ def params_stage(
         except UserError as error:
             say(f"{checkpointing.what(error)}; computing it again")
     checkpoints = root / "checkpoints" / folder.name
-    params = compute(checkpoints)
-    manifest = checkpointing.save_tree(folder, params, {"stage": name, "inputs": inputs})
-    shutil.rmtree(checkpoints, ignore_errors=True)  # each holds the optimizer state too
+    with distributed.deferred():
+        params = compute(checkpoints)
+        manifest = checkpointing.save_tree(folder, params, {"stage": name, "inputs": inputs})
+        checkpointing.remove(checkpoints)  # each holds the optimizer state too
     return params, checkpointing.combined(manifest["digests"])
 
 
@@ -98,7 +110,9 @@ def json_stage(
     With `cache`, a folder shared with other runs, it is looked for there before it is computed.
     """
     if cache is not None:
-        shared = cache / path.parent.name / f"{path.stem}-{digest(inputs)[:16]}.json"
+        shared = (
+            remote.located(cache) / path.parent.name / f"{path.stem}-{digest(inputs)[:16]}.json"
+        )
 
         def look() -> Any:
             with alone(shared, path.stem):
@@ -107,26 +121,38 @@ def json_stage(
         return json_stage(path, inputs, look)
     key_path = path.with_suffix(".key")
     key = digest(inputs)
-    try:
-        if key_path.read_text() == key + hashlib.sha256(path.read_bytes()).hexdigest():
-            return json.loads(path.read_text())
-    except (OSError, ValueError):
-        pass
+
+    def read() -> Any:
+        try:
+            if key_path.read_text() == key + hashlib.sha256(path.read_bytes()).hexdigest():
+                return {"value": json.loads(path.read_text())}
+        except (OSError, ValueError):
+            pass
+        return None
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(value))
+        write_atomic(key_path, key + hashlib.sha256(path.read_bytes()).hexdigest())
+
+    if (found := distributed.of_first(read)) is not None:
+        return found["value"]
     value = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(value))
-    write_atomic(key_path, key + hashlib.sha256(path.read_bytes()).hexdigest())
+    distributed.of_first(write)
     return value
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file through a temporary sibling and a rename.
+    """Write a text file through a temporary sibling and a rename (in a bucket, directly).
 
     Raises:
         UserError: the disk is full or not writable.
     """
     part = path.with_name(path.name + ".part")
     try:
+        if remote.is_remote(path):
+            path.write_text(text)  # an object is there as a whole or not at all
+            return
         part.write_text(text)
         part.replace(path)
     except OSError as error:

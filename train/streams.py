@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig, reference_forward
+from models import arrays
 from models.decoder import Decoder
 from models.policy import label_states, over_labels, target_log_prob
-from train import residency
+from train import distributed, residency
 from train.data.batches import batch_shape, collate, make_buckets, paired_indices, training_indices
 from train.data.examples import Example
 from train.sharding import put_batch
@@ -87,11 +88,16 @@ def make_stream(
 
 
 def batches_of(
-    streams: Mapping[str, Stream], main: str, seed: int, batch_size: int
+    streams: Mapping[str, Stream],
+    main: str,
+    seed: int,
+    batch_size: int,
+    here: np.ndarray | None = None,
 ) -> Callable[[int], dict[str, dict[str, np.ndarray]]]:
     """`step -> {stream: batch}`: `main` is walked epoch by epoch, others are drawn.
 
-    `idk` follows `forget` row by row.
+    `idk` follows `forget` row by row. Indices and shape are those of the global batch, of which
+    only the rows `here` (`sharding.rows_here`; None: all) are made.
     """
 
     def batches(step: int) -> dict[str, dict[str, np.ndarray]]:
@@ -105,7 +111,8 @@ def batches_of(
         # One shape for all streams: few combinations to compile.
         shapes = [streams[name].shape(index) for name, index in rows.items()]
         shape = max(length for length, _ in shapes), max(width for _, width in shapes)
-        return {name: streams[name].batch(index, shape) for name, index in rows.items()}
+        mine = {name: index if here is None else index[here] for name, index in rows.items()}
+        return {name: streams[name].batch(index, shape) for name, index in mine.items()}
 
     return batches
 
@@ -157,11 +164,12 @@ def _references(
                 batch_size=size,
                 pad_id=stream.pad_id,
             )
-            result = np.asarray(
+            result = arrays.host(
                 _reference_values(decoder, kind, params, options, put_batch(batch, mesh))
             )
             found += [result[b, : len(e.tokens) - e.num_prompt] for b, e in enumerate(chosen)]
             advance(len(chosen))
+            distributed.stop_point()
     return found
 
 
@@ -193,11 +201,11 @@ def with_references(
             }
         )
         path = folder / "caches" / f"{name}-{kind}-{key[:16]}.npz"
-        values = _read(path, len(stream.examples))
+        values = _shared(path, len(stream.examples))
         if values is None:
             at_hand = residency.at_hand(params)
             values = _references(decoder, at_hand, stream, kind, forward, mesh, f"reference {name}")
-            _write(path, values)
+            distributed.of_first(lambda path=path, values=values: _write(path, values))
         result[name] = Stream(
             stream.examples,
             stream.pad_id,
@@ -206,6 +214,18 @@ def with_references(
             {REFERENCE_COLUMNS[kind]: values},
         )
     return result
+
+
+def _shared(path: Path, count: int) -> list[np.ndarray] | None:
+    """A cache of the first process, on all of them; None when it has none that is sound."""
+    found = _read(path, count) if distributed.is_first() else None
+    ends = distributed.of_first(
+        lambda: None if found is None else np.cumsum([len(v) for v in found])[:-1].tolist()
+    )
+    if ends is None:
+        return None
+    flat = np.concatenate(found) if found is not None else None
+    return np.split(distributed.array_of_first(flat), ends)
 
 
 def _read(path: Path, count: int) -> list[np.ndarray] | None:

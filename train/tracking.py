@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
+from train import distributed
 
 
 def say(message: str) -> None:
-    """One line to the person, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """One line to the person, on stderr; of several processes the first one speaks."""
+    distributed.say_on_first(message)
 
 
 class Tracker:
     """Writes `metrics.jsonl`; lines of steps that are redone after a crash are dropped first.
+
+    Of several processes the first one writes.
 
     Args:
         folder: the run folder.
@@ -28,9 +31,10 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, tensorboard: bool = False):
+        self.folder = folder
         self.path = folder / "metrics.jsonl"
         self.board: Any = None
-        if tensorboard:
+        if tensorboard and distributed.is_first():
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
@@ -41,7 +45,7 @@ class Tracker:
 
     def resume(self, stage: str, step: int) -> None:
         """Forget the lines of `stage` at `step` and later (and a line a crash cut short)."""
-        if not self.path.exists():
+        if not (distributed.is_first() and self.path.exists()):
             return
         kept = []
         for line in self.path.read_text().splitlines():
@@ -57,6 +61,8 @@ class Tracker:
 
     def write(self, stage: str, step: int, scalars: dict[str, float]) -> None:
         """Append one line."""
+        if not distributed.is_first():
+            return
         clean = {k: float(v) for k, v in scalars.items()}
         with self.path.open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")
@@ -79,7 +85,7 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
         nonlocal last
         state["done"] += n
         now = time.monotonic()
-        if now - start < 2 or now - last < (0.2 if tty else 10):
+        if now - start < 2 or now - last < (0.2 if tty else 10) or not distributed.is_first():
             return
         last = now
         speed = (state["done"] - done) / (now - start)

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from train import cli
+from train import cli, distributed, remote
 from train.config import RunConfig, replace, to_json
 from train.optimizers import OPTIMIZERS, list_combiners, list_optimizers
 from train.presets import PRESETS
@@ -109,12 +109,14 @@ def run(config: RunConfig) -> Path:
     from train import evaluation, pipeline, report
 
     started = time.monotonic()
+    distributed.start(config.distributed)
     task, base, mesh, retain_log = prepare(config)
     base = base.parked()  # as every model while it waits: a step has the device to itself
     root = open_run(config)
     tracker = Tracker(root, config.tensorboard)
     size = evaluation.num_parameters(base.params) / 1e6
-    say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {root}")
+    where = remote.home(root)
+    say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {where}")
     for note in task.notes:
         say(f"  {note}")
     minutes = read_minutes(root)  # of the same run before it was stopped, or run again
@@ -124,7 +126,8 @@ def run(config: RunConfig) -> Path:
         now = time.monotonic()
         minutes[name] = minutes.get(name, 0.0) + (now - since) / 60
         minutes["all"] = earlier + (now - started) / 60
-        write_about(root, minutes, task.notes)
+        distributed.of_first(lambda: write_about(root, minutes, task.notes))
+        distributed.stop_point()
 
     # 1. The model that knows, and the model that never knew.
     clock = time.monotonic()
@@ -168,11 +171,17 @@ def run(config: RunConfig) -> Path:
     # 4. Hand it back.
     clock = time.monotonic()
     export_model(unlearned, root / "export", config.export_dtype)
-    write_atomic(root / "summary.json", json.dumps(summary, indent=1))
     timed("export", clock)
-    report.build(root)
-    report.show(root)
-    say(f"report: {root / 'report.html'}   model: {root / 'export'}   {minutes['all']:.1f} minutes")
+
+    def tell() -> None:
+        write_atomic(root / "summary.json", json.dumps(summary, indent=1))
+        report.build(root)
+        report.show(root)
+        remote.send(root)
+
+    distributed.of_first(tell)
+    spent = f"{minutes['all']:.1f} minutes"
+    say(f"report: {where / 'report.html'}   model: {where / 'export'}   {spent}")
     return root
 
 
@@ -183,13 +192,25 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
         UserError: anything about the configuration, the data or the model.
     """
     from jaxlib_unlearn.metrics import tofu
-    from train import checks, pipeline
+    from train import checks
     from train.task import load_task
 
-    mesh = checks.check_run(config)
-    retain_log = None if config.retain_log is None else tofu.load_log(config.retain_log)
-    check_folder(run_folder(config), _identity(config))
-    task = load_task(config)
+    distributed.check_same(_identity(config))
+    with distributed.together():
+        mesh = checks.check_run(config)
+        retain_log = None if config.retain_log is None else tofu.load_log(config.retain_log)
+        if distributed.is_first():
+            check_folder(remote.mirror(run_folder(config)), _identity(config))
+        task = load_task(config)
+    distributed.check_same({"data": task.digest()})
+    with distributed.together():
+        return (*_fit(config, task, mesh, retain_log), mesh, retain_log)
+
+
+def _fit(config: RunConfig, task: Any, mesh: Any, retain_log: Any) -> tuple[Any, Any]:
+    """The task as the base model can read it, and that model."""
+    from train import checks, pipeline
+
     if config.stage.original is not None:
         base = pipeline.load_model(
             config.stage.original, config.model.remat, mesh, config.model.dtype
@@ -213,7 +234,7 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
             pipeline.num_steps(config.finetune, len(task.retain), config.finetune.optimizer)
     rows = both if "train" in objective.streams else len(task.forget)
     pipeline.num_steps(config.unlearn, rows, config.optimizer)
-    return task, base, mesh, retain_log
+    return task, base
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -225,16 +246,30 @@ def run_folder(config: RunConfig) -> Path:
 
 def open_run(config: RunConfig) -> Path:
     """Create the run folder with its resolved configuration, or enter that of the same one."""
-    return enter_folder(run_folder(config), _identity(config))
+    return enter_run(run_folder(config), _identity(config))
+
+
+def enter_run(folder: Path, identity: dict[str, Any]) -> Path:
+    """Create or enter a run folder, local or in a bucket, that all processes see.
+
+    Returns:
+        Where the first process keeps its files: the folder, or its local mirror.
+    """
+    root = remote.mirror(folder)
+    distributed.of_first(lambda: str(enter_folder(root, identity)))
+    distributed.check_shared(remote.home(root))
+    distributed.of_first(lambda: remote.send(root))
+    return root
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    """What `config.json` holds: everything but where it and what it is made from lie.
+    """What `config.json` holds: everything but where it runs, and where it and its sources lie.
 
     Of the optimizer, what its row reads: the report and the tables of runs show no more.
     """
     stage = dataclasses.replace(config.stage, cache=None)
     whole = to_json(dataclasses.replace(config, output=None, stage=stage))
+    del whole["distributed"]
     return whole | {"optimizer": OPTIMIZERS[config.optimizer.name].options(config.optimizer)}
 
 
@@ -252,16 +287,22 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
             raise UserError(
                 f"{path} does not read; give another --output or delete the folder"
             ) from None
-        if difference := first_difference(there, wanted):
+        # The numbers do not depend on the mesh: a run goes on where there are other devices.
+        if isinstance(there, dict):
+            there = there | {"mesh": wanted.get("mesh")}
+        if difference := distributed.first_difference(there, wanted):
             raise UserError(
-                f"{root} holds another run's config ({difference}); give another --output"
+                f"{remote.home(root)} holds another run's config ({difference}); give another "
+                "--output"
             )
         return True
     # A run killed while it wrote its first file leaves `config.json.part` behind.
     if root.exists() and (
         not root.is_dir() or any(item.name != "config.json.part" for item in root.iterdir())
     ):
-        raise UserError(f"--output {root} exists and is not a run folder; give another --output")
+        raise UserError(
+            f"--output {remote.home(root)} exists and is not a run folder; give another --output"
+        )
     return False
 
 
@@ -279,18 +320,6 @@ def enter_folder(root: Path, wanted: dict[str, Any]) -> Path:
         raise UserError(f"cannot create {root}: {error.strerror}; give another --output") from None
     write_atomic(root / "config.json", json.dumps(wanted, indent=1))
     return root
-
-
-def first_difference(there: Any, wanted: Any, name: str = "") -> str:
-    """The first entry in which two configurations differ, as words; empty when they are equal."""
-    if isinstance(there, dict) and isinstance(wanted, dict):
-        for key in sorted(set(there) | set(wanted)):
-            if found := first_difference(
-                there.get(key), wanted.get(key), f"{name}.{key}" if name else key
-            ):
-                return found
-        return ""
-    return "" if there == wanted else f"{name}: {there} there, {wanted} here"
 
 
 def evaluation_inputs(
@@ -380,6 +409,7 @@ def write_about(root: Path, minutes: dict[str, float], notes: list[str]) -> None
         "python": platform.python_version(),
     }
     write_atomic(root / "run.json", json.dumps(about, indent=1))
+    remote.send(root)
 
 
 def export_model(model: Any, folder: Path, dtype: str) -> None:
@@ -388,13 +418,20 @@ def export_model(model: Any, folder: Path, dtype: str) -> None:
     from models.weights import Loaded
 
     mark = folder / "params_sha256"
-    if mark.exists() and mark.read_text() == f"{model.sha} {dtype}":
+
+    def there() -> bool:
+        if mark.exists() and mark.read_text() == f"{model.sha} {dtype}":
+            return True
+        for stale in (folder, *folder.parent.glob(f".{folder.name}.*")):  # of a killed export
+            shutil.rmtree(stale, ignore_errors=True)
+        return False
+
+    if distributed.of_first(there):
         return
-    for stale in (folder, *folder.parent.glob(f".{folder.name}.*")):  # of a killed export
-        shutil.rmtree(stale, ignore_errors=True)
     loaded = Loaded(model.decoder.config, model.params, model.tokenizer)
-    models.export(loaded, folder, dtype=dtype)
-    write_atomic(mark, f"{model.sha} {dtype}")
+    with distributed.together():
+        models.export(loaded, folder, dtype=dtype)
+    distributed.of_first(lambda: write_atomic(mark, f"{model.sha} {dtype}"))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from train.checkpointing import (
     save_step,
     save_tree,
     steps_in,
+    tree_digests,
 )
 
 
@@ -155,6 +156,47 @@ def test_every_flipped_bit_is_noticed(saved, tmp_path):
     for folder, victim in flipped(saved, tmp_path, 30, 0):
         name = victim.relative_to(folder / "arrays").as_posix()
         fails(lambda folder=folder: load_tree(folder, like), str(folder), "damaged", name)
+
+
+def test_twenty_flipped_bits_cost_a_step_each(tmp_path):
+    """Any bit of the arrays of a checkpoint: found, said in one line, the step before is used."""
+    for step in (1, 2):
+        save_step(tmp_path / "whole", step, make_state(step), {})
+    rng = random.Random(4)
+    for trial in range(20):
+        folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / str(trial)))
+        victim = rng.choice(array_files(folder / "2"))
+        flip(victim, rng.randrange(victim.stat().st_size), rng.randrange(8))
+        said: list[str] = []
+        found = load_latest(folder, make_state(9), said.append)
+        assert found is not None and found[0] == 1 and same_bits(found[1], make_state(1))
+        assert len(said) == 1 and "\n" not in said[0], said
+        assert str(folder / "2") in said[0] and "damaged" in said[0] and "using step 1" in said[0]
+        shutil.rmtree(folder)
+
+
+def test_digests_do_not_depend_on_the_mesh_and_see_every_bit():
+    state = make_state()
+    known = tree_digests(state)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    kernel = state.params["layers"]["mlp"]["up"]["kernel"]
+    name = "params/layers/mlp/up/kernel"
+    for spec in ((None, "a", "b"), (None, ("a", "b"), None), ("b", None, "a"), (None, "b", None)):
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        assert tree_digests({name: jax.device_put(kernel, where)})[name] == known[name], spec
+    rng = np.random.default_rng(0)
+    host = np.asarray(kernel)
+    seen = {known[name]}
+    for _ in range(200):
+        bits = host.copy().reshape(-1).view(np.uint32)
+        bits[rng.integers(bits.size)] ^= np.uint32(1) << np.uint32(rng.integers(32))
+        seen.add(tree_digests({name: bits.view(np.float32).reshape(host.shape)})[name])
+    rows = host[:, ::-1], host.swapaxes(0, 1).reshape(host.shape), host[::-1]
+    seen |= {tree_digests({name: np.ascontiguousarray(x)})[name] for x in rows}
+    assert len(seen) == 204
+    names = ("int8", "uint8", "float16", "int32", "float32", "bool")
+    kinds = [np.arange(6).astype(name) for name in names]
+    assert len({tree_digests({"x": x})["x"] for x in kinds}) == 6
 
 
 def test_sound_files_of_other_numbers(saved, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -190,6 +191,101 @@ def test_a_diverging_run_exits_with_code_1(program, tiny, tofu_folder, tmp_path)
     assert not (root / "export").exists() and not (root / "summary.json").exists()
 
 
+# SIGTERM, as a cloud sends it before it takes the machine away.
+
+
+def terminate_at(patch: pytest.MonkeyPatch, owner: Any, name: str, ready) -> None:
+    """Send this process a SIGTERM the first time `ready(*args)` holds as `owner.name` is called."""
+    real = getattr(owner, name)
+    sent = []
+
+    def call(*args, **options):
+        if not sent and ready(*args):
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    patch.setattr(owner, name, call)
+
+
+def stopped(done) -> None:
+    """It ended well, and said in its last line how to go on."""
+    assert done.code == 0, done.err
+    last = done.err.splitlines()[-1]
+    assert last.startswith("stopped by SIGTERM, what is finished is stored; resume with: python ")
+    assert "Traceback" not in done.err and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_sigterm_in_training_saves_at_the_next_step(
+    program, tiny, tofu_folder, tmp_path, monkeypatch
+):
+    options = "--mesh.data 1 --train.steps 8 --train.batch-size 4 --max-length 96 --output".split()
+    argv = [tiny, tofu_folder / "retain99.json", *options]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert program("train.finetune", *argv, one).code == 0
+    with monkeypatch.context() as patch:
+        terminate_at(patch, Tracker, "write", lambda tracker, stage, step, values: step == 4)
+        done = program("train.finetune", *argv, two)
+    stopped(done)
+    assert "original: stopped before step 5 of 8" in done.err and str(two) in done.err
+    assert newest(two).name == "5" and not (two / "summary.json").exists()
+    done = program("train.finetune", *argv, two)
+    assert done.code == 0 and "original: continuing at step 5 of 8" in done.err
+    assert metrics(one) == metrics(two)
+    names = ("summary.json", "export/model.safetensors")
+    assert all((one / n).read_bytes() == (two / n).read_bytes() for n in names)
+
+
+def test_sigterm_in_an_evaluation_ends_at_once(program, tiny, tofu_folder, tmp_path, monkeypatch):
+    from train import evaluation
+
+    options = "--evaluate.leak-samples 0 --evaluate.max-new-tokens 4 --mesh.data 1 --output".split()
+    argv = [tiny, "--data.path", tofu_folder, *options, tmp_path / "judged"]
+    with monkeypatch.context() as patch:
+        terminate_at(patch, evaluation, "answer_rows", lambda *args: "retain" in args[-1])
+        done = program("train.evaluate", *argv)
+    stopped(done)
+    assert not (tmp_path / "judged" / "summary.json").exists()
+    assert program("train.evaluate", *argv).code == 0
+
+
+@pytest.mark.slow
+def test_sigterm_outside_training_ends_at_once(program, small, tmp_path, monkeypatch):
+    """In the compilation, while a result is stored, and in the evaluation."""
+    from train import evaluation, stages
+
+    options = "--finetune.steps 6 --unlearn.steps 4 --unlearn.curve-points 0 --no-oracle".split()
+    more = "--evaluate.judge base --evaluate.leak-samples 0 --output".split()
+    argv = ["quickstart", *small, *options, *more]
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = program("train.unlearn", *argv, one)
+    assert done.code == 0, done.err
+    with monkeypatch.context() as patch:
+        terminate_at(patch, loop, "compile_step", lambda *args: True)
+        done = program("train.unlearn", *argv, two)
+    stopped(done)
+    assert "original: stopped before step 0 of 6" in done.err and not lines(two, "original")
+    with monkeypatch.context() as patch:
+        save = lambda folder, *args: "stages" in str(folder)  # noqa: E731
+        terminate_at(patch, stages.checkpointing, "save_tree", save)
+        done = program("train.unlearn", *argv, two)
+    stopped(done)
+    assert list((two / "stages").glob("original-*/manifest.json"))  # finished first
+    assert not list((two / "checkpoints").glob("*"))
+    with monkeypatch.context() as patch:
+        terminate_at(patch, evaluation, "answer_rows", lambda *args: "unlearned" in args[-1])
+        done = program("train.unlearn", *argv, two)
+    stopped(done)
+    assert "original: found, made from the same inputs" in done.err
+    assert (two / "evals" / "original.json").exists()
+    assert not (two / "evals" / "unlearned.json").exists()
+    done = program("train.unlearn", *argv, two)
+    assert done.code == 0 and "unlearned: found, made from the same inputs" in done.err
+    assert metrics(one) == metrics(two)
+    ours, theirs = (json.loads((root / "summary.json").read_text()) for root in (one, two))
+    assert ours == theirs
+
+
 # SIGKILL, as `kill -9` sends it, on a real process.
 
 
@@ -302,3 +398,54 @@ def test_kill_9_of_the_quickstart(process, small, tmp_path):
     weights = [(root / "export" / "model.safetensors").read_bytes() for root in (one, two)]
     assert weights[0] == weights[1]
     assert not [p.name for p in two.iterdir() if p.name.startswith(".")]
+
+
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(process, tmp_path):
+    """A run of the quickstart's model and data: killed 20 times, it ends with the same bits.
+
+    The moments are drawn from everything that shows on the disk: every step, every third of them
+    in the middle of the checkpoint that follows it, and the stages' ends, caches, evaluations and
+    export in between.
+    """
+    options = (
+        "--finetune.steps 80 --unlearn.steps 40 --finetune.checkpoint-seconds 0 "
+        "--unlearn.checkpoint-seconds 0 --unlearn.curve-points 2 --evaluate.leak-samples 2 "
+        "--evaluate.max-new-tokens 16 --mesh.data 1 --output"
+    ).split()
+    argv = ["train.unlearn", "quickstart", *options]
+    one, two = tmp_path / "one", tmp_path / "two"
+    process.finish([*argv, one], tmp_path / "one.log")
+    total = {stage: lines(one, stage) for stage in ("original", "oracle", "unlearned")}
+    rng = random.Random(2026)
+
+    def saving() -> bool:
+        return any(two.glob("checkpoints/*/*.part")) or any(two.glob("stages/*.part"))
+
+    def after_step(stage: str, step: int, middle: bool):
+        return lambda: lines(two, stage) >= step and (not middle or saving())
+
+    moments = []
+    for stage, count in (("original", 6), ("oracle", 4), ("unlearned", 6)):
+        for number, step in enumerate(sorted(rng.sample(range(1, total[stage] - 1), count))):
+            moments.append(after_step(stage, step, number % 3 == 1))
+        if stage == "oracle":
+            moments.append(lambda: bool(list((two / "caches").glob("*"))))
+    for name in ("original", "oracle"):
+        moments.append(lambda name=name: (two / "evals" / f"{name}.json").exists())
+    moments.append(lambda: bool(list(two.glob(".export*"))) or (two / "export").exists())
+    assert len(moments) == KILLS
+    torn = 0
+    for number, ready in enumerate(moments):
+        process.kill_when([*argv, two], tmp_path / f"kill{number}.log", ready)
+        torn += saving()
+    assert torn >= 4  # killed in the middle of a save, which is then there to see
+    process.finish([*argv, two], tmp_path / "last.log")
+    assert metrics(one) == metrics(two)
+    ours, theirs = (json.loads((root / "summary.json").read_text()) for root in (one, two))
+    assert ours == theirs
+    for name in ("export/model.safetensors", "export/config.json", "evals/unlearned.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name

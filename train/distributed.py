@@ -1,0 +1,403 @@
+"""Several processes as one run: how they find each other, agree, and stop together.
+
+Every process runs the same program and issues the same computations in the same order. What hangs
+on a clock or on a file is therefore decided by the first process, which alone writes files and
+speaks, and told to the others; an error of one is an error of all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxlib_unlearn.errors import UserError
+
+T = TypeVar("T")
+SHARED_SECONDS = 20.0
+PACKAGES = ("jaxlib_unlearn", "models", "train")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of a run; nothing given: this one alone.
+
+    Args:
+        auto: find the others as the cluster says: Cloud TPU, Slurm, Open MPI (elsewhere: alone).
+        coordinator: `host:port` of the first process, where the cluster says nothing.
+        processes: how many there are.
+        process: which one this is, from 0.
+        timeout: seconds to wait for the others at the start.
+    """
+
+    auto: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    timeout: int = 300
+
+
+class Agreed(UserError):
+    """An error that every process knows of and raises."""
+
+
+class Preempted(BaseException):
+    """The run was asked to stop (SIGTERM); what is finished is stored.
+
+    Raised anywhere, like KeyboardInterrupt: no `except Exception` may take it for a failure.
+    """
+
+
+class _State:
+    """Of this process: its place among the others, and whether it was asked to stop."""
+
+    first: bool = True
+    many: bool = False
+    asked: bool = False
+    deferred: bool = False
+    points: Iterator[int] = itertools.count(1)
+
+
+_state = _State()
+
+
+def start(config: DistributedConfig) -> None:
+    """Join the other processes; before anything asks JAX for its devices.
+
+    Raises:
+        UserError: options that do not go together, or the others do not come.
+    """
+    given = (config.coordinator, config.processes, config.process)
+    if not config.auto and all(x is None for x in given):
+        return
+    if config.auto == any(x is not None for x in given) or (None in given and not config.auto):
+        raise UserError(
+            "--distributed.auto stands alone, or --distributed.coordinator, --distributed.processes"
+            " and --distributed.process together; give one of the two"
+        )
+    if not config.auto:
+        _check(config)
+    # Only the CPU backend reads these two. Its collectives must start in the same order everywhere.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    try:
+        jax.distributed.initialize(*given, initialization_timeout=config.timeout)
+    except ValueError as error:
+        if not config.auto:
+            raise UserError(f"--distributed.coordinator {config.coordinator}: {error}") from None
+        jax.config.update("jax_cpu_enable_async_dispatch", True)
+        return  # no cluster around: a lone machine
+    except RuntimeError as error:
+        where = config.coordinator or "the coordinator"
+        reason = (str(error).splitlines() or ["no answer"])[0][:120]
+        raise UserError(
+            f"{where}: not all processes came within {config.timeout} s ({reason}); start all of "
+            "them, with one coordinator"
+        ) from None
+    _state.many = jax.process_count() > 1
+    _state.first = jax.process_index() == 0
+
+
+def _check(config: DistributedConfig) -> None:
+    host, colon, port = str(config.coordinator).rpartition(":")
+    if not (host and colon and port.isdigit()):
+        raise UserError(
+            f"--distributed.coordinator {config.coordinator} is no host:port; give the address of "
+            "the first process"
+        )
+    count, index = config.processes or 0, -1 if config.process is None else config.process
+    if count < 1 or not 0 <= index < count:
+        raise UserError(
+            f"--distributed.process {config.process} of --distributed.processes "
+            f"{config.processes}: they count from 0 to one less than their number"
+        )
+
+
+def many() -> bool:
+    """Whether this run has several processes."""
+    return _state.many
+
+
+def is_first() -> bool:
+    """Whether this process writes files and speaks."""
+    return _state.first
+
+
+def say_on_first(message: str) -> None:
+    """One line on stderr, from the first process."""
+    if _state.first:
+        print(message, file=sys.stderr, flush=True)
+
+
+def leave(code: int, agreed: bool = False) -> None:
+    """End this process at once when the others do not know that it ends.
+
+    They would wait for it in their next computation, and it for them in JAX's farewell.
+    """
+    if _state.many and not agreed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def gather(value: Any) -> list[Any]:
+    """A JSON value of every process, in their order; each of them must call it."""
+    if not _state.many:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data)))).reshape(-1)
+    # Few sizes: each is a compilation.
+    padded = np.zeros(1 << max(10, int(max(sizes) - 1).bit_length()), np.uint8)
+    padded[: len(data)] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What fails inside on one process fails on all, with that process's message.
+
+    For work that every process does by itself; computations on shared arrays go outside.
+
+    Raises:
+        Agreed: a `UserError` or an `OSError` of some process.
+    """
+    if not _state.many:
+        yield
+        return
+    mine: BaseException | None = None
+    try:
+        yield
+    except Agreed:
+        raise  # the others know
+    except Exception as error:
+        mine = error
+    told = gather(None if mine is None else _words(mine))
+    if mine is not None and not isinstance(mine, UserError | OSError):
+        raise mine
+    for index, words in enumerate(told):
+        if words is not None:
+            raise Agreed(words if index == 0 else f"process {index}: {words}") from mine
+
+
+def _words(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def of_first(work: Callable[[], T]) -> T:
+    """What `work` returns on the first process (a JSON value), told to all; others do not run it.
+
+    Raises:
+        Agreed: it failed there.
+    """
+    if not _state.many:
+        return work()
+    found: dict[str, Any] = {}
+    mine: Exception | None = None
+    if _state.first:
+        try:
+            found = {"value": work()}
+        except Exception as error:
+            found, mine = {"error": _words(error)}, error
+    told = gather(found)[0]
+    if mine is not None and not isinstance(mine, UserError | OSError):
+        raise mine
+    if "error" in told:
+        raise Agreed(told["error"]) from mine
+    return told["value"]
+
+
+def array_of_first(value: np.ndarray | None) -> np.ndarray:
+    """An array that the first process has, on all of them."""
+    if not _state.many:
+        assert value is not None
+        return value
+    from jax.experimental import multihost_utils
+
+    have = np.zeros(0) if value is None else value
+    dtype, shape = of_first(lambda: (have.dtype.name, have.shape))
+    mine = have if _state.first else np.zeros(tuple(shape), dtype)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine))
+
+
+def code_digest() -> str:
+    """sha256 of the source files of the three packages."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def check_same(config: dict[str, Any]) -> None:
+    """Every process runs this configuration, with the same code and the same JAX.
+
+    Args:
+        config: the resolved configuration as JSON values, without what belongs to a process.
+
+    Raises:
+        Agreed: they differ; the message says in what.
+    """
+    if not _state.many:
+        return
+    told = gather({"configuration": config, "code": code_digest(), "jax": jax.__version__})
+    words = {
+        "code": "the code differs; check out one version everywhere",
+        "jax": "the version of jax differs; install one everywhere",
+    }
+    for index, other in enumerate(told):
+        for part, mine in told[0].items():
+            if other[part] == mine:
+                continue
+            if part != "configuration":
+                raise Agreed(f"processes 0 and {index}: {words[part]}")
+            raise Agreed(
+                f"processes 0 and {index} have different configurations "
+                f"({first_difference(mine, other[part], ('process 0', f'process {index}'))}); "
+                "start all with the same options"
+            )
+
+
+def first_difference(
+    there: Any, wanted: Any, sides: tuple[str, str] = ("there", "here"), name: str = ""
+) -> str:
+    """The first entry in which two configurations differ, as words; empty when they are equal.
+
+    Example:
+        >>> first_difference({"a": {"b": 1}}, {"a": {"b": 2}})
+        'a.b: 1 there, 2 here'
+    """
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        for key in sorted(set(there) | set(wanted)):
+            inner = f"{name}.{key}" if name else key
+            if found := first_difference(there.get(key), wanted.get(key), sides, inner):
+                return found
+        return ""
+    if there == wanted:
+        return ""
+    return f"{name}: {there} {_at(sides[0])}, {wanted} {_at(sides[1])}"
+
+
+def _at(side: str) -> str:
+    return side if side in ("there", "here") else f"on {side}"
+
+
+def check_shared(folder: Any) -> None:
+    """Every process sees what the first one writes to `folder`.
+
+    Raises:
+        Agreed: some do not.
+    """
+    if not _state.many:
+        return
+    token = of_first(lambda: f".seen-by-all-{os.getpid()}-{time.time_ns()}")
+    of_first(lambda: (folder / token).write_text("") and None)
+    try:
+        with together():
+            deadline = time.monotonic() + SHARED_SECONDS  # a network file system may lag
+            while not (folder / token).exists():
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{folder} is not the same folder for all processes; give an --output that "
+                        "all of them see: a bucket (gs://…) or a shared file system"
+                    )
+                time.sleep(0.05)
+    finally:
+        if _state.first:
+            (folder / token).unlink()
+
+
+# Stopping on SIGTERM.
+
+
+@contextlib.contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """Inside, SIGTERM raises `Preempted`: at once, or at the next boundary of `deferred` work.
+
+    With several processes JAX's own handler takes the place of this one. It lets them agree on
+    where to stop: at the next `stop_point` or `asked_to_stop` that all of them reach.
+    """
+
+    def handle(number, frame):
+        _state.asked = True
+        if not _state.deferred:
+            raise Preempted
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _state.asked = False
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, SIGTERM is only noted: ask `asked_to_stop` where the work can be left.
+
+    Raises:
+        Preempted: at the end, when the work did not ask.
+    """
+    before, _state.deferred = _state.deferred, True
+    try:
+        yield
+    finally:
+        _state.deferred = before
+    if _state.asked and not before:
+        raise Preempted
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside `deferred` work, a part that may be left anywhere.
+
+    Raises:
+        Preempted: the run was asked to stop.
+    """
+    before, _state.deferred = _state.deferred, False
+    try:
+        if _state.asked:
+            raise Preempted
+        yield
+    finally:
+        _state.deferred = before
+
+
+def asked_to_stop() -> bool:
+    """Whether to stop here; the same answer on every process, each of which must ask."""
+    if not _state.many:
+        return _state.asked
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(next(_state.points))
+
+
+def stop_point() -> None:
+    """Raise `Preempted` when the run was asked to stop and all processes are here.
+
+    Raises:
+        Preempted: see above.
+    """
+    if _state.many and not _state.deferred and asked_to_stop():
+        raise Preempted
