@@ -91,9 +91,9 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
     try:
         distributed.of_first(make_room)
         with distributed.together(), _quiet():
-            _orbax().save(str(part / "arrays"), tree)
+            _save(part / "arrays", tree)
         distributed.of_first(finish)
-    except (OSError, ValueError, UserError) as error:
+    except (OSError, UserError) as error:
         if distributed.is_first():
             remote.remove(part)
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -102,6 +102,13 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
             f"cannot write checkpoint {folder}: {reason}; free space or choose another --output"
         ) from None
     return manifest
+
+
+def _save(folder: Any, tree: Any) -> None:
+    try:
+        _orbax().save(str(folder), tree)
+    except ValueError as error:  # so TensorStore reports what the file system refuses
+        raise OSError(str(error)) from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -118,6 +118,8 @@ def _check(config: DistributedConfig) -> None:
             f"--distributed.coordinator {config.coordinator} is no host:port; give the address of "
             "the first process"
         )
+    if config.timeout < 1:
+        raise UserError(f"--distributed.timeout is {config.timeout}; it must be at least 1")
     count, index = config.processes or 0, -1 if config.process is None else config.process
     if count < 1 or not 0 <= index < count:
         raise UserError(

@@ -12,6 +12,7 @@ import importlib.util
 import re
 import shutil
 import tempfile
+import uuid
 import zlib
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def check(path: Any, option: str, write: bool = True) -> None:
         there.exists()
         if write:
             there.mkdir(parents=True, exist_ok=True)
-            trial = there / f".can-write-{'first' if distributed.is_first() else 'other'}"
+            trial = there / f".can-write-{uuid.uuid4().hex}"  # every process has its own
             trial.write_text("")
             trial.unlink()
     except Exception as error:  # each service has its own errors, without a common base
