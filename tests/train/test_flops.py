@@ -63,7 +63,11 @@ CASES = {
     ),
     "remat": (jax.checkpoint(lambda x: x @ x), [shape(4, 4)], SQUARE),
     "custom_vjp": (cubed, [shape(4, 4)], 2 * SQUARE),
-    "custom_vjp backward": (jax.grad(lambda x: cubed(x).sum()), [shape(4, 4)], 4 * SQUARE),
+    "custom_vjp with backward": (
+        jax.value_and_grad(lambda x: cubed(x).sum()), [shape(4, 4)], 4 * SQUARE
+    ),
+    # Its value is not asked for, and its backward pass does not need it.
+    "custom_vjp backward": (jax.grad(lambda x: cubed(x).sum()), [shape(4, 4)], 2 * SQUARE),
     "custom_jvp": (squared, [shape(4, 4)], SQUARE),
     "convolution": (
         lambda x, k: jax.lax.conv_general_dilated(x, k, (2, 2), "VALID"),

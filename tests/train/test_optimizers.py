@@ -117,7 +117,7 @@ def test_decay_is_decoupled_and_masked(name, params):
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = one_step(config, params, zeros)
     mask = decay_mask(params)
-    if name in ("muon", "teon", "sift"):  # only the matrices
+    if name in ("muon", "optax-muon", "teon", "sift"):  # only the matrices
         mask["embed"]["embedding"] = mask["lm_head"]["kernel"] = False
     for (path, got), decays in zip(
         jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(mask), strict=True

@@ -406,6 +406,8 @@ def test_optimizer_state_is_split_like_its_parameters(name, start, fixed):
                 found[end[0]] += 1
             else:  # counts, diagnostics of a matrix, bases of a subspace
                 assert leaf.sharding.is_fully_replicated
+                if leaf.shape == (3,) and name == "optax-muon":
+                    continue  # it keeps its coefficients in its state
                 assert leaf.ndim <= {"joint": 0, "lazy": 1}.get(OPTIMIZERS[name].needs, leaf.ndim)
         assert OPTIMIZERS[name].needs == "value" or min(found.values()) >= 1, found
     assert shardings.params["layers"]["mlp"]["up"]["kernel"].spec == P(None, "fsdp", "tp")
