@@ -53,6 +53,56 @@ def test_same_numbers(lead):
             np.testing.assert_array_equal(one, whole)
 
 
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e5])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e12])
+def test_qr_by_products(condition, dtype, scale):
+    """Orthonormal and exact to rounding while float32 can tell the columns apart."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        x = rng.standard_normal(shape)
+        return x + 1j * rng.standard_normal(shape) if dtype == jnp.complex64 else x
+
+    u, v = np.linalg.qr(draw(2, 60, 12))[0], np.linalg.qr(draw(2, 12, 12))[0]
+    x = jnp.asarray((u * np.geomspace(1.0, 1 / condition, 12)) @ v * scale, dtype)
+    q, r = (np.asarray(part, np.complex128) for part in arrays.cholesky_qr(x))
+    np.testing.assert_allclose(
+        np.swapaxes(q, -1, -2).conj() @ q, np.broadcast_to(np.eye(12), (2, 12, 12)), atol=2e-5
+    )
+    assert np.abs(q @ r - np.asarray(x)).max() <= 1e-5 * np.abs(x).max()
+    assert np.array_equal(r, np.triu(r)) and (np.diagonal(r, axis1=-2, axis2=-1).real > 0).all()
+    exact = np.linalg.qr(np.asarray(x, np.complex128))[0]
+    exact = exact * np.exp(1j * np.angle(np.sum(exact.conj() * q, axis=-2, keepdims=True)))
+    np.testing.assert_allclose(q, exact, atol=3e-6 * condition)
+
+
+def test_qr_by_products_of_columns_that_depend():
+    """Zero columns stay zero, copies come out short, nothing is NaN; the product is exact."""
+    x = stack(30, 4)
+    x = jnp.concatenate([x, jnp.zeros((30, 2)), x[:, :1]], axis=1)
+    q, r = arrays.cholesky_qr(x)
+    assert bool(jnp.isfinite(q).all() & jnp.isfinite(r).all())
+    assert not jnp.any(q[:, 4:6])
+    np.testing.assert_allclose(q[:, :4].T @ q[:, :4], np.eye(4), atol=1e-5)
+    np.testing.assert_allclose(q @ r, x, atol=1e-5)
+    assert float(jnp.linalg.norm(q[:, 6])) <= 1.001
+
+
+def test_subspaces_from_products_are_those_of_reflections(monkeypatch):
+    """What other devices run, run here: the same singular triplets."""
+    x, start = stack(3, 40, 64), stack(3, 40, 10, seed=1)
+    mine = subspace.subspace_iteration(x, start, 4, 6)
+    monkeypatch.setattr(subspace, "thin_qr", arrays.cholesky_qr)
+    jax.clear_caches()
+    other = subspace.subspace_iteration(x, start, 4, 6)
+    np.testing.assert_allclose(mine[1], other[1], rtol=1e-5)
+    for a, b in ((mine[0], other[0]), (mine[2], other[2])):
+        np.testing.assert_allclose(
+            a @ jnp.swapaxes(a, -1, -2), b @ jnp.swapaxes(b, -1, -2), atol=1e-4
+        )
+
+
 def sift(bases, threshold, msign="gram"):
     tx = optim.scale_by_sift(rank=2, bases=bases, threshold=threshold, msign=msign)
     g = {"layers": {"up": {"kernel": stack(4, 6, 8)}, "down": {"kernel": stack(4, 8, 6)}}}
