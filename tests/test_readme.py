@@ -3,7 +3,7 @@
 import re
 
 from train import cli
-from train.config import RunConfig
+from train.plan import PlanConfig
 from train.presets import PRESETS
 
 
@@ -24,5 +24,6 @@ def test_commands_exist(repo):
     assert programs and all((repo / f"{p.replace('.', '/')}.py").exists() for p in programs)
     presets = set(re.findall(r"train\.unlearn ([a-z][\w-]*)", text))
     assert presets and presets <= set(PRESETS)
-    known = set(cli.option_names(RunConfig)) | {"--list", "--help", "--config", "--output"}
+    known = set(cli.option_names(PlanConfig)) | {"--list", "--help", "--config", "--only"}
+    known |= {"--worker", "--command"} | {"--nodes", "--ntasks-per-node", "--gpus-per-task"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)) <= known

@@ -352,6 +352,7 @@ def sigterm_stops() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        _state.asked = False  # answered: what this process does next is another run
 
 
 @contextlib.contextmanager

@@ -229,7 +229,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "optax-muon",
             _optax_muon,
             "joint",
-            ("momentum", *_ADAM),
+            ("momentum", "b1", "b2", "eps"),
             "optax.contrib.muon, leaf by leaf: what ours is measured against",
         ),
         Optimizer(

@@ -23,11 +23,12 @@ SMALL, LARGE = "tofu-npo-llama3-8b", "tofu-npo-llama3-70b"
 
 
 def row(preset: str, topology: str, optimizer: str, *more: str) -> tuple[str, ...]:
-    return (preset, "--topology", topology, "--optimizer.name", optimizer, *more)
+    args = ("--topology", topology, "--optimizer.name", optimizer, "--programs", "train")
+    return (preset, *args, *more)
 
 
 def scaled(topology: str, chips: int) -> tuple[str, ...]:
-    return row(SMALL, topology, "muon", "--unlearn.batch-size", str(chips), "--programs", "train")
+    return row(SMALL, topology, "muon", "--unlearn.batch-size", str(chips))
 
 
 ROWS: dict[str, tuple[str, ...]] = {
@@ -35,6 +36,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "8B, v5e, Muon": row(SMALL, "v5e:8x8", "muon"),
     "8B, v5e, SIFT": row(SMALL, "v5e:8x8", "sift"),
     "8B, v5e, optax Muon": row(SMALL, "v5e:8x8", "optax-muon"),
+    "8B, v6e, Muon": row(SMALL, "v6e:8x8", "muon"),
+    "8B, v6e, optax Muon": row(SMALL, "v6e:8x8", "optax-muon"),
     "70B, v5p, Muon": row(LARGE, "v5p:8x8x8", "muon"),
     "weak scaling, 8 chips": scaled("v5p:2x2x2", 8),
     "weak scaling, 64 chips": scaled("v5p:4x4x4", 64),
@@ -78,8 +81,8 @@ def cells(found: dict[str, Any]) -> list[str]:
         f"{step['peak_bytes'] / GIB:.2f} of {found['hbm_bytes_per_chip'] / GIB:.2f}",
         "yes" if step["fits"] else "**no**",
         f"{work - update:.1f}",
-        f"{update:.2f}",
-        f"{work / (work - update):.3f}",
+        f"{update:.2f}" if known else f"at least {update:.2f}",
+        f"{work / (work - update):.3f}" if known else "-",
         f"{moved:.1f}" if known else "-",
         " / ".join(f"{times[k]:.2f}" for k in times) if known else "-",
         f"{step['compile_seconds']:.0f}",

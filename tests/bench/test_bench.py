@@ -44,7 +44,7 @@ def test_memory_of_a_step(repo, tmp_path, monkeypatch):
     rows = bench.rows
     monkeypatch.setattr(bench, "SMOLLM2", tiny)
     monkeypatch.setattr(bench, "rows", lambda *args: rows(*args, names=("adamw", "mezo")))
-    bench.main(["--rows", "2", "--length", "8", "--output", str(tmp_path)])
+    bench.main(["--rows", "2", "--length", "8", "--only", "optimizers", "--output", str(tmp_path)])
     lines = (tmp_path / "memory.md").read_text().splitlines()
     cells = [line.strip("| ").split(" | ") for line in lines]
     assert [row[0] for row in cells[2:]] == ["adamw", "mezo"]

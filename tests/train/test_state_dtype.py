@@ -34,7 +34,7 @@ def is_first(path):
 
 def test_who_keeps_a_first_moment_reads_it():
     assert READS == ["adamw", "muon", "teon", "sift", "sophia", "sign", "hybrid"]
-    for name in OPTIMIZERS:
+    for name in set(OPTIMIZERS) - {"optax-muon"}:  # the peer stays as it comes
         assert any(map(is_first, state_of(name, "float32"))) == (name in READS), name
     for name in set(OPTIMIZERS) - set(READS):
         with pytest.raises(UserError, match=f"--optimizer.state-dtype bfloat16: {name} does not"):
