@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -150,6 +152,18 @@ def check_lora(config: LoraConfig, optimizer: OptimizerConfig, params: Any = Non
             )
 
 
+def check_writable(option: str, folder: Path) -> None:
+    """Raise `UserError` unless a local folder is there, or can be made, and takes files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{option} {folder} cannot be written: {error.strerror}; give another folder"
+        ) from None
+
+
 def check_run(config: RunConfig) -> Mesh:
     """Everything about a run that is known before data and model are read; returns its mesh.
 
@@ -169,6 +183,8 @@ def check_run(config: RunConfig) -> Mesh:
         raise UserError(
             "--tensorboard needs tensorboardX; pip install 'jaxlib-unlearn[tensorboard]'"
         )
+    if config.profile is not None:
+        check_writable("--profile", config.profile)
     cache = None if config.stage.cache is None else remote.located(config.stage.cache)
     remote.check(config.stage.cache, "--stage.cache")
     remote.check(config.output, "--output")

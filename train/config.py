@@ -181,6 +181,8 @@ class RunConfig:
         oracle: train the retain-only model (forget quality needs it, unless `retain_log` is given).
         export_dtype: dtype of the exported weights.
         tensorboard: also write TensorBoard events (needs the extra).
+        profile: folder for a trace of a few unlearning steps, which TensorBoard, XProf and Perfetto
+            show; None: no trace.
         distributed: the processes of the run, where it has several.
     """
 
@@ -203,6 +205,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export_dtype: str = "float32"
     tensorboard: bool = False
+    profile: Path | None = None
     distributed: DistributedConfig = DistributedConfig()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Stage:
         checkpoint_seconds: least time between two of them.
         bind: how what is trained becomes a model (`train.step.Trainable`).
         batch_size: rows of a global batch; None: `batches` makes all of them.
+        profile: folder for a trace of a few steps.
     """
 
     name: str
@@ -68,6 +70,48 @@ class Stage:
     combine: str = "sum"
     bind: Bind = whole
     batch_size: int | None = None
+    profile: Path | None = None
+
+
+PROFILED = 3  # steps of a trace, after two that compile and warm up
+
+
+@contextlib.contextmanager
+def traced(folder: Path | None, first: int) -> Iterator[Callable[[int, Any], None]]:
+    """A function to call as `(step, state)` before each step; it traces a few of them.
+
+    Args:
+        folder: where the trace goes; None: none is made.
+        first: the first step of this process.
+
+    Returns:
+        A context; leaving it, on whatever way, ends a trace that is under way.
+    """
+    begun, running = False, False
+
+    def look(step: int, state: Any) -> None:
+        nonlocal begun, running
+        if folder is not None and step == first + 2:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(folder))
+            begun = running = True
+        elif running and step == first + 2 + PROFILED:
+            jax.block_until_ready(state)  # else the last steps would be missing
+            end()
+
+    def end() -> None:
+        nonlocal running
+        running = False
+        jax.profiler.stop_trace()
+        say(f"trace of a few steps: {folder} (tensorboard --logdir {folder})")
+
+    try:
+        yield look
+    finally:
+        if running:
+            end()
+    if folder is not None and not begun:
+        say(f"--profile {folder}: nothing traced, the stage had no third step left to take")
 
 
 def curve_steps(steps: int, points: int) -> tuple[int, ...]:
@@ -158,8 +202,12 @@ def run(
         """Whether the last checkpoint is old, by the clock of the first process."""
         return distributed.of_first(lambda: time.monotonic() - saved_at > stage.checkpoint_seconds)
 
-    with progress(stage.name, stage.steps, start) as advance:
+    with (
+        progress(stage.name, stage.steps, start) as advance,
+        traced(stage.profile, start) as look_at,
+    ):
         for step in range(start, stage.steps):
+            look_at(step, state)
             batches = {
                 name: sharding.put_batch(rows, mesh, stage.batch_size)
                 for name, rows in stage.batches(step).items()

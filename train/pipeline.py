@@ -220,6 +220,7 @@ def unlearn(
         watch=(task, config),
         combine=config.combine,
         adapters=config.lora,
+        profile=config.profile,
     )
 
 
@@ -260,6 +261,7 @@ def train_stage(
     cache: Path | None = None,
     combine: str = "sum",
     adapters: LoraConfig | None = None,
+    profile: Path | None = None,
 ) -> Model:
     """One stage of training: found by the digest of what it is made from, or computed."""
     row, options = objective
@@ -298,7 +300,10 @@ def train_stage(
             CURVE_ROWS,
         )
 
+    computed: list[str] = []
+
     def compute(checkpoints: Path) -> Any:
+        computed.append(name)
         with distributed.interruptible():
             ready = with_references(
                 streams, row, options, start.decoder, start.params, start.sha, mesh, root
@@ -325,6 +330,7 @@ def train_stage(
             curve_steps=loop.curve_steps(steps, stage.curve_points),
             combine=combine,
             bind=training.bind,
+            profile=profile,
         )
         trained = loop.run(plan, start.decoder, training.start, training.frozen, mesh, tracker)
         return training.finish(trained)
@@ -335,4 +341,6 @@ def train_stage(
         sharding.param_shardings(start.params, mesh),
     )
     params, sha = params_stage(root, name, inputs, like, compute, cache)
+    if profile is not None and not computed:
+        say(f"--profile {profile}: nothing traced, stage {name} was done already")
     return Model(start.decoder, params, start.tokenizer, sha)

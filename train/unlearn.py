@@ -269,7 +269,8 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     """
     stage = dataclasses.replace(config.stage, cache=None)
     whole = to_json(dataclasses.replace(config, output=None, stage=stage))
-    del whole["distributed"]
+    for name in ("distributed", "profile"):
+        del whole[name]
     return whole | {"optimizer": OPTIMIZERS[config.optimizer.name].options(config.optimizer)}
 
 

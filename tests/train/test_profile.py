@@ -1,0 +1,59 @@
+"""`--profile DIR`: a trace of a few steps, and words when there is none."""
+
+import dataclasses
+
+import pytest
+
+from jaxlib_unlearn.errors import UserError
+from train import checks, cli, pipeline, sharding
+from train.config import RunConfig
+from train.presets import PRESETS
+from train.task import load_task
+from train.tracking import Tracker
+from train.unlearn import _identity
+
+
+@pytest.fixture(scope="module")
+def start(small):
+    options = [*small, *"--unlearn.steps 6 --unlearn.curve-points 0".split()]
+    config = cli.parse(RunConfig, PRESETS["quickstart"].PRESET, options, "tests", "")
+    task, mesh = load_task(config), sharding.make_mesh(config.mesh)
+    return config, pipeline.base_model(config, task, mesh), task, mesh
+
+
+def unlearn(start, root, **changes):
+    config, base, task, mesh = start
+    root.mkdir(exist_ok=True)
+    config = dataclasses.replace(config, **changes)
+    return pipeline.unlearn(config, base, task, root, mesh, Tracker(root))
+
+
+def test_a_trace_and_the_same_model(start, tmp_path, capsys):
+    plain = unlearn(start, tmp_path / "plain")
+    traced = unlearn(start, tmp_path / "traced", profile=tmp_path / "trace")
+    assert traced.sha == plain.sha
+    assert [p for p in (tmp_path / "trace").rglob("*.xplane.pb") if p.stat().st_size > 0]
+    assert "trace of a few steps" in capsys.readouterr().err
+    # Done already: nothing runs, and that is said.
+    unlearn(start, tmp_path / "traced", profile=tmp_path / "again")
+    assert "nothing traced, stage unlearned was done already" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+def test_too_few_steps(start, tmp_path, capsys):
+    config = start[0]
+    few = dataclasses.replace(config.unlearn, steps=2)
+    unlearn(start, tmp_path / "run", unlearn=few, profile=tmp_path / "trace")
+    assert "nothing traced, the stage had no third step" in capsys.readouterr().err
+
+
+def test_it_is_no_part_of_the_run(start, tmp_path):
+    config = start[0]
+    assert _identity(config) == _identity(dataclasses.replace(config, profile=tmp_path))
+
+
+def test_a_folder_that_cannot_be(start, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = dataclasses.replace(start[0], profile=tmp_path / "file")
+    with pytest.raises(UserError, match="--profile .*file cannot be written: .*another folder"):
+        checks.check_run(config)
