@@ -235,7 +235,7 @@ class Decoder:
 
         dtype = jnp.dtype(c.dtype)
         embedding = params["embed"]["embedding"]
-        x = lookup(embedding.astype(dtype), tokens)
+        x = lookup(embedding, tokens, dtype)
         graph, _ = _abstract_block(c)
 
         def body(carry, inputs):

@@ -124,8 +124,8 @@ def batch_ways(like: jax.Array) -> int:
     return math.prod(mesh.shape[a] for a in axes)
 
 
-def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """`table[tokens]`, `(V, d), (B, T) -> (B, T, d)`.
+def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """`table[tokens]` in `dtype`, `(V, d), (B, T) -> (B, T, d)`; its gradient sums in the table's.
 
     On a mesh a device looks up all tokens in its part of the columns, and one all-to-all turns
     columns into rows of the batch. Left alone, the partitioner gathers the table (in the backward
@@ -134,7 +134,7 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     mesh, axes = _batch_axes(table)
     columns = [a for a in axes if a == "fsdp" and table.shape[1] % mesh.shape[a] == 0]
     if not columns:
-        return batch_sharded(table[tokens], table)
+        return batch_sharded(table[tokens].astype(dtype), table)
     rows = tuple(a for a in axes if a not in columns)
     open_ = P.UNCONSTRAINED
 
@@ -142,7 +142,7 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
 
     table = at(table, open_, tuple(columns))
-    x = at(table[at(tokens, rows, None)], rows, None, tuple(columns))
+    x = at(table[at(tokens, rows, None)].astype(dtype), rows, None, tuple(columns))
     return batch_sharded(x, table)
 
 

@@ -87,7 +87,8 @@ class Losses:
             params, layer_map = bind(trainable, frozen, layer_map)
             dtype = decoder.config.dtype
             outer = {name: x for name, x in params.items() if name != "layers"}
-            params = constrain(outer, dtype) | {"layers": params["layers"]}
+            # Not cast: label chunks and streams add their parts of these gradients up.
+            params = constrain(outer) | {"layers": params["layers"]}
             # A layer map of values or of adapters: no gradient of the layer itself flows back.
             layer_map = layer_map or (lambda layer, index: constrain(layer, dtype))
             policy = DecoderPolicy(decoder, params, frozen, {"layer_map": layer_map})
