@@ -334,7 +334,9 @@ def test_a_plan_for_a_small_slice(optimizer):
     assert found.keys() >= KEYS and found["fits"] and found["chips"] == 4
     assert all(seconds > 0 for seconds in found["roofline_seconds"].values())
     step = found["programs"]["train"]
-    assert 0.9 <= step["flops_per_chip"] / step["asked_flops_per_chip"] <= 1.1
+    assert step["flops_per_chip"] >= 0.9 * step["asked_flops_per_chip"]
+    if optimizer == "muon":  # the text also shows the products inside SIFT's decompositions
+        assert step["flops_per_chip"] <= 1.1 * step["asked_flops_per_chip"]
 
 
 @pytest.mark.libtpu
