@@ -22,7 +22,7 @@ from train import distributed, residency
 from train.config import EvaluateConfig
 from train.data.batches import score_batches
 from train.data.examples import Example, Group, encode_group, encode_prompt, encode_qa
-from train.sharding import batch_sharding, put_batch
+from train.sharding import batch_sharding, batch_ways, put_batch
 from train.task import Row, Task
 from train.tracking import progress
 
@@ -65,7 +65,7 @@ def score_items(
 ) -> list[dict[str, np.ndarray]]:
     """Per item, `logp`, `match`, `mu`, `var` and `answer` of its labels, in item order."""
     found: list[dict[str, np.ndarray]] = [{} for _ in items]
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     pad = model.tokenizer.pad_id or 0
     with progress(label, len(items)) as advance:
         for batch in score_batches(items, batch_tokens=batch_tokens, row_multiple=ways, pad_id=pad):

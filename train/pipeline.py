@@ -19,7 +19,7 @@ from models.policy import head_of
 from models.weights import find_smollm2
 from train import distributed, loop, residency, sharding
 from train.checkpointing import params_sha256
-from train.config import LoraConfig, RunConfig, TrainConfig, UnlearnConfig, to_json
+from train.config import LoraConfig, ModelConfig, RunConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.examples import Encoded, encode_rows
 from train.data.tofu import refusal_rows
 from train.evaluation import Model, curve, longest
@@ -54,6 +54,35 @@ def train_tokenizer(task: Task, vocab_size: int) -> Tokenizer:
     )
 
 
+def scratch_shape(m: ModelConfig, vocab_size: int, context: int) -> DecoderConfig:
+    """The shape of a model that starts from random weights.
+
+    Raises:
+        UserError: sizes that do not divide one another.
+    """
+    if m.hidden_size % m.num_heads or m.num_heads % m.num_kv_heads:
+        raise UserError(
+            f"--model.hidden-size {m.hidden_size}, --model.num-heads {m.num_heads} and "
+            f"--model.num-kv-heads {m.num_kv_heads} must divide one another in this order"
+        )
+    if m.hidden_size // m.num_heads % 2:
+        raise UserError(
+            f"--model.hidden-size {m.hidden_size} over --model.num-heads {m.num_heads} gives "
+            "an odd head size, which rotary positions cannot split; use an even one"
+        )
+    return DecoderConfig(
+        vocab_size=-(-vocab_size // 64) * 64,
+        hidden_size=m.hidden_size,
+        intermediate_size=m.intermediate_size,
+        num_layers=m.num_layers,
+        num_heads=m.num_heads,
+        num_kv_heads=m.num_kv_heads,
+        head_dim=m.hidden_size // m.num_heads,
+        max_position_embeddings=context,
+        dtype=m.dtype,
+    )
+
+
 def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
     """The model before any fine-tuning: random and tiny (`scratch`), or loaded.
 
@@ -63,31 +92,9 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
     m = config.model
     if m.path == "scratch":
         tokenizer = train_tokenizer(task, m.vocab_size)
-        if m.hidden_size % m.num_heads or m.num_heads % m.num_kv_heads:
-            raise UserError(
-                f"--model.hidden-size {m.hidden_size}, --model.num-heads {m.num_heads} and "
-                f"--model.num-kv-heads {m.num_kv_heads} must divide one another in this order"
-            )
-        if m.hidden_size // m.num_heads % 2:
-            raise UserError(
-                f"--model.hidden-size {m.hidden_size} over --model.num-heads {m.num_heads} gives "
-                "an odd head size, which rotary positions cannot split; use an even one"
-            )
+        shape = scratch_shape(m, tokenizer.vocab_size, config.data.max_length)
         sharding.check_heads(mesh, m.num_heads)
-        decoder = Decoder(
-            DecoderConfig(
-                vocab_size=-(-tokenizer.vocab_size // 64) * 64,
-                hidden_size=m.hidden_size,
-                intermediate_size=m.intermediate_size,
-                num_layers=m.num_layers,
-                num_heads=m.num_heads,
-                num_kv_heads=m.num_kv_heads,
-                head_dim=m.hidden_size // m.num_heads,
-                max_position_embeddings=config.data.max_length,
-                dtype=m.dtype,
-            ),
-            m.remat,
-        )
+        decoder = Decoder(shape, m.remat)
         params = sharding.put_params(jax.jit(decoder.init)(jax.random.key(config.seed)), mesh)
         return Model(decoder, params, tokenizer, params_sha256(params))
     return load_model(m.path, m.remat, mesh, m.dtype)

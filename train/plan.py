@@ -10,6 +10,7 @@ Kinds: v4, v5e, v5p, v6e, tpu7x (with jaxlib-unlearn[tpu]); cpu:8; gpu:8 (GPUs t
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
         "hbm_bytes_per_chip": topology.chip.hbm_bytes,
         **first,
         "fits": all(p["fits"] for p in done.values()),
-        "knobs": knobs(config, decoder, done, mesh),
+        "knobs": knobs(config, done, mesh),
         "programs": done,
     }
 
@@ -134,6 +135,8 @@ def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
 def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
     """Compile one program and add up what a chip holds, does and sends."""
     from train import collectives, flops, hlo, work
+    from train.loop import step_bytes
+    from train.step import OPTIMIZER_SCOPE
 
     per_chip = len(topology.devices) // topology.chips
     room = topology.hbm_bytes_per_device
@@ -169,35 +172,28 @@ def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     parsed = hlo.parse(compiled)
     done = work.device_flops(parsed)
-    scoped = work.device_flops(parsed, "optimizer").flops
+    scoped = work.device_flops(parsed, OPTIMIZER_SCOPE).flops
     found = collectives.collectives(parsed)
-    arguments = memory.argument_size_in_bytes
-    peak = (
-        arguments
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
+    peak = step_bytes(compiled) or 0
     traffic = work.device_bytes(parsed)
-    on_chip = {kind: {"count": n, "bytes": size * per_chip}
-               for kind, (n, size) in collectives.summary(found).items()}  # fmt: skip
+    update = [c for c in found if OPTIMIZER_SCOPE in c.scope.split("/")]
+
+    def by_kind(some: list[Any]) -> dict[str, dict[str, int]]:
+        total = collectives.summary(some).items()
+        return {kind: {"count": n, "bytes": size * per_chip} for kind, (n, size) in total}
+
     return result | {
         "compiled": True,
         "compile_seconds": round(seconds, 1),
-        "argument_bytes": arguments * per_chip,
+        "argument_bytes": memory.argument_size_in_bytes * per_chip,
         "temp_bytes": memory.temp_size_in_bytes * per_chip,
         "peak_bytes": peak * per_chip,
         "flops_per_chip": done.flops * per_chip,
         "asked_flops_per_chip": asked * per_chip,
         "optimizer_flops_per_chip": scoped * per_chip,
         "hbm_traffic_bytes": traffic * per_chip,
-        "collectives": on_chip,
-        "optimizer_collectives": {
-            kind: {"count": n, "bytes": size * per_chip}
-            for kind, (n, size) in collectives.summary(
-                c for c in found if "optimizer" in c.scope.split("/")
-            ).items()
-        },
+        "collectives": by_kind(found),
+        "optimizer_collectives": by_kind(update),
         "roofline_seconds": roofline(topology, done.flops, traffic, found, per_chip),
         "fits": peak <= room,
     }
@@ -266,29 +262,27 @@ def argument_bytes(args: Any) -> int:
     for leaf in jax.tree.leaves(args):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-            size = 1
-            for n in shape:
-                size *= n
-            total += size * getattr(leaf.dtype, "itemsize", 4)
+            total += math.prod(shape) * getattr(leaf.dtype, "itemsize", 4)
     return total
 
 
-def knobs(config: PlanConfig, decoder: Any, done: dict[str, Any], mesh: Any) -> list[str]:
+def knobs(config: PlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
     """What is left to turn when something does not fit, the cheapest first."""
     from models.decoder import REMAT
     from train.optimizers import OPTIMIZERS
+    from train.sharding import batch_ways
 
     out = []
     if "train" in done and not done["train"]["fits"]:
         words = list(REMAT)
         out += [f"--model.remat {word}" for word in words[words.index(config.model.remat) + 1 :]]
         rows = config.unlearn.batch_size
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        ways = batch_ways(mesh)
         parts = config.unlearn.accumulate * 2
         if rows % (ways * parts) == 0:
             out.append(f"--unlearn.accumulate {parts}")
         if mesh.shape["data"] > 1:
-            out.append(f"--mesh.data 1 --mesh.fsdp {mesh.shape['data'] * mesh.shape['fsdp']}")
+            out.append(f"--mesh.data 1 --mesh.fsdp {ways}")
         if config.model.dtype == "float32":
             out.append("--model.dtype bfloat16")
         if "state_dtype" in OPTIMIZERS[config.optimizer.name].uses:

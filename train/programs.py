@@ -20,11 +20,12 @@ from jax.sharding import PartitionSpec as P
 from jaxlib_unlearn import objectives
 from models import generate, lora
 from models.architectures import config_of
-from models.decoder import Decoder, DecoderConfig
+from models.decoder import Decoder
 from models.policy import head_of, score
 from train import checks, optimizers, sharding
 from train.config import RunConfig
 from train.data.batches import collate
+from train.pipeline import scratch_shape
 from train.step import Bind, TrainState, compile_step, make_step, shaped, state_shapes, whole
 from train.streams import REFERENCE_COLUMNS
 
@@ -58,16 +59,7 @@ def decoder_of(config: RunConfig) -> Decoder:
     """
     m = config.model
     if config.stage.original is None and m.path == "scratch":
-        shape = DecoderConfig(
-            vocab_size=-(-m.vocab_size // 64) * 64,
-            hidden_size=m.hidden_size,
-            intermediate_size=m.intermediate_size,
-            num_layers=m.num_layers,
-            num_heads=m.num_heads,
-            num_kv_heads=m.num_kv_heads,
-            head_dim=m.hidden_size // m.num_heads,
-            max_position_embeddings=config.data.max_length,
-        )
+        shape = scratch_shape(m, m.vocab_size, config.data.max_length)
     else:
         shape = config_of(config.stage.original or m.path)
     return Decoder(dataclasses.replace(shape, dtype=m.dtype), m.remat)

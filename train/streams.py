@@ -23,7 +23,7 @@ from models.policy import label_states, over_labels, target_log_prob
 from train import distributed, residency
 from train.data.batches import batch_shape, collate, make_buckets, paired_indices, training_indices
 from train.data.examples import Example
-from train.sharding import put_batch
+from train.sharding import batch_ways, put_batch
 from train.stages import digest
 from train.tracking import progress
 
@@ -149,7 +149,7 @@ def _references(
 ) -> list[np.ndarray]:
     """Per example, the frozen model's log-probabilities or hidden states at its labels."""
     found: list[np.ndarray] = []
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     size = -(-8 // ways) * ways
     total = len(stream.examples)
     length, width = batch_shape(stream.examples, stream.length_buckets, stream.label_buckets)

@@ -131,14 +131,23 @@ def find_topology(name: str) -> Topology:
 def _cpus(name: str, count: int) -> Topology:
     import jax
 
-    if not jax._src.xla_bridge.backends_are_initialized():  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
+    _use_cpu(count)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise UserError(f"--topology {name}: JAX already runs with {len(devices)} CPU device(s)")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
     return Topology(name, Chip("cpu", memory, None, None, None), count, tuple(devices[:count]))
+
+
+def _use_cpu(count: int | None = None) -> None:
+    """Let JAX run on this machine's CPU, as `count` devices, unless it runs already."""
+    import jax
+
+    if jax._src.xla_bridge.backends_are_initialized():  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    jax.config.update("jax_platforms", "cpu")
+    if count is not None:
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def _gpus(name: str, count: int) -> Topology:
@@ -175,11 +184,9 @@ def _tpus(name: str, kind: str, shape: str) -> Topology:
     # Else it says on stderr that it does not know the machine it runs on.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    import jax
     from jax.experimental import topologies
 
-    if not jax._src.xla_bridge.backends_are_initialized():  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_platforms", "cpu")
+    _use_cpu()
     options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
     if TPUS[kind].config:
         options["chip_config_name"] = TPUS[kind].config

@@ -208,17 +208,39 @@ def muon(
         direction,
         learning_rate,
         weight_decay,
-        keep_first_moments(
-            optax.adamw(
-                learning_rate if adam_learning_rate is None else adam_learning_rate,
-                b1=adam_b1,
-                b2=adam_b2,
-                eps=adam_eps,
-                weight_decay=adam_weight_decay,
-            ),
+        rest_by_adamw(
+            learning_rate,
+            adam_learning_rate,
+            adam_b1,
+            adam_b2,
+            adam_eps,
+            adam_weight_decay,
             mu_dtype,
         ),
         lambda params: labels(params, matrices=matrices, layout=layout),
+    )
+
+
+def rest_by_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    adam_learning_rate: optax.ScalarOrSchedule | None,
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    weight_decay: float | jax.Array,
+    mu_dtype: jax.typing.DTypeLike | None,
+) -> optax.GradientTransformationExtraArgs:
+    """The AdamW that takes the leaves which are no matrices; arguments as in :func:`muon`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = rest_by_adamw(0.1, None, 0.9, 0.999, 1e-8, 0.0, jnp.bfloat16)
+        >>> tx.init(jnp.ones(2))[0].mu.dtype
+        dtype(bfloat16)
+    """
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    return keep_first_moments(
+        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay), mu_dtype
     )
 
 

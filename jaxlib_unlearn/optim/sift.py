@@ -27,9 +27,8 @@ from typing import Any
 import jax
 import optax
 
-from jaxlib_unlearn.optim.first_moments import keep_first_moments
 from jaxlib_unlearn.optim.matrices import Specs, labels, resolve
-from jaxlib_unlearn.optim.muon import every_matrix, with_adamw
+from jaxlib_unlearn.optim.muon import every_matrix, rest_by_adamw, with_adamw
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
 from jaxlib_unlearn.optim.sift_direction import sift_direction, sum_streams, with_constraints
 
@@ -258,14 +257,13 @@ def sift(
         seed=seed,
         mu_dtype=mu_dtype,
     )
-    adamw = keep_first_moments(
-        optax.adamw(
-            learning_rate if adam_learning_rate is None else adam_learning_rate,
-            b1=adam_b1,
-            b2=adam_b2,
-            eps=adam_eps,
-            weight_decay=adam_weight_decay,
-        ),
+    adamw = rest_by_adamw(
+        learning_rate,
+        adam_learning_rate,
+        adam_b1,
+        adam_b2,
+        adam_eps,
+        adam_weight_decay,
         mu_dtype,
     )
     both = with_adamw(

@@ -24,7 +24,6 @@ import optax
 
 from jaxlib_unlearn.optim.buckets import is_tall, map_stacks
 from jaxlib_unlearn.optim.direction import Part
-from jaxlib_unlearn.optim.first_moments import keep_first_moments
 from jaxlib_unlearn.optim.matrices import (
     MatrixAxes,
     Specs,
@@ -33,7 +32,7 @@ from jaxlib_unlearn.optim.matrices import (
     resolve,
     sharding_role,
 )
-from jaxlib_unlearn.optim.muon import every_matrix, scale_by_momentum, with_adamw
+from jaxlib_unlearn.optim.muon import every_matrix, rest_by_adamw, scale_by_momentum, with_adamw
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, polar_express
 from jaxlib_unlearn.optim.post import Post
 from jaxlib_unlearn.optim.splitting import Splits
@@ -215,14 +214,13 @@ def teon(
         direction,
         learning_rate,
         weight_decay,
-        keep_first_moments(
-            optax.adamw(
-                learning_rate if adam_learning_rate is None else adam_learning_rate,
-                b1=adam_b1,
-                b2=adam_b2,
-                eps=adam_eps,
-                weight_decay=adam_weight_decay,
-            ),
+        rest_by_adamw(
+            learning_rate,
+            adam_learning_rate,
+            adam_b1,
+            adam_b2,
+            adam_eps,
+            adam_weight_decay,
             mu_dtype,
         ),
         lambda params: labels(params, matrices=matrices, layout=layout),
