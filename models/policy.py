@@ -7,7 +7,7 @@ array exists: the largest logits array is `(B, chunk, V)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,26 @@ def target_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, -1)
 
 
+def together(decoder: Decoder, params: Any, batches: Sequence[Batch], **options: Any) -> Any:
+    """`label_states` of several batches with rows of one length, in one forward pass.
+
+    On a mesh the weights travel once for all of them. Rows alternate between the batches, so that
+    each stays on its device.
+    """
+
+    def joined(name):
+        columns = jnp.stack([batch[name] for batch in batches], 1)
+        return columns.reshape(-1, columns.shape[-1])
+
+    names = ("tokens", "positions", "segment_ids")
+    tokens, positions, segment_ids = (joined(name) for name in names)
+    hidden, _ = decoder.forward(
+        params, tokens, positions=positions, segment_ids=segment_ids, **options
+    )
+    apart = hidden.reshape(-1, len(batches), *hidden.shape[1:])
+    return [at_labels(apart[:, i], batch["label_index"]) for i, batch in enumerate(batches)]
+
+
 def label_states(decoder: Decoder, params: Any, batch: Batch, **options: Any) -> jax.Array:
     """Final hidden states `(B, W, d)` where labels are predicted; `options` go to `forward`."""
     hidden, _ = decoder.forward(
@@ -64,7 +84,16 @@ def label_states(decoder: Decoder, params: Any, batch: Batch, **options: Any) ->
         segment_ids=batch["segment_ids"],
         **options,
     )
-    return jnp.take_along_axis(hidden, batch["label_index"][..., None], axis=1)
+    return at_labels(hidden, batch["label_index"])
+
+
+def at_labels(hidden: jax.Array, index: jax.Array) -> jax.Array:
+    """Hidden states `(R, T, d)` at label slots `(B, W)`: `(B, W, d)`.
+
+    B may be a multiple of R: k examples that follow one another share a row.
+    """
+    flat = index.reshape(hidden.shape[0], -1, 1)
+    return jnp.take_along_axis(hidden, flat, axis=1).reshape(*index.shape, hidden.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -76,12 +105,21 @@ class DecoderPolicy:
         params: its parameters (differentiated).
         frozen: the reference's unembedding parameters, used with `batch["ref_hidden"]`.
         options: keyword options of `forward` for every call.
+        known: batches whose hidden states at the labels are computed already, with them.
     """
 
     decoder: Decoder
     params: Any
     frozen: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    known: Sequence[tuple[Batch, jax.Array]] = ()
+
+    def states(self, batch: Batch) -> jax.Array:
+        """Final hidden states `(B, W, d)` where labels are predicted."""
+        for other, states in self.known:
+            if other is batch:
+                return states
+        return label_states(self.decoder, self.params, batch, **self.options)
 
     def log_probs(self, batch: Batch) -> jax.Array:
         """Log-probability of every target, float32 `(B, W)`, 0 where masked."""
@@ -90,7 +128,7 @@ class DecoderPolicy:
 
     def reduce_logits(self, batch: Batch, fn: Callable[..., Any], reference: bool = False) -> Any:
         """`fn(logits, [reference_logits,] targets)` over label chunks: `(B, W)`, or a tree."""
-        states = label_states(self.decoder, self.params, batch, **self.options)
+        states = self.states(batch)
         vocab = self.decoder.config.vocab_size
         if not reference:
 

@@ -32,6 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "holdout_rows": (0, math.inf),
     "num_authors": (1, math.inf),
     "max_length": (2, math.inf),
+    "row_tokens": (0, math.inf),
     "vocab_size": (1, math.inf),
     "hidden_size": (1, math.inf),
     "intermediate_size": (1, math.inf),

@@ -26,7 +26,7 @@ from train.evaluation import Model, curve, longest
 from train.optimizers import OptimizerConfig, check_pair, check_steps
 from train.stages import digest, params_stage
 from train.step import Trainable, all_of
-from train.streams import Stream, batches_of, make_stream, with_references
+from train.streams import Stream, batches_of, make_stream, pack_streams, with_references
 from train.task import Row, Task, texts
 from train.tracking import Tracker, say
 
@@ -187,6 +187,7 @@ def finetune(
         objective=objectives.resolve(ObjectiveConfig("nll")),
         stage=config.finetune,
         optimizer=config.finetune.optimizer,
+        row_tokens=config.data.row_tokens,
         name=name,
         seed=config.seed,
         root=root,
@@ -219,6 +220,7 @@ def unlearn(
         objective=(objective, options),
         stage=config.unlearn,
         optimizer=config.optimizer,
+        row_tokens=config.data.row_tokens,
         name="unlearned",
         seed=config.seed,
         root=root,
@@ -264,6 +266,7 @@ def train_stage(
     root: Path,
     mesh: Any,
     tracker: Tracker,
+    row_tokens: int = 0,
     watch: tuple[Task, RunConfig] | None = None,
     cache: Path | None = None,
     combine: str = "sum",
@@ -275,6 +278,8 @@ def train_stage(
     objectives.check_accumulation(row, stage.accumulate)
     check_pair(optimizer, combine, row, options)
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
+    divides = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)
+    streams = pack_streams(streams, stage.batch_size, divides, row_tokens)
     main = row.streams[0]
     steps = num_steps(stage, len(streams[main].examples), optimizer)
     # A stage's purpose keys its randomness: two stages of one seed see different orders.

@@ -204,15 +204,18 @@ def put_batch(
     where = batch_sharding(mesh)
     if size is None:
         return {name: arrays.put(x, where) for name, x in batch.items()}
-    here = rows_here(mesh, size)
+    held = len(rows_here(mesh, size))
 
     def put(x: np.ndarray) -> jax.Array:
+        rows = size * len(x) // held  # fewer than `size` where examples share one
+        here = rows_here(mesh, rows)
+
         def read(index):
-            first, last, _ = index[0].indices(size)
+            first, last, _ = index[0].indices(rows)
             start = int(np.searchsorted(here, first))  # a device's rows are consecutive here too
             return x[start : start + last - first]
 
-        return arrays.read_into((size, *x.shape[1:]), where, read)
+        return arrays.read_into((rows, *x.shape[1:]), where, read)
 
     return {name: put(x) for name, x in batch.items()}
 

@@ -15,7 +15,7 @@ import optax
 
 from jaxlib_unlearn.objectives import Objective, combine, side_of
 from models.decoder import Decoder
-from models.policy import DecoderPolicy
+from models.policy import DecoderPolicy, together
 from train.sharding import batch_sharding, constrain, param_shardings, state_shardings
 
 Batches = Mapping[str, Mapping[str, jax.Array]]
@@ -62,12 +62,22 @@ class TrainState(NamedTuple):
 
 
 def split_batch(batches: Batches, parts: int) -> Batches:
-    """`(B, ...)` to `(parts, B // parts, ...)`; rows are dealt in turn: each keeps its device."""
+    """`(B, ...)` to `(parts, B // parts, ...)`; rows are dealt in turn: each keeps its device.
 
-    def cut(x):
-        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+    Examples that share a row of tokens stay together.
+    """
 
-    return jax.tree.map(cut, batches)
+    def split(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        rows = batch["tokens"].shape[0]
+
+        def cut(x):
+            tail = x.shape[1:]
+            dealt = x.reshape(rows // parts, parts, x.shape[0] // rows, *tail)
+            return jnp.swapaxes(dealt, 0, 1).reshape(parts, x.shape[0] // parts, *tail)
+
+        return {name: cut(x) for name, x in batch.items()}
+
+    return {name: split(batch) for name, batch in batches.items()}
 
 
 class Losses:
@@ -83,7 +93,7 @@ class Losses:
     def __init__(
         self, decoder, objective, options, params, frozen, batches, accumulate, bind: Bind = whole
     ):
-        def terms(trainable, part, layer_map=None):
+        def terms(trainable, part, layer_map=None, joined=True):
             params, layer_map = bind(trainable, frozen, layer_map)
             dtype = decoder.config.dtype
             outer = {name: x for name, x in params.items() if name != "layers"}
@@ -91,7 +101,12 @@ class Losses:
             params = constrain(outer) | {"layers": params["layers"]}
             # A layer map of values or of adapters: no gradient of the layer itself flows back.
             layer_map = layer_map or (lambda layer, index: constrain(layer, dtype))
-            policy = DecoderPolicy(decoder, params, frozen, {"layer_map": layer_map})
+            known = ()
+            if joined and len({batch["tokens"].shape for batch in part.values()}) == 1 < len(part):
+                streams = list(part.values())
+                found = together(decoder, params, streams, layer_map=layer_map)
+                known = tuple(zip(streams, found, strict=True))
+            policy = DecoderPolicy(decoder, params, frozen, {"layer_map": layer_map}, known)
             return objective.loss(policy, part, options)
 
         self._terms, self._options = terms, options
@@ -115,7 +130,8 @@ class Losses:
         return jax.lax.scan(body, start, parts)[0]
 
     def _total(self, params: Any, part: Batches, side: str | None, layer_map: Any = None):
-        terms = self._terms(params, part, layer_map)
+        # One side's gradient does not go through the other side's rows.
+        terms = self._terms(params, part, layer_map, joined=side is None)
         sums = {name: total for name, (total, _) in terms.items()}
         weighted = {name: (total, self.weights[name]) for name, total in sums.items()}
         # Not the other side's: their forward pass would be done for nothing but these numbers.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from models.decoder import Decoder
 from models.policy import label_states, over_labels, target_log_prob
 from train import distributed, residency
 from train.data.batches import batch_shape, collate, make_buckets, paired_indices, training_indices
-from train.data.examples import Example
+from train.data.examples import Example, packed_length, shared_prefix
 from train.sharding import batch_ways, put_batch
 from train.stages import digest
 from train.tracking import progress
 
 REFERENCE_COLUMNS = {"logps": "ref_log_probs", "hidden": "ref_hidden"}
+PACKINGS = 2048  # examples of random batches that the padded lengths of packed rows come from
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Stream:
         length_buckets: padded lengths.
         label_buckets: padded numbers of labels.
         references: column name -> one array per example, first axis its labels.
+        together: consecutive examples of a batch that share a row of tokens.
     """
 
     examples: Sequence[Example]
@@ -47,11 +49,16 @@ class Stream:
     length_buckets: tuple[int, ...]
     label_buckets: tuple[int, ...]
     references: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+    together: int = 1
+
+    def order(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Where to take these rows from, so that those which share rows fill them evenly."""
+        return balanced([len(self.examples[i].tokens) for i in rows], self.together)
 
     def shape(self, rows: Sequence[int] | np.ndarray) -> tuple[int, int]:
         """The padded length and label length of a batch of these rows."""
         chosen = [self.examples[i] for i in rows]
-        return batch_shape(chosen, self.length_buckets, self.label_buckets)
+        return batch_shape(chosen, self.length_buckets, self.label_buckets, self.together)
 
     def batch(
         self, rows: Sequence[int] | np.ndarray, shape: tuple[int, int] | None = None
@@ -59,7 +66,8 @@ class Stream:
         """The padded batch of these rows."""
         chosen = [self.examples[i] for i in rows]
         length, width = self.shape(rows) if shape is None else shape
-        batch = collate(chosen, [int(i) for i in rows], length, width, pad_id=self.pad_id)
+        ids = [int(i) for i in rows]
+        batch = collate(chosen, ids, length, width, pad_id=self.pad_id, together=self.together)
         for column, values in self.references.items():
             tail = values[0].shape[1:]
             padded = np.zeros((len(chosen), width, *tail), np.float32)
@@ -69,22 +77,102 @@ class Stream:
         return batch
 
 
+def marks(sizes: Sequence[int], buckets: int, batch_size: int) -> tuple[int, ...]:
+    """At most `buckets` padded sizes for the largest of `batch_size` drawn from `sizes`.
+
+    Its quantiles: `q^(1/batch_size)` of one size.
+    """
+    ordered = sorted(sizes)
+    shares = [((i + 1) / buckets) ** (1 / batch_size) for i in range(buckets)]
+    return make_buckets([ordered[math.ceil(q * len(ordered)) - 1] for q in shares], buckets)
+
+
 def make_stream(
     examples: Sequence[Example], pad_id: int, buckets: int = 2, batch_size: int = 1
 ) -> Stream:
-    """A stream with at most `buckets` padded lengths (each pair of lengths is a compilation).
-
-    The lengths are quantiles of the longest of `batch_size` examples: `q^(1/batch_size)` of one.
-    """
-
-    def marks(sizes: list[int]) -> tuple[int, ...]:
-        ordered = sorted(sizes)
-        shares = [((i + 1) / buckets) ** (1 / batch_size) for i in range(buckets)]
-        return make_buckets([ordered[math.ceil(q * len(ordered)) - 1] for q in shares], buckets)
-
+    """A stream with at most `buckets` padded lengths (each pair of lengths is a compilation)."""
     lengths = [len(e.tokens) for e in examples]
     labels = [len(e.tokens) - e.num_prompt for e in examples]
-    return Stream(examples, pad_id, marks(lengths), marks(labels))
+    return Stream(
+        examples,
+        pad_id,
+        marks(lengths, buckets, batch_size),
+        marks(labels, buckets, batch_size),
+    )
+
+
+def balanced(lengths: Sequence[int], together: int) -> np.ndarray:
+    """An order in which every `together` items that follow one another are about as long.
+
+    The longest ones are dealt out first, then the next ones the other way round, and so on.
+
+    Example:
+        >>> balanced([1, 4, 2, 3], together=2).tolist()
+        [1, 0, 3, 2]
+    """
+    if together == 1:
+        return np.arange(len(lengths))
+    dealt = np.argsort(-np.asarray(lengths), kind="stable").reshape(together, -1)
+    dealt[1::2] = dealt[1::2, ::-1]
+    return dealt.T.reshape(-1)
+
+
+def pack_streams(
+    streams: Mapping[str, Stream], batch_size: int, divides: int, length: int, buckets: int = 2
+) -> dict[str, Stream]:
+    """The streams with as many examples in a row as fill about `length` tokens.
+
+    Short rows leave slots empty (the longest of a batch sets their length), and each computes what
+    all prompts begin with anew; packed rows do neither. The losses are the same.
+
+    Args:
+        streams: those of one stage.
+        batch_size: examples of a global batch.
+        divides: what the number of examples in a row must divide: those that one device sees of a
+            micro-batch.
+        length: tokens that a row should hold; 0 leaves one example in each.
+        buckets: padded lengths of a stream, beside the one that always suffices.
+    """
+
+    def mean_length(examples: Sequence[Example], together: int) -> float:
+        shared = shared_prefix(examples)
+        own = sum(len(e.tokens) - 1 - shared for e in examples) / len(examples)
+        return shared + together * own
+
+    fitting = [
+        k
+        for k in range(1, divides + 1)
+        if divides % k == 0
+        and all(mean_length(stream.examples, k) <= length for stream in streams.values())
+    ]
+    together = max(fitting, default=1)
+    if together == 1:
+        return dict(streams)
+    return {
+        name: replace(
+            stream,
+            together=together,
+            length_buckets=_packed_buckets(stream.examples, together, batch_size, buckets),
+        )
+        for name, stream in streams.items()
+    }
+
+
+def _packed_buckets(
+    examples: Sequence[Example], together: int, batch_size: int, buckets: int
+) -> tuple[int, ...]:
+    """Padded lengths of packed rows: quantiles over random batches, and what holds any batch."""
+    found = []
+    for step in range(max(16, PACKINGS // batch_size)):
+        index = training_indices(0, "packing", step, batch_size, len(examples))
+        batch = [examples[i] for i in index]
+        order = balanced([len(e.tokens) for e in batch], together).reshape(-1, together)
+        found.append(max(packed_length([batch[i] for i in row]) for row in order))
+    shared = shared_prefix(examples)
+    longest = sorted(len(e.tokens) - 1 - shared for e in examples)[-together:]
+    # An epoch may end and begin within a batch, which then holds an example twice.
+    most = shared + max(longest) * (together - len(longest)) + sum(longest)
+    return tuple(sorted({*make_buckets(found, buckets), *make_buckets([most], 1)}))
 
 
 def batches_of(
@@ -97,7 +185,8 @@ def batches_of(
     """`step -> {stream: batch}`: `main` is walked epoch by epoch, others are drawn.
 
     `idk` follows `forget` row by row. Indices and shape are those of the global batch, of which
-    only the rows `here` (`sharding.rows_here`; None: all) are made.
+    only the rows `here` (`sharding.rows_here`; None: all) are made. Examples that share rows are
+    ordered so that the rows of a batch are about as long.
     """
 
     def batches(step: int) -> dict[str, dict[str, np.ndarray]]:
@@ -105,9 +194,11 @@ def batches_of(
         for name, stream in streams.items():
             count = len(stream.examples)
             if name == main or name == "idk":
-                rows[name] = training_indices(seed, main, step, batch_size, count)
+                index = training_indices(seed, main, step, batch_size, count)
             else:
-                rows[name] = paired_indices(seed, name, step, batch_size, count)
+                index = paired_indices(seed, name, step, batch_size, count)
+            leader = streams[main] if name == "idk" else stream
+            rows[name] = index[leader.order(index)]
         # One shape for all streams: few combinations to compile.
         shapes = [streams[name].shape(index) for name, index in rows.items()]
         shape = max(length for length, _ in shapes), max(width for _, width in shapes)
@@ -152,7 +243,8 @@ def _references(
     ways = batch_ways(mesh)
     size = -(-8 // ways) * ways
     total = len(stream.examples)
-    length, width = batch_shape(stream.examples, stream.length_buckets, stream.label_buckets)
+    plain = make_stream(stream.examples, stream.pad_id)
+    length, width = plain.shape(range(total))
     with progress(label, total) as advance:
         for start in range(0, total, size):
             chosen = list(stream.examples[start : start + size])
@@ -206,13 +298,7 @@ def with_references(
             at_hand = residency.at_hand(params)
             values = _references(decoder, at_hand, stream, kind, forward, mesh, f"reference {name}")
             distributed.of_first(lambda path=path, values=values: _write(path, values))
-        result[name] = Stream(
-            stream.examples,
-            stream.pad_id,
-            stream.length_buckets,
-            stream.label_buckets,
-            {REFERENCE_COLUMNS[kind]: values},
-        )
+        result[name] = replace(stream, references={REFERENCE_COLUMNS[kind]: values})
     return result
 
 

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # Two runs are the same experiment when only these differ, wherever in the config they stand.
-INCIDENTAL = {"seed", "output", "command", "tensorboard", "mesh", "remat", "curve_points", "notes"}
+INCIDENTAL = {
+    *("seed", "output", "command", "tensorboard", "mesh", "remat", "row_tokens", "curve_points"),
+    "notes",
+}
 
 
 class Run(NamedTuple):

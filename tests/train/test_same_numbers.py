@@ -6,6 +6,7 @@ Objectives are compared at the gradient, optimizers on a fixed gradient, one sta
 import json
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from train.evaluation import Model
 from train.optimizers import OPTIMIZERS, OptimizerConfig, build
 from train.sharding import MeshConfig, make_mesh
 from train.step import Losses, compile_step, init_state, make_step, split_batch
-from train.streams import Stream, batches_of, make_stream, with_references
+from train.streams import Stream, batches_of, make_stream, pack_streams, with_references
 from train.tracking import Tracker
 
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
@@ -227,7 +228,7 @@ def label(config):
     return "-".join(x for x in (config.name, config.compat, config.retain) if x)
 
 
-def gradient_of(config, sizes, accumulate, start, plain):
+def gradient_of(config, sizes, accumulate, start, plain, together=1):
     """Metrics and gradient of the first batch, references made up (both runs get the same)."""
     row, options = objectives.resolve(config)
     mesh = mesh_of(*sizes)
@@ -239,9 +240,10 @@ def gradient_of(config, sizes, accumulate, start, plain):
             "ref_log_probs": [-2 * draw.random(n, np.float32) for n in labels],
             "ref_hidden": [draw.standard_normal((n, 16), np.float32) for n in labels],
         }
-        streams[name] = Stream(
-            plain[name].examples, 0, plain[name].length_buckets, plain[name].label_buckets, columns
-        )
+        streams[name] = replace(plain[name], references=columns)
+    if together > 1:
+        streams = pack_streams(streams, ROWS, together, length=10**6)
+        assert all(stream.together == together for stream in streams.values())
     host = batches_of(streams, row.streams[0], SEED, ROWS)(0)
     batches = {name: sharding.put_batch(batch, mesh) for name, batch in host.items()}
     params = sharding.put_params(start, mesh)
@@ -257,16 +259,41 @@ def gradient_of(config, sizes, accumulate, start, plain):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=label)
 def test_every_objective_has_the_same_gradient(config, start, plain):
-    """One device, one batch against eight devices, two micro-batches (`asu`: each alone too)."""
+    """One device and batch, a row each, against eight, two micro-batches, two examples a row.
+
+    `asu`: devices and micro-batches alone, too.
+    """
     metrics, gradient = gradient_of(config, (1, 1, 1), 1, start, plain)
     assert all(np.isfinite(value) for value in metrics.values())
-    alone = [((1, 1, 1), 2), ((2, 2, 2), 1)] if config.name == "asu" else []
-    for sizes, accumulate in [((2, 2, 2), 2), *alone]:
-        other, grads = gradient_of(config, sizes, accumulate, start, plain)
-        assert distance(grads, gradient) <= 1e-6, (sizes, accumulate)
+    alone = [((1, 1, 1), 2, 1), ((2, 2, 2), 1, 1)] if config.name == "asu" else []
+    for sizes, accumulate, together in [((2, 2, 2), 2, 2), *alone]:
+        other, grads = gradient_of(config, sizes, accumulate, start, plain, together)
+        assert distance(grads, gradient) <= 1e-6, (sizes, accumulate, together)
         assert metrics.keys() == other.keys()
         for key, value in metrics.items():
             assert other[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (key, sizes, accumulate)
+
+
+def test_one_forward_pass_for_all_streams(start, plain):
+    """Of all sides together a step goes through the blocks once and back; of each alone, twice."""
+    row, options = objectives.resolve(ObjectiveConfig("npo", retain="nll"))
+    host = batches_of({n: plain[n] for n in row.streams}, "forget", SEED, ROWS)(0)
+    for batch in host.values():
+        batch["ref_log_probs"] = np.zeros_like(batch["target_mask"])
+    losses = Losses(DECODER, row, options, start, None, host, 1)
+
+    def layers(*sides):
+        """How often a pass over the blocks stands in the gradient's jaxpr: forwards, backwards."""
+        found = str(jax.make_jaxpr(lambda p: losses.gradients(p, sides))(start))
+        return len(re.findall(r"= scan\[", found))
+
+    assert layers(None) == 2
+    assert layers("forget", "retain") >= 4
+    joint, (total,) = losses.gradients(start)
+    apart, (forget, retain) = losses.gradients(start, ("forget", "retain"))
+    assert distance(jax.tree.map(np.add, forget, retain), total) <= 1e-6
+    for name, value in joint.items():
+        assert float(apart[name]) == pytest.approx(float(value), rel=1e-6), name
 
 
 def test_micro_batches_deal_rows_in_turn():
@@ -274,6 +301,10 @@ def test_micro_batches_deal_rows_in_turn():
     parts = split_batch(batch, 2)
     assert parts["forget"]["row_id"].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert parts["forget"]["tokens"][1].tolist() == [[2, 3], [6, 7], [10, 11], [14, 15]]
+    packed = {"forget": {"row_id": jnp.arange(8), "tokens": jnp.arange(8).reshape(4, 2)}}
+    parts = split_batch(packed, 2)  # examples that share a row stay together
+    assert parts["forget"]["row_id"].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert parts["forget"]["tokens"].tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
 @pytest.mark.parametrize(

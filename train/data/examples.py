@@ -43,17 +43,18 @@ class Example(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Several answers packed behind one shared prompt; L tokens, N labels.
+    """Several examples packed behind what their prompts share; L tokens, N labels.
 
     Args:
-        tokens: (L,) prompt, then each answer without its last token (nothing is predicted from it).
-        positions: (L,) each answer counts on from the prompt.
-        segment_ids: (L,) 1 for the prompt, `1 + 65536 * (j + 1)` for answer j.
-        label_index: (N,) slot whose hidden state predicts the label; the prompt's last slot for
-            each first label.
-        targets: (N,) the labels, answer after answer.
-        answer: (N,) which answer a label belongs to.
-        num_cut: tokens dropped from the ends of answers.
+        tokens: (L,) the shared tokens, then the rest of each example without its last token
+            (nothing is predicted from it).
+        positions: (L,) each example counts on from the shared tokens.
+        segment_ids: (L,) 1 for the shared tokens, `1 + 65536 * (j + 1)` for example j's own.
+        label_index: (N,) slot whose hidden state predicts the label; where all of a prompt is
+            shared, the last shared slot predicts each first label.
+        targets: (N,) the labels, example after example.
+        answer: (N,) which example a label belongs to.
+        num_cut: examples that were cut.
     """
 
     tokens: list[int]
@@ -257,20 +258,55 @@ def encode_group(
         encode_qa(tokenizer, question, answer, system_prompt=system_prompt, max_length=max_length)
         for answer in answers
     ]
-    num_prompt = examples[0].num_prompt
-    tokens = list(examples[0].tokens[:num_prompt])
-    positions, segment_ids = list(range(num_prompt)), [1] * num_prompt
+    return pack(examples)
+
+
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """How many tokens the prompts of all examples begin with in common.
+
+    Example:
+        >>> shared_prefix([Example([5, 6, 7, 8], 3), Example([5, 6, 9], 2)])
+        2
+    """
+    # A token is never a label and shared at once; without a prompt the first token is one.
+    most = min(max(example.num_prompt, 1) for example in examples)
+    first, last = min(e.tokens[:most] for e in examples), max(e.tokens[:most] for e in examples)
+    # Of sorted sequences the first and the last differ earliest.
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=True)) if a != b), most)
+
+
+def packed_length(examples: Sequence[Example]) -> int:
+    """Tokens of `pack(examples)`."""
+    shared = shared_prefix(examples)
+    return shared + sum(len(example.tokens) - 1 - shared for example in examples)
+
+
+def pack(examples: Sequence[Example]) -> Group:
+    """Several examples in one row, behind the tokens that all their prompts begin with.
+
+    An example attends to those tokens and to itself, at the positions it would have alone, so its
+    log-probabilities are its own; what the prompts share is computed once.
+
+    Example:
+        >>> pack([Example([5, 6, 7, 8], 2), Example([5, 6, 9], 2)])
+        Group(tokens=[5, 6, 7], positions=[0, 1, 2], segment_ids=[1, 1, 65537],
+              label_index=[1, 2, 1], targets=[7, 8, 9], answer=[0, 0, 1], num_cut=0)
+    """
+    shared = shared_prefix(examples)
+    tokens = list(examples[0].tokens[:shared])
+    positions, segment_ids = list(range(shared)), [1] * shared
     label_index: list[int] = []
     targets: list[int] = []
     owner: list[int] = []
     for j, example in enumerate(examples):
-        labels = example.tokens[num_prompt:]
-        start = len(tokens)
-        label_index += [num_prompt - 1, *range(start, start + len(labels) - 1)]
-        targets += labels
-        owner += [j] * len(labels)
-        tokens += labels[:-1]
-        positions += range(num_prompt, num_prompt + len(labels) - 1)
-        segment_ids += [1 + LEAF * (j + 1)] * (len(labels) - 1)
-    num_cut = sum(example.num_cut for example in examples)
+        own = example.tokens[shared:-1]  # nothing is predicted from the last token
+        slots = [*range(shared), *range(len(tokens), len(tokens) + len(own))]
+        first = max(example.num_prompt, 1)
+        label_index += slots[first - 1 :]
+        targets += example.tokens[first:]
+        owner += [j] * (len(example.tokens) - first)
+        tokens += own
+        positions += range(shared, shared + len(own))
+        segment_ids += [1 + LEAF * (j + 1)] * len(own)
+    num_cut = sum(example.num_cut > 0 for example in examples)
     return Group(tokens, positions, segment_ids, label_index, targets, owner, num_cut)
