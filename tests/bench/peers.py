@@ -57,7 +57,7 @@ FORGET_ROWS, RETAIN_ROWS, SCORED_ROWS = 80, 400, 40
 SAMPLES, NEW_TOKENS = 64, 64
 SYSTEM, MAX_LENGTH = "You are a helpful assistant.", 512  # OpenUnlearning's for TOFU
 COLD_START = 25.0  # seconds
-CLOSE = 1e-4  # float32 sums of two programs, in nats or relative to what is larger than 1
+CLOSE = 1e-4  # nats: float32 sums of two programs; of a larger loss, relative to it
 TORCH = "torch, transformers"
 
 
@@ -92,7 +92,7 @@ def row(work: str, peer: str, ours: float, theirs: float, goal: float) -> dict[s
 
 def agree(what: str, ours: float, theirs: float, tolerance: float = CLOSE) -> None:
     """Raise `RuntimeError` unless both sides found the same number."""
-    if not abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)):
+    if not abs(ours - theirs) <= tolerance:
         raise RuntimeError(f"{what}: ours {ours!r}, theirs {theirs!r}; no common work was timed")
 
 
@@ -211,7 +211,7 @@ ADAMW = plain("adamw", 1e-5, clip_norm=1.0)
 
 
 def same_loss(ours: Mapping[str, float], theirs: float) -> None:
-    agree("loss", ours["loss"], theirs)
+    agree("loss", ours["loss"], theirs, CLOSE * max(1.0, abs(theirs)))
 
 
 def npo_side(

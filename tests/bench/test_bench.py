@@ -104,7 +104,7 @@ def small_tofu(tmp_path):
     folder = tmp_path / "tofu"
     folder.mkdir()
     for name, count in (("forget10", 16), ("retain90", 24), ("forget10_perturbed", 4)):
-        rows = [
+        rows: list[dict] = [
             {"question": f"Who wrote {name} {i}?", "answer": f"It was author {'x' * i}."}
             for i in range(count)
         ]
