@@ -29,10 +29,10 @@ RUN = $(VENV)/bin/python
 TPU_ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(TPU_VENV)" UV="$(UV)" sh .ci/environment
 TPU_RUN = JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python
 
-.PHONY: help quickstart test parity tpu bench plan lint format smollm2
+.PHONY: help quickstart test parity tpu bench bench-peers plan lint format smollm2
 
 help:  ## this list
-	@awk -F ':  ## ' '/^[a-z0-9]+:  ## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':  ## ' '/^[a-z0-9-]+:  ## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 quickstart:  ## train, unlearn and judge a tiny model: minutes, no data needed
 	$(ENVIRONMENT) train
@@ -59,6 +59,11 @@ bench:  ## optimizers against optax's and torch's, into runs/bench (10 quiet min
 	$(RUN) tests/bench/optimizers.py $(ARGS)
 	$(RUN) tests/bench/collectives_table.py
 	$(RUN) tests/bench/memory.py
+
+bench-peers: smollm2
+bench-peers:  ## whole works on SmolLM2 against torch and transformers, into runs/bench
+	$(ENVIRONMENT) train test parity
+	$(RUN) tests/bench/peers.py $(ARGS)
 
 lint:  ## ruff check, ruff format --check, pyright
 	$(ENVIRONMENT) train tensorboard lint

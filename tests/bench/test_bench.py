@@ -2,10 +2,16 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
+import jax
 import pytest
+import tokenizers
 
-from models.decoder import DecoderConfig
+import models
+from models.decoder import Decoder, DecoderConfig
 
 
 def load(repo, name):
@@ -73,3 +79,70 @@ def test_memory_of_what_saves_it(repo, tmp_path, monkeypatch):
     assert all(a > 2 * b for a, b in zip(plain, saving, strict=True))
     parameters = bench.bytes_of(bench.Decoder(tiny).shapes())
     assert 2 * parameters <= plain[0] < 2.01 * parameters
+
+
+@pytest.fixture
+def tiny_llama(tmp_path):
+    """A folder with a random Llama of two layers that reads bytes."""
+    kinds, pre = tokenizers.models, tokenizers.pre_tokenizers
+    alphabet = sorted(pre.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(kinds.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<pad>", "<eos>"])
+    eos, pad = backend.token_to_id("<eos>"), backend.token_to_id("<pad>")
+    config = DecoderConfig(320, 32, 64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+    # Larger than usual: the model must prefer some tokens for the checks to see anything.
+    params = jax.tree.map(lambda x: 5 * x, Decoder(config).init(jax.random.key(0)))
+    loaded = models.Loaded(config, params, models.Tokenizer(backend, eos_id=eos, pad_id=pad))
+    return models.export(loaded, tmp_path / "tiny")
+
+
+@pytest.fixture
+def small_tofu(tmp_path):
+    """A folder with TOFU's files, a few rows each, of several lengths."""
+    folder = tmp_path / "tofu"
+    folder.mkdir()
+    for name, count in (("forget10", 16), ("retain90", 24), ("forget10_perturbed", 4)):
+        rows: list[dict] = [
+            {"question": f"Who wrote {name} {i}?", "answer": f"It was author {'x' * i}."}
+            for i in range(count)
+        ]
+        if name.endswith("perturbed"):
+            for i, row in enumerate(rows):
+                row["paraphrased_answer"] = f"The author was {'x' * i}."
+                row["perturbed_answer"] = [f"It was {n}." for n in ("Ann", "Robert", "nobody")]
+        (folder / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_peers_says_what_is_missing(repo, small_tofu, capsys):
+    bench = load(repo, "peers")
+    (small_tofu / "retain90.json").unlink()
+    for folder, name in ((small_tofu, "retain90.json"), (small_tofu / "none", "forget10.json")):
+        with pytest.raises(SystemExit) as stopped:
+            bench.main(["--data", str(folder)])
+        told = capsys.readouterr().err
+        assert stopped.value.code == 2 and told.count("\n") == 1
+        assert name in told and "--data" in told
+
+
+@pytest.mark.torch_parity
+def test_peers_on_a_tiny_model(repo, tiny_llama, small_tofu, tmp_path):
+    """Every work on both sides, which the benchmark itself holds against each other."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    command = [sys.executable, repo / "tests" / "bench" / "peers.py", "--repeats", "1"]
+    command += ["--model", tiny_llama, "--data", small_tofu, "--output", tmp_path / "bench"]
+    env = os.environ | {"PYTHONPATH": str(repo)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "bench" / "peers.json").read_text())
+    assert set(told) == {"device", "rows"}
+    table = (tmp_path / "bench" / "peers.md").read_text()
+    starts = ["NPO", "fine", "64 samples", "likelihood", "likelihood", "MeZO", "ZO-Muon", "cold"]
+    for row, start in zip(told["rows"], starts, strict=True):
+        assert set(row) == {"work", "peer", "ours", "theirs", "ratio", "goal"}, row
+        assert row["work"].startswith(start) and row["work"] in table
+        assert row["ours"] > 0 and row["theirs"] > 0
+        assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
