@@ -98,6 +98,47 @@ def visible(
     return mask[:, None]
 
 
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+    """Grouped-query attention, `softmax(scale q k^T) v` over the keys that `mask` shows.
+
+    Two products a kv head, with the queries of its group as one long axis, and the sum of the
+    exponentials divided out of the result: half the time of the general routine on a CPU, where
+    what lies between the products is bound by memory.
+
+    Args:
+        q: `(B, T, H, D)`.
+        k: `(B, S, K, D)`, K dividing H.
+        v: `(B, S, K, D)`.
+        mask: bool `(B, 1, T, S)`. A query that sees nothing gets the mean of all values.
+        scale: of the scores; they and the softmax are float32.
+
+    Returns:
+        `(B, T, H, D)` in the dtype of `q`.
+
+    Example:
+        >>> ones = jnp.ones((1, 2, 1, 4))
+        >>> attend(ones, ones, ones, jnp.ones((1, 1, 2, 2), bool), 0.5).shape
+        (1, 2, 1, 4)
+    """
+    batch, length, heads, size = q.shape
+    slots, groups = k.shape[1:3]
+    wide = q.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
+    wide = wide.reshape(batch, groups, -1, size) * jnp.asarray(scale, q.dtype)
+    scores = jnp.einsum("bkmd,bskd->bkms", wide, k, preferred_element_type=jnp.float32)
+    # Added, not selected: there is nothing to mask on the way back.
+    hidden = jnp.where(mask, 0.0, -1e30)[:, :, None]
+    scores = scores.reshape(batch, groups, -1, length, slots) + hidden
+    scores = scores.reshape(batch, groups, -1, slots)
+    top = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    y = jnp.einsum(
+        "bkms,bskd->bkmd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    y = (y / jnp.sum(weights, -1, keepdims=True)).astype(q.dtype)
+    y = y.reshape(batch, groups, -1, length, size).transpose(0, 3, 1, 2, 4)
+    return y.reshape(batch, length, heads, size)
+
+
 def _batch_axes(like: jax.Array) -> tuple[Any, tuple[str, ...]]:
     """The Auto mesh that `like` lives on, and those of its axes that split the batch."""
     mesh: Any = jax.typeof(like).sharding.mesh
@@ -202,7 +243,7 @@ class Attention(nnx.Module):
         q, k = rotate(q, table), rotate(k, table)
         q = q * (1.0 / temperature).astype(q.dtype)
         k, v, cache = keep(k, v)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.head_dim**-0.5)
+        y = attend(q, k, v, mask, self.head_dim**-0.5)
         return self.o(y.reshape(batch, length, self.heads * self.head_dim)), cache
 
 

@@ -72,7 +72,7 @@ def together(decoder: Decoder, params: Any, batches: Sequence[Batch], **options:
         params, tokens, positions=positions, segment_ids=segment_ids, **options
     )
     apart = hidden.reshape(-1, len(batches), *hidden.shape[1:])
-    return [at_labels(apart[:, i], batch["label_index"]) for i, batch in enumerate(batches)]
+    return [at_labels(apart[:, i], batch) for i, batch in enumerate(batches)]
 
 
 def label_states(decoder: Decoder, params: Any, batch: Batch, **options: Any) -> jax.Array:
@@ -84,16 +84,32 @@ def label_states(decoder: Decoder, params: Any, batch: Batch, **options: Any) ->
         segment_ids=batch["segment_ids"],
         **options,
     )
-    return at_labels(hidden, batch["label_index"])
+    return at_labels(hidden, batch)
 
 
-def at_labels(hidden: jax.Array, index: jax.Array) -> jax.Array:
-    """Hidden states `(R, T, d)` at label slots `(B, W)`: `(B, W, d)`.
+def at_labels(hidden: jax.Array, batch: Batch) -> jax.Array:
+    """Hidden states `(R, T, d)` at the labels of a batch: `(B, W, d)`, or gathered (`gather`)."""
+    index = gather(batch, batch["label_index"])
+    return jnp.take_along_axis(hidden, index[..., None], axis=1)
 
-    B may be a multiple of R: k examples that follow one another share a row.
+
+def gather(batch: Batch, x: jax.Array) -> jax.Array:
+    """A label column `(B, W, ...)`; where examples share rows, what is a label of it `(R, N, ...)`.
+
+    The N labels of a row lie side by side, without the padding of every example.
     """
-    flat = index.reshape(hidden.shape[0], -1, 1)
-    return jnp.take_along_axis(hidden, flat, axis=1).reshape(*index.shape, hidden.shape[-1])
+    if (source := batch.get("label_source")) is None:
+        return x
+    flat = x.reshape(source.shape[0], -1, *x.shape[2:])
+    return jnp.take_along_axis(flat, source.reshape(*source.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def spread(batch: Batch, x: jax.Array) -> jax.Array:
+    """The way back: `(R, N, ...)` to `(B, W, ...)`, with some value where no label is."""
+    if (place := batch.get("label_place")) is None:
+        return x
+    index = place.reshape(x.shape[0], -1, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1).reshape(*place.shape, *x.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -115,7 +131,7 @@ class DecoderPolicy:
     known: Sequence[tuple[Batch, jax.Array]] = ()
 
     def states(self, batch: Batch) -> jax.Array:
-        """Final hidden states `(B, W, d)` where labels are predicted."""
+        """Final hidden states where labels are predicted, as `at_labels` returns them."""
         for other, states in self.known:
             if other is batch:
                 return states
@@ -128,21 +144,24 @@ class DecoderPolicy:
 
     def reduce_logits(self, batch: Batch, fn: Callable[..., Any], reference: bool = False) -> Any:
         """`fn(logits, [reference_logits,] targets)` over label chunks: `(B, W)`, or a tree."""
-        states = self.states(batch)
+        states, targets = self.states(batch), gather(batch, batch["targets"])
         vocab = self.decoder.config.vocab_size
         if not reference:
 
             def student(states, targets):
                 return fn(self.decoder.unembed(self.params, states), targets)
 
-            return over_labels(student, vocab, states, batch["targets"])
+            found = over_labels(student, vocab, states, targets)
+            return jax.tree.map(lambda x: spread(batch, x), found)
 
         def both(states, teacher, targets):
             logits = self.decoder.unembed(self.params, states)
             frozen = jax.lax.stop_gradient(self.decoder.unembed(self.frozen, teacher))
             return fn(logits, frozen, targets)
 
-        return over_labels(both, 2 * vocab, states, batch["ref_hidden"], batch["targets"])
+        teacher = gather(batch, batch["ref_hidden"])
+        found = over_labels(both, 2 * vocab, states, teacher, targets)
+        return jax.tree.map(lambda x: spread(batch, x), found)
 
 
 def head_of(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,8 +56,8 @@ class ModelConfig:
         vocab_size: of the tokenizer trained in the run (from scratch only), as the sizes below.
         dtype: what the model computes in, `float32` or `bfloat16`; its parameters stay float32.
         remat: what the backward pass recomputes: `none`, `dots` (all but the projections: half of
-            the temporaries, hardly more work) or `full` (whole blocks: a quarter, for a quarter
-            more work).
+            the temporaries for hardly more work, which where memory is slow is less time) or `full`
+            (whole blocks: a quarter, for a quarter more work).
     """
 
     path: str = "smollm2"
@@ -68,7 +68,7 @@ class ModelConfig:
     num_heads: int = 4
     num_kv_heads: int = 2
     dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "dots"
 
 
 @dataclass(frozen=True)

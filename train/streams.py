@@ -19,16 +19,16 @@ import numpy as np
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig, reference_forward
 from models import arrays
 from models.decoder import Decoder
-from models.policy import label_states, over_labels, target_log_prob
+from models.policy import DecoderPolicy, spread, target_log_prob
 from train import distributed, residency
 from train.data.batches import batch_shape, collate, make_buckets, paired_indices, training_indices
-from train.data.examples import Example, packed_length, shared_prefix
+from train.data.examples import Example
+from train.data.packing import Packing, balanced, collate_packed, fits, make_packing
 from train.sharding import batch_ways, put_batch
 from train.stages import digest
 from train.tracking import progress
 
 REFERENCE_COLUMNS = {"logps": "ref_log_probs", "hidden": "ref_hidden"}
-PACKINGS = 2048  # examples of random batches that the padded lengths of packed rows come from
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Stream:
         length_buckets: padded lengths.
         label_buckets: padded numbers of labels.
         references: column name -> one array per example, first axis its labels.
-        together: consecutive examples of a batch that share a row of tokens.
+        packing: how examples share rows of tokens; None: each has its own.
     """
 
     examples: Sequence[Example]
@@ -49,25 +49,34 @@ class Stream:
     length_buckets: tuple[int, ...]
     label_buckets: tuple[int, ...]
     references: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
-    together: int = 1
+    packing: Packing | None = None
 
     def order(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where to take these rows from, so that those which share rows fill them evenly."""
-        return balanced([len(self.examples[i].tokens) for i in rows], self.together)
+        if self.packing is None:
+            return np.arange(len(rows))
+        return balanced([len(self.examples[i].tokens) for i in rows], self.packing.together)
 
-    def shape(self, rows: Sequence[int] | np.ndarray) -> tuple[int, int]:
-        """The padded length and label length of a batch of these rows."""
+    def shape(self, rows: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+        """The padded sizes of a batch of these rows: tokens, labels; and labels of packed rows."""
         chosen = [self.examples[i] for i in rows]
-        return batch_shape(chosen, self.length_buckets, self.label_buckets, self.together)
+        length, width = batch_shape(chosen, self.length_buckets, self.label_buckets)
+        if self.packing is None:
+            return length, width
+        length, slots = self.packing.shape(chosen)
+        return length, width, slots
 
     def batch(
-        self, rows: Sequence[int] | np.ndarray, shape: tuple[int, int] | None = None
+        self, rows: Sequence[int] | np.ndarray, shape: tuple[int, ...] | None = None
     ) -> dict[str, np.ndarray]:
         """The padded batch of these rows."""
-        chosen = [self.examples[i] for i in rows]
-        length, width = self.shape(rows) if shape is None else shape
-        ids = [int(i) for i in rows]
-        batch = collate(chosen, ids, length, width, pad_id=self.pad_id, together=self.together)
+        chosen, ids = [self.examples[i] for i in rows], [int(i) for i in rows]
+        length, width, *slots = self.shape(rows) if shape is None else shape
+        if self.packing is None:
+            batch = collate(chosen, ids, length, width, pad_id=self.pad_id)
+        else:
+            together, sizes = self.packing.together, (length, slots[0])
+            batch = collate_packed(chosen, ids, together, sizes, width, self.pad_id)
         for column, values in self.references.items():
             tail = values[0].shape[1:]
             padded = np.zeros((len(chosen), width, *tail), np.float32)
@@ -77,48 +86,26 @@ class Stream:
         return batch
 
 
-def marks(sizes: Sequence[int], buckets: int, batch_size: int) -> tuple[int, ...]:
-    """At most `buckets` padded sizes for the largest of `batch_size` drawn from `sizes`.
-
-    Its quantiles: `q^(1/batch_size)` of one size.
-    """
-    ordered = sorted(sizes)
-    shares = [((i + 1) / buckets) ** (1 / batch_size) for i in range(buckets)]
-    return make_buckets([ordered[math.ceil(q * len(ordered)) - 1] for q in shares], buckets)
-
-
 def make_stream(
     examples: Sequence[Example], pad_id: int, buckets: int = 2, batch_size: int = 1
 ) -> Stream:
-    """A stream with at most `buckets` padded lengths (each pair of lengths is a compilation)."""
+    """A stream with at most `buckets` padded lengths (each pair of lengths is a compilation).
+
+    The lengths are quantiles of the longest of `batch_size` examples: `q^(1/batch_size)` of one.
+    """
+
+    def marks(sizes: list[int]) -> tuple[int, ...]:
+        ordered = sorted(sizes)
+        shares = [((i + 1) / buckets) ** (1 / batch_size) for i in range(buckets)]
+        return make_buckets([ordered[math.ceil(q * len(ordered)) - 1] for q in shares], buckets)
+
     lengths = [len(e.tokens) for e in examples]
     labels = [len(e.tokens) - e.num_prompt for e in examples]
-    return Stream(
-        examples,
-        pad_id,
-        marks(lengths, buckets, batch_size),
-        marks(labels, buckets, batch_size),
-    )
-
-
-def balanced(lengths: Sequence[int], together: int) -> np.ndarray:
-    """An order in which every `together` items that follow one another are about as long.
-
-    The longest ones are dealt out first, then the next ones the other way round, and so on.
-
-    Example:
-        >>> balanced([1, 4, 2, 3], together=2).tolist()
-        [1, 0, 3, 2]
-    """
-    if together == 1:
-        return np.arange(len(lengths))
-    dealt = np.argsort(-np.asarray(lengths), kind="stable").reshape(together, -1)
-    dealt[1::2] = dealt[1::2, ::-1]
-    return dealt.T.reshape(-1)
+    return Stream(examples, pad_id, marks(lengths), marks(labels))
 
 
 def pack_streams(
-    streams: Mapping[str, Stream], batch_size: int, divides: int, length: int, buckets: int = 2
+    streams: Mapping[str, Stream], batch_size: int, divides: int, length: int
 ) -> dict[str, Stream]:
     """The streams with as many examples in a row as fill about `length` tokens.
 
@@ -131,48 +118,23 @@ def pack_streams(
         divides: what the number of examples in a row must divide: those that one device sees of a
             micro-batch.
         length: tokens that a row should hold; 0 leaves one example in each.
-        buckets: padded lengths of a stream, beside the one that always suffices.
     """
-
-    def mean_length(examples: Sequence[Example], together: int) -> float:
-        shared = shared_prefix(examples)
-        own = sum(len(e.tokens) - 1 - shared for e in examples) / len(examples)
-        return shared + together * own
-
     fitting = [
         k
-        for k in range(1, divides + 1)
-        if divides % k == 0
-        and all(mean_length(stream.examples, k) <= length for stream in streams.values())
+        for k in range(2, divides + 1)
+        if divides % k == 0 and all(fits(s.examples, k, length) for s in streams.values())
     ]
-    together = max(fitting, default=1)
-    if together == 1:
+    if not fitting:
         return dict(streams)
+    together = max(fitting)
     return {
         name: replace(
             stream,
-            together=together,
-            length_buckets=_packed_buckets(stream.examples, together, batch_size, buckets),
+            label_buckets=stream.label_buckets[-1:],  # costs nothing, and saves compilations
+            packing=make_packing(stream.examples, together, batch_size),
         )
         for name, stream in streams.items()
     }
-
-
-def _packed_buckets(
-    examples: Sequence[Example], together: int, batch_size: int, buckets: int
-) -> tuple[int, ...]:
-    """Padded lengths of packed rows: quantiles over random batches, and what holds any batch."""
-    found = []
-    for step in range(max(16, PACKINGS // batch_size)):
-        index = training_indices(0, "packing", step, batch_size, len(examples))
-        batch = [examples[i] for i in index]
-        order = balanced([len(e.tokens) for e in batch], together).reshape(-1, together)
-        found.append(max(packed_length([batch[i] for i in row]) for row in order))
-    shared = shared_prefix(examples)
-    longest = sorted(len(e.tokens) - 1 - shared for e in examples)[-together:]
-    # An epoch may end and begin within a batch, which then holds an example twice.
-    most = shared + max(longest) * (together - len(longest)) + sum(longest)
-    return tuple(sorted({*make_buckets(found, buckets), *make_buckets([most], 1)}))
 
 
 def batches_of(
@@ -201,7 +163,7 @@ def batches_of(
             rows[name] = index[leader.order(index)]
         # One shape for all streams: few combinations to compile.
         shapes = [streams[name].shape(index) for name, index in rows.items()]
-        shape = max(length for length, _ in shapes), max(width for _, width in shapes)
+        shape = tuple(map(max, *shapes)) if len(shapes) > 1 else shapes[0]
         mine = {name: index if here is None else index[here] for name, index in rows.items()}
         return {name: streams[name].batch(index, shape) for name, index in mine.items()}
 
@@ -216,14 +178,10 @@ def reference_values(
     batch: Mapping[str, jax.Array],
 ) -> jax.Array:
     """The frozen model at a batch's labels: `logps` (B, W) or `hidden` (B, W, d), float32."""
-    states = label_states(decoder, params, batch, **options)
+    policy = DecoderPolicy(decoder, params, options=options)
     if kind == "hidden":
-        return states.astype(jnp.float32)
-
-    def log_probs(states, targets):
-        return target_log_prob(decoder.unembed(params, states), targets)
-
-    return over_labels(log_probs, decoder.config.vocab_size, states, batch["targets"])
+        return spread(batch, policy.states(batch)).astype(jnp.float32)
+    return policy.reduce_logits(batch, target_log_prob)
 
 
 _reference_values = jax.jit(reference_values, static_argnums=(0, 1))

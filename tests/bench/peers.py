@@ -40,14 +40,14 @@ from jaxlib_unlearn.metrics import likelihood as metrics
 from jaxlib_unlearn.objectives import ObjectiveConfig
 from models.generate import SamplingConfig, generate
 from train import evaluation, optimizers, residency, sharding
-from train.config import EvaluateConfig
+from train.config import DataConfig, EvaluateConfig, ModelConfig
 from train.data.examples import Example, encode_prompt, encode_qa, encode_rows
 from train.data.tofu import read_json
 from train.evaluation import Model, longest, score_items, score_rows
 from train.optimizers import OptimizerConfig
 from train.pipeline import load_model
 from train.step import compile_step, init_state, make_step
-from train.streams import Stream, batches_of, make_stream, with_references
+from train.streams import Stream, batches_of, make_stream, pack_streams, with_references
 
 HERE = Path(__file__).resolve()
 REPO = HERE.parent.parent.parent
@@ -59,6 +59,11 @@ SYSTEM, MAX_LENGTH = "You are a helpful assistant.", 512  # OpenUnlearning's for
 COLD_START = 25.0  # seconds
 CLOSE = 1e-4  # nats: float32 sums of two programs; of a larger loss, relative to it
 TORCH = "torch, transformers"
+# How the peer sums a row's NLL (`torch_peers.row_nll`): its name in the table, and NPO's goal.
+NPO_FORMS = {
+    "transposed": ("OpenUnlearning's way, reference model in the step", 1.5),
+    "flat": ("the same with its logits left as they are", None),
+}
 
 
 class Bench(NamedTuple):
@@ -86,7 +91,7 @@ class Result(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def row(work: str, peer: str, ours: float, theirs: float, goal: float) -> dict[str, Any]:
+def row(work: str, peer: str, ours: float, theirs: float, goal: float | None) -> dict[str, Any]:
     return dict(work=work, peer=peer, ours=ours, theirs=theirs, ratio=theirs / ours, goal=goal)
 
 
@@ -154,8 +159,10 @@ def encode(bench: Bench, split: str, rows: int) -> list[Example]:
 
 
 def streams_of(bench: Bench, examples: Mapping[str, Sequence[Example]]) -> dict[str, Stream]:
+    """The streams of a stage, as `train.pipeline` makes them on one device."""
     pad = bench.model.tokenizer.pad_id or 0
-    return {name: make_stream(some, pad, batch_size=BATCH) for name, some in examples.items()}
+    streams = {name: make_stream(some, pad, batch_size=BATCH) for name, some in examples.items()}
+    return pack_streams(streams, BATCH, BATCH, DataConfig().row_tokens)
 
 
 def batches(streams: Mapping[str, Stream]) -> Callable[[int], dict[str, dict[str, np.ndarray]]]:
@@ -214,10 +221,8 @@ def same_loss(ours: Mapping[str, float], theirs: float) -> None:
     agree("loss", ours["loss"], theirs, CLOSE * max(1.0, abs(theirs)))
 
 
-def npo_side(
-    bench: Bench, forget_rows: int
-) -> tuple[dict[str, Stream], Callable[[int], Turn], Any]:
-    """The streams of NPO with the reference cached, our step, and the options."""
+def npo_side(bench: Bench, forget_rows: int) -> tuple[dict[str, Stream], Any]:
+    """The streams of NPO with the reference cached, and the objective with its options."""
     objective, options = objectives.resolve(ObjectiveConfig("npo", retain="nll"))
     some = {
         "forget": encode(bench, "forget10", forget_rows),
@@ -228,17 +233,20 @@ def npo_side(
         streams = with_references(
             streams, objective, options, m.decoder, m.params, m.sha, bench.mesh, Path(cache)
         )
-    return streams, trainer(bench, streams, (objective, options), ADAMW), options
+    return streams, (objective, options)
 
 
 def npo(bench: Bench) -> Result:
     """One NPO step; the reference is cached here and runs in the step over there."""
-    streams, ours, options = npo_side(bench, FORGET_ROWS)
-    data = {"beta": options.beta, "learning_rate": ADAMW.learning_rate}
-    with torch_side(bench, "npo", data) as theirs:
-        seconds = take_turns(training_steps(streams), ours, theirs, same_loss, bench.repeats)
-    work = f"NPO step, {BATCH} forget + {BATCH} retain rows, s"
-    return Result([row(work, f"{TORCH}, reference model in the step", *seconds, 1.5)])
+    streams, chosen = npo_side(bench, FORGET_ROWS)
+    work, rows = f"NPO step, {BATCH} forget + {BATCH} retain rows, s", []
+    for form, (peer, goal) in NPO_FORMS.items():
+        ours = trainer(bench, streams, chosen, ADAMW)
+        data = {"form": form, "beta": chosen[1].beta, "learning_rate": ADAMW.learning_rate}
+        with torch_side(bench, "npo", data) as theirs:
+            seconds = take_turns(training_steps(streams), ours, theirs, same_loss, bench.repeats)
+        rows.append(row(work, peer, *seconds, goal))
+    return Result(rows)
 
 
 def finetune(bench: Bench) -> Result:
@@ -428,7 +436,7 @@ def cold_start(bench: Bench) -> Result:
 
 def first_step(bench: Bench) -> None:
     """What `cold_start` times: the reference of one batch, and an NPO step; its loss is told."""
-    _, ours, _ = npo_side(bench, BATCH)
+    ours = trainer(bench, *npo_side(bench, BATCH), ADAMW)
     print(ours(0).value["loss"], flush=True)
 
 
@@ -452,11 +460,15 @@ def device() -> str:
 
 def markdown(result: Mapping[str, Any], notes: Sequence[str]) -> str:
     """The table, and the notes below it."""
+
+    def cell(value: Any) -> str:
+        return "–" if value is None else value if isinstance(value, str) else f"{value:.6g}"
+
     keys = ("work", "peer", "ours", "theirs", "ratio", "goal")
     lines = [f"Whole works on {result['device']}. Ratio: theirs / ours.", ""]
     lines += ["| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
     for found in result["rows"]:
-        cells = [x if isinstance(x, str) else f"{x:.6g}" for x in (found[k] for k in keys)]
+        cells = [cell(found[k]) for k in keys]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *([""] if notes else []), *(f"- {note}" for note in notes), ""])
 
@@ -493,7 +505,7 @@ def start(args: argparse.Namespace, folder: Path) -> Bench:
         for name in ("torch", "transformers"):
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"{name} is not installed; run `make bench-peers`")
-    model = load_model(args.model, "none", mesh)
+    model = load_model(args.model, ModelConfig().remat, mesh)
     if not args.first_step:
         config, tokenizer = model.decoder.config, model.tokenizer
         models.export(models.Loaded(config, model.params, tokenizer), folder)

@@ -63,12 +63,20 @@ def logits_of(model: Any, batch: Batch) -> torch.Tensor:
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
-def row_nll(model: Any, batch: Batch) -> torch.Tensor:
-    """Summed NLL of each row's labels.
+def row_nll(model: Any, batch: Batch, form: str) -> torch.Tensor:
+    """Summed NLL of each row's labels, in one of two forms.
 
-    OpenUnlearning transposes the logits to (B, V, T) instead: torch then sums the vocabulary in
-    steps of T, in three times the time and with errors of up to 1e-4 nats a token.
+    `transposed` is OpenUnlearning's (`compute_batch_nll`): the model is handed the labels, so it
+    computes its own loss as well, and the logits are transposed to (B, V, T). torch then sums the
+    vocabulary in strides of T, in three times the time and with errors of up to 1e-4 nats a token.
+    `flat` does neither.
     """
+    if form == "transposed":
+        logits, labels = model(**batch).logits[:, :-1].contiguous(), batch["labels"][:, 1:]
+        losses = F.cross_entropy(
+            logits.transpose(1, 2), labels.contiguous(), ignore_index=IGNORED, reduction="none"
+        )
+        return losses.sum(-1)
     logits, labels = logits_of(model, batch)[:, :-1], batch["labels"][:, 1:]
     losses = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
@@ -100,8 +108,8 @@ def npo(folder: str, data: Data) -> Work:
     def step(rows: Data) -> float:
         forget, retain = (collate(rows[name], data["pad"]) for name in ("forget", "retain"))
         with torch.no_grad():
-            frozen = row_nll(reference, forget)
-        ratio = frozen - row_nll(model, forget)
+            frozen = row_nll(reference, forget, data["form"])
+        ratio = frozen - row_nll(model, forget, data["form"])
         loss = -2 / beta * F.logsigmoid(-beta * ratio).mean() + model(**retain).loss
         return descend(optimizer, model, loss)
 
@@ -183,7 +191,9 @@ def likelihood(folder: str, data: Data) -> Work:
     def mean_logp(batch: Batch) -> list[float]:
         nonlocal slots
         slots += batch["input_ids"].numel()
-        return (-row_nll(model, batch) / (batch["labels"] != IGNORED).sum(-1)).tolist()
+        return (
+            -row_nll(model, batch, data["form"]) / (batch["labels"] != IGNORED).sum(-1)
+        ).tolist()
 
     def everywhere(batch: Batch) -> Any:
         return labelled(F.log_softmax(forward(batch), -1)[:, :-1], batch["labels"])

@@ -15,7 +15,7 @@ from train.data.batches import (
     score_batches,
     training_indices,
 )
-from train.data.examples import LEAF, Example, Group, packed_length
+from train.data.examples import LEAF, Example, Group
 
 LENGTHS = (16, 32, 64)
 LABELS = (8, 16, 32)
@@ -89,45 +89,6 @@ def test_collate_groups():
     assert batch["targets"][0].tolist() == [8, 9, 1, 10, 1, 0]
     assert batch["answer"].tolist() == [[0, 0, 0, 1, 1, -1], [-1] * 6]
     assert batch["target_mask"].sum(-1).tolist() == [5, 0]
-
-
-@pytest.mark.parametrize("together", [2, 4])
-def test_collate_of_packed_rows_against_a_slow_loop(examples, together):
-    """Every label sees the tokens of its own example before it, in order, and nothing else."""
-    prompt = [7, 7, 7]
-    some = [Example(prompt + e.tokens, len(prompt) + e.num_prompt) for e in examples[:14]]
-    longest = max(packed_length(some[i : i + together]) for i in range(0, 14, together))
-    batch = collate(some, range(100, 114), longest, 32, batch_size=16, together=together)
-    assert batch["tokens"].shape == (16 // together, longest)
-    assert batch["targets"].shape == (16, 32)
-    assert batch["row_id"].tolist() == [*range(100, 114), -1, -1]
-    segments, positions = batch["segment_ids"], batch["positions"]
-    for b, example in enumerate(some):
-        row = b // together
-        count = int(batch["target_mask"][b].sum())
-        assert batch["targets"][b, :count].tolist() == example.tokens[example.num_prompt :]
-        for w, slot in enumerate(batch["label_index"][b, :count]):
-            mine = segments[row, slot] // LEAF
-            seen = [t for t in range(slot + 1) if segments[row, t] // LEAF in (0, mine)]
-            length = example.num_prompt + w
-            assert batch["tokens"][row, seen].tolist() == example.tokens[:length]
-            assert positions[row, seen].tolist() == list(range(length))
-    assert not batch["target_mask"][14:].any()
-    # What the prompts share is there once.
-    used = int((segments > 0).sum())
-    assert used <= sum(len(e.tokens) for e in some) - 3 * (14 - 16 // together)
-
-
-def test_packed_rows_refuse_what_does_not_fit():
-    pair = [Example([5, 6, 7, 8], 2), Example([5, 9, 7, 8], 2)]
-    with pytest.raises(ValueError, match=r"rows \[3, 4\]: 5 tokens together do not fit 4"):
-        collate(pair, [3, 4], 4, 2, together=2)
-    with pytest.raises(ValueError, match="row 3: 2 labels do not fit 1"):
-        collate(pair, [3, 4], 5, 1, together=2)
-    with pytest.raises(ValueError, match="3 examples does not divide into rows of 2"):
-        collate(pair[:1] * 3, [0, 1, 2], 8, 2, together=2)
-    with pytest.raises(ValueError, match="packed already"):
-        collate([group()] * 2, [0, 1], 16, 8, together=2)
 
 
 def test_collate_refuses_what_does_not_fit():

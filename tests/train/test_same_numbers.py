@@ -243,7 +243,7 @@ def gradient_of(config, sizes, accumulate, start, plain, together=1):
         streams[name] = replace(plain[name], references=columns)
     if together > 1:
         streams = pack_streams(streams, ROWS, together, length=10**6)
-        assert all(stream.together == together for stream in streams.values())
+        assert all(stream.packing.together == together for stream in streams.values())
     host = batches_of(streams, row.streams[0], SEED, ROWS)(0)
     batches = {name: sharding.put_batch(batch, mesh) for name, batch in host.items()}
     params = sharding.put_params(start, mesh)

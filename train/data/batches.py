@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxlib_unlearn.errors import UserError
-from train.data.examples import Example, Group, pack, packed_length
+from train.data.examples import Example, Group
 
 Batch = dict[str, np.ndarray]
 
@@ -72,10 +72,7 @@ def make_buckets(lengths: Sequence[int], count: int = 4, multiple: int = 16) -> 
 
 
 def batch_shape(
-    items: Sequence[Example | Group],
-    length_buckets: Sequence[int],
-    label_buckets: Sequence[int],
-    together: int = 1,
+    items: Sequence[Example | Group], length_buckets: Sequence[int], label_buckets: Sequence[int]
 ) -> tuple[int, int]:
     """The padded `(length, label_length)` of a global batch: call it before slicing by process.
 
@@ -83,32 +80,15 @@ def batch_shape(
         items: all examples of the global batch.
         length_buckets: allowed lengths.
         label_buckets: allowed label lengths.
-        together: consecutive examples that share a row.
 
     Returns:
         `(T, W)`.
     """
     sizes = [_size(item) for item in items]
-    lengths = [tokens for tokens, _ in sizes]
-    if together > 1:
-        rows = range(0, len(items), together)
-        lengths = [packed_length(_examples(items[i : i + together])) for i in rows]
     return (
-        bucket_length(max(lengths), length_buckets),
+        bucket_length(max(tokens for tokens, _ in sizes), length_buckets),
         bucket_length(max(labels for _, labels in sizes), label_buckets),
     )
-
-
-def _examples(items: Sequence[Example | Group]) -> list[Example]:
-    """The same, known to be examples.
-
-    Raises:
-        ValueError: one is a packed group already.
-    """
-    found = [item for item in items if isinstance(item, Example)]
-    if len(found) < len(items):
-        raise ValueError("groups are packed already; pack examples")
-    return found
 
 
 def collate(
@@ -119,13 +99,11 @@ def collate(
     *,
     batch_size: int | None = None,
     pad_id: int = 0,
-    together: int = 1,
 ) -> Batch:
     """Stack examples into one right-padded batch.
 
-    targets[b, w] is predicted by the hidden state at slot label_index[b, w] of row b; for a single
-    example with p prompt tokens label_index[b, w] = p - 1 + w. With k examples together, examples
-    k r to k r + k - 1 lie in row r (`pack`): tokens have B / k rows, labels B.
+    targets[b, w] is predicted by the hidden state at slot label_index[b, w]; for a single example
+    with p prompt tokens label_index[b, w] = p - 1 + w.
 
     Args:
         examples: all `Example`, or all `Group`.
@@ -134,29 +112,25 @@ def collate(
         label_length: W, the padded number of labels.
         batch_size: B, filled up with padding rows; None: the number of examples.
         pad_id: token id in padded slots (never attended to).
-        together: k, examples that share a row.
 
     Returns:
-        `tokens`, `positions`, `segment_ids` (B / k, T) int32, `row_id` (B,) int32 (-1: padding),
+        `tokens`, `positions`, `segment_ids` (B, T) int32, `row_id` (B,) int32 (-1 in padding rows),
         `label_index`, `targets` (B, W) int32, `target_mask` (B, W) float32; for groups also
         `answer` (B, W) int32, -1 where masked.
 
     Raises:
         ValueError: an example longer than `length` or `label_length`, or more of them than
-        `batch_size`; rows that `together` does not divide.
+        `batch_size`.
     """
     size = len(examples) if batch_size is None else batch_size
-    if size % together:
-        raise ValueError(f"a batch of {size} examples does not divide into rows of {together}")
-    rows = size // together
     if len(examples) > size or len(examples) != len(row_ids):
         raise ValueError(
             f"{len(examples)} examples and {len(row_ids)} row ids for a batch of {size}"
         )
     batch: Batch = {
-        "tokens": np.full((rows, length), pad_id, np.int32),
-        "positions": np.zeros((rows, length), np.int32),
-        "segment_ids": np.zeros((rows, length), np.int32),
+        "tokens": np.full((size, length), pad_id, np.int32),
+        "positions": np.zeros((size, length), np.int32),
+        "segment_ids": np.zeros((size, length), np.int32),
         "row_id": np.full((size,), -1, np.int32),
         "label_index": np.zeros((size, label_length), np.int32),
         "targets": np.zeros((size, label_length), np.int32),
@@ -164,8 +138,6 @@ def collate(
     }
     if examples and isinstance(examples[0], Group):
         batch["answer"] = np.full((size, label_length), -1, np.int32)
-    if together > 1:
-        return _fill_packed(batch, _examples(examples), row_ids, together)
     for b, (item, row_id) in enumerate(zip(examples, row_ids, strict=True)):
         n, w = _size(item)
         if n > length or w > label_length:
@@ -186,34 +158,6 @@ def collate(
             batch["segment_ids"][b, :n] = 1
             batch["label_index"][b, :w] = np.arange(n - w - 1, n - 1)
             batch["targets"][b, :w] = item.tokens[n - w :]
-    return batch
-
-
-def _fill_packed(
-    batch: Batch, examples: Sequence[Example], row_ids: Sequence[int], together: int
-) -> Batch:
-    """The same with several examples a row."""
-    length, label_length = batch["tokens"].shape[1], batch["targets"].shape[1]
-    for first in range(0, len(examples), together):
-        mine = slice(first, first + together)
-        group, row = pack(examples[mine]), first // together
-        if len(group.tokens) > length:
-            raise ValueError(
-                f"rows {list(row_ids[mine])}: {len(group.tokens)} tokens together do not fit "
-                f"{length}"
-            )
-        for name in ("tokens", "positions", "segment_ids"):
-            batch[name][row, : len(group.tokens)] = getattr(group, name)
-        owner = np.array(group.answer)
-        for j, row_id in enumerate(row_ids[mine]):
-            labels = np.flatnonzero(owner == j)
-            if len(labels) > label_length:
-                raise ValueError(f"row {row_id}: {len(labels)} labels do not fit {label_length}")
-            here = (first + j, slice(len(labels)))
-            batch["row_id"][first + j] = row_id
-            batch["target_mask"][here] = 1.0
-            batch["label_index"][here] = np.array(group.label_index)[labels]
-            batch["targets"][here] = np.array(group.targets)[labels]
     return batch
 
 

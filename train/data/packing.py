@@ -1,0 +1,176 @@
+"""Short examples that share rows: which of them, how long the rows get, and the batch they make.
+
+What the prompts of a row begin with in common is computed once (`examples.pack`), and its labels
+lie side by side: neither tokens nor labels are padded to the longest example of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from train.data.batches import Batch, bucket_length, make_buckets, training_indices
+from train.data.examples import Example, pack, packed_length, shared_prefix
+
+SAMPLE = 2048  # examples in the random batches that padded lengths are made from
+
+
+class Packing(NamedTuple):
+    """How a stream's examples share rows.
+
+    Args:
+        together: consecutive examples of a batch in a row.
+        lengths: padded lengths of rows, ascending.
+        labels: padded numbers of labels of rows, ascending.
+    """
+
+    together: int
+    lengths: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    def rows(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
+        """The examples by row."""
+        starts = range(0, len(examples), self.together)
+        return [examples[i : i + self.together] for i in starts]
+
+    def shape(self, examples: Sequence[Example]) -> tuple[int, int]:
+        """The padded `(length, labels)` of the rows of a global batch."""
+        rows = self.rows(examples)
+        return (
+            bucket_length(max(map(packed_length, rows)), self.lengths),
+            bucket_length(max(map(num_labels, rows)), self.labels),
+        )
+
+
+def num_labels(examples: Sequence[Example]) -> int:
+    """Labels of all examples."""
+    return sum(len(e.tokens) - max(e.num_prompt, 1) for e in examples)
+
+
+def balanced(lengths: Sequence[int], together: int) -> np.ndarray:
+    """An order in which every `together` items that follow one another are about as long.
+
+    The longest ones are dealt out first, then the next ones the other way round, and so on.
+
+    Example:
+        >>> balanced([1, 4, 2, 3], together=2).tolist()
+        [1, 0, 3, 2]
+    """
+    dealt = np.argsort(-np.asarray(lengths), kind="stable").reshape(together, -1)
+    dealt[1::2] = dealt[1::2, ::-1]
+    return dealt.T.reshape(-1)
+
+
+def fits(examples: Sequence[Example], together: int, length: int) -> bool:
+    """Whether rows of that many examples have at most `length` tokens on average."""
+    shared = shared_prefix(examples)
+    own = sum(len(e.tokens) - 1 - shared for e in examples) / len(examples)
+    return shared + together * own <= length
+
+
+def make_packing(
+    examples: Sequence[Example], together: int, batch_size: int, buckets: int = 3
+) -> Packing:
+    """Padded sizes for rows of `together` examples (each pair of them is a compilation).
+
+    Quantiles of the largest row of random batches, and what holds any batch.
+
+    Args:
+        examples: of a stream.
+        together: how many share a row.
+        batch_size: examples of a global batch.
+        buckets: quantiles, at most.
+
+    Returns:
+        The packing.
+    """
+    lengths, labels = [], []
+    for step in range(max(16, SAMPLE // batch_size)):
+        index = training_indices(0, "packing", step, batch_size, len(examples))
+        batch = [examples[i] for i in index]
+        order = balanced([len(e.tokens) for e in batch], together)
+        rows = [[batch[i] for i in row] for row in order.reshape(-1, together)]
+        lengths.append(max(map(packed_length, rows)))
+        labels.append(max(map(num_labels, rows)))
+    shared = shared_prefix(examples)
+
+    def sizes(found: list[int], most: int) -> tuple[int, ...]:
+        return tuple(sorted({*make_buckets(found, buckets), *make_buckets([most], 1)}))
+
+    own = max(len(e.tokens) for e in examples) - 1 - shared
+    widest = max(num_labels([e]) for e in examples)
+    return Packing(
+        together, sizes(lengths, shared + together * own), sizes(labels, together * widest)
+    )
+
+
+def collate_packed(
+    examples: Sequence[Example],
+    row_ids: Sequence[int],
+    together: int,
+    shape: tuple[int, int],
+    width: int,
+    pad_id: int = 0,
+) -> Batch:
+    """A batch as `collate` makes it, with k examples in every row of tokens.
+
+    Examples k r to k r + k - 1 lie in row r. Label columns have a row for every example, and the
+    batch says where the labels are, so that nothing is computed for the padding between them.
+
+    Args:
+        examples: a multiple of k.
+        row_ids: number of each example's row, keys of randomness and logs.
+        together: k.
+        shape: padded tokens T and labels N of a row.
+        width: W, the padded number of labels of an example.
+        pad_id: token id in padded slots (never attended to).
+
+    Returns:
+        `tokens`, `positions`, `segment_ids` (B / k, T) int32, `row_id` (B,) int32; `label_index`,
+        `targets` (B, W) int32, `target_mask` (B, W) float32; `label_source` (B / k, N) int32, the
+        places of a row's labels among its k W, and `label_place` (B, W) int32, the way back.
+
+    Raises:
+        ValueError: rows that do not fit, or examples that do not fill rows.
+    """
+    (length, slots), size = shape, len(examples)
+    if size % together or len(row_ids) != size:
+        raise ValueError(
+            f"{size} examples and {len(row_ids)} row ids do not make rows of {together}"
+        )
+    rows = size // together
+    batch: Batch = {
+        "tokens": np.full((rows, length), pad_id, np.int32),
+        "positions": np.zeros((rows, length), np.int32),
+        "segment_ids": np.zeros((rows, length), np.int32),
+        "row_id": np.array(row_ids, np.int32),
+        "label_index": np.zeros((size, width), np.int32),
+        "targets": np.zeros((size, width), np.int32),
+        "target_mask": np.zeros((size, width), np.float32),
+        "label_source": np.zeros((rows, slots), np.int32),
+        "label_place": np.zeros((size, width), np.int32),
+    }
+    for row in range(rows):
+        mine = slice(row * together, (row + 1) * together)
+        group = pack(examples[mine])
+        tokens, labels = len(group.tokens), len(group.targets)
+        owner = np.array(group.answer)
+        counts = np.bincount(owner, minlength=together)
+        if tokens > length or labels > slots or max(counts) > width:
+            raise ValueError(
+                f"rows {list(row_ids[mine])}: {tokens} tokens and {labels} labels, at most "
+                f"{max(counts)} of one, do not fit {length}, {slots} and {width}"
+            )
+        for name in ("tokens", "positions", "segment_ids"):
+            batch[name][row, :tokens] = getattr(group, name)
+        place = np.arange(labels)
+        within = place - np.repeat(np.cumsum(counts) - counts, counts)  # number in its example
+        here = (row * together + owner, within)
+        batch["label_index"][here] = group.label_index
+        batch["targets"][here] = group.targets
+        batch["target_mask"][here] = 1.0
+        batch["label_place"][here] = place
+        batch["label_source"][row, :labels] = owner * width + within
+    return batch
