@@ -58,6 +58,7 @@ SAMPLES, NEW_TOKENS = 64, 64
 SYSTEM, MAX_LENGTH = "You are a helpful assistant.", 512  # OpenUnlearning's for TOFU
 COLD_START = 25.0  # seconds
 CLOSE = 1e-4  # nats: float32 sums of two programs; of a larger loss, relative to it
+STRIDED = 1e-3  # the same where torch sums a vocabulary in strides (`torch_peers.row_nll`)
 TORCH = "torch, transformers"
 # How the peer sums a row's NLL (`torch_peers.row_nll`): its name in the table, and NPO's goal.
 NPO_FORMS = {
@@ -323,7 +324,10 @@ def summarize(scored: Mapping[str, Any]) -> dict[str, float]:
 
 
 def likelihood(bench: Bench) -> Result:
-    """Everything that is measured of a split's likelihoods: one fused pass against one a metric."""
+    """Everything that is measured of a split's likelihoods: one fused pass against one a metric.
+
+    The first step, not counted, is exact over there as well; the others are OpenUnlearning's form.
+    """
     model = bench.model
     rows, limit = bench.rows["forget10_perturbed"][:SCORED_ROWS], longest(model, MAX_LENGTH)
     put, slots = sharding.put_batch, []
@@ -345,11 +349,12 @@ def likelihood(bench: Bench) -> Result:
         return tuple(encode_qa(model.tokenizer, asked["question"], answer, **options)[:2])
 
     def check(mine: dict[str, float], other: dict[str, float]) -> None:
+        tolerance = CLOSE if not computed else STRIDED
         for name in mine.keys() - {"slots"}:
-            agree(f"likelihood, {name}", mine[name], other[name])
+            agree(f"likelihood, {name}", mine[name], other[name], tolerance)
         computed[:] = mine["slots"], other["slots"]
 
-    computed = [0.0, 0.0]
+    computed: list[float] = []
     answers = [example(r, r["answer"]) for r in rows]
     wrong = zip(*([example(r, a) for a in r["perturbed_answer"]] for r in rows), strict=True)
     data = {
@@ -359,7 +364,8 @@ def likelihood(bench: Bench) -> Result:
         "texts": [model.tokenizer.decode(tokens[prompt:]) for tokens, prompt in answers],
     }
     with torch_side(bench, "likelihood", data) as theirs:
-        steps = itertools.repeat(("one", None, None))
+        timed = itertools.repeat(("one", None, "transposed"))
+        steps = itertools.chain([("one", None, "flat")], timed)
         seconds = take_turns(steps, ours, theirs, check, bench.repeats)
     work, peer = f"likelihood metrics of {len(rows)} rows", "a pass each, as OpenUnlearning"
     counts = row(f"{work}, token-forwards", peer, computed[0], computed[1], 4.0)

@@ -181,7 +181,7 @@ def likelihood(folder: str, data: Data) -> Work:
 
     A perturbed answer is a batch of its own, and min-k++ runs the model twice.
     """
-    model, slots = load(folder).eval(), 0
+    model, slots, form = load(folder).eval(), 0, ""
 
     def forward(batch: Batch) -> torch.Tensor:
         nonlocal slots
@@ -191,9 +191,7 @@ def likelihood(folder: str, data: Data) -> Work:
     def mean_logp(batch: Batch) -> list[float]:
         nonlocal slots
         slots += batch["input_ids"].numel()
-        return (
-            -row_nll(model, batch, data["form"]) / (batch["labels"] != IGNORED).sum(-1)
-        ).tolist()
+        return (-row_nll(model, batch, form) / (batch["labels"] != IGNORED).sum(-1)).tolist()
 
     def everywhere(batch: Batch) -> Any:
         return labelled(F.log_softmax(forward(batch), -1)[:, :-1], batch["labels"])
@@ -218,9 +216,9 @@ def likelihood(folder: str, data: Data) -> Work:
         batches = (collate(examples[i : i + EVAL_BATCH], data["pad"]) for i in cuts)
         return [value for batch in batches for value in metric(batch)]
 
-    def step(_: Any) -> dict[str, float]:
-        nonlocal slots
-        slots, answers = 0, data["answers"]
+    def step(asked: str) -> dict[str, float]:
+        nonlocal slots, form
+        slots, form, answers = 0, asked, data["answers"]
         sizes = [len(zlib.compress(text.encode())) for text in data["texts"]]
         with torch.inference_mode():
             found = {

@@ -1,5 +1,7 @@
 """Batches: shapes, labels against a slow loop, and the same rows on any number of processes."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,23 @@ def group():
         answer=[0, 0, 0, 1, 1],
         num_cut=len(prompt) - 3,
     )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_buckets_waste_least(count):
+    """No other choice of buckets pads a list of lengths to less."""
+    draw = np.random.default_rng(count)
+    for size in (1, 4, 30):
+        lengths = draw.integers(1, 70, size).tolist()
+        allowed = sorted({-(-n // 8) * 8 for n in lengths})
+
+        def total(buckets, lengths=lengths):
+            return sum(bucket_length(n, buckets) for n in lengths)
+
+        found = make_buckets(lengths, count=count, multiple=8)
+        assert len(found) <= count and list(found) == sorted(found) and found[-1] == allowed[-1]
+        others = itertools.combinations(allowed[:-1], min(count, len(allowed)) - 1)
+        assert total(found) == min(total((*some, allowed[-1])) for some in others)
 
 
 def test_collate_against_a_slow_loop(examples):

@@ -49,7 +49,7 @@ def bucket_length(length: int, buckets: Sequence[int]) -> int:
 
 
 def make_buckets(lengths: Sequence[int], count: int = 4, multiple: int = 16) -> tuple[int, ...]:
-    """Few padded lengths that waste little: quantiles of the lengths, rounded up to a multiple.
+    """The few padded lengths that waste least: they minimise the sum of all padded lengths.
 
     Args:
         lengths: of all examples, in tokens or labels.
@@ -65,10 +65,24 @@ def make_buckets(lengths: Sequence[int], count: int = 4, multiple: int = 16) -> 
     """
     if not len(lengths):
         raise ValueError("buckets of no lengths")
-    ordered = sorted(lengths)
-    # Integer arithmetic picks the element below which a share (i + 1) / count of the lengths lies.
-    marks = [ordered[-(-(i + 1) * len(ordered) // count) - 1] for i in range(count)]
-    return tuple(sorted({-(-max(mark, 1) // multiple) * multiple for mark in marks}))
+    sizes, members = np.unique(
+        [-(-max(n, 1) // multiple) * multiple for n in lengths], return_counts=True
+    )
+    padded, below = sizes.tolist(), np.cumsum(members).tolist()
+    # best[j]: the least sum for all up to padded[j], a bucket and the last one; and its buckets.
+    best = [(n * size, (size,)) for n, size in zip(below, padded, strict=True)]
+    for _ in range(min(count, len(padded)) - 1):  # one bucket more, ending in padded[i], below it
+        best = [
+            min(
+                [best[j]]
+                + [
+                    (best[i][0] + (below[j] - below[i]) * size, (*best[i][1], size))
+                    for i in range(j)
+                ]
+            )
+            for j, size in enumerate(padded)
+        ]
+    return best[-1][1]
 
 
 def batch_shape(
@@ -203,8 +217,8 @@ def score_batches(
         label_length = -(-max(widest, 1) // label_multiple) * label_multiple
         rows = batch_size or max(1, batch_tokens // length)
         if batch_size is None:
-            # A bucket with few items does not pay for a full batch of padding.
-            rows = min(rows, len(members))
+            # The items are spread evenly: the last batch does not pay for a full one of padding.
+            rows = -(-len(members) // -(-len(members) // rows))
         rows = -(-rows // row_multiple) * row_multiple
         for start in range(0, len(members), rows):
             chosen = members[start : start + rows]

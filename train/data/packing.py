@@ -75,13 +75,13 @@ def make_packing(
 ) -> Packing:
     """Padded sizes for rows of `together` examples (each pair of them is a compilation).
 
-    Quantiles of the largest row of random batches, and what holds any batch.
+    Those that waste least in random batches, and what holds any batch.
 
     Args:
         examples: of a stream.
         together: how many share a row.
         batch_size: examples of a global batch.
-        buckets: quantiles, at most.
+        buckets: sizes, beside the one that holds any batch.
 
     Returns:
         The packing.
