@@ -25,5 +25,9 @@ def test_commands_exist(repo):
     presets = set(re.findall(r"train\.unlearn ([a-z][\w-]*)", text))
     assert presets and presets <= set(PRESETS)
     known = set(cli.option_names(PlanConfig)) | {"--list", "--help", "--config", "--only"}
-    known |= {"--worker", "--command"} | {"--nodes", "--ntasks-per-node", "--gpus-per-task"}
+    known |= {"--repeats", "--worker", "--command"} | {
+        "--nodes",
+        "--ntasks-per-node",
+        "--gpus-per-task",
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)) <= known
