@@ -55,11 +55,13 @@ def target_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, -1)
 
 
-def together(decoder: Decoder, params: Any, batches: Sequence[Batch], **options: Any) -> Any:
-    """`label_states` of several batches with rows of one length, in one forward pass.
+def label_states(
+    decoder: Decoder, params: Any, batches: Sequence[Batch], **options: Any
+) -> list[jax.Array]:
+    """Final hidden states where labels are predicted, as `at_labels` returns them.
 
-    On a mesh the weights travel once for all of them. Rows alternate between the batches, so that
-    each stays on its device.
+    One forward pass, which takes `options`, for all batches (their rows have one length): on a mesh
+    the weights travel once. Rows alternate between the batches, so that each stays on its device.
     """
 
     def joined(name):
@@ -73,18 +75,6 @@ def together(decoder: Decoder, params: Any, batches: Sequence[Batch], **options:
     )
     apart = hidden.reshape(-1, len(batches), *hidden.shape[1:])
     return [at_labels(apart[:, i], batch) for i, batch in enumerate(batches)]
-
-
-def label_states(decoder: Decoder, params: Any, batch: Batch, **options: Any) -> jax.Array:
-    """Final hidden states `(B, W, d)` where labels are predicted; `options` go to `forward`."""
-    hidden, _ = decoder.forward(
-        params,
-        batch["tokens"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        **options,
-    )
-    return at_labels(hidden, batch)
 
 
 def at_labels(hidden: jax.Array, batch: Batch) -> jax.Array:
@@ -135,7 +125,7 @@ class DecoderPolicy:
         for other, states in self.known:
             if other is batch:
                 return states
-        return label_states(self.decoder, self.params, batch, **self.options)
+        return label_states(self.decoder, self.params, [batch], **self.options)[0]
 
     def log_probs(self, batch: Batch) -> jax.Array:
         """Log-probability of every target, float32 `(B, W)`, 0 where masked."""

@@ -205,10 +205,11 @@ def put_batch(
     if size is None:
         return {name: arrays.put(x, where) for name, x in batch.items()}
     held = len(rows_here(mesh, size))
+    # Fewer rows than `size` where examples share one.
+    places = {n: rows_here(mesh, size * n // held) for n in {len(x) for x in batch.values()}}
 
     def put(x: np.ndarray) -> jax.Array:
-        rows = size * len(x) // held  # fewer than `size` where examples share one
-        here = rows_here(mesh, rows)
+        rows, here = size * len(x) // held, places[len(x)]
 
         def read(index):
             first, last, _ = index[0].indices(rows)

@@ -15,7 +15,7 @@ import optax
 
 from jaxlib_unlearn.objectives import Objective, combine, side_of
 from models.decoder import Decoder
-from models.policy import DecoderPolicy, together
+from models.policy import DecoderPolicy, label_states
 from train.sharding import batch_sharding, constrain, param_shardings, state_shardings
 
 Batches = Mapping[str, Mapping[str, jax.Array]]
@@ -104,7 +104,7 @@ class Losses:
             known = ()
             if joined and len({batch["tokens"].shape for batch in part.values()}) == 1 < len(part):
                 streams = list(part.values())
-                found = together(decoder, params, streams, layer_map=layer_map)
+                found = label_states(decoder, params, streams, layer_map=layer_map)
                 known = tuple(zip(streams, found, strict=True))
             policy = DecoderPolicy(decoder, params, frozen, {"layer_map": layer_map}, known)
             return objective.loss(policy, part, options)

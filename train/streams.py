@@ -201,8 +201,7 @@ def _references(
     ways = batch_ways(mesh)
     size = -(-8 // ways) * ways
     total = len(stream.examples)
-    plain = make_stream(stream.examples, stream.pad_id)
-    length, width = plain.shape(range(total))
+    length, width = batch_shape(stream.examples, stream.length_buckets, stream.label_buckets)
     with progress(label, total) as advance:
         for start in range(0, total, size):
             chosen = list(stream.examples[start : start + size])

@@ -18,7 +18,7 @@ from train.data.examples import Example, Group
 Batch = dict[str, np.ndarray]
 
 
-def _size(item: Example | Group) -> tuple[int, int]:
+def item_size(item: Example | Group) -> tuple[int, int]:
     """Number of tokens and of labels."""
     if isinstance(item, Group):
         return len(item.tokens), len(item.targets)
@@ -98,11 +98,24 @@ def batch_shape(
     Returns:
         `(T, W)`.
     """
-    sizes = [_size(item) for item in items]
+    sizes = [item_size(item) for item in items]
     return (
         bucket_length(max(tokens for tokens, _ in sizes), length_buckets),
         bucket_length(max(labels for _, labels in sizes), label_buckets),
     )
+
+
+def empty_batch(rows: int, size: int, length: int, label_length: int, pad_id: int) -> Batch:
+    """The columns of a batch that is all padding: `rows` of tokens, labels of `size` examples."""
+    return {
+        "tokens": np.full((rows, length), pad_id, np.int32),
+        "positions": np.zeros((rows, length), np.int32),
+        "segment_ids": np.zeros((rows, length), np.int32),
+        "row_id": np.full((size,), -1, np.int32),
+        "label_index": np.zeros((size, label_length), np.int32),
+        "targets": np.zeros((size, label_length), np.int32),
+        "target_mask": np.zeros((size, label_length), np.float32),
+    }
 
 
 def collate(
@@ -141,19 +154,11 @@ def collate(
         raise ValueError(
             f"{len(examples)} examples and {len(row_ids)} row ids for a batch of {size}"
         )
-    batch: Batch = {
-        "tokens": np.full((size, length), pad_id, np.int32),
-        "positions": np.zeros((size, length), np.int32),
-        "segment_ids": np.zeros((size, length), np.int32),
-        "row_id": np.full((size,), -1, np.int32),
-        "label_index": np.zeros((size, label_length), np.int32),
-        "targets": np.zeros((size, label_length), np.int32),
-        "target_mask": np.zeros((size, label_length), np.float32),
-    }
+    batch = empty_batch(size, size, length, label_length, pad_id)
     if examples and isinstance(examples[0], Group):
         batch["answer"] = np.full((size, label_length), -1, np.int32)
     for b, (item, row_id) in enumerate(zip(examples, row_ids, strict=True)):
-        n, w = _size(item)
+        n, w = item_size(item)
         if n > length or w > label_length:
             raise ValueError(
                 f"row {row_id}: {n} tokens and {w} labels do not fit {length} and {label_length}"
@@ -207,7 +212,7 @@ def score_batches(
     if not items:
         return
     ids = list(range(len(items))) if row_ids is None else list(row_ids)
-    sizes = [_size(item) for item in items]
+    sizes = [item_size(item) for item in items]
     buckets = length_buckets or make_buckets([tokens for tokens, _ in sizes])
     by_bucket: dict[int, list[int]] = {}
     for index in sorted(range(len(items)), key=lambda i: (-sizes[i][0], i)):

@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.data.batches import Batch, bucket_length, make_buckets, training_indices
+from train.data.batches import (
+    Batch,
+    bucket_length,
+    empty_batch,
+    item_size,
+    make_buckets,
+    training_indices,
+)
 from train.data.examples import Example, pack, packed_length, shared_prefix
 
 SAMPLE = 2048  # examples in the random batches that padded lengths are made from
@@ -46,7 +53,7 @@ class Packing(NamedTuple):
 
 def num_labels(examples: Sequence[Example]) -> int:
     """Labels of all examples."""
-    return sum(len(e.tokens) - max(e.num_prompt, 1) for e in examples)
+    return sum(item_size(example)[1] for example in examples)
 
 
 def balanced(lengths: Sequence[int], together: int) -> np.ndarray:
@@ -141,17 +148,10 @@ def collate_packed(
             f"{size} examples and {len(row_ids)} row ids do not make rows of {together}"
         )
     rows = size // together
-    batch: Batch = {
-        "tokens": np.full((rows, length), pad_id, np.int32),
-        "positions": np.zeros((rows, length), np.int32),
-        "segment_ids": np.zeros((rows, length), np.int32),
-        "row_id": np.array(row_ids, np.int32),
-        "label_index": np.zeros((size, width), np.int32),
-        "targets": np.zeros((size, width), np.int32),
-        "target_mask": np.zeros((size, width), np.float32),
-        "label_source": np.zeros((rows, slots), np.int32),
-        "label_place": np.zeros((size, width), np.int32),
-    }
+    batch = empty_batch(rows, size, length, width, pad_id)
+    batch["row_id"][:] = row_ids
+    batch["label_source"] = np.zeros((rows, slots), np.int32)
+    batch["label_place"] = np.zeros((size, width), np.int32)
     for row in range(rows):
         mine = slice(row * together, (row + 1) * together)
         group = pack(examples[mine])
