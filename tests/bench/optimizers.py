@@ -224,13 +224,16 @@ def torch_stepper(shapes: Any, dtype: str):
 
 
 def time_in_turns(steppers: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; a first step of everything that is not slow is not counted."""
+    """Median seconds of each; a first step of everything that is not slow is not counted.
+
+    The order turns round every time, so that nobody always follows the same one.
+    """
     seconds: dict[str, list[float]] = {}
     for name, run in steppers.items():
         first = run()
         seconds[name] = [first] if first > SLOW else []
-    for _ in range(repeats):
-        for name, run in steppers.items():
+    for turn in range(repeats):
+        for name, run in list(steppers.items())[:: 1 if turn % 2 else -1]:
             if not seconds[name] or seconds[name][0] <= SLOW:
                 seconds[name].append(run())
     return {name: statistics.median(values) for name, values in seconds.items()}

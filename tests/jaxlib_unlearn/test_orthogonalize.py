@@ -237,3 +237,49 @@ def test_polar_express_table_comes_from_its_generator():
         np.testing.assert_allclose(row, published, rtol=1e-9)
         low = row @ [low, low**3, low**5]
         high = 2 - low
+
+
+def _decaying(values) -> np.ndarray:
+    """A 48 x 144 float32 matrix with these singular values."""
+    rng = np.random.default_rng(0)
+    u, _ = np.linalg.qr(rng.standard_normal((48, 48)))
+    v, _ = np.linalg.qr(rng.standard_normal((144, 48)))
+    return ((u * values) @ v.T).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["jordan", "you5", "polar_express"])
+@pytest.mark.parametrize(
+    "values",
+    [np.arange(48) < 4, np.arange(1, 49.0) ** -2, np.exp(-np.arange(48) / 4)],
+    ids=["rank 4", "quadratic decay", "exponential decay"],
+)
+def test_wide_matrices_on_cpus_lose_nothing(name, values):
+    """The way by Gram matrices against float64's plain iteration, beside float32's plain one."""
+    x = _decaying(values)
+    with jax.enable_x64(True):
+        f = o.newton_schulz(name).keywords["elsewhere"]
+        exact = np.asarray(f(jnp.asarray(x, jnp.float64)))
+    plain = np.asarray(f(jnp.asarray(x)))
+    here = np.asarray(o.newton_schulz(name)(jnp.asarray(x)))
+    assert not np.array_equal(here, plain)
+    size = np.linalg.norm(exact)
+    assert np.linalg.norm(plain - exact) < 4e-4 * size
+    assert np.linalg.norm(here - exact) < 4e-4 * size
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "dtype", "products"),
+    [
+        ("tpu", (96, 32), "float32", 15),  # five steps of three
+        ("cpu", (96, 32), "bfloat16", 15),
+        ("cpu", (48, 32), "float32", 15),
+        ("cpu", (96, 32), "float32", 18),  # two of one, all but three small
+        ("cpu", (7, 96, 32), "float32", 18),
+    ],
+)
+def test_only_cpus_in_float32_take_gram_matrices(platform, shape, dtype, products):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    program = jax.jit(o.newton_schulz()).trace(x).lower(lowering_platforms=(platform,))
+    text = program.as_text()
+    assert text.count("stablehlo.dot_general") == products
+    assert ("stablehlo.while" in text) == (len(shape) == 3)

@@ -460,12 +460,13 @@ def test_localisation_saves_time(bases):
         where = [name for name in outer if name in ("cond", "scan")]
         assert where[:3] == ["cond", "scan", "cond"], outer  # any? each in turn: this one?
     # Always fused: one batch, but for the choice by platform around each decomposition (on CPUs
-    # a loop). Never by mask: no decomposition at all, one momentum.
+    # a loop). Never by mask: no decomposition at all, one momentum, one choice by platform.
     always = [outer for name, outer in program(threshold=ALWAYS) if name == "eigh"]
     loops = [[name for name in outer if name in ("cond", "scan")] for outer in always]
     assert always and all(loop in (["cond"], ["cond", "scan"]) for loop in loops), loops
-    masked = {name for name, _ in program(spatial_mask=False)}
-    assert not masked & {"svd", "eigh", "qr", "cond"}
+    masked = [name for name, _ in program(spatial_mask=False)]
+    assert not {"svd", "eigh", "qr"} & {*masked}
+    assert masked.count("cond") == masked.count("platform_index") == 1
 
 
 def test_one_in_a_stack_equals_alone():
