@@ -20,6 +20,7 @@ from flax import nnx
 from models.layers import (
     LINEAR,
     Block,
+    KeyValues,
     RopeScaling,
     batch_sharded,
     lookup,
@@ -193,7 +194,8 @@ class Decoder:
             layer_map: `(layer_params, index) -> layer_params`, applied inside the scan body to one
                 layer at a time.
             cache: from `init_cache`; new tokens go to slots `[index, index + T)`, the update is
-                `collected["cache"]`.
+                `collected["cache"]`. Under `"prompt"` it may hold another cache, read only, of R
+                rows before them: each for the next B / R of the rows.
             hidden_at: static block indices whose output (residual stream) is collected under
                 `collected["hidden"]`.
             depth: static; stop after this many blocks.
@@ -219,6 +221,7 @@ class Decoder:
         positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else positions
         segment_ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
         query = (slots, segment_ids, positions)
+        before = None if cache is None else cache.get("prompt")
         if cache is None:
             key, kv = query, None
         else:
@@ -228,6 +231,13 @@ class Decoder:
             key = (jnp.arange(segments.shape[1], dtype=jnp.int32), segments, places)
             kv = (cache["k"], cache["v"])
         mask = visible(query, key, c.sliding_window)
+        if before is not None:
+            segments, places = (
+                jnp.repeat(before[name], batch // before[name].shape[0], 0)
+                for name in ("segment_ids", "positions")
+            )
+            earlier = jnp.full((segments.shape[1],), -1, jnp.int32)
+            prompt_mask = visible(query, (earlier, segments, places), c.sliding_window)
         table = rotary(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
         temperature = jnp.broadcast_to(
             jnp.asarray(attention_temperature, jnp.float32), (c.num_layers,)
@@ -240,13 +250,13 @@ class Decoder:
 
         def body(carry, inputs):
             x, kv = carry
-            layer, index, heat = inputs
+            layer, index, heat, prompt = inputs
             if layer_map is not None:
                 layer = layer_map(layer, index)
 
             def keep(k, v):
                 if kv is None:
-                    return k, v, None
+                    return [KeyValues(k, v, mask)], None
                 place = (index, 0, start, 0, 0)
                 new = tuple(
                     jax.lax.dynamic_update_slice(old, one[None].astype(old.dtype), place)
@@ -256,9 +266,13 @@ class Decoder:
                     jax.lax.dynamic_index_in_dim(n, index, 0, keepdims=False).astype(k.dtype)
                     for n in new
                 ]
-                return mine[0], mine[1], new
+                parts = [KeyValues(mine[0], mine[1], mask)]
+                if prompt is not None:
+                    first, second = (x.astype(k.dtype) for x in prompt)
+                    parts.append(KeyValues(first, second, prompt_mask))
+                return parts, new
 
-            y, kv = nnx.merge(graph, layer)(x, table, mask, heat, keep)
+            y, kv = nnx.merge(graph, layer)(x, table, heat, keep)
             return (batch_sharded(y, embedding), kv), None
 
         if (policy := REMAT[self.remat]) is not None:
@@ -269,7 +283,8 @@ class Decoder:
         for first, last, layers in segments_of(params["layers"], cuts, depth):
             if first == train_from and train_from > 0:
                 x = jax.lax.stop_gradient(x)
-            inputs = (layers, jnp.arange(first, last), temperature[first:last])
+            prompt = None if before is None else (before["k"][first:last], before["v"][first:last])
+            inputs = (layers, jnp.arange(first, last), temperature[first:last], prompt)
             (x, kv), _ = jax.lax.scan(body, (x, kv), inputs)
             if last - 1 in hidden_at:
                 collected["hidden"][last - 1] = x

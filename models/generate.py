@@ -2,7 +2,8 @@
 
 Every draw is keyed by (seed, purpose, row id, sample id, step), so a sample belongs to its row:
 batch-mates, padding, batch size and order change its logits by float32 rounding only. The
-key-value cache is allocated once per chunk, donated, and updated in place.
+key-value cache is allocated once per chunk, donated, and updated in place. Samples of one prompt
+lie side by side and read its keys and values together, from where prefill put them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from models.arrays import host, put
+from models.chunks import bucket, chunks, make_plan
 from models.decoder import Decoder, Params
+from models.layers import batch_sharded
 from models.sampling import SamplingConfig, row_keys, sample_tokens
 
 __all__ = ["SamplingConfig", "generate", "row_keys", "sample_tokens"]
@@ -79,7 +82,17 @@ def _take(cache: dict[str, jax.Array], which: jax.Array, room: int = 0) -> dict[
     return {name: take(name, x) for name, x in cache.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "max_new", "top_k", "greedy"))
+_prompts = jax.jit(_take)
+
+
+def _own(decoder: Decoder, params: Params, batch: int, slots: int) -> dict[str, jax.Array]:
+    """A cache for answers alone, sharded as the rows are."""
+    cache = decoder.init_cache(batch, slots, jnp.dtype(decoder.config.dtype))
+    like = params["embed"]["embedding"]
+    return cache | {name: batch_sharded(cache[name], like, 1) for name in ("k", "v")}
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "max_new", "top_k", "greedy", "shared"))
 def _begin(
     decoder: Decoder,
     params: Params,
@@ -91,13 +104,18 @@ def _begin(
     max_new: int,
     top_k: int,
     greedy: bool,
+    shared: bool = False,
 ) -> Rows:
-    """A row for each prefilled prompt `which` `(B,)`, with room for the answer; its first token."""
+    """A row for each prefilled prompt `which` `(B,)`, with room for the answer; its first token.
+
+    Where rows share their prompts, these are not copied into the rows.
+    """
     cache, hidden = prompt
     batch = which.shape[0]
     zeros = jnp.zeros((batch,), jnp.int32)
+    room = max_new - 1  # the last token is never fed back
     rows = Rows(
-        _take(cache, which, max_new - 1),  # the last token is never fed back
+        _own(decoder, params, batch, room) if shared else _take(cache, which, room),
         tokens=jnp.zeros((batch, max_new), jnp.int32),
         lengths=zeros,
         last=zeros,
@@ -128,11 +146,15 @@ def advance(
     rows: Rows,
     draw: Draw,
     until: jax.Array,
+    prompt: dict[str, jax.Array] | None = None,
     *,
     top_k: int,
     greedy: bool,
 ) -> Rows:
-    """Decode until step `until`, or until every row is done."""
+    """Decode until step `until`, or until every row is done.
+
+    `prompt` is the cache of what all rows, or so many of them one after another, begin with.
+    """
 
     def go_on(rows):
         return (rows.step < until) & ~jnp.all(rows.done)
@@ -143,7 +165,7 @@ def advance(
             rows.last[:, None],
             positions=(draw.starts + rows.step - 1)[:, None],
             segment_ids=(~rows.done[:, None]).astype(jnp.int32),
-            cache=rows.cache,
+            cache=rows.cache if prompt is None else rows.cache | {"prompt": prompt},
         )
         rows = rows._replace(cache=found["cache"])
         return _append(rows, decoder.unembed(params, hidden[:, 0]), draw, top_k, greedy)
@@ -152,29 +174,28 @@ def advance(
 
 
 @jax.jit
-def _select(rows: Rows, draw: Draw, which: jax.Array, count: jax.Array) -> tuple[Rows, Draw]:
-    """The rows `which` alone; those from number `count` on are padding."""
+def _select(
+    rows: Rows, draw: Draw, prompt: Any, which: jax.Array, count: jax.Array
+) -> tuple[Rows, Draw, Any]:
+    """The rows `which` alone; those from number `count` on are padding.
+
+    What is left of the rows of several prompts no longer lies side by side: each gets its prompt.
+    """
     tokens, lengths, last, done = (jnp.take(x, which, 0) for x in rows[1:5])
     done |= jnp.arange(which.shape[0]) >= count
     some = {name: jnp.take(getattr(draw, name), which, 0) for name in ("keys", "starts", "limits")}
-    rows = Rows(_take(rows.cache, which), tokens, lengths, last, done, rows.step)
-    return rows, draw._replace(**some)
-
-
-def bucket(length: int, buckets: Sequence[int] | None = None) -> int:
-    """The smallest of `buckets` that holds `length`; by default 8, 16, 24, 32, 48, 64, 96, ...
-
-    Example:
-        >>> [bucket(n) for n in (1, 17, 33, 65, 100)]
-        [8, 24, 48, 96, 128]
-    """
-    if buckets is not None:
-        return min((b for b in buckets if b >= length), default=length)
-    power = 8
-    while 2 * power < length:
-        power *= 2
-    steps = (power, power * 3 // 2 if power > 8 else power, 2 * power)
-    return next(size for size in steps if size >= length)
+    cache = _take(rows.cache, which)
+    if prompt is not None and (prompts := prompt["segment_ids"].shape[0]) > 1:
+        first = _take(prompt, which // (rows.done.shape[0] // prompts))
+        own = {name: cache[name] for name in first if name != "index"}
+        index = cache["index"] + first["segment_ids"].shape[1]
+        cache = {
+            name: jnp.concatenate([first[name], x], 2 if name in ("k", "v") else 1)
+            for name, x in own.items()
+        } | {"index": index}
+        prompt = None
+    rows = Rows(cache, tokens, lengths, last, done, rows.step)
+    return rows, draw._replace(**some), prompt
 
 
 def _shards(params: Params, sharding: NamedSharding | None) -> int:
@@ -185,16 +206,6 @@ def _shards(params: Params, sharding: NamedSharding | None) -> int:
             axes: Any = where.mesh.shape
             count = math.lcm(count, math.prod(axes.get(name, 1) for name in ("data", "fsdp")))
     return count
-
-
-def _plan(jobs: int, samples: int, most: int, shards: int) -> tuple[int, int]:
-    """Rows decoded at once, and prompts prefilled at once so that their samples fill the chunks."""
-    most = max(most // shards, 1) * shards
-    even = -(-jobs // -(-jobs // most))  # chunks of equal size ...
-    size = bucket(even) if even > 8 else 1 << (even - 1).bit_length()  # ... of few sizes
-    size = min(most, -(-size // shards) * shards)
-    prompts = min(size // math.gcd(size, samples), -(-jobs // samples))
-    return size, -(-prompts // shards) * shards
 
 
 def generate(
@@ -266,11 +277,11 @@ def generate(
     max_new = sampling.max_new_tokens
     static = {"top_k": 0 if greedy else sampling.top_k, "greedy": greedy}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    slots = bucket(len(prompts[order[-1]]), prompt_buckets) + max_new
     slot_bytes = 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize
     shards = _shards(params, sharding)
-    most = min(batch_size, cache_bytes // (slots * slot_bytes))
-    batch, per_group = _plan(len(prompts) * samples, samples, most, shards)
+    longest = bucket(len(prompts[order[-1]]), prompt_buckets)
+    slots = cache_bytes // slot_bytes
+    plan = make_plan(len(prompts), samples, batch_size, slots, longest, max_new, shards)
 
     def place(x):
         if sharding is None or x.shape[0] % shards:
@@ -278,19 +289,18 @@ def generate(
         return put(x, NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0])))
 
     answers: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in prompts]
-    for first in range(0, len(order), per_group):
-        group = order[first : first + per_group]
+    for first in range(0, len(order), plan.prefilled):
+        group = order[first : first + plan.prefilled]
         width = bucket(len(prompts[group[-1]]), prompt_buckets)
-        tokens = np.full((per_group, width), pad_id, np.int32)
-        lengths = np.ones((per_group,), np.int32)
+        tokens = np.full((plan.prefilled, width), pad_id, np.int32)
+        lengths = np.ones((plan.prefilled,), np.int32)
         for slot, i in enumerate(group):
             tokens[slot, width - len(prompts[i]) :] = prompts[i]
             lengths[slot] = len(prompts[i])
         prompt = prefill(decoder, params, place(tokens), place(lengths))
-        jobs = [(slot, sample) for slot in range(len(group)) for sample in range(samples)]
-        for start in range(0, len(jobs), batch):
-            mine = jobs[start : start + batch]
-            which, sample_ids = np.array(mine + mine[:1] * (batch - len(mine)), np.int32).T
+        for chunk in chunks(len(group), samples, plan):
+            some = next(job for job in chunk if job is not None)
+            which, sample_ids = np.array([job or some for job in chunk], np.int32).T
             draw = Draw(
                 row_keys(seed, place(_row_ids(row_ids, group, which)), place(sample_ids)),
                 place(lengths[which]),
@@ -299,12 +309,25 @@ def generate(
                 jnp.float32(sampling.temperature),
                 jnp.float32(sampling.top_p),
             )
-            idle = place(np.arange(batch) >= len(mine))
+            idle = place(np.array([job is None for job in chunk]))
+            shared = plan.beside > 1
+            before = _prompts(prompt[0], which[:: plan.beside]) if shared else None
             rows = _begin(
-                decoder, params, prompt, place(which), idle, draw, max_new=max_new, **static
+                decoder,
+                params,
+                prompt,
+                place(which),
+                idle,
+                draw,
+                max_new=max_new,
+                shared=shared,
+                **static,
             )
-            owners = [(group[slot], sample) for slot, sample in mine]
-            for (i, sample), answer in _finish(decoder, params, rows, draw, owners, shards, static):
+            pending = [
+                (row, (group[job[0]], job[1])) for row, job in enumerate(chunk) if job is not None
+            ]
+            found = _finish(decoder, params, rows, draw, before, pending, shards, static)
+            for (i, sample), answer in found:
                 answers[i][sample] = answer
                 if progress is not None:
                     progress(copies)
@@ -320,18 +343,20 @@ def _finish(
     params: Params,
     rows: Rows,
     draw: Draw,
-    owners: list[Any],
+    prompt: dict[str, jax.Array] | None,
+    pending: list[tuple[int, Any]],
     shards: int,
     static: dict[str, Any],
 ) -> Iterator[Answer]:
     """Decode a chunk to its end; yield `(owner, answer)` of a row after the segment it ended in.
+
+    `pending` are rows with their owners; others are padding.
 
     When half of the rows are done, and what that saves is worth another compilation, the others
     go on in a batch of half the size.
     """
     max_new = rows.tokens.shape[1]
     size = sum(x.size for x in jax.tree.leaves(params))
-    pending = list(enumerate(owners))
     step = 1
     while pending:
         over = host(rows.done) | (step >= max_new)
@@ -348,7 +373,7 @@ def _finish(
             smaller //= 2
         if 2.0 * size * (over.size - smaller) * (max_new - step) > COMPACT_FLOPS:
             which = np.resize([slot for slot, _ in pending], smaller)
-            rows, draw = _select(rows, draw, which, np.int32(len(pending)))
+            rows, draw, prompt = _select(rows, draw, prompt, which, np.int32(len(pending)))
             pending = [(slot, owner) for slot, (_, owner) in enumerate(pending)]
         step = min(max_new, step + SEGMENT)
-        rows = advance(decoder, params, rows, draw, jnp.int32(step), **static)
+        rows = advance(decoder, params, rows, draw, jnp.int32(step), prompt, **static)

@@ -6,10 +6,11 @@ definition and merges it with one layer's slice of the stacked parameters inside
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,15 @@ from jaxlib_unlearn.optim.perturbations import matmul
 
 LEAF_STRIDE = 65536  # segment id = group + LEAF_STRIDE * leaf
 LINEAR = "linear"  # what a `Linear` returns, to policies of `jax.checkpoint`
+
+
+class KeyValues(NamedTuple):
+    """Keys and values `(R, S, K, D)`, R dividing the rows B of queries and K their heads; R = B:
+    each row its own, else B / R rows one after another share some. `mask`: bool `(B, 1, T, S)`."""
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
 
 
 @dataclass(frozen=True)
@@ -98,44 +108,73 @@ def visible(
     return mask[:, None]
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
-    """Grouped-query attention, `softmax(scale q k^T) v` over the keys that `mask` shows.
+def _gathered(x: jax.Array, rows: int) -> jax.Array:
+    """Rows that share keys as one: `(B, K, n, D)` to `(rows, K, B / rows n, D)`."""
+    batch, groups, _, size = x.shape
+    if rows == batch:
+        return x
+    x = x.reshape(rows, batch // rows, groups, -1, size)
+    return x.transpose(0, 2, 1, 3, 4).reshape(rows, groups, -1, size)
+
+
+def _apart(x: jax.Array, batch: int) -> jax.Array:
+    """The inverse of `_gathered`."""
+    rows, groups, _, size = x.shape
+    if rows == batch:
+        return x
+    x = x.reshape(rows, groups, batch // rows, -1, size)
+    return x.transpose(0, 2, 1, 3, 4).reshape(batch, groups, -1, size)
+
+
+def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
+    """Grouped-query attention, `softmax(scale q k^T) v` over the keys that masks show.
 
     Two products a kv head, with the queries of its group as one long axis, and the sum of the
     exponentials divided out of the result: half the time of the general routine on a CPU, where
-    what lies between the products is bound by memory.
+    what lies between the products is bound by memory. Keys that several rows have in common (the
+    prompt of many samples) are read once for all of them.
 
     Args:
         q: `(B, T, H, D)`.
-        k: `(B, S, K, D)`, K dividing H.
-        v: `(B, S, K, D)`.
-        mask: bool `(B, 1, T, S)`. A query that sees nothing gets the mean of all values.
+        parts: the keys, in any number of parts.
         scale: of the scores; they and the softmax are float32.
 
     Returns:
-        `(B, T, H, D)` in the dtype of `q`.
+        `(B, T, H, D)` in the dtype of `q`. A query that sees nothing gets the mean of all values.
 
     Example:
         >>> ones = jnp.ones((1, 2, 1, 4))
-        >>> attend(ones, ones, ones, jnp.ones((1, 1, 2, 2), bool), 0.5).shape
+        >>> attend(ones, [KeyValues(ones, ones, jnp.ones((1, 1, 2, 2), bool))], 0.5).shape
         (1, 2, 1, 4)
     """
     batch, length, heads, size = q.shape
-    slots, groups = k.shape[1:3]
+    groups = parts[0].k.shape[2]
     wide = q.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
     wide = wide.reshape(batch, groups, -1, size) * jnp.asarray(scale, q.dtype)
-    scores = jnp.einsum("bkmd,bskd->bkms", wide, k, preferred_element_type=jnp.float32)
-    # Added, not selected: there is nothing to mask on the way back.
-    hidden = jnp.where(mask, 0.0, -1e30)[:, :, None]
-    scores = scores.reshape(batch, groups, -1, length, slots) + hidden
-    scores = scores.reshape(batch, groups, -1, slots)
-    top = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    y = jnp.einsum(
-        "bkms,bskd->bkmd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    y = (y / jnp.sum(weights, -1, keepdims=True)).astype(q.dtype)
-    y = y.reshape(batch, groups, -1, length, size).transpose(0, 3, 1, 2, 4)
+    scores = []
+    for k, _, mask in parts:
+        some = jnp.einsum(
+            "bkmd,bskd->bkms", _gathered(wide, len(k)), k, preferred_element_type=jnp.float32
+        )
+        # Added, not selected: there is nothing to mask on the way back.
+        hidden = jnp.where(mask, 0.0, -1e30)[:, :, None]
+        some = _apart(some, batch).reshape(batch, groups, -1, length, k.shape[1]) + hidden
+        scores.append(some.reshape(batch, groups, -1, k.shape[1]))
+    tops = [jnp.max(some, -1, keepdims=True) for some in scores]
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
+    found, total = [], []
+    for some, (_, v, _) in zip(scores, parts, strict=True):
+        weights = jnp.exp(some - top)
+        y = jnp.einsum(
+            "bkms,bskd->bkmd",
+            _gathered(weights.astype(v.dtype), len(v)),
+            v,
+            preferred_element_type=jnp.float32,
+        )
+        found.append(_apart(y, batch))
+        total.append(jnp.sum(weights, -1, keepdims=True))
+    y = functools.reduce(jnp.add, found) / functools.reduce(jnp.add, total)
+    y = y.astype(q.dtype).reshape(batch, groups, -1, length, size).transpose(0, 3, 1, 2, 4)
     return y.reshape(batch, length, heads, size)
 
 
@@ -147,15 +186,15 @@ def _batch_axes(like: jax.Array) -> tuple[Any, tuple[str, ...]]:
     return mesh, tuple(a for a in ("data", "fsdp") if mesh.shape.get(a, 1) > 1)
 
 
-def batch_sharded(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Constrain the leading axis to the batch axes of the mesh that `like` lives on.
+def batch_sharded(x: jax.Array, like: jax.Array, axis: int = 0) -> jax.Array:
+    """Constrain an axis, the leading one, to the batch axes of the mesh that `like` lives on.
 
     Without it the partitioner may carry a table's sharding into the activations and rematerialise.
     """
     mesh, axes = _batch_axes(like)
     if not axes:
         return x
-    spec = P(axes, *([None] * (x.ndim - 1)))
+    spec = P(*[None] * axis, axes, *[None] * (x.ndim - 1 - axis))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
@@ -233,7 +272,7 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
-    def __call__(self, x, table, mask, temperature, keep: Callable):
+    def __call__(self, x, table, temperature, keep: Callable):
         batch, length, _ = x.shape
         q = self.q(x).reshape(batch, length, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
@@ -242,8 +281,8 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, table), rotate(k, table)
         q = q * (1.0 / temperature).astype(q.dtype)
-        k, v, cache = keep(k, v)
-        y = attend(q, k, v, mask, self.head_dim**-0.5)
+        parts, cache = keep(k, v)
+        y = attend(q, parts, self.head_dim**-0.5)
         return self.o(y.reshape(batch, length, self.heads * self.head_dim)), cache
 
 
@@ -260,7 +299,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block; `keep(k, v) -> (keys, values, cache)` may put them into a cache."""
+    """Pre-norm residual block; `keep(k, v) -> (parts to attend to, cache)` may cache them."""
 
     def __init__(self, c):
         self.attn_norm = RMSNorm(c.hidden_size, c.norm_eps)
@@ -268,7 +307,7 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = MLP(c)
 
-    def __call__(self, x, table, mask, temperature, keep: Callable):
-        y, cache = self.attn(self.attn_norm(x), table, mask, temperature, keep)
+    def __call__(self, x, table, temperature, keep: Callable):
+        y, cache = self.attn(self.attn_norm(x), table, temperature, keep)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache

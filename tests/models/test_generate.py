@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
+from models import chunks as planning
 from models import generate as module
 from models.decoder import Decoder, DecoderConfig
 from models.generate import SamplingConfig, generate
@@ -137,6 +140,78 @@ def test_finished_rows_leave_the_batch_unnoticed(params, prompts, monkeypatch):
     monkeypatch.setattr(module, "COMPACT_FLOPS", 0.0)
     monkeypatch.setattr(module, "SEGMENT", 3)
     assert answer(params, prompts, num_samples=2, batch_size=8) == whole
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_samples_share_their_prompt_unnoticed(params, prompts, monkeypatch, window):
+    """Rows of one prompt, of several, and each with a copy: the same answers."""
+    decoder = Decoder(dataclasses.replace(DECODER.config, sliding_window=window))
+    options = {"stop_ids": STOPS, "pad_id": 0, "seed": 11, "prompt_buckets": (24,)}
+    options |= {"sampling": SAMPLED, "num_samples": 6}
+    plans, plan = [], module.make_plan
+
+    def noted(*args):
+        plans.append(plan(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(module, "make_plan", noted)
+    copied = generate(decoder, params, prompts[:3], batch_size=1, **options)
+    for compact in (1e11, 0.0):
+        monkeypatch.setattr(module, "COMPACT_FLOPS", compact)
+        for size in (4, 8, 12):
+            assert generate(decoder, params, prompts[:3], batch_size=size, **options) == copied
+    assert [p.beside for p in plans] == [1, 3, 6, 6, 3, 6, 6]
+    assert [p.rows for p in plans] == [1, 3, 6, 12, 3, 6, 12]
+
+
+def test_every_plan_decodes_every_sample_once_within_bounds():
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        prompts, samples, most, width, room = (int(n) for n in rng.integers(1, 70, 5))
+        slots, shards = int(rng.integers(1, 20000)), int(rng.choice([1, 2, 3, 8]))
+        plan = planning.make_plan(prompts, samples, most, slots, width, room, shards)
+        case = prompts, samples, most, slots, width, room, shards, plan
+        assert plan.rows % plan.beside == plan.rows % shards == plan.prefilled % shards == 0, case
+        if plan.rows > shards:
+            copies = plan.rows if plan.beside == 1 else plan.rows // plan.beside
+            assert plan.rows <= most and plan.rows * room + copies * width <= slots, case
+        seen = []
+        for first in range(0, prompts, plan.prefilled):
+            for chunk in planning.chunks(min(plan.prefilled, prompts - first), samples, plan):
+                assert len(chunk) == plan.rows and any(chunk), case
+                seen += [(first + job[0], job[1]) for job in chunk if job is not None]
+                parts = [chunk[i : i + plan.beside] for i in range(0, plan.rows, plan.beside)]
+                if plan.beside > 1:
+                    assert all(len({job[0] for job in part if job}) <= 1 for part in parts), case
+                    # On a mesh a device's rows have their prompts there, or there is one of them.
+                    assert len(parts) == 1 or len(parts) % shards == 0, case
+        assert sorted(seen) == [(i, j) for i in range(prompts) for j in range(samples)], case
+
+
+def test_the_prompt_of_many_samples_is_read_once(params):
+    """No array of the program holds the prompt's keys for every sample."""
+    batch, width, room = 16, 40, 9
+    prompt = module.prefill(DECODER, params, jnp.ones((1, width), jnp.int32), jnp.full((1,), width))
+    ones = jnp.ones((batch,), jnp.int32)
+    draw = module.Draw(
+        row_keys(0, ones, ones), width * ones, room * ones, ones[:1], jnp.float32(1), jnp.float32(1)
+    )
+    static = {"top_k": 0, "greedy": False}
+    rows = module._begin(
+        *(DECODER, params, prompt, 0 * ones, ones > 1, draw),
+        **(static | {"max_new": room, "shared": True}),
+    )
+    assert rows.cache["k"].shape == (2, batch, room - 1, 2, 8)
+    program = module.advance.lower(
+        DECODER, params, rows, draw, jnp.int32(5), prompt[0], **static
+    ).compile()
+    sizes = {
+        tuple(int(n) for n in shape.split(","))
+        for shape in re.findall(r"f32\[([\d,]+)\]", program.as_text())
+    }
+    assert (2, 1, width, 2, 8) in sizes and (2, batch, room - 1, 2, 8) in sizes
+    copies = batch * width * 2 * 8
+    assert not [s for s in sizes if math.prod(s) == copies and width in s]
 
 
 def test_a_prompt_is_prefilled_once(params, prompts, monkeypatch):
