@@ -24,6 +24,7 @@ from models.layers import (
     RopeScaling,
     batch_sharded,
     lookup,
+    padded_over_tp,
     rms_norm,
     rope_frequencies,
     rotary,
@@ -159,11 +160,12 @@ class Decoder:
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Logits, float32 `(..., V)`, of final hidden states `(..., d)`."""
-        if self.config.tie_embeddings:
-            kernel = params["embed"]["embedding"].astype(hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
-        kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        tied = self.config.tie_embeddings
+        kernel = params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
+        kernel = padded_over_tp(kernel.astype(hidden.dtype), 0 if tied else 1)
+        product = "...d,vd->...v" if tied else "...d,dv->...v"
+        logits = jnp.einsum(product, hidden, kernel, preferred_element_type=jnp.float32)
+        return logits[..., : self.config.vocab_size]
 
     def forward(
         self,

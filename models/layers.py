@@ -151,6 +151,10 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
     groups = parts[0].k.shape[2]
     wide = q.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
     wide = wide.reshape(batch, groups, -1, size) * jnp.asarray(scale, q.dtype)
+    if heads % tensor_ways(q):
+        wide = padded_over_tp(wide, 1)
+        parts = [p._replace(k=padded_over_tp(p.k, 2), v=padded_over_tp(p.v, 2)) for p in parts]
+    count = wide.shape[1]
     scores = []
     for k, _, mask in parts:
         some = jnp.einsum(
@@ -158,8 +162,8 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
         )
         # Added, not selected: there is nothing to mask on the way back.
         hidden = jnp.where(mask, 0.0, -1e30)[:, :, None]
-        some = _apart(some, batch).reshape(batch, groups, -1, length, k.shape[1]) + hidden
-        scores.append(some.reshape(batch, groups, -1, k.shape[1]))
+        some = _apart(some, batch).reshape(batch, count, -1, length, k.shape[1]) + hidden
+        scores.append(some.reshape(batch, count, -1, k.shape[1]))
     tops = [jnp.max(some, -1, keepdims=True) for some in scores]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
     found, total = [], []
@@ -174,7 +178,8 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
         found.append(_apart(y, batch))
         total.append(jnp.sum(weights, -1, keepdims=True))
     y = functools.reduce(jnp.add, found) / functools.reduce(jnp.add, total)
-    y = y.astype(q.dtype).reshape(batch, groups, -1, length, size).transpose(0, 3, 1, 2, 4)
+    y = y[:, :groups].astype(q.dtype)
+    y = y.reshape(batch, groups, -1, length, size).transpose(0, 3, 1, 2, 4)
     return y.reshape(batch, length, heads, size)
 
 
@@ -202,6 +207,28 @@ def batch_ways(like: jax.Array) -> int:
     """Over how many devices the mesh that `like` lives on splits a batch."""
     mesh, axes = _batch_axes(like)
     return math.prod(mesh.shape[a] for a in axes)
+
+
+def tensor_ways(like: jax.Array) -> int:
+    """Over how many tensor-parallel devices the mesh that `like` lives on splits a layer."""
+    mesh: Any = jax.typeof(like).sharding.mesh
+    if mesh.empty or any(t != AxisType.Auto for t in mesh.axis_types):
+        return 1
+    return mesh.shape.get("tp", 1)
+
+
+def padded_over_tp(x: jax.Array, axis: int) -> jax.Array:
+    """An axis that tensor-parallel devices cannot share evenly, with zeros behind it so they can.
+
+    In the program alone: no parameter is padded, so no optimizer, file or noise sees it.
+    """
+    missing = -x.shape[axis] % tensor_ways(x)
+    if not missing:
+        return x
+    mesh: Any = jax.typeof(x).sharding.mesh
+    x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+    spec = P(*["tp" if i == axis else P.UNCONSTRAINED for i in range(x.ndim)])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:

@@ -115,6 +115,8 @@ def path_str(path: Any) -> str:
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The partition spec of one parameter; an axis that does not divide stays whole.
 
+    In the program padding shares the work on it all the same (`models.layers.padded_over_tp`).
+
     Raises:
         ValueError: no rule matches `path`.
     """

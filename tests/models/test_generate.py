@@ -325,6 +325,20 @@ def test_a_mesh_changes_nothing(params, prompts):
         assert answer(placed, prompts[:3], num_samples=3, sharding=sharding) == alone
 
 
+@pytest.mark.usefixtures("compiled_afresh")
+def test_heads_that_tp_does_not_divide(prompts):
+    decoder = Decoder(DecoderConfig(61, 24, 48, 2, 3, 3, 8))
+    params = jax.jit(decoder.init)(jax.random.key(0))
+    options = {"sampling": SAMPLED, "stop_ids": STOPS, "pad_id": 0, "num_samples": 4}
+    options |= {"prompt_buckets": (24,), "batch_size": 8}
+    axes = ("data", "fsdp", "tp")
+    mesh = jax.make_mesh((1, 2, 2), axes, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    placed = jax.device_put(params, NamedSharding(mesh, P()))
+    rows = NamedSharding(mesh, P(axes[:2]))
+    alone = generate(decoder, params, prompts[:4], **options)
+    assert generate(decoder, placed, prompts[:4], sharding=rows, **options) == alone
+
+
 # One step --------------------------------------------------------------------------------------
 
 

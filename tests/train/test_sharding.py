@@ -16,6 +16,8 @@ from jaxlib_unlearn.errors import UserError
 from models import lora
 from models.decoder import Decoder, DecoderConfig
 from models.families import FAMILIES, from_hf
+from models.policy import DecoderPolicy
+from train.flops import count
 from train.sharding import (
     RULES,
     MeshConfig,
@@ -30,6 +32,7 @@ from train.sharding import (
     spec_of,
     state_shardings,
 )
+from train.work import device_flops
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")
 
@@ -241,3 +244,45 @@ def test_describe_lists_every_leaf(cube):
     assert "(64, 16)" in line and "'tp', 'fsdp'" in line and line.endswith("0.00 MiB")
     big = {"embed": {"embedding": jax.ShapeDtypeStruct((2048, 1024), jnp.float32)}}
     assert describe(big, cube).endswith(" 2.00 MiB")  # 8 MiB over tp x fsdp = 4
+
+
+ODD = DecoderConfig(257, 48, 96, 2, 9, 3, 8)  # nine heads in three groups, a vocabulary of 257
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("sizes", [(1, 1, 2), (1, 2, 2), (2, 1, 4)])
+def test_what_tp_does_not_divide_is_padded_in_the_program(sizes, tied):
+    """The same loss and gradient, no parameter padded, and no device does more than its share."""
+    decoder = Decoder(dataclasses.replace(ODD, tie_embeddings=tied))
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+    rng = np.random.default_rng(0)
+    batch = {
+        "tokens": rng.integers(0, 257, (4, 24)),
+        "positions": np.tile(np.arange(24), (4, 1)),
+        "segment_ids": np.ones((4, 24)),
+        "label_index": np.tile(np.arange(7, 23), (4, 1)),
+        "targets": rng.integers(0, 257, (4, 16)),
+        "target_mask": np.ones((4, 16)),
+    }
+    batch = {name: x.astype(np.int32) for name, x in batch.items()}
+    params = jax.jit(decoder.init)(jax.random.key(0))
+
+    def loss(params, batch):
+        return -jnp.mean(DecoderPolicy(decoder, params).log_probs(batch))
+
+    gradient = jax.value_and_grad(loss)
+    want = jax.jit(gradient)(params, batch)
+    shardings = param_shardings(params, mesh)
+    program = (
+        jax.jit(gradient, out_shardings=(None, shardings))
+        .lower(jax.device_put(params, shardings), put_batch(batch, mesh))
+        .compile()
+    )
+    found = program(jax.device_put(params, shardings), put_batch(batch, mesh))
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, want)
+    for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-6 * float(jnp.max(jnp.abs(wanted))))
+    # Three groups on two or four devices: a third more of attention, which is a twentieth here.
+    # Whole on every device, attention and head make it 1.16 to 1.74.
+    share = count(gradient, params, batch).flops / math.prod(sizes)
+    assert device_flops(program).flops < 1.04 * share
