@@ -140,6 +140,8 @@ def take_turns(
     for shape, mine, request in steps:
         a, b = ours(mine), theirs(request)
         check(a.value, b.value)
+        kind = "counted" if shape in seen else "first of its shape"
+        print(f"ours {a.seconds:.2f} s, theirs {b.seconds:.2f} s ({kind})", file=sys.stderr)
         if shape in seen:
             counted.append((a.seconds, b.seconds))
         seen.add(shape)
