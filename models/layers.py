@@ -184,11 +184,18 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
 
 
 def _batch_axes(like: jax.Array) -> tuple[Any, tuple[str, ...]]:
-    """The Auto mesh that `like` lives on, and those of its axes that split the batch."""
+    """The mesh that `like` lives on, and those of its axes that split the batch if they are Auto.
+
+    Others may be Manual: a zeroth-order step's evaluations run inside a `shard_map` over queries.
+    """
     mesh: Any = jax.typeof(like).sharding.mesh
-    if mesh.empty or any(t != AxisType.Auto for t in mesh.axis_types):
-        return mesh, ()
-    return mesh, tuple(a for a in ("data", "fsdp") if mesh.shape.get(a, 1) > 1)
+    return mesh, tuple(a for a in ("data", "fsdp") if _auto_size(mesh, a) > 1)
+
+
+def _auto_size(mesh: Any, axis: str) -> int:
+    """The size of a mesh axis that the partitioner splits arrays over; 1 for others."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape[axis] if types.get(axis) == AxisType.Auto else 1
 
 
 def batch_sharded(x: jax.Array, like: jax.Array, axis: int = 0) -> jax.Array:
@@ -211,10 +218,7 @@ def batch_ways(like: jax.Array) -> int:
 
 def tensor_ways(like: jax.Array) -> int:
     """Over how many tensor-parallel devices the mesh that `like` lives on splits a layer."""
-    mesh: Any = jax.typeof(like).sharding.mesh
-    if mesh.empty or any(t != AxisType.Auto for t in mesh.axis_types):
-        return 1
-    return mesh.shape.get("tp", 1)
+    return _auto_size(jax.typeof(like).sharding.mesh, "tp")
 
 
 def padded_over_tp(x: jax.Array, axis: int) -> jax.Array:

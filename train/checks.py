@@ -91,8 +91,10 @@ def check_numbers(config: Any, prefix: str = "--") -> None:
 def check_stage(
     stage: TrainConfig | UnlearnConfig, optimizer: OptimizerConfig, mesh: Mesh, what: str
 ) -> None:
-    """Raise `UserError` for an unknown optimizer or a batch that does not divide over the mesh."""
+    """Raise `UserError` for an unknown optimizer or work that does not divide over the mesh."""
     optimizers.check(optimizer)
+    if optimizers.OPTIMIZERS[optimizer.name].sides:
+        optimizers.check_mesh(optimizer, mesh)
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, what)
 
 
@@ -194,6 +196,7 @@ def check_run(config: RunConfig) -> Mesh:
     mesh = sharding.make_mesh(config.mesh)
     check_finetuning(config.finetune, mesh)
     check_stage(config.unlearn, config.optimizer, mesh, "unlearning")
+    optimizers.check_mesh(config.optimizer, mesh)
     return mesh
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
 from train import cli
-from train.config import RunConfig, TrainConfig, replace, to_json
+from train.config import ModelConfig, RunConfig, TrainConfig, replace, to_json
 from train.distributed import DistributedConfig
 from train.optimizers import OptimizerConfig
 from train.sharding import MeshConfig
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: FinetuneRun) -> Path:
     """Fine-tune and export; resumes like every stage."""
-    from train import checks, distributed, pipeline, remote, sharding
+    from train import checks, distributed, optimizers, pipeline, remote, sharding
     from train.data.tofu import check_rows, read_json
     from train.stages import digest, write_atomic
     from train.unlearn import check_folder, enter_run, export_model
@@ -84,6 +84,7 @@ def run(config: FinetuneRun) -> Path:
         remote.check(config.output, "--output")
         mesh = sharding.make_mesh(config.mesh)
         checks.check_finetuning(config.train, mesh)
+        optimizers.check_mesh(config.train.optimizer, mesh)
         if distributed.is_first():
             check_folder(remote.mirror(config.output), identity)
         path = Path(config.rows)
@@ -93,7 +94,7 @@ def run(config: FinetuneRun) -> Path:
             )
         rows = check_rows(read_json(path), ("question", "answer"), str(path))
     distributed.check_same({"rows": digest(rows)})
-    base = pipeline.load_model(config.model, "none", mesh).parked()
+    base = pipeline.load_model(config.model, ModelConfig().remat, mesh).parked()
     settings = RunConfig(seed=config.seed, finetune=config.train)
     settings = replace(
         settings,

@@ -132,7 +132,8 @@ def run(
         TrainingError: a loss is not finite.
         Preempted: the run was asked to stop.
     """
-    tx, schedule, needs = build(stage.optimizer, stage.steps, stage.combine)
+    axis = sharding.query_axis(mesh)
+    tx, schedule, needs = build(stage.optimizer, stage.steps, stage.combine, axis)
     params = residency.fresh(params, sharding.param_shardings(params, mesh))
     state, shardings = init_state(params, tx, mesh)
     step_fn = compile_step(

@@ -7,6 +7,7 @@ gradients of its forget and of its retain side; `value`, the loss as a function 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -85,15 +86,18 @@ class Optimizer:
     """A row: `build(config, schedule) -> optax transformation`, and what the step must hand it.
 
     `uses` names the options it reads, beside the learning rate's. `learning_rate` is where to start
-    when a preset says nothing; None: AdamW's will do.
+    when a preset says nothing; None: AdamW's will do. `sides` are the evaluations a zeroth-order
+    query takes; `build` of such a row also takes the mesh axis that shares them.
     """
 
     name: str
-    build: Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformationExtraArgs]
+    build: Callable[..., optax.GradientTransformationExtraArgs]
     needs: str
     uses: tuple[str, ...]
     summary: str
     learning_rate: float | None = None
+    queries: int = 0
+    sides: int = 0
 
     def options(self, config: OptimizerConfig) -> dict[str, Any]:
         """What of `config` this row reads, in the order of the fields."""
@@ -173,19 +177,21 @@ def _sign(c: OptimizerConfig, schedule: optax.Schedule):
     return optim.sign_momentum(schedule, beta=c.b1, **more)
 
 
-def _mezo(c: OptimizerConfig, schedule: optax.Schedule):
+def _mezo(c: OptimizerConfig, schedule: optax.Schedule, axis: str | None):
     return optim.mezo(
         schedule,
-        num_queries=c.queries or 1,
+        num_queries=c.queries or OPTIMIZERS[c.name].queries,
         eps=c.perturbation,
+        query_axis=axis,
         weight_decay=c.weight_decay,
     )
 
 
-def _zo_muon(c: OptimizerConfig, schedule: optax.Schedule):
+def _zo_muon(c: OptimizerConfig, schedule: optax.Schedule, axis: str | None):
     return optim.zo_muon(
         schedule,
-        num_queries=c.queries or 4,
+        num_queries=c.queries or OPTIMIZERS[c.name].queries,
+        query_axis=axis,
         rank=c.rank or 64,
         eps=c.perturbation,
         refresh_every=c.refresh,
@@ -194,7 +200,7 @@ def _zo_muon(c: OptimizerConfig, schedule: optax.Schedule):
     )
 
 
-def _hybrid(c: OptimizerConfig, schedule: optax.Schedule):
+def _hybrid(c: OptimizerConfig, schedule: optax.Schedule, axis: str | None):
     """Both halves follow the run's schedule, although each counts its own steps alone."""
     ratio = 1.0 if c.zo_learning_rate is None else c.zo_learning_rate / c.learning_rate
 
@@ -206,7 +212,12 @@ def _hybrid(c: OptimizerConfig, schedule: optax.Schedule):
         return rate
 
     first = _plain_adamw(c, at(0, 1.0))
-    zeroth = optim.rada_zo(at(1, ratio), num_queries=c.queries or 1, eps=c.perturbation)
+    zeroth = optim.rada_zo(
+        at(1, ratio),
+        num_queries=c.queries or OPTIMIZERS[c.name].queries,
+        eps=c.perturbation,
+        query_axis=axis,
+    )
     return optim.alternate(first, zeroth, c.period)
 
 
@@ -265,7 +276,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             ("b1", "state_dtype"),
             "sign of the momentum, one bit a parameter",
         ),
-        Optimizer("mezo", _mezo, "value", _ZEROTH, "zeroth order, dense perturbations", 1e-7),
+        Optimizer("mezo", _mezo, "value", _ZEROTH, "zeroth order, dense perturbations", 1e-7, 1, 2),
         Optimizer(
             "zo-muon",
             _zo_muon,
@@ -273,6 +284,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
             ("rank", "refresh", "vector_rate", *_ZEROTH),
             "zeroth order in a subspace, orthogonalised",
             1e-2,
+            queries=4,
+            sides=1,
         ),
         Optimizer(
             "hybrid",
@@ -280,6 +293,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "lazy",
             ("period", "zo_learning_rate", *_ZEROTH, *_ADAM),
             "AdamW and adaptive zeroth order in turn",
+            queries=1,
+            sides=2,
         ),
     )
 }
@@ -360,6 +375,23 @@ def check(config: OptimizerConfig) -> None:
     make_schedule(config, 1)
 
 
+def check_mesh(config: OptimizerConfig, mesh: Any) -> None:
+    """Raise `UserError` for a query axis that the optimizer's evaluations do not divide over."""
+    ways = mesh.shape.get("query", 1)
+    row = cli.choose(config.name, OPTIMIZERS, "optimizer")
+    jobs = row.sides * (config.queries or row.queries)
+    if ways > 1 and not jobs:
+        raise UserError(
+            f"--mesh.query {ways}: {row.name} has no zeroth-order evaluations to share out; use "
+            "--mesh.data or --mesh.fsdp"
+        )
+    if jobs % ways:
+        raise UserError(
+            f"--mesh.query {ways}: the {jobs} evaluation(s) of a step of {row.name} do not divide; "
+            f"give --optimizer.queries a multiple of {ways // math.gcd(ways, row.sides)}"
+        )
+
+
 def check_pair(
     config: OptimizerConfig, combine: str, objective: Objective, options: ObjectiveConfig
 ) -> None:
@@ -401,12 +433,16 @@ def check_steps(config: OptimizerConfig, steps: int) -> None:
 
 
 def build(
-    config: OptimizerConfig, steps: int, combine: str = "sum"
+    config: OptimizerConfig, steps: int, combine: str = "sum", axis: str | None = None
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule, str]:
-    """The transformation of `config` over `steps`, its schedule, and what the step must hand it."""
+    """The transformation of `config` over `steps`, its schedule, and what the step must hand it.
+
+    `axis` is the mesh axis over which zeroth-order steps share their evaluations out.
+    """
     check(config)
     row, schedule = OPTIMIZERS[config.name], make_schedule(config, steps)
-    tx, needs = row.build(config, schedule), row.needs
+    more = (axis,) if row.sides else ()
+    tx, needs = row.build(config, schedule, *more), row.needs
     make_combiner = cli.choose(combine, COMBINERS, "--combine")
     if make_combiner is not None:
         tx, needs = optax.chain(make_combiner(), tx), "split"

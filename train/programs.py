@@ -105,8 +105,12 @@ def train_program(
     optimizers.check_pair(config.optimizer, config.combine, objective, options)
     rows = config.unlearn.batch_size
     sharding.check_batch(mesh, rows, config.unlearn.accumulate, "unlearning")
+    optimizers.check_mesh(config.optimizer, mesh)
     tx, schedule, needs = optimizers.build(
-        config.optimizer, config.unlearn.steps or STEPS, config.combine
+        config.optimizer,
+        config.unlearn.steps or STEPS,
+        config.combine,
+        sharding.query_axis(mesh),
     )
     params = param_shapes(decoder, mesh)
     trained, bind = trained_shapes(config, params, mesh)

@@ -1,7 +1,7 @@
-"""Meshes `data x fsdp x tp` and where every array lives on them, by regex rules on the path.
+"""Meshes `(query x) data x fsdp x tp` and where every array lives on them, by regex rules.
 
 The batch is split over `data` and `fsdp`; parameters over `fsdp` (and `tp` for the wide axis of
-attention and MLP kernels).
+attention and MLP kernels). Zeroth-order steps share their evaluations out over `query`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,41 +42,87 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: all devices that the others leave."""
+    """Devices along each mesh axis; one of them may be -1: all devices that the others leave.
+
+    Args:
+        data: copies of the model, each with its part of the batch.
+        fsdp: devices that split parameters and the batch.
+        tp: devices that split what a layer computes.
+        query: groups of devices that evaluate perturbations of zeroth-order steps; all else is done
+            in each of them.
+    """
 
     data: int = -1
     fsdp: int = 1
     tp: int = 1
+    query: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """The device mesh with Auto axes `("data", "fsdp", "tp")`.
+    """The device mesh with Auto axes `("data", "fsdp", "tp")`, behind `"query"` if it is not 1.
+
+    What crosses `query` are losses: it is the outermost axis, on the slowest links.
 
     Raises:
         UserError: the sizes are not positive or do not fit the devices present.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tp]
+    sizes = [config.query, config.data, config.fsdp, config.tp]
     given = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
-            f"mesh {config.data} x {config.fsdp} x {config.tp}: sizes must be positive "
-            "(one of them may be -1: all devices left)"
+            f"mesh {_named(sizes)}: sizes must be positive (one of them may be -1: all devices "
+            "left)"
         )
     sizes = [max(1, len(devices) // given) if size == -1 else size for size in sizes]
-    data, fsdp, tp = sizes
     if math.prod(sizes) > len(devices):
         raise UserError(
-            f"mesh data {data} x fsdp {fsdp} x tp {tp} needs {math.prod(sizes)} devices, "
-            f"{len(devices)} are present; lower --mesh.data, --mesh.fsdp or --mesh.tp"
+            f"mesh {_named(sizes)} needs {math.prod(sizes)} devices, {len(devices)} are present; "
+            "lower --mesh.data, --mesh.fsdp or --mesh.tp"
+            + (" or --mesh.query" if sizes[0] > 1 else "")
         )
     if jax.process_count() > 1 and math.prod(sizes) != len(devices):
         raise UserError(
-            f"mesh data {data} x fsdp {fsdp} x tp {tp} leaves devices out: {jax.process_count()} "
-            f"processes have {len(devices)}; use all of them"
+            f"mesh {_named(sizes)} leaves devices out: {jax.process_count()} processes have "
+            f"{len(devices)}; use all of them"
         )
-    grid = np.asarray(devices[: math.prod(sizes)]).reshape(sizes)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    names = ("query", *AXES)
+    if sizes[0] == 1:
+        names, sizes = names[1:], sizes[1:]
+    grid = _grid(devices[: math.prod(sizes)], sizes, len(devices))
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _grid(devices: list[Any], sizes: list[int], present: int) -> np.ndarray:
+    """The devices in order; all of a TPU slice's along its links, several slices one after another.
+
+    Raises:
+        UserError: more than losses or sums of gradients would have to cross between slices.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu" or len(devices) < present:
+        return np.asarray(devices).reshape(sizes)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise UserError(
+            f"{slices} TPU slices are joined by the outermost axis alone; give --mesh.data (or "
+            f"--mesh.query) a multiple of {slices}, not {sizes[0]}"
+        )
+    within, across = [sizes[0] // slices, *sizes[1:]], [slices, *[1] * len(sizes[1:])]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
+
+
+def _named(sizes: list[int]) -> str:
+    query, data, fsdp, tp = sizes
+    return (f"query {query} x " if query != 1 else "") + f"data {data} x fsdp {fsdp} x tp {tp}"
+
+
+def query_axis(mesh: Mesh) -> str | None:
+    """The axis over which zeroth-order steps share their evaluations out, if the mesh has one."""
+    return "query" if "query" in mesh.axis_names else None
 
 
 def check_heads(mesh: Mesh, num_heads: int) -> None:
@@ -159,7 +206,7 @@ def constrain(tree: Any, dtype: Any = None) -> Any:
     def one(path, leaf):
         leaf = leaf if dtype is None else leaf.astype(dtype)
         mesh: Any = jax.typeof(leaf).sharding.mesh
-        if mesh.empty or mesh.size == 1 or any(t != AxisType.Auto for t in mesh.axis_types):
+        if mesh.empty or mesh.size == 1 or AxisType.Explicit in mesh.axis_types:
             return leaf
         sharding = NamedSharding(mesh, spec_of(path_str(path), leaf.shape, mesh))
         return jax.lax.with_sharding_constraint(leaf, sharding)

@@ -143,6 +143,11 @@ def test_names(refused, argv, parts):
         ("--mesh.data 16", ["16 devices", "8 are present"]),
         ("--mesh.tp 9", ["9 devices", "8 are present"]),
         ("--mesh.data 0", ["mesh", "positive"]),
+        ("--mesh.query 2", ["--mesh.query 2", "adamw", "--mesh.data"]),
+        (
+            "--mesh.query 4 --optimizer.name mezo --optimizer.queries 3",
+            ["--mesh.query 4", "6 evaluation(s)", "multiple of 2"],
+        ),
         ("--finetune.accumulate 3", ["fine-tuning batch size 8"]),
         ("--unlearn.accumulate 16", ["unlearning batch size 8"]),
     ],

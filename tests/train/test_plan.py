@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
@@ -323,6 +324,28 @@ def test_presets_of_large_models(name):
 def test_slices_have_the_devices_that_programs_see(name):
     found = topology.find_topology(name)
     assert len(found.devices) == found.chips * found.chip.devices
+
+
+@pytest.mark.libtpu
+@pytest.mark.skipif(without_libtpu, reason="needs libtpu: make tpu")
+def test_meshes_follow_the_links():
+    """A torus line is an axis; two slices are joined by the outermost axis, and by no other."""
+    topology.find_topology("v5e:2x2")  # libtpu's environment
+    from jax.experimental import topologies
+
+    def devices(name, **options):
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+    mesh = sharding.make_mesh(sharding.MeshConfig(4, 8, 1), list(devices("v5e:4x8"))[::-1])
+    for line in mesh.devices.reshape(4, 8):
+        assert len({d.coords[0] for d in line}) == 1 or len({d.coords[1] for d in line}) == 1
+    two = list(devices("v5e:2x4", num_slices=2))
+    for sizes in ((2, 8), (4, 4), (-1, 2), (1, 8, 1, 2)):
+        mesh = sharding.make_mesh(sharding.MeshConfig(*sizes), two[::-1])
+        halves = np.split(mesh.devices.reshape(-1), 2)
+        assert [{d.slice_index for d in half} for half in halves] == [{0}, {1}]
+    with pytest.raises(UserError, match="2 TPU slices .* --mesh.data"):
+        sharding.make_mesh(sharding.MeshConfig(1, 16, 1), two)
 
 
 @pytest.mark.libtpu

@@ -31,6 +31,7 @@ from train.sharding import MeshConfig, make_mesh
 from train.step import Losses, compile_step, init_state, make_step, split_batch
 from train.streams import Stream, batches_of, make_stream, pack_streams, with_references
 from train.tracking import Tracker
+from train.work import device_flops
 
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
 STEPS, ROWS, SEED = 6, 16, 3
@@ -412,6 +413,34 @@ def test_optimizers_on_a_fixed_gradient(name, start, fixed):
         found, _, _ = updates_of(name, sizes, start, fixed)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(("name", "jobs"), [("mezo", 8), ("zo-muon", 4)])
+def test_devices_share_the_evaluations_of_queries(name, jobs, start, plain):
+    """`--mesh.query 2`: the same step, each group with half of the evaluations of four queries."""
+    batch = plain["train"].batch(range(4))
+
+    def one_step(*sizes):
+        mesh = mesh_of(*sizes)
+        config = OptimizerConfig(name, 1e-2, queries=4, perturbation=1e-2)
+        tx, schedule, needs = build(config, 2, "sum", sharding.query_axis(mesh))
+        step = make_step(DECODER, *objectives.resolve("nll"), tx, schedule, 1, needs)
+        state, shardings = init_state(sharding.put_params(start, mesh), tx, mesh)
+        args = (state, None, {"train": sharding.put_batch(batch, mesh)})
+        program = quick(compile_step(step, shardings, mesh), *args)
+        flops = device_flops(program).flops
+        state, metrics = program(*args)
+        moved = jax.tree.map(lambda a, b: np.asarray(a) - b, jax.device_get(state.params), start)
+        return flops, moved, float(metrics["loss"])
+
+    _, expected, loss = one_step(1, 1, 1, 1)
+    alone, *_ = one_step(1, 2, 1, 1)
+    shared, moved, found = one_step(1, 2, 1, 2)
+    assert abs(found - loss) < 1e-5
+    assert distance(moved, expected) < 1e-3  # losses agree to 1e-6, of which 1 / eps is made
+    # Every group looks at the loss for the log as well.
+    wanted = (1 + jobs / 2) / (1 + jobs)
+    assert shared < (wanted + 0.05) * alone
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -198,6 +198,14 @@ def test_make_mesh(config, count, expected):
     assert mesh.devices.ravel().tolist() == jax.devices()[: math.prod(expected)]
 
 
+def test_queries_are_the_outermost_axis():
+    mesh = make_mesh(MeshConfig(fsdp=2, query=2), jax.devices()[:8])
+    assert dict(mesh.shape) == {"query": 2, "data": 2, "fsdp": 2, "tp": 1}
+    assert batch_sharding(mesh).spec == P(("data", "fsdp"))
+    with pytest.raises(UserError, match="mesh query 3 x data 1 x fsdp 4 x tp 1 needs 12 devices"):
+        make_mesh(MeshConfig(1, 4, 1, 3), jax.devices()[:8])
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
