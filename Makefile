@@ -50,7 +50,7 @@ tpu:  ## the tests that compile for TPUs, on any machine (libtpu goes into an en
 	$(TPU_ENVIRONMENT) train test tpu
 	$(TPU_RUN) -m pytest -n $(WORKERS) -m "libtpu and not slow" tests $(ARGS)
 
-plan:  ## Llama-3 on TPU slices, compiled here, into runs/bench (half an hour on two cores)
+plan:  ## Llama-3 on TPU slices, compiled here, into runs/bench (a quarter of an hour on two cores)
 	$(TPU_ENVIRONMENT) train test tpu
 	$(TPU_RUN) tests/bench/plan_table.py $(ARGS)
 

@@ -81,13 +81,21 @@ def flops(fn: Callable, *args: Any, branches: Branches = "max", **kwargs: Any) -
     return count(fn, *args, branches=branches, **kwargs).flops
 
 
-def count(fn: Callable, *args: Any, branches: Branches = "max", **kwargs: Any) -> Count:
+def count(
+    fn: Callable,
+    *args: Any,
+    branches: Branches = "max",
+    platform: str | None = None,
+    **kwargs: Any,
+) -> Count:
     """Like :func:`flops`, and what the number leaves out.
 
     Args:
         fn: any function that JAX can trace.
         args: arrays or shapes.
         branches: "max" or "min".
+        platform: what `lax.platform_dependent` chooses by, a device's `platform`; None: that of the
+            devices here.
         kwargs: passed on to `fn`.
 
     Returns:
@@ -101,15 +109,16 @@ def count(fn: Callable, *args: Any, branches: Branches = "max", **kwargs: Any) -
         >>> count(jnp.linalg.eigh, jax.ShapeDtypeStruct((5, 4, 4), jnp.float32)).uncounted
         {'eigh': 5}
     """
-    return count_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs), branches)
+    return count_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs), branches, platform)
 
 
-def count_jaxpr(closed: Any, branches: Branches = "max") -> Count:
+def count_jaxpr(closed: Any, branches: Branches = "max", platform: str | None = None) -> Count:
     """:func:`count` of a function that is traced already, without work whose result nobody uses.
 
     Args:
         closed: a `jax.extend.core.ClosedJaxpr`, as of `jax.make_jaxpr` or `jax.jit(f).trace(...)`.
         branches: "max" or "min".
+        platform: as in :func:`count`.
 
     Returns:
         A :class:`Count`.
@@ -127,7 +136,7 @@ def count_jaxpr(closed: Any, branches: Branches = "max") -> Count:
     if branches not in ("max", "min"):
         raise ValueError(f"branches is 'max' or 'min', got {branches!r}")
     used, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    total = _Walk(branches).jaxpr(used)
+    total = _Walk(branches, platform or jax.default_backend()).jaxpr(used)
     return Count(total.flops, total.loops, dict(sorted(total.uncounted.items())))
 
 
@@ -156,8 +165,9 @@ class _Work(NamedTuple):
 class _Walk:
     """Adds up equations, each as often as what surrounds it runs it."""
 
-    def __init__(self, branches: Branches):
+    def __init__(self, branches: Branches, platform: str):
         self.choose = max if branches == "max" else min
+        self.platforms = {"gpu": ("cuda", "rocm")}.get(platform, (platform,))
 
     def jaxpr(self, jaxpr: Any) -> _Work:
         total = _Work()
@@ -176,6 +186,9 @@ class _Walk:
             return _Work(uncounted=Counter({name: matrices}))
         if name in _OPAQUE:
             return _Work(uncounted=Counter({name: 1}))
+        if name == "cond" and (named := params.get("branches_platforms")):
+            mine = (i for i, n in enumerate(named) if n is None or set(n) & set(self.platforms))
+            return self.jaxpr(params["branches"][next(mine)])
         if name == "cond":
             found = [self.jaxpr(branch) for branch in params["branches"]]
             # Of two branches without products, the one with an svd is the dearer.

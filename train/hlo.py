@@ -19,6 +19,7 @@ _CALLS = re.compile(
     r"|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_INDEX = re.compile(r"\bindex=(\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -160,23 +161,70 @@ def called(rest: str) -> list[str]:
 
 
 def _trips(rest: str, program: Program) -> int | None:
-    """The loop's trip count: as noted by XLA, or the one constant its condition compares with."""
+    """The loop's trip count: as noted by XLA, or from the one constant its condition compares with.
+
+    Programs for TPUs carry no note. Loops count from 0, scans by 1; those that the partitioner
+    makes, a product while its operand goes round, may take two steps a trip.
+    """
     if match := _TRIPS.search(rest):
         return int(match[1])
 
-    def lines(name: str) -> list[Line]:
-        found = program.computations.get(name)
+    def lines(attribute: str) -> list[Line]:
+        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", rest)
+        found = program.computations.get(match[1]) if match else None
         return [] if found is None else found.lines
 
-    match = re.search(r"\bcondition=%?([\w.\-]+)", rest)
-    condition = lines(match[1]) if match else []
+    condition = lines("condition")
     limits = [line for line in condition if line.opcode == "constant"]
-    # Scans count from 0 by 1 while smaller; programs for TPU carry no note.
-    nested = [x for line in condition for c in called(line.rest) for x in lines(c)]
+    nested = [
+        x
+        for line in condition
+        for c in called(line.rest)
+        if c in program.computations
+        for x in program.computations[c].lines
+    ]
     smaller = any("direction=LT" in line.rest for line in (*condition, *nested))
-    if len(limits) == 1 and smaller and limits[0].type.startswith("s32[]"):
-        return int(limits[0].rest.split(")")[0])
-    return None
+    if len(limits) != 1 or not smaller or not limits[0].type.startswith(("s32[]", "u32[]")):
+        return None
+    step = _step(condition, lines("body"))
+    if step is None and limits[0].type.startswith("u32[]"):
+        return None  # no scan
+    return -(-int(limits[0].rest.split(")")[0]) // (step or 1))
+
+
+def _step(condition: list[Line], body: list[Line]) -> int | None:
+    """What a loop's body adds to the entry of the carry that its condition reads, where it says."""
+    counters = {
+        match[1]
+        for line in condition
+        if line.opcode == "get-tuple-element" and (match := _INDEX.search(line.rest))
+    }
+    if len(counters) != 1 or not body or body[-1].opcode != "tuple":
+        return None
+    index = int(counters.pop())
+    made = {line.name: line for line in body}
+
+    def origin(name: str) -> Line | None:
+        line = made.get(name)
+        while line is not None and line.opcode in ("copy", "bitcast"):
+            line = made.get(line.operands[0])
+        return line
+
+    operands = body[-1].operands
+    added = origin(operands[index]) if index < len(operands) else None
+    if added is None or added.opcode != "add":
+        return None
+    parts = [origin(name) for name in added.operands]
+    steps = [int(p.rest.split(")")[0]) for p in parts if p is not None and p.opcode == "constant"]
+    before = [
+        p
+        for p in parts
+        if p is not None
+        and p.opcode == "get-tuple-element"
+        and (match := _INDEX.search(p.rest))
+        and int(match[1]) == index
+    ]
+    return steps[0] if len(steps) == len(before) == 1 and steps[0] > 0 else None
 
 
 def shape_of(kind: str) -> tuple[int, ...]:

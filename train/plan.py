@@ -143,7 +143,8 @@ def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
     start = time.monotonic()
     traced = program.call.trace(*program.args, **program.static)
     # Counted on the whole mesh, of which every device has its part.
-    asked = flops.count_jaxpr(traced.jaxpr).flops / devices
+    platform = topology.devices[0].platform
+    asked = flops.count_jaxpr(traced.jaxpr, platform=platform).flops / devices
     result: dict[str, Any] = {"unit": program.unit}
     try:
         compiled = traced.lower().compile()
@@ -206,7 +207,8 @@ def optimizer_work(config: Any, decoder: Any, mesh: Any, step: dict[str, Any]) -
     made = programs.update_program(config, decoder, mesh)
     if made is None:
         return {"optimizer_flops_per_chip": step["optimizer_flops_per_chip"] or 0}
-    asked = flops.count(made[0], *made[1]).flops / mesh.size
+    platform = mesh.devices.flat[0].platform
+    asked = flops.count(made[0], *made[1], platform=platform).flops / mesh.size
     compiled = step["optimizer_flops_per_chip"]
     return {
         "optimizer_flops_per_chip": asked if compiled is None else compiled,

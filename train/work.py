@@ -112,7 +112,7 @@ def _convolution(visit: hlo.Visit) -> int:
     of_left, of_right, of_result = labels.groups()
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", rest) or "")[1]
                   if "window={" in rest else ""))  # fmt: skip
-    spatial = [c for c in of_left if c.isdigit()]
+    spatial = sorted(c for c in of_left if c.isdigit())  # the window lists them in this order
 
     def per_axis(key: str, default: int) -> list[int]:
         given = window.get(key)

@@ -1,4 +1,4 @@
-"""Plans of large runs, as the table of the README: `make plan` (an hour on two cores).
+"""Plans of large runs, as the table of the README: `make plan` (a quarter of an hour on two cores).
 
     python tests/bench/plan_table.py [--only WORD]
 
@@ -8,6 +8,7 @@ not be here. Rows that were planned before by the same code are read from `runs/
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import subprocess
@@ -97,7 +98,9 @@ HEAD = [
 
 
 def main(argv: list[str]) -> None:
-    only = argv[argv.index("--only") + 1] if "--only" in argv else ""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", metavar="WORD", help="rows whose name has it")
+    only = parser.parse_args(argv).only
     code, found = code_digest(), {}
     for name, args in ROWS.items():
         if only in name:

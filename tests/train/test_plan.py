@@ -205,6 +205,48 @@ def test_products_in_the_text_of_a_tpu_program():
     assert work.device_flops(TPU_TEXT, "optimizer").flops == 2 * 8**3
 
 
+WINDOWED_TEXT = """HloModule jit_f, is_scheduled=true
+
+%cond (c: (u32[], s32[], bf16[2,512,8,128,1])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(4)
+  %c = (u32[], s32[], bf16[2,512,8,128,1]) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %go = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%body (c: (u32[], s32[], bf16[2,512,8,128,1])) -> (u32[], s32[], bf16[2,512,8,128,1]) {
+  %two = u32[]{:T(128)} constant(2)
+  %c = (u32[], s32[], bf16[2,512,8,128,1]) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%c), index=0
+  %here = u32[]{:T(128)S(6)} copy(%i)
+  %next = u32[]{:T(128)} add(%here, %two), backend_config={"flag_configs":[]}
+  %n = s32[] get-tuple-element(%c), index=1
+  %x = bf16[2,512,2,512,1]{3,1,0,2,4} constant({...})
+  %w = bf16[8,128,2,512,1]{3,1,2,0,4} constant({...})
+  %y = bf16[2,512,8,128,1]{3,1,4,2,0} convolution(%x, %w), window={size=1x8x2 pad=0_0x7_7x0_0 rhs_reversal=0x1x0}, dim_labels=0b2f1_1o2i0->0b1f2
+  ROOT %t = (u32[], s32[], bf16[2,512,8,128,1]) tuple(%next, /*index=1*/%n, %y)
+}
+
+ENTRY %main (c: (u32[], s32[], bf16[2,512,8,128,1])) -> (u32[], s32[], bf16[2,512,8,128,1]) {
+  %c = (u32[], s32[], bf16[2,512,8,128,1]) parameter(0)
+  ROOT %r = (u32[], s32[], bf16[2,512,8,128,1]) while(%c), condition=%cond, body=%body
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("step", "trips"), [(2, 2), (1, 4), (3, 2)])
+def test_a_product_whose_operand_goes_round(step, trips):
+    """The partitioner's own loop: two steps a trip, its axes listed in any order."""
+    text = WINDOWED_TEXT.replace("constant(2)", f"constant({step})")
+    found = work.device_flops(text)
+    assert found.flops == trips * 2 * (2 * 512 * 8 * 128) * (2 * 512)
+    assert not found.unknown_loops
+    # A count that the text does not give is not guessed.
+    assert work.device_flops(
+        text.replace("add(%here, %two)", "multiply(%here, %two)")
+    ).unknown_loops
+
+
 def test_a_conditional_counts_as_its_dearest_branch():
     def fn(i, x):
         return jax.lax.switch(i, [lambda x: x @ x, lambda x: x @ x @ x, lambda x: x], x)
