@@ -99,11 +99,9 @@ class Pair(NamedTuple):
 
 
 ADAM = {"adam_learning_rate": 1e-4}
-GRAM = orthogonalize.gram_newton_schulz("jordan")
 NARROW = orthogonalize.newton_schulz(dtype=jnp.bfloat16)
 CONTENDERS = {
     "muon": Contender(partial(muon, 1e-3, **ADAM)),
-    "muon, Gram form": Contender(partial(muon, 1e-3, orthogonalize=GRAM, **ADAM)),
     "muon, bfloat16 products": Contender(partial(muon, 1e-3, orthogonalize=NARROW, **ADAM)),
     "teon": Contender(partial(teon, 1e-3, orthogonalize=orthogonalize.newton_schulz(), **ADAM)),
     "sift, rank 64, subspace": Contender(
@@ -118,8 +116,6 @@ TORCH = {"torch.optim.Muon, float32": "float32", "torch.optim.Muon": "bfloat16"}
 PAIRS = (
     Pair("muon", "optax.contrib.muon", 1.0),
     Pair("muon", "torch.optim.Muon, float32", 1.0),
-    Pair("muon, Gram form", "optax.contrib.muon", 1.0),
-    Pair("muon, Gram form", "torch.optim.Muon, float32", 1.0),
     Pair("muon, bfloat16 products", "torch.optim.Muon", 1.0),
     Pair("teon", "optax.contrib.muon", None),
     Pair("sift, rank 64, subspace", "optax.contrib.muon", None),
