@@ -198,6 +198,14 @@ def _select(
     return rows, draw._replace(**some), prompt
 
 
+def _grows(cache: dict[str, jax.Array], prompt: dict[str, jax.Array] | None, fewer: int) -> bool:
+    """Whether fewer rows need more slots, as those of several prompts get copies (`_select`)."""
+    if prompt is None or (prompts := prompt["segment_ids"].shape[0]) == 1:
+        return False
+    (rows, own), width = cache["segment_ids"].shape, prompt["segment_ids"].shape[1]
+    return fewer * (width + own) > rows * own + prompts * width
+
+
 def _shards(params: Params, sharding: NamedSharding | None) -> int:
     """What the number of rows must be a multiple of, on the mesh of parameters and batch."""
     count = 1
@@ -371,7 +379,8 @@ def _finish(
         smaller = over.size
         while smaller % (2 * shards) == 0 and len(pending) <= smaller // 2:
             smaller //= 2
-        if 2.0 * size * (over.size - smaller) * (max_new - step) > COMPACT_FLOPS:
+        saved = 2.0 * size * (over.size - smaller) * (max_new - step)
+        if saved > COMPACT_FLOPS and not _grows(rows.cache, prompt, smaller):
             which = np.resize([slot for slot, _ in pending], smaller)
             rows, draw, prompt = _select(rows, draw, prompt, which, np.int32(len(pending)))
             pending = [(slot, owner) for slot, (_, owner) in enumerate(pending)]

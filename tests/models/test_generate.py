@@ -188,6 +188,27 @@ def test_every_plan_decodes_every_sample_once_within_bounds():
         assert sorted(seen) == [(i, j) for i in range(prompts) for j in range(samples)], case
 
 
+def test_dropping_rows_never_takes_more_memory(params, prompts, monkeypatch):
+    """Short answers to two long prompts: half of the rows with copies would be larger than all."""
+    seen, select = [], module._select
+
+    def noted(rows, draw, prompt, which, count):
+        chosen = select(rows, draw, prompt, which, count)
+        slots = [r.cache["segment_ids"].size for r in (rows, chosen[0])]
+        shared = [0 if p is None else p["segment_ids"].size for p in (prompt, chosen[2])]
+        seen.append(tuple(map(sum, zip(slots, shared, strict=True))))
+        return chosen
+
+    monkeypatch.setattr(module, "_select", noted)
+    monkeypatch.setattr(module, "COMPACT_FLOPS", 0.0)
+    monkeypatch.setattr(module, "SEGMENT", 1)
+    for width in (24, 200):
+        options = {"num_samples": 8, "batch_size": 32, "prompt_buckets": (width,)}
+        options["stop_ids"] = tuple(range(20))
+        answer(params, prompts[:4], dataclasses.replace(SAMPLED, max_new_tokens=8), **options)
+    assert seen and all(after <= before for before, after in seen)
+
+
 def test_the_prompt_of_many_samples_is_read_once(params):
     """No array of the program holds the prompt's keys for every sample."""
     batch, width, room = 16, 40, 9
