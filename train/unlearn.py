@@ -429,7 +429,7 @@ def export_model(model: Any, folder: Path, dtype: str) -> None:
 
     if distributed.of_first(there):
         return
-    loaded = Loaded(model.decoder.config, model.params, model.tokenizer)
+    loaded = Loaded(model.decoder.config, model.at_hand().params, model.tokenizer)
     with distributed.together():
         models.export(loaded, folder, dtype=dtype)
     distributed.of_first(lambda: write_atomic(mark, f"{model.sha} {dtype}"))

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import models
 from jaxlib_unlearn.objectives import ObjectiveConfig
-from train import cli, pipeline, residency, sharding
+from train import cli, pipeline, residency, sharding, unlearn
 from train.config import RunConfig
 from train.presets import PRESETS
 from train.sharding import MeshConfig, make_mesh
@@ -117,3 +118,16 @@ def test_adapters_beside_one_model(small, tmp_path, monkeypatch):
     seen = run(small, tmp_path, monkeypatch, ObjectiveConfig("npo"), "--lora.rank", "2")
     for size in seen.steps:
         assert seen.model < size < 1.5 * seen.model
+
+
+@pytest.mark.parametrize("mesh", ["--mesh.data 1", "--mesh.data 1 --mesh.fsdp 2 --mesh.tp 2"])
+def test_a_parked_model_is_exported(mesh, small, tmp_path):
+    """On one device and on several: layers are cut from what lies in host memory."""
+    config = cli.parse(
+        RunConfig, PRESETS["quickstart"].PRESET, [*small, *mesh.split()], "tests", ""
+    )
+    base = pipeline.base_model(config, load_task(config), sharding.make_mesh(config.mesh))
+    unlearn.export_model(base.parked(), tmp_path / "export", "float32")
+    params = models.load(tmp_path / "export").params
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(base.params), strict=True):
+        np.testing.assert_array_equal(a, b)
