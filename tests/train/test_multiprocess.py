@@ -299,7 +299,8 @@ def test_two_processes_give_the_numbers_of_one(which, repo, tmp_path):
         if kind in ("rows", "digest", "answers"):
             assert np.array_equal(other, value), name
         elif kind == "loss":
-            assert float(other) == pytest.approx(float(value), rel=1e-6), name
+            # Some are differences of losses of a few nats, and have their rounding.
+            assert float(other) == pytest.approx(float(value), rel=1e-6, abs=1e-6), name
         elif kind == "update":
             np.testing.assert_allclose(other, value, rtol=1e-4, atol=1e-4 * np.abs(value).max())
         else:
@@ -421,7 +422,8 @@ def test_the_quickstart_on_two_processes(launch, small, tmp_path):
     assert alone.code == 0, alone.err
     done = launch([[*command, "--output", two]] * 2).end()
     assert [d.code for d in done] == [0, 0], done
-    assert not done[1].out and not [x for x in done[1].err.splitlines() if "Gloo" not in x]
+    said = done[1].out + done[1].err
+    assert not [line for line in said.splitlines() if "Gloo" not in line], said
     names = [{p.relative_to(r).as_posix().split("-")[0] for p in r.rglob("*")} for r in (one, two)]
     assert names[0] == names[1]
     for stage in ("original", "oracle", "unlearned"):
