@@ -86,8 +86,9 @@ class Optimizer:
     """A row: `build(config, schedule) -> optax transformation`, and what the step must hand it.
 
     `uses` names the options it reads, beside the learning rate's. `learning_rate` is where to start
-    when a preset says nothing; None: AdamW's will do. `sides` are the evaluations a zeroth-order
-    query takes; `build` of such a row also takes the mesh axis that shares them.
+    when a preset says nothing; None: AdamW's will do. A zeroth-order row makes `queries` a step
+    where none are given, of `sides` evaluations each, and its `build` also takes the mesh axis that
+    shares them.
     """
 
     name: str
