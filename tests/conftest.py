@@ -1,5 +1,6 @@
 """Settings to make before JAX starts a backend, and the fixtures every test may ask for."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -38,6 +39,19 @@ def pytest_configure(config):
     # Bounded means locked: xdist's workers share the cache, and JAX's writes are not atomic.
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+    """Forget compiled programs before they use up what Linux lets a process map (65530 regions).
+
+    Each takes several; past the limit XLA fails to "materialize symbols" or the process dies.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")

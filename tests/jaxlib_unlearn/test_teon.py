@@ -319,7 +319,8 @@ def test_flops_are_fewer_than_muons():
     counts = []
     for size in (1, 2, 4):
         tx = scale_by_teon(size)
-        counts.append(flops(tx.update, x, tx.init(x)))
+        # On CPUs wide matrices take their own way.
+        counts.append(flops(tx.update, x, tx.init(x), platform="tpu"))
     assert counts[1] / counts[0] == pytest.approx((4 * 2 + 2) / 12)
     assert counts[2] / counts[0] == pytest.approx((4 * 4 + 2) / 24)
 
