@@ -169,39 +169,43 @@ def _trips(rest: str, program: Program) -> int | None:
     if match := _TRIPS.search(rest):
         return int(match[1])
 
-    def lines(attribute: str) -> list[Line]:
-        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", rest)
-        found = program.computations.get(match[1]) if match else None
+    def lines(name: str) -> list[Line]:
+        found = program.computations.get(name)
         return [] if found is None else found.lines
 
-    condition = lines("condition")
+    def named(attribute: str) -> list[Line]:
+        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", rest)
+        return lines(match[1]) if match else []
+
+    condition = named("condition")
     limits = [line for line in condition if line.opcode == "constant"]
-    nested = [
-        x
-        for line in condition
-        for c in called(line.rest)
-        if c in program.computations
-        for x in program.computations[c].lines
-    ]
+    nested = [x for line in condition for c in called(line.rest) for x in lines(c)]
     smaller = any("direction=LT" in line.rest for line in (*condition, *nested))
     if len(limits) != 1 or not smaller or not limits[0].type.startswith(("s32[]", "u32[]")):
         return None
-    step = _step(condition, lines("body"))
+    step = _step(condition, named("body"))
     if step is None and limits[0].type.startswith("u32[]"):
         return None  # no scan
-    return -(-int(limits[0].rest.split(")")[0]) // (step or 1))
+    return -(-_constant(limits[0]) // (step or 1))
+
+
+def _constant(line: Line) -> int:
+    """The value of an integer constant."""
+    return int(line.rest.split(")")[0])
+
+
+def _entry(line: Line) -> int | None:
+    """Which entry of a tuple an instruction takes out; None for other instructions."""
+    match = _INDEX.search(line.rest) if line.opcode == "get-tuple-element" else None
+    return int(match[1]) if match else None
 
 
 def _step(condition: list[Line], body: list[Line]) -> int | None:
     """What a loop's body adds to the entry of the carry that its condition reads, where it says."""
-    counters = {
-        match[1]
-        for line in condition
-        if line.opcode == "get-tuple-element" and (match := _INDEX.search(line.rest))
-    }
+    counters = {entry for line in condition if (entry := _entry(line)) is not None}
     if len(counters) != 1 or not body or body[-1].opcode != "tuple":
         return None
-    index = int(counters.pop())
+    (counter,) = counters
     made = {line.name: line for line in body}
 
     def origin(name: str) -> Line | None:
@@ -211,19 +215,12 @@ def _step(condition: list[Line], body: list[Line]) -> int | None:
         return line
 
     operands = body[-1].operands
-    added = origin(operands[index]) if index < len(operands) else None
+    added = origin(operands[counter]) if counter < len(operands) else None
     if added is None or added.opcode != "add":
         return None
-    parts = [origin(name) for name in added.operands]
-    steps = [int(p.rest.split(")")[0]) for p in parts if p is not None and p.opcode == "constant"]
-    before = [
-        p
-        for p in parts
-        if p is not None
-        and p.opcode == "get-tuple-element"
-        and (match := _INDEX.search(p.rest))
-        and int(match[1]) == index
-    ]
+    parts = [line for name in added.operands if (line := origin(name)) is not None]
+    steps = [_constant(line) for line in parts if line.opcode == "constant"]
+    before = [line for line in parts if _entry(line) == counter]
     return steps[0] if len(steps) == len(before) == 1 and steps[0] > 0 else None
 
 

@@ -52,12 +52,12 @@ def scale_to_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def matrix_by_matrix(
     fn: Callable[[jax.Array], Any], elsewhere: Callable[[jax.Array], Any] | None = None
 ) -> Callable[[jax.Array], Any]:
-    """A decomposition of a batch of matrices that does not hang on CPUs.
+    """A function of matrices that CPUs take one by one, other devices as a batch.
 
-    jaxlib's LAPACK calls share a batch out among the workers of XLA's thread pool and let the
-    calling worker wait: as many such calls at once as there are workers wait for ever (jaxlib
-    0.10.2, two cores, batched QRs: after a few hundred). On CPUs matrices therefore go one by one,
-    under ``jax.vmap`` as well; elsewhere as a batch.
+    Products run faster so, and decompositions do not hang: jaxlib's LAPACK calls share a batch out
+    among the workers of XLA's thread pool and let the calling worker wait, and as many such calls
+    at once as there are workers wait for ever (jaxlib 0.10.2, two cores, batched QRs: after a few
+    hundred). On CPUs matrices go one by one under ``jax.vmap`` as well.
 
     Args:
         fn: takes ``(..., r, c)`` and returns a tree of arrays with the same leading axes.

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from jaxlib_unlearn.optim.arrays import adjoint, scale_to_one, thin_svd
+from jaxlib_unlearn.optim.arrays import adjoint, matrix_by_matrix, scale_to_one, thin_svd
 
 Orthogonalizer = Callable[[jax.Array], jax.Array]
 _BLOCK_ROWS = 512  # least rows of a block of a product whose result is Hermitian
@@ -185,11 +185,9 @@ def newton_schulz(
         Amsel et al., arXiv:2505.16932, section 3 (Polar Express).
     """
     table, rows = _rows(coeffs, steps)
-    return functools.partial(
-        _dispatch,
-        here=functools.partial(_iterate_on_cpu, rows=rows, table=table, dtype=dtype),
-        elsewhere=functools.partial(_iterate, rows=rows, table=table, dtype=dtype),
-    )
+    elsewhere = functools.partial(_iterate, rows=rows, table=table, dtype=dtype)
+    here = functools.partial(_iterate_on_cpu, rows=rows, table=table, dtype=dtype)
+    return functools.partial(_wide_way, matrix_by_matrix(here, elsewhere), elsewhere)
 
 
 def polar_express(steps: int = 5, dtype: jax.typing.DTypeLike | None = None) -> Orthogonalizer:
@@ -265,7 +263,7 @@ def gram_newton_schulz(
     iterate = functools.partial(
         _iterate_gram, rows=rows, table=table, restarts=frozenset(restarts), dtype=dtype
     )
-    return functools.partial(_dispatch, here=iterate, elsewhere=iterate)
+    return functools.partial(_wide_way, matrix_by_matrix(iterate), iterate)
 
 
 def svd() -> Orthogonalizer:
@@ -392,23 +390,14 @@ def _compute_dtype(original, dtype, table: Table):
     return dtype if table.narrow else jnp.promote_types(dtype, jnp.float32)
 
 
-def _dispatch(x: jax.Array, *, here: Orthogonalizer, elsewhere: Orthogonalizer) -> jax.Array:
-    """`here` on one matrix at a time on CPUs, `elsewhere` on the batch on other devices."""
+def _wide_way(by_platform: Orthogonalizer, batch: Orthogonalizer, x: jax.Array) -> jax.Array:
+    """An iteration on the orientation with rows <= columns; `batch` where a loop may not be."""
     original = x.dtype
     x, turned = _wide(x)
-
-    def on_cpu(x):
-        if x.ndim == 2:
-            return here(x)
-        flat = x.reshape(-1, *x.shape[-2:])
-        out = here(flat[0])[None] if len(flat) == 1 else jax.lax.map(here, flat)
-        return out.reshape(x.shape)
-
     mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
-        x = jax.lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
-    else:
-        x = elsewhere(x)  # no loop over an axis that may be sharded
+    # CPUs would loop over an axis that may be sharded.
+    explicit = not mesh.empty and AxisType.Explicit in mesh.axis_types
+    x = batch(x) if explicit else by_platform(x)
     return (adjoint(x) if turned else x).astype(original)
 
 

@@ -375,7 +375,7 @@ def handed(name, grads, step):
         return grads[step], {}
     if needs == "split":
         return grads[step], {"constraint_grads": grads[(step + 1) % len(grads)]}
-    count = OptimizerConfig(name).queries or (4 if name == "zo-muon" else 1)
+    count = OPTIMIZERS[name].queries
     coeffs = jnp.linspace(-1.0, 2.0, count + step)[:count]
     return grads[step] if needs == "lazy" else None, {"coeffs": coeffs}
 
