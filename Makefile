@@ -40,13 +40,7 @@ quickstart:  ## train, unlearn and judge a tiny model: minutes, no data needed
 
 test:  ## the tests, without the slow ones and those that need torch
 	$(ENVIRONMENT) train test tensorboard
-ifeq ($(strip $(ARGS)),)
-	# In two halves: what thousands of compiled programs map and keep is too much for one process.
-	$(RUN) -m pytest -n $(WORKERS) tests/jaxlib_unlearn jaxlib_unlearn
-	$(RUN) -m pytest -n $(WORKERS) tests models train --ignore=tests/jaxlib_unlearn
-else
 	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
-endif
 
 parity:  ## the tests that compare with torch (installs it into the same environment)
 	$(ENVIRONMENT) train test parity

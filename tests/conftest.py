@@ -45,7 +45,8 @@ def pytest_configure(config):
 def few_mappings():
     """Forget compiled programs before they use up what Linux lets a process map (65530 regions).
 
-    Each takes several; past the limit XLA fails to "materialize symbols" or the process dies.
+    A file of tests on eight devices adds 20 000; past the limit LLVM "cannot allocate memory", XLA
+    fails to "materialize symbols" and at last the process is aborted.
     """
     yield
     maps = Path("/proc/self/maps")
