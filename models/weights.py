@@ -170,12 +170,20 @@ def find_smollm2() -> Path | None:
     return None
 
 
-def _download(name: str) -> Path:
+def check_source(source: str | Path) -> None:
+    """Raise `UserError` for what can only be a path, and does not exist; nothing is read."""
+    name = str(source)
+    if BUCKET.fullmatch(name) or Path(name).expanduser().exists():
+        return
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or name.endswith(".gguf"):
         raise UserError(
             f"{name}: no such file or folder; give a model folder, a .gguf file or a Hub id "
             "(org/name)"
         )
+
+
+def _download(name: str) -> Path:
+    check_source(name)
     import huggingface_hub
 
     try:

@@ -43,8 +43,22 @@ def option_names(cls: type, prefix: str = "") -> list[str]:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """The known word closest to `word`."""
-    return difflib.get_close_matches(word, known, 1, 0.0)[0]
+    """The known word closest to `word`; one that it abbreviates comes first.
+
+    Example:
+        >>> nearest("--optimizer.lr", ["--optimizer.rank", "--optimizer.learning-rate"])
+        '--optimizer.learning-rate'
+    """
+
+    def last(name: str) -> str:
+        return name.rpartition(".")[2].lstrip("-")
+
+    meant = [k for k in known if len(last(word)) > 1 and _initials(last(k)) == last(word)]
+    return difflib.get_close_matches(word, meant or known, 1, 0.0)[0]
+
+
+def _initials(name: str) -> str:
+    return "".join(part[:1] for part in name.split("-"))
 
 
 def choose(word: str, table: Mapping[str, Any], what: str) -> Any:

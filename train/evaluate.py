@@ -110,6 +110,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
             check_folder(root)
         retain = None if config.retain_log is None else tofu.load_log(config.retain_log)
         data = config.data
+        pipeline.check_model(config.model)
         task = load_task(RunConfig(seed=config.seed, data=data))
     distributed.check_same({"data": task.digest()})
     model = pipeline.load_model(config.model, "none", mesh)

@@ -16,7 +16,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
 from models import Decoder, DecoderConfig, Tokenizer, lora
 from models.policy import head_of
-from models.weights import find_smollm2
+from models.weights import check_source, find_smollm2
 from train import distributed, loop, residency, sharding
 from train.checkpointing import params_sha256
 from train.config import LoraConfig, ModelConfig, RunConfig, TrainConfig, UnlearnConfig, to_json
@@ -115,6 +115,12 @@ def model_source(path: str) -> str | Path:
             ".gguf file"
         )
     return found
+
+
+def check_model(path: str) -> None:
+    """Raise `UserError` for a `--model.path` where nothing can be, before anything is read."""
+    if path != "scratch":
+        check_source(model_source(path))
 
 
 def load_model(path: str, remat: str, mesh: Any, dtype: str = "float32") -> Model:

@@ -192,7 +192,7 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
         UserError: anything about the configuration, the data or the model.
     """
     from jaxlib_unlearn.metrics import tofu
-    from train import checks
+    from train import checks, pipeline
     from train.task import load_task
 
     distributed.check_same(_identity(config))
@@ -201,6 +201,8 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
         retain_log = None if config.retain_log is None else tofu.load_log(config.retain_log)
         if distributed.is_first():
             check_folder(remote.mirror(run_folder(config)), _identity(config))
+        # The data may come from the Hub: a path with a typo in it need not wait for that.
+        pipeline.check_model(config.stage.original or config.model.path)
         task = load_task(config)
     distributed.check_same({"data": task.digest()})
     with distributed.together():

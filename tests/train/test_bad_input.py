@@ -300,6 +300,16 @@ def test_model_that_is_not_there(refused, tofu, tmp_path):
     refused("train.unlearn", *with_model(tofu, tmp_path / "x.gguf"), parts=["no such file"])
 
 
+@pytest.mark.parametrize("option", ["--model.path", "--stage.original"])
+def test_a_missing_model_is_said_before_the_hub_is_asked_for_data(
+    refused, tmp_path, monkeypatch, option
+):
+    monkeypatch.setattr("train.data.tofu.hub_source", lambda: pytest.fail("the Hub was asked"))
+    one = ["--mesh.data", "1"]
+    refused("train.unlearn", "tofu-smollm2", option, tmp_path / "x", *one, parts=["no such file"])
+    refused("train.evaluate", tmp_path / "x", parts=["no such file"])
+
+
 def test_model_without_config(refused, tofu, model):
     (model / "config.json").unlink()
     refused("train.unlearn", *with_model(tofu, model), parts=[model, "config.json"])

@@ -62,6 +62,8 @@ def test_option_names():
         ("--mesh.fspd", "--mesh.fsdp"),
         ("--data.forget_splt=x", "--data.forget-split"),
         ("--retainlog", "--retain-log"),
+        ("--optimizer.lr", "--optimizer.learning-rate"),
+        ("--unlearn.bs=4", "--unlearn.batch-size"),
     ],
 )
 def test_a_typo_names_the_nearest_option(typo, right):
