@@ -258,7 +258,7 @@ class Decoder:
 
             def keep(k, v):
                 if kv is None:
-                    return [KeyValues(k, v, mask)], None
+                    return [KeyValues(k, v, mask, causal=True)], None
                 place = (index, 0, start, 0, 0)
                 new = tuple(
                     jax.lax.dynamic_update_slice(old, one[None].astype(old.dtype), place)

@@ -27,11 +27,13 @@ LINEAR = "linear"  # what a `Linear` returns, to policies of `jax.checkpoint`
 
 class KeyValues(NamedTuple):
     """Keys and values `(R, S, K, D)`, R dividing the rows B of queries and K their heads; R = B:
-    each row its own, else B / R rows one after another share some. `mask`: bool `(B, 1, T, S)`."""
+    each row its own, else B / R rows one after another share some. `mask`: bool `(B, 1, T, S)`;
+    `causal`: S = T, and no query sees a later key."""
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
     Two products a kv head, with the queries of its group as one long axis, and the sum of the
     exponentials divided out of the result: half the time of the general routine on a CPU, where
     what lies between the products is bound by memory. Keys that several rows have in common (the
-    prompt of many samples) are read once for all of them.
+    prompt of many samples) are read once for all of them. Where keys are causal, queries go in
+    blocks, each with the keys up to its end: of four blocks' products three eighths are left out.
 
     Args:
         q: `(B, T, H, D)`.
@@ -140,13 +143,38 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
         scale: of the scores; they and the softmax are float32.
 
     Returns:
-        `(B, T, H, D)` in the dtype of `q`. A query that sees nothing gets the mean of all values.
+        `(B, T, H, D)` in the dtype of `q`. A query that sees nothing gets the mean of the values
+        that it is multiplied with.
 
     Example:
         >>> ones = jnp.ones((1, 2, 1, 4))
         >>> attend(ones, [KeyValues(ones, ones, jnp.ones((1, 1, 2, 2), bool))], 0.5).shape
         (1, 2, 1, 4)
     """
+    if len(parts) == 1 and parts[0].causal:
+        (k, v, mask, _) = parts[0]
+        some = [
+            _attend(q[:, a:b], [KeyValues(k[:, :b], v[:, :b], mask[:, :, a:b, :b])], scale)
+            for a, b in causal_blocks(q.shape[1])
+        ]
+        return some[0] if len(some) == 1 else jnp.concatenate(some, 1)
+    return _attend(q, parts, scale)
+
+
+def causal_blocks(length: int) -> list[tuple[int, int]]:
+    """`(first, end)` of up to four blocks of about as many queries, some 64 at least.
+
+    Example:
+        >>> causal_blocks(150)
+        [(0, 80), (80, 150)]
+    """
+    count = min(max(length // 64, 1), 4)
+    size = -(-length // (8 * count)) * 8
+    return [(first, min(first + size, length)) for first in range(0, length, size)]
+
+
+def _attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
+    """`attend` of all queries at once."""
     batch, length, heads, size = q.shape
     groups = parts[0].k.shape[2]
     wide = q.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
@@ -156,7 +184,7 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
         parts = [p._replace(k=padded_over_tp(p.k, 2), v=padded_over_tp(p.v, 2)) for p in parts]
     count = wide.shape[1]
     scores = []
-    for k, _, mask in parts:
+    for k, _, mask, _ in parts:
         some = jnp.einsum(
             "bkmd,bskd->bkms", _gathered(wide, len(k)), k, preferred_element_type=jnp.float32
         )
@@ -167,7 +195,7 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
     tops = [jnp.max(some, -1, keepdims=True) for some in scores]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
     found, total = [], []
-    for some, (_, v, _) in zip(scores, parts, strict=True):
+    for some, (_, v, _, _) in zip(scores, parts, strict=True):
         weights = jnp.exp(some - top)
         y = jnp.einsum(
             "bkms,bskd->bkmd",
