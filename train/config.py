@@ -43,7 +43,7 @@ class DataConfig:
     seed: int | None = None
     system_prompt: str | None = None
     max_length: int = 512
-    row_tokens: int = 256
+    row_tokens: int = 320
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Whole works of unlearning against what a user of torch and transformers would run.
 
     python tests/bench/peers.py [--only npo generate] [--repeats 5] [--data DIR] [--model PATH]
+                                [--huge-pages-for-both]
 
 Both sides start from the same weights (SmolLM2, float32, on the CPU) and see the same rows of TOFU.
-They take turns, step by step, so both met the same machine; torch runs in a process of its own
-(`torch_peers.py`), where its threads rest while JAX computes. The first step of every shape is not
+They take turns of two steps, so both met the same machine; torch runs in a process of its own
+(`torch_peers.py`), where its threads rest while JAX computes; like a user's it does not ask for
+huge pages (`train.hugepages`) unless told to. The first step of every shape is not
 counted; each number is a median. Ratios are theirs / ours: above 1, ours is faster (or computes
 fewer token slots); a goal is a ratio to reach. Every work checks that both computed the same.
 """
@@ -39,7 +41,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import likelihood as metrics
 from jaxlib_unlearn.objectives import ObjectiveConfig
 from models.generate import SamplingConfig, generate
-from train import evaluation, optimizers, residency, sharding
+from train import evaluation, hugepages, optimizers, residency, sharding
 from train.config import DataConfig, EvaluateConfig, ModelConfig
 from train.data.examples import Example, encode_prompt, encode_qa, encode_rows
 from train.data.tofu import read_json
@@ -76,6 +78,7 @@ class Bench(NamedTuple):
     folder: Path
     repeats: int
     options: list[str]  # the command line's model and data, for a process of its own
+    torch_environment: dict[str, str]
 
 
 class Turn(NamedTuple):
@@ -107,7 +110,11 @@ def torch_side(bench: Bench, work: str, data: Mapping[str, Any]) -> Iterator[Cal
     """Yields a function that sends a request to the other process and returns its turn."""
     command = [sys.executable, str(HERE.with_name("torch_peers.py")), work, str(bench.folder)]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=bench.torch_environment,
     ) as process:
         assert process.stdin and process.stdout
         stdin, stdout = process.stdin, process.stdout
@@ -134,17 +141,27 @@ def take_turns(
     check: Callable[[Any, Any], None],
     repeats: int,
 ) -> tuple[float, float]:
-    """Median seconds of both sides over `(shape, our request, their request)`."""
+    """Median seconds of both sides over `(shape, our request, their request)`.
+
+    A turn is two steps, of which the second counts. Steps of a training follow each other; during
+    the other side's turn a virtual machine hands back memory that a step left free, and the next
+    one pays for it (two seconds of seven were seen).
+    """
     seen: set[Any] = set()
     counted: list[tuple[float, float]] = []
-    for shape, mine, request in steps:
-        a, b = ours(mine), theirs(request)
-        check(a.value, b.value)
-        kind = "counted" if shape in seen else "first of its shape"
+    steps = iter(steps)
+    for turn in zip(steps, steps, strict=True):
+        shapes, mine, requests = zip(*turn, strict=True)
+        found = [ours(one) for one in mine], [theirs(one) for one in requests]
+        for a, b in zip(*found, strict=True):
+            check(a.value, b.value)
+        _, (a, b) = zip(*found, strict=True)
+        seen.add(shapes[0])
+        kind = "counted" if shapes[1] in seen else "first of its shape"
         print(f"ours {a.seconds:.2f} s, theirs {b.seconds:.2f} s ({kind})", file=sys.stderr)
-        if shape in seen:
+        if shapes[1] in seen:
             counted.append((a.seconds, b.seconds))
-        seen.add(shape)
+        seen.add(shapes[1])
         if len(counted) >= repeats:
             break
     mine, other = zip(*counted, strict=True)
@@ -518,7 +535,9 @@ def start(args: argparse.Namespace, folder: Path) -> Bench:
         config, tokenizer = model.decoder.config, model.tokenizer
         models.export(models.Loaded(config, model.params, tokenizer), folder)
     options = ["--model", args.model, *(["--data", str(args.data)] if args.data else [])]
-    return Bench(model, mesh, rows, folder, args.repeats, options)
+    plain = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    theirs = dict(os.environ) if args.huge_pages_for_both else plain
+    return Bench(model, mesh, rows, folder, args.repeats, options, theirs)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -528,6 +547,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="TOFU's folder (../shared/data/tofu)")
     parser.add_argument("--model", default="smollm2", help="a model's folder or file")
     parser.add_argument("--output", type=Path, default=REPO / "runs" / "bench")
+    parser.add_argument("--huge-pages-for-both", action="store_true", help="torch asks, too")
     parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
@@ -549,4 +569,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    hugepages.ask()  # as the programs of `train` do
     main()
