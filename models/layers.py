@@ -152,7 +152,7 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
         (1, 2, 1, 4)
     """
     if len(parts) == 1 and parts[0].causal:
-        (k, v, mask, _) = parts[0]
+        k, v, mask, _ = parts[0]
         some = [
             _attend(q[:, a:b], [KeyValues(k[:, :b], v[:, :b], mask[:, :, a:b, :b])], scale)
             for a, b in causal_blocks(q.shape[1])

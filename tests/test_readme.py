@@ -25,7 +25,7 @@ def test_commands_exist(repo):
     presets = set(re.findall(r"train\.unlearn ([a-z][\w-]*)", text))
     assert presets and presets <= set(PRESETS)
     known = set(cli.option_names(PlanConfig)) | {"--list", "--help", "--config", "--only"}
-    known |= {"--repeats", "--worker", "--command"} | {
+    known |= {"--repeats", "--huge-pages-for-both", "--worker", "--command"} | {
         "--nodes",
         "--ntasks-per-node",
         "--gpus-per-task",
