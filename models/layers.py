@@ -152,9 +152,11 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
         (1, 2, 1, 4)
     """
     if len(parts) == 1 and parts[0].causal:
-        k, v, mask, _ = parts[0]
+        own = parts[0]
         some = [
-            _attend(q[:, a:b], [KeyValues(k[:, :b], v[:, :b], mask[:, :, a:b, :b])], scale)
+            _attend(
+                q[:, a:b], [KeyValues(own.k[:, :b], own.v[:, :b], own.mask[:, :, a:b, :b])], scale
+            )
             for a, b in causal_blocks(q.shape[1])
         ]
         return some[0] if len(some) == 1 else jnp.concatenate(some, 1)
@@ -184,19 +186,20 @@ def _attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array
         parts = [p._replace(k=padded_over_tp(p.k, 2), v=padded_over_tp(p.v, 2)) for p in parts]
     count = wide.shape[1]
     scores = []
-    for k, _, mask, _ in parts:
+    for part in parts:
+        k = part.k
         some = jnp.einsum(
             "bkmd,bskd->bkms", _gathered(wide, len(k)), k, preferred_element_type=jnp.float32
         )
         # Added, not selected: there is nothing to mask on the way back.
-        hidden = jnp.where(mask, 0.0, -1e30)[:, :, None]
+        hidden = jnp.where(part.mask, 0.0, -1e30)[:, :, None]
         some = _apart(some, batch).reshape(batch, count, -1, length, k.shape[1]) + hidden
         scores.append(some.reshape(batch, count, -1, k.shape[1]))
     tops = [jnp.max(some, -1, keepdims=True) for some in scores]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
     found, total = [], []
-    for some, (_, v, _, _) in zip(scores, parts, strict=True):
-        weights = jnp.exp(some - top)
+    for some, part in zip(scores, parts, strict=True):
+        weights, v = jnp.exp(some - top), part.v
         y = jnp.einsum(
             "bkms,bskd->bkmd",
             _gathered(weights.astype(v.dtype), len(v)),

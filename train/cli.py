@@ -53,12 +53,11 @@ def nearest(word: str, known: Sequence[str]) -> str:
     def last(name: str) -> str:
         return name.rpartition(".")[2].lstrip("-")
 
-    meant = [k for k in known if len(last(word)) > 1 and _initials(last(k)) == last(word)]
+    def initials(name: str) -> str:
+        return "".join(part[:1] for part in last(name).split("-"))
+
+    meant = [k for k in known if len(last(word)) > 1 and initials(k) == last(word)]
     return difflib.get_close_matches(word, meant or known, 1, 0.0)[0]
-
-
-def _initials(name: str) -> str:
-    return "".join(part[:1] for part in name.split("-"))
 
 
 def choose(word: str, table: Mapping[str, Any], what: str) -> Any:

@@ -6,9 +6,9 @@
 Both sides start from the same weights (SmolLM2, float32, on the CPU) and see the same rows of TOFU.
 They take turns of two steps, so both met the same machine; torch runs in a process of its own
 (`torch_peers.py`), where its threads rest while JAX computes; like a user's it does not ask for
-huge pages (`train.hugepages`) unless told to. The first step of every shape is not
-counted; each number is a median. Ratios are theirs / ours: above 1, ours is faster (or computes
-fewer token slots); a goal is a ratio to reach. Every work checks that both computed the same.
+huge pages (`train.hugepages`) unless told to. The first step of every shape is not counted; each
+number is a median. Ratios are theirs / ours: above 1, ours is faster (or computes fewer token
+slots); a goal is a ratio to reach. Every work checks that both computed the same.
 """
 
 from __future__ import annotations
@@ -151,17 +151,17 @@ def take_turns(
     counted: list[tuple[float, float]] = []
     steps = iter(steps)
     for turn in zip(steps, steps, strict=True):
-        shapes, mine, requests = zip(*turn, strict=True)
+        (before, shape), mine, requests = zip(*turn, strict=True)
         found = [ours(one) for one in mine], [theirs(one) for one in requests]
         for a, b in zip(*found, strict=True):
             check(a.value, b.value)
-        _, (a, b) = zip(*found, strict=True)
-        seen.add(shapes[0])
-        kind = "counted" if shapes[1] in seen else "first of its shape"
+        a, b = (side[1] for side in found)
+        seen.add(before)
+        kind = "counted" if shape in seen else "first of its shape"
         print(f"ours {a.seconds:.2f} s, theirs {b.seconds:.2f} s ({kind})", file=sys.stderr)
-        if shapes[1] in seen:
+        if shape in seen:
             counted.append((a.seconds, b.seconds))
-        seen.add(shapes[1])
+        seen.add(shape)
         if len(counted) >= repeats:
             break
     mine, other = zip(*counted, strict=True)

@@ -12,13 +12,12 @@ from train.flops import flops
 BATCH, HEADS, KV_HEADS, SIZE = 2, 4, 2, 8
 
 
-def inputs(length, window=None, dtype=jnp.float32):
+def inputs(length, window=None):
     """Queries, keys, values and the mask of rows that hold a prefix, two leaves and padding."""
     keys = jax.random.split(jax.random.key(length), 3)
     heads = (HEADS, KV_HEADS, KV_HEADS)
     q, k, v = (
-        jax.random.normal(key, (BATCH, length, h, SIZE), dtype)
-        for key, h in zip(keys, heads, strict=True)
+        jax.random.normal(key, (BATCH, length, h, SIZE)) for key, h in zip(keys, heads, strict=True)
     )
     marks = np.sort(np.random.default_rng(length).integers(1, length, (BATCH, 3)), 1)
     segments = np.ones((BATCH, length), np.int32)
