@@ -55,6 +55,10 @@ class OptimizerConfig:
             them by 5 to 10 %, and bfloat16 tells 0.4 % apart (decays of 0.99 would leave them up to
             a fifth short of a steady gradient). Second moments stay float32: with b2 0.999 one of
             bfloat16 would never fall, as 0.1 % of it rounds to nothing.
+        comm_dtype: of muon and teon: what matrices are rounded to on the way to the devices that
+            orthogonalise them, and directions on the way back: float32 or bfloat16, half the bytes
+            and the temporary memory of those collectives. On one device, too, so that a run does
+            not depend on how many there are.
         zo_learning_rate: peak of hybrid's zeroth-order steps; None: `learning_rate`.
     """
 
@@ -79,6 +83,7 @@ class OptimizerConfig:
     period: int = 20
     zo_learning_rate: float | None = None
     state_dtype: str = "float32"
+    comm_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,10 @@ def _with_matrices(make: Callable[..., Any], **options: Any):
         )
 
     return build
+
+
+def _comm_dtype(c: OptimizerConfig) -> str | None:
+    return None if c.comm_dtype == "float32" else c.comm_dtype
 
 
 def _optax_muon(c: OptimizerConfig, schedule: optax.Schedule):
@@ -223,7 +232,7 @@ def _hybrid(c: OptimizerConfig, schedule: optax.Schedule, axis: str | None):
 
 
 _ADAM = ("b1", "b2", "eps", "state_dtype")
-STATE_DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")
 _ZEROTH = ("queries", "perturbation")
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -232,9 +241,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
         Optimizer("adamw", _adamw, "joint", _ADAM, "Adam with decoupled weight decay"),
         Optimizer(
             "muon",
-            _with_matrices(optim.muon),
+            _with_matrices(optim.muon, comm_dtype=_comm_dtype),
             "joint",
-            ("momentum", *_ADAM),
+            ("momentum", "comm_dtype", *_ADAM),
             "orthogonalised momentum for matrices, AdamW for the rest",
         ),
         Optimizer(
@@ -246,9 +255,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
         ),
         Optimizer(
             "teon",
-            _with_matrices(optim.teon, group_size=lambda c: c.group_size),
+            _with_matrices(optim.teon, group_size=lambda c: c.group_size, comm_dtype=_comm_dtype),
             "joint",
-            ("momentum", "group_size", *_ADAM),
+            ("momentum", "group_size", "comm_dtype", *_ADAM),
             "Muon with q, k and v of neighbouring blocks orthogonalised together",
         ),
         Optimizer(
@@ -372,7 +381,8 @@ def check(config: OptimizerConfig) -> None:
             "to clip; leave it out"
         )
     cli.check_choice("--optimizer.bases", config.bases, BASES)
-    cli.check_choice("--optimizer.state-dtype", config.state_dtype, STATE_DTYPES)
+    cli.check_choice("--optimizer.state-dtype", config.state_dtype, DTYPES)
+    cli.check_choice("--optimizer.comm-dtype", config.comm_dtype, DTYPES)
     make_schedule(config, 1)
 
 

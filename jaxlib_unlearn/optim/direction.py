@@ -3,8 +3,13 @@
 What the optimizers for matrices share. A leaf is cut into parts (heads, fused q/k/v), all parts go
 through the buckets at once, and each comes back scaled by the shape of its matrices. How parts meet
 in an orthogonaliser is the ``meet`` argument: alone for Muon, in groups for TEON.
+
+On a mesh all matrices travel twice, to the devices that orthogonalise them and back. With a
+``comm_dtype`` they do so in that dtype. They are rounded on a single device, too, so that a
+step does not depend on how many there are.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -84,6 +89,7 @@ def orthogonalize_tree(
     post: Post | None = None,
     post_state: Any = (),
     meet: Meet = alone,
+    comm_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[Any, Any]:
     """Orthogonalises the matrices of a tree in buckets and scales them by their shape.
 
@@ -96,6 +102,8 @@ def orthogonalize_tree(
         post: what follows the orthogonalisation, per part.
         post_state: from :func:`init_post`.
         meet: how parts meet in the orthogonaliser.
+        comm_dtype: what real matrices and their directions are rounded to on the way to the
+            orthogonaliser, which then works in float32, and back; None: nothing is rounded.
 
     Returns:
         A tree like ``tree`` and the new ``post_state``.
@@ -121,7 +129,12 @@ def orthogonalize_tree(
         owners.append((how, len(pieces)))
         parts += pieces
 
-    directions = meet(orthogonalize, parts)
+    if comm_dtype is None:
+        directions = meet(orthogonalize, parts)
+    else:
+        sent = [part._replace(array=_round(part.array, comm_dtype)) for part in parts]
+        found = meet(_in_float32(orthogonalize), sent)
+        directions = [x.astype(part.array.dtype) for x, part in zip(found, parts, strict=True)]
     states = list(post_state) if post is not None else []
     for i, part in enumerate(parts):
         if post is not None:
@@ -137,6 +150,25 @@ def orthogonalize_tree(
         out.append(join(directions[start : start + count], leaf, leaf_axes, how))
         start += count
     return jax.tree.unflatten(structure, out), tuple(states)
+
+
+def _round(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Complex numbers stay as they are."""
+    if jnp.iscomplexobj(x):
+        return x
+    kind = jnp.finfo(dtype)
+    # Casts alone are taken out by XLA where nothing lies between them, that is on one device.
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
+
+
+@functools.cache  # one object an orthogonaliser, or eager calls recompile
+def _in_float32(orthogonalize: Orthogonalizer) -> Orthogonalizer:
+    def call(z: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(z):
+            return orthogonalize(z)
+        return _round(orthogonalize(z.astype(jnp.float32)), z.dtype)
+
+    return call
 
 
 def init_post(tree: Any, axes: list[MatrixAxes | None], split: Splits | None, post: Post | None):

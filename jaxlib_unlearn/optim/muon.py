@@ -45,6 +45,7 @@ MUON_STATIC_ARGS = (
     "matrices",
     "layout",
     "mu_dtype",
+    "comm_dtype",
     "split",
     "post",
 )
@@ -69,6 +70,7 @@ def scale_by_muon(
     split: Splits | None = None,
     post: Post | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    comm_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction of Muon, with the gradient's sign: no learning rate, no decay.
 
@@ -91,6 +93,9 @@ def scale_by_muon(
         split: leaves that hold several matrices each (heads, fused q/k/v): see ``optim.splitting``.
         post: a step between orthogonalisation and scaling: see ``optim.post`` (NorMuon).
         mu_dtype: dtype of the momentum; None for the parameters'.
+        comm_dtype: what matrices and directions are rounded to when they travel between devices
+            (and on one device as well); the orthogonaliser then works in float32. bfloat16 halves
+            those bytes. None: they travel as they are.
 
     Returns:
         A transformation whose state is a :class:`MuonState`.
@@ -120,6 +125,7 @@ def scale_by_muon(
         split=split,
         post=post,
         mu_dtype=mu_dtype,
+        comm_dtype=comm_dtype,
     )
 
 
@@ -142,6 +148,7 @@ def muon(
     split: Splits | None = None,
     post: Post | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    comm_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon for the hidden matrices, AdamW for everything else.
 
@@ -175,6 +182,7 @@ def muon(
             Shape factors are those of the blocks.
         post: a step between orthogonalisation and scaling, e.g. ``optim.normuon()``.
         mu_dtype: dtype of the momenta; None for the parameters'.
+        comm_dtype: see :func:`scale_by_muon`.
 
     Returns:
         A transformation; ``optax.partition`` by "muon" and "adamw".
@@ -203,6 +211,7 @@ def muon(
         split=split,
         post=post,
         mu_dtype=mu_dtype,
+        comm_dtype=comm_dtype,
     )
     return with_adamw(
         direction,
@@ -317,6 +326,7 @@ def scale_by_momentum(
     post: Post | None = None,
     meet: Meet = alone,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    comm_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, orthogonalised as ``meet`` says, for the matrices that ``find_axes`` finds.
 
@@ -334,6 +344,8 @@ def scale_by_momentum(
         raise ValueError(f"shape_scale is one of {list(SHAPE_SCALES)}, got {shape_scale!r}")
     if isinstance(beta, int | float) and not 0 <= beta < 1:
         raise ValueError(f"beta lies in [0, 1), got {beta}")
+    if comm_dtype is not None and not jnp.issubdtype(comm_dtype, jnp.floating):
+        raise ValueError(f"comm_dtype is a floating dtype, got {comm_dtype!r}")
 
     def init(params):
         axes = find_axes(params)  # an ambiguous leaf is told here, before any compute
@@ -353,6 +365,7 @@ def scale_by_momentum(
             post=post,
             post_state=state.post,
             meet=meet,
+            comm_dtype=comm_dtype,
         )
         directions = optax.tree.cast_like(directions, updates)
         mu = optax.tree.cast_like(mu, state.mu)

@@ -48,6 +48,7 @@ TEON_STATIC_ARGS = (
     "matrices",
     "layout",
     "mu_dtype",
+    "comm_dtype",
     "split",
     "post",
 )
@@ -70,6 +71,7 @@ def scale_by_teon(
     split: Splits | None = None,
     post: Post | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    comm_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction of TEON, with the gradient's sign: no learning rate, no decay.
 
@@ -95,6 +97,7 @@ def scale_by_teon(
         split: leaves that hold several matrices each; every block is grouped with its like.
         post: what follows, per layer (NorMuon).
         mu_dtype: dtype of the momentum; None for the parameters'.
+        comm_dtype: what travels between devices is rounded to it, as in ``optim.scale_by_muon``.
 
     Returns:
         A transformation whose state is a ``MuonState``: a checkpoint of Muon loads, and back.
@@ -125,6 +128,7 @@ def scale_by_teon(
         post=post,
         meet=_grouped(group_size, axis, groups),
         mu_dtype=mu_dtype,
+        comm_dtype=comm_dtype,
     )
 
 
@@ -150,6 +154,7 @@ def teon(
     split: Splits | None = None,
     post: Post | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    comm_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""TEON for query, key and value projections, Muon for the other matrices, AdamW for the rest.
 
@@ -180,6 +185,7 @@ def teon(
         split: leaves that hold several matrices each (a fused ``c_attn``: cut it into q, k, v).
         post: a step between orthogonalisation and scaling.
         mu_dtype: dtype of the momenta.
+        comm_dtype: see :func:`scale_by_teon`.
 
     Returns:
         A transformation with the state of ``optim.muon``.
@@ -209,6 +215,7 @@ def teon(
         post=post,
         meet=_grouped(group_size, axis, groups),
         mu_dtype=mu_dtype,
+        comm_dtype=comm_dtype,
     )
     return with_adamw(
         direction,

@@ -279,8 +279,51 @@ def test_wrong_arguments():
         optim.muon(0.1, shape_scale="none")
     with pytest.raises(ValueError, match="beta"):
         optim.scale_by_muon(1.0)
+    with pytest.raises(ValueError, match="comm_dtype is a floating dtype"):
+        optim.muon(0.1, comm_dtype="int8")
     with pytest.raises(ValueError, match="'mystery'"):
         optim.muon(0.1).init({"mystery": jnp.ones((2, 3))})
+
+
+# Matrices that travel in bfloat16
+
+
+def through(x, dtype=jnp.bfloat16):
+    """There and back again, outside of any jit that could leave the pair of casts out."""
+    return np.asarray(x, dtype).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "make", [optim.scale_by_muon, lambda **more: optim.scale_by_teon(group_size=1, **more)]
+)
+def test_comm_dtype_rounds_there_and_back_on_one_device(make):
+    """jit and eager alike; the momentum, and whatever is no matrix, are not touched."""
+    whole, narrow = (
+        make(orthogonalize=lambda x: 3.0 * x, nesterov=False, comm_dtype=dtype)
+        for dtype in (None, jnp.bfloat16)
+    )
+    shapes = {"up": (3, 6, 10), "tall": (9, 5), "norm": (6,)}
+    params, grads = random_tree(0, shapes), random_tree(1, shapes)
+    want, state = whole.update(grads, whole.init(params))
+    for update in (narrow.update, jax.jit(narrow.update)):
+        got, new = update(grads, narrow.init(params))
+        jax.tree.map(np.testing.assert_array_equal, new.mu, state.mu)
+        np.testing.assert_array_equal(got["norm"], want["norm"])
+        for name in ("up", "tall"):
+            assert got[name].dtype == jnp.float32
+            np.testing.assert_array_equal(got[name], through(3 * through(want[name] / 3)))
+            assert np.any(got[name] != want[name])
+
+
+def test_comm_dtype_is_a_rounding_and_no_more():
+    """Against the float64 iteration of the rounded matrix: products stay in float32."""
+    x = random_tree(2)["layers"]["up"]["kernel"]
+    tx = optim.scale_by_muon(nesterov=False, comm_dtype="bfloat16")
+    got, _ = jax.jit(tx.update)({"up": x}, tx.init({"up": x}))
+    want = newton_schulz_loop(through(x).astype(np.float64))
+    np.testing.assert_allclose(got["up"], want, rtol=2**-8, atol=1e-5)
+    tiny, _ = jax.jit(tx.update)({"up": 2.0**-100 * x}, tx.init({"up": x}))
+    np.testing.assert_array_equal(tiny["up"], got["up"])  # float32's exponents
 
 
 # Optax's protocol

@@ -54,6 +54,7 @@ class Row(NamedTuple):
 ADAM = {"adam_learning_rate": 0.01}
 ROWS = {
     "muon": Row(lambda: muon(0.1, weight_decay=0.1, **ADAM)),
+    "muon, narrow": Row(lambda: muon(0.1, comm_dtype="bfloat16", **ADAM)),
     "teon": Row(lambda: teon(0.1, group_size=2, nesterov=True, **ADAM), grouped=2),
     "sift": Row(lambda: sift(0.1, rank=4, **ADAM), constraint=True, sent=2, scalars=True),
     "blur muon": Row(lambda: optax.chain(blur(), muon(0.1, **ADAM)), constraint=True, scalars=True),

@@ -303,6 +303,8 @@ def test_clipping_needs_gradients():
         ({"learning_rate": math.nan}, "must be positive"),
         ({"warmup": 1.5}, "--optimizer.warmup 1.5 is a share of the steps, 0 to 1"),
         ({"warmup": -0.1}, "is a share of the steps"),
+        ({"name": "muon", "comm_dtype": "bf16"}, "--optimizer.comm-dtype 'bf16' is unknown"),
+        ({"comm_dtype": "bfloat16"}, "--optimizer.comm-dtype bfloat16: adamw does not read it"),
     ],
 )
 def test_bad_options_are_told_in_one_line(changes, message):

@@ -355,6 +355,9 @@ def test_presets_of_large_models(name):
     assert preset.preset == name and preset.model.dtype == "bfloat16"
     assert decoder.config.num_layers == (32 if "8b" in name else 80)
     assert preset.objective.name == "npo" and preset.mesh.fsdp == -1
+    for optimizer, dtype in (("adamw", "float32"), ("muon", "bfloat16"), ("teon", "bfloat16")):
+        found = config("--topology", "cpu:8", "--optimizer.name", optimizer, preset=name)
+        assert found.optimizer.comm_dtype == dtype
 
 
 # For TPUs, with libtpu
@@ -402,6 +405,21 @@ def test_a_plan_for_a_small_slice(optimizer):
     assert step["flops_per_chip"] >= 0.9 * step["asked_flops_per_chip"]
     if optimizer == "muon":  # the text also shows the products inside SIFT's decompositions
         assert step["flops_per_chip"] <= 1.1 * step["asked_flops_per_chip"]
+
+
+@pytest.mark.libtpu
+@pytest.mark.skipif(without_libtpu, reason="needs libtpu: make tpu")
+def test_matrices_travel_as_narrow_as_they_are_told_to():
+    """CPUs widen every bfloat16 collective, so this is seen on TPUs alone."""
+    args = ("--topology", "v5e:2x2", "--optimizer.name", "muon", "--mesh.fsdp", "4", *SMALL)
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        more = ("--programs", "train", "--optimizer.comm-dtype", dtype)
+        step = plan.plan(config(*args, *more))["programs"]["train"]
+        assert step["optimizer_collectives"].keys() == {"all-to-all"}
+        moved[dtype] = step["optimizer_collectives"]["all-to-all"]
+    assert moved["float32"]["count"] == moved["bfloat16"]["count"]
+    assert moved["float32"]["bytes"] == 2 * moved["bfloat16"]["bytes"] > 0
 
 
 @pytest.mark.libtpu

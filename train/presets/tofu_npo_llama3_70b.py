@@ -21,4 +21,6 @@ PRESET = replace(
 
 OBJECTIVES = small.OBJECTIVES
 
+OPTIMIZERS = small.OPTIMIZERS
+
 SMOKE = small.SMOKE

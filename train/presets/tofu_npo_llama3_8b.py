@@ -14,6 +14,7 @@ from train.config import (
     RunConfig,
     TrainConfig,
     UnlearnConfig,
+    replace,
 )
 from train.optimizers import OptimizerConfig
 from train.sharding import MeshConfig
@@ -39,6 +40,12 @@ PRESET = RunConfig(
 )
 
 OBJECTIVES = {"npo": PRESET.objective}
+
+# Their products are bfloat16 on accelerators in any case.
+OPTIMIZERS = {
+    name: (replace(PRESET.optimizer, name=name, comm_dtype="bfloat16"), {})
+    for name in ("muon", "teon")
+}
 
 SMOKE = {
     "finetune.steps": 4,
