@@ -159,13 +159,21 @@ class Decoder:
         }
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Logits, float32 `(..., V)`, of final hidden states `(..., d)`."""
+        """Logits, float32 `(..., V)`, of final hidden states `(..., d)`.
+
+        `params` may hold a copy of the matrix for each group of rows (`models.policy.head_copies`).
+        """
         tied = self.config.tie_embeddings
         kernel = params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
-        kernel = padded_over_tp(kernel.astype(hidden.dtype), 0 if tied else 1)
-        product = "...d,vd->...v" if tied else "...d,dv->...v"
-        logits = jnp.einsum(product, hidden, kernel, preferred_element_type=jnp.float32)
-        return logits[..., : self.config.vocab_size]
+        kernel = padded_over_tp(kernel.astype(hidden.dtype), kernel.ndim - (2 if tied else 1))
+        if kernel.ndim == 2:
+            rows, product = hidden, "...d,vd->...v" if tied else "...d,dv->...v"
+        else:
+            rows = hidden.reshape(len(kernel), -1, hidden.shape[-1])
+            product = "nmd,nvd->nmv" if tied else "nmd,ndv->nmv"
+        logits = jnp.einsum(product, rows, kernel, preferred_element_type=jnp.float32)
+        logits = logits[..., : self.config.vocab_size]
+        return logits.reshape(*hidden.shape[:-1], self.config.vocab_size)
 
     def forward(
         self,

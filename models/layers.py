@@ -229,15 +229,17 @@ def _auto_size(mesh: Any, axis: str) -> int:
     return mesh.shape[axis] if types.get(axis) == AxisType.Auto else 1
 
 
-def batch_sharded(x: jax.Array, like: jax.Array, axis: int = 0) -> jax.Array:
+def batch_sharded(x: jax.Array, like: jax.Array, axis: int = 0, whole: bool = True) -> jax.Array:
     """Constrain an axis, the leading one, to the batch axes of the mesh that `like` lives on.
 
-    Without it the partitioner may carry a table's sharding into the activations and rematerialise.
+    The others stay whole, or (`whole=False`) as the partitioner finds best. Without it that may
+    carry a table's sharding into the activations and rematerialise.
     """
     mesh, axes = _batch_axes(like)
     if not axes:
         return x
-    spec = P(*[None] * axis, axes, *[None] * (x.ndim - 1 - axis))
+    rest = None if whole else P.UNCONSTRAINED
+    spec = P(*[rest] * axis, axes, *[rest] * (x.ndim - 1 - axis))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 

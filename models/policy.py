@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from models.decoder import Decoder
-from models.layers import batch_ways
+from models.layers import batch_sharded, batch_ways
 
 Batch = Mapping[str, jax.Array]
 LOGITS_BYTES = 256 * 2**20  # largest logits array of one chunk, float32, on one device
@@ -112,6 +112,7 @@ class DecoderPolicy:
         frozen: the reference's unembedding parameters, used with `batch["ref_hidden"]`.
         options: keyword options of `forward` for every call.
         known: batches whose hidden states at the labels are computed already, with them.
+        head: what `unembed` reads, if not of `params`: `head_copies` of them.
     """
 
     decoder: Decoder
@@ -119,6 +120,7 @@ class DecoderPolicy:
     frozen: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
     known: Sequence[tuple[Batch, jax.Array]] = ()
+    head: Any = None
 
     def states(self, batch: Batch) -> jax.Array:
         """Final hidden states where labels are predicted, as `at_labels` returns them."""
@@ -136,16 +138,17 @@ class DecoderPolicy:
         """`fn(logits, [reference_logits,] targets)` over label chunks: `(B, W)`, or a tree."""
         states, targets = self.states(batch), gather(batch, batch["targets"])
         vocab = self.decoder.config.vocab_size
+        head = self.params if self.head is None else self.head
         if not reference:
 
             def student(states, targets):
-                return fn(self.decoder.unembed(self.params, states), targets)
+                return fn(self.decoder.unembed(head, states), targets)
 
             found = over_labels(student, vocab, states, targets)
             return jax.tree.map(lambda x: spread(batch, x), found)
 
         def both(states, teacher, targets):
-            logits = self.decoder.unembed(self.params, states)
+            logits = self.decoder.unembed(head, states)
             frozen = jax.lax.stop_gradient(self.decoder.unembed(self.frozen, teacher))
             return fn(logits, frozen, targets)
 
@@ -157,6 +160,23 @@ class DecoderPolicy:
 def head_of(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that `unembed` reads (a frozen copy of them serves cached hidden states)."""
     return {name: params[name] for name in ("lm_head" if "lm_head" in params else "embed",)}
+
+
+def head_copies(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """What `unembed` reads, on a mesh once for every group of rows that a device has.
+
+    The values are those of `dtype`, and so is what travels to make the copies, once. Gradients of
+    copies are a device's own: label chunks and streams add theirs up there, and the sum over the
+    devices is taken once. (That of one array would be summed over them at each of its uses.)
+    """
+
+    def copies(kernel):
+        if batch_ways(kernel) == 1:
+            return kernel
+        found = jnp.broadcast_to(kernel.astype(dtype), (batch_ways(kernel), *kernel.shape))
+        return batch_sharded(found, kernel, whole=False).astype(kernel.dtype)
+
+    return jax.tree.map(copies, head_of(params))
 
 
 def score(decoder: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ import optax
 
 from jaxlib_unlearn.objectives import Objective, combine, side_of
 from models.decoder import Decoder
-from models.policy import DecoderPolicy, label_states
+from models.policy import DecoderPolicy, head_copies, label_states
 from train.sharding import batch_sharding, constrain, param_shardings, state_shardings
 
 Batches = Mapping[str, Mapping[str, jax.Array]]
@@ -106,7 +106,9 @@ class Losses:
                 streams = list(part.values())
                 found = label_states(decoder, params, streams, layer_map=layer_map)
                 known = tuple(zip(streams, found, strict=True))
-            policy = DecoderPolicy(decoder, params, frozen, {"layer_map": layer_map}, known)
+            policy = DecoderPolicy(
+                decoder, params, frozen, {"layer_map": layer_map}, known, head_copies(params, dtype)
+            )
             return objective.loss(policy, part, options)
 
         self._terms, self._options = terms, options

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
+from models import policy
 from models.architectures import ALIASES, ARCHITECTURES, config_of
 from models.weights import find_smollm2
-from train import flops, hlo, plan, programs, sharding, topology, work
+from train import collectives, flops, hlo, plan, programs, sharding, topology, work
 from train.plan import PlanConfig, needed_bytes
 from train.presets import PRESETS
 from train.unlearn import read_arguments
@@ -307,6 +308,24 @@ def test_weights_are_not_gathered_once_a_label_chunk():
     moved = sum(c["bytes"] for c in step["collectives"].values())
     # Two streams: weights forward and backward, gradients (as all-reduces on CPUs), activations.
     assert moved < 2 * 5 * size, (moved, size)
+
+
+@on_devices
+def test_the_head_travels_twice_however_many_chunks_and_streams(monkeypatch):
+    """To every device, and its gradient back: chunks and streams add up on the devices."""
+    monkeypatch.setattr(policy, "LOGITS_BYTES", 4 * 256 * 8)  # eight labels
+    args = ("--topology", "cpu:8", "--mesh.fsdp", "8", "--objective.name", "npo", *SMALL)
+    found = config(*args)
+    decoder = programs.decoder_of(found)
+    mesh = sharding.make_mesh(found.mesh, jax.devices()[:8])
+    program = programs.train_program(found, decoder, mesh, 32, 32)
+    text = program.call.lower(*program.args, **program.static).compile().as_text()
+    head = 4 * decoder.shapes()["embed"]["embedding"].size
+    assert text.count("while(") >= 4  # layers and chunks, forward and backward
+    # A layer's matrices are larger; some sums of small gradients share the head's all-reduce.
+    moved = [c for c in collectives.collectives(text) if head <= c.bytes < 1.1 * head]
+    found = sorted((c.kind, c.times) for c in moved)
+    assert found == [("all-gather", 1), ("all-reduce", 1)], moved
 
 
 @pytest.mark.parametrize(
