@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_unlearn.optim.arrays import thin_qr
+from jaxlib_unlearn.optim.draws import normal
 from jaxlib_unlearn.optim.matrices import MatrixAxes
 
 Basis = tuple[jax.Array, ...]
@@ -186,7 +187,7 @@ def uvt(rank: int, divide_vectors: bool = False) -> Family:
         "uvt",
         core=lambda fan_in, fan_out: (fan_out, width(fan_in, fan_out)),
         basis=lambda key, n, fan_in, fan_out, dtype: (
-            jax.random.normal(key, (n, fan_in, width(fan_in, fan_out)), dtype),
+            normal(key, (n, fan_in, width(fan_in, fan_out)), dtype),
         ),
         factors=lambda core, basis: (basis[0], core),
         gain=lambda fan_in, fan_out: 1 / width(fan_in, fan_out),
@@ -255,7 +256,7 @@ def orthonormal(key: jax.Array, n: int, rows: int, rank: int, dtype: Any) -> jax
         >>> bool(jnp.allclose(p.T @ p, jnp.eye(2), atol=1e-6))
         True
     """
-    q, r = thin_qr(jax.random.normal(key, (n, rows, rank), dtype))
+    q, r = thin_qr(normal(key, (n, rows, rank), dtype))
     sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) >= 0, 1, -1).astype(dtype)
     return q * sign[:, None, :]
 
@@ -307,8 +308,8 @@ def draw_core(
     key, dtype = leaf_key(key, leaf, index), wide(leaf.dtype)
     if family.core is not None and leaf.axes is not None:
         n, fan_in, fan_out = leaf.axes.sizes(leaf.shape)
-        return jax.random.normal(key, (n, *family.core(fan_in, fan_out)), dtype)
-    z = jax.random.normal(key, leaf.shape, dtype)
+        return normal(key, (n, *family.core(fan_in, fan_out)), dtype)
+    z = normal(key, leaf.shape, dtype)
     return z if family.weigh is None else family.weigh(z, leaf_key(mask_key, leaf, index), moments)
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_unlearn.optim.draws import normal
 from jaxlib_unlearn.optim.matrices import path_str
 
 GradFunction = Callable[[Any], Any]
@@ -273,7 +274,7 @@ def _normal(key: jax.Array, path: Any, p: jax.Array) -> jax.Array:
     sharding = jax.typeof(p).sharding
     # On Explicit axes a draw has the parameter's sharding; threefry's numbers do not depend on it.
     explicit = not sharding.mesh.empty and sharding.mesh.are_all_axes_explicit
-    return jax.random.normal(key, p.shape, _wide(p), out_sharding=sharding if explicit else None)
+    return normal(key, p.shape, _wide(p), out_sharding=sharding if explicit else None)
 
 
 def _wide(x: Any) -> Any:

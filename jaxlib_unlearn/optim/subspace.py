@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_unlearn.optim.arrays import adjoint, eigh, matmul, scale_to_one, thin_qr, thin_svd
+from jaxlib_unlearn.optim.draws import normal
 
 
 @functools.partial(jax.jit, static_argnames="rank")
@@ -135,7 +136,7 @@ def random_block(
         True
     """
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
-    return jax.random.normal(jax.random.fold_in(key, count), tuple(shape), dtype)
+    return normal(jax.random.fold_in(key, count), tuple(shape), dtype)
 
 
 @jax.jit

