@@ -169,7 +169,7 @@ class Decoder:
         if kernel.ndim == 2:
             rows, product = hidden, "...d,vd->...v" if tied else "...d,dv->...v"
         else:
-            rows = hidden.reshape(len(kernel), -1, hidden.shape[-1])
+            rows = hidden.reshape(len(kernel), -1, hidden.shape[-1])  # a group for each copy
             product = "nmd,nvd->nmv" if tied else "nmd,ndv->nmv"
         logits = jnp.einsum(product, rows, kernel, preferred_element_type=jnp.float32)
         logits = logits[..., : self.config.vocab_size]

@@ -171,9 +171,10 @@ def head_copies(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     """
 
     def copies(kernel):
-        if batch_ways(kernel) == 1:
+        ways = batch_ways(kernel)
+        if ways == 1:
             return kernel
-        found = jnp.broadcast_to(kernel.astype(dtype), (batch_ways(kernel), *kernel.shape))
+        found = jnp.broadcast_to(kernel.astype(dtype), (ways, *kernel.shape))
         return batch_sharded(found, kernel, whole=False).astype(kernel.dtype)
 
     return jax.tree.map(copies, head_of(params))

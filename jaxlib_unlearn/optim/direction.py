@@ -153,7 +153,7 @@ def orthogonalize_tree(
 
 
 def _round(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Complex numbers stay as they are."""
+    """Rounded to a dtype and of it; complex numbers stay as they are."""
     if jnp.iscomplexobj(x):
         return x
     kind = jnp.finfo(dtype)

@@ -288,9 +288,9 @@ def test_wrong_arguments():
 # Matrices that travel in bfloat16
 
 
-def through(x, dtype=jnp.bfloat16):
-    """There and back again, outside of any jit that could leave the pair of casts out."""
-    return np.asarray(x, dtype).astype(np.float32)
+def through(x):
+    """To bfloat16 and back, outside of any jit that could leave the pair of casts out."""
+    return np.asarray(x, jnp.bfloat16).astype(np.float32)
 
 
 @pytest.mark.parametrize(

@@ -315,10 +315,10 @@ def test_the_head_travels_twice_however_many_chunks_and_streams(monkeypatch):
     """To every device, and its gradient back: chunks and streams add up on the devices."""
     monkeypatch.setattr(policy, "LOGITS_BYTES", 4 * 256 * 8)  # eight labels
     args = ("--topology", "cpu:8", "--mesh.fsdp", "8", "--objective.name", "npo", *SMALL)
-    found = config(*args)
-    decoder = programs.decoder_of(found)
-    mesh = sharding.make_mesh(found.mesh, jax.devices()[:8])
-    program = programs.train_program(found, decoder, mesh, 32, 32)
+    planned = config(*args)
+    decoder = programs.decoder_of(planned)
+    mesh = sharding.make_mesh(planned.mesh, jax.devices()[:8])
+    program = programs.train_program(planned, decoder, mesh, 32, 32)
     text = program.call.lower(*program.args, **program.static).compile().as_text()
     head = 4 * decoder.shapes()["embed"]["embedding"].size
     assert text.count("while(") >= 4  # layers and chunks, forward and backward
