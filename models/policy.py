@@ -134,8 +134,13 @@ class DecoderPolicy:
         values = self.reduce_logits(batch, target_log_prob)
         return jnp.where(batch["target_mask"] > 0, values, 0.0)
 
-    def reduce_logits(self, batch: Batch, fn: Callable[..., Any], reference: bool = False) -> Any:
-        """`fn(logits, [reference_logits,] targets)` over label chunks: `(B, W)`, or a tree."""
+    def reduce_logits(
+        self, batch: Batch, fn: Callable[..., Any], reference: bool | str = False
+    ) -> Any:
+        """`fn(logits, [reference_logits, [plain_logits,]] targets)` over label chunks.
+
+        Returns `(B, W)`, or a tree of such.
+        """
         states, targets = self.states(batch), gather(batch, batch["targets"])
         vocab = self.decoder.config.vocab_size
         head = self.params if self.head is None else self.head
@@ -147,13 +152,15 @@ class DecoderPolicy:
             found = over_labels(student, vocab, states, targets)
             return jax.tree.map(lambda x: spread(batch, x), found)
 
-        def both(states, teacher, targets):
-            logits = self.decoder.unembed(head, states)
-            frozen = jax.lax.stop_gradient(self.decoder.unembed(self.frozen, teacher))
-            return fn(logits, frozen, targets)
+        columns = ("ref_hidden", "ref_plain_hidden") if reference == "pair" else ("ref_hidden",)
+        teachers = [gather(batch, batch[column]) for column in columns]
 
-        teacher = gather(batch, batch["ref_hidden"])
-        found = over_labels(both, 2 * vocab, states, teacher, targets)
+        def compared(states, targets, *teachers):
+            frozen = [self.decoder.unembed(self.frozen, teacher) for teacher in teachers]
+            return fn(self.decoder.unembed(head, states), *jax.lax.stop_gradient(frozen), targets)
+
+        width = (1 + len(teachers)) * vocab
+        found = over_labels(compared, width, states, targets, *teachers)
         return jax.tree.map(lambda x: spread(batch, x), found)
 
 

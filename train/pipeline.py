@@ -26,7 +26,14 @@ from train.evaluation import Model, curve, longest
 from train.optimizers import OptimizerConfig, check_pair, check_steps
 from train.stages import digest, params_stage
 from train.step import Trainable, all_of
-from train.streams import Stream, batches_of, make_stream, pack_streams, with_references
+from train.streams import (
+    Stream,
+    batches_of,
+    make_stream,
+    needs_head,
+    pack_streams,
+    with_references,
+)
 from train.task import Row, Task, texts
 from train.tracking import Tracker, say
 
@@ -247,8 +254,8 @@ def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed
     """
     params = start.params
     if adapters is None or adapters.rank is None:
-        hidden = "hidden" in row.reference.values()
-        return all_of(params, residency.at_hand(head_of(params)) if hidden else None)
+        head = residency.at_hand(head_of(params)) if needs_head(row) else None
+        return all_of(params, head)
     params = residency.at_hand(params)
     options = {"scale": adapters.scale}
     return Trainable(

@@ -27,7 +27,7 @@ from train.config import RunConfig
 from train.data.batches import collate
 from train.pipeline import scratch_shape
 from train.step import Bind, TrainState, compile_step, make_step, shaped, state_shapes, whole
-from train.streams import REFERENCE_COLUMNS
+from train.streams import REFERENCE_COLUMNS, needs_head
 
 STEPS = 100  # of the schedule, where the data is not there to tell; costs do not depend on it
 
@@ -117,11 +117,12 @@ def train_program(
     state, shardings = state_shapes(trained, tx, mesh)
     batches = {name: batch_shapes(rows, length, labels, mesh) for name in objective.streams}
     for name, kind in objective.reference.items():
-        tail = (decoder.config.hidden_size,) if kind == "hidden" else ()
-        batches[name][REFERENCE_COLUMNS[kind]] = jax.ShapeDtypeStruct(
-            (rows, labels, *tail), jnp.float32, sharding=sharding.batch_sharding(mesh)
-        )
-    frozen = head_of(params) if "hidden" in objective.reference.values() else None
+        for column, quantity, _ in REFERENCE_COLUMNS[kind]:
+            tail = (decoder.config.hidden_size,) if quantity == "hidden" else ()
+            batches[name][column] = jax.ShapeDtypeStruct(
+                (rows, labels, *tail), jnp.float32, sharding=sharding.batch_sharding(mesh)
+            )
+    frozen = head_of(params) if needs_head(objective) else None
     frozen = frozen if config.lora.rank is None else params
     step = make_step(
         decoder, objective, options, tx, schedule, config.unlearn.accumulate, needs, bind

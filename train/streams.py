@@ -28,7 +28,19 @@ from train.sharding import batch_ways, put_batch
 from train.stages import digest
 from train.tracking import progress
 
-REFERENCE_COLUMNS = {"logps": "ref_log_probs", "hidden": "ref_hidden"}
+# What a kind of reference caches: the batch's column, what is computed for it, and whether the
+# forward pass takes the row's options.
+REFERENCE_COLUMNS = {
+    "logps": (("ref_log_probs", "logps", True),),
+    "hidden": (("ref_hidden", "hidden", True),),
+    "hidden_pair": (("ref_hidden", "hidden", True), ("ref_plain_hidden", "hidden", False)),
+}
+
+
+def needs_head(objective: Objective) -> bool:
+    """Whether a row's references are hidden states, which a frozen head unembeds."""
+    kinds = objective.reference.values()
+    return any(quantity == "hidden" for kind in kinds for _, quantity, _ in REFERENCE_COLUMNS[kind])
 
 
 @dataclass(frozen=True)
@@ -225,7 +237,7 @@ def _references(
 def with_references(
     streams: Mapping[str, Stream],
     objective: Objective,
-    options: ObjectiveConfig,
+    config: ObjectiveConfig,
     decoder: Decoder,
     params: Any,
     params_sha: str,
@@ -236,26 +248,33 @@ def with_references(
 
     The cache is keyed by the frozen parameters, the examples and the forward options.
     """
-    keywords = reference_forward(objective, options, decoder.config.num_layers)
+    keywords = reference_forward(objective, config, decoder.config.num_layers)
     result = dict(streams)
     for name, kind in objective.reference.items():
         stream = streams[name]
-        forward = {k: np.asarray(v, np.float32) for k, v in keywords[name].items()}
-        key = digest(
-            {
-                "params": params_sha,
-                "kind": kind,
-                "forward": {k: v.tolist() for k, v in forward.items()},
-                "examples": [(e.tokens, e.num_prompt) for e in stream.examples],
-            }
-        )
-        path = folder / "caches" / f"{name}-{kind}-{key[:16]}.npz"
-        values = _shared(path, len(stream.examples))
-        if values is None:
-            at_hand = residency.at_hand(params)
-            values = _references(decoder, at_hand, stream, kind, forward, mesh, f"reference {name}")
-            distributed.of_first(lambda path=path, values=values: _write(path, values))
-        result[name] = replace(stream, references={REFERENCE_COLUMNS[kind]: values})
+        examples = [(e.tokens, e.num_prompt) for e in stream.examples]
+        columns = {}
+        for column, quantity, with_options in REFERENCE_COLUMNS[kind]:
+            options = keywords[name] if with_options else {}
+            forward = {k: np.asarray(v, np.float32) for k, v in options.items()}
+            key = digest(
+                {
+                    "params": params_sha,
+                    "kind": quantity,
+                    "forward": {k: v.tolist() for k, v in forward.items()},
+                    "examples": examples,
+                }
+            )
+            path = folder / "caches" / f"{name}-{quantity}-{key[:16]}.npz"
+            values = _shared(path, len(stream.examples))
+            if values is None:
+                at_hand = residency.at_hand(params)
+                values = _references(
+                    decoder, at_hand, stream, quantity, forward, mesh, f"reference {name}"
+                )
+                distributed.of_first(lambda path=path, values=values: _write(path, values))
+            columns[column] = values
+        result[name] = replace(stream, references=columns)
     return result
 
 

@@ -9,6 +9,7 @@ gradient into a teacher or reference argument.
 
 from jaxlib_unlearn.losses.distillation import (
     asu_forget,
+    contrast,
     kl,
     sequence_mean,
     skip_first_label,
@@ -42,6 +43,7 @@ __all__ = [
     "Term",
     "answer_preservation",
     "asu_forget",
+    "contrast",
     "dpo",
     "gradient_ascent",
     "idk",

@@ -46,6 +46,33 @@ def token_kl(teacher_logits: ArrayLike, student_logits: ArrayLike) -> jax.Array:
     return jnp.sum(jnp.where(p > 0, p * jnp.where(p > 0, log_p - log_q, 0), 0), -1)
 
 
+def contrast(smoothed: ArrayLike, plain: ArrayLike, amount: ArrayLike) -> jax.Array:
+    """A smoothed teacher that also lowers what smoothing made less likely.
+
+    ``log p = log p_T - a relu(log p_0 - log p_T)``, renormalised: a token whose probability fell
+    when attention was smoothed depends on what is to be forgotten, and falls further; the others
+    share what it loses. ``a = 0`` is the smoothed teacher.
+
+    Args:
+        smoothed: ``(..., V)`` logits ``p_T`` of the frozen model with smoothed attention.
+        plain: ``(..., V)`` logits ``p_0`` of the frozen model as it is.
+        amount: ``a``, 0 or more.
+
+    Returns:
+        ``(..., V)`` log-probabilities, float32 (float64 when given float64).
+
+    Example:
+        >>> smoothed, plain = jnp.log(jnp.array([0.4, 0.6])), jnp.log(jnp.array([0.8, 0.2]))
+        >>> jnp.exp(contrast(smoothed, plain, 1.0)).round(4).tolist()
+        [0.25, 0.75]
+    """
+    log_t, log_0 = jax.nn.log_softmax(upcast(smoothed)), jax.nn.log_softmax(upcast(plain))
+    chex.assert_equal_shape([log_t, log_0])
+    # A token that the smoothed teacher rules out stays out: -inf - -inf would be NaN.
+    fall = jnp.where(jnp.isneginf(log_t), 0, jax.nn.relu(log_0 - log_t))
+    return jax.nn.log_softmax(log_t - amount * fall)
+
+
 def _masked_token_kl(
     teacher_logits: ArrayLike, student_logits: ArrayLike, mask: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array]:

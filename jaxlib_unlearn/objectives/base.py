@@ -36,11 +36,12 @@ class Policy(Protocol):
         """Log-probabilities of the targets, ``(B, W)`` float32; 0 where there is no label."""
         ...
 
-    def reduce_logits(self, batch: Batch, fn: TokenFn, reference: bool = False) -> jax.Array:
-        """``fn(logits (..., V), targets (...)) -> (...)`` on every label, ``(B, W)``.
+    def reduce_logits(self, batch: Batch, fn: TokenFn, reference: bool | str = False) -> Any:
+        """``fn(logits (..., V), targets (...)) -> (...)`` on every label, ``(B, W)``, or a tree.
 
-        With ``reference=True`` it is ``fn(logits, reference_logits, targets)``. The policy may call
-        ``fn`` chunk by chunk, so that no array of ``(batch, length, vocabulary)`` exists.
+        With ``reference=True`` it is ``fn(logits, reference_logits, targets)``, with
+        ``reference="pair"`` ``fn(logits, reference_logits, plain_logits, targets)``. The policy may
+        call ``fn`` chunk by chunk, so that no array of ``(batch, length, vocabulary)`` exists.
         """
         ...
 
@@ -52,10 +53,12 @@ class ObjectiveConfig:
     Args:
         name: a row of ``OBJECTIVES``.
         retain: loss on the retain stream.
-        beta: inverse temperature of NPO, SimNPO and DPO.
-        delta: SimNPO's margin, nats per token.
+        beta: inverse temperature of NPO, SimNPO, DPO and ASU's push.
+        delta: margin of SimNPO and ASU's push, nats per token.
         temperature: ASU's attention temperature of the forget teacher.
         layers: block indices that ASU smooths; None = all.
+        push: ASU: how many times SimNPO's loss is added on the forget side; 0 = plain ASU.
+        contrast: ASU: how much further the teacher lowers what smoothing made less likely.
         forget_weight: coefficient of the forget side.
         retain_weight: coefficient of the retain side.
         compat: a published variant of the loss, by name.
@@ -67,6 +70,8 @@ class ObjectiveConfig:
     delta: float | None = None
     temperature: float | None = None
     layers: tuple[int, ...] | None = None
+    push: float | None = None
+    contrast: float | None = None
     forget_weight: float | None = None
     retain_weight: float | None = None
     compat: str | None = None
@@ -97,13 +102,15 @@ class Objective:
             of ``forget`` with a refusal as the answer, in the row order of ``forget``.
         columns: per stream, the columns the data must have.
         reference: per stream, what of the frozen model is cached: ``"logps"`` (batch column
-            ``ref_log_probs (B, W)``) or ``"hidden"`` (``ref_hidden (B, W, d)``).
+            ``ref_log_probs (B, W)``), ``"hidden"`` (``ref_hidden (B, W, d)``) or ``"hidden_pair"``
+            (``ref_hidden``, and ``ref_plain_hidden`` of a forward pass without options).
         forward: per stream, the keyword options of ``forward`` its *reference* is made with.
         additive: terms of micro-batches sum to the term of the batch. False refuses accumulation.
         paper: citation.
         defaults: option -> default value. Its keys are the options the row uses.
         summary: one line for ``--list``.
         compat: published variants by name.
+        only_with: option -> the option without which (at 0) it does nothing.
     """
 
     name: str
@@ -117,6 +124,7 @@ class Objective:
     defaults: Mapping[str, Any]
     summary: str = ""
     compat: Mapping[str, Compat] = dataclasses.field(default_factory=dict)
+    only_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def side_of(term: str) -> str:

@@ -24,12 +24,15 @@ class ApplyPolicy(NamedTuple):
         values = losses.token_log_probs(self._logits(batch), jnp.asarray(batch["targets"]))
         return jnp.where(jnp.asarray(batch["target_mask"]) > 0, values, 0)
 
-    def reduce_logits(self, batch: Batch, fn: TokenFn, reference: bool = False) -> jax.Array:
-        """``fn(logits, [reference_logits,] targets)`` on every label, ``(B, W)``."""
+    def reduce_logits(self, batch: Batch, fn: TokenFn, reference: bool | str = False) -> Any:
+        """``fn(logits, [reference_logits, [plain_logits,]] targets)`` on every label."""
         targets = jnp.asarray(batch["targets"])
         if not reference:
             return fn(self._logits(batch), targets)
-        return fn(self._logits(batch), self._reference_logits(batch), targets)
+        frozen = [self._reference_logits(batch)]
+        if reference == "pair":
+            frozen.append(self._plain_logits(batch))
+        return fn(self._logits(batch), *frozen, targets)
 
     def _logits(self, batch: Batch) -> jax.Array:
         return _at_labels(self.apply_fn(self.params, batch), batch)
@@ -45,6 +48,14 @@ class ApplyPolicy(NamedTuple):
                 "ref_logits_fn, or the batch a column ref_logits (B, W, V)"
             )
         return jax.lax.stop_gradient(logits)
+
+    def _plain_logits(self, batch: Batch) -> jax.Array:
+        if "ref_plain_logits" not in batch:
+            raise ValueError(
+                "this objective compares two frozen models: give the batch the columns ref_logits "
+                "and ref_plain_logits, each (B, W, V)"
+            )
+        return jax.lax.stop_gradient(jnp.asarray(batch["ref_plain_logits"]))
 
 
 def _at_labels(logits: jax.Array, batch: Batch) -> jax.Array:

@@ -3,10 +3,16 @@
 The teacher is the initial model with attention scores divided by ``temperature`` in the blocks
 ``layers``. Its final hidden states on the forget stream are cached once, as those of the plain
 model are on the retain stream for ``retain=kl``: no second model stays in memory.
+
+The student copies its teacher, and a smoothed teacher may still prefer the right fact: no
+temperature forgets more than it does. Two additions of ours reach further. ``push`` adds SimNPO's
+loss on the answers: the KL holds the sentence, the push moves the fact. ``contrast`` lowers the
+teacher where smoothing already did.
 """
 
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
 from jaxlib_unlearn import losses
@@ -36,10 +42,41 @@ def _distil(policy: Policy, batch: Batch, compat: str | None, skip_first: bool) 
     return reduce(values, mask)
 
 
+def _distil_and_push(policy: Policy, batch: Batch, options: ObjectiveConfig) -> Terms:
+    """ASU's forget terms with ``push`` or ``contrast``: one vocabulary product for both."""
+    amount, push = number(options, "contrast"), number(options, "push")
+    mask = batch["target_mask"]
+
+    def values(logits: jax.Array, *rest: jax.Array) -> dict[str, jax.Array]:
+        *frozen, targets = rest
+        teacher = losses.contrast(*frozen, amount) if amount else frozen[0]
+        found = {"kl": losses.token_kl(teacher, logits)}
+        return found | ({"logp": losses.token_log_probs(logits, targets)} if push else {})
+
+    found = policy.reduce_logits(batch, values, reference="pair" if amount else True)
+    reduce = losses.masked_sum if options.compat == "token_mean" else losses.sequence_mean
+    terms: Terms = {"forget": reduce(found["kl"], mask)}
+    if push:
+        sums = losses.row_sums(found["logp"], mask)
+        total, rows = losses.simnpo(
+            sums,
+            losses.row_lengths(mask, sums.dtype),
+            losses.labelled_rows(mask),
+            beta=number(options, "beta"),
+            delta=number(options, "delta"),
+        )
+        terms["forget_push"] = (push * total, rows)
+    return terms
+
+
 def asu(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
-    """``L = f KL(smoothed teacher || model)(forget) + r R(retain)``."""
-    forget = _distil(policy, batches["forget"], options.compat, skip_first=False)
-    return {"forget": forget} | retain_terms(policy, batches, options)
+    """``L = f [KL(smoothed teacher || model) + push SimNPO](forget) + r R(retain)``."""
+    batch = batches["forget"]
+    if options.push or options.contrast:
+        forget = _distil_and_push(policy, batch, options)
+    else:
+        forget = {"forget": _distil(policy, batch, options.compat, skip_first=False)}
+    return forget | retain_terms(policy, batches, options)
 
 
 def asu_idk(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
@@ -120,6 +157,7 @@ _DEFAULTS = {
     "forget_weight": 0.1,
     "retain_weight": 1.0,
 }
+_PUSH = {"push": 0.0, "contrast": 0.0, "beta": 1.0, "delta": -0.25}
 _COMPAT = {"token_mean": Compat("token mean instead of sequence mean (MUSE)", additive=True)}
 
 ROWS = (
@@ -132,9 +170,10 @@ ROWS = (
         forward={"forget": ("attention_temperature",)},
         additive=True,
         paper=_PAPER,
-        defaults=_DEFAULTS,
+        defaults=_DEFAULTS | _PUSH,
         summary="distil the frozen model with smoothed attention: fluent, fact-free answers",
         compat=_COMPAT,
+        only_with={"beta": "push", "delta": "push"},
     ),
     Objective(
         name="asu_idk",

@@ -27,10 +27,11 @@ def _nearest(word: object, names: Iterable[str]) -> str:
 def _check_number(name: str, option: str, value: Any) -> None:
     positive = option in ("beta", "temperature")
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    bad_sign = number and ((positive and value <= 0) or (option.endswith("weight") and value < 0))
+    not_negative = option.endswith("weight") or option in ("push", "contrast")
+    bad_sign = number and ((positive and value <= 0) or (not_negative and value < 0))
     if not number or not math.isfinite(value) or bad_sign:
         wanted = "greater than 0" if positive else "a finite number"
-        wanted = "0 or more" if option.endswith("weight") else wanted
+        wanted = "0 or more" if not_negative else wanted
         raise UserError(f"objective {name!r}: {option} is {value!r}; it must be {wanted}")
 
 
@@ -49,13 +50,17 @@ def _check_layers(name: str, layers: Any) -> tuple[int, ...]:
     return layers
 
 
-def _specialise(row: Objective, retain: str | None, compat: str | None) -> Objective:
+def _specialise(
+    row: Objective, retain: str | None, compat: str | None, contrast: float | None
+) -> Objective:
     """The row as the chosen options make it: streams, caches and additivity."""
     streams, reference, additive = row.streams, dict(row.reference), row.additive
     if compat is not None:
         form = row.compat[compat]
         additive = additive and form.additive
         reference.update(form.reference or {})
+    if contrast:
+        reference["forget"] = "hidden_pair"
     if retain == "kl":
         reference["retain"] = "hidden"
     elif retain == "none":
@@ -123,8 +128,17 @@ def resolve(
             values[option] = None if value is None else _check_layers(row.name, value)
         else:
             _check_number(row.name, option, value)
+    for option, other in row.only_with.items():
+        if values[other]:
+            continue
+        if option in given:
+            raise UserError(
+                f"objective {row.name!r} uses {option} only with {other}; set {other} above 0, or "
+                f"leave {option} out"
+            )
+        del values[option]
     options = ObjectiveConfig(name=row.name, compat=compat, **values)
-    return _specialise(row, options.retain, compat), options
+    return _specialise(row, options.retain, compat, options.contrast), options
 
 
 def describe(objective: Objective | str) -> str:

@@ -183,6 +183,21 @@ def asu(rows, skip=0):
     return mean_of([sum(row) / len(row) for row in rows if row])
 
 
+def contrasted(x, amount):
+    """The smoothed teacher, lowered where smoothing lowered it; unnormalised log-probabilities."""
+    pairs = zip(log_softmax(x.smooth), log_softmax(x.ref), strict=True)
+    return [t - amount * max(0.0, o - t) for t, o in pairs]
+
+
+def asu_contrast(rows, amount):
+    rows = [[kl(contrasted(x, amount), x.z) for x in row] for row in rows]
+    return mean_of([sum(row) / len(row) for row in rows if row])
+
+
+def times(factor, term):
+    return factor * term[0], term[1]
+
+
 def asu_tokens(rows):
     return mean_of([kl(x.smooth, x.z) for x in flat(rows)])
 
@@ -243,6 +258,31 @@ CASES = {
     "asu": case(with_nll(lambda s: asu(s["forget"])), "asu"),
     "asu kl": case(with_kl(lambda s: asu(s["forget"])), "asu", retain="kl", layers=(1,)),
     "asu token_mean": case(with_nll(lambda s: asu_tokens(s["forget"])), "asu", compat="token_mean"),
+    "asu push": case(
+        lambda s: {
+            "forget": asu(s["forget"]),
+            "forget_push": times(1.5, simnpo(s["forget"], 1.0, -0.25)),
+            "retain": nll(s["retain"]),
+        },
+        "asu",
+        push=1.5,
+    ),
+    "asu contrast": case(
+        with_nll(lambda s: asu_contrast(s["forget"], 2.0)), "asu", contrast=2.0, layers=(1,)
+    ),
+    "asu push contrast": case(
+        lambda s: {
+            "forget": asu_contrast(s["forget"], 0.7),
+            "forget_push": times(0.5, simnpo(s["forget"], 2.0, 0.1)),
+            "retain": retain_kl(s["retain"]),
+        },
+        "asu",
+        push=0.5,
+        contrast=0.7,
+        beta=2.0,
+        delta=0.1,
+        retain="kl",
+    ),
     "asu_idk token_mean": case(
         lambda s: {
             "forget": asu_tokens([row[1:] for row in s["forget"]]),
@@ -280,6 +320,9 @@ def prepare(world, config, batches=None):
             else:
                 index = batch["label_index"][..., None]
                 batch["ref_logits"] = jnp.take_along_axis(logits, index, 1)
+            if row.reference[stream] == "hidden_pair":
+                plain = apply(world.ref, batch)
+                batch["ref_plain_logits"] = jnp.take_along_axis(plain, index, 1)
         result[stream] = {k: jnp.asarray(v) for k, v in batch.items()}
     return row, options, result
 
@@ -641,6 +684,10 @@ def test_gradient_ascent_diverges_where_asu_does_not(facts):
         (ObjectiveConfig("npo", beta=0.0), "beta is 0.0; it must be greater than 0"),
         (ObjectiveConfig("npo", beta=float("nan")), "beta is nan"),
         (ObjectiveConfig("asu", temperature=-1.0), "temperature is -1.0"),
+        (ObjectiveConfig("asu", push=-1.0), "push is -1.0; it must be 0 or more"),
+        (ObjectiveConfig("asu", contrast=-0.5), "contrast is -0.5; it must be 0 or more"),
+        (ObjectiveConfig("asu", beta=2.0), "uses beta only with push; set push above 0"),
+        (ObjectiveConfig("asu_idk", push=1.0), "does not use push"),
         (ObjectiveConfig("graddiff", retain_weight=-1.0), "it must be 0 or more"),
         (ObjectiveConfig("graddiff", retain="kll"), "did you mean 'kl'?"),  # type: ignore
         (ObjectiveConfig("npo", compat="batchmean"), "did you mean 'batch_mean'?"),
@@ -657,8 +704,19 @@ def test_bad_options_end_in_one_line(config, message):
 def test_resolve_fills_in_and_specialises():
     row, options = objectives.resolve(ObjectiveConfig("asu", retain="kl", layers=[1, 0]))  # type: ignore
     assert options == ObjectiveConfig(
-        "asu", retain="kl", temperature=2.3, layers=(1, 0), forget_weight=0.1, retain_weight=1.0
+        "asu",
+        retain="kl",
+        temperature=2.3,
+        layers=(1, 0),
+        push=0.0,
+        contrast=0.0,
+        forget_weight=0.1,
+        retain_weight=1.0,
     )
+    assert objectives.resolve(options)[1] == options
+    pushed = objectives.resolve(ObjectiveConfig("asu", push=1.0, contrast=2.0))
+    assert pushed[0].reference == {"forget": "hidden_pair"}
+    assert (pushed[1].beta, pushed[1].delta) == (1.0, -0.25)
     assert row.reference == {"forget": "hidden", "retain": "hidden"}
     assert objectives.resolve(ObjectiveConfig("npo", retain="none"))[0].streams == ("forget",)
     raw, _ = objectives.resolve(ObjectiveConfig("npo", compat="raw_logits"))
