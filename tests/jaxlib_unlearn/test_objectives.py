@@ -509,9 +509,13 @@ def test_finite_at_extreme_logits(name, world, compiled):
 @every_case
 def test_declared_caches_suffice(name, compiled):
     row, batches = compiled(name).row, compiled(name).batches
-    kinds = {"logps": "ref_log_probs", "hidden": "ref_logits"}
+    kinds = {
+        "logps": {"ref_log_probs"},
+        "hidden": {"ref_logits"},
+        "hidden_pair": {"ref_logits", "ref_plain_logits"},
+    }
     have = {stream: set(columns) for stream, columns in ref_columns(batches).items() if columns}
-    assert have == {stream: {kinds[kind]} for stream, kind in row.reference.items()}
+    assert have == {stream: kinds[kind] for stream, kind in row.reference.items()}
 
 
 @every_case
@@ -519,7 +523,7 @@ def test_rows_are_consistent(name):
     row, options = objectives.resolve(CASES[name].config)
     assert set(row.columns) == set(row.streams)
     assert set(row.reference) <= set(row.streams) and set(row.forward) <= set(row.reference)
-    assert set(row.reference.values()) <= {"logps", "hidden"}
+    assert set(row.reference.values()) <= {"logps", "hidden", "hidden_pair"}
     assert hash(options) == hash(objectives.resolve(CASES[name].config)[1])  # a static jit argument
     assert objectives.resolve(options)[1] == options
     assert row.summary and row.paper
