@@ -153,15 +153,20 @@ def test_match_sees_right_and_wrong_labels(params, examples, batch):
     assert np.mean(np.asarray(scored(params, batch)["match"])) < 0.2
 
 
-@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("reference", [False, True, "pair"])
 def test_reduce_logits_hands_over_the_logits(params, examples, batch, reference, monkeypatch):
-    """The student's logits, and with `reference` those of the frozen head on the cached states."""
+    """The student's logits, and with `reference` those of the frozen head on the cached states.
+
+    A pair: with the options of the row's reference first, without any second.
+    """
     teacher = sharp(TIED, 7)
     heat = jnp.array([1.0, 3.0])
-    states = jax.jit(streams.reference_values, static_argnums=(0, 1))(
-        TIED, "hidden", teacher, {"attention_temperature": heat}, batch
-    )
-    batch = {**batch, "ref_hidden": states}
+    states = jax.jit(streams.reference_values, static_argnums=(0, 1))
+    batch = {
+        **batch,
+        "ref_hidden": states(TIED, "hidden", teacher, {"attention_temperature": heat}, batch),
+        "ref_plain_hidden": states(TIED, "hidden", teacher, {}, batch),
+    }
 
     def pick(logits, *rest):
         *frozen, targets = rest
@@ -181,6 +186,8 @@ def test_reduce_logits_hands_over_the_logits(params, examples, batch, reference,
     if reference:
         close(whole[1][real], LOG_PROBS(teacher, batch, heat)[real])
         assert np.abs(np.asarray(whole[1] - whole[0])[real]).mean() > 0.1
+    if reference == "pair":
+        close(whole[2][real], LOG_PROBS(teacher, batch, 1.0)[real])
 
 
 def test_options_reach_forward(params, batch):

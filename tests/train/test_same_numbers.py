@@ -222,11 +222,13 @@ CONFIGS = [
     *(ObjectiveConfig(name) for name in OBJECTIVES),
     ObjectiveConfig("graddiff", retain="kl", forget_weight=0.3, retain_weight=2.0),
     ObjectiveConfig("idk", compat="tofu_concat"),
+    ObjectiveConfig("asu", push=1.0, contrast=1.0),
 ]
 
 
 def label(config):
-    return "-".join(x for x in (config.name, config.compat, config.retain) if x)
+    more = "contrast" if config.contrast else None
+    return "-".join(x for x in (config.name, config.compat, config.retain, more) if x)
 
 
 def gradient_of(config, sizes, accumulate, start, plain, together=1):
@@ -240,6 +242,7 @@ def gradient_of(config, sizes, accumulate, start, plain, together=1):
         columns = {
             "ref_log_probs": [-2 * draw.random(n, np.float32) for n in labels],
             "ref_hidden": [draw.standard_normal((n, 16), np.float32) for n in labels],
+            "ref_plain_hidden": [draw.standard_normal((n, 16), np.float32) for n in labels],
         }
         streams[name] = replace(plain[name], references=columns)
     if together > 1:
@@ -266,7 +269,7 @@ def test_every_objective_has_the_same_gradient(config, start, plain):
     """
     metrics, gradient = gradient_of(config, (1, 1, 1), 1, start, plain)
     assert all(np.isfinite(value) for value in metrics.values())
-    alone = [((1, 1, 1), 2, 1), ((2, 2, 2), 1, 1)] if config.name == "asu" else []
+    alone = [((1, 1, 1), 2, 1), ((2, 2, 2), 1, 1)] if config == ObjectiveConfig("asu") else []
     for sizes, accumulate, together in [((2, 2, 2), 2, 2), *alone]:
         other, grads = gradient_of(config, sizes, accumulate, start, plain, together)
         assert distance(grads, gradient) <= 1e-6, (sizes, accumulate, together)
