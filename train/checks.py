@@ -116,6 +116,16 @@ def check_dtype(option: str, value: str) -> None:
     cli.check_choice(option, value, tuple(DTYPES))
 
 
+def check_blocks(optimizer: OptimizerConfig, num_layers: int) -> None:
+    """Raise `UserError` for a group of blocks that a model does not have."""
+    size = optimizer.group_size
+    if optimizer.name == "teon" and size > max(1, num_layers):
+        raise UserError(
+            f"--optimizer.group-size {size}: the model has {num_layers} block(s), so teon would "
+            f"group none; use at most {num_layers}, or --optimizer.name muon"
+        )
+
+
 def check_lora(config: LoraConfig, optimizer: OptimizerConfig, params: Any = None) -> None:
     """Raise `UserError` for adapters that an optimizer or a model cannot have.
 

@@ -95,6 +95,7 @@ def run(config: FinetuneRun) -> Path:
         rows = check_rows(read_json(path), ("question", "answer"), str(path))
     distributed.check_same({"rows": digest(rows)})
     base = pipeline.load_model(config.model, ModelConfig().remat, mesh).parked()
+    checks.check_blocks(config.train.optimizer, base.decoder.config.num_layers)
     settings = RunConfig(seed=config.seed, finetune=config.train)
     settings = replace(
         settings,

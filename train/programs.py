@@ -106,6 +106,7 @@ def train_program(
     rows = config.unlearn.batch_size
     sharding.check_batch(mesh, rows, config.unlearn.accumulate, "unlearning")
     optimizers.check_mesh(config.optimizer, mesh)
+    checks.check_blocks(config.optimizer, decoder.config.num_layers)
     tx, schedule, needs = optimizers.build(
         config.optimizer,
         config.unlearn.steps or STEPS,

@@ -225,6 +225,9 @@ def _fit(config: RunConfig, task: Any, mesh: Any, retain_log: Any) -> tuple[Any,
     else:
         base = pipeline.base_model(config, task, mesh)
     checks.check_lora(config.lora, config.optimizer, base.params)
+    checks.check_blocks(config.optimizer, base.decoder.config.num_layers)
+    if config.stage.original is None:
+        checks.check_blocks(config.finetune.optimizer, base.decoder.config.num_layers)
     objective, options = objectives.resolve(config.objective)
     objectives.reference_forward(objective, options, base.decoder.config.num_layers)
     data = config.data

@@ -1,8 +1,13 @@
 """How a step is taken: Optax transformations for the matrices of a model.
 
 ``scale_by_x`` is the bare direction (chain it yourself); ``x(learning_rate, ...)`` is the whole
-optimizer. ``matrices`` decides which leaves are matrices, ``orthogonalize`` builds polar factors.
+optimizer. The module ``optim.matrices`` decides which leaves are matrices, ``optim.orthogonalize``
+builds polar factors. ``dir(optim)`` lists transformations and what belongs to them; modules are
+attributes as ever.
 """
+
+import inspect
+import types
 
 from jaxlib_unlearn.optim import (
     compressed,
@@ -32,6 +37,15 @@ from jaxlib_unlearn.optim.teon import TEON_STATIC_ARGS, scale_by_teon, teon
 from jaxlib_unlearn.optim.two_stream import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
 from jaxlib_unlearn.optim.zeroth_order import ZOState
+from jaxlib_unlearn.optim.zo_bare import (
+    scale_by_hizoo,
+    scale_by_lozo,
+    scale_by_mezo,
+    scale_by_rada_zo,
+    scale_by_sparse_mezo,
+    scale_by_subspace_mezo,
+    scale_by_subzero,
+)
 from jaxlib_unlearn.optim.zo_methods import (
     hizoo,
     lozo,
@@ -70,6 +84,26 @@ STATIC_ARGS: dict[str, tuple[str, ...]] = {
 }
 """What ``optax.inject_hyperparams(factory, static_args=STATIC_ARGS[name])`` must not trace."""
 
+for _bare in (
+    scale_by_hizoo,
+    scale_by_lozo,
+    scale_by_mezo,
+    scale_by_muon,
+    scale_by_rada_zo,
+    scale_by_sift,
+    scale_by_sign_momentum,
+    scale_by_sophia,
+    scale_by_sparse_mezo,
+    scale_by_subspace_mezo,
+    scale_by_subzero,
+    scale_by_teon,
+    scale_by_zo_muon,
+):
+    _own = inspect.signature(_bare).parameters
+    STATIC_ARGS[_bare.__name__] = tuple(
+        name for name in STATIC_ARGS[_bare.__name__.removeprefix("scale_by_")] if name in _own
+    )
+
 __all__ = [
     "STATIC_ARGS",
     "MuonState",
@@ -97,10 +131,17 @@ __all__ = [
     "randomised_smoothing",
     "round_to_zeroth_order",
     "sam",
+    "scale_by_hizoo",
+    "scale_by_lozo",
+    "scale_by_mezo",
     "scale_by_muon",
+    "scale_by_rada_zo",
     "scale_by_sift",
     "scale_by_sign_momentum",
     "scale_by_sophia",
+    "scale_by_sparse_mezo",
+    "scale_by_subspace_mezo",
+    "scale_by_subzero",
     "scale_by_teon",
     "scale_by_zo_muon",
     "sift",
@@ -113,3 +154,7 @@ __all__ = [
     "weighted_sum",
     "zo_muon",
 ]
+
+
+def __dir__() -> list[str]:
+    return [name for name in __all__ if not isinstance(globals()[name], types.ModuleType)]

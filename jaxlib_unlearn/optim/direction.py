@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlib_unlearn.optim.blocks import counts_blocks
 from jaxlib_unlearn.optim.buckets import map_matrices
 from jaxlib_unlearn.optim.matrices import MatrixAxes, path_str, sharding_role
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
@@ -39,7 +40,7 @@ class Part(NamedTuple):
     Args:
         path: of the leaf, as text.
         piece: which of the leaf's parts it is (fused q, k, v: 0, 1, 2).
-        stacked: whether the leaf is a stack by itself (its first axis counts blocks).
+        stacked: whether the leaf is a stack of blocks by itself (its first axis counts them).
         array: the matrices.
         axes: how ``array`` is a stack of them.
     """
@@ -121,7 +122,7 @@ def orthogonalize_tree(
         if leaf_axes is not None:
             text = path_str(path)
             how = find_split(text, split)
-            stacked = bool(leaf_axes.stack)
+            stacked = counts_blocks(text, leaf_axes, leaf.ndim)
             pieces = [
                 Part(text, k, stacked, *piece)
                 for k, piece in enumerate(cut(leaf, leaf_axes, how, text))
@@ -192,6 +193,26 @@ def init_post(tree: Any, axes: list[MatrixAxes | None], split: Splits | None, po
             if post is not None:
                 states.append(post.init(shape, part_axes))
     return tuple(states)
+
+
+def shape_parts(tree: Any, axes: list[MatrixAxes | None], split: Splits | None) -> list[Part]:
+    """The parts of a tree as :func:`orthogonalize_tree` makes them, of shapes instead of arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> parts = shape_parts({"q": jnp.ones((2, 6))}, [MatrixAxes((), (0,), (1,))], {"q": 3})
+        >>> parts[0].path, parts[0].array.shape
+        ('q', (2, 3, 2))
+    """
+    parts = []
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), leaf_axes in zip(flat, axes, strict=True):
+        if leaf_axes is not None:
+            text = path_str(path)
+            stacked = counts_blocks(text, leaf_axes, len(leaf.shape))
+            cuts = _shapes(leaf, leaf_axes, find_split(text, split), text)
+            parts += [Part(text, k, stacked, *piece) for k, piece in enumerate(cuts)]
+    return parts
 
 
 def _shapes(leaf: Any, axes: MatrixAxes, split: Split | None, path: str):

@@ -3,20 +3,23 @@
 Decided once, by path and rank; every optimizer for matrices asks here. Leaves that are not matrices
 (embeddings, heads, norms, biases, scales, routers, short convolutions, vectors) go to AdamW. A leaf
 of rank >= 2 that the rules cannot place is an error which names its path: orthogonalising a stack
-of biases, or a matrix along the wrong axes, is silent otherwise. ``optim.rules`` has the table.
+of biases, or a matrix along the wrong axes, is silent otherwise. ``optim.rules`` has the table,
+``optim.blocks`` which block of a model a leaf belongs to.
 """
 
+import contextvars
 import math
 from typing import Any
 
 import jax
 from optax.contrib import MuonDimensionNumbers
 
+from jaxlib_unlearn.optim.blocks import layer_of
 from jaxlib_unlearn.optim.rules import (
     MatrixAxes,
-    layer_of,
     path_str,
     place,
+    place_all,
     refused_bare,
     sharding_role,
 )
@@ -35,7 +38,16 @@ __all__ = [
 ]
 
 Specs = Any
-"""None, MuonDimensionNumbers (or None, for adamw) per leaf or subtree, or a function of params."""
+"""Which leaves are matrices: None for the rules of ``optim.rules``; or a word or
+``optax.contrib.MuonDimensionNumbers`` (or None, for adamw) per leaf or subtree; or a function of
+the parameters that returns such a tree. The words are "rules", and "all_2d": the rules, but two
+axes (behind those of stacks) make a matrix where the name of a leaf says nothing."""
+
+_WORDS = ("rules", "all_2d")
+# What optimizers say about leaves while `describe` reads the shapes of their state.
+_notes: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
+    "notes", default=None
+)
 
 
 def matrix_axes(path: Any, leaf: Any, *, layout: str = "in_out") -> MatrixAxes | None:
@@ -99,21 +111,38 @@ def resolve(tree: Any, matrices: Specs = None, layout: str = "in_out") -> list[M
 
     Args:
         tree: parameters, gradients or shapes.
-        matrices: None for the rules of :func:`matrix_axes`; else a tree (or a prefix of one) of
-            ``optax.contrib.MuonDimensionNumbers`` with None where AdamW goes, or a function of the
-            tree that returns one.
+        matrices: None for the rules of :func:`matrix_axes`; "all_2d" for these and, where the name
+            of a leaf says nothing, two axes for a matrix (``wq``, ``theta``); else a tree (or a
+            prefix of one) of ``optax.contrib.MuonDimensionNumbers``, None where AdamW goes, and
+            "rules" or "all_2d" where these shall decide, or a function of the tree that returns
+            one: ``{"encoder": "rules", "classifier": None}``.
         layout: as in :func:`matrix_axes`; ``MuonDimensionNumbers`` say it themselves.
 
     Returns:
         One entry a leaf: the axes, or None.
 
     Raises:
-        ValueError: an ambiguous leaf, or dimension numbers that do not fit one.
+        ValueError: an ambiguous leaf, an unknown word, or dimension numbers that do not fit one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> resolve({"theta": jnp.zeros((2, 3))}, "all_2d")
+        [MatrixAxes(stack=(), fan_in=(0,), fan_out=(1,))]
     """
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    if matrices is None:
-        return [matrix_axes(path, leaf, layout=layout) for path, leaf in flat]
-    specs = matrices(tree) if callable(matrices) else matrices
+    found = []
+    for decided in _decide(tree, matrices, layout):
+        if isinstance(decided, ValueError):
+            raise decided
+        found.append(decided[0])
+    return found
+
+
+def _decide(
+    tree: Any, matrices: Specs, layout: str
+) -> list[tuple[MatrixAxes | None, str] | ValueError]:
+    """For every leaf its axes and why, or the error that it deserves."""
+    flat = [(path_str(p), x) for p, x in jax.tree_util.tree_leaves_with_path(tree)]
+    specs = "rules" if matrices is None else matrices(tree) if callable(matrices) else matrices
 
     def is_spec(x):
         return x is None or isinstance(x, MuonDimensionNumbers)
@@ -123,8 +152,16 @@ def resolve(tree: Any, matrices: Specs = None, layout: str = "in_out") -> list[M
     )
     spread = []
     for spec, size in jax.tree.leaves(counted, is_leaf=lambda x: type(x) is tuple and len(x) == 2):
+        if isinstance(spec, str) and spec not in _WORDS:
+            raise ValueError(f"the words that matrices takes are {_WORDS}, got {spec!r}")
         spread += [spec] * size
-    return [_from_numbers(path_str(p), x, s) for (p, x), s in zip(flat, spread, strict=True)]
+    by_rules = place_all(
+        [(text, tuple(x.shape)) for text, x in flat], layout, [w == "all_2d" for w in spread]
+    )
+    return [
+        rule if isinstance(spec, str) else (_from_numbers(text, x, spec), "as given")
+        for (text, x), spec, rule in zip(flat, spread, by_rules, strict=True)
+    ]
 
 
 def labels(params: Any, *, matrices: Specs = None, layout: str = "in_out") -> Any:
@@ -163,7 +200,9 @@ def describe(
     Args:
         params: parameters (arrays or shapes).
         tx: an Optax transformation: adds what it really keeps for each leaf, read from the shapes
-            of its state (nothing is computed), and their bytes.
+            of its state (nothing is computed), and their bytes; for ``optim.teon`` also which
+            blocks each leaf is grouped with, of those that it is given: a frozen or masked leaf
+            leaves the others of its group alone.
         matrices: as in :func:`resolve`.
         layout: as in :func:`matrix_axes`.
 
@@ -187,24 +226,25 @@ def describe(
     """
     flat = [(path_str(p), tuple(x.shape)) for p, x in jax.tree_util.tree_leaves_with_path(params)]
     rows = [["leaf", "shape", "optimizer", "rule"]]
-    given = None if matrices is None else resolve(params, matrices, layout)
-    for i, (text, shape) in enumerate(flat):
-        try:
-            axes, why = (given[i], "as given") if given else place(text, shape, layout)
-        except ValueError as error:
-            rows.append([text, str(shape), "ambiguous", str(error)])
+    for (text, shape), decided in zip(flat, _decide(params, matrices, layout), strict=True):
+        if isinstance(decided, ValueError):
+            rows.append([text, str(shape), "ambiguous", str(decided)])
             continue
+        axes, why = decided
         if axes is not None:
             count, inputs, outputs = axes.sizes(shape)
             why = f"{count} x ({inputs} in, {outputs} out)"
         rows.append([text, str(shape), "adamw" if axes is None else "muon", why])
     if tx is not None:
-        kept = _state_of(params, tx)
-        rows[0].append("state")
-        for row, (text, _) in zip(rows[1:], flat, strict=True):
-            row.append(kept.get(text, "nothing"))
+        kept, groups = _state_of(params, tx)
+        for name, cells in (("group", groups), ("state", kept)):
+            if name == "group" and not cells:
+                continue
+            rows[0].append(name)
+            for row, (text, _) in zip(rows[1:], flat, strict=True):
+                row.append(cells.get(text, "nothing" if name == "state" else "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    gaps = ("  ", " ", "  ", "  ", "")
+    gaps = ["  ", " ", *["  "] * len(rows[0])]
     return "\n".join(
         "".join(
             f"{cell:<{width}}{gap}"
@@ -214,10 +254,34 @@ def describe(
     )
 
 
-def _state_of(params: Any, tx: Any) -> dict[str, str]:
-    """For every leaf: the fields of the optimizer's state that hold something at its path."""
+def note(path: str, text: str) -> None:
+    """Says in the group column of :func:`describe` what an optimizer does with a leaf.
+
+    For transformations, to be called by ``init``; does nothing outside ``describe``.
+
+    Args:
+        path: of the leaf.
+        text: a few words.
+
+    Example:
+        >>> note("layers/0/q/kernel", "blocks 0+1")
+    """
+    notes = _notes.get()
+    if notes is not None:
+        notes[path] = text
+
+
+def _state_of(params: Any, tx: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """For every leaf: the fields of the optimizer's state that hold something at its path, and what
+    the optimizer notes."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    state = jax.eval_shape(tx.init, shapes)
+    notes: dict[str, str] = {}
+    token = _notes.set(notes)
+    try:
+        # A function of its own: JAX does not run the same one twice for the same shapes.
+        state = jax.eval_shape(lambda shapes: tx.init(shapes), shapes)
+    finally:
+        _notes.reset(token)
     names = [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
     fields: dict[str, dict[str, list[str]]] = {}
     sizes: dict[str, int] = {}
@@ -232,13 +296,14 @@ def _state_of(params: Any, tx: Any) -> dict[str, str]:
         if field not in found:
             found.append(field)
         sizes[name] = sizes.get(name, 0) + math.prod(leaf.shape) * leaf.dtype.itemsize
-    return {
+    kept_in = {
         name: " ".join(
             f"{owner}{' '.join('.' + field for field in found)}" for owner, found in kept.items()
         )
         + f", {sizes[name]:,} bytes"
         for name, kept in fields.items()
     }
+    return kept_in, notes
 
 
 def _owner(state: Any, path: Any) -> tuple[str, str]:
@@ -246,6 +311,8 @@ def _owner(state: Any, path: Any) -> tuple[str, str]:
     found, node = ("", ""), state
     for key in path:
         if hasattr(key, "name"):
+            if found[0] and not hasattr(node, "_fields"):
+                break  # inside the parameters' own tree: a module, a variable of nnx
             if type(node).__name__.endswith("State"):
                 found = (type(node).__name__, key.name)
             node = getattr(node, key.name)

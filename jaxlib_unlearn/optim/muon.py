@@ -15,7 +15,8 @@ momentum       buffer                                      orthogonalised with N
 direction without Nesterov, at the first step, and in the limit.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,17 +26,23 @@ import optax
 from jaxlib_unlearn.optim.direction import (
     SHAPE_SCALES,
     Meet,
+    Part,
     alone,
     init_post,
     orthogonalize_tree,
+    shape_parts,
 )
 from jaxlib_unlearn.optim.first_moments import keep_first_moments, widen
 from jaxlib_unlearn.optim.matrices import MatrixAxes, Specs, labels, resolve, trailing_axes
-from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, newton_schulz
+from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.post import Post
+from jaxlib_unlearn.optim.spellings import with_optax_spellings
 from jaxlib_unlearn.optim.splitting import Splits
 
 Resolver = Callable[[Any], list[MatrixAxes | None]]
+
+DecayMask = Any
+"""None, a tree of bools like the parameters (or a prefix of one), or a function that returns it."""
 
 MUON_STATIC_ARGS = (
     "nesterov",
@@ -43,6 +50,7 @@ MUON_STATIC_ARGS = (
     "orthogonalize",
     "shape_scale",
     "matrices",
+    "weight_decay_mask",
     "layout",
     "mu_dtype",
     "comm_dtype",
@@ -60,10 +68,11 @@ class MuonState(NamedTuple):
     post: Any = ()
 
 
+@with_optax_spellings
 def scale_by_muon(
     beta: jax.typing.ArrayLike = 0.95,
     nesterov: bool = True,
-    orthogonalize: Orthogonalizer | None = None,
+    orthogonalize: Orthogonalizer | str | None = None,
     *,
     momentum: str = "ema",
     shape_scale: str = "unit",
@@ -85,8 +94,9 @@ def scale_by_muon(
     Args:
         beta: decay of the momentum, in [0, 1).
         nesterov: look one step ahead (see the module's table).
-        orthogonalize: ``(n, r, c) -> (n, r, c)``; default Newton-Schulz with Jordan's coefficients
-            and 5 steps, in the dtype of gradient and momentum.
+        orthogonalize: ``(n, r, c) -> (n, r, c)``, or a name: "svd", "polar_express",
+            "gram_newton_schulz", or of a table of ``optim.orthogonalize``; default Newton-Schulz
+            with Jordan's coefficients and 5 steps, in the dtype of gradient and momentum.
         momentum: "ema" or "heavy_ball" (see the module's table).
         shape_scale: the factor s of a matrix: "unit" 1, "width" sqrt(max(1, out / in)),
             "spectral" sqrt(out / in), "match_rms" 0.2 sqrt(max(in, out)).
@@ -119,7 +129,7 @@ def scale_by_muon(
         every_matrix,
         beta=beta,
         nesterov=nesterov,
-        orthogonalize=newton_schulz() if orthogonalize is None else orthogonalize,
+        orthogonalize=by_name(orthogonalize),
         momentum=momentum,
         shape_scale=shape_scale,
         split=split,
@@ -129,13 +139,14 @@ def scale_by_muon(
     )
 
 
+@with_optax_spellings
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
     beta: jax.typing.ArrayLike = 0.95,
     nesterov: bool = True,
     momentum: str = "ema",
-    orthogonalize: Orthogonalizer | None = None,
+    orthogonalize: Orthogonalizer | str | None = None,
     shape_scale: str = "width",
     weight_decay: float | jax.Array = 0.0,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -143,6 +154,7 @@ def muon(
     adam_b2: jax.typing.ArrayLike = 0.999,
     adam_eps: jax.typing.ArrayLike = 1e-8,
     adam_weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: DecayMask = None,
     matrices: Specs = None,
     layout: str = "in_out",
     split: Splits | None = None,
@@ -174,8 +186,13 @@ def muon(
         adam_b2: decay of AdamW's second moment.
         adam_eps: AdamW's epsilon.
         adam_weight_decay: AdamW's decoupled decay.
-        matrices: which leaves are matrices: None for the rules of ``optim.matrices``, or a tree
-            (prefixes allowed) or function of ``optax.contrib.MuonDimensionNumbers``.
+        weight_decay_mask: what decays, of matrices and of AdamW's leaves: a tree of bools like the
+            parameters (or a prefix of one) or a function of the parameters that returns it, as in
+            ``optax.add_decayed_weights``; None for everything.
+        matrices: which leaves are matrices: None for the rules of ``optim.matrices``; "all_2d" for
+            these and two axes where a name says nothing (``wq``, ``theta``); or a tree (prefixes
+            allowed) or function of ``optax.contrib.MuonDimensionNumbers``, None for AdamW's, and
+            "rules" or "all_2d" where these shall decide.
         layout: "in_out" or "out_in", for the rules.
         split: leaves that hold several matrices each, by path: ``{"attn/q/": 9}`` for nine heads,
             ``{"c_attn": (768, 768, 768)}`` for fused q, k, v, ``{"attn/o/": Split(9, "in")}``.
@@ -205,7 +222,7 @@ def muon(
         lambda tree: resolve(tree, matrices, layout),
         beta=beta,
         nesterov=nesterov,
-        orthogonalize=newton_schulz() if orthogonalize is None else orthogonalize,
+        orthogonalize=by_name(orthogonalize),
         momentum=momentum,
         shape_scale=shape_scale,
         split=split,
@@ -217,7 +234,8 @@ def muon(
         direction,
         learning_rate,
         weight_decay,
-        rest_by_adamw(
+        functools.partial(
+            rest_by_adamw,
             learning_rate,
             adam_learning_rate,
             adam_b1,
@@ -227,6 +245,7 @@ def muon(
             mu_dtype,
         ),
         lambda params: labels(params, matrices=matrices, layout=layout),
+        weight_decay_mask,
     )
 
 
@@ -238,6 +257,7 @@ def rest_by_adamw(
     eps: jax.typing.ArrayLike,
     weight_decay: float | jax.Array,
     mu_dtype: jax.typing.DTypeLike | None,
+    mask: DecayMask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The AdamW that takes the leaves which are no matrices; arguments as in :func:`muon`.
 
@@ -249,7 +269,7 @@ def rest_by_adamw(
     """
     rate = learning_rate if adam_learning_rate is None else adam_learning_rate
     return keep_first_moments(
-        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay), mu_dtype
+        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask), mu_dtype
     )
 
 
@@ -257,8 +277,9 @@ def with_adamw(
     direction: optax.GradientTransformationExtraArgs,
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float | jax.Array,
-    adamw: optax.GradientTransformation,
+    adamw: Callable[[DecayMask], optax.GradientTransformation],
     find_labels: Callable[[Any], Any],
+    weight_decay_mask: DecayMask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A direction with decay and learning rate for the matrices, another optimizer for the rest.
 
@@ -266,38 +287,51 @@ def with_adamw(
         direction: for the leaves labelled "muon".
         learning_rate: of the matrices.
         weight_decay: of the matrices, decoupled.
-        adamw: for the leaves labelled "adamw".
+        adamw: makes the optimizer of the leaves labelled "adamw" from what decays.
         find_labels: ``params ->`` labels. Extra arguments that are trees like the parameters
             (``constraint_grads``) are masked alike.
+        weight_decay_mask: what decays, in both parts.
 
     Returns:
         A transformation whose updates have the gradients' dtypes.
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> tx = with_adamw(scale_by_muon(), 0.1, 0.0, optax.adamw(1e-3), labels)
+        >>> tx = with_adamw(scale_by_muon(), 0.1, 0.0, lambda mask: optax.adamw(1e-3), labels)
         >>> sorted(tx.init({"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}).inner_states)
         ['adamw', 'muon']
     """
-    both = optax.partition(
-        {
-            "muon": optax.chain(
-                direction,
-                optax.add_decayed_weights(weight_decay),
-                optax.scale_by_learning_rate(learning_rate),
-            ),
-            "adamw": adamw,
-        },
-        find_labels,
-        mask_compatible_extra_args=True,
-    )
+
+    def both(tree):
+        mask = weight_decay_mask
+        if callable(mask):
+            # Here it sees all parameters; inside the partition it would see its part of them. And
+            # what it returns may be callable as well (equinox), so both parts get a function.
+            decays = mask(tree)
+            mask = lambda _: decays  # noqa: E731
+        return optax.partition(
+            {
+                "muon": optax.chain(
+                    direction,
+                    optax.add_decayed_weights(weight_decay, mask),
+                    optax.scale_by_learning_rate(learning_rate),
+                ),
+                "adamw": adamw(mask),
+            },
+            find_labels,
+            mask_compatible_extra_args=True,
+        )
+
+    def init(params):
+        return both(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
+        tx = both(updates if params is None else params)
         # AdamW with a wider momentum would widen the updates.
-        new, state = both.update(updates, state, params, **extra_args)
+        new, state = tx.update(updates, state, params, **extra_args)
         return optax.tree.cast_like(new, updates), state
 
-    return optax.GradientTransformationExtraArgs(both.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def every_matrix(tree: Any) -> list[MatrixAxes | None]:
@@ -325,16 +359,18 @@ def scale_by_momentum(
     split: Splits | None = None,
     post: Post | None = None,
     meet: Meet = alone,
+    check: Callable[[Sequence[Part]], None] | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     comm_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, orthogonalised as ``meet`` says, for the matrices that ``find_axes`` finds.
 
-    What Muon and TEON are made of; arguments as in :func:`scale_by_muon`.
+    What Muon and TEON are made of; arguments as in :func:`scale_by_muon`. ``check`` is called by
+    ``init`` with the parts that will meet, as shapes.
 
     Example:
         >>> tx = scale_by_momentum(every_matrix, beta=0.9, nesterov=False, momentum="ema",
-        ...     orthogonalize=newton_schulz(), shape_scale="unit")
+        ...     orthogonalize=by_name("svd"), shape_scale="unit")
         >>> tx.init({"v": jnp.ones(2)}).mu["v"].tolist()
         [0.0, 0.0]
     """
@@ -349,6 +385,8 @@ def scale_by_momentum(
 
     def init(params):
         axes = find_axes(params)  # an ambiguous leaf is told here, before any compute
+        if check is not None:
+            check(shape_parts(params, axes, split))
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype), params)
         return MuonState(jnp.zeros([], jnp.int32), mu, init_post(params, axes, split, post))
 

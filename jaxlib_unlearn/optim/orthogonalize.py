@@ -286,6 +286,50 @@ def svd() -> Orthogonalizer:
     return _exact
 
 
+def by_name(given: Orthogonalizer | str | None, default: str = "newton_schulz") -> Orthogonalizer:
+    """What an argument ``orthogonalize=`` says.
+
+    Args:
+        given: a function ``(..., r, c) -> (..., r, c)``; or a name: "newton_schulz",
+            "polar_express", "gram_newton_schulz" or "svd" for these functions with their defaults,
+            or a table of ``TABLES`` for :func:`newton_schulz` with it; or None.
+        default: the name that None stands for.
+
+    Returns:
+        The function; for a name always the same object, so that nothing compiles twice.
+
+    Raises:
+        ValueError: neither a function nor a known name.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> by_name("svd")(jnp.diag(jnp.array([2.0, 0.5]))).round(5).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+        >>> by_name("polar_express") is by_name(None, "polar_express")
+        True
+    """
+    name = default if given is None else given
+    if isinstance(name, str) and (name in _BUILDERS or name in TABLES):
+        return _built(name)
+    if isinstance(name, str) or not callable(name):
+        names = ", ".join(dict.fromkeys([*_BUILDERS, *TABLES]))
+        raise ValueError(f"orthogonalize is a function of matrices or one of {names}; got {name!r}")
+    return name
+
+
+_BUILDERS: dict[str, Callable[[], Orthogonalizer]] = {
+    "newton_schulz": newton_schulz,
+    "polar_express": polar_express,
+    "gram_newton_schulz": gram_newton_schulz,
+    "svd": svd,
+}
+
+
+@functools.cache
+def _built(name: str) -> Orthogonalizer:
+    return _BUILDERS[name]() if name in _BUILDERS else newton_schulz(name)
+
+
 def _rows(coeffs, steps: int | None) -> tuple[Table, tuple[Row, ...]]:
     """The table and its coefficients, one row a step."""
     if isinstance(coeffs, str):

@@ -2,19 +2,27 @@
 
 ======================================================  ========================================
 rank 0 or 1                                             adamw
-a component says embed, head, norm, router, conv1d, ..  adamw
 the last component says bias, scale, ..                 adamw
+the owner says embed, head, norm, router, conv1d, ..    adamw
 ``query|key|value/kernel`` with one axis too many       in, (heads, head size) (DenseGeneral)
 ``attn/out/kernel`` with one axis too many              (heads, head size), out (DenseGeneral)
 below ``layers``, ``blocks``, ``experts``, ..           leading stack axes, then in, out
 rank 2 and named kernel, weight, w, .. or a bare array  in, out
+any other name below embed, head, ..                    adamw
+any other name, with ``matrices="all_2d"``              in, out
 anything else                                           ValueError
 ======================================================  ========================================
+
+Components of a path are separated by "/" or ".". The owner is the last named component that is not
+``kernel``, ``weight``, ``w`` or ``value``: a dense layer inside ``PreNormBlock_0`` or ``score`` is
+a matrix. An error, too, is a matrix below ``head``, ``embed``, ``router`` and the like
+(``lm_head/Dense_0/kernel``: a hidden layer or the output?), an owner that says both
+(``embed_proj``), and neighbours in a stack that agree on the second axis and not on the first.
 """
 
-import itertools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,26 +48,38 @@ class MatrixAxes(NamedTuple):
         return count, inputs, outputs
 
 
-# Parameters that are looked up, added, gated or predicted with. Matched against one component of
-# the path at a time.
-_ADAMW_COMPONENT = re.compile(
-    r"embed|norm|router|conv_?1d|rotary|codebook"
-    r"|^(wte|wpe|lm_?head|head|unembed|logits|classifier|score|gating|ln(_.*|\d*)|bn\d*|cls"
+# Parameters that are looked up, added, gated or predicted with, by their owner.
+_EMBED_OR_NORM = re.compile(r"embed|norms?(_?\d+)?$|(^|_)norm_|normali[sz]ation", re.IGNORECASE)
+_ADAMW_OWNER = re.compile(
+    r"router|conv_?1d|rotary|codebook|^logits"
+    r"|^(wte|wpe|lm_?head|head|unembed|classifier|score|gating|ln(_.*|\d*)|bn\d*|cls"
     r"|gamma|beta)$",
     re.IGNORECASE,
 )
+# As the last word of an owner that says embed or norm as well, it leaves open which of the two.
+_MATRIX_WORD = re.compile(
+    r"(dense|linear|proj|projection|mlp|fc|ffn|attn|attention)(_?\d+)?$", re.IGNORECASE
+)
+# Containers whose matrices are as likely looked up or predicted with as hidden ones.
+_ADAMW_ABOVE = re.compile(
+    r"^(patch|token|tok|pos|position|word|input|un)?_?embed(s|ders?|dings?)?(_?\d+)?$"
+    r"|^(wte|wpe|lm_?head|head|logits|classifier|cls|router|gating|codebook)$",
+    re.IGNORECASE,
+)
+# Below these, what is no matrix by its rank (a convolution of patches) is no question.
+_ADAMW_ABOVE_OTHERS = re.compile(r"embed|router|conv_?1d|rotary|codebook", re.IGNORECASE)
 _ADAMW_NAME = re.compile(r"(^|_)(bias(es)?|scales?|gains?|temperature|b)$", re.IGNORECASE)
 _MATRIX_NAME = re.compile(
     r"(^|_)(kernel|weights?|w|w\d+|matrix|dense|linear|proj|projection|fc\d*)$", re.IGNORECASE
 )
-_LAYERS = re.compile(r"^(layers|blocks|h|stack)$", re.IGNORECASE)
+_OWNED = re.compile(r"^(kernel|weights?|w)$", re.IGNORECASE)
+EXPERTS = re.compile(r"experts?$", re.IGNORECASE)
 _STACK = re.compile(r"^(layers|blocks|stack|scan|experts)$|^scan", re.IGNORECASE)
 _DENSE_GENERAL_IN = re.compile(r"^(query|key|value|qkv|q_proj|k_proj|v_proj)$")
 _DENSE_GENERAL_OUT = re.compile(r"^(out|out_proj|attn_out)$")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _ROW_PARALLEL = re.compile(r"^(o|out|wo|down|w2|fc2|c_proj|[a-z_]*(o|out|down)_proj)$")
 _ADAPTER = re.compile(r"^lora_[ab]$", re.IGNORECASE)
-_REFUSED_BARE = re.compile(r"norm|embed", re.IGNORECASE)
 _REFUSED_BARE_NAME = re.compile(r"(bias(es)?|scales?)$", re.IGNORECASE)
 
 _LAYOUTS = ("in_out", "out_in")
@@ -82,13 +102,16 @@ def path_str(path: Any) -> str:
     return re.sub(r"/(raw_)?value$", "", text)
 
 
-def place(text: str, shape: tuple[int, ...], layout: str) -> tuple[MatrixAxes | None, str]:
+def place(
+    text: str, shape: tuple[int, ...], layout: str, all_2d: bool = False
+) -> tuple[MatrixAxes | None, str]:
     """Axes of the matrices in a leaf (None: AdamW's), and why.
 
     Args:
         text: where the leaf is.
         shape: its shape.
         layout: "in_out" or "out_in".
+        all_2d: take two axes (behind those of stacks) for a matrix where the name says nothing.
 
     Returns:
         The axes and the rule in words.
@@ -99,47 +122,137 @@ def place(text: str, shape: tuple[int, ...], layout: str) -> tuple[MatrixAxes | 
     Example:
         >>> place("up/bias", (4,), "in_out")
         (None, 'a vector')
+        >>> place("PreNormBlock_0/Dense_0/kernel", (2, 4), "in_out")[0]
+        MatrixAxes(stack=(), fan_in=(0,), fan_out=(1,))
     """
     if layout not in _LAYOUTS:
         raise ValueError(f"layout is one of {_LAYOUTS}, got {layout!r}")
-    rank, parts = len(shape), text.split("/")
+    rank, parts = len(shape), split_path(text)
     name = _name(parts)
     if rank < 2:
         return None, "a vector" if rank else "a scalar"
-    for part in parts:
-        if _ADAMW_COMPONENT.search(part):
-            return None, f"named {part}"
-    if _ADAMW_NAME.search(name):
+    if _ADAMW_NAME.search(name) and not _ADAPTER.match(name):
         return None, f"named {name}"
 
+    axes = _axes(parts, rank, layout)
+    is_matrix = axes is not None and (_MATRIX_NAME.search(name) is not None or not name)
+    at = owner_at(parts)
+    owner = parts[at] if at >= 0 else ""
+    if _ADAMW_OWNER.search(owner):
+        return None, f"named {owner}"
+    if _EMBED_OR_NORM.search(owner):
+        if is_matrix and _MATRIX_WORD.search(owner):
+            raise ValueError(_ambiguous(text, shape, f", as {owner!r} says both"))
+        return None, f"named {owner}"
+    above = next((part for part in parts[: max(at, 0)] if _ADAMW_ABOVE.search(part)), None)
+    if is_matrix:
+        if above is not None:
+            raise ValueError(_ambiguous(text, shape, f" or, below {above!r}, what adamw takes"))
+        return axes, "a matrix"
+    if above is None and axes is None:
+        above = next(
+            (part for part in parts[: max(at, 0)] if _ADAMW_ABOVE_OTHERS.search(part)), None
+        )
+    if above is not None:
+        return None, f"below {above}"
+    if axes is not None and all_2d:
+        return axes, "two axes"
+    raise ValueError(_ambiguous(text, shape, "", axes is not None))
+
+
+_SPECS = (
+    "matrices=(a tree, prefixes allowed, of optax.contrib.MuonDimensionNumbers, None for adamw and "
+    "'rules' for what is plain)"
+)
+
+
+def _ambiguous(text: str, shape: tuple[int, ...], why: str, all_2d: bool = False) -> str:
+    hint = "matrices='all_2d' (two axes make a matrix where the name says nothing) or " * all_2d
+    return f"cannot tell whether {text!r} {shape} holds matrices{why}; say so with {hint}{_SPECS}"
+
+
+def _axes(parts: list[str], rank: int, layout: str) -> MatrixAxes | None:
+    """The axes of a leaf if it holds matrices; None if its rank says that it holds none."""
     stack = stack_depth(parts, rank)
-    owner = parts[-2] if len(parts) > 1 else ""
-    is_matrix = _MATRIX_NAME.search(name) is not None or not name
-    if is_matrix and layout == "in_out" and rank == stack + 3:
-        lead = tuple(range(stack))
+    lead = tuple(range(stack))
+    if layout == "in_out" and rank == stack + 3:
+        owner = parts[-2] if len(parts) > 1 else ""
+        if not _MATRIX_NAME.search(_name(parts)):
+            return None
         if _DENSE_GENERAL_IN.match(owner):
-            return MatrixAxes(lead, (stack,), (stack + 1, stack + 2)), "DenseGeneral"
+            return MatrixAxes(lead, (stack,), (stack + 1, stack + 2))
         if _DENSE_GENERAL_OUT.match(owner) and any(_ATTENTION.search(p) for p in parts):
-            return MatrixAxes(lead, (stack, stack + 1), (stack + 2,)), "DenseGeneral"
-    if is_matrix and rank == stack + 2:
-        first, second = (rank - 2,), (rank - 1,)
-        fan_in, fan_out = (first, second) if layout == "in_out" else (second, first)
-        return MatrixAxes(tuple(range(stack)), fan_in, fan_out), "a matrix"
-    raise ValueError(
-        f"cannot tell whether {text!r} {shape} holds matrices; say so with matrices=(a tree or a "
-        "function of optax.contrib.MuonDimensionNumbers, None for adamw)"
-    )
+            return MatrixAxes(lead, (stack, stack + 1), (stack + 2,))
+    if rank != stack + 2:
+        return None
+    first, second = (rank - 2,), (rank - 1,)
+    return MatrixAxes(lead, *((first, second) if layout == "in_out" else (second, first)))
+
+
+def place_all(
+    leaves: Sequence[tuple[str, tuple[int, ...]]], layout: str, all_2d: Sequence[bool]
+) -> list[tuple[MatrixAxes | None, str] | ValueError]:
+    """:func:`place` for all leaves of a tree, with what only their neighbours can tell.
+
+    Args:
+        leaves: where each leaf is, and its shape.
+        layout: as in :func:`place`.
+        all_2d: as in :func:`place`, one entry a leaf.
+
+    Returns:
+        For every leaf what :func:`place` returns, or the error that it raises. An error are also
+        matrices of one parent, stacked, which agree on their second axis and not on the first:
+        layers are stacked along the second one there (MaxText does so).
+
+    Example:
+        >>> maxtext = [("layers/mlp/wi/kernel", (8, 3, 16)), ("layers/mlp/wo/kernel", (16, 3, 8))]
+        >>> [type(found).__name__ for found in place_all(maxtext, "in_out", [False] * 2)]
+        ['ValueError', 'ValueError']
+    """
+    found: list[tuple[MatrixAxes | None, str] | ValueError] = []
+    siblings: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i, (text, shape) in enumerate(leaves):
+        try:
+            axes, why = place(text, shape, layout, all_2d[i])
+        except ValueError as error:
+            found.append(error)
+            continue
+        found.append((axes, why))
+        parts = split_path(text)
+        stacks = stacks_of(parts, len(shape))
+        if axes is not None and stacks and not EXPERTS.search(stacks[0]):
+            siblings[tuple(parts[: max(owner_at(parts), 0)])].append(i)
+    for members in siblings.values():
+        shapes = [leaves[i][1] for i in members]
+        if len({shape[0] for shape in shapes}) > 1 and len({shape[1] for shape in shapes}) == 1:
+            for i in members:
+                found[i] = ValueError(
+                    f"{leaves[i][0]!r} {leaves[i][1]} and its neighbours agree on axis 1 and not "
+                    "on axis 0, which should count layers; stack along axis 0 (in MaxText "
+                    f"param_scan_axis=0), or say so with {_SPECS}"
+                )
+    return found
 
 
 def refused_bare(text: str) -> bool:
     """Whether a name says that a leaf of rank >= 2 is no stack of matrices.
 
     Example:
-        >>> refused_bare("layers/norm"), refused_bare("layers/q")
-        (True, False)
+        >>> refused_bare("layers/norm"), refused_bare("layers/q"), refused_bare("PreNorm_0/w")
+        (True, False, True)
+        >>> refused_bare("PreNorm_0/Dense_0/kernel"), refused_bare("embed/table")
+        (False, True)
     """
-    name = _name(text.split("/"))
-    return bool(_REFUSED_BARE.search(text) or _REFUSED_BARE_NAME.search(name))
+    parts = split_path(text)
+    at, name = owner_at(parts), _name(parts)
+    if _REFUSED_BARE_NAME.search(name):
+        return True
+    if at < 0:
+        return False
+    # A name that says nothing, or a bare parameter, takes its meaning from its parent.
+    known = _OWNED.match(parts[-1]) or _MATRIX_NAME.search(name)
+    near = parts[at : at + 1] if known else parts[max(at - 1, 0) : at + 1]
+    return any(_EMBED_OR_NORM.search(part) for part in near)
 
 
 def sharding_role(path: Any) -> str:
@@ -161,38 +274,27 @@ def sharding_role(path: Any) -> str:
         >>> sharding_role("layers/attn/o/lora_a/kernel")
         'row'
     """
-    parts = [part for part in path_str(path).split("/") if not _ADAPTER.match(part)]
+    parts = [part for part in split_path(path_str(path)) if not _ADAPTER.match(part)]
     return "row" if any(_ROW_PARALLEL.match(part) for part in parts[-2:]) else "column"
 
 
-def layer_of(path: Any, stacked: bool) -> tuple[str, int | None] | None:
-    """Which projection a leaf is, the same word in every block, and of which block.
-
-    Args:
-        path: where the leaf is.
-        stacked: whether its first axis counts blocks.
-
-    Returns:
-        ``(kind, block)``; block None for a leaf that holds a stack of them (consecutive stacks,
-        ``layers/0`` and ``layers/1``, are of one kind). None for a leaf of no block.
+def split_path(text: str) -> list[str]:
+    """The components of a path as text: "/" and "." (HF names) separate them.
 
     Example:
-        >>> layer_of("layers/3/attn/q/kernel", False)
-        ('layers/*/attn/q/kernel', 3)
-        >>> layer_of("layers/attn/q/kernel", True)
-        ('layers/attn/q/kernel', None)
-        >>> layer_of("mlp/kernel", False)
+        >>> split_path("model.layers.0/q"), split_path("")
+        (['model', 'layers', '0', 'q'], [''])
     """
-    parts = path_str(path).split("/")
-    named = [
-        i for i, (a, b) in enumerate(itertools.pairwise(parts)) if b.isdigit() and _LAYERS.search(a)
-    ]
-    numbers = [i + 1 for i in named] or [i for i, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return (path_str(path), None) if stacked else None
-    at = numbers[0]
-    kind = "/".join([*parts[:at], "*", *parts[at + 1 :]])
-    return kind, None if stacked else int(parts[at])
+    return re.split(r"[/.]", text)
+
+
+def owner_at(parts: list[str]) -> int:
+    """Where the module, or bare parameter, is named that a leaf belongs to; -1 if nowhere."""
+    for i in reversed(range(len(parts))):
+        nameless = not parts[i] or parts[i].isdigit()
+        if not (nameless or _OWNED.match(parts[i]) or parts[i:] == ["value"]):
+            return i
+    return -1
 
 
 def _name(parts: list[str]) -> str:
@@ -212,14 +314,19 @@ def stack_depth(parts: list[str], rank: int) -> int:
         >>> stack_depth(["layers", "q", "kernel"], 3), stack_depth(["layers", "0", "q"], 2)
         (1, 0)
     """
-    depth = 0
+    return len(stacks_of(parts, rank))
+
+
+def stacks_of(parts: list[str], rank: int) -> list[str]:
+    """The containers that add a leading axis."""
+    found: list[str] = []
     for part, following in zip(parts, [*parts[1:], ""], strict=True):
         if not _STACK.search(part):
             continue
         if not following.isdigit():
-            depth += 1
-        elif rank == depth + 3 and not any(
+            found.append(part)
+        elif rank == len(found) + 3 and not any(
             _DENSE_GENERAL_IN.match(p) or _DENSE_GENERAL_OUT.match(p) for p in parts
         ):
-            depth += 1
-    return depth
+            found.append(part)
+    return found

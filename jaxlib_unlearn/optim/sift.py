@@ -21,6 +21,7 @@ Worth knowing before use:
   adds no direction.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,9 +29,10 @@ import jax
 import optax
 
 from jaxlib_unlearn.optim.matrices import Specs, labels, resolve
-from jaxlib_unlearn.optim.muon import every_matrix, rest_by_adamw, with_adamw
-from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
+from jaxlib_unlearn.optim.muon import DecayMask, every_matrix, rest_by_adamw, with_adamw
+from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.sift_direction import sift_direction, sum_streams, with_constraints
+from jaxlib_unlearn.optim.spellings import with_optax_spellings
 
 SIFT_STATIC_ARGS = (
     "nesterov",
@@ -50,11 +52,13 @@ SIFT_STATIC_ARGS = (
     "seed",
     "mu_dtype",
     "matrices",
+    "weight_decay_mask",
     "layout",
 )
 """``static_args`` for ``optax.inject_hyperparams(sift, static_args=...)``."""
 
 
+@with_optax_spellings
 def scale_by_sift(
     *,
     beta: jax.typing.ArrayLike = 0.95,
@@ -71,7 +75,7 @@ def scale_by_sift(
     first_passes: int = 8,
     oversample: int = 8,
     match_norm: bool = False,
-    orthogonalize: Orthogonalizer | None = None,
+    orthogonalize: Orthogonalizer | str | None = None,
     shape_scale: str = "unit",
     num_constraints: int = 1,
     seed: int = 0,
@@ -112,7 +116,8 @@ def scale_by_sift(
         first_passes: of the iteration at any other step, whose vectors are old or random.
         oversample: random columns beside the old vectors at every step.
         match_norm: scale the fused update to the norm of a Muon step.
-        orthogonalize: Muon's ``(n, r, c) -> (n, r, c)``; default Newton-Schulz, Jordan, 5 steps.
+        orthogonalize: Muon's ``(n, r, c) -> (n, r, c)``, or a name as in ``scale_by_muon``; default
+            Newton-Schulz, Jordan, 5 steps.
         shape_scale: as in ``scale_by_muon``; one factor for both kinds of step.
         num_constraints: number of constraint streams. Above 1, ``constraint_grads`` is a tuple of
             so many trees, and the cosine is the smallest of all pairs.
@@ -154,7 +159,7 @@ def scale_by_sift(
         first_passes=first_passes,
         oversample=oversample,
         match_norm=match_norm,
-        orthogonalize=orthogonalize,
+        orthogonalize=by_name(orthogonalize),
         shape_scale=shape_scale,
         num_constraints=num_constraints,
         seed=seed,
@@ -163,6 +168,7 @@ def scale_by_sift(
     return with_constraints(direction, num_constraints)
 
 
+@with_optax_spellings
 def sift(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -180,7 +186,7 @@ def sift(
     first_passes: int = 8,
     oversample: int = 8,
     match_norm: bool = False,
-    orthogonalize: Orthogonalizer | None = None,
+    orthogonalize: Orthogonalizer | str | None = None,
     shape_scale: str = "width",
     num_constraints: int = 1,
     seed: int = 0,
@@ -190,6 +196,7 @@ def sift(
     adam_b2: jax.typing.ArrayLike = 0.999,
     adam_eps: jax.typing.ArrayLike = 1e-8,
     adam_weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: DecayMask = None,
     matrices: Specs = None,
     layout: str = "in_out",
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -214,6 +221,9 @@ def sift(
         adam_b2: decay of AdamW's second moment.
         adam_eps: AdamW's epsilon.
         adam_weight_decay: AdamW's decoupled decay.
+        weight_decay_mask: what decays, of matrices and of AdamW's leaves: a tree of bools like the
+            parameters (or a prefix of one) or a function of the parameters that returns it, as in
+            ``optax.add_decayed_weights``; None for everything.
         matrices: which leaves are matrices, as in ``muon``.
         layout: "in_out" or "out_in", for the rules.
         mu_dtype: dtype of the momenta; None for the parameters'.
@@ -251,13 +261,14 @@ def sift(
         first_passes=first_passes,
         oversample=oversample,
         match_norm=match_norm,
-        orthogonalize=orthogonalize,
+        orthogonalize=by_name(orthogonalize),
         shape_scale=shape_scale,
         num_constraints=num_constraints,
         seed=seed,
         mu_dtype=mu_dtype,
     )
-    adamw = rest_by_adamw(
+    adamw = functools.partial(
+        rest_by_adamw,
         learning_rate,
         adam_learning_rate,
         adam_b1,
@@ -270,7 +281,8 @@ def sift(
         direction,
         learning_rate,
         weight_decay,
-        optax.chain(sum_streams(num_constraints), adamw),
+        lambda mask: optax.chain(sum_streams(num_constraints), adamw(mask)),
         lambda params: labels(params, matrices=matrices, layout=layout),
+        weight_decay_mask,
     )
     return with_constraints(both, num_constraints)

@@ -13,8 +13,6 @@ that view is the shared one.
 """
 
 import functools
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,18 +21,25 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn.optim.buckets import is_tall, map_stacks
-from jaxlib_unlearn.optim.direction import Part
+from jaxlib_unlearn.optim.direction import Meet, Part
+from jaxlib_unlearn.optim.groups import ATTENTION, Groups, check_groups, picker, rows_of
 from jaxlib_unlearn.optim.matrices import (
     MatrixAxes,
     Specs,
     labels,
-    layer_of,
     resolve,
     sharding_role,
 )
-from jaxlib_unlearn.optim.muon import every_matrix, rest_by_adamw, scale_by_momentum, with_adamw
-from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, polar_express
+from jaxlib_unlearn.optim.muon import (
+    DecayMask,
+    every_matrix,
+    rest_by_adamw,
+    scale_by_momentum,
+    with_adamw,
+)
+from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.post import Post
+from jaxlib_unlearn.optim.spellings import with_optax_spellings
 from jaxlib_unlearn.optim.splitting import Splits
 
 TEON_STATIC_ARGS = (
@@ -46,6 +51,7 @@ TEON_STATIC_ARGS = (
     "orthogonalize",
     "shape_scale",
     "matrices",
+    "weight_decay_mask",
     "layout",
     "mu_dtype",
     "comm_dtype",
@@ -54,16 +60,14 @@ TEON_STATIC_ARGS = (
 )
 """``static_args`` for ``optax.inject_hyperparams(teon, static_args=...)``."""
 
-ATTENTION = r"(^|/)(q|k|v|query|key|value|qkv|c_attn|wq|wk|wv|[qkv]_proj)(/|$)"
-"""The leaves that the paper groups: query, key and value projections."""
 
-
+@with_optax_spellings
 def scale_by_teon(
     group_size: int = 2,
     axis: str = "in",
-    groups: str | Callable[[str], bool] | None = None,
+    groups: Groups = None,
     nesterov: bool = False,
-    orthogonalize: Orthogonalizer | None = None,
+    orthogonalize: Orthogonalizer | str | None = None,
     *,
     beta: jax.typing.ArrayLike = 0.95,
     momentum: str = "ema",
@@ -80,9 +84,14 @@ def scale_by_teon(
         \mathrm{orth}(Z)
 
     Blocks are grouped by their absolute index, K consecutive ones from 0 on, each projection for
-    itself. A stacked leaf has its blocks on its first axis; leaves of a list of layers are grouped
-    by path (``layers/0/q`` with ``layers/1/q``); in a tuple of consecutive stacks the count goes
-    on. Blocks left over, and leaves that ``groups`` leaves out, are Muon's.
+    itself. A stacked leaf has its blocks on its first axis; other leaves are grouped by path
+    (``layers/0/q`` with ``layers/1/q``, ``Block_2/Dense_0`` with ``Block_3/Dense_0``: see
+    ``optim.blocks``); in a tuple of consecutive stacks the count goes on. Blocks left over, and
+    leaves that ``groups`` leaves out, are Muon's.
+
+    A leaf that is frozen by ``optax.partition``, ``optax.masked`` or a smaller tree is not seen
+    here: the others of its group get Muon's step instead of the shared one. Freeze whole groups, or
+    look at the group column of ``optim.matrices.describe(params, tx)``.
 
     Args:
         group_size: K; 1 is Muon.
@@ -90,7 +99,8 @@ def scale_by_teon(
         groups: which leaves are grouped: a pattern (``re.search``) or predicate on the path; None
             for all.
         nesterov: look one step ahead; the paper does not.
-        orthogonalize: ``(n, r, c) -> (n, r, c)``; default Polar Express with 5 steps, the paper's.
+        orthogonalize: ``(n, r, c) -> (n, r, c)``, or a name as in ``optim.scale_by_muon``; default
+            Polar Express with 5 steps, the paper's.
         beta: decay of the momentum, in [0, 1).
         momentum: "ema" or "heavy_ball", as in ``optim.muon``.
         shape_scale: "unit", "width", "spectral", "match_rms", of one layer's matrix.
@@ -103,7 +113,8 @@ def scale_by_teon(
         A transformation whose state is a ``MuonState``: a checkpoint of Muon loads, and back.
 
     Raises:
-        ValueError: a bad argument; at ``init``, a leaf of rank >= 2 named norm, bias, scale, embed.
+        ValueError: a bad argument; at ``init``, a leaf of rank >= 2 named norm, bias, scale, embed,
+            or no group at all though K > 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -121,27 +132,29 @@ def scale_by_teon(
         every_matrix,
         beta=beta,
         nesterov=nesterov,
-        orthogonalize=polar_express() if orthogonalize is None else orthogonalize,
+        orthogonalize=by_name(orthogonalize, "polar_express"),
         momentum=momentum,
         shape_scale=shape_scale,
         split=split,
         post=post,
         meet=_grouped(group_size, axis, groups),
+        check=functools.partial(check_groups, size=group_size, groups=groups),
         mu_dtype=mu_dtype,
         comm_dtype=comm_dtype,
     )
 
 
+@with_optax_spellings
 def teon(
     learning_rate: optax.ScalarOrSchedule,
     *,
     group_size: int = 2,
     axis: str = "in",
-    groups: str | Callable[[str], bool] | None = ATTENTION,
+    groups: Groups = ATTENTION,
     beta: jax.typing.ArrayLike = 0.95,
     nesterov: bool = False,
     momentum: str = "ema",
-    orthogonalize: Orthogonalizer | None = None,
+    orthogonalize: Orthogonalizer | str | None = None,
     shape_scale: str = "spectral",
     weight_decay: float | jax.Array = 0.0,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -149,6 +162,7 @@ def teon(
     adam_b2: jax.typing.ArrayLike = 0.999,
     adam_eps: jax.typing.ArrayLike = 1e-8,
     adam_weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: DecayMask = None,
     matrices: Specs = None,
     layout: str = "in_out",
     split: Splits | None = None,
@@ -168,11 +182,12 @@ def teon(
         learning_rate: eta of the matrices, a number or a schedule.
         group_size: K consecutive blocks; the paper finds 2 best.
         axis: "in" or "out", as in :func:`scale_by_teon`.
-        groups: which leaves are grouped; default query, key and value projections.
+        groups: which leaves are grouped; default query, key and value projections. As in
+            :func:`scale_by_teon`, a frozen leaf leaves the others of its group alone.
         beta: decay of the momentum.
         nesterov: look one step ahead.
         momentum: "ema" or "heavy_ball".
-        orthogonalize: default Polar Express with 5 steps.
+        orthogonalize: see :func:`scale_by_teon`; default Polar Express with 5 steps.
         shape_scale: the paper's "spectral" sqrt(out / in), "width", "match_rms" or "unit".
         weight_decay: decoupled, multiplied by eta but not by s.
         adam_learning_rate: of the other leaves; None for ``learning_rate``.
@@ -180,6 +195,9 @@ def teon(
         adam_b2: decay of AdamW's second moment.
         adam_eps: AdamW's epsilon.
         adam_weight_decay: AdamW's decoupled decay.
+        weight_decay_mask: what decays, of matrices and of AdamW's leaves: a tree of bools like the
+            parameters (or a prefix of one) or a function of the parameters that returns it, as in
+            ``optax.add_decayed_weights``; None for everything.
         matrices: which leaves are matrices, as in ``optim.muon``.
         layout: "in_out" or "out_in".
         split: leaves that hold several matrices each (a fused ``c_attn``: cut it into q, k, v).
@@ -191,7 +209,8 @@ def teon(
         A transformation with the state of ``optim.muon``.
 
     Raises:
-        ValueError: a bad argument; at ``init``, a leaf that the rules cannot place.
+        ValueError: a bad argument; at ``init``, a leaf that the rules cannot place, or matrices
+            without any group though K > 1.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -208,12 +227,13 @@ def teon(
         lambda tree: resolve(tree, matrices, layout),
         beta=beta,
         nesterov=nesterov,
-        orthogonalize=polar_express() if orthogonalize is None else orthogonalize,
+        orthogonalize=by_name(orthogonalize, "polar_express"),
         momentum=momentum,
         shape_scale=shape_scale,
         split=split,
         post=post,
         meet=_grouped(group_size, axis, groups),
+        check=functools.partial(check_groups, size=group_size, groups=groups),
         mu_dtype=mu_dtype,
         comm_dtype=comm_dtype,
     )
@@ -221,7 +241,8 @@ def teon(
         direction,
         learning_rate,
         weight_decay,
-        rest_by_adamw(
+        functools.partial(
+            rest_by_adamw,
             learning_rate,
             adam_learning_rate,
             adam_b1,
@@ -231,6 +252,7 @@ def teon(
             mu_dtype,
         ),
         lambda params: labels(params, matrices=matrices, layout=layout),
+        weight_decay_mask,
     )
 
 
@@ -241,16 +263,12 @@ Run = list[tuple[int, Any]]
 # How parts meet: every leaf is cut into runs of blocks; a run is Muon's or holds whole groups.
 
 
-def _grouped(group_size: int, axis: str, groups: str | Callable[[str], bool] | None):
+def _grouped(group_size: int, axis: str, groups: Groups) -> Meet:
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size is a positive integer, got {group_size!r}")
     if axis not in ("in", "out"):
         raise ValueError(f"axis is 'in' or 'out', got {axis!r}")
-
-    def picked(path: str) -> bool:
-        if groups is None or callable(groups):
-            return groups is None or groups(path)
-        return re.search(groups, path) is not None
+    picked = picker(groups)
 
     @functools.cache  # one object an orthogonaliser and side, or eager calls recompile
     def together(orthogonalize: Orthogonalizer, turned: bool):
@@ -296,22 +314,9 @@ def _runs(
 
     A run is a list of (part, slice of its first axis or index there or None for all of it).
     """
-    rows: dict[Any, list[tuple[int, int, int | None]]] = defaultdict(list)
-    lengths: dict[Any, int] = defaultdict(int)  # blocks of a row seen in earlier stacks
-    for i, part in enumerate(parts):
-        where = layer_of(part.path, part.stacked) if size > 1 else None
-        if where is None or not picked(part.path):
-            yield [(i, slice(None))], 1
-            continue
-        kind, index = where
-        row = (kind, part.piece, part.axes.sizes(part.array.shape)[1:])
-        if index is None:  # stacked blocks
-            count = part.array.shape[part.axes.stack[0]]
-            rows[row] += [(lengths[row] + k, i, k) for k in range(count)]
-            lengths[row] += count
-        else:
-            rows[row].append((index, i, None))
-
+    rows, others = rows_of(parts, picked) if size > 1 else ({}, range(len(parts)))
+    for i in others:
+        yield [(i, slice(None))], 1
     for members in rows.values():
         found = {block: (i, k) for block, i, k in members}
         whole = {

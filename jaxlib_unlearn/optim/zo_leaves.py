@@ -122,6 +122,9 @@ def layout_of(
             "inside optax.partition or optax.masked; pass trainable=(path -> bool) instead"
         )
     flat = [(path_str(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)]
+    if isinstance(matrices, str):  # here two axes are a matrix anyway
+        resolve((), matrices)
+        matrices = None
     given = None if matrices is None else resolve(params, matrices, layout)
     stacks = _find_stacks(flat, layout)
     stacked = {i: stack for stack in stacks for i in stack.members}

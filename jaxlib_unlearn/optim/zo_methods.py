@@ -16,8 +16,9 @@ rada_zo        central     2 q                 m and v, as large as the paramete
 zo_muon        forward     q + 1               P
 =============  ==========  ==================  =====================================
 
-Compare methods at equal evaluations, not at equal steps. Their bare directions are
-``scale_by_zeroth_order(family, ...)`` with a family of ``optim.perturbations``.
+Compare methods at equal evaluations, not at equal steps. Their bare directions are in
+``optim.zo_bare``; that of any family of ``optim.perturbations`` is
+``scale_by_zeroth_order(family, ...)``.
 """
 
 import jax

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn.optim.matrices import Specs
-from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, newton_schulz
+from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.perturbations import subspace
+from jaxlib_unlearn.optim.spellings import with_optax_spellings
 from jaxlib_unlearn.optim.zeroth_order import zeroth_order
 from jaxlib_unlearn.optim.zo_leaves import Trainable
 
@@ -33,6 +34,7 @@ ZO_MUON_STATIC_ARGS = (
 """``static_args`` for ``optax.inject_hyperparams(zo_muon, static_args=...)``."""
 
 
+@with_optax_spellings
 def scale_by_zo_muon(
     *,
     num_queries: int = 4,
@@ -84,6 +86,7 @@ def scale_by_zo_muon(
     )
 
 
+@with_optax_spellings
 def zo_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -122,10 +125,10 @@ def zo_muon(
         eps: epsilon.
         refresh_every: P is drawn at steps 0, T, 2 T, ...
         estimator: "forward", "central" (2 q evaluations) or "jvp".
-        orthogonalize: a function of ``optim.orthogonalize``, default Newton-Schulz with Jordan's
-            coefficients and 5 steps; "normalize" only scales R to norm 0.72 sqrt(r) (with r much
-            smaller than ``in`` nearly the same direction: run it as the ablation); "none" is
-            Subspace-MeZO.
+        orthogonalize: a function of ``optim.orthogonalize`` or the name of one ("svd"), default
+            Newton-Schulz with Jordan's coefficients and 5 steps; "normalize" only scales R to norm
+            0.72 sqrt(r) (with r much smaller than ``in`` nearly the same direction: run it as the
+            ablation); "none" is Subspace-MeZO.
         aux_learning_rate: eta of vectors (1e-7 for language models, 1e-4 for ViT in public code);
             None for ``learning_rate``.
         weight_decay: lambda, for matrices whose name does not say norm, bias or scale.
@@ -182,9 +185,6 @@ def zo_muon(
     )
 
 
-_JORDAN = newton_schulz()  # one object: eager steps then share their compilation
-
-
 def _normalize(x: jax.Array) -> jax.Array:
     """``0.72 sqrt(r) x / norm``: as long as what Newton-Schulz returns for noise."""
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
@@ -193,10 +193,11 @@ def _normalize(x: jax.Array) -> jax.Array:
 
 
 def _orthogonalizer(given: Orthogonalizer | str | None) -> Orthogonalizer | None:
-    if given is None:
-        return _JORDAN
-    if not isinstance(given, str):
-        return given
-    if given not in ("normalize", "none"):
-        raise ValueError(f"orthogonalize is a function, 'normalize' or 'none', got {given!r}")
-    return _normalize if given == "normalize" else None
+    if given == "normalize":
+        return _normalize
+    if given == "none":
+        return None
+    try:
+        return by_name(given)
+    except ValueError as error:
+        raise ValueError(f"{error}; also 'normalize' and 'none'") from None

@@ -132,12 +132,181 @@ def test_adamw(path, shape):
         ("Conv_0/kernel", (3, 3, 4, 5)),
         ("w", (2, 4, 5)),
         ("lora_a", (4, 2)),
+        ("q/lora_b", (2, 4)),  # no bias
+        ("lm_head/Dense_0/kernel", (4, 5)),  # a hidden layer or the output?
+        ("classifier/out_proj/weight", (4, 5)),
+        ("patch_embed/Dense_0/kernel", (4, 5)),
+        ("embed_proj/kernel", (4, 5)),
+        ("PreNormDense_0/norm_mlp/kernel", (4, 5)),
     ],
 )
 def test_ambiguous_leaves_are_named(path, shape):
     with pytest.raises(ValueError, match=f"'{path}'"):
         m.matrix_axes(path, np.zeros(shape))
     assert "ambiguous" in m.describe({path: np.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "PreNormBlock_0/Dense_0/kernel",
+        "PreNorm_0/qkv/kernel",
+        "normalizing_flow/mlp/kernel",
+        "score/Dense_0/kernel",
+        "time_embed/Dense_0/kernel",
+        "TimestepEmbedding_0/linear_1/weight",
+        "AdaLayerNormZero_0/linear/weight",
+        "NormedLinear_0/kernel",
+        "multi_head/query/kernel",
+    ],
+)
+def test_the_owner_decides(path):
+    """What stands above says nothing of a hidden matrix; orthogonalised it is by either rule."""
+    assert m.matrix_axes(path, np.zeros((4, 5))) == m.MatrixAxes((), (0,), (1,))
+    assert m.labels({path: np.zeros((4, 5))}) == {path: "muon"}
+    optim.scale_by_muon().init({path: jnp.zeros((4, 5))})
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        ("PreNormBlock_0/LayerNorm_0/weight", (4, 5)),
+        ("layers/norm_mlp/weight", (3, 5)),
+        ("layers/ln_mlp/weight", (3, 5)),
+        ("decoder/logits_dense/kernel", (4, 5)),
+        ("PatchEmbed_0/Conv_0/kernel", (2, 2, 4, 5)),
+        ("embeddings/patch_embeddings/projection/weight", (5, 3, 2, 2)),
+        ("embed/table", (4, 5)),
+        ("score/weight", (4, 5)),
+        ("model.embed_tokens.weight", (4, 5)),
+    ],
+)
+def test_the_owner_decides_for_adamw(path, shape):
+    assert m.matrix_axes(path, np.zeros(shape)) is None
+
+
+NAMELESS = {
+    "wq": (4, 4),
+    "q": (4, 4),
+    "theta": (4, 5),
+    "lora_a": (4, 2),
+    "lora_b": (2, 4),
+    "mlp": {"up": (4, 8)},
+    "layers": {"q": (3, 4, 4)},
+}
+
+
+def zeros(shapes):
+    return jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def test_all_2d():
+    """Names that say nothing: an error that names the word, and with it matrices."""
+    for name, shape in NAMELESS.items():
+        with pytest.raises(ValueError, match="matrices='all_2d'"):
+            m.labels(zeros({name: shape}))
+    tree = zeros(NAMELESS | {"norm": (4,), "embed": {"table": (9, 4)}, "lm_head": (4, 9)})
+    labels = m.labels(tree, matrices="all_2d")
+    assert [labels.pop(name) for name in ("embed", "lm_head", "norm")] == [
+        {"table": "adamw"},
+        "adamw",
+        "adamw",
+    ]
+    assert set(jax.tree.leaves(labels)) == {"muon"}
+    assert found(tree, matrices="all_2d")["layers/q"] == m.MatrixAxes((0,), (1,), (2,))
+    assert "ambiguous" not in m.describe(tree, matrices="all_2d")
+    for make in (optim.muon, optim.sift, optim.zo_muon):
+        jax.eval_shape(make(0.1, matrices="all_2d").init, tree)
+    jax.eval_shape(optim.teon(0.1, matrices="all_2d").init, tree)
+    for shape in ((3, 4, 5), (2, 2, 4, 5)):  # not two axes
+        with pytest.raises(ValueError, match="'mystery'") as caught:
+            m.labels(zeros({"mystery": shape}), matrices="all_2d")
+        assert "all_2d" not in str(caught.value)
+    for make in (optim.muon, optim.zo_muon):
+        with pytest.raises(ValueError, match="all_2d.*'all_3d'"):
+            make(0.1, matrices="all_3d").init(tree)
+
+
+def test_words_in_a_tree():
+    """The rules for most, one subtree said: the way out of an ambiguous leaf."""
+    tree = zeros(
+        {
+            "encoder": {"Dense_0": {"kernel": (4, 4)}, "norm": {"scale": (4,)}},
+            "classifier": {"dense": {"kernel": (4, 4)}, "out_proj": {"kernel": (4, 2)}},
+            "theta": (4, 4),
+        }
+    )
+    with pytest.raises(ValueError, match="below 'classifier'.*'rules'"):
+        m.labels(tree)
+    specs = {
+        "encoder": "rules",
+        "classifier": {"dense": MuonDimensionNumbers(), "out_proj": None},
+        "theta": "all_2d",
+    }
+    assert m.labels(tree, matrices=specs) == {
+        "encoder": {"Dense_0": {"kernel": "muon"}, "norm": {"scale": "adamw"}},
+        "classifier": {"dense": {"kernel": "muon"}, "out_proj": {"kernel": "adamw"}},
+        "theta": "muon",
+    }
+    assert m.labels(tree, matrices=lambda params: specs) == m.labels(tree, matrices=specs)
+    jax.eval_shape(optim.muon(0.1, matrices=specs).init, tree)
+
+
+HF = {  # as torch keeps them: layout="out_in"
+    "model.embed_tokens.weight": (V, D),
+    "model.layers.0.self_attn.q_proj.weight": (D, D),
+    "model.layers.0.self_attn.q_proj.bias": (D,),
+    "model.layers.0.mlp.down_proj.weight": (D, F),
+    "model.layers.0.input_layernorm.weight": (D,),
+    "model.norm.weight": (D,),
+    "lm_head.weight": (V, D),
+}
+HAIKU = {
+    "transformer/h0_attn/query": {"w": (D, D), "b": (D,)},
+    "transformer/h0_ln_1": {"scale": (D,), "offset": (D,)},
+    "transformer/~/mlp/linear_1": {"w": (D, F)},
+    "embed": {"embeddings": (V, D)},
+    "lm_head": {"w": (D, V)},
+}
+
+
+def maxtext(stacked):
+    """A decoder of MaxText, scanned with param_scan_axis=0 or 1."""
+
+    def leaf(*shape):
+        return (L, *shape) if stacked == 0 else (shape[0], L, *shape[1:])
+
+    attention = {n: {"kernel": leaf(D, 2, 4)} for n in ("query", "key", "value")}
+    attention["out"] = {"kernel": leaf(2, 4, D)}
+    mlp = {"wi_0": {"kernel": leaf(D, F)}, "wo": {"kernel": leaf(F, D)}}
+    layers = {"self_attention": attention, "mlp": mlp}
+    layers["pre_self_attention_layer_norm"] = {"scale": leaf(D)}
+    return {
+        "decoder": {"layers": layers, "logits_dense": {"kernel": (D, V)}},
+        "token_embedder": {"embedding": (V, D)},
+    }
+
+
+def test_hf_and_haiku_names():
+    got = found(zeros(HF), layout="out_in")
+    assert set(got) == {k for k in HF if k.endswith("_proj.weight")}
+    assert got["model.layers.0.mlp.down_proj.weight"] == m.MatrixAxes((), (1,), (0,))
+    assert set(found(zeros(HAIKU))) == {
+        "transformer/h0_attn/query/w",
+        "transformer/~/mlp/linear_1/w",
+    }
+
+
+def test_maxtext():
+    """Scanned along axis 0 it is a decoder like ours; along axis 1 it is refused, not misread."""
+    got = found(zeros(maxtext(0)))
+    assert got["decoder/layers/self_attention/out/kernel"].sizes((L, 2, 4, D)) == (L, 8, D)
+    assert {path.split("/")[-2] for path in got} == {"query", "key", "value", "out", "wi_0", "wo"}
+    assert all(axes.stack == (0,) for axes in got.values())
+    tree = zeros(maxtext(1))
+    with pytest.raises(ValueError, match="wi_0.*param_scan_axis=0.*matrices="):
+        m.labels(tree)
+    assert m.describe(tree).count("ambiguous") == 6
 
 
 def test_layout():

@@ -12,6 +12,7 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import ObjectiveConfig
 from models.decoder import Decoder, DecoderConfig
+from train.checks import check_blocks
 from train.optimizers import (
     COMBINERS,
     OPTIMIZERS,
@@ -103,8 +104,8 @@ def params():
 @pytest.fixture(scope="module")
 def few(params):
     """One leaf of each kind."""
-    up = params["layers"]["mlp"]["up"]
-    return {"embed": params["embed"], "layers": {"mlp": {"up": up}}, "norm": params["final_norm"]}
+    q = params["layers"]["attn"]["q"]
+    return {"embed": params["embed"], "layers": {"attn": {"q": q}}, "norm": params["final_norm"]}
 
 
 WITH_GRADIENT = [name for name, row in OPTIMIZERS.items() if row.needs in ("joint", "split")]
@@ -142,6 +143,30 @@ def test_adamw_is_adam(few):
         assert float(schedule(step - 1)) == pytest.approx(rate)
         for leaf in jax.tree.leaves(updates):
             np.testing.assert_allclose(leaf, -rate * hat, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "layers", "fits"), [(2, 2, True), (3, 2, False), (1, 1, True)])
+def test_a_group_of_blocks_fits_the_model(size, layers, fits):
+    """One line before any compute; without it the optimizer itself refuses."""
+    config = OptimizerConfig("teon", group_size=size)
+    shapes = Decoder(dataclasses.replace(EVERY_LEAF, num_layers=layers)).shapes()
+    if fits:
+        check_blocks(config, layers)
+        jax.eval_shape(build(config, 1)[0].init, shapes)
+        return
+    with pytest.raises(UserError, match=f"--optimizer.group-size {size}.*{layers} block.*muon"):
+        check_blocks(config, layers)
+    with pytest.raises(ValueError, match="finds no group"):
+        jax.eval_shape(build(config, 1)[0].init, shapes)
+    check_blocks(dataclasses.replace(config, name="muon"), layers)
+
+
+def test_a_group_that_the_model_lacks_is_one_line_before_any_compute(program, small, tmp_path):
+    options = ["--optimizer.name", "teon", "--optimizer.group-size", "9"]
+    done = program("train.unlearn", "quickstart", *small, *options, "--output", tmp_path / "run")
+    assert done.code == 2 and not (tmp_path / "run").exists()
+    (line,) = done.err.strip().splitlines()
+    assert "--optimizer.group-size 9" in line and "--optimizer.name muon" in line
 
 
 @pytest.mark.parametrize("name", ["muon", "teon", "sift"])
