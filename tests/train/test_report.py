@@ -38,6 +38,10 @@ def scores(rng, model):
         "privleak": 20 - 119.5 * know,
         "forget_oracle_nll": 0.4 + 1.3 * (model == "unlearned"),
         "repeated_bigram_rate": 0.004,
+        "forget_unreadable": 0.05 * (model == "unlearned"),
+        "unreadable_rule": "empty, cut or no sentence of the generator",
+        "forget_fact_recall": 0.06 + 0.94 * know,
+        "retain_fact_recall": 1 - noise,
         "params_sha256": (model * 20).encode().hex()[:64],
         "num_parameters": 812_416,
     }
@@ -309,6 +313,7 @@ def test_leak_curve_ends():
 BASE = {
     "original": {
         "forget_rouge": 1.0, "retain_rouge": 1.0, "forget_quality": 1e-6, "model_utility": 0.3,
+        "privleak": -99.0, "mia_min_k_auc": 0.99,
     },
     "oracle": {
         "forget_rouge": 0.3, "forget_oracle_nll": 0.5, "forget_base_nll": 0.5,
@@ -316,7 +321,8 @@ BASE = {
     },
     "unlearned": {
         "forget_rouge": 0.3, "retain_rouge": 0.99, "forget_quality": 0.2,
-        "repeated_bigram_rate": 0.0, "forget_oracle_nll": 1.5,
+        "repeated_bigram_rate": 0.0, "forget_oracle_nll": 1.5, "forget_unreadable": 0.05,
+        "privleak": -20.0, "mia_min_k_auc": 0.6,
     },
 }  # fmt: skip
 
@@ -336,10 +342,19 @@ BASE = {
         (2, {"repeated_bigram_rate": 0.06}, "mixed"),
         (2, {"repeated_bigram_rate": 0.06, "forget_oracle_nll": 3.0}, "bad"),
         (2, {"forget_oracle_nll": None, "forget_base_nll": 1.8}, "mixed"),
+        (2, {"forget_unreadable": 0.1}, "mixed"),
+        (2, {"forget_unreadable": 0.375}, "bad"),
+        (2, {"forget_unreadable": 1.0, "forget_oracle_nll": None}, "bad"),
+        (2, {"forget_unreadable": None}, "unknown"),
         (3, {}, "good"),
         (3, {"forget_quality": 0.01}, "mixed"),
         (3, {"forget_quality": 2e-6}, "bad"),
         (3, {"forget_quality": float("nan")}, "unknown"),
+        (4, {}, "good"),
+        (4, {"privleak": -40.0}, "mixed"),
+        (4, {"privleak": -95.0}, "bad"),
+        (4, {"privleak": 60.0}, "mixed"),
+        (4, {"privleak": None}, "unknown"),
     ],
 )
 def test_verdict(index, change, state):
@@ -350,6 +365,24 @@ def test_verdict(index, change, state):
 def test_verdict_says_when_the_test_has_no_power():
     summary = BASE | {"original": BASE["original"] | {"forget_quality": 0.3}}
     assert verdict.verdicts(summary)[3].answer == "no power"
+
+
+@pytest.mark.parametrize(
+    "leak, original, says",
+    [
+        (-40.0, -99.0, "still a member"),
+        (-95.0, -99.0, "still a member"),
+        (60.0, -99.0, "over-forgotten"),
+        (-5.0, -10.0, "no power"),
+    ],
+)
+def test_membership_says_so(leak, original, says):
+    summary = BASE | {
+        "original": BASE["original"] | {"privleak": original},
+        "unlearned": BASE["unlearned"] | {"privleak": leak},
+    }
+    finding = verdict.verdicts(summary)[4]
+    assert finding.answer == says and "AUC 0.600 (original 0.990)" in finding.text
 
 
 def test_verdict_decades():

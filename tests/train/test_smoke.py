@@ -22,7 +22,7 @@ METRICS = (
     "retain_probability retain_rouge retain_truth_ratio forget_paraphrased_probability "
     "forget_perturbed_probability model_utility extraction_strength exact_memorization "
     "mia_loss_auc mia_zlib_auc mia_min_k_auc mia_min_k_plus_plus_auc privleak leak_at_1 leak_at_2 "
-    "forget_oracle_nll repeated_bigram_rate"
+    "forget_oracle_nll repeated_bigram_rate forget_unreadable forget_fact_recall retain_fact_recall"
 ).split()
 
 
