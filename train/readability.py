@@ -24,15 +24,15 @@ TOO_COSTLY = f"NLL above the {PERCENTILE}th percentile of the oracle's answers"
 
 
 class Judged(NamedTuple):
-    """Forget answers of one model: a reason each ("" where readable), and the tests applied."""
+    """Forget answers of one model: by index why not ("": readable), and the tests applied."""
 
-    reasons: list[str]
+    reasons: dict[str, str]
     rule: str
 
     @property
     def rate(self) -> float:
         """Share that is not readable."""
-        return sum(map(bool, self.reasons)) / len(self.reasons)
+        return sum(map(bool, self.reasons.values())) / len(self.reasons)
 
 
 def why_not(answer: str, truth: str, cut: bool = False, may_be_cut: bool = False) -> str:
@@ -119,7 +119,7 @@ def judge(log: Mapping[str, Any], reference: Any = None) -> Judged | None:
         else:
             rule += " (without an oracle and a judge NLL is not compared)"
         rules.append(rule)
-    return Judged(list(reasons.values()), "; ".join(rules))
+    return Judged(reasons, "; ".join(rules))
 
 
 def summarize(log: Mapping[str, Any], reference: Any = None) -> dict[str, Any]:

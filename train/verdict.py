@@ -24,6 +24,12 @@ JUDGES = {
 ALPHA = 0.05
 
 
+SMOKE = (
+    "SMOKE run: steps and samples are cut to see the program work. Its numbers say nothing about "
+    "the method, so there is no verdict."
+)
+
+
 class Finding(NamedTuple):
     """An answer to one question: `state` is good, mixed, bad or unknown."""
 
@@ -112,10 +118,10 @@ def _readable(summary: dict[str, dict[str, Any]]) -> Finding:
     checks, parts = [], []
     if counted.unlearned is not None:
         rule = str(summary["unlearned"].get("unreadable_rule") or "empty, cut or broken text")
-        text = f"{100 * counted.unlearned:.1f} % of its forget answers are not: {rule}"
+        text = f"{100 * counted.unlearned:.1f} % of its forget answers are unreadable ({rule})"
         if counted.oracle is not None:
-            text += f"; {100 * counted.oracle:.1f} % of the oracle's"
-        parts.append(f"{text} (readable: below {100 * UNREADABLE:.0f} %).")
+            text += f", {100 * counted.oracle:.1f} % of the oracle's"
+        parts.append(f"{text}; the limit is {100 * UNREADABLE:.0f} %.")
     if rate.unlearned is not None:
         checks.append(rate.unlearned <= REPEATED)
         parts.append(
@@ -220,13 +226,16 @@ def _leaks(summary: dict[str, dict[str, Any]]) -> Finding | None:
     return Finding(question, *(("mixed", "somewhat") if half else ("bad", "it leaks")), text)
 
 
-def verdicts(summary: dict[str, dict[str, Any]], n: int = 0) -> list[Finding]:
+def verdicts(summary: dict[str, dict[str, Any]], n: int = 0, smoke: bool = False) -> list[Finding]:
     """The findings of a run, in reading order.
 
     Args:
         summary: flat metrics by model, "unlearned" among them.
         n: questions behind forget quality (0: not known).
+        smoke: it was a smoke run: nothing can be found from it.
     """
+    if smoke:
+        return []
     found = [
         _forgot(summary),
         _kept(summary),

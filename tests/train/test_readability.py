@@ -46,7 +46,8 @@ def test_the_oracles_own_answers_set_the_limit_of_the_nll():
     oracle = entry([(PROSE, PROSE)] * 101, [i / 100 for i in range(101)])  # 99th percentile: .99
     mine = entry([(PROSE, PROSE)] * 3 + [("", PROSE)], [0.98, 0.995, 5.0, 9.0])
     judged = readability.judge(mine, oracle)
-    assert judged.reasons == ["", readability.TOO_COSTLY, readability.TOO_COSTLY, "empty"]
+    costly = readability.TOO_COSTLY
+    assert judged.reasons == {"0": "", "1": costly, "2": costly, "3": "empty"}
     assert judged.rate == 0.75 and "99th percentile" in judged.rule
     assert readability.summarize(oracle, oracle)["forget_unreadable"] == 1 / 101
     alone = readability.judge(mine)
@@ -58,7 +59,7 @@ def test_the_oracles_own_answers_set_the_limit_of_the_nll():
 def test_generated_rows_are_judged_by_their_templates_alone():
     pairs = [(TRUTH, TRUTH), (PROSE, TRUTH)]
     judged = readability.judge(entry(pairs, [9.0, 9.0]), entry(pairs, [0.1, 0.1]))
-    assert judged.reasons == ["", readability.NO_TEMPLATE]
+    assert judged.reasons == {"0": "", "1": readability.NO_TEMPLATE}
     assert judged.rule == "empty, cut or no sentence of the generator"
 
 

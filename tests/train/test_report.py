@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -193,8 +194,9 @@ def test_every_number_equals_the_summary(built):
 def test_pictures_decode_and_are_the_files(built):
     folder, _, text = built
     images = Page(text).images
-    assert len(images) == 3
-    files = [(folder / f"{n}.png").read_bytes() for n in ("curves", "leak", "truth_ratio")]
+    names = ("curves", "facts", "leak", "truth_ratio")
+    assert len(images) == 4
+    files = [(folder / f"{n}.png").read_bytes() for n in names]
     for image, file in zip(images, files, strict=True):
         head, data = image["src"].split(",", 1)
         assert head == "data:image/png;base64"
@@ -227,6 +229,127 @@ def test_what_was_run_and_limits_are_there(built):
     assert "original 0.750, all 3.500" in text and "cpu x 1" in text and "n = 40" in text
     assert "tiny model" in text and "the p of this seed stays below .05" in text
     assert "Where was author 20 born?" in text and "Question:" not in text
+
+
+def test_figures_have_titles_and_captions(built):
+    text = built[2]
+    for i, title in enumerate(
+        ("While it unlearns", "Fact recall", "Leak under sampling", "Truth ratios of the facts"), 1
+    ):
+        assert f"<figcaption><b>Figure {i}. {title}" in text
+    figure = plots.fact_recall({"oracle": {"forget_fact_recall": 0.06}})
+    assert plots.png(figure) != plots.png(figure, "Fact recall")
+    assert figure.get_suptitle() == "Fact recall"
+
+
+def test_fact_recall_bars_are_the_numbers(built):
+    summary = built[1]
+    (ax,) = plots.fact_recall(summary).axes
+    forget, retain = ([bar.get_width() for bar in bars] for bars in ax.containers)
+    for model, lost, kept in zip(summary, forget, retain, strict=True):
+        assert lost == pytest.approx(100 * summary[model]["forget_fact_recall"])
+        assert kept == pytest.approx(100 * summary[model]["retain_fact_recall"])
+    assert [t.get_text() for t in ax.get_yticklabels()] == list(summary)
+    assert plots.fact_recall({"oracle": {"forget_rouge": 1.0}}) is None
+
+
+def test_broken_answers_are_marked(tmp_path):
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / "evals" / "unlearned.json"
+    log = json.loads(path.read_text())
+    answers = log["forget_Q_A_ROUGE"]["value_by_index"]
+    log["forget_readability"] = {
+        "agg_value": 0.5,
+        "value_by_index": {
+            key: {"score": 1.0, "readable": False, "reason": "fewer than 3 words", "by": "text"}
+            for key in answers
+        },
+    }
+    path.write_text(json.dumps(log))
+    page = report.build(tmp_path / "run").read_text(encoding="utf-8")
+    assert page.count("unreadable: fewer than 3 words") == runlogs.SAMPLES["forget"]
+
+
+def test_a_smoke_run_says_so_and_gives_no_verdict(tmp_path, capsys):
+    write_run(tmp_path / "real")
+    report.build(tmp_path / "real")
+    write_run(tmp_path / "run", smoke=True)
+    assert report.main([str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "SMOKE run: steps and samples are cut" in out
+    assert next(line for line in out.splitlines() if "SMOKE" in line).count("SMOKE") == 3
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert re.search("<title>SMOKE Unlearning report", page)
+    assert '<h1><span class="smoke">SMOKE</span>' in page and verdict.SMOKE in page
+    assert "Did it forget?" not in page and 'class="answer"' not in page
+    real = (tmp_path / "real" / "report.html").read_text(encoding="utf-8")
+    assert "SMOKE" not in real and "Did it forget?" in real
+    for name in ("curves", "facts"):  # the pictures say so too
+        pair = [(tmp_path / run / f"{name}.png").read_bytes() for run in ("run", "real")]
+        assert pair[0] != pair[1]
+    assert verdict.verdicts(BASE, smoke=True) == []
+
+
+def compared(folder):
+    """Two methods with two seeds each: forget and retain ROUGE-L known."""
+    places = {"asu": (0.3, 0.95), "a method whose name is much too long": (0.6, 0.7)}
+    runs = []
+    for name, (forget, retain) in places.items():
+        for seed in (0, 1):
+            runs.append(folder / f"{name[:3].strip()}-{seed}")
+            summary = write_run(runs[-1], seed=seed, objective={"name": name})
+            summary["unlearned"] |= {"forget_rouge": forget + seed / 50, "retain_rouge": retain}
+            (runs[-1] / "summary.json").write_text(json.dumps(summary))
+    return [str(run) for run in runs]
+
+
+def test_comparison_page(tmp_path, capsys):
+    runs = compared(tmp_path)
+    target = tmp_path / "all.html"
+    assert report.main([*runs, "--html", str(target)]) == 0
+    assert str(target) in capsys.readouterr().out
+    page = Page(text := target.read_text(encoding="utf-8"))
+    assert len(page.images) == 2 and "SMOKE" not in text and "script" not in page.tags
+    assert all(link.startswith("data:") for link in page.fetches)
+    first = page.images[0]
+    decode_png(base64.b64decode(first["src"].split(",", 1)[1]))
+    assert "asu 0.310 / 0.950" in first["alt"] and "a method whose name i… 0.610" in first["alt"]
+    assert "a method whose name is much too long; seeds 0, 1; folders a m-0, a m-1" in page.text
+    assert "asu · unlearned" in page.text and "0.310 ± 0.014" in page.text
+    assert report.main([runs[0], "--html", str(tmp_path / "one.html")]) == 0
+    assert (tmp_path / "one.html").exists()
+
+
+def test_scatter_draws_every_run_its_mean_and_what_to_reach():
+    points = [plots.Point("a", [(0.2, 0.9), (0.4, 0.7)]), plots.Point("b", [(0.5, 0.5)])]
+    fixed = {"original": [(1.0, 1.0)], "oracle": [(0.3, 0.95), (0.1, 0.85)]}
+    (ax,) = plots.scatter(points, fixed, "forget_rouge", "retain_rouge").axes
+    drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in ax.get_lines()}
+    assert drawn["a"] == [(pytest.approx(0.3), pytest.approx(0.8))] and drawn["b"] == [(0.5, 0.5)]
+    assert drawn["oracle"] == [(pytest.approx(0.2), pytest.approx(0.9))]
+    assert [(0.2, 0.9), (0.4, 0.7)] in drawn.values()
+    assert plots.scatter([plots.Point("a", [])], fixed, "forget_rouge", "retain_rouge") is None
+
+
+@pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("pdftotext")),
+    reason="needs chromium and pdftotext on the PATH",
+)
+def test_no_printed_page_is_blank(built, tmp_path):
+    write_run(tmp_path / "bare", oracle=False, smoke=True)
+    report.main([*compared(tmp_path), "--html", str(tmp_path / "all.html")])
+    pages = [built[0] / "report.html", report.build(tmp_path / "bare"), tmp_path / "all.html"]
+    for page in pages:
+        pdf = tmp_path / "page.pdf"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
+        subprocess.run(
+            ["chromium", *options, f"--print-to-pdf={pdf}", page.resolve().as_uri()],
+            check=True,
+            capture_output=True,
+        )
+        done = subprocess.run(["pdftotext", pdf, "-"], check=True, capture_output=True, text=True)
+        sizes = [len(text.split()) for text in done.stdout.split("\f")[:-1]]
+        assert min(sizes) > 30, (page, sizes)
 
 
 def test_rebuild_gives_the_same_bytes_and_leaves_nothing(built):
