@@ -212,17 +212,22 @@ def scatter(
     figure, (ax,) = _figure([3.4 + 0.24 * lines])
     for model, pairs in fixed.items():
         if pairs:
-            at = np.mean(pairs, axis=0)
+            right, up = np.mean(pairs, axis=0)
             ax.plot(
-                *at, linestyle="", marker="s" if model == "original" else "h", markersize=10,
+                [right], [up], linestyle="", marker="s" if model == "original" else "h",
+                markersize=10,
                 markerfacecolor="none", markeredgecolor="#404040", markeredgewidth=1.6, label=model,
             )  # fmt: skip
     for i, (name, pairs) in enumerate(points):
-        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)]}
+        style["marker"] = MARKERS[i % len(MARKERS)]
         if len(pairs) > 1:
-            ax.plot(*zip(*pairs, strict=True), linestyle="", markersize=4, alpha=0.6, **style)
-        mean = np.mean(pairs, axis=0)
-        ax.plot(*mean, linestyle="", markersize=9, label=name, **style)
+            ax.plot(
+                [right for right, _ in pairs], [up for _, up in pairs], linestyle="", markersize=4,
+                alpha=0.6, **style,
+            )  # fmt: skip
+        right, up = np.mean(pairs, axis=0)
+        ax.plot([right], [up], linestyle="", markersize=9, label=name, **style)
     for name, setter in ((x, ax.set_xlabel), (y, ax.set_ylabel)):
         metric = measures.describe(name)
         arrow = {"up": " (higher is better)", "oracle": " (the oracle's is the goal)"}
