@@ -8,6 +8,7 @@ Sized to stay legible at phone width; told apart by dash and marker as well as b
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,7 +75,10 @@ def png(figure: Figure, title: str = "") -> bytes:
     out = io.BytesIO()
     if title:
         figure.suptitle(title, fontsize=FONT + 1, fontweight="bold")
-    figure.savefig(out, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; the page beside it is not.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 
@@ -227,17 +231,20 @@ def scatter(
                 alpha=0.6, **style,
             )  # fmt: skip
         right, up = np.mean(pairs, axis=0)
-        ax.plot([right], [up], linestyle="", markersize=9, label=name, **style)
+        # Matplotlib leaves labels out of the legend that begin with an underscore.
+        label = f" {name}" if name.startswith("_") else name
+        ax.plot([right], [up], linestyle="", markersize=9, label=label, **style)
     for name, setter in ((x, ax.set_xlabel), (y, ax.set_ylabel)):
         metric = measures.describe(name)
         arrow = {"up": " (higher is better)", "oracle": " (the oracle's is the goal)"}
         setter(metric.label + arrow.get(metric.better, ""), fontsize=FONT)
     ax.margins(0.08)
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=2, fontsize=FONT - 1, frameon=False,
-        handletextpad=0.3, columnspacing=1.2,
+    legend = figure.legend(
+        handles=ax.get_legend_handles_labels()[0], loc="outside lower center", ncols=2,
+        fontsize=FONT - 1, frameon=False, handletextpad=0.3, columnspacing=1.2,
     )  # fmt: skip
+    for label in legend.get_texts():
+        label.set_parse_math(False)
     return figure
 
 
