@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlib_unlearn.metrics import text
 from train.data import authors
+from train.measures import number
 
 ENTRY = "forget_readability"
 METRIC, RULE = "forget_unreadable", "unreadable_rule"
@@ -80,11 +81,17 @@ def log_entry(
     }
 
 
-def _nll(log: Any, name: str) -> dict[str, float]:
+def _items(log: Any, name: str) -> dict[str, Mapping[str, Any]]:
     entry = log.get(name) if isinstance(log, Mapping) else None
     items = entry.get("value_by_index") if isinstance(entry, Mapping) else None
-    values = {k: v.get("avg_loss") for k, v in (items or {}).items() if isinstance(v, Mapping)}
-    return {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
+    if not isinstance(items, Mapping):
+        return {}
+    return {str(key): item for key, item in items.items() if isinstance(item, Mapping)}
+
+
+def _nll(log: Any, name: str) -> dict[str, float]:
+    values = {key: number(item.get("avg_loss")) for key, item in _items(log, name).items()}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def judge(log: Mapping[str, Any], reference: Any = None) -> Judged | None:
@@ -98,8 +105,7 @@ def judge(log: Mapping[str, Any], reference: Any = None) -> Judged | None:
     Returns:
         None for a log without the measure (of an earlier version, or another program).
     """
-    entry = log.get(ENTRY)
-    items = entry.get("value_by_index") if isinstance(entry, Mapping) else None
+    items = _items(log, ENTRY)
     if not items:
         return None
     reasons = {k: str(item.get("reason", "")) for k, item in items.items()}

@@ -63,5 +63,10 @@ def test_generated_rows_are_judged_by_their_templates_alone():
     assert judged.rule == "empty, cut or no sentence of the generator"
 
 
-def test_a_log_without_the_measure():
-    assert readability.judge({}) is None and readability.summarize({}) == {}
+@pytest.mark.parametrize("damaged", [None, [], {}, {"value_by_index": [1]}])
+def test_a_log_without_the_measure(damaged):
+    log = {readability.ENTRY: damaged}
+    assert readability.judge(log) is None and readability.summarize(log) == {}
+    whole = entry([(PROSE, PROSE)], [5.0])
+    oracle = whole | {"forget_oracle_nll": damaged}
+    assert "NLL is not compared" in readability.judge(whole, oracle).rule
