@@ -18,6 +18,7 @@ from train.distributed import DistributedConfig
 from train.presets import tofu_smollm2
 from train.sharding import MeshConfig
 from train.tracking import say
+from train.verdict import SMOKE as SMOKE_RUN
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def read_arguments(argv: list[str]) -> EvaluateRun:
 def run(config: EvaluateRun) -> dict[str, Any]:
     """Judge the model and write `summary.json` and the per-item log."""
     from jaxlib_unlearn.metrics import tofu
-    from train import checks, distributed, evaluation, pipeline, remote, sharding, verdict
+    from train import checks, distributed, evaluation, pipeline, remote, sharding
     from train.stages import write_atomic
     from train.task import load_task
     from train.unlearn import evaluate_cached
@@ -124,11 +125,11 @@ def run(config: EvaluateRun) -> dict[str, Any]:
         remote.send(root)
         for name, value in summary.items():
             print(f"{name:34} {value:.6g}" if isinstance(value, float) else f"{name:34} {value}")
-        if config.smoke:
-            print(verdict.SMOKE)
 
     distributed.of_first(tell)
     say(f"summary: {remote.home(root) / 'summary.json'}")
+    if config.smoke:
+        say(SMOKE_RUN)
     return summary
 
 

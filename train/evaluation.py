@@ -28,7 +28,6 @@ from train.task import Row, Task
 from train.tracking import progress
 
 VERSION = 2  # part of every cache key: raise it when a number may change
-FACT_RECALL = ("forget_fact_recall", "retain_fact_recall")
 QUANTITIES = ("logp", "match", "mu", "var")
 
 
@@ -383,7 +382,8 @@ def summarize(log: Mapping[str, Any], retain_log: Any, model: Model) -> dict[str
     `retain_log` is the oracle's, or one in its place.
     """
     flat: dict[str, Any] = dict(tofu.summarize(log, retain_log))
-    for name in (*FACT_RECALL, "repeated_bigram_rate", "forget_oracle_nll", "forget_base_nll"):
+    facts = [f"{split}_fact_recall" for split in ("forget", "retain")]
+    for name in (*facts, "repeated_bigram_rate", "forget_oracle_nll", "forget_base_nll"):
         if name in log:
             flat[name] = log[name]["agg_value"]
     flat |= readability.summarize(log, retain_log)

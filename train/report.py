@@ -107,8 +107,7 @@ def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
     ]
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file through a temporary sibling and a rename."""
+def _write(path: Path, data: bytes) -> None:
     part = path.with_name(path.name + ".part")
     try:
         part.write_bytes(data)
@@ -182,8 +181,8 @@ def build(run_dir: str | Path) -> Path:
     )
     for picture in made:
         if picture.png:
-            write(run.folder / picture.name, picture.png)
-    write(run.folder / "report.html", page.encode("utf-8", "replace"))
+            _write(run.folder / picture.name, picture.png)
+    _write(run.folder / "report.html", page.encode("utf-8", "replace"))
     return run.folder / "report.html"
 
 
@@ -300,11 +299,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.html:
             from train import compare
 
-            write(args.html, compare.page(runs).encode("utf-8", "replace"))
+            _write(args.html, compare.page(runs).encode("utf-8", "replace"))
         if args.csv:
-            write(args.csv, tables.to_csv(cols).encode())
+            _write(args.csv, tables.to_csv(cols).encode())
         if args.latex:
-            write(args.latex, tables.to_latex(cols, main=not args.all).encode())
+            _write(args.latex, tables.to_latex(cols, main=not args.all).encode())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import measures, readability, tables
+from train import measures, tables
+from train.readability import judge
 from train.tables import Run
 
 SAMPLES = {"forget": 5, "retain": 3}
@@ -119,7 +120,7 @@ def samples(
     `oracle` is the log that sets the limits of readability, where the run has one of its own.
     """
     out = []
-    judged = {m: readability.judge(log, oracle) for m, log in logs.items()}
+    judged = {m: judge(log, oracle) for m, log in logs.items()}
     unreadable = {m: found.reasons for m, found in judged.items() if found is not None}
     for part, count in SAMPLES.items():
         by_model = {m: items_of(log, f"{part}_Q_A_ROUGE") for m, log in logs.items()}

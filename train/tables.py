@@ -180,11 +180,13 @@ def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     rest = [] if len(told) == len(flats) else [n for n in differ if n not in names][:4]
     out = []
     for key, members in keyed.items():
-        parts = ["SMOKE"] if members[0].config.get("smoke") else []
-        parts += [str(flats[key].get(n)) for n in shown if flats[key].get(n) not in (None, "")]
+        parts = [str(flats[key].get(n)) for n in shown if flats[key].get(n) not in (None, "")]
         parts += [f"{n.rsplit('.', 1)[-1]}={flats[key].get(n)}" for n in rest]
         out.append((" ".join(parts) or members[0].folder.name, members))
-    return out
+    return [
+        (f"SMOKE {label}" if members[0].config.get("smoke") else label, members)
+        for label, members in out
+    ]
 
 
 def columns(runs: Sequence[Run]) -> list[Column]:

@@ -13,7 +13,7 @@ import pytest
 
 from models.decoder import Decoder, DecoderConfig
 from models.policy import score
-from train import evaluation, pipeline, sharding, verdict
+from train import evaluation, pipeline, sharding
 from train.config import DataConfig, EvaluateConfig
 from train.data import authors
 from train.data.batches import collate, score_batches
@@ -23,6 +23,7 @@ from train.sharding import MeshConfig, make_mesh
 from train.stages import digest, json_stage
 from train.task import Task
 from train.unlearn import evaluation_inputs
+from train.verdict import verdicts
 
 LONGEST = 128
 CONFIG = EvaluateConfig(max_new_tokens=6, leak_samples=4, generate_rows=16)
@@ -320,7 +321,7 @@ def test_empty_answers_are_not_readable(model, task, one, monkeypatch):
     flat = evaluation.summarize(found, None, model)
     assert flat["forget_unreadable"] == 1.0 and flat["repeated_bigram_rate"] == 0.0
     assert flat["forget_fact_recall"] == 0.0
-    assert verdict.verdicts({"unlearned": flat})[2].state == "bad"
+    assert verdicts({"unlearned": flat})[2].state == "bad"
 
 
 def test_a_cut_is_held_against_an_answer_whose_truth_fits(model, task, one, monkeypatch):

@@ -175,7 +175,7 @@ def test_evaluate_the_run(run, program):
     done = program("train.evaluate", run.root)
     assert done.code == 0, done.err
     summary = json.loads((run.root / "evaluate" / "summary.json").read_text())
-    assert list(summary) == ["model"] and "SMOKE run:" in done.out
+    assert list(summary) == ["model"] and "SMOKE run:" in done.err
     again, first = summary["model"], run.summary["unlearned"]
     # The judge of fluency is part of the run alone.
     assert set(first) - set(again) == {"forget_oracle_nll"}
