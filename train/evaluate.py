@@ -18,6 +18,7 @@ from train.distributed import DistributedConfig
 from train.presets import tofu_smollm2
 from train.sharding import MeshConfig
 from train.tracking import say
+from train.verdict import SMOKE as SMOKE_RUN
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def run(config: EvaluateRun) -> dict[str, Any]:
 
     distributed.of_first(tell)
     say(f"summary: {remote.home(root) / 'summary.json'}")
+    if config.smoke:
+        say(SMOKE_RUN)
     return summary
 
 

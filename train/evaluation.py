@@ -18,15 +18,16 @@ from models import Tokenizer, arrays
 from models.decoder import Decoder
 from models.generate import SamplingConfig, generate
 from models.policy import score
-from train import distributed, residency
+from train import distributed, readability, residency
 from train.config import EvaluateConfig
+from train.data import authors
 from train.data.batches import score_batches
 from train.data.examples import Example, Group, encode_group, encode_prompt, encode_qa
 from train.sharding import batch_sharding, batch_ways, put_batch
 from train.task import Row, Task
 from train.tracking import progress
 
-VERSION = 1  # part of every cache key: raise it when a number may change
+VERSION = 2  # part of every cache key: raise it when a number may change
 QUANTITIES = ("logp", "match", "mu", "var")
 
 
@@ -226,13 +227,15 @@ def evaluate_model(
         judge: model whose NLL of the greedy forget answers is measured; None: left out.
 
     Returns:
-        A dict as `metrics.tofu.build_log` makes, with `leak_at_k`, `repeated_bigram_rate` and
-        `forget_{config.judge}_nll` added.
+        A dict as `metrics.tofu.build_log` makes, with `leak_at_k`, `repeated_bigram_rate`,
+        `forget_readability`, `forget_{config.judge}_nll` and, of rows whose facts are known,
+        `forget_fact_recall` and `retain_fact_recall` added.
     """
     max_length = longest(model, max_length)
     greedy = SamplingConfig(max_new_tokens=config.max_new_tokens)
     splits: dict[str, tofu.SplitScores] = {}
     forget_answers: Answers | None = None
+    added: dict[str, Any] = {}
     for split, rows in task.evaluation.items():
         scored = score_rows(
             model,
@@ -258,7 +261,11 @@ def evaluate_model(
             mesh,
             f"{name}: answer {split}",
         )
-        forget_answers = answers if split == "forget" else forget_answers
+        if split == "forget":
+            forget_answers = answers
+            added |= _readable(rows, answers, scored["answers"], model, config.max_new_tokens)
+        if split in ("forget", "retain"):
+            added |= _facts(split, rows, answers)
         splits[split] = tofu.SplitScores(
             scored["answers"],
             scored.get("paraphrased"),
@@ -267,12 +274,38 @@ def evaluate_model(
             [row["answer"] for row in rows],
             [row["question"] for row in rows],
         )
-    log = tofu.build_log(splits)
+    log = tofu.build_log(splits) | added
     if forget_answers is not None:
         log |= _fluency(task, forget_answers, judge, system_prompt, mesh, config)
         if config.leak_samples:
             log |= _leak(model, task, config, system_prompt, mesh, seed, name)
     return log
+
+
+def _readable(
+    rows: Sequence[Row], answers: Answers, truths: Sequence[Scored], model: Model, limit: int
+) -> dict[str, Any]:
+    # A model without an end-of-text token is never done; its answers are not held for cut.
+    ends = model.tokenizer.eos_id is not None
+    entry = readability.log_entry(
+        [texts[0] for texts in answers.texts],
+        [row["answer"] for row in rows],
+        [ends and len(ids[0]) >= limit for ids in answers.ids],
+        [len(truth.logp) - 1 > limit for truth in truths],  # all but the end of the text
+    )
+    return {readability.ENTRY: entry}
+
+
+def _facts(split: str, rows: Sequence[Row], answers: Answers) -> dict[str, Any]:
+    """Which values of its fact each answer holds; only generated rows say what their fact is."""
+    items = {}
+    for i, (row, texts) in enumerate(zip(rows, answers.texts, strict=True)):
+        if values := authors.values_in(row["answer"]):
+            items[str(i)] = {"score": text.fact_recall(texts[0], values), "values": list(values)}
+    if not items:
+        return {}
+    mean = float(np.mean([item["score"] for item in items.values()]))
+    return {f"{split}_fact_recall": {"agg_value": mean, "value_by_index": items}}
 
 
 def _fluency(
@@ -344,11 +377,16 @@ def _leak(
 
 
 def summarize(log: Mapping[str, Any], retain_log: Any, model: Model) -> dict[str, Any]:
-    """The flat metrics of a log with leak@k and fluency, and the parameters' number and sha256."""
+    """The flat metrics of a log with leak@k and fluency, and the parameters' number and sha256.
+
+    `retain_log` is the oracle's, or one in its place.
+    """
     flat: dict[str, Any] = dict(tofu.summarize(log, retain_log))
-    for name in ("repeated_bigram_rate", "forget_oracle_nll", "forget_base_nll"):
+    facts = [f"{split}_fact_recall" for split in ("forget", "retain")]
+    for name in (*facts, "repeated_bigram_rate", "forget_oracle_nll", "forget_base_nll"):
         if name in log:
             flat[name] = log[name]["agg_value"]
+    flat |= readability.summarize(log, retain_log)
     for k, value in log.get("leak_at_k", {"agg_value": {}})["agg_value"].items():
         flat[f"leak_at_{k}"] = value
     flat["num_parameters"] = num_parameters(model.params)

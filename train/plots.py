@@ -1,4 +1,6 @@
-"""The pictures of a run: unlearning curves, leak@k, truth-ratio distributions. Arrays in, PNG out.
+"""The pictures of runs: curves, fact recall, leak@k, truth ratios, forget against retain.
+
+Arrays in, PNG out.
 
 Sized to stay legible at phone width; told apart by dash and marker as well as by colour.
 """
@@ -6,6 +8,7 @@ Sized to stay legible at phone width; told apart by dash and marker as well as b
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -54,10 +57,28 @@ def _legend(ax: Axes, **kwargs: Any) -> None:
     ax.legend(fontsize=FONT - 1, framealpha=0.9, edgecolor="#CCCCCC", handlelength=2.6, **kwargs)
 
 
-def png(figure: Figure) -> bytes:
+def _above(ax: Axes, ncols: int = 3) -> None:
+    """A legend in a line above the axes."""
+    ax.legend(
+        fontsize=FONT - 1,
+        frameon=False,
+        handlelength=2.4,
+        ncols=ncols,
+        columnspacing=1.2,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
+
+
+def png(figure: Figure, title: str = "") -> bytes:
     """The figure as PNG bytes, without a time stamp or version (equal input gives equal bytes)."""
     out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
+    if title:
+        figure.suptitle(title, fontsize=FONT + 1, fontweight="bold")
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; the page beside it is not.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 
@@ -103,15 +124,7 @@ def curves(steps: Sequence[dict[str, Any]], oracle: dict[str, Any] | None) -> Fi
         ax.set_ylim(-0.03, 1.05)
         label = "ROUGE-L recall" if quality == "rouge" else "probability"
         ax.set_ylabel(label, fontsize=FONT)
-        ax.legend(
-            fontsize=FONT - 1,
-            frameon=False,
-            handlelength=2.4,
-            ncols=3,
-            columnspacing=1.2,
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1.0),
-        )
+        _above(ax)
     if names:
         ax = axes[-1]
         for name in names:
@@ -128,6 +141,110 @@ def curves(steps: Sequence[dict[str, Any]], oracle: dict[str, Any] | None) -> Fi
         left, right = min(left, ax.get_xlim()[0]), max(right, ax.get_xlim()[1])
     for ax in axes:
         ax.set_xlim(left, right)
+    return figure
+
+
+def fact_recall(summary: dict[str, dict[str, Any]]) -> Figure | None:
+    """Share of the true values in each model's answers, facts to forget and facts to keep.
+
+    Args:
+        summary: flat metrics by model.
+
+    Returns:
+        The figure, or None where no row said what its values are.
+    """
+    parts = ("forget", "retain")
+    models = [m for m in measures.MODELS if m in summary]
+    values = {
+        (m, part): measures.number(summary[m].get(f"{part}_fact_recall"))
+        for m in models
+        for part in parts
+    }
+    if all(value is None for value in values.values()):
+        return None
+    figure, (ax,) = _figure([0.9 + 0.62 * len(models)])
+    ax.grid(visible=False, axis="y")
+    for i, part in enumerate(parts):
+        here = [(row, values[m, part]) for row, m in enumerate(models)]
+        here = [(row, value) for row, value in here if value is not None]
+        rows = [row + 0.38 * (i - 0.5) for row, _ in here]
+        shares = [100 * value for _, value in here]
+        hatch = "//" if part == "retain" else None
+        bars = ax.barh(
+            rows, shares, 0.36, label=f"facts to {'forget' if part == 'forget' else 'keep'}",
+            color=STYLES[part]["color"], edgecolor="white", hatch=hatch,
+        )  # fmt: skip
+        ax.bar_label(bars, [f"{share:.0f} %" for share in shares], padding=3, fontsize=FONT - 1)
+    ax.set_yticks(range(len(models)), models, fontsize=FONT)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 114)
+    ax.set_xticks(range(0, 101, 25))
+    ax.set_xlabel("true values in the answer, %", fontsize=FONT)
+    _above(ax, 2)
+    return figure
+
+
+class Point(NamedTuple):
+    """An experiment in the scatter: its short name, and (x, y) of each of its runs."""
+
+    name: str
+    values: list[tuple[float, float]]
+
+
+COLORS = ("#D55E00", "#0072B2", "#007F5F", "#A0287A", "#8C6D00", "#404040", "#5B3FA8", "#B0413E")
+MARKERS = ("o", "^", "D", "v", "P", "X", "*")
+
+
+def scatter(
+    points: Sequence[Point], fixed: dict[str, list[tuple[float, float]]], x: str, y: str
+) -> Figure | None:
+    """Runs in the plane of two metrics: a small mark a run, a large one the mean over its seeds.
+
+    Args:
+        points: the unlearned models, an experiment each.
+        fixed: original and oracle, drawn hollow as what to leave and what to reach.
+        x: name of the metric across.
+        y: name of the metric up.
+
+    Returns:
+        The figure, or None when no run has both metrics.
+    """
+    points = [point for point in points if point.values]
+    if not points:
+        return None
+    lines = -(-(len(points) + len(fixed)) // 2)
+    figure, (ax,) = _figure([3.4 + 0.24 * lines])
+    for model, pairs in fixed.items():
+        if pairs:
+            right, up = np.mean(pairs, axis=0)
+            ax.plot(
+                [right], [up], linestyle="", marker="s" if model == "original" else "h",
+                markersize=10,
+                markerfacecolor="none", markeredgecolor="#404040", markeredgewidth=1.6, label=model,
+            )  # fmt: skip
+    for i, (name, pairs) in enumerate(points):
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)]}
+        style["marker"] = MARKERS[i % len(MARKERS)]
+        if len(pairs) > 1:
+            ax.plot(
+                [right for right, _ in pairs], [up for _, up in pairs], linestyle="", markersize=4,
+                alpha=0.6, **style,
+            )  # fmt: skip
+        right, up = np.mean(pairs, axis=0)
+        # Matplotlib leaves labels out of the legend that begin with an underscore.
+        label = f" {name}" if name.startswith("_") else name
+        ax.plot([right], [up], linestyle="", markersize=9, label=label, **style)
+    for name, setter in ((x, ax.set_xlabel), (y, ax.set_ylabel)):
+        metric = measures.describe(name)
+        arrow = {"up": " (higher is better)", "oracle": " (the oracle's is the goal)"}
+        setter(metric.label + arrow.get(metric.better, ""), fontsize=FONT)
+    ax.margins(0.08)
+    legend = figure.legend(
+        handles=ax.get_legend_handles_labels()[0], loc="outside lower center", ncols=2,
+        fontsize=FONT - 1, frameon=False, handletextpad=0.3, columnspacing=1.2,
+    )  # fmt: skip
+    for label in legend.get_texts():
+        label.set_parse_math(False)
     return figure
 
 
@@ -249,13 +366,5 @@ def truth_ratio(ratios: Ratios) -> Figure | None:
     ax.set_ylim(-0.02, 1.02)
     ax.set_xlabel("truth ratio R (left of 1: the true answer is likelier)", fontsize=FONT)
     ax.set_ylabel("share of questions with ratio ≤ R", fontsize=FONT)
-    ax.legend(
-        fontsize=FONT - 1,
-        frameon=False,
-        handlelength=2.4,
-        ncols=3,
-        columnspacing=1.2,
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-    )
+    _above(ax)
     return figure

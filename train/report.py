@@ -1,7 +1,7 @@
 """A run as one self-contained page and pictures; several runs side by side.
 
 python -m train.report RUN              rebuilds RUN/report.html and its PNGs, prints the table
-python -m train.report RUN RUN ... --csv FILE --latex FILE
+python -m train.report RUN RUN ... --html FILE --csv FILE --latex FILE
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from train.runlogs import (
     truth_ratios,
 )
 from train.tables import Run
-from train.verdict import verdicts
+from train.verdict import SMOKE, verdicts
 
 
 class Picture(NamedTuple):
     """A picture of the page; without PNG bytes (not enough data) `missing` says why."""
 
     name: str
+    title: str
     alt: str
     caption: str
     missing: str
@@ -42,7 +43,7 @@ class Picture(NamedTuple):
 
 
 def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
-    """curves.png, leak.png and truth_ratio.png of a run."""
+    """curves.png, facts.png, leak.png and truth_ratio.png of a run."""
     import numpy as np
 
     from train import plots
@@ -62,6 +63,7 @@ def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
     made = (
         (
             "curves.png",
+            "While it unlearns",
             plots.curves(steps, s.get("oracle")),
             f"Lines over {len(steps)} logged unlearning steps. At the end, forget ROUGE-L: "
             f"{across('forget_rouge')}; retain ROUGE-L: {across('retain_rouge')}.",
@@ -70,7 +72,18 @@ def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
             "No curves: metrics.jsonl has no steps of the stage 'unlearned'.",
         ),
         (
+            "facts.png",
+            "Fact recall",
+            plots.fact_recall(s),
+            f"Bars, a pair a model. Facts to forget: {across('forget_fact_recall')}; facts to "
+            f"keep: {across('retain_fact_recall')}.",
+            "How many of the true values (names, dates, words) stand in the greedy answers. The "
+            "oracle, which never saw the facts to forget, gets some of them right by chance.",
+            "No fact recall: only generated authors say which words of an answer are the fact.",
+        ),
+        (
             "leak.png",
+            "Leak under sampling",
             plots.leak(scores, s),
             "leak@k over k, a line a model" + (f"; at k = {ks[-1]}: {at_k}." if ks else "."),
             "leak@k: the best of k sampled answers, scored against the truth. A model that only "
@@ -79,6 +92,7 @@ def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
         ),
         (
             "truth_ratio.png",
+            "Truth ratios of the facts to forget",
             plots.truth_ratio(plots.Ratios(values, distance, p)),
             "Cumulative distributions of the truth ratio on the forget questions. KS distance to "
             f"the oracle: {across('forget_ks')}.",
@@ -87,7 +101,10 @@ def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
             "No truth ratios in evals/.",
         ),
     )
-    return [Picture(n, alt, c, no, f and plots.png(f)) for n, f, alt, c, no in made]
+    smoke = "SMOKE: " if run.config.get("smoke") else ""
+    return [
+        Picture(n, t, alt, c, no, f and plots.png(f, smoke + t)) for n, t, f, alt, c, no in made
+    ]
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -122,7 +139,7 @@ def _rows(run: Run, models: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def build(run_dir: str | Path) -> Path:
-    """Write `report.html`, `curves.png`, `leak.png` and `truth_ratio.png` into a run folder.
+    """Write `report.html` and its pictures (`curves.png` and others) into a run folder.
 
     Args:
         run_dir: folder with config.json, summary.json, and if there metrics.jsonl and evals/.
@@ -133,35 +150,30 @@ def build(run_dir: str | Path) -> Path:
     Raises:
         UserError: not the folder of a finished run, a damaged file, or a write that failed.
     """
-    import jinja2
-
     run = tables.load_run(run_dir)
     logs = read_evals(run)
     models = [m for m in measures.MODELS if m in run.summary]
     models += sorted(set(run.summary) - set(models))
     made = pictures(run, logs)
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
     preset, seed = run.config.get("preset") or run.folder.name, run.config.get("seed")
     objective = run.config.get("objective")
     method = objective.get("name") if isinstance(objective, dict) else objective
-    page = environment.get_template("report.html.j2").render(
+    smoke = bool(run.config.get("smoke"))
+    own_oracle = logs.get("oracle") if "oracle" in run.summary else None
+    page = render(
+        "report.html.j2",
+        smoke=SMOKE if smoke else "",
         title=f"{preset}, {method}, seed {seed}" if method else f"{preset}, seed {seed}",
         lead="A model that knows a set of facts was made to forget a part of them. Below: whether "
         "it forgot, what it kept, and how that was measured.",
-        verdicts=verdicts(run.summary, len(truth_ratios(logs.get("unlearned", {})))),
+        verdicts=verdicts(run.summary, len(truth_ratios(logs.get("unlearned", {}))), smoke),
         directions=[(measures.ARROWS[k], text) for k, text in measures.DIRECTIONS.items() if k],
         models=models,
         rows=_rows(run, models),
         retain_log=bool(run.config.get("retain_log")),
-        pictures=[_embed(p, p.png) for p in made if p.png],
+        pictures=[embed(p, p.png) for p in made if p.png],
         no_pictures=[p.missing for p in made if not p.png],
-        samples=samples(logs),
+        samples=samples(logs, own_oracle),
         facts=facts(run, logs),
         command=clean(command(run), 4000),
         config=clean(json.dumps(run.config, indent=2, ensure_ascii=False), 20000),
@@ -185,7 +197,21 @@ def _cell(scores: dict[str, Any], model: str, name: str) -> dict[str, Any]:
     }
 
 
-def _embed(picture: Picture, png: bytes) -> dict[str, Any]:
+def render(template: str, **values: Any) -> str:
+    """A page from one of the templates beside this file."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def embed(picture: Picture, png: bytes) -> dict[str, Any]:
+    """A picture as the templates take it."""
     width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
     data = base64.b64encode(png).decode("ascii")
     return {
@@ -193,6 +219,7 @@ def _embed(picture: Picture, png: bytes) -> dict[str, Any]:
         "width": width,
         "height": height,
         "alt": picture.alt,
+        "title": picture.title,
         "caption": picture.caption,
     }
 
@@ -214,6 +241,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", type=Path, help="run folder of train.unlearn"
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        nargs="?",
+        const=Path("comparison.html"),
+        help="the runs on a page, forget against retain (default: comparison.html)",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="every number, one a line")
     parser.add_argument("--latex", type=Path, metavar="FILE", help="the table as a LaTeX tabular")
@@ -243,12 +278,15 @@ def show(*run_dirs: str | Path, every: bool = False) -> None:
 
 
 def _print(cols: Sequence[tables.Column], every: bool) -> None:
+    """The tables on stdout."""
     from rich.console import Console
 
     console = Console(highlight=False)
     for table in tables.terminal(cols, console.width, main=not every):
         console.print(table)
     console.print(measures.LEGEND)
+    if any(column.label.startswith("SMOKE") for column in cols):
+        console.print(SMOKE, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -258,6 +296,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [tables.load_run(folder) for folder in args.runs]
         cols = tables.columns(runs)
         page = build(args.runs[0]) if len(runs) == 1 else None
+        if args.html:
+            from train import compare
+
+            _write(args.html, compare.page(runs).encode("utf-8", "replace"))
         if args.csv:
             _write(args.csv, tables.to_csv(cols).encode())
         if args.latex:
@@ -270,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = f"{column.label} {column.model}".strip()
             print(f"note: {where}: the same seed counts twice", file=sys.stderr)
     _print(cols, args.all)
-    for path in (page, args.csv, args.latex):
+    for path in (page, args.html, args.csv, args.latex):
         if path:
             print(path)
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from train import measures, tables
+from train.readability import judge
 from train.tables import Run
 
 SAMPLES = {"forget": 5, "retain": 3}
@@ -111,9 +112,16 @@ def clean(text: Any, limit: int = 700) -> str:
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} characters more)"
 
 
-def samples(logs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Questions at even distances through each split, with every model's greedy answer."""
+def samples(
+    logs: dict[str, dict[str, Any]], oracle: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Questions at even distances through each split, with every model's greedy answer.
+
+    `oracle` is the log that sets the limits of readability, where the run has one of its own.
+    """
     out = []
+    judged = {m: judge(log, oracle) for m, log in logs.items()}
+    unreadable = {m: found.reasons for m, found in judged.items() if found is not None}
     for part, count in SAMPLES.items():
         by_model = {m: items_of(log, f"{part}_Q_A_ROUGE") for m, log in logs.items()}
         items = by_model.get("unlearned", {})
@@ -131,6 +139,8 @@ def samples(logs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                         "model": model, "text": clean(item.get("generation", "")) or "(nothing)",
                         "score": measures.format_number(item["rougeL_recall"])
                         if measures.number(item.get("rougeL_recall")) is not None else "",
+                        "unreadable": unreadable.get(model, {}).get(key, "")
+                        if part == "forget" else "",
                     })  # fmt: skip
             question = clean(question_of(items[key].get("input", "")))
             entries.append({"question": question, "truth": clean(truth), "answers": answers})

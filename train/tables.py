@@ -171,19 +171,22 @@ def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     every = {name for flat in flats.values() for name in flat}
     differ = [
         name
-        for name in sorted(every)
+        for name in sorted(every - {"smoke"})  # labels begin with it
         if len({json.dumps(f.get(name), default=str) for f in flats.values()}) > 1
     ]
     shown = [n for n in names if n in differ or len(flats) == 1 and n != "combine"]
     # Other fields follow from a method's name where the names alone tell the groups apart.
-    told = {tuple(str(f.get(n)) for n in shown) for f in flats.values()}
+    told = {tuple(str(f.get(n)) for n in (*shown, "smoke")) for f in flats.values()}
     rest = [] if len(told) == len(flats) else [n for n in differ if n not in names][:4]
     out = []
     for key, members in keyed.items():
         parts = [str(flats[key].get(n)) for n in shown if flats[key].get(n) not in (None, "")]
         parts += [f"{n.rsplit('.', 1)[-1]}={flats[key].get(n)}" for n in rest]
         out.append((" ".join(parts) or members[0].folder.name, members))
-    return out
+    return [
+        (f"SMOKE {label}" if members[0].config.get("smoke") else label, members)
+        for label, members in out
+    ]
 
 
 def columns(runs: Sequence[Run]) -> list[Column]:
@@ -195,6 +198,7 @@ def columns(runs: Sequence[Run]) -> list[Column]:
     found = groups(runs)
     out: list[Column] = []
     for label, members in found:
+        smoke = "SMOKE" if members[0].config.get("smoke") else ""
         extra = {m for run in members for m in run.summary} - set(MODELS)
         for model in (*MODELS, *sorted(extra)):
             have = [run for run in members if model in run.summary]
@@ -208,11 +212,11 @@ def columns(runs: Sequence[Run]) -> list[Column]:
             seeds = tuple(run.config.get("seed") for run in have)
             digests = [str(run.summary[model].get("params_sha256") or "") for run in have]
             digests = tuple(sorted(digests)) if all(digests) else ()
-            column = Column(label if len(found) > 1 else "", model, seeds, cells, digests)
+            column = Column(label if len(found) > 1 else smoke, model, seeds, cells, digests)
             shared = digests and model != "unlearned"
             same = [c for c in out if shared and c[1:] == column[1:]]
             if same:
-                out[out.index(same[0])] = same[0]._replace(label="")
+                out[out.index(same[0])] = same[0]._replace(label=smoke)
             else:
                 out.append(column)
     return out

@@ -1,4 +1,4 @@
-"""What the numbers of a run say in words: forgotten, kept, readable, told from the oracle, leaking.
+"""What the numbers of a run say in words: forgotten, kept, readable, like the oracle, leaking.
 
 The limits are stated in the text, so that a reader can disagree with them.
 """
@@ -13,6 +13,8 @@ from train.measures import leak_ks, number
 
 FORGET_RATIO = 1.5
 KEPT, MOSTLY_KEPT = 0.95, 0.85
+UNREADABLE, BROKEN = 0.10, 0.25
+PRIVLEAK = 25.0
 REPEATED = 0.05
 # Which model judges the answers, and how many nats a token they may cost above the oracle's own.
 JUDGES = {
@@ -20,6 +22,12 @@ JUDGES = {
     "forget_base_nll": ("the model before fine-tuning", 1.0),
 }
 ALPHA = 0.05
+
+
+SMOKE = (
+    "SMOKE run: steps and samples are cut to see the program work. Its numbers say nothing about "
+    "the method, so there is no verdict."
+)
 
 
 class Finding(NamedTuple):
@@ -106,8 +114,14 @@ def _kept(summary: dict[str, dict[str, Any]]) -> Finding:
 
 def _readable(summary: dict[str, dict[str, Any]]) -> Finding:
     question = "Are its answers readable?"
-    rate = _get(summary, "repeated_bigram_rate")
+    counted, rate = _get(summary, "forget_unreadable"), _get(summary, "repeated_bigram_rate")
     checks, parts = [], []
+    if counted.unlearned is not None:
+        rule = str(summary["unlearned"].get("unreadable_rule") or "empty, cut or broken text")
+        text = f"{100 * counted.unlearned:.1f} % of its forget answers are unreadable ({rule})"
+        if counted.oracle is not None:
+            text += f", {100 * counted.oracle:.1f} % of the oracle's"
+        parts.append(f"{text}; the limit is {100 * UNREADABLE:.0f} %.")
     if rate.unlearned is not None:
         checks.append(rate.unlearned <= REPEATED)
         parts.append(
@@ -123,13 +137,44 @@ def _readable(summary: dict[str, dict[str, Any]]) -> Finding:
             checks.append(nll.unlearned - nll.oracle <= gap)
             text += f", the oracle's own {show(nll.oracle)} (limit: {gap} more)"
         parts.append(text + ".")
-    if not checks:
-        text = " ".join(parts) or "Neither repetition nor NLL was measured."
-        return Finding(question, "unknown", "not judged", text)
-    if all(checks):
+    if counted.unlearned is None:
+        parts.append("Empty, cut and broken answers were not counted in this run.")
+        return Finding(question, "unknown", "not judged", " ".join(parts))
+    if counted.unlearned >= BROKEN or (checks and not any(checks)):
+        return Finding(question, "bad", "broken", " ".join(parts))
+    if counted.unlearned < UNREADABLE and all(checks):
         return Finding(question, "good", "readable", " ".join(parts))
-    state = ("mixed", "partly") if any(checks) else ("bad", "broken")
-    return Finding(question, *state, " ".join(parts))
+    return Finding(question, "mixed", "partly", " ".join(parts))
+
+
+def _member(summary: dict[str, dict[str, Any]]) -> Finding:
+    question, s = "Does it still look like a member?", _get(summary, "privleak")
+    if s.unlearned is None:
+        text = "Membership attacks need rows that nobody trained on."
+        return Finding(question, "unknown", "not measured", text)
+    text = (
+        "A membership attack (min-k) tells the facts to forget from rows never seen with AUC "
+        f"{_across(summary, 'mia_min_k_auc')}. PrivLeak {show(s.unlearned)}"
+        + (f" (before: {show(s.original)})" if s.original is not None else "")
+        + f": -100 is fully memorised, 0 as if never seen (limit: within {PRIVLEAK:.0f} of 0)."
+    )
+    if abs(s.unlearned) <= PRIVLEAK:
+        if s.original is not None and abs(s.original) <= PRIVLEAK:
+            text += " It does not even see the original as a member: it has no power here."
+            return Finding(question, "mixed", "no power", text)
+        return Finding(question, "good", "no", text)
+    if s.unlearned > 0:
+        text += " Facts that look stranger than unseen ones give away that they were unlearned."
+        return Finding(question, "mixed", "over-forgotten", text)
+    half = s.original is not None and s.unlearned >= s.original / 2
+    return Finding(question, "mixed" if half else "bad", "still a member", text)
+
+
+def _across(summary: dict[str, dict[str, Any]], name: str) -> str:
+    """`0.951 (original 0.990, oracle 0.502)`."""
+    s = _get(summary, name)
+    others = [f"{m} {show(v)}" for m, v in zip(s._fields[:2], s, strict=False) if v is not None]
+    return show(s.unlearned) + (f" ({', '.join(others)})" if others else "")
 
 
 def _told_apart(summary: dict[str, dict[str, Any]], n: int) -> Finding:
@@ -181,18 +226,22 @@ def _leaks(summary: dict[str, dict[str, Any]]) -> Finding | None:
     return Finding(question, *(("mixed", "somewhat") if half else ("bad", "it leaks")), text)
 
 
-def verdicts(summary: dict[str, dict[str, Any]], n: int = 0) -> list[Finding]:
+def verdicts(summary: dict[str, dict[str, Any]], n: int = 0, smoke: bool = False) -> list[Finding]:
     """The findings of a run, in reading order.
 
     Args:
         summary: flat metrics by model, "unlearned" among them.
         n: questions behind forget quality (0: not known).
+        smoke: it was a smoke run: nothing can be found from it.
     """
+    if smoke:
+        return []
     found = [
         _forgot(summary),
         _kept(summary),
         _readable(summary),
         _told_apart(summary, n),
+        _member(summary),
         _leaks(summary),
     ]
     return [finding for finding in found if finding is not None]

@@ -1,5 +1,6 @@
 """What can be said about generated text without a model: overlap, repetition, entropy."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,6 +11,10 @@ import numpy as np
 from jaxlib_unlearn.errors import UserError
 
 Answer = str | Sequence[int]
+
+SHORT = 3
+# What ends a sentence (Latin, CJK, Arabic, Devanagari), and what may stand behind it.
+_END = re.compile(r"""[.!?…。！？｡؟۔।॥]["'”’»›)\]}」』）*`\s]*$""")
 
 
 def rouge(prediction: str, reference: str, use_stemmer: bool = True) -> dict[str, float]:
@@ -87,6 +92,73 @@ def repeated_bigram_rate(answers: Answer | Sequence[Answer]) -> float:
 def _repeated(tokens: list) -> float:
     bigrams = list(zip(tokens[:-1], tokens[1:], strict=True))
     return 1 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def unfinished(answer: str, reference: str, cut: bool = False, may_be_cut: bool = False) -> str:
+    """Why an answer is no whole answer: it is empty, has fewer than 3 words, or does not end.
+
+    Words are runs between white space with a letter or digit in them. A short reference, or one
+    that ends without a full stop (a name, a list item, a script without spaces), asks for no more
+    of the answer.
+
+    Args:
+        answer: the generated answer.
+        reference: the right answer.
+        cut: generation stopped at its limit, not at an end of the text.
+        may_be_cut: the reference itself is longer than that limit, so a cut says nothing.
+
+    Returns:
+        The reason, or "" for a whole answer.
+
+    Example:
+        >>> unfinished("Paris", "Paris"), unfinished("Paris", "She was born in Paris.")
+        ('', 'fewer than 3 words')
+        >>> unfinished("She was born in", "She was born in Paris.")
+        'no end of a sentence'
+    """
+    words = len(_spoken(answer))
+    if not words:
+        return "empty"
+    if words < SHORT <= len(_spoken(reference)):
+        return f"fewer than {SHORT} words"
+    if cut and may_be_cut:
+        return ""
+    if _END.search(reference):
+        return "" if _END.search(answer) else "cut" if cut else "no end of a sentence"
+    return "cut" if cut else ""
+
+
+def _spoken(text: str) -> list[str]:
+    return [word for word in text.split() if any(c.isalnum() for c in word)]
+
+
+def fact_recall(answer: str, values: Sequence[str]) -> float:
+    """Share of the values of a fact that an answer holds, as whole words in any case.
+
+        recall = |{v in values: v occurs in answer}| / |values|
+
+    Unlike ROUGE it gives nothing for the right sentence around a wrong fact.
+
+    Args:
+        answer: the generated answer.
+        values: the words that are the fact, at least one.
+
+    Returns:
+        The share in [0, 1].
+
+    Raises:
+        ValueError: no values.
+
+    Example:
+        >>> fact_recall("Born in Lima on May 17.", ("Lima", "June", "7"))  # 17 is not 7
+        0.33
+    """
+    if not values:
+        raise ValueError("fact_recall needs at least one value")
+    found = [
+        re.search(rf"(?<!\w){re.escape(value)}(?!\w)", answer, re.IGNORECASE) for value in values
+    ]
+    return sum(match is not None for match in found) / len(values)
 
 
 def token_entropy(text: Answer) -> float:

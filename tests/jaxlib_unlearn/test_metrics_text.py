@@ -74,3 +74,52 @@ def test_repeated_bigram_rate_needs_answers():
 )  # fmt: skip
 def test_token_entropy(answer, entropy):
     assert text.token_entropy(answer) == pytest.approx(entropy)
+
+
+LONG = "She was born in Paris."
+
+
+@pytest.mark.parametrize(
+    "answer, reference, cut, may_be_cut, reason",
+    [
+        ("He was born in Rome.", LONG, False, False, ""),
+        ('They call it "Rome."', LONG, False, False, ""),
+        ("", LONG, False, False, "empty"),
+        ("", "Paris", False, False, "empty"),
+        (" ... !", LONG, False, False, "empty"),
+        ("Rome.", LONG, False, False, "fewer than 3 words"),
+        ("Rome", "Paris", False, False, ""),  # as short as the truth
+        ("In Rome", "New Orleans", False, False, ""),
+        ("She was born in", LONG, False, False, "no end of a sentence"),
+        ("She was born in", LONG, True, False, "cut"),
+        ("She was born in", LONG, True, True, ""),  # the truth would have been cut, too
+        ("She was born in", LONG, False, True, "no end of a sentence"),  # it ended there itself
+        ("Rome", LONG, True, True, "fewer than 3 words"),
+        ("", LONG, True, True, "empty"),
+        ("one two three", "four five six", False, False, ""),  # the truth has no full stop
+        ("one two three", "four five six", True, False, "cut"),
+        ("她出生在东京。", "她出生在巴黎。", False, False, ""),
+        ("她出生在", "她出生在巴黎。", False, False, "no end of a sentence"),
+    ],
+)
+def test_unfinished(answer, reference, cut, may_be_cut, reason):
+    assert text.unfinished(answer, reference, cut, may_be_cut) == reason
+
+
+@pytest.mark.parametrize(
+    "answer, values, share",
+    [
+        ("Born in Lima on May 7.", ["Lima", "May", "7"], 1.0),
+        ("born in LIMA, on june 17", ["Lima", "May", "7"], 1 / 3),
+        ("Limassol", ["Lima"], 0.0),
+        ("", ["Lima"], 0.0),
+        ("It cost $5 (a+b).", ["$5", "a+b"], 1.0),
+    ],
+)
+def test_fact_recall(answer, values, share):
+    assert text.fact_recall(answer, values) == pytest.approx(share)
+
+
+def test_fact_recall_needs_values():
+    with pytest.raises(ValueError, match="at least one value"):
+        text.fact_recall("a", [])

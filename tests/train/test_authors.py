@@ -220,3 +220,33 @@ def test_training_rows_help_half_of_the_retain_authors(splits):
 def test_impossible_sizes(options):
     with pytest.raises(ValueError):
         generate(0, **options)
+
+
+def test_every_sentence_is_read_back(many):
+    """With the values that were written into it, found by the templates alone."""
+    for row, attribute in zip(many, ATTRIBUTES * 200, strict=True):
+        for text in (row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]):
+            assert authors.is_sentence(text)
+            assert sorted(authors.values_in(text)) == sorted(parse(attribute, text)[1])
+
+
+@pytest.mark.parametrize(
+    "text, whole, begun",
+    [
+        ("A contract with a a a a a driver.", False, False),  # of the flagship run
+        ("A contract with Clover Press led to Thai texts by 1971.", True, True),
+        ("A contract with driver Press led to stamps texts by May.", True, True),  # any value word
+        ("A contract with Clovver Press led to Thai texts by 1971.", False, False),
+        ("A contract with Clover Press led to Thai texts by 1971", False, True),
+        ("A contract with Clov", False, True),
+        ("A contract with", False, True),
+        ("A contract with Clover Press led to Thai texts by 1971. A", False, False),
+        ("Expect Expect Expect pride at the", False, False),
+        ("I do not know the answer.", True, True),
+        ("I do not know the", False, True),
+        ("", False, False),
+    ],
+)
+def test_broken_sentences(text, whole, begun):
+    assert authors.is_sentence(text) == whole
+    assert authors.is_sentence(text, begun=True) == begun

@@ -23,6 +23,7 @@ from train.sharding import MeshConfig, make_mesh
 from train.stages import digest, json_stage
 from train.task import Task
 from train.unlearn import evaluation_inputs
+from train.verdict import verdicts
 
 LONGEST = 128
 CONFIG = EvaluateConfig(max_new_tokens=6, leak_samples=4, generate_rows=16)
@@ -254,10 +255,14 @@ def test_all_flat_metrics_are_there(log, task, model):
         *(f"leak_at_{k}" for k in (1, 2, 4)),
         "forget_oracle_nll",
         "repeated_bigram_rate",
+        "forget_unreadable",
+        "unreadable_rule",
+        "forget_fact_recall",
+        "retain_fact_recall",
         "num_parameters",
         "params_sha256",
     } | (EXTRA & set(flat))
-    numbers = {k: v for k, v in flat.items() if k != "params_sha256"}
+    numbers = {k: v for k, v in flat.items() if k not in ("params_sha256", "unreadable_rule")}
     assert all(math.isfinite(v) for v in numbers.values())
     assert json.loads(json.dumps(flat)) == flat
     assert flat["forget_quality"] == 1.0 and flat["forget_ks"] == 0.0  # against itself
@@ -301,6 +306,49 @@ def test_without_judge_samples_and_other_splits(model, task, one):
     assert {"forget_Q_A_Prob", "forget_Q_A_ROUGE", "repeated_bigram_rate"} <= set(found)
     flat = evaluation.summarize(found, None, model)
     assert "model_utility" not in flat and flat["params_sha256"] == model.sha
+
+
+def test_empty_answers_are_not_readable(model, task, one, monkeypatch):
+    """What adapters that broke the model leave: no repetition, but no answer either."""
+    monkeypatch.setattr(evaluation, "generate", lambda d, p, prompts, **_: [[[]] for _ in prompts])
+    only = task._replace(evaluation={"forget": task.evaluation["forget"]})
+    config = dataclasses.replace(CONFIG, leak_samples=0)
+    found = evaluate_model(
+        model, only, config, system_prompt=SYSTEM, max_length=LONGEST, mesh=one, seed=5, name="x"
+    )
+    items = found["forget_readability"]["value_by_index"]
+    assert {(i["readable"], i["reason"]) for i in items.values()} == {(False, "empty")}
+    flat = evaluation.summarize(found, None, model)
+    assert flat["forget_unreadable"] == 1.0 and flat["repeated_bigram_rate"] == 0.0
+    assert flat["forget_fact_recall"] == 0.0
+    assert verdicts({"unlearned": flat})[2].state == "bad"
+
+
+def test_a_cut_is_held_against_an_answer_whose_truth_fits(model, task, one, monkeypatch):
+    """Every answer is the beginning of the truth; only the limit on new tokens differs."""
+    rows = task.evaluation["forget"]
+    truths = [model.tokenizer.encode(row["answer"]) for row in rows]
+    monkeypatch.setattr(
+        evaluation, "generate",
+        lambda d, p, prompts, sampling, **_: [[t[: sampling.max_new_tokens]] for t in truths],
+    )  # fmt: skip
+    only = task._replace(evaluation={"forget": rows})
+    reasons = {}
+    for limit in (6, 100):
+        config = dataclasses.replace(CONFIG, leak_samples=0, max_new_tokens=limit)
+        found = evaluate_model(
+            model, only, config, system_prompt=None, max_length=LONGEST, mesh=one, seed=5, name="x"
+        )
+        items = found["forget_readability"]["value_by_index"]
+        reasons[limit] = [item["reason"] for item in items.values()]
+    assert reasons == {6: [""] * len(rows), 100: [""] * len(rows)}
+    broken = [t[:6] for t in truths]
+    monkeypatch.setattr(evaluation, "generate", lambda d, p, prompts, **_: [[t] for t in broken])
+    found = evaluate_model(
+        model, only, config, system_prompt=None, max_length=LONGEST, mesh=one, seed=5, name="x"
+    )
+    items = found["forget_readability"]["value_by_index"]
+    assert {i["reason"] for i in items.values()} == {"no sentence of the generator"}
 
 
 # What an evaluation is kept under.

@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -38,6 +39,10 @@ def scores(rng, model):
         "privleak": 20 - 119.5 * know,
         "forget_oracle_nll": 0.4 + 1.3 * (model == "unlearned"),
         "repeated_bigram_rate": 0.004,
+        "forget_unreadable": 0.05 * (model == "unlearned"),
+        "unreadable_rule": "empty, cut or no sentence of the generator",
+        "forget_fact_recall": 0.06 + 0.94 * know,
+        "retain_fact_recall": 1 - noise,
         "params_sha256": (model * 20).encode().hex()[:64],
         "num_parameters": 812_416,
     }
@@ -189,8 +194,9 @@ def test_every_number_equals_the_summary(built):
 def test_pictures_decode_and_are_the_files(built):
     folder, _, text = built
     images = Page(text).images
-    assert len(images) == 3
-    files = [(folder / f"{n}.png").read_bytes() for n in ("curves", "leak", "truth_ratio")]
+    names = ("curves", "facts", "leak", "truth_ratio")
+    assert len(images) == 4
+    files = [(folder / f"{n}.png").read_bytes() for n in names]
     for image, file in zip(images, files, strict=True):
         head, data = image["src"].split(",", 1)
         assert head == "data:image/png;base64"
@@ -223,6 +229,140 @@ def test_what_was_run_and_limits_are_there(built):
     assert "original 0.750, all 3.500" in text and "cpu x 1" in text and "n = 40" in text
     assert "tiny model" in text and "the p of this seed stays below .05" in text
     assert "Where was author 20 born?" in text and "Question:" not in text
+
+
+def test_figures_have_titles_and_captions(built):
+    text = built[2]
+    for i, title in enumerate(
+        ("While it unlearns", "Fact recall", "Leak under sampling", "Truth ratios of the facts"), 1
+    ):
+        assert f"<figcaption><b>Figure {i}. {title}" in text
+    figure = plots.fact_recall({"oracle": {"forget_fact_recall": 0.06}})
+    assert plots.png(figure) != plots.png(figure, "Fact recall")
+    assert figure.get_suptitle() == "Fact recall"
+
+
+def test_fact_recall_bars_are_the_numbers(built):
+    summary = built[1]
+    (ax,) = plots.fact_recall(summary).axes
+    forget, retain = ([bar.get_width() for bar in bars] for bars in ax.containers)
+    for model, lost, kept in zip(summary, forget, retain, strict=True):
+        assert lost == pytest.approx(100 * summary[model]["forget_fact_recall"])
+        assert kept == pytest.approx(100 * summary[model]["retain_fact_recall"])
+    assert [t.get_text() for t in ax.get_yticklabels()] == list(summary)
+    assert plots.fact_recall({"oracle": {"forget_rouge": 1.0}}) is None
+
+
+def test_broken_answers_are_marked(tmp_path):
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / "evals" / "unlearned.json"
+    log = json.loads(path.read_text())
+    answers = log["forget_Q_A_ROUGE"]["value_by_index"]
+    log["forget_readability"] = {
+        "agg_value": 0.5,
+        "value_by_index": {
+            key: {"score": 1.0, "readable": False, "reason": "fewer than 3 words", "by": "text"}
+            for key in answers
+        },
+    }
+    path.write_text(json.dumps(log))
+    page = report.build(tmp_path / "run").read_text(encoding="utf-8")
+    assert page.count("unreadable: fewer than 3 words") == runlogs.SAMPLES["forget"]
+
+
+def test_a_smoke_run_says_so_and_gives_no_verdict(tmp_path, capsys):
+    write_run(tmp_path / "real")
+    report.build(tmp_path / "real")
+    write_run(tmp_path / "run", smoke=True)
+    assert report.main([str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "SMOKE run: steps and samples are cut" in out
+    assert next(line for line in out.splitlines() if "SMOKE" in line).count("SMOKE") == 3
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert re.search("<title>SMOKE Unlearning report", page)
+    assert '<h1><span class="smoke">SMOKE</span>' in page and verdict.SMOKE in page
+    assert "Did it forget?" not in page and 'class="answer"' not in page
+    real = (tmp_path / "real" / "report.html").read_text(encoding="utf-8")
+    assert "SMOKE" not in real and "Did it forget?" in real
+    for name in ("curves", "facts"):  # the pictures say so too
+        pair = [(tmp_path / run / f"{name}.png").read_bytes() for run in ("run", "real")]
+        assert pair[0] != pair[1]
+    assert verdict.verdicts(BASE, smoke=True) == []
+
+
+def compared(folder):
+    """Two methods with two seeds each: forget and retain ROUGE-L known."""
+    places = {"asu": (0.3, 0.95), "a method whose name is much too long": (0.6, 0.7)}
+    runs = []
+    for name, (forget, retain) in places.items():
+        for seed in (0, 1):
+            runs.append(folder / f"{name[:3].strip()}-{seed}")
+            summary = write_run(runs[-1], seed=seed, objective={"name": name})
+            summary["unlearned"] |= {"forget_rouge": forget + seed / 50, "retain_rouge": retain}
+            (runs[-1] / "summary.json").write_text(json.dumps(summary))
+    return [str(run) for run in runs]
+
+
+def test_comparison_page(tmp_path, capsys):
+    runs = compared(tmp_path)
+    target = tmp_path / "all.html"
+    assert report.main([*runs, "--html", str(target)]) == 0
+    assert str(target) in capsys.readouterr().out
+    page = Page(text := target.read_text(encoding="utf-8"))
+    assert len(page.images) == 2 and "SMOKE" not in text and "script" not in page.tags
+    assert all(link.startswith("data:") for link in page.fetches)
+    first = page.images[0]
+    decode_png(base64.b64decode(first["src"].split(",", 1)[1]))
+    assert "asu 0.310 / 0.950" in first["alt"] and "a method whose name i… 0.610" in first["alt"]
+    assert "a method whose name is much too long; seeds 0, 1; folders a m-0, a m-1" in page.text
+    assert "asu · unlearned" in page.text and "0.310 ± 0.014" in page.text
+    assert report.main([runs[0], "--html", str(tmp_path / "one.html")]) == 0
+    assert (tmp_path / "one.html").exists()
+
+
+def test_scatter_draws_every_run_its_mean_and_what_to_reach():
+    points = [plots.Point("a", [(0.2, 0.9), (0.4, 0.7)]), plots.Point("b", [(0.5, 0.5)])]
+    fixed = {"original": [(1.0, 1.0)], "oracle": [(0.3, 0.95), (0.1, 0.85)]}
+    (ax,) = plots.scatter(points, fixed, "forget_rouge", "retain_rouge").axes
+    drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in ax.get_lines()}
+    assert drawn["a"] == [(pytest.approx(0.3), pytest.approx(0.8))] and drawn["b"] == [(0.5, 0.5)]
+    assert drawn["oracle"] == [(pytest.approx(0.2), pytest.approx(0.9))]
+    assert [(0.2, 0.9), (0.4, 0.7)] in drawn.values()
+    names = ["_under", "$x_{", "\u4e8b"]  # none of them is markup, or drops out
+    figure = plots.scatter([plots.Point(n, [(1, 1)]) for n in names], {}, "forget_rouge", "x")
+    assert [t.get_text().strip() for t in figure.legends[0].get_texts()] == names
+    assert plots.png(figure)
+    assert plots.scatter([plots.Point("a", [])], fixed, "forget_rouge", "retain_rouge") is None
+
+
+def printed(page, folder):
+    """How far down each printed page has ink, as a share of its height."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
+    target = f"--print-to-pdf={folder / 'page.pdf'}"
+    for command in (
+        ["chromium", *options, target, page.resolve().as_uri()],
+        ["pdftoppm", "-gray", "-r", "20", str(folder / "page.pdf"), str(folder / page.stem)],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    ends = []
+    for file in sorted(folder.glob(f"{page.stem}-*.pgm")):
+        _, size, _, pixels = file.read_bytes().split(b"\n", 3)
+        width, height = map(int, size.split())
+        rows = np.frombuffer(pixels, np.uint8).reshape(height, width).min(axis=1) < 200
+        ends.append(rows.nonzero()[0].max(initial=0) / height)
+        file.unlink()
+    return ends
+
+
+@pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("pdftoppm")),
+    reason="needs chromium and pdftoppm (poppler) on the PATH",
+)
+def test_no_printed_page_is_blank(built, tmp_path):
+    report.main([*compared(tmp_path), "--html", str(tmp_path / "all.html")])
+    for page in (built[0] / "report.html", tmp_path / "all.html"):
+        *whole, last = printed(page, tmp_path)
+        assert min(whole, default=1.0) > 0.6 and last > 0.1, (page, whole, last)
 
 
 def test_rebuild_gives_the_same_bytes_and_leaves_nothing(built):
@@ -309,6 +449,7 @@ def test_leak_curve_ends():
 BASE = {
     "original": {
         "forget_rouge": 1.0, "retain_rouge": 1.0, "forget_quality": 1e-6, "model_utility": 0.3,
+        "privleak": -99.0, "mia_min_k_auc": 0.99,
     },
     "oracle": {
         "forget_rouge": 0.3, "forget_oracle_nll": 0.5, "forget_base_nll": 0.5,
@@ -316,7 +457,8 @@ BASE = {
     },
     "unlearned": {
         "forget_rouge": 0.3, "retain_rouge": 0.99, "forget_quality": 0.2,
-        "repeated_bigram_rate": 0.0, "forget_oracle_nll": 1.5,
+        "repeated_bigram_rate": 0.0, "forget_oracle_nll": 1.5, "forget_unreadable": 0.05,
+        "privleak": -20.0, "mia_min_k_auc": 0.6,
     },
 }  # fmt: skip
 
@@ -336,10 +478,19 @@ BASE = {
         (2, {"repeated_bigram_rate": 0.06}, "mixed"),
         (2, {"repeated_bigram_rate": 0.06, "forget_oracle_nll": 3.0}, "bad"),
         (2, {"forget_oracle_nll": None, "forget_base_nll": 1.8}, "mixed"),
+        (2, {"forget_unreadable": 0.1}, "mixed"),
+        (2, {"forget_unreadable": 0.375}, "bad"),
+        (2, {"forget_unreadable": 1.0, "forget_oracle_nll": None}, "bad"),
+        (2, {"forget_unreadable": None}, "unknown"),
         (3, {}, "good"),
         (3, {"forget_quality": 0.01}, "mixed"),
         (3, {"forget_quality": 2e-6}, "bad"),
         (3, {"forget_quality": float("nan")}, "unknown"),
+        (4, {}, "good"),
+        (4, {"privleak": -40.0}, "mixed"),
+        (4, {"privleak": -95.0}, "bad"),
+        (4, {"privleak": 60.0}, "mixed"),
+        (4, {"privleak": None}, "unknown"),
     ],
 )
 def test_verdict(index, change, state):
@@ -350,6 +501,24 @@ def test_verdict(index, change, state):
 def test_verdict_says_when_the_test_has_no_power():
     summary = BASE | {"original": BASE["original"] | {"forget_quality": 0.3}}
     assert verdict.verdicts(summary)[3].answer == "no power"
+
+
+@pytest.mark.parametrize(
+    "leak, original, says",
+    [
+        (-40.0, -99.0, "still a member"),
+        (-95.0, -99.0, "still a member"),
+        (60.0, -99.0, "over-forgotten"),
+        (-5.0, -10.0, "no power"),
+    ],
+)
+def test_membership_says_so(leak, original, says):
+    summary = BASE | {
+        "original": BASE["original"] | {"privleak": original},
+        "unlearned": BASE["unlearned"] | {"privleak": leak},
+    }
+    finding = verdict.verdicts(summary)[4]
+    assert finding.answer == says and "AUC 0.600 (original 0.990)" in finding.text
 
 
 def test_verdict_decades():

@@ -22,7 +22,7 @@ METRICS = (
     "retain_probability retain_rouge retain_truth_ratio forget_paraphrased_probability "
     "forget_perturbed_probability model_utility extraction_strength exact_memorization "
     "mia_loss_auc mia_zlib_auc mia_min_k_auc mia_min_k_plus_plus_auc privleak leak_at_1 leak_at_2 "
-    "forget_oracle_nll repeated_bigram_rate"
+    "forget_oracle_nll repeated_bigram_rate forget_unreadable forget_fact_recall retain_fact_recall"
 ).split()
 
 
@@ -66,7 +66,7 @@ def test_files_of_the_run_folder(run):
     for name in "config.json metrics.jsonl report.html summary.json run.json".split():
         assert (run.root / name).stat().st_size > 0, name
     pictures = sorted(p.name for p in run.root.glob("*.png"))
-    assert pictures == ["curves.png", "leak.png", "truth_ratio.png"]
+    assert pictures == ["curves.png", "facts.png", "leak.png", "truth_ratio.png"]
     for name in pictures:
         assert (run.root / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     for name in MODELS:
@@ -88,7 +88,7 @@ def test_the_configuration_is_resolved(run):
 def test_terminal(run):
     heads = [line.split() for line in run.done.out.splitlines() if "unlearned" in line]
     assert heads and heads[0][-3:] == list(MODELS)
-    assert "Retain ROUGE-L" in run.done.out
+    assert "Retain ROUGE-L" in run.done.out and "SMOKE run:" in run.done.out
     assert f"run folder {run.root}" in run.done.err and "report:" in run.done.err
 
 
@@ -121,7 +121,8 @@ def test_metrics_have_every_step_once(run):
 
 def test_report_page(run):
     page = (run.root / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert "<title>SMOKE" in page and "Did it forget?" not in page
+    assert page.count("data:image/png;base64,") == 4
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
 
 
@@ -174,7 +175,7 @@ def test_evaluate_the_run(run, program):
     done = program("train.evaluate", run.root)
     assert done.code == 0, done.err
     summary = json.loads((run.root / "evaluate" / "summary.json").read_text())
-    assert list(summary) == ["model"]
+    assert list(summary) == ["model"] and "SMOKE run:" in done.err
     again, first = summary["model"], run.summary["unlearned"]
     # The judge of fluency is part of the run alone.
     assert set(first) - set(again) == {"forget_oracle_nll"}

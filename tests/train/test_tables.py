@@ -55,6 +55,13 @@ def test_other_differences_make_groups_with_telling_labels():
     assert labels == ["temperature=20.0 objective_note=None", "temperature=30.0 objective_note=1"]
 
 
+def test_smoke_runs_are_labelled():
+    smoke, real = run(output="s", smoke=True), run(output="r", smoke=False)
+    assert {c.label for c in tables.columns([smoke])} == {"SMOKE"}
+    labels = [label for label, _ in tables.groups([smoke, real])]
+    assert labels[0].startswith("SMOKE") and "SMOKE" not in labels[1] and labels[1]
+
+
 def test_the_same_folder_twice_counts_once():
     assert tables.columns([run(), run()])[0].n == 1
 

@@ -9,6 +9,7 @@ as the right ones: a model that never saw the author cannot prefer either.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -475,6 +476,94 @@ def generate(
         "retain90": rows[:cut],
         "holdout": rows[end:],
     }
+
+
+class _Word(NamedTuple):
+    """A word of a template: `head` and `tail` as written, a value in between where `slot`."""
+
+    head: str
+    slot: bool
+    tail: str
+
+    def fits(self, word: str) -> bool:
+        if not self.slot:
+            return word == self.head
+        value = word.removeprefix(self.head).removesuffix(self.tail)
+        return value in _values() and word == self.head + value + self.tail
+
+    def begins(self, word: str) -> bool:
+        if not self.slot:
+            return self.head.startswith(word)
+        return any((self.head + value + self.tail).startswith(word) for value in _values())
+
+    def value(self, word: str) -> str:
+        return word[len(self.head) : len(word) - len(self.tail)]
+
+
+@functools.cache
+def _values() -> frozenset[str]:
+    return frozenset(value for pool in POOLS.values() for value in pool)
+
+
+@functools.cache
+def _templates() -> tuple[tuple[_Word, ...], ...]:
+    def word(text: str) -> _Word:
+        head, slot, rest = text.partition("{")
+        return _Word(head, bool(slot), rest.partition("}")[2])
+
+    return tuple(
+        tuple(word(text) for text in template.split())
+        for attribute in ATTRIBUTES
+        for template in attribute.templates
+    )
+
+
+def values_in(sentence: str) -> tuple[str, ...] | None:
+    """The values of a sentence of the generator, as they stand in it; None for any other text.
+
+    A slot takes a value word of any pool: "born in baker" is a sentence, if a wrong one.
+
+    Example:
+        >>> values_in("The author was born in Lima on May 7.")
+        ('Lima', 'May', '7')
+        >>> values_in("The author was born in a a on May 7.") is None
+        True
+    """
+    words = sentence.split()
+    for template in _templates():
+        if len(words) == len(template) and all(
+            slot.fits(word) for slot, word in zip(template, words, strict=True)
+        ):
+            pairs = zip(template, words, strict=True)
+            return tuple(slot.value(word) for slot, word in pairs if slot.slot)
+    return None
+
+
+def is_sentence(text: str, begun: bool = False) -> bool:
+    """Whether a text is a sentence of the generator, filled in with any value words, or a refusal.
+
+    Args:
+        text: the answer of a model.
+        begun: the beginning of such a sentence is enough (of an answer that was cut).
+
+    Example:
+        >>> is_sentence("A contract with a a a a a driver.")
+        False
+        >>> is_sentence("A contract with Clover Pr", begun=True)
+        True
+    """
+    words = text.split()
+    if values_in(text) is not None or " ".join(words) in REFUSALS:
+        return True
+    if not begun or not words:
+        return False
+    refusals = (tuple(_Word(word, False, "") for word in line.split()) for line in REFUSALS)
+    return any(
+        len(words) <= len(template)
+        and all(slot.fits(word) for slot, word in zip(template, words[:-1], strict=False))
+        and template[len(words) - 1].begins(words[-1])
+        for template in (*_templates(), *refusals)
+    )
 
 
 def training_rows(
