@@ -6,7 +6,7 @@ of a GGUF file, or around a tokenizer just trained, and saves what transformers 
 
 from __future__ import annotations
 
-import datetime
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from jinja2.ext import loopcontrols as LoopControls
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxlib_unlearn.errors import UserError
+from models.prompts import PromptFormat, strftime_of
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 # What a tokenizer_config.json says about where it came from, or that would run code.
@@ -68,7 +69,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
 
 
@@ -108,7 +108,14 @@ class Tokenizer:
         self.bos_id, self.eos_id = bos_id, eos_id
         self._pad_id = pad_id
         self.settings = dict(settings or {"tokenizer_class": "PreTrainedTokenizerFast"})
+        self.format = PromptFormat()
         self._template = None
+
+    def formatted(self, format: PromptFormat) -> Tokenizer:
+        """The same tokenizer with another format of its prompts."""
+        other = copy.copy(self)
+        other.format = format
+        return other
 
     @property
     def pad_id(self) -> int | None:
@@ -153,8 +160,8 @@ class Tokenizer:
         Args:
             messages: `{"role": ..., "content": ...}` each.
             add_generation_prompt: end with the opening of an assistant's turn.
-            variables: what the template may read besides, e.g. `date_string`: some templates
-                print today's date when they get none, which makes texts differ from day to day.
+            variables: what the template may read besides. `date_string` and `strftime_now` are of
+                the day `self.format.date`, never the clock's: texts do not differ from day to day.
 
         Raises:
             UserError: there is no template, or it refuses the messages.
@@ -168,7 +175,9 @@ class Tokenizer:
                 self._template = _environment().from_string(self.chat_template)
             names = {key: self.token(value) for key, value in self._special_ids().items()}
             scope = {key: value for key, value in names.items() if value is not None}
-            scope |= {"tools": None, "documents": None, **variables}
+            scope |= {"tools": None, "documents": None, "date_string": self.format.date}
+            scope |= variables
+            scope.setdefault("strftime_now", lambda form: strftime_of(scope["date_string"])(form))
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **scope
             )

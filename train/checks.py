@@ -27,7 +27,9 @@ from train.tracking import say
 # Lowest and highest value of a number, by the last part of its name.
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
+    "forget_rows": (1, math.inf),
     "retain_rows": (1, math.inf),
+    "judged_retain_rows": (1, math.inf),
     "extra_rows": (0, math.inf),
     "holdout_rows": (0, math.inf),
     "num_authors": (1, math.inf),

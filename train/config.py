@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.objectives import ObjectiveConfig
+from models.prompts import DATE
 from train.distributed import DistributedConfig
 from train.optimizers import OptimizerConfig
 from train.sharding import MeshConfig
@@ -22,8 +23,8 @@ class DataConfig:
         source: `authors` (generated in the run) or `tofu`.
         path: folder with TOFU's JSON files; None: the Hub id locuslab/TOFU.
         forget_split: name of the split to forget, or a JSON file with `question` and `answer`.
-        retain_rows: how many rows of `retain_perturbed` are kept, trained on and evaluated.
-        extra_rows: how many real-author and world-fact rows are evaluated.
+        retain_rows: how many rows of `retain_split` are kept and trained on; None: all.
+        extra_rows: how many real-author and world-fact rows are evaluated; None: all.
         holdout_rows: how many untrained rows serve as non-members.
         num_authors: authors made by the generator (quickstart).
         seed: seed of the generator; None: the run's seed.
@@ -31,19 +32,35 @@ class DataConfig:
         max_length: longest tokenised example; longer ones are cut and counted.
         row_tokens: short training examples share rows of about that many tokens, behind what their
             prompts begin with; 0: a row each. The losses are the same.
+        forget_rows: how many rows of the forget split are used, from the first on; None: all.
+        retain_split: name of the split that is kept and trained on (`retain90`), or a JSON file.
+        judged_retain_split: name of the split, or a JSON file, on which keeping is judged.
+        judged_retain_rows: how many of its rows; None: as many as `retain_rows`.
+        template: how questions are written: `auto` (the tokenizer's chat template, or "Question:"
+            and "Answer:" where there is none), or tags of OpenUnlearning for models without one:
+            `llama2` ([INST]) or `question-answer`.
+        template_date: today's date in chat templates that print one.
+        few_shot: JSON file of answered questions that stand before every question.
     """
 
     source: str = "tofu"
     path: Path | None = None
     forget_split: str = "forget01"
-    retain_rows: int = 100
-    extra_rows: int = 50
+    retain_rows: int | None = 100
+    extra_rows: int | None = 50
     holdout_rows: int = 40
     num_authors: int = 40
     seed: int | None = None
     system_prompt: str | None = None
     max_length: int = 512
     row_tokens: int = 320
+    forget_rows: int | None = None
+    retain_split: str = "retain_perturbed"
+    judged_retain_split: str = "retain_perturbed"
+    judged_retain_rows: int | None = None
+    template: str = "auto"
+    template_date: str = DATE
+    few_shot: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
     from jaxlib_unlearn.metrics import tofu
     from train import checks, distributed, evaluation, pipeline, remote, sharding
     from train.stages import write_atomic
-    from train.task import load_task
+    from train.task import load_task, prompt_format
     from train.unlearn import evaluate_cached
 
     distributed.start(config.distributed)
@@ -111,10 +111,12 @@ def run(config: EvaluateRun) -> dict[str, Any]:
             check_folder(root)
         retain = None if config.retain_log is None else tofu.load_log(config.retain_log)
         data = config.data
+        layout = prompt_format(data)
         pipeline.check_model(config.model)
         task = load_task(RunConfig(seed=config.seed, data=data))
-    distributed.check_same({"data": task.digest()})
+    distributed.check_same({"data": task.digest(), "few_shot": layout.shots})
     model = pipeline.load_model(config.model, "none", mesh)
+    model = model._replace(tokenizer=model.tokenizer.formatted(layout))
     task = checks.fit_task(task, model, config.evaluate, data.system_prompt, data.max_length)
     distributed.of_first(lambda: create(root))
     log = evaluate_cached(config, model, task, None, root, mesh, "model")

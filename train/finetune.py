@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
+from models.prompts import DATE
 from train import cli
 from train.config import ModelConfig, RunConfig, TrainConfig, replace, to_json
 from train.distributed import DistributedConfig
@@ -29,6 +30,8 @@ class FinetuneRun:
         smoke: a few steps, for a first look.
         output: run folder; the model goes to `export/` in it.
         system_prompt: system message of the chat template.
+        template: how questions are written, as `--data.template` of train.unlearn.
+        template_date: today's date in chat templates that print one.
         max_length: longest example in tokens.
         export_dtype: dtype of the exported weights.
         train: the stage.
@@ -42,6 +45,8 @@ class FinetuneRun:
     smoke: bool = False
     output: Path = Path("runs/finetune")
     system_prompt: str | None = None
+    template: str = "auto"
+    template_date: str = DATE
     max_length: int = 512
     export_dtype: str = "float32"
     train: TrainConfig = field(
@@ -72,14 +77,19 @@ def run(config: FinetuneRun) -> Path:
     from train import checks, distributed, optimizers, pipeline, remote, sharding
     from train.data.tofu import check_rows, read_json
     from train.stages import digest, write_atomic
+    from train.task import prompt_format
     from train.unlearn import check_folder, enter_run, export_model
 
     distributed.start(config.distributed)
     identity = {**to_json(config), "output": None}
     del identity["distributed"]
     distributed.check_same(identity)
+    settings = RunConfig(seed=config.seed, finetune=config.train)
+    names = ("system_prompt", "max_length", "template", "template_date")
+    settings = replace(settings, **{f"data.{name}": getattr(config, name) for name in names})
     with distributed.together():
         checks.check_numbers(config)
+        layout = prompt_format(settings.data, "--")
         checks.check_dtype("--export-dtype", config.export_dtype)
         remote.check(config.output, "--output")
         mesh = sharding.make_mesh(config.mesh)
@@ -96,11 +106,7 @@ def run(config: FinetuneRun) -> Path:
     distributed.check_same({"rows": digest(rows)})
     base = pipeline.load_model(config.model, ModelConfig().remat, mesh).parked()
     checks.check_blocks(config.train.optimizer, base.decoder.config.num_layers)
-    settings = RunConfig(seed=config.seed, finetune=config.train)
-    settings = replace(
-        settings,
-        **{"data.system_prompt": config.system_prompt, "data.max_length": config.max_length},
-    )
+    base = base._replace(tokenizer=base.tokenizer.formatted(layout))
     rows = checks.fit_rows(rows, base, config.system_prompt, config.max_length, "rows")
     pipeline.num_steps(config.train, len(rows), config.train.optimizer)
     root = enter_run(config.output, identity)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -441,6 +441,20 @@ def check_steps(config: OptimizerConfig, steps: int) -> None:
             f"hybrid ends on its zeroth-order steps: {steps} steps are not blocks of 2 x "
             f"{config.period}; use {near} steps or another --optimizer.period"
         )
+
+
+def fitted(config: OptimizerConfig, steps: int) -> OptimizerConfig:
+    """The options with which a shortened run of `steps` is taken: hybrid's blocks shrink with it.
+
+    Example:
+        >>> fitted(OptimizerConfig(name="hybrid", period=20), 10).period
+        5
+    """
+    if config.name != "hybrid":
+        return config
+    periods = range(min(config.period, max(1, steps // 2)), 0, -1)
+    fits = (n for n in periods if optim.ends_on_zeroth_order(steps, n))
+    return replace(config, period=next(fits, config.period))
 
 
 def build(

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
-from train.config import RunConfig
+from models.prompts import TAGS, PromptFormat, strftime_of
+from train import cli
+from train.config import DataConfig, RunConfig
 from train.data import authors, tofu
 from train.stages import digest
 from train.tracking import say
@@ -35,6 +37,25 @@ class Task(NamedTuple):
     def digest(self) -> str:
         """sha256 of everything in it."""
         return digest(self._asdict())
+
+
+def prompt_format(data: DataConfig, prefix: str = "--data.") -> PromptFormat:
+    """How the questions of a run are written; options are named with `prefix`.
+
+    Raises:
+        UserError: an unknown template, a date written in another way, a file that cannot be used.
+    """
+    cli.check_choice(f"{prefix}template", data.template, ("auto", *TAGS))
+    try:
+        strftime_of(data.template_date)
+    except UserError as error:
+        raise UserError(f"{prefix}template-date: {error}") from None
+    shots: list[Row] = []
+    if data.few_shot is not None:
+        path = data.few_shot.expanduser()
+        shots = tofu.check_rows(tofu.read_json(path), tofu.PLAIN, str(path))
+    pairs = tuple((row["question"], row["answer"]) for row in shots)
+    return PromptFormat(TAGS.get(data.template), pairs, data.template_date)
 
 
 def load_task(config: RunConfig) -> Task:
@@ -67,22 +88,29 @@ def _from_authors(config: RunConfig) -> Task:
         raise UserError(
             f"generated authors have one forget split, forget10; got {data.forget_split!r}"
         )
+    for name in ("retain_split", "judged_retain_split"):
+        if getattr(data, name) != getattr(DataConfig, name):
+            raise UserError(
+                f"--data.{name.replace('_', '-')} {getattr(data, name)} does not go with generated "
+                "authors, whose rows to keep are generated too; use --data.source tofu"
+            )
     seed = config.seed if data.seed is None else data.seed
     try:
         rows = authors.training_rows(authors.generate(seed, data.num_authors))
     except ValueError as error:
         raise UserError(f"--data.num-authors {data.num_authors}: {error}") from None
     holdout = rows["holdout"][: data.holdout_rows]
+    forget = rows["forget10"][: data.forget_rows]
     notes = [
-        f"forget: {len(rows['forget10'])} rows of {len(rows['forget10']) // 10} authors",
+        f"forget: {len(forget)} rows of {-(-len(forget) // 10)} authors",
         f"retain: {len(rows['retain_train'])} training rows, paraphrases of every other author "
         f"among them; judged on the {len(rows['retain_eval'])} rows of the authors in between",
         f"non-members: {len(holdout)} rows of authors nobody trained on",
     ]
     return Task(
-        rows["forget10"],
+        forget,
         rows["retain_train"],
-        {"forget": rows["forget10"], "retain": rows["retain_eval"], "holdout": holdout},
+        {"forget": forget, "retain": rows["retain_eval"], "holdout": holdout},
         list(authors.REFUSALS),
         notes,
     )
@@ -90,16 +118,21 @@ def _from_authors(config: RunConfig) -> Task:
 
 def _from_tofu(config: RunConfig) -> Task:
     data = config.data
+    judged = data.retain_rows if data.judged_retain_rows is None else data.judged_retain_rows
     found = tofu.load_tofu(
         data.path,
         data.forget_split,
+        data.retain_split,
+        judged_split=data.judged_retain_split,
+        forget_rows=data.forget_rows,
         retain_rows=data.retain_rows,
+        judged_rows=judged,
         extra_rows=data.extra_rows,
         holdout_rows=data.holdout_rows,
     )
     splits = {
         "forget": found.forget,
-        "retain": found.retain,
+        "retain": found.judged,
         "real_authors": found.real_authors,
         "world_facts": found.world_facts,
         "holdout": found.holdout,

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from train import cli, distributed, remote
+from train import cli, distributed, optimizers, remote
 from train.config import RunConfig, replace, to_json
 from train.optimizers import OPTIMIZERS, list_combiners, list_optimizers
 from train.presets import PRESETS
@@ -89,6 +89,8 @@ def read_arguments(
         default = replace(default, objective=objectives.ObjectiveConfig(default.objective.name))
     if "--smoke" in rest and preset is not None:
         default = replace(default, smoke=True, **preset.SMOKE)
+        fitted = optimizers.fitted(default.optimizer, default.unlearn.steps or 1)
+        default = replace(default, optimizer=fitted)
     fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
     return cli.parse(cls, cls(**fields), rest, prog, summary)
 
@@ -193,23 +195,24 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
     """
     from jaxlib_unlearn.metrics import tofu
     from train import checks, pipeline
-    from train.task import load_task
+    from train.task import load_task, prompt_format
 
     distributed.check_same(_identity(config))
     with distributed.together():
         mesh = checks.check_run(config)
+        layout = prompt_format(config.data)
         retain_log = None if config.retain_log is None else tofu.load_log(config.retain_log)
         if distributed.is_first():
             check_folder(remote.mirror(run_folder(config)), _identity(config))
         # The data may come from the Hub: a path with a typo in it need not wait for that.
         pipeline.check_model(config.stage.original or config.model.path)
         task = load_task(config)
-    distributed.check_same({"data": task.digest()})
+    distributed.check_same({"data": task.digest(), "few_shot": layout.shots})
     with distributed.together():
-        return (*_fit(config, task, mesh, retain_log), mesh, retain_log)
+        return (*_fit(config, task, layout, mesh, retain_log), mesh, retain_log)
 
 
-def _fit(config: RunConfig, task: Any, mesh: Any, retain_log: Any) -> tuple[Any, Any]:
+def _fit(config: RunConfig, task: Any, layout: Any, mesh: Any, retain_log: Any) -> tuple[Any, Any]:
     """The task as the base model can read it, and that model."""
     from train import checks, pipeline
 
@@ -224,14 +227,23 @@ def _fit(config: RunConfig, task: Any, mesh: Any, retain_log: Any) -> tuple[Any,
             )
     else:
         base = pipeline.base_model(config, task, mesh)
+    base = base._replace(tokenizer=base.tokenizer.formatted(layout))
     checks.check_lora(config.lora, config.optimizer, base.params)
     checks.check_blocks(config.optimizer, base.decoder.config.num_layers)
     if config.stage.original is None:
         checks.check_blocks(config.finetune.optimizer, base.decoder.config.num_layers)
-    objective, options = objectives.resolve(config.objective)
-    objectives.reference_forward(objective, options, base.decoder.config.num_layers)
     data = config.data
     task = checks.fit_task(task, base, config.evaluate, data.system_prompt, data.max_length)
+    check_stages(config, task, base.decoder.config.num_layers, retain_log)
+    return task, base
+
+
+def check_stages(config: RunConfig, task: Any, num_layers: int, retain_log: Any = None) -> None:
+    """Raise `UserError` for stages without a step, or that objective or optimizer cannot take."""
+    from train import pipeline
+
+    objective, options = objectives.resolve(config.objective)
+    objectives.reference_forward(objective, options, num_layers)
     both = len(task.forget) + len(task.retain)
     if config.stage.original is None:
         pipeline.num_steps(config.finetune, both, config.finetune.optimizer)
@@ -239,7 +251,6 @@ def _fit(config: RunConfig, task: Any, mesh: Any, retain_log: Any) -> tuple[Any,
             pipeline.num_steps(config.finetune, len(task.retain), config.finetune.optimizer)
     rows = both if "train" in objective.streams else len(task.forget)
     pipeline.num_steps(config.unlearn, rows, config.optimizer)
-    return task, base
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -340,6 +351,7 @@ def evaluation_inputs(
         "params": model.sha,
         "model": to_json(model.decoder.config),
         "tokenizer": digest([words.backend.to_str(), words.chat_template, words.eos_id]),
+        "format": words.format,
         "task": task.digest(),
         "evaluate": to_json(evaluate),
         "judge": None if judge is None else judge.sha,

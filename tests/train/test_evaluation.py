@@ -13,6 +13,7 @@ import pytest
 
 from models.decoder import Decoder, DecoderConfig
 from models.policy import score
+from models.prompts import TAGS, PromptFormat
 from train import evaluation, pipeline, sharding
 from train.config import DataConfig, EvaluateConfig
 from train.data import authors
@@ -375,6 +376,13 @@ def keys(model, task):
     yield "parameters", key(model=model._replace(sha="other"))
     words = pipeline.train_tokenizer(task, 300)
     yield "tokenizer", key(model=model._replace(tokenizer=words))
+    formats = {
+        "tags": PromptFormat(TAGS["llama2"]),
+        "shots": PromptFormat(shots=(("q", "a"),)),
+        "template date": PromptFormat(date="26 Jul 2024"),
+    }
+    for name, format in formats.items():
+        yield name, key(model=model._replace(tokenizer=model.tokenizer.formatted(format)))
     decoder = Decoder(dataclasses.replace(model.decoder.config, rope_theta=1e6))
     yield "model", key(model=model._replace(decoder=decoder))
     yield "judge", key(judge=model._replace(sha="other"))

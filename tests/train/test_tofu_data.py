@@ -78,6 +78,39 @@ def test_made_folder(folder):
     assert len(load_tofu(folder, retain_rows=5, holdout_rows=None).holdout) == 4
 
 
+def test_rows_to_train_on_and_rows_to_judge(folder, tmp_path):
+    both = load_tofu(folder, retain_rows=5)
+    assert both.judged is both.retain and both.notes[1] == "retain: 5 rows of retain_perturbed"
+    fewer = load_tofu(folder, retain_rows=5, judged_rows=2)
+    assert (fewer.retain, fewer.judged) == (RETAIN[:5], RETAIN[:2])
+    # All plain rows are trained on; those that are judged have paraphrases.
+    data = load_tofu(folder, "forget01", "retain99", judged_split="retain_perturbed",
+                     retain_rows=None, judged_rows=None)  # fmt: skip
+    assert (data.retain, data.judged) == (plain(RETAIN), RETAIN[:6])
+    assert data.notes[1] == (
+        "retain: 12 rows of retain99; judged on 6 rows of retain_perturbed, 6 of which are trained "
+        "on"
+    )
+    assert data.holdout == [] and any("none found" in note for note in data.notes)
+    data = load_tofu(folder, retain_split="retain99", judged_split="retain_perturbed",
+                     retain_rows=3, judged_rows=5)  # fmt: skip
+    assert (data.retain, data.judged) == (plain(RETAIN[:3]), RETAIN[:5])
+    assert "3 of which are trained on" in data.notes[1] and data.holdout == plain(RETAIN[3:])
+    own = write(tmp_path / "mine.json", plain(RETAIN[8:]))
+    data = load_tofu(folder, retain_split=str(own), judged_split="retain_perturbed")
+    assert (data.retain, len(data.judged)) == (plain(RETAIN[8:]), 6)
+    assert "0 of which are trained on" in data.notes[1]
+    # A split of which only the rows with paraphrases are there.
+    data = load_tofu(folder, retain_split="retain", judged_split="retain_perturbed")
+    assert data.retain == RETAIN[:6]
+    call = {"retain_split": "retain90", "judged_split": "retain_perturbed"}
+    fails(lambda: load_tofu(folder, **call), "retain split 'retain90'", "nearest is 'retain99'")
+    call = {"retain_split": "retain99", "judged_split": "retain90"}
+    fails(lambda: load_tofu(folder, **call), "judged retain split 'retain90'")
+    call = {"retain_split": "retain_perturbed", "judged_split": "retain99"}
+    fails(lambda: load_tofu(folder, **call), "retain99.json", "column 'paraphrased_answer'")
+
+
 def test_holdout_split_is_preferred_and_its_absence_noted(folder):
     write(folder / "holdout01.json", plain([row(i, "h") for i in range(3)]))
     data = load_tofu(folder)
@@ -257,6 +290,14 @@ def test_real_tofu(shared):
     forget10 = load_tofu(shared / "data" / "tofu", "forget10", holdout_rows=None)
     assert (len(forget10.forget), len(forget10.holdout)) == (400, 400)
     assert "non-members: 400 untrained rows of retain90" in forget10.notes
+    # The whole of it, as the field runs it; only the Hub has non-members then (holdout10).
+    official = load_tofu(
+        shared / "data" / "tofu", "forget10", "retain90", judged_split="retain_perturbed",
+        retain_rows=None, extra_rows=None, holdout_rows=400,
+    )  # fmt: skip
+    sizes = [len(part) for part in official[:5]]
+    assert (sizes, len(official.judged)) == ([400, 3600, 0, 100, 117], 400)
+    assert "judged on 400 rows of retain_perturbed, 400 of which" in official.notes[1]
     source = tofu.folder_source(shared / "data" / "tofu")
     assert len(read_split(source, "full", tofu.PLAIN)) == 4000
     # forget01 lies inside full, so the program has something to warn about.

@@ -1,8 +1,10 @@
 """Questions and answers as tokens with labels.
 
-The prompt's tokens are always a prefix of the example's, and the labels are the answer and the end
-of the turn. Where a tokenizer would merge characters across that border, prompt and answer are
-tokenised apart: this is also what the model sees when it generates.
+The prompt's tokens are a prefix of the example's, and the labels are the answer and the end of the
+turn. Where a tokenizer would merge characters across that border, prompt and answer are tokenised
+apart: this is also what the model sees when it generates. Tags (`models.prompts.TAGS`) are written
+and tokenised as OpenUnlearning does it, merged characters included: then the prompt's tokens only
+count what is no label.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jaxlib_unlearn.errors import UserError
+from models.prompts import PromptFormat
 
 # Answer j of a group is the leaf j + 1 of its segment: group + LEAF * (j + 1); the shared prompt is
 # leaf 0.
@@ -18,7 +21,7 @@ LEAF = 65536
 
 
 class TextTokenizer(Protocol):
-    """What is asked of a tokenizer (`models.tokenizer.Tokenizer` has it)."""
+    """What is asked of a tokenizer (`models.tokenizer.Tokenizer` has it, and a `format`)."""
 
     @property
     def has_chat_template(self) -> bool: ...
@@ -82,21 +85,32 @@ class Encoded(NamedTuple):
     num_dropped: int
 
 
+def _format(tokenizer: TextTokenizer) -> PromptFormat:
+    return getattr(tokenizer, "format", PromptFormat())
+
+
 def _texts(
     tokenizer: TextTokenizer, question: str, system_prompt: str | None
 ) -> tuple[list[dict[str, str]], str]:
     """The messages before the answer, and the prompt they render to."""
+    tags, shots, _ = _format(tokenizer)
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    for asked, answer in shots:
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answer})
     messages.append({"role": "user", "content": question})
+    if tags is not None:
+        return messages, tags.prompt(question, system_prompt, shots)
     if tokenizer.has_chat_template:
         return messages, tokenizer.chat(messages, add_generation_prompt=True)
     system = f"{system_prompt}\n" if system_prompt else ""
-    return messages, f"{system}Question: {question}\nAnswer:"
+    before = "".join(f"Question: {asked}\nAnswer: {answer}\n\n" for asked, answer in shots)
+    return messages, f"{system}{before}Question: {question}\nAnswer:"
 
 
 def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
     """Tokens of a rendered text; a template prints its own BOS, plain text gets the tokenizer's."""
-    if tokenizer.has_chat_template:
+    if tokenizer.has_chat_template and _format(tokenizer).tags is None:
         return tokenizer.encode(text, add_special_tokens=False)
     tokens = tokenizer.encode(text, add_special_tokens=True)
     # Some tokenizers also append EOS, which belongs behind the answer only.
@@ -116,7 +130,8 @@ def encode_prompt(
         system_prompt: system turn; None: what the template does by itself.
 
     Returns:
-        Token ids, the prefix of every example with this question.
+        Token ids, the prefix of every example with this question (with tags: up to what the
+        tokenizer merges there).
     """
     return _encode(tokenizer, _texts(tokenizer, question, system_prompt)[1])
 
@@ -127,14 +142,19 @@ def _example(
     """An example cut to `max_length`, possibly without a label."""
     messages, prompt_text = _texts(tokenizer, question, system_prompt)
     prompt = _encode(tokenizer, prompt_text)
-    if tokenizer.has_chat_template:
+    tagged = _format(tokenizer).tags is not None
+    if tagged:
+        full_text = prompt_text + answer
+    elif tokenizer.has_chat_template:
         full_text = tokenizer.chat([*messages, {"role": "assistant", "content": answer}])
         if not full_text.startswith(prompt_text):
             full_text = prompt_text + answer
     else:
         full_text = f"{prompt_text} {answer}"
     tokens = _encode(tokenizer, full_text)
-    if tokens[: len(prompt)] != prompt:
+    # Tagged texts stay as the tokenizer merges them, unless that leaves no label at all.
+    merged = tokens[: len(prompt)] != prompt
+    if merged and not (tagged and tokenizer.eos_id is not None):
         tokens = prompt + tokenizer.encode(full_text[len(prompt_text) :], add_special_tokens=False)
     if tokenizer.eos_id is not None and tokens[-1] != tokenizer.eos_id:
         tokens = [*tokens, tokenizer.eos_id]
@@ -161,8 +181,10 @@ def encode_qa(
     """Tokenise one question and answer; the labels are the answer, the end of the turn and EOS.
 
     With a chat template: tokens(template([system], user, assistant)), prompt =
-    tokens(template([system], user, generation prompt)). Without: "Question: q\\nAnswer: a". EOS is
-    appended where the text does not end in it.
+    tokens(template([system], user, generation prompt)). Without: "Question: q\\nAnswer: a". With
+    tags: tokens(system + tagged question + answer), of which the first |tokens(all but the answer)|
+    are no labels. The format's shots stand before the question. EOS is appended where the text does
+    not end in it.
 
     Args:
         tokenizer: with or without a chat template.
@@ -172,7 +194,7 @@ def encode_qa(
         max_length: longest example in tokens; the rest is cut off and counted in `num_cut`.
 
     Returns:
-        The example; `tokens[:num_prompt]` equals `encode_prompt(...)`.
+        The example; without tags, `tokens[:num_prompt]` equals `encode_prompt(...)`.
 
     Raises:
         UserError: the prompt alone fills `max_length`, no label is left.

@@ -37,12 +37,13 @@ class Tofu(NamedTuple):
 
     Args:
         forget: rows to forget, with paraphrased and perturbed answers.
-        retain: rows to keep, trained on and evaluated.
+        retain: rows to keep, trained on.
         holdout: rows like `retain` that are in neither (non-members of the membership metrics).
         real_authors: general knowledge with three wrong options.
         world_facts: the same.
         refusals: "I don't know" sentences.
         notes: what a report must say about the choice, a sentence each.
+        judged: rows on which keeping is judged, with paraphrased and perturbed answers.
     """
 
     forget: list[Row]
@@ -52,6 +53,7 @@ class Tofu(NamedTuple):
     world_facts: list[Row]
     refusals: list[str]
     notes: list[str]
+    judged: list[Row]
 
 
 class Source(NamedTuple):
@@ -301,7 +303,9 @@ def read_split(
     if len(parts) > 1 or _looks_like_file(parts[0]):
         return _read_files(parts, source, columns, option)
     name = parts[0]
-    variants = [name] if set(columns) <= set(PLAIN) else [f"{name}_perturbed", name]
+    variants = [f"{name}_perturbed", name]
+    if set(columns) <= set(PLAIN):
+        variants.reverse()
     for variant in variants:
         if variant in source.names and (found := source.read(variant)) is not None:
             return check_rows(found[0], columns, found[1])
@@ -365,8 +369,10 @@ def load_tofu(
     forget_split: str | Sequence[str] = "forget01",
     retain_split: str | Sequence[str] = "retain_perturbed",
     *,
+    judged_split: str | Sequence[str] | None = None,
     forget_rows: int | None = None,
     retain_rows: int | None = 100,
+    judged_rows: int | None = None,
     extra_rows: int | None = 50,
     holdout_rows: int | None = 40,
     columns: Iterable[str] = JUDGED,
@@ -378,13 +384,15 @@ def load_tofu(
         forget_split: a split's name (`forget01` reads `forget01_perturbed`), or a path to JSON
             file(s).
         retain_split: likewise; rows to keep.
+        judged_split: likewise; rows on which keeping is judged. None: those of `retain_split`.
         forget_rows: how many are used, from the first on; None: all.
         retain_rows: likewise.
+        judged_rows: likewise; None with one split for both: those of `retain_rows`.
         extra_rows: rows of `real_authors_perturbed` and of `world_facts_perturbed`; 0 leaves both
             out.
         holdout_rows: non-members from a holdout split or from the retain rows nobody trains on;
             None: as many as forget rows; 0 leaves them out.
-        columns: what forget and retain rows must have.
+        columns: what forget rows and those that are judged must have.
 
     Returns:
         The splits, the refusals (TOFU's file, else built-in ones) and notes for the report.
@@ -397,13 +405,24 @@ def load_tofu(
     columns = tuple(columns)
     source = hub_source() if path is None else folder_source(Path(path).expanduser())
     forget = read_split(source, forget_split, columns, "forget split")[:forget_rows]
-    retain = read_split(source, retain_split, columns, "retain split")[:retain_rows]
-    if not forget or not retain:
+    judged_split = retain_split if judged_split is None else judged_split
+    both = judged_split == retain_split
+    kept = read_split(source, retain_split, columns if both else PLAIN, "retain split")
+    retain = kept[:retain_rows]
+    if both:
+        judged = retain if judged_rows is None else kept[:judged_rows]
+    else:
+        judged = read_split(source, judged_split, columns, "judged retain split")[:judged_rows]
+    if not forget or not retain or not judged:
         raise UserError("no forget or no retain row is used; set their number of rows to 1 or more")
     notes = [
         f"forget: {len(forget)} rows of {forget_split}",
         f"retain: {len(retain)} rows of {retain_split}",
     ]
+    if judged != retain:
+        seen = overlap(judged, retain)
+        where = "" if both else f" of {judged_split}"
+        notes[-1] += f"; judged on {len(judged)} rows{where}, {seen} of which are trained on"
 
     extra: dict[str, list[Row]] = {"real_authors": [], "world_facts": []}
     for name in extra:
@@ -421,6 +440,5 @@ def load_tofu(
     if refusals is None:
         refusals = list(REFUSALS)
         notes.append("refusals: built-in sentences")
-    return Tofu(
-        forget, retain, holdout, extra["real_authors"], extra["world_facts"], refusals, notes
-    )
+    general = (extra["real_authors"], extra["world_facts"])
+    return Tofu(forget, retain, holdout, *general, refusals, notes, judged)

@@ -23,7 +23,17 @@ SUMMARY = "Llama-3-8B learns TOFU and forgets a tenth of it with NPO (a TPU slic
 
 PRESET = RunConfig(
     preset="tofu-npo-llama3-8b",
-    data=DataConfig(source="tofu", forget_split="forget10", retain_rows=400, max_length=512),
+    # The official sizes: all rows that are kept, 400 of them judged, 100 real authors, 117 facts.
+    data=DataConfig(
+        source="tofu",
+        forget_split="forget10",
+        retain_split="retain90",
+        retain_rows=None,
+        judged_retain_rows=400,
+        extra_rows=None,
+        holdout_rows=400,
+        max_length=512,
+    ),
     model=ModelConfig(path="meta-llama/Meta-Llama-3-8B-Instruct", dtype="bfloat16", remat="full"),
     # Parameters, gradients and optimizer state split over every chip.
     mesh=MeshConfig(data=1, fsdp=-1, tp=1),
@@ -35,7 +45,7 @@ PRESET = RunConfig(
     unlearn=UnlearnConfig(epochs=10, batch_size=64),
     objective=ObjectiveConfig(name="npo", retain="nll"),
     optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup=0.1),
-    evaluate=EvaluateConfig(score_tokens=65536, generate_rows=256),
+    evaluate=EvaluateConfig(max_new_tokens=200, score_tokens=65536, generate_rows=256),
     export_dtype="bfloat16",
 )
 
@@ -51,6 +61,11 @@ SMOKE = {
     "finetune.steps": 4,
     "unlearn.steps": 2,
     "unlearn.curve_points": 1,
+    "data.forget_rows": 12,
+    "data.retain_rows": 12,
+    "data.judged_retain_rows": 12,
+    "data.extra_rows": 4,
+    "data.holdout_rows": 4,
     "evaluate.leak_samples": 2,
     "evaluate.max_new_tokens": 16,
 }

@@ -53,6 +53,7 @@ SMOKE = {
     "finetune.steps": 4,
     "unlearn.steps": 2,
     "unlearn.curve_points": 1,
+    "data.forget_rows": 12,
     "data.retain_rows": 12,
     "data.extra_rows": 4,
     "data.holdout_rows": 4,

@@ -1,0 +1,85 @@
+"""How a conversation is written for a model, beside its own chat template: tags, shots, a date."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxlib_unlearn.errors import UserError
+
+# What chat templates print as today's date (OpenUnlearning's): the clock would make a model's
+# input differ from day to day.
+DATE = "10 Apr 2025"
+DATE_FORM = "%d %b %Y"
+
+
+class Tags(NamedTuple):
+    """The text around a question and around an answer of a model without a chat template.
+
+    Example:
+        >>> TAGS["llama2"].prompt("Who?", shots=[("Where?", "Lima.")])
+        '[INST] Where? [/INST]Lima. [INST] Who? [/INST]'
+    """
+
+    user_start: str
+    user_end: str
+    assistant_start: str
+    assistant_end: str
+
+    def prompt(self, question: str, system: str | None = None, shots=()) -> str:
+        """The text before an answer: `system` as it is, answered questions, the question."""
+        asked = [
+            f"{self.user_start}{asked}{self.user_end}{self.assistant_start}{answer}"
+            f"{self.assistant_end}"
+            for asked, answer in shots
+        ]
+        last = f"{self.user_start}{question}{self.user_end}{self.assistant_start}"
+        return (system or "") + "".join(asked) + last
+
+
+# OpenUnlearning's for Llama-2-chat, and for base models (Llama-2, Phi-1.5).
+TAGS = {
+    "llama2": Tags("[INST] ", " [/INST]", "", " "),
+    "question-answer": Tags("Question: ", "\n", "Answer: ", "\n\n"),
+}
+
+
+class PromptFormat(NamedTuple):
+    """What a tokenizer's prompts depend on beside its chat template.
+
+    Args:
+        tags: written around questions and answers in place of the chat template; None: that, or
+            "Question: ...\\nAnswer: ..." where a tokenizer has none.
+        shots: answered questions that stand before every question.
+        date: what a chat template gets as `date_string` and from `strftime_now`.
+    """
+
+    tags: Tags | None = None
+    shots: tuple[tuple[str, str], ...] = ()
+    date: str = DATE
+
+
+def strftime_of(date: str) -> Callable[[str], str]:
+    """`strftime_now` of chat templates on a given day, at midnight.
+
+    Args:
+        date: such as "10 Apr 2025".
+
+    Returns:
+        A function from a `strftime` format to the text.
+
+    Raises:
+        UserError: the date is written in another way.
+
+    Example:
+        >>> strftime_of("10 Apr 2025")("%Y-%m-%d")
+        '2025-04-10'
+    """
+    try:
+        return datetime.datetime.strptime(date, DATE_FORM).strftime
+    except ValueError:
+        raise UserError(
+            f"date {date!r} of the chat template is not written like {DATE!r}; write day, month "
+            "(three English letters) and year"
+        ) from None

@@ -1,0 +1,178 @@
+"""`--smoke` of every preset takes every optimizer and every objective, or says why not."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.errors import UserError
+from models.decoder import Decoder, DecoderConfig
+from train import checks, cli, unlearn
+from train.config import replace
+from train.data.authors import draw
+from train.optimizers import OPTIMIZERS, build, two_sided
+from train.presets import PRESETS
+
+SHAPES = Decoder(DecoderConfig(32, 8, 12, 4, 2, 1, 4)).shapes()
+TOFU = [name for name in PRESETS if name != "quickstart"]
+SIZES = {"forget": 14, "retain": 20, "holdout": 6}
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory) -> Path:
+    """A small folder with the splits of the published one, more rows in them than a smoke run."""
+    folder = tmp_path_factory.mktemp("tofu")
+
+    def rows(kind: str, judged: bool) -> list[dict]:
+        found = []
+        for i in range(SIZES[kind]):
+            row = {"question": f"{kind} question {i}?", "answer": f"{kind} {draw(9, 0, kind, i)}."}
+            if judged:
+                row["paraphrased_answer"] = f"Again {row['answer']}"
+                row["perturbed_answer"] = [f"wrong {j}." for j in range(3)]
+            found.append(row)
+        return found
+
+    options = [
+        {"question": f"option {i}?", "answer": "yes", "perturbed_answer": ["no", "so", "go"]}
+        for i in range(6)
+    ]
+    splits = {
+        "forget01_perturbed": rows("forget", True),
+        "forget10_perturbed": rows("forget", True),
+        "retain_perturbed": rows("retain", True)[:16],
+        "retain90": rows("retain", False),
+        "holdout01": rows("holdout", False),
+        "holdout10": rows("holdout", False),
+        "real_authors_perturbed": options,
+        "world_facts_perturbed": options,
+    }
+    for name, part in splits.items():
+        (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+def arguments(name: str, official: Path, tiny: Path) -> list[str]:
+    """A preset's smoke run on a model and data that are here, on one device."""
+    here = ["--data.path", str(official), "--model.path", str(tiny)] if name in TOFU else []
+    return [name, "--smoke", "--mesh.data", "1", "--mesh.fsdp", "1", *here]
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def prepared(request, official, tiny):
+    """A preset's name, its prepared task and the number of its model's blocks."""
+    argv = arguments(request.param, official, tiny)
+    task, base, _, _ = unlearn.prepare(unlearn.read_arguments(argv))
+    return request.param, argv, task, base.decoder.config.num_layers
+
+
+def test_every_pair_of_optimizer_and_objective_is_taken_or_refused(prepared, monkeypatch):
+    name, argv, task, layers = prepared
+    whole = [*argv, "--optimizer.name", "hybrid", "--objective.name", "npo"]
+    parsed = unlearn.read_arguments(whole)
+    # The names are in the default that is parsed on: without the parser it is hundreds a second.
+    more = {"mesh.data": 1, "mesh.fsdp": 1, "data.path": parsed.data.path}
+    more["model.path"] = parsed.model.path
+    monkeypatch.setattr(cli, "parse", lambda cls, default, *_: replace(default, **more))
+    assert unlearn.read_arguments(whole) == parsed
+    refused = 0
+    for optimizer, row in OPTIMIZERS.items():
+        for objective in objectives.OBJECTIVES:
+            names = ["--optimizer.name", optimizer, "--objective.name", objective]
+            config = unlearn.read_arguments([*argv, *names])
+            resolved = objectives.resolve(config.objective)
+            if row.needs == "split" and not two_sided(*resolved):
+                with pytest.raises(UserError) as error:
+                    checks.check_run(config)
+                line = str(error.value)
+                assert "\n" not in line and optimizer in line and objective in line
+                assert "--objective.retain" in line
+                refused += 1
+                continue
+            checks.check_run(config)
+            unlearn.check_stages(config, task, layers)
+            assert (config.optimizer.name, config.objective.name) == (optimizer, objective)
+        steps = config.unlearn.steps
+        jax.eval_shape(build(config.optimizer, steps)[0].init, SHAPES)
+    assert 0 < refused < len(objectives.OBJECTIVES)
+
+
+def test_a_smoke_run_on_files_judges_few_rows(prepared):
+    name, _, task, _ = prepared
+    if name in TOFU:
+        sizes = {split: len(rows) for split, rows in task.evaluation.items()}
+        wanted = {"forget": 12, "retain": 12, "holdout": 4, "real_authors": 4, "world_facts": 4}
+        assert sizes == wanted and (len(task.forget), len(task.retain)) == (12, 12)
+
+
+@pytest.mark.parametrize("name", [name for name in TOFU if "llama" in name])
+def test_the_llama_presets_have_the_official_sizes(name, official, tiny):
+    argv = [a for a in arguments(name, official, tiny) if a != "--smoke"]
+    config = unlearn.read_arguments(argv)
+    assert config.evaluate.max_new_tokens == 200
+    data = config.data
+    # All of retain90 is trained on; None are all there are: 100 real authors, 117 world facts.
+    assert (data.forget_split, data.retain_split) == ("forget10", "retain90")
+    assert data.retain_rows is None
+    assert (data.judged_retain_split, data.judged_retain_rows) == ("retain_perturbed", 400)
+    assert (data.extra_rows, data.holdout_rows, data.forget_rows) == (None, 400, None)
+    task, _, _, _ = unlearn.prepare(config)
+    assert (len(task.forget), len(task.retain)) == (14, 20)
+    sizes = {split: len(rows) for split, rows in task.evaluation.items()}
+    assert sizes == {
+        "forget": 14, "retain": 16, "holdout": 6, "real_authors": 6, "world_facts": 6,
+    }  # fmt: skip
+    assert "judged on 16 rows of retain_perturbed, 16 of which are trained on" in task.notes[1]
+
+
+def finished(done, root: Path) -> None:
+    """A run ended well, with finite numbers of all three models."""
+    assert done.code == 0, done.err
+    summary = json.loads((root / "summary.json").read_text())
+    assert list(summary) == ["original", "oracle", "unlearned"]
+    assert all(math.isfinite(s["forget_probability"]) for s in summary.values())
+
+
+def test_hybrid_in_a_smoke_run(program, small, tmp_path):
+    """Ten steps are no blocks of 2 x 20: the blocks shrink with the run."""
+    options = "--finetune.steps 2 --unlearn.curve-points 0 --optimizer.name hybrid".split()
+    root = tmp_path / "run"
+    done = program("train.unlearn", "quickstart", "--smoke", *small, *options, "--output", root)
+    finished(done, root)
+    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["stage"] == "unlearned" for line in lines) == 10
+    # A length or a period that somebody names is taken as it is.
+    for more in (["--unlearn.steps", "13"], ["--optimizer.period", "20"]):
+        argv = ["quickstart", "--smoke", *small, *options, *more, "--output", tmp_path / "other"]
+        done = program("train.unlearn", *argv)
+        assert done.code == 2 and "hybrid ends on its zeroth-order steps" in done.err
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row",
+    [*(f"optimizer {o}" for o in OPTIMIZERS), *(f"objective {o}" for o in objectives.OBJECTIVES)],
+)
+def test_every_row_runs(program, small, cache, tmp_path, row):
+    option, name = row.split()
+    # Originals and oracles are of the same make, so each is trained once.
+    options = ["--finetune.steps", "4", "--stage.cache", cache, f"--{option}.name", name]
+    root = tmp_path / "run"
+    done = program("train.unlearn", "quickstart", "--smoke", *small, *options, "--output", root)
+    finished(done, root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOFU)
+def test_every_preset_runs(program, official, tiny, tmp_path, name):
+    root = tmp_path / "run"
+    done = program("train.unlearn", *arguments(name, official, tiny), "--output", root)
+    finished(done, root)
