@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from train.config import RunConfig
-from train.data import authors, tofu
+from train.data import authors, files, tofu
 from train.stages import digest
 from train.tracking import say
 
 Row = dict[str, Any]
+SOURCES = ("authors", "tofu")
 
 
 class Task(NamedTuple):
@@ -44,12 +45,14 @@ def load_task(config: RunConfig) -> Task:
         UserError: unknown source, or anything wrong with the files.
     """
     source = config.data.source
-    if source == "authors":
+    if config.data.forget is not None or config.data.retain is not None:
+        task = _from_files(config)
+    elif source == "authors":
         task = _from_authors(config)
     elif source == "tofu":
         task = _from_tofu(config)
     else:
-        raise UserError(f"--data.source {source!r} is unknown; choose authors or tofu")
+        raise UserError(f"--data.source {source!r} is unknown; choose {' or '.join(SOURCES)}")
     if shared := tofu.overlap(task.forget, task.retain):
         say(f"warning: {shared} forget row(s) are also retain rows; they pull both ways")
         task.notes.append(f"{shared} forget rows are also retain rows")
@@ -106,6 +109,22 @@ def _from_tofu(config: RunConfig) -> Task:
     }
     evaluation = {name: rows for name, rows in splits.items() if rows}
     return Task(found.forget, found.retain, evaluation, list(found.refusals), list(found.notes))
+
+
+def _from_files(config: RunConfig) -> Task:
+    data = config.data
+    if data.path is not None:
+        raise UserError(
+            "--data.path does not go with --data.forget and --data.retain, which name the files "
+            "themselves; leave it out"
+        )
+    own = files.load_own(data.forget, data.retain)
+    judged = own.retain[: data.retain_rows]
+    notes = list(own.notes)
+    if len(judged) < len(own.retain):
+        notes.append(f"retain: judged on the first {len(judged)} rows (--data.retain-rows)")
+    evaluation = {"forget": own.forget, "retain": judged}
+    return Task(own.forget, own.retain, evaluation, list(authors.REFUSALS), notes)
 
 
 def texts(task: Task) -> Iterator[str]:
