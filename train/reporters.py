@@ -32,6 +32,7 @@ _SECRET_NAMES = re.compile(r"(?:TOKEN|SECRET|PASSWORD|API_?KEY)", re.IGNORECASE)
 class Reporter(NamedTuple):
     """An open log: `write(stage, step, scalars)`, and `close(summary)` with the final numbers."""
 
+    name: str
     write: Callable[[str, int, Mapping[str, float]], None]
     close: Callable[[Mapping[str, float]], None]
 
@@ -62,7 +63,7 @@ def _tensorboard(folder: Path, config: Mapping[str, Any]) -> Reporter:
         for name, value in scalars.items():
             writer.add_scalar(f"{stage}/{name}", value, step)
 
-    return Reporter(write, lambda summary: writer.close())
+    return Reporter("tensorboard", write, lambda summary: writer.close())
 
 
 def _steps(log: Callable[[dict[str, float]], Any]) -> Callable[..., None]:
@@ -101,7 +102,7 @@ def _wandb(folder: Path, config: Mapping[str, Any]) -> Reporter:
         run.summary.update(dict(summary))
         run.finish()
 
-    return Reporter(_steps(run.log), close)
+    return Reporter("wandb", _steps(run.log), close)
 
 
 def _trackio(folder: Path, config: Mapping[str, Any]) -> Reporter:
@@ -120,7 +121,7 @@ def _trackio(folder: Path, config: Mapping[str, Any]) -> Reporter:
             run.log(dict(summary))
         run.finish()
 
-    return Reporter(_steps(run.log), close)
+    return Reporter("trackio", _steps(run.log), close)
 
 
 # By name: the package, and how a log is opened in a run folder.

@@ -64,8 +64,7 @@ class Tracker:
         clean = {k: float(v) for k, v in scalars.items()}
         with self.path.open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")
-        for other in self.others:
-            other.write(stage, step, clean)
+        self._hand_on(lambda other: other.write(stage, step, clean))
 
     def close(self, summary: Mapping[str, Mapping[str, Any]]) -> None:
         """Hand the final numbers of every model to the other logs, and end those."""
@@ -75,9 +74,21 @@ class Tracker:
             for name, value in scores.items()
             if isinstance(value, int | float)
         }
-        for other in self.others:
-            other.close(numbers)
+        self._hand_on(lambda other: other.close(numbers))
         self.others = []
+
+    def _hand_on(self, call: Callable[[reporters.Reporter], None]) -> None:
+        """Call every other log; one that fails is left out from here on, and the run goes on."""
+        for other in list(self.others):
+            try:
+                call(other)
+            except Exception as error:
+                self.others.remove(other)
+                reason = reporters.public((str(error).strip().splitlines() or [""])[0][:160])
+                say(
+                    f"warning: {other.name} takes no numbers any more ({type(error).__name__}: "
+                    f"{reason}); they are all in {self.path}"
+                )
 
 
 def _eta(seconds: float, done: int, left: int) -> str:

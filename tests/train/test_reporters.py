@@ -115,6 +115,25 @@ def test_tensorboard(tmp_path):
     assert len(events) == 1 and b"oracle/loss" in events[0]
 
 
+def test_a_log_that_fails_does_not_stop_the_run(fake, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", KEY)
+    first, second = fake("wandb"), fake("trackio")
+
+    def log(numbers):
+        raise ConnectionError(f"no route for {KEY}")
+
+    first.log = log
+    tracker = Tracker(tmp_path, ("wandb", "trackio"))
+    for step in range(3):
+        tracker.write("unlearned", step, {"loss": 1.0})
+    tracker.close({})
+    shown = capsys.readouterr().err
+    assert shown.count("warning: wandb takes no numbers any more (ConnectionError: no route") == 1
+    assert KEY not in shown and str(tmp_path / "metrics.jsonl") in shown
+    assert len(second.rows) == 3 and second.finished == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_missing_and_logged_out_are_one_line(fake, monkeypatch, tmp_path):
     for name, (package, _) in reporters.REPORTERS.items():
         monkeypatch.setattr("importlib.util.find_spec", lambda wanted: None)
