@@ -1,6 +1,7 @@
 # Two commands on a fresh machine that has Python >= 3.11, make and a package index:
 #   make quickstart     runs the whole job on data it makes itself
 #   make test           runs the tests
+# and make unlearn ARGS="..." is python -m train.unlearn ... in that environment.
 # Each target makes, reuses and refreshes its own environment (see .ci/environment).
 #   PYTHON=python3.12   another interpreter; its environment is .venv-3.12, beside .venv
 #   VENV=DIR            another environment folder
@@ -29,7 +30,7 @@ RUN = $(VENV)/bin/python
 TPU_ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(TPU_VENV)" UV="$(UV)" sh .ci/environment
 TPU_RUN = JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python
 
-.PHONY: help quickstart test parity tpu bench bench-peers plan lint format smollm2
+.PHONY: help quickstart unlearn test parity tpu bench bench-peers plan lint format smollm2
 
 help:  ## this list
 	@awk -F ':  ## ' '/^[a-z0-9-]+:  ## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -37,6 +38,11 @@ help:  ## this list
 quickstart:  ## train, unlearn and judge a tiny model: minutes, no data needed
 	$(ENVIRONMENT) train
 	$(RUN) -m train.unlearn quickstart $(ARGS)
+	@echo "to go on: source $(VENV)/bin/activate   (or: make unlearn ARGS='quickstart --seed 1')"
+
+unlearn:  ## any run in the same environment: make unlearn ARGS="quickstart --objective.name npo"
+	$(ENVIRONMENT) train
+	$(RUN) -m train.unlearn $(ARGS)
 
 test:  ## the tests, without the slow ones and those that need torch
 	$(ENVIRONMENT) train test tensorboard

@@ -1,5 +1,6 @@
 """What a clone must look like: nothing at the top without a reason, and no leftovers."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -80,6 +81,74 @@ def test_notebooks_are_stored_without_outputs():
             if cell["cell_type"] == "code":
                 assert cell["outputs"] == [], f"{path.name}, cell {number}"
                 assert cell["execution_count"] is None, f"{path.name}, cell {number}"
+
+
+@pytest.fixture(scope="module")
+def home():
+    """The script that writes the project's address."""
+    spec = importlib.util.spec_from_file_location("home", REPO / ".ci" / "home.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_name_the_address_of_the_setting(home):
+    for path, text in home.pages(REPO).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python .ci/home.py"
+
+
+def test_nothing_leads_to_where_the_project_is_not(home, files):
+    """No badge, clone line or package of ours while there is no address; all of them with one."""
+    address = home.setting(REPO)
+    for path in files:
+        if path.suffix in TEXT and path.parts[0] != "tests":
+            text = (REPO / path).read_text(encoding="utf-8")
+            ours = re.findall(r"https?://[^\s)\"'`]*jaxlib-unlearn[^\s)\"'`]*", text)
+            assert [url for url in ours if not address or address.split("//")[1] not in url] == []
+            # The name on an index is nobody's yet: from a clone it is `pip install -e '.[extra]'`.
+            assert not re.search(r"pip install [^\n]*jaxlib-unlearn", text), path
+
+
+def test_a_published_project_is_linked_everywhere(home, tmp_path):
+    (tmp_path / "colab").mkdir()
+    for path in (REPO / "colab").glob("*.ipynb"):
+        shutil.copy(path, tmp_path / "colab")
+    (tmp_path / "README.md").write_text("# x\n<!-- home -->\n<!-- /home -->\nrest\n")
+    for url, badges in (("https://github.com/o/n/", 1), ("https://example.org/n.git", 0), ("", 0)):
+        text = (REPO / "pyproject.toml").read_text()
+        (tmp_path / "pyproject.toml").write_text(re.sub('home = ".*"', f'home = "{url}"', text))
+        for _ in range(2):  # written again, it is the same
+            for path, page in home.pages(tmp_path).items():
+                path.write_text(page)
+        url = url.rstrip("/")
+        line = f"git clone {url} jaxlib-unlearn && cd jaxlib-unlearn"
+        readme = (tmp_path / "README.md").read_text()
+        assert (line in readme) == bool(url) and readme.endswith("<!-- /home -->\nrest\n")
+        for path in (tmp_path / "colab").glob("*.ipynb"):
+            text = path.read_text()
+            assert text.count("colab-badge.svg") == badges, path
+            assert text.count(f"colab/{path.name})") == badges
+            assert f'REPOSITORY = \\"{url}\\"' in text
+    for path in (REPO / "colab").glob("*.ipynb"):
+        if not home.setting(REPO):
+            assert (tmp_path / "colab" / path.name).read_text() == path.read_text()
+
+
+def test_make_unlearn_is_the_program_in_the_environment():
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+
+    def lines(*argv):
+        command = ["make", "-n", "--no-print-directory", "VENV=some-venv", "UV=", *argv]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    environment, run = lines("unlearn", "ARGS=quickstart --seed 1")
+    assert "sh .ci/environment train" in environment
+    assert run == "some-venv/bin/python -m train.unlearn quickstart --seed 1"
+    # And the first command ends with how to go on.
+    assert "source some-venv/bin/activate" in lines("quickstart")[-1]
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", ".ci/run"])

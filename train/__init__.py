@@ -2,7 +2,11 @@
 
 import sys
 
-from train import hugepages
+if sys.argv[:1] == ["-m"]:  # `python -m train.X`: the program's module is not imported yet
+    from train import environment
 
-if sys.argv[:1] == ["-m"]:  # `python -m train.…`: the program's module is not imported yet
+    environment.check()
+
+    from train import hugepages
+
     hugepages.ask()

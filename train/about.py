@@ -96,6 +96,8 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         counts.append(f"{len(leak_rows[0])} sampled answers to each of {len(leak_rows)}")
     where = (data.get("path") if isinstance(data, dict) else None) or "the preset's own"
     split = data.get("forget_split") if isinstance(data, dict) else None
+    if isinstance(data, dict) and data.get("forget"):
+        where, split = f"your own: {data['forget']} to forget, {data.get('retain')} to keep", None
     smoke = " (smoke: shrunk, its numbers mean little)" if config.get("smoke") else ""
     rows = [
         ("Preset", str(config.get("preset", "")) + smoke),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from jaxlib_unlearn.errors import UserError
 from models import lora
 from models.decoder import REMAT
 from models.weights import DTYPES
-from train import cli, optimizers, remote, sharding
+from train import cli, optimizers, remote, reporters, sharding
 from train.config import EvaluateConfig, LoraConfig, RunConfig, TrainConfig, UnlearnConfig
 from train.data.examples import encode_prompt
 from train.evaluation import Model, longest
@@ -194,10 +193,7 @@ def check_run(config: RunConfig) -> Mesh:
     check_dtype("--export-dtype", config.export_dtype)
     cli.check_choice("--model.dtype", config.model.dtype, COMPUTE)
     cli.check_choice("--model.remat", config.model.remat, tuple(REMAT))
-    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise UserError(
-            "--tensorboard needs tensorboardX; pip install 'jaxlib-unlearn[tensorboard]'"
-        )
+    reporters.check(reporters.chosen(config.report_to, config.tensorboard))
     if config.profile is not None:
         check_writable("--profile", config.profile)
     cache = None if config.stage.cache is None else remote.located(config.stage.cache)

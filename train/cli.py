@@ -78,7 +78,7 @@ def check_choice(option: str, value: str, known: Sequence[str]) -> None:
 def check_options(cls: type, args: Sequence[str]) -> None:
     """Raise `UserError` for an option that `cls` does not have, naming the nearest one."""
     known = option_names(cls)
-    for arg in args:
+    for arg, following in itertools.zip_longest(args, args[1:]):
         if not arg.startswith("--") or arg == "--help":
             continue
         name = arg.partition("=")[0].replace("_", "-")
@@ -87,9 +87,37 @@ def check_options(cls: type, args: Sequence[str]) -> None:
             f"{head}.{last.removeprefix('no-')}" if head else "--" + name[2:].removeprefix("no-")
         )
         if name not in known and plain not in known:
-            raise UserError(
-                f"option {name} is unknown; did you mean {nearest(name, known)}? (--help lists all)"
-            )
+            value = arg.partition("=")[2] or following or ""
+            right = meant(name, value, known)
+            raise UserError(f"option {name} is unknown; did you mean {right}? (--help lists all)")
+
+
+def meant(name: str, value: str, known: Sequence[str]) -> str:
+    """The option of `known` that was meant, whatever group it stands in, and its value if a word.
+
+    Example:
+        >>> meant("--optimizer", "muon", ["--seed", "--optimizer.name", "--optimizer.rank"])
+        '--optimizer.name muon'
+        >>> meant("--batch-size", "4", ["--seed", "--unlearn.batch-size"])
+        '--unlearn.batch-size'
+    """
+    from train.choices import FIRST, words_of
+
+    order = {option: i for i, option in enumerate(FIRST)}
+    first = sorted(known, key=lambda o: (order.get(o, len(order)), o.startswith("--finetune.")))
+    groups = {o[2:].partition(".")[0] for o in known if "." in o}
+    word = name.removeprefix("--")
+    if "." not in word:
+        word = next(iter(difflib.get_close_matches(word, groups, 1, 0.8)), word)
+    inside = [o for o in first if o.startswith(f"--{word}.")]
+    same = [o for o in first if o.rpartition(".")[2].lstrip("-") == word]
+    alike = [o for o in first if len(word) > 2 and o.rpartition(".")[2].startswith(word)]
+    if word != "none" and (told := [o for o in first if word in words_of(o)]):
+        return f"{told[0]} {word}"  # --muon
+    if fits := [o for o in [*inside, *same] if value in words_of(o)]:
+        return f"{fits[0]} {value}"  # --optimizer muon
+    usual = [o for o in (f"--{word}.name", f"--{word}.path") if o in known]
+    return next(iter([*usual, *same, *inside, *alike]), None) or nearest(name, known)
 
 
 def option_value(args: Sequence[str], option: str) -> str | None:
@@ -106,7 +134,9 @@ def parse(cls: type, default: Any, args: Sequence[str], prog: str, summary: str)
     import tyro
 
     if "--help" in args or "-h" in args:
-        return tyro.cli(cls, default=default, args=list(args), prog=prog, description=summary)
+        from train.choices import grouped
+
+        tyro.cli(grouped(cls, default), args=["--help"], prog=prog, description=summary)
     check_options(cls, args)
     caught = io.StringIO()
     try:

@@ -41,6 +41,9 @@ class DataConfig:
             `llama2` ([INST]) or `question-answer`.
         template_date: today's date in chat templates that print one.
         few_shot: JSON file of answered questions that stand before every question.
+        forget: file of your own rows to forget (JSON, JSONL, CSV or parquet; a question and an
+            answer are enough), in place of `source`; goes with `retain`.
+        retain: file of your own rows to keep: all are trained on, the first `retain_rows` judged.
     """
 
     source: str = "tofu"
@@ -61,6 +64,8 @@ class DataConfig:
     template: str = "auto"
     template_date: str = DATE
     few_shot: Path | None = None
+    forget: Path | None = None
+    retain: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,11 @@ class ModelConfig:
         path: an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch`
             (random weights).
         vocab_size: of the tokenizer trained in the run (from scratch only), as the sizes below.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside an MLP.
+        num_layers: blocks.
+        num_heads: attention heads.
+        num_kv_heads: heads of keys and values, shared by groups of attention heads.
         dtype: what the model computes in, `float32` or `bfloat16`; its parameters stay float32.
         remat: what the backward pass recomputes: `none`, `dots` (all but the projections: half of
             the temporaries for hardly more work, which where memory is slow is less time) or `full`
@@ -113,7 +123,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class UnlearnConfig:
-    """The unlearning stage; its optimizer is `--optimizer.*`, its objective `--objective.*`."""
+    """The unlearning stage; its optimizer is `--optimizer.*`, its objective `--objective.*`.
+
+    Args:
+        epochs: passes over the rows to forget (ignored when `steps` is given).
+        steps: optimizer steps; None: from `epochs`.
+        batch_size: global rows of each stream in a step.
+        accumulate: micro-batches a step is split into; the numbers do not depend on it.
+        curve_points: evaluations of forget and retain along the stage (0: none).
+        checkpoint_seconds: least time between two checkpoints.
+    """
 
     epochs: float = 5.0
     steps: int | None = None
@@ -200,10 +219,12 @@ class RunConfig:
             the oracle.
         oracle: train the retain-only model (forget quality needs it, unless `retain_log` is given).
         export_dtype: dtype of the exported weights.
-        tensorboard: also write TensorBoard events (needs the extra).
+        tensorboard: the same as `report_to` tensorboard.
         profile: folder for a trace of a few unlearning steps, which TensorBoard, XProf and Perfetto
             show; None: no trace.
         distributed: the processes of the run, where it has several.
+        report_to: logs that get the numbers too, with commas between them: tensorboard, wandb,
+            trackio.
     """
 
     preset: str = ""
@@ -227,6 +248,7 @@ class RunConfig:
     tensorboard: bool = False
     profile: Path | None = None
     distributed: DistributedConfig = DistributedConfig()
+    report_to: str = ""
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -182,12 +182,15 @@ def run(
         return values["loss"]
 
     compiled: dict[Any, tuple[Any, dict[str, float]]] = {}
+    spent: list[float] = []  # seconds of the compilations since progress was last shown
 
     def program(state, batches):
         """The step for batches of these shapes, compiled once, and its MiB on a device."""
         shapes = tuple((n, k, x.shape) for n, b in batches.items() for k, x in b.items())
         if shapes not in compiled:
+            began = time.monotonic()
             made = step_fn.lower(state, frozen, batches).compile()
+            spent.append(time.monotonic() - began)
             size = step_bytes(made)
             compiled[shapes] = made, {} if size is None else {"step_mib": round(size / 2**20, 3)}
         return compiled[shapes]
@@ -225,7 +228,8 @@ def run(
                 look = look | stage.curve(state.params)
             state, metrics = run_step(state, frozen, batches)
             pending = (step, metrics, look)
-            advance(1, f"loss {loss:.4f}" if math.isfinite(loss) else "")
+            advance(1, f"loss {loss:.4f}" if math.isfinite(loss) else "", sum(spent))
+            spent.clear()
         loss = settle()
     if stage.curve is not None and stage.steps in stage.curve_steps:
         # One line more than steps: the look after the last one, beside its loss.

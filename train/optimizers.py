@@ -233,6 +233,7 @@ def _hybrid(c: OptimizerConfig, schedule: optax.Schedule, axis: str | None):
 
 _ADAM = ("b1", "b2", "eps", "state_dtype")
 DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("constant", "linear", "cosine")
 _ZEROTH = ("queries", "perturbation")
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -346,15 +347,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate over `steps`: linear warm-up, then constant, linear or cosine decay to 0."""
     warm = min(steps - 1, round(config.warmup * steps)) if steps > 1 else 0
     peak, rest = config.learning_rate, max(1, steps - warm)
-    after = cli.choose(
-        config.schedule,
-        {
-            "constant": optax.constant_schedule(peak),
-            "linear": optax.linear_schedule(peak, 0.0, rest),
-            "cosine": optax.cosine_decay_schedule(peak, rest),
-        },
-        "schedule",
+    forms = (
+        optax.constant_schedule(peak),
+        optax.linear_schedule(peak, 0.0, rest),
+        optax.cosine_decay_schedule(peak, rest),
     )
+    after = cli.choose(config.schedule, dict(zip(SCHEDULES, forms, strict=True)), "schedule")
     if warm == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(peak / warm, peak, warm), after], [warm])

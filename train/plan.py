@@ -4,7 +4,7 @@ python -m train.plan tofu-npo-llama3-8b --topology v5e:8x8
 python -m train.plan PRESET --topology KIND:SHAPE [any option of train.unlearn] [--json]
 
 The programs of the run are compiled ahead of time for the slice; no TPU and no weights are needed.
-Kinds: v4, v5e, v5p, v6e, tpu7x (with jaxlib-unlearn[tpu]); cpu:8; gpu:8 (GPUs that are present).
+Kinds: v4, v5e, v5p, v6e, tpu7x (pip install -e '.[tpu]'); cpu:8; gpu:8 (GPUs that are present).
 """
 
 from __future__ import annotations

@@ -75,9 +75,7 @@ def check(path: Any, option: str, write: bool = True) -> None:
     there = located(path)
     missing = [name for name in PACKAGES[str(there).partition(":")[0]] if not _installed(name)]
     if missing:
-        raise UserError(
-            f"{option} {there} needs {' and '.join(missing)}; pip install 'jaxlib-unlearn[gcs]'"
-        )
+        raise UserError(f"{option} {there} needs {' and '.join(missing)}; pip install -e '.[gcs]'")
     try:
         there.exists()
         if write:

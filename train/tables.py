@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Two runs are the same experiment when only these differ, wherever in the config they stand.
 INCIDENTAL = {
     *("seed", "output", "command", "tensorboard", "mesh", "remat", "row_tokens", "curve_points"),
-    "notes",
+    *("notes", "report_to"),
 }
 
 

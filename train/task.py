@@ -9,11 +9,12 @@ from jaxlib_unlearn.errors import UserError
 from models.prompts import TAGS, PromptFormat, strftime_of
 from train import cli
 from train.config import DataConfig, RunConfig
-from train.data import authors, tofu
+from train.data import authors, files, tofu
 from train.stages import digest
 from train.tracking import say
 
 Row = dict[str, Any]
+SOURCES = ("authors", "tofu")
 
 
 class Task(NamedTuple):
@@ -65,12 +66,14 @@ def load_task(config: RunConfig) -> Task:
         UserError: unknown source, or anything wrong with the files.
     """
     source = config.data.source
-    if source == "authors":
+    if config.data.forget is not None or config.data.retain is not None:
+        task = _from_files(config)
+    elif source == "authors":
         task = _from_authors(config)
     elif source == "tofu":
         task = _from_tofu(config)
     else:
-        raise UserError(f"--data.source {source!r} is unknown; choose authors or tofu")
+        raise UserError(f"--data.source {source!r} is unknown; choose {' or '.join(SOURCES)}")
     if shared := tofu.overlap(task.forget, task.retain):
         say(f"warning: {shared} forget row(s) are also retain rows; they pull both ways")
         task.notes.append(f"{shared} forget rows are also retain rows")
@@ -88,12 +91,7 @@ def _from_authors(config: RunConfig) -> Task:
         raise UserError(
             f"generated authors have one forget split, forget10; got {data.forget_split!r}"
         )
-    for name in ("retain_split", "judged_retain_split"):
-        if getattr(data, name) != getattr(DataConfig, name):
-            raise UserError(
-                f"--data.{name.replace('_', '-')} {getattr(data, name)} does not go with generated "
-                "authors, whose rows to keep are generated too; use --data.source tofu"
-            )
+    _no_splits(data, "generated authors, whose rows to keep are generated too")
     seed = config.seed if data.seed is None else data.seed
     try:
         rows = authors.training_rows(authors.generate(seed, data.num_authors))
@@ -114,6 +112,15 @@ def _from_authors(config: RunConfig) -> Task:
         list(authors.REFUSALS),
         notes,
     )
+
+
+def _no_splits(data: DataConfig, source: str) -> None:
+    for name in ("retain_split", "judged_retain_split"):
+        if getattr(data, name) != getattr(DataConfig, name):
+            raise UserError(
+                f"--data.{name.replace('_', '-')} {getattr(data, name)} does not go with {source}; "
+                "use --data.source tofu"
+            )
 
 
 def _from_tofu(config: RunConfig) -> Task:
@@ -139,6 +146,23 @@ def _from_tofu(config: RunConfig) -> Task:
     }
     evaluation = {name: rows for name, rows in splits.items() if rows}
     return Task(found.forget, found.retain, evaluation, list(found.refusals), list(found.notes))
+
+
+def _from_files(config: RunConfig) -> Task:
+    data = config.data
+    if data.path is not None:
+        raise UserError(
+            "--data.path does not go with --data.forget and --data.retain, which name the files "
+            "themselves; leave it out"
+        )
+    _no_splits(data, "--data.forget and --data.retain, which name the rows themselves")
+    own = files.load_own(data.forget, data.retain)
+    forget, judged = own.forget[: data.forget_rows], own.retain[: data.retain_rows]
+    notes = list(own.notes)
+    if len(judged) < len(own.retain):
+        notes.append(f"retain: judged on the first {len(judged)} rows (--data.retain-rows)")
+    evaluation = {"forget": forget, "retain": judged}
+    return Task(forget, own.retain, evaluation, list(authors.REFUSALS), notes)
 
 
 def texts(task: Task) -> Iterator[str]:

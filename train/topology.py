@@ -157,8 +157,8 @@ def _gpus(name: str, count: int) -> Topology:
         devices = jax.devices("gpu")
     except RuntimeError:
         raise UserError(
-            f"--topology {name}: no GPU is present (or jaxlib-unlearn[cuda] is not installed); "
-            "give a TPU slice or cpu:N"
+            f"--topology {name}: no GPU is present (or JAX's plugin is missing: pip install -e "
+            "'.[cuda]'); give a TPU slice or cpu:N"
         ) from None
     if len(devices) < count:
         raise UserError(f"--topology {name}: {len(devices)} GPU(s) are present")
@@ -176,7 +176,7 @@ def _tpus(name: str, kind: str, shape: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology {name} needs libtpu, which compiles for TPUs on any machine; pip install "
-            "'jaxlib-unlearn[tpu]', or plan for cpu:N"
+            "-e '.[tpu]', or plan for cpu:N"
         )
     # No metadata server to ask, and beside another process that holds libtpu's lock.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -1,4 +1,4 @@
-"""What a run tells: a JSON line a step, TensorBoard if asked, progress with an ETA on stderr."""
+"""What a run tells: a JSON line a step, other logs if asked, progress with an ETA on stderr."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlib_unlearn.errors import UserError
-from train import distributed
+from train import distributed, reporters
 
 
 def say(message: str) -> None:
@@ -27,21 +26,20 @@ class Tracker:
 
     Args:
         folder: the run folder.
-        tensorboard: also write TensorBoard events there.
+        report_to: other logs that get the same numbers, names of `reporters.REPORTERS`.
+        config: the run's configuration, for those logs.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        report_to: tuple[str, ...] = (),
+        config: Mapping[str, Any] | None = None,
+    ):
         self.folder = folder
         self.path = folder / "metrics.jsonl"
-        self.board: Any = None
-        if tensorboard and distributed.is_first():
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise UserError(
-                    "--tensorboard needs tensorboardX; pip install 'jaxlib-unlearn[tensorboard]'"
-                ) from None
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+        first = distributed.is_first()
+        self.others = reporters.open_all(report_to, folder, config or {}) if first else []
 
     def resume(self, stage: str, step: int) -> None:
         """Forget the lines of `stage` at `step` and later (and a line a crash cut short)."""
@@ -66,33 +64,74 @@ class Tracker:
         clean = {k: float(v) for k, v in scalars.items()}
         with self.path.open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")
-        if self.board is not None:
-            for name, value in clean.items():
-                self.board.add_scalar(f"{stage}/{name}", value, step)
+        self._hand_on(lambda other: other.write(stage, step, clean))
+
+    def close(self, summary: Mapping[str, Mapping[str, Any]]) -> None:
+        """Hand the final numbers of every model to the other logs, and end those."""
+        numbers = {
+            f"{model}/{name}": float(value)
+            for model, scores in summary.items()
+            for name, value in scores.items()
+            if isinstance(value, int | float)
+        }
+        self._hand_on(lambda other: other.close(numbers))
+        self.others = []
+
+    def _hand_on(self, call: Callable[[reporters.Reporter], None]) -> None:
+        """Call every other log; one that fails is left out from here on, and the run goes on."""
+        for other in list(self.others):
+            try:
+                call(other)
+            except Exception as error:
+                self.others.remove(other)
+                reason = reporters.public((str(error).strip().splitlines() or [""])[0][:160])
+                say(
+                    f"warning: {other.name} takes no numbers any more ({type(error).__name__}: "
+                    f"{reason}); they are all in {self.path}"
+                )
+
+
+def _eta(seconds: float, done: int, left: int) -> str:
+    """The time that `left` units take, where `done` took so many seconds.
+
+    Example:
+        >>> _eta(10.0, 5, 35), _eta(0.0, 0, 35)
+        ('ETA 1:10', '')
+    """
+    if done <= 0 or seconds <= 0:
+        return ""
+    eta = math.ceil(left * seconds / done)
+    return f"ETA {eta // 60}:{eta % 60:02d}"
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Yield `advance(n=1, note="")`: progress with an ETA.
+    """Yield `advance(n=1, note="", compiling=0.0)`: progress with an ETA.
 
-    A bar on a terminal, a line every ten seconds elsewhere; nothing in the first two seconds.
+    A bar on a terminal, a line every ten seconds elsewhere; nothing in the first two seconds. What
+    comes before the first call is mostly compilation, as are the seconds `compiling` of a later
+    one: the ETA is that of the work behind it, so there is none before the second call.
     """
     start = last = time.monotonic()
     state = {"done": done, "shown": False}
+    begun: tuple[float, int] | None = None  # when the first units were done, and how many
     tty = sys.stderr.isatty()
 
-    def advance(n: int = 1, note: str = "") -> None:
-        nonlocal last
+    def advance(n: int = 1, note: str = "", compiling: float = 0.0) -> None:
+        nonlocal last, begun
         state["done"] += n
         now = time.monotonic()
+        if begun is None:
+            begun, eta = (now, state["done"]), ""
+        else:
+            begun = (begun[0] + compiling, begun[1])
+            eta = _eta(now - begun[0], state["done"] - begun[1], total - state["done"])
         if now - start < 2 or now - last < (0.2 if tty else 10) or not distributed.is_first():
             return
         last = now
-        speed = (state["done"] - done) / (now - start)
-        eta = math.ceil((total - state["done"]) / speed) if speed > 0 else 0
         filled = round(24 * state["done"] / max(total, 1))
         bar = "█" * filled + "░" * (24 - filled) if tty else ""
-        line = f"{label} {bar} {state['done']}/{total}  ETA {eta // 60}:{eta % 60:02d}  {note}"
+        line = f"{label} {bar} {state['done']}/{total}  {eta}  {note}"
         print(
             ("\r\033[K" if tty else "") + line, end="" if tty else "\n", file=sys.stderr, flush=True
         )

@@ -2,6 +2,8 @@
 
 python -m train.unlearn quickstart
 python -m train.unlearn tofu-smollm2 --data.path DIR
+python -m train.unlearn tofu-smollm2 --data.forget FILE --data.retain FILE  (your own rows)
+python -m train.unlearn --example-data DIR                           (such files, to start from)
 python -m train.unlearn --config RUN/config.json --output DIR        (reruns a configuration)
 python -m train.unlearn --help (presets)    PRESET --help (options)    --list (methods)
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +21,7 @@ from typing import Any
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from train import cli, distributed, optimizers, remote
+from train import cli, distributed, optimizers, remote, reporters
 from train.config import RunConfig, replace, to_json
 from train.optimizers import OPTIMIZERS, list_combiners, list_optimizers
 from train.presets import PRESETS
@@ -37,7 +40,24 @@ def main(argv: list[str]) -> None:
     if argv[0] == "--list":
         print("\n".join(list_methods()))
         return
+    if argv[0].partition("=")[0] == "--example-data":
+        show_examples(argv)
+        return
     run(read_arguments(argv))
+
+
+def show_examples(argv: list[str]) -> None:
+    """Write example files, and say what to do with them."""
+    from train.data.files import write_examples
+
+    folder = cli.option_value(argv, "--example-data")
+    if not folder or len(argv) != 2 - ("=" in argv[0]):
+        raise UserError("--example-data takes one folder, to write example files to")
+    made = write_examples(Path(folder).expanduser())
+    for path in made:
+        print(path)
+    forget, retain = (shlex.quote(str(path)) for path in made if path.suffix == ".csv")
+    print(f"python -m train.unlearn quickstart --data.forget {forget} --data.retain {retain}")
 
 
 def list_methods() -> list[str]:
@@ -115,7 +135,8 @@ def run(config: RunConfig) -> Path:
     task, base, mesh, retain_log = prepare(config)
     base = base.parked()  # as every model while it waits: a step has the device to itself
     root = open_run(config)
-    tracker = Tracker(root, config.tensorboard)
+    logs_to = reporters.chosen(config.report_to, config.tensorboard)
+    tracker = Tracker(root, logs_to, _identity(config))
     size = evaluation.num_parameters(base.params) / 1e6
     where = remote.home(root)
     say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {where}")
@@ -182,6 +203,7 @@ def run(config: RunConfig) -> Path:
         remote.send(root)
 
     distributed.of_first(tell)
+    tracker.close(summary)
     spent = f"{minutes['all']:.1f} minutes"
     say(f"report: {where / 'report.html'}   model: {where / 'export'}   {spent}")
     return root
@@ -285,7 +307,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     """
     stage = dataclasses.replace(config.stage, cache=None)
     whole = to_json(dataclasses.replace(config, output=None, stage=stage))
-    for name in ("distributed", "profile"):
+    for name in ("distributed", "profile", "report_to"):
         del whole[name]
     return whole | {"optimizer": OPTIMIZERS[config.optimizer.name].options(config.optimizer)}
 

@@ -180,7 +180,7 @@ def _across(summary: dict[str, dict[str, Any]], name: str) -> str:
 def _told_apart(summary: dict[str, dict[str, Any]], n: int) -> Finding:
     question, s = "Can a test tell it from the oracle?", _get(summary, "forget_quality")
     if s.unlearned is None:
-        text = "Forget quality needs an oracle or a retain log."
+        text = "Forget quality needs an oracle or a retain log, and paraphrased and wrong answers."
         return Finding(question, "unknown", "not measured", text)
     text = (
         f"The KS test on truth ratios gives p = {show(s.unlearned)}"

@@ -56,9 +56,7 @@ def _scorer(use_stemmer: bool) -> Any:
     try:
         from rouge_score import rouge_scorer
     except ImportError as error:
-        raise UserError(
-            "ROUGE needs the package rouge-score; pip install 'jaxlib-unlearn[train]'"
-        ) from error
+        raise UserError("ROUGE needs the package rouge-score; pip install rouge-score") from error
     return rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=use_stemmer)
 
 

@@ -101,6 +101,8 @@ def append(path: Path, text: str) -> None:
         (["quickstart", "--data.few-shot", "no.json"], ["no.json"]),
         (["quickstart", "--evaluate.judge", "orcale"], ["--evaluate.judge", "'oracle'"]),
         (["quickstart", "--evaluate.leak-question", "q"], ["--evaluate.leak-question"]),
+        (["quickstart", "--report-to", "wandbb"], ["--report-to", "'wandb'"]),
+        (["quickstart", "--optimizer", "muon"], ["did you mean --optimizer.name muon?"]),
         (["quickstart", "--export-dtype", "float8"], ["--export-dtype", "float"]),
         (["--config", "no/such/config.json"], ["no/such/config.json"]),
     ],
@@ -171,6 +173,16 @@ def test_data_folder_missing(refused, tofu, tmp_path):
     refused(
         "train.unlearn", *tofu, "--data.path", tmp_path / "data" / "retain99.json", parts=["file"]
     )
+
+
+def test_own_files(refused, small, tmp_path):
+    """Everything that is wrong with both files, in one line."""
+    bad = tmp_path / "bad.csv"
+    bad.write_text("prompt,reply\nq,a\n")
+    both = ["--data.forget", bad, "--data.retain", tmp_path / "absent.jsonl"]
+    parts = [bad, "no column 'question' and no 'answer'", "absent.jsonl does not exist"]
+    refused("train.unlearn", "quickstart", *small, *both, parts=parts)
+    refused("train.unlearn", "quickstart", *small, *both[:2], parts=[bad, "--data.retain FILE"])
 
 
 def test_split_missing(refused, tofu, tofu_folder):

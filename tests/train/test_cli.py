@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,18 @@ import pytest
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
 from train import cli
+from train.choices import FIRST, options, words, words_of
 from train.config import RunConfig, replace, to_json
 from train.evaluate import EvaluateRun
 from train.evaluate import read_arguments as evaluation_of
 from train.finetune import FinetuneRun
 from train.loop import TrainingError
-from train.optimizers import COMBINERS, OPTIMIZERS
+from train.optimizers import COMBINERS, OPTIMIZERS, OptimizerConfig, make_schedule
+from train.plan import PlanConfig
 from train.presets import PRESETS
 from train.unlearn import read_arguments
+
+OPTION = re.compile(r"^  (--(?!no-)[\w.-]+)", re.MULTILINE)  # where help begins with one
 
 
 def parse(*args, default=PRESETS["quickstart"].PRESET):
@@ -64,11 +69,45 @@ def test_option_names():
         ("--retainlog", "--retain-log"),
         ("--optimizer.lr", "--optimizer.learning-rate"),
         ("--unlearn.bs=4", "--unlearn.batch-size"),
+        # Names are looked for in every group, and what stands for a whole group is its main option.
+        ("--batch-size", "--unlearn.batch-size"),
+        ("--learning-rate", "--optimizer.learning-rate"),
+        ("--lr", "--optimizer.learning-rate"),
+        ("--epochs", "--unlearn.epochs"),
+        ("--temperature", "--objective.temperature"),
+        ("--temp=3", "--objective.temperature"),
+        ("--tp", "--mesh.tp"),
+        ("--model", "--model.path"),
+        ("--data", "--data.path"),
+        ("--lora", "--lora.rank"),
+        ("--stage", "--stage.original"),
+        ("--mesh", "--mesh.data"),
     ],
 )
 def test_a_typo_names_the_nearest_option(typo, right):
     message = fails(lambda: cli.check_options(RunConfig, [typo, "x"]), "--help")
     assert f"did you mean {right}?" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "right"),
+    [
+        ("--optimizer muon", "--optimizer.name muon"),
+        ("--optimizer=muon", "--optimizer.name muon"),
+        ("--optimizr muon", "--optimizer.name muon"),
+        ("--optimizer svd", "--optimizer.bases svd"),
+        ("--objective npo", "--objective.name npo"),
+        ("--retain kl", "--objective.retain kl"),
+        ("--dtype bfloat16", "--model.dtype bfloat16"),
+        ("--judge base", "--evaluate.judge base"),
+        ("--npo", "--objective.name npo"),
+        ("--blur --seed 3", "--combine blur"),
+        ("--wandb", "--report-to wandb"),
+    ],
+)
+def test_a_word_finds_the_option_it_belongs_to(args, right):
+    fails(lambda: cli.check_options(RunConfig, args.split()), f"did you mean {right}? (--help")
+    cli.check_options(RunConfig, right.split())  # what is suggested is right
 
 
 def test_right_options_pass():
@@ -115,6 +154,9 @@ def test_overrides():
     assert parse("--objective.layers").objective.layers == ()
     assert parse("--data.forget_split", "x").data.forget_split == "x"
     assert parse() == default
+    own = parse("--data.forget", "a.csv", "--data.retain=b.jsonl", "--report-to", "wandb,trackio")
+    assert (own.data.forget, own.data.retain) == (Path("a.csv"), Path("b.jsonl"))
+    assert own.report_to == "wandb,trackio"
 
 
 @pytest.mark.parametrize(
@@ -306,6 +348,58 @@ def test_help_of_every_program(program, argv, options):
         assert option in done.out
     # The text of the configuration's docstrings, not the names alone.
     assert len(done.out.splitlines()) > 5
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A terminal in which help has one column."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.mark.parametrize(
+    ("argv", "cls"),
+    [
+        ("train.unlearn quickstart", RunConfig),
+        ("train.finetune", FinetuneRun),
+        ("train.evaluate", EvaluateRun),
+        ("train.plan quickstart", PlanConfig),
+    ],
+)
+def test_help_names_every_option_once_and_says_something_about_it(program, narrow, argv, cls):
+    done = program(*argv.split(), "--help")
+    assert done.code == 0 and done.err == ""
+    shown = OPTION.findall(done.out)
+    assert sorted(shown) == sorted(cli.option_names(cls))
+    silent = [o.name for o in options(cls, cls()) if not o.text]
+    assert silent == []
+
+
+def test_help_begins_with_the_options_used_first(program, narrow):
+    text = program("train.unlearn", "quickstart", "--help").out
+    panels = re.findall(r"^ (\w.*?) options +$", text, re.MULTILINE)
+    assert panels[:4] == ["most used", "run", "data", "model"]
+    assert len(FIRST) == 20 and set(FIRST) <= set(cli.option_names(RunConfig))
+    first = text[text.index("most used options") : text.index("run options")]
+    assert OPTION.findall(first) == FIRST
+    assert "(default: 0.0005)" in first  # the preset's own values
+
+
+def test_help_lists_the_words_of_an_option(program, narrow):
+    flat = " ".join(program("train.unlearn", "quickstart", "--help").out.split())
+    for name, known in words().items():
+        for option in [o for o in cli.option_names(RunConfig) if o.endswith(name)]:
+            assert f"{option} {{{','.join(known)}}}" in flat.replace(", ", ","), option
+    assert "--objective.retain {nll,kl,none}|None" in flat
+
+
+def test_words_belong_to_the_end_of_a_name():
+    assert words_of("--finetune.optimizer.schedule") == words_of("--optimizer.schedule")
+    assert words_of("--seed") == words_of("--data.path") == ()
+    # Those that no table checks: each is accepted.
+    for word in words_of("--optimizer.schedule"):
+        make_schedule(OptimizerConfig(schedule=word), 3)
+    for word in words_of("--objective.retain"):
+        assert parse("--objective.retain", word).objective.retain == word
 
 
 def test_help_explains_the_options(program):

@@ -1,5 +1,6 @@
 """`--profile DIR`: a trace of a few steps, and words when there is none."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -45,6 +46,19 @@ def test_too_few_steps(start, tmp_path, capsys):
     few = dataclasses.replace(config.unlearn, steps=2)
     unlearn(start, tmp_path / "run", unlearn=few, profile=tmp_path / "trace")
     assert "nothing traced, the stage had no third step" in capsys.readouterr().err
+
+
+def test_progress_hears_of_compilations(start, tmp_path, monkeypatch):
+    """Else the seconds of a program compiled on the way would count as slow steps in the ETA."""
+    heard = []
+
+    @contextlib.contextmanager
+    def progress(label, total, done=0):
+        yield lambda n, note, compiling: heard.append(compiling)
+
+    monkeypatch.setattr("train.loop.progress", progress)
+    unlearn(start, tmp_path / "run")
+    assert len(heard) == 6 and heard[0] > 0 and min(heard) == 0.0
 
 
 def test_it_is_no_part_of_the_run(start, tmp_path):

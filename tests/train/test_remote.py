@@ -238,7 +238,7 @@ def test_without_the_package(program, tiny, tofu_folder, monkeypatch):
     argv = [tiny, tofu_folder / "retain99.json", "--output", "gs://ours/run"]
     done = program("train.finetune", *argv)
     assert done.code == 2 and len(done.err.splitlines()) == 1
-    assert "needs no_such_package and no.such; pip install 'jaxlib-unlearn[gcs]'" in done.err
+    assert "needs no_such_package and no.such; pip install -e '.[gcs]'" in done.err
     done = program("train.finetune", tiny, tofu_folder / "retain99.json", "--output", "s3://b/run")
     assert done.code == 2 and "runs go to local folders and gs://" in done.err
     done = program("train.finetune", "gs://ours/model", tofu_folder / "retain99.json")
