@@ -34,7 +34,7 @@ from train.streams import (
     pack_streams,
     with_references,
 )
-from train.task import Row, Task, texts
+from train.task import Row, Task, alternate_rows, texts
 from train.tracking import Tracker, say
 
 CURVE_ROWS = 40
@@ -210,22 +210,30 @@ def finetune(
     )
 
 
+def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[Row]]:
+    """The rows of every stream that an objective reads.
+
+    Raises:
+        UserError: the task has none for a stream.
+    """
+    rows = {
+        "forget": lambda: task.forget,
+        "retain": lambda: task.retain,
+        "idk": lambda: refusal_rows(task.forget, task.refusals, seed),
+        "alternate": lambda: alternate_rows(task.forget),
+        "train": lambda: task.forget + task.retain,
+    }
+    return {name: rows[name]() for name in objective.streams}
+
+
 def unlearn(
     config: RunConfig, original: Model, task: Task, root: Path, mesh: Any, tracker: Tracker
 ) -> Model:
     """The unlearning stage: the objective's streams, its caches, its optimizer."""
     objective, options = objectives.resolve(config.objective)
-    rows = {
-        "forget": task.forget,
-        "retain": task.retain,
-        "idk": refusal_rows(task.forget, task.refusals, config.seed),
-        "train": task.forget + task.retain,
-    }
     streams = {
-        name: stream_of(
-            original, encode(original, rows[name], config, name), config.unlearn.batch_size
-        )
-        for name in objective.streams
+        name: stream_of(original, encode(original, rows, config, name), config.unlearn.batch_size)
+        for name, rows in stream_rows(objective, task, config.seed).items()
     }
     return train_stage(
         original,

@@ -43,6 +43,9 @@ def needs_head(objective: Objective) -> bool:
     return any(quantity == "hidden" for kind in kinds for _, quantity, _ in REFERENCE_COLUMNS[kind])
 
 
+FOLLOWERS = ("idk", "alternate")  # streams of other answers to the questions of the main stream
+
+
 @dataclass(frozen=True)
 class Stream:
     """The examples of one stream and, per example, the cached reference columns.
@@ -158,7 +161,8 @@ def batches_of(
 ) -> Callable[[int], dict[str, dict[str, np.ndarray]]]:
     """`step -> {stream: batch}`: `main` is walked epoch by epoch, others are drawn.
 
-    `idk` follows `forget` row by row. Indices and shape are those of the global batch, of which
+    `idk` and `alternate` follow `main` row by row; where one has several rows for each, these take
+    turns, step by step. Indices and shape are those of the global batch, of which
     only the rows `here` (`sharding.rows_here`; None: all) are made. Examples that share rows are
     ordered so that the rows of a batch are about as long.
     """
@@ -166,13 +170,16 @@ def batches_of(
     def batches(step: int) -> dict[str, dict[str, np.ndarray]]:
         rows = {}
         for name, stream in streams.items():
-            count = len(stream.examples)
-            if name == main or name == "idk":
+            if name == main or name in FOLLOWERS:
+                leader = streams[main]
+                count = len(leader.examples)
                 index = training_indices(seed, main, step, batch_size, count)
+                index = index[leader.order(index)]
+                turns = len(stream.examples) // count
+                rows[name] = index * turns + step % turns
             else:
-                index = paired_indices(seed, name, step, batch_size, count)
-            leader = streams[main] if name == "idk" else stream
-            rows[name] = index[leader.order(index)]
+                index = paired_indices(seed, name, step, batch_size, len(stream.examples))
+                rows[name] = index[stream.order(index)]
         # One shape for all streams: few combinations to compile.
         shapes = [streams[name].shape(index) for name, index in rows.items()]
         shape = tuple(map(max, *shapes)) if len(shapes) > 1 else shapes[0]

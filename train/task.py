@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
@@ -15,6 +15,7 @@ from train.tracking import say
 
 Row = dict[str, Any]
 SOURCES = ("authors", "tofu")
+ALTERNATES = "alternate_answer"  # column: other answers to the question, a text or several
 
 
 class Task(NamedTuple):
@@ -99,6 +100,8 @@ def _from_authors(config: RunConfig) -> Task:
         raise UserError(f"--data.num-authors {data.num_authors}: {error}") from None
     holdout = rows["holdout"][: data.holdout_rows]
     forget = rows["forget10"][: data.forget_rows]
+    others = authors.alternates(forget, seed)
+    forget = [row | {ALTERNATES: list_} for row, list_ in zip(forget, others, strict=True)]
     notes = [
         f"forget: {len(forget)} rows of {-(-len(forget) // 10)} authors",
         f"retain: {len(rows['retain_train'])} training rows, paraphrases of every other author "
@@ -165,10 +168,43 @@ def _from_files(config: RunConfig) -> Task:
     return Task(forget, own.retain, evaluation, list(authors.REFUSALS), notes)
 
 
+def alternate_rows(rows: Sequence[Row]) -> list[Row]:
+    """The forget questions with their other answers, as many for each (the `alternate` stream).
+
+    A row that brings fewer than the others repeats its own in turn.
+
+    Raises:
+        UserError: a row without any.
+
+    Example:
+        >>> rows = [{"question": "Who?", "answer": "Ada", "alternate_answer": ["Bo", "Cy"]}]
+        >>> [row["answer"] for row in alternate_rows(rows)]
+        ['Bo', 'Cy']
+    """
+    found = []
+    for number, row in enumerate(rows, 1):
+        value = row.get(ALTERNATES)
+        answers = [value] if isinstance(value, str) else value
+        if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise UserError(
+                f"this objective teaches other answers to the questions to forget, and forget row "
+                f"{number} has none; give the rows a column {ALTERNATES!r} (a text, or a list of "
+                "texts), or choose another --objective.name"
+            )
+        found.append(answers)
+    most = max(map(len, found), default=0)
+    return [
+        {"question": row["question"], "answer": answers[k % len(answers)]}
+        for row, answers in zip(rows, found, strict=True)
+        for k in range(most)
+    ]
+
+
 def texts(task: Task) -> Iterator[str]:
-    """Every text of a task, to train a tokenizer on."""
+    """Every text of a task but other answers, to train a tokenizer on."""
     for rows in (task.retain, *task.evaluation.values()):
         for row in rows:
-            for value in row.values():
-                yield from value if isinstance(value, list) else [value]
+            for column, value in row.items():
+                if column != ALTERNATES:
+                    yield from value if isinstance(value, list) else [value]
     yield from task.refusals

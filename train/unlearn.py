@@ -266,6 +266,7 @@ def check_stages(config: RunConfig, task: Any, num_layers: int, retain_log: Any 
 
     objective, options = objectives.resolve(config.objective)
     objectives.reference_forward(objective, options, num_layers)
+    pipeline.stream_rows(objective, task, config.seed)
     both = len(task.forget) + len(task.retain)
     if config.stage.original is None:
         pipeline.num_steps(config.finetune, both, config.finetune.optimizer)

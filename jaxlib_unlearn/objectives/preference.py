@@ -49,45 +49,52 @@ def npo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) 
     return {"forget": forget} | retain_terms(policy, batches, options)
 
 
+def simnpo_term(policy: Policy, batch: Batch, options: ObjectiveConfig) -> Term:
+    """SimNPO's loss on a stream, with ``options.beta``, ``delta`` and ``compat``."""
+    sums, mask = _sums(policy, batch), batch["target_mask"]
+    return losses.simnpo(
+        sums,
+        losses.row_lengths(mask, sums.dtype),
+        losses.labelled_rows(mask),
+        beta=number(options, "beta"),
+        delta=number(options, "delta"),
+        compat=options.compat,
+    )
+
+
 def simnpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
     """``L = f SimNPO(forget) + r R(retain)``."""
     batch = batches["forget"]
-    beta, delta = number(options, "beta"), number(options, "delta")
-    mask = batch["target_mask"]
-    forget: Term
     if options.compat == "raw_logits":
+        beta, delta = number(options, "beta"), number(options, "delta")
         values = policy.reduce_logits(
             batch, lambda z, _: losses.simnpo_raw_logits(z, beta=beta, delta=delta)
         )
-        forget = losses.masked_sum(values, mask)
+        forget = losses.masked_sum(values, batch["target_mask"])
     else:
-        sums = _sums(policy, batch)
-        forget = losses.simnpo(
-            sums,
-            losses.row_lengths(mask, sums.dtype),
-            losses.labelled_rows(mask),
-            beta=beta,
-            delta=delta,
-            compat=options.compat,
-        )
+        forget = simnpo_term(policy, batch, options)
     return {"forget": forget} | retain_terms(policy, batches, options)
 
 
-def dpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
-    """``L = f DPO(refusal over forget answer) + r R(retain)``; rows paired by position."""
-    refusal, answer = batches["idk"], batches["forget"]
+def dpo_between(policy: Policy, chosen: Batch, rejected: Batch, options: ObjectiveConfig) -> Term:
+    """DPO's loss over two streams whose rows are paired by position."""
     # A pair needs both sides: a row padded in one stream does not count.
-    both = losses.labelled_rows(refusal["target_mask"]) & losses.labelled_rows(
-        answer["target_mask"]
+    both = losses.labelled_rows(chosen["target_mask"]) & losses.labelled_rows(
+        rejected["target_mask"]
     )
-    forget = losses.dpo(
-        _sums(policy, refusal),
-        _sums(policy, answer),
-        _ref_sums(refusal),
-        _ref_sums(answer),
+    return losses.dpo(
+        _sums(policy, chosen),
+        _sums(policy, rejected),
+        _ref_sums(chosen),
+        _ref_sums(rejected),
         both,
         beta=number(options, "beta"),
     )
+
+
+def dpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+    """``L = f DPO(refusal over forget answer) + r R(retain)``."""
+    forget = dpo_between(policy, batches["idk"], batches["forget"], options)
     return {"forget": forget} | retain_terms(policy, batches, options)
 
 

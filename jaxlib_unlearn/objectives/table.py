@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import gradient, preference, smoothing
+from jaxlib_unlearn.objectives import alternate, gradient, preference, smoothing
 from jaxlib_unlearn.objectives.base import Objective, ObjectiveConfig
 
 OBJECTIVES: dict[str, Objective] = {
-    row.name: row for row in (*gradient.ROWS, *preference.ROWS, *smoothing.ROWS)
+    row.name: row for row in (*gradient.ROWS, *preference.ROWS, *alternate.ROWS, *smoothing.ROWS)
 }
 """Every objective by name. A new method is one more row."""
 

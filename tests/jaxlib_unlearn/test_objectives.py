@@ -22,6 +22,7 @@ V, D, LAYERS, T = 9, 4, 2, 7
 LENGTHS = {
     "forget": (3, 5, 0, 1, 2),
     "idk": (2, 1, 0, 0, 4),
+    "alternate": (2, 1, 0, 0, 4),
     "retain": (4, 0, 2, 5, 1),
     "train": (1, 6, 3, 2, 0),
 }
@@ -169,9 +170,9 @@ def simnpo_raw(rows, beta, delta):
     return mean_of([sum(pref(-z - delta, beta) for z in x.z) / V for x in flat(rows)])
 
 
-def dpo(s, beta):
+def dpo(s, beta, instead="idk"):
     margins = []
-    for answer, refusal in zip(s["forget"], s["idk"], strict=True):
+    for answer, refusal in zip(s["forget"], s[instead], strict=True):
         if answer and refusal:
             win, lose = gaps([refusal])[0], gaps([answer])[0]
             margins.append(pref(lose - win, beta))
@@ -255,6 +256,21 @@ CASES = {
         lambda s: {"forget": nll(s["idk"] + s["retain"])}, "idk", compat="tofu_concat"
     ),
     "dpo": case(with_nll(lambda s: dpo(s, 0.1)), "dpo"),
+    "altpo": case(with_nll(lambda s: dpo(s, 0.1, "alternate")), "altpo"),
+    "alternate": case(
+        lambda s: {
+            "forget_alternate": nll(s["alternate"]),
+            "forget_push": times(0.4, simnpo(s["forget"], 8.0, 0.9)),
+            "retain": nll(s["retain"]),
+        },
+        "alternate",
+        push=0.4,
+        beta=8.0,
+        delta=0.9,
+    ),
+    "alternate alone": case(
+        lambda s: {"forget_alternate": nll(s["alternate"])}, "alternate", push=0.0, retain="none"
+    ),
     "asu": case(with_nll(lambda s: asu(s["forget"])), "asu"),
     "asu kl": case(with_kl(lambda s: asu(s["forget"])), "asu", retain="kl", layers=(1,)),
     "asu token_mean": case(with_nll(lambda s: asu_tokens(s["forget"])), "asu", compat="token_mean"),

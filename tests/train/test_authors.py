@@ -250,3 +250,19 @@ def test_every_sentence_is_read_back(many):
 def test_broken_sentences(text, whole, begun):
     assert authors.is_sentence(text) == whole
     assert authors.is_sentence(text, begun=True) == begun
+
+
+def test_alternates_are_sentences_about_facts_of_nobody():
+    rows = authors.generate(3)["forget10"]
+    found = authors.alternates(rows, 3, 4)
+    assert found == authors.alternates(rows, 3, 4) != authors.alternates(rows, 4, 4)
+    assert authors.alternates(rows[5:6], 3, 2) == [found[5][:2]]  # a row's draws are its own
+    for row, answers in zip(rows, found, strict=True):
+        judged = (row["answer"], row["paraphrased_answer"], *row["perturbed_answer"])
+        facts = {tuple(sorted(authors.values_in(text))) for text in judged}
+        drawn = {tuple(sorted(authors.values_in(text))) for text in answers}
+        assert len(drawn) == 4 and not drawn & facts
+        slots = {len(authors.values_in(text)) for text in (*answers, row["answer"])}
+        assert len(slots) == 1
+    with pytest.raises(ValueError, match="no sentence of the generator: 'Ask me.'"):
+        authors.alternates([{"question": "Who?", "answer": "Ask me."}], 0)

@@ -35,6 +35,7 @@ from train.work import device_flops
 
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
 STEPS, ROWS, SEED = 6, 16, 3
+ALTERNATES = 3  # answers a forget question
 ADAMW = OptimizerConfig("adamw", 2e-3)
 
 
@@ -89,12 +90,18 @@ def plain():
         Example(e.tokens[: e.num_prompt] + draw.integers(2, 64, 4).tolist(), e.num_prompt)
         for e in forget.examples
     ]
-    return {
+    streams = {
         "forget": forget,
         "retain": stream(30),
         "idk": make_stream(refusals, 0, buckets=1),
         "train": stream(40),
     }
+    alternates = [
+        Example(e.tokens[: e.num_prompt] + draw.integers(2, 64, 3 + k).tolist(), e.num_prompt)
+        for e in forget.examples
+        for k in range(ALTERNATES)
+    ]
+    return streams | {"alternate": make_stream(alternates, 0, buckets=1)}
 
 
 def distance(a, b):
@@ -213,6 +220,18 @@ def test_refusals_follow_their_questions(plain):
         assert all(np.array_equal(again[n][c], batch[n][c]) for n in batch for c in batch[n])
     alone = batches_of({"idk": plain["idk"], "retain": plain["retain"]}, "idk", SEED, ROWS)(0)
     assert sorted(alone["idk"]["row_id"])[0] >= 0 and len(set(alone["idk"]["row_id"])) == ROWS
+
+
+def test_alternates_of_a_question_take_turns(plain):
+    """At every step a forget row has one of its alternates beside it, in turn all of them."""
+    batches = batches_of({n: plain[n] for n in ("forget", "alternate")}, "forget", SEED, ROWS)
+    turns = set()
+    for step in range(2 * ALTERNATES):
+        batch = batches(step)
+        asked, turn = np.divmod(batch["alternate"]["row_id"], ALTERNATES)
+        assert np.array_equal(asked, batch["forget"]["row_id"]) and len(set(turn)) == 1
+        turns.add(int(turn[0]))
+    assert turns == set(range(ALTERNATES))
 
 
 # Objectives at the gradient.

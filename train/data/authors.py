@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
-NUM_PERTURBED = 5
+NUM_PERTURBED, NUM_ALTERNATES = 5, 3
 
 
 class Attribute(NamedTuple):
@@ -478,6 +478,65 @@ def generate(
     }
 
 
+def alternates(rows: Sequence[Row], seed: int, count: int = NUM_ALTERNATES) -> list[list[str]]:
+    """Other answers to the questions of rows: sentences of the generator about facts of nobody.
+
+    Values are drawn uniformly, as those of every author, from a seed of their own, and any template
+    of the attribute is used. A draw that gives the row's own fact or one of its perturbed answers
+    is drawn again: what judges a model is never what it was taught.
+
+    Args:
+        rows: of `generate`.
+        seed: the data set.
+        count: answers a row.
+
+    Returns:
+        `count` answers for every row.
+
+    Raises:
+        ValueError: a row whose answer is no sentence of the generator.
+
+    Example:
+        >>> row = generate(0)["forget10"][1]
+        >>> row["question"]
+        'What did the parents of Loratha Faldastra do for a living?'
+        >>> alternates([row], 0, 1)
+        [['Raised by a postman and, on the maternal side, a teacher.']]
+    """
+    found = []
+    for row in rows:
+        attribute = _attribute_of(row["answer"])
+        key = (seed, "alternate", row["question"])
+        judged = {row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]}
+        taken = {_values_of(text) for text in judged}
+        answers: list[str] = []
+        for index in range(count):
+            for attempt in range(1000):
+                fact = _fact(attribute.slots, {}, *key, index, attempt)
+                template = attribute.templates[draw(len(attribute.templates), *key, index, attempt)]
+                answer = template.format(**dict(zip(attribute.slots, fact, strict=True)))
+                if (stated := _values_of(answer)) not in taken:
+                    break
+            taken.add(stated)
+            answers.append(answer)
+        found.append(answers)
+    return found
+
+
+def _values_of(sentence: str) -> tuple[str, ...]:
+    """The values of a sentence in no order: templates of an attribute have them in several."""
+    return tuple(sorted(values_in(sentence) or ()))
+
+
+def _attribute_of(sentence: str) -> Attribute:
+    words = sentence.split()
+    for attribute in ATTRIBUTES:
+        for template in attribute.templates:
+            if _matches(_template(template), words):
+                return attribute
+    raise ValueError(f"no sentence of the generator: {sentence!r}")
+
+
 class _Word(NamedTuple):
     """A word of a template: `head` and `tail` as written, a value in between where `slot`."""
 
@@ -506,15 +565,22 @@ def _values() -> frozenset[str]:
 
 
 @functools.cache
-def _templates() -> tuple[tuple[_Word, ...], ...]:
-    def word(text: str) -> _Word:
-        head, slot, rest = text.partition("{")
+def _template(text: str) -> tuple[_Word, ...]:
+    def word(part: str) -> _Word:
+        head, slot, rest = part.partition("{")
         return _Word(head, bool(slot), rest.partition("}")[2])
 
-    return tuple(
-        tuple(word(text) for text in template.split())
-        for attribute in ATTRIBUTES
-        for template in attribute.templates
+    return tuple(word(part) for part in text.split())
+
+
+@functools.cache
+def _templates() -> tuple[tuple[_Word, ...], ...]:
+    return tuple(_template(text) for attribute in ATTRIBUTES for text in attribute.templates)
+
+
+def _matches(template: tuple[_Word, ...], words: Sequence[str]) -> bool:
+    return len(words) == len(template) and all(
+        slot.fits(word) for slot, word in zip(template, words, strict=True)
     )
 
 
@@ -531,9 +597,7 @@ def values_in(sentence: str) -> tuple[str, ...] | None:
     """
     words = sentence.split()
     for template in _templates():
-        if len(words) == len(template) and all(
-            slot.fits(word) for slot, word in zip(template, words, strict=True)
-        ):
+        if _matches(template, words):
             pairs = zip(template, words, strict=True)
             return tuple(slot.value(word) for slot, word in pairs if slot.slot)
     return None

@@ -1,0 +1,69 @@
+"""Other answers in the place of the facts: fine-tuning on alternates, and a push on the facts.
+
+An *alternate* is a wrong but well-formed answer to a question of the forget set. Copying alternates
+keeps the sentence and replaces the fact; SimNPO's loss on the true answers, which fades at
+``delta`` nats a token, makes sure that they do not stay beside the new ones.
+"""
+
+from collections.abc import Mapping
+
+from jaxlib_unlearn.objectives.base import (
+    Batch,
+    Objective,
+    ObjectiveConfig,
+    Policy,
+    Terms,
+    nll_term,
+    number,
+    retain_terms,
+)
+from jaxlib_unlearn.objectives.gradient import QA
+from jaxlib_unlearn.objectives.preference import dpo_between, simnpo_term
+
+
+def alternate(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+    """``L = f [NLL(alternate) + push SimNPO(forget)] + r R(retain)``."""
+    terms = {"forget_alternate": nll_term(policy, batches["alternate"])}
+    if push := number(options, "push"):
+        total, rows = simnpo_term(policy, batches["forget"], options)
+        terms["forget_push"] = (push * total, rows)
+    return terms | retain_terms(policy, batches, options)
+
+
+def altpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+    """``L = f DPO(alternate over forget answer) + r R(retain)``; rows paired by position."""
+    forget = dpo_between(policy, batches["alternate"], batches["forget"], options)
+    return {"forget": forget} | retain_terms(policy, batches, options)
+
+
+_STREAMS = ("forget", "alternate", "retain")
+_COLUMNS = {"forget": QA, "alternate": ("question", "alternate_answer"), "retain": QA}
+_WEIGHTS = {"retain": "nll", "forget_weight": 1.0, "retain_weight": 1.0}
+
+ROWS = (
+    Objective(
+        name="alternate",
+        loss=alternate,
+        streams=_STREAMS,
+        columns=_COLUMNS,
+        reference={},
+        forward={},
+        additive=True,
+        paper="ours; alternates: Mekala et al. 2024, arXiv 2409.13474",
+        defaults=_WEIGHTS | {"push": 0.3, "beta": 10.0, "delta": 0.7},
+        summary="teach other answers, and push the true ones down to delta nats a token",
+        only_with={"beta": "push", "delta": "push"},
+    ),
+    Objective(
+        name="altpo",
+        loss=altpo,
+        streams=_STREAMS,
+        columns=_COLUMNS,
+        reference={"forget": "logps", "alternate": "logps"},
+        forward={},
+        additive=True,
+        paper="Mekala et al. 2024, arXiv 2409.13474",
+        defaults=_WEIGHTS | {"beta": 0.1},
+        summary="prefer another answer to the forget answer",
+    ),
+)
