@@ -18,7 +18,7 @@ from scipy.stats import ks_2samp
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import leak_at_k
-from train import plots, report, runlogs, verdict
+from train import compare, plots, report, runlogs, verdict
 
 EVIL = "<script>alert(1)</script> & \"quotes\" <img src=x onerror='go()'> \ud800 \x07"
 
@@ -318,6 +318,15 @@ def test_comparison_page(tmp_path, capsys):
     assert "asu · unlearned" in page.text and "0.310 ± 0.014" in page.text
     assert report.main([runs[0], "--html", str(tmp_path / "one.html")]) == 0
     assert (tmp_path / "one.html").exists()
+
+
+def test_comparison_takes_model_utility_by_the_name_it_has(tmp_path):
+    summary = write_run(tmp_path / "run")
+    for flat in summary.values():
+        flat["model_utility_of_3"] = flat.pop("model_utility")
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    page = Page(compare.page([runlogs.tables.load_run(tmp_path / "run")]))
+    assert len(page.images) == 2 and "Model utility" in page.text
 
 
 def test_scatter_draws_every_run_its_mean_and_what_to_reach():
