@@ -18,7 +18,7 @@ from scipy.stats import ks_2samp
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import leak_at_k
-from train import compare, plots, report, runlogs, verdict
+from train import plots, report, runlogs, verdict
 
 EVIL = "<script>alert(1)</script> & \"quotes\" <img src=x onerror='go()'> \ud800 \x07"
 
@@ -321,6 +321,8 @@ def test_comparison_page(tmp_path, capsys):
 
 
 def test_comparison_takes_model_utility_by_the_name_it_has(tmp_path):
+    from train import compare
+
     summary = write_run(tmp_path / "run")
     for flat in summary.values():
         flat["model_utility_of_3"] = flat.pop("model_utility")
