@@ -50,6 +50,12 @@ def short_names(labels: Sequence[str]) -> list[str]:
     ]
 
 
+def _utilities(runs: Sequence[Run]) -> list[str]:
+    """The names that model utility has in the runs: of fewer than nine parts it has its own."""
+    found = {n for run in runs for n in run.summary["unlearned"] if n.startswith("model_utility")}
+    return sorted(found)
+
+
 def _pairs(runs: Sequence[Run], model: str, x: str, y: str) -> list[tuple[float, float]]:
     values = [measures.metrics_of(run.summary[model]) for run in runs if model in run.summary]
     return [(v[x], v[y]) for v in values if x in v and y in v]
@@ -65,7 +71,10 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
     every = [run for _, members in found for run in members]
     smoke = "SMOKE: " if any(run.config.get("smoke") for run in every) else ""
     made = []
-    for x, y, title in PAIRS:
+    pairs = [pair for pair in PAIRS if pair[1] != "model_utility"]
+    for name in _utilities(every):
+        pairs += [(x, name, title) for x, y, title in PAIRS if y == "model_utility"]
+    for x, y, title in pairs:
         points = [
             plots.Point(name, _pairs(members, "unlearned", x, y))
             for name, (_, members) in zip(names, found, strict=True)
@@ -108,7 +117,8 @@ def page(runs: Sequence[Run]) -> str:
     labels = [clean(label, 200) for label, _ in found]
     short = short_names(labels)
     cols = tables.columns(runs)
-    shown = [n for n in SHOWN if any(n in column.cells for column in cols)]
+    wanted = [n for name in SHOWN for n in (_utilities(runs) if "utility" in name else [name])]
+    shown = [n for n in wanted if any(n in column.cells for column in cols)]
     names = {label: name for (label, _), name in zip(found, short, strict=True)}
     if len(found) == 1:  # its columns carry no label
         names |= dict.fromkeys(("", "SMOKE"), short[0])

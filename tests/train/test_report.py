@@ -320,6 +320,17 @@ def test_comparison_page(tmp_path, capsys):
     assert (tmp_path / "one.html").exists()
 
 
+def test_comparison_takes_model_utility_by_the_name_it_has(tmp_path):
+    from train import compare
+
+    summary = write_run(tmp_path / "run")
+    for flat in summary.values():
+        flat["model_utility_of_3"] = flat.pop("model_utility")
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    page = Page(compare.page([runlogs.tables.load_run(tmp_path / "run")]))
+    assert len(page.images) == 2 and "Model utility" in page.text
+
+
 def test_scatter_draws_every_run_its_mean_and_what_to_reach():
     points = [plots.Point("a", [(0.2, 0.9), (0.4, 0.7)]), plots.Point("b", [(0.5, 0.5)])]
     fixed = {"original": [(1.0, 1.0)], "oracle": [(0.3, 0.95), (0.1, 0.85)]}
