@@ -95,7 +95,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
     from train import checks, distributed, evaluation, pipeline, remote, sharding
     from train.stages import write_atomic
     from train.task import load_task
-    from train.unlearn import evaluate_cached
+    from train.unlearn import compare_logs, evaluate_cached
 
     distributed.start(config.distributed)
     distributed.check_same({k: v for k, v in to_json(config).items() if k != "distributed"})
@@ -118,6 +118,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
     distributed.of_first(lambda: create(root))
     log = evaluate_cached(config, model, task, None, root, mesh, "model")
     summary = evaluation.summarize(log, retain, model)
+    distributed.of_first(lambda: compare_logs(root, {"model": log}, retain))
 
     def tell() -> None:
         write_atomic(root / "summary.json", json.dumps({"model": summary}, indent=1))

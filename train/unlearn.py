@@ -167,6 +167,7 @@ def run(config: RunConfig) -> Path:
             logs[name] = evaluate_cached(config, model, task, judge, root, mesh, name, cache)
             timed(f"evaluate {name}", clock)
     summary = summarize(logs, people, retain_log)
+    distributed.of_first(lambda: compare_logs(root, logs, retain_log))
 
     # 4. Hand it back.
     clock = time.monotonic()
@@ -388,6 +389,16 @@ def summarize(logs: dict[str, Any], people: dict[str, Any], retain_log: Any) -> 
 
     reference = retain_log if retain_log is not None else logs.get("oracle")
     return {name: evaluation.summarize(log, reference, people[name]) for name, log in logs.items()}
+
+
+def compare_logs(root: Path, logs: dict[str, Any], retain_log: Any) -> None:
+    """`privleak` in `evals/NAME.json` as in `summary.json`: against the oracle, judged later."""
+    from jaxlib_unlearn.metrics import tofu
+    from train.stages import amend_json
+
+    reference = retain_log if retain_log is not None else logs.get("oracle")
+    for name, log in logs.items():
+        amend_json(root / "evals" / f"{name}.json", tofu.with_reference(log, reference))
 
 
 def read_minutes(root: Path) -> dict[str, float]:
