@@ -33,6 +33,7 @@ class EvaluateRun:
         data: what is asked.
         evaluate: how it is judged.
         mesh: devices.
+        mask_all_pad_id_tokens: as `--model.mask-all-pad-id-tokens` of a run.
         distributed: the processes, where there are several.
     """
 
@@ -44,6 +45,7 @@ class EvaluateRun:
     data: DataConfig = DataConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     mesh: MeshConfig = MeshConfig()
+    mask_all_pad_id_tokens: bool = False
     distributed: DistributedConfig = DistributedConfig()
 
 
@@ -81,6 +83,7 @@ def read_arguments(argv: list[str]) -> EvaluateRun:
             data=config.data,
             evaluate=config.evaluate,
             mesh=config.mesh,
+            mask_all_pad_id_tokens=config.model.mask_all_pad_id_tokens,
         )
     elif argv[0].startswith("-"):
         raise UserError(f"the first argument is a run folder or a model, got {argv[0]!r}")
@@ -114,6 +117,8 @@ def run(config: EvaluateRun) -> dict[str, Any]:
         task = load_task(RunConfig(seed=config.seed, data=data))
     distributed.check_same({"data": task.digest()})
     model = pipeline.load_model(config.model, "none", mesh)
+    if config.mask_all_pad_id_tokens:
+        model = pipeline.masking_pad_ids(model)
     task = checks.fit_task(task, model, config.evaluate, data.system_prompt, data.max_length)
     distributed.of_first(lambda: create(root))
     log = evaluate_cached(config, model, task, None, root, mesh, "model")

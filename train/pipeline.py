@@ -96,8 +96,25 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
         sharding.check_heads(mesh, m.num_heads)
         decoder = Decoder(shape, m.remat)
         params = sharding.put_params(jax.jit(decoder.init)(jax.random.key(config.seed)), mesh)
-        return Model(decoder, params, tokenizer, params_sha256(params))
-    return load_model(m.path, m.remat, mesh, m.dtype)
+        model = Model(decoder, params, tokenizer, params_sha256(params))
+    else:
+        model = load_model(m.path, m.remat, mesh, m.dtype)
+    return masking_pad_ids(model) if m.mask_all_pad_id_tokens else model
+
+
+def masking_pad_ids(model: Model) -> Model:
+    """The model with every token that is its padding token left out of attention.
+
+    Raises:
+        UserError: the tokenizer has no padding token.
+    """
+    if model.tokenizer.pad_id is None:
+        raise UserError(
+            "--model.mask-all-pad-id-tokens: the tokenizer has no padding and no end token; leave "
+            "the option out"
+        )
+    shape = dataclasses.replace(model.decoder.config, unattended=model.tokenizer.pad_id)
+    return model._replace(decoder=dataclasses.replace(model.decoder, config=shape))
 
 
 def model_source(path: str) -> str | Path:
@@ -247,7 +264,7 @@ def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed
     """
     params = start.params
     if adapters is None or adapters.rank is None:
-        hidden = "hidden" in row.reference.values()
+        hidden = bool({"hidden", "hidden_all"} & set(row.reference.values()))
         return all_of(params, residency.at_hand(head_of(params)) if hidden else None)
     params = residency.at_hand(params)
     options = {"scale": adapters.scale}
@@ -285,7 +302,7 @@ def train_stage(
     check_pair(optimizer, combine, row, options)
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
     divides = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)
-    streams = pack_streams(streams, stage.batch_size, divides, row_tokens)
+    streams = pack_streams(streams, stage.batch_size, divides, row_tokens if row.packable else 0)
     main = row.streams[0]
     steps = num_steps(stage, len(streams[main].examples), optimizer)
     # A stage's purpose keys its randomness: two stages of one seed see different orders.
@@ -302,6 +319,11 @@ def train_stage(
         "seed": stage_seed,
         "combine": combine,
     }
+    # Keys say nothing of what a run does not use: results made before it was there stay good.
+    if start.decoder.config.unattended is not None:
+        inputs["unattended"] = start.decoder.config.unattended
+    if row.per_micro_batch:
+        inputs["accumulate"] = stage.accumulate
     if adapters is not None and adapters.rank is not None:
         inputs["lora"] = to_json(adapters)
 

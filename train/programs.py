@@ -117,11 +117,14 @@ def train_program(
     state, shardings = state_shapes(trained, tx, mesh)
     batches = {name: batch_shapes(rows, length, labels, mesh) for name in objective.streams}
     for name, kind in objective.reference.items():
-        tail = (decoder.config.hidden_size,) if kind == "hidden" else ()
+        tail = () if kind == "logps" else (decoder.config.hidden_size,)
         batches[name][REFERENCE_COLUMNS[kind]] = jax.ShapeDtypeStruct(
-            (rows, labels, *tail), jnp.float32, sharding=sharding.batch_sharding(mesh)
+            (rows, length if kind == "hidden_all" else labels, *tail),
+            jnp.float32,
+            sharding=sharding.batch_sharding(mesh),
         )
-    frozen = head_of(params) if "hidden" in objective.reference.values() else None
+    hidden = {"hidden", "hidden_all"} & set(objective.reference.values())
+    frozen = head_of(params) if hidden else None
     frozen = frozen if config.lora.rank is None else params
     step = make_step(
         decoder, objective, options, tx, schedule, config.unlearn.accumulate, needs, bind

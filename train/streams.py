@@ -16,7 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlib_unlearn.objectives import Objective, ObjectiveConfig, reference_forward
+from jaxlib_unlearn.objectives import (
+    Objective,
+    ObjectiveConfig,
+    at_every_slot,
+    reference_forward,
+)
 from models import arrays
 from models.decoder import Decoder
 from models.policy import DecoderPolicy, spread, target_log_prob
@@ -28,7 +33,11 @@ from train.sharding import batch_ways, put_batch
 from train.stages import digest
 from train.tracking import progress
 
-REFERENCE_COLUMNS = {"logps": "ref_log_probs", "hidden": "ref_hidden"}
+REFERENCE_COLUMNS = {
+    "logps": "ref_log_probs",
+    "hidden": "ref_hidden",
+    "hidden_all": "ref_hidden",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Stream:
         label_buckets: padded numbers of labels.
         references: column name -> one array per example, first axis its labels.
         packing: how examples share rows of tokens; None: each has its own.
+        every_slot: references lie at every slot of a padded row, not at the labels.
     """
 
     examples: Sequence[Example]
@@ -50,6 +60,7 @@ class Stream:
     label_buckets: tuple[int, ...]
     references: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
     packing: Packing | None = None
+    every_slot: bool = False
 
     def order(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where to take these rows from, so that those which share rows fill them evenly."""
@@ -79,9 +90,10 @@ class Stream:
             batch = collate_packed(chosen, ids, together, sizes, width, self.pad_id)
         for column, values in self.references.items():
             tail = values[0].shape[1:]
-            padded = np.zeros((len(chosen), width, *tail), np.float32)
+            places = length if self.every_slot else width
+            padded = np.zeros((len(chosen), places, *tail), np.float32)
             for b, row in enumerate(rows):
-                padded[b, : len(values[row])] = values[row]
+                padded[b, : len(values[row])] = values[row][:places]
             batch[column] = padded
         return batch
 
@@ -177,8 +189,13 @@ def reference_values(
     options: Mapping[str, Any],
     batch: Mapping[str, jax.Array],
 ) -> jax.Array:
-    """The frozen model at a batch's labels: `logps` (B, W) or `hidden` (B, W, d), float32."""
+    """The frozen model at a batch's labels: `logps` (B, W) or `hidden` (B, W, d), float32.
+
+    `hidden_all` (B, T, d) is that at every slot.
+    """
     policy = DecoderPolicy(decoder, params, options=options)
+    if kind == "hidden_all":
+        return policy.states(at_every_slot(batch)).astype(jnp.float32)
     if kind == "hidden":
         return spread(batch, policy.states(batch)).astype(jnp.float32)
     return policy.reduce_logits(batch, target_log_prob)
@@ -195,13 +212,18 @@ def _references(
     options: Mapping[str, Any],
     mesh: Any,
     label: str,
+    slots: int = 0,
 ) -> list[np.ndarray]:
-    """Per example, the frozen model's log-probabilities or hidden states at its labels."""
+    """Per example, the frozen model's log-probabilities or hidden states at its labels.
+
+    Where they are taken at every slot, rows have `slots` of them.
+    """
     found: list[np.ndarray] = []
     ways = batch_ways(mesh)
     size = -(-8 // ways) * ways
     total = len(stream.examples)
     length, width = batch_shape(stream.examples, stream.length_buckets, stream.label_buckets)
+    length = max(length, slots)
     with progress(label, total) as advance:
         for start in range(0, total, size):
             chosen = list(stream.examples[start : start + size])
@@ -216,7 +238,9 @@ def _references(
             result = arrays.host(
                 _reference_values(decoder, kind, params, options, put_batch(batch, mesh))
             )
-            found += [result[b, : len(e.tokens) - e.num_prompt] for b, e in enumerate(chosen)]
+            found += [
+                result[b, : slots or len(e.tokens) - e.num_prompt] for b, e in enumerate(chosen)
+            ]
             advance(len(chosen))
             distributed.stop_point()
     return found
@@ -240,6 +264,9 @@ def with_references(
     result = dict(streams)
     for name, kind in objective.reference.items():
         stream = streams[name]
+        # Streams share one padded length, which is the longest of any.
+        every = kind == "hidden_all"
+        slots = max(s.length_buckets[-1] for s in streams.values()) if every else 0
         forward = {k: np.asarray(v, np.float32) for k, v in keywords[name].items()}
         key = digest(
             {
@@ -248,15 +275,25 @@ def with_references(
                 "forward": {k: v.tolist() for k, v in forward.items()},
                 "examples": [(e.tokens, e.num_prompt) for e in stream.examples],
             }
+            | ({"slots": slots, "pad": stream.pad_id} if slots else {})
+            | _unattended(decoder)
         )
         path = folder / "caches" / f"{name}-{kind}-{key[:16]}.npz"
         values = _shared(path, len(stream.examples))
         if values is None:
             at_hand = residency.at_hand(params)
-            values = _references(decoder, at_hand, stream, kind, forward, mesh, f"reference {name}")
+            label = f"reference {name}"
+            values = _references(decoder, at_hand, stream, kind, forward, mesh, label, slots)
             distributed.of_first(lambda path=path, values=values: _write(path, values))
-        result[name] = replace(stream, references={REFERENCE_COLUMNS[kind]: values})
+        references = {REFERENCE_COLUMNS[kind]: values}
+        result[name] = replace(stream, references=references, every_slot=every)
     return result
+
+
+def _unattended(decoder: Decoder) -> dict[str, int]:
+    """What a cache's key says of the token that attention leaves out, if there is one."""
+    token = decoder.config.unattended
+    return {} if token is None else {"unattended": token}
 
 
 def _shared(path: Path, count: int) -> list[np.ndarray] | None:

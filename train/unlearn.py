@@ -218,6 +218,8 @@ def _fit(config: RunConfig, task: Any, mesh: Any, retain_log: Any) -> tuple[Any,
         base = pipeline.load_model(
             config.stage.original, config.model.remat, mesh, config.model.dtype
         )
+        if config.model.mask_all_pad_id_tokens:
+            base = pipeline.masking_pad_ids(base)
         if "holdout" in task.evaluation:
             task.notes.append(
                 "The model came from outside. Where it was trained on the rows taken as "

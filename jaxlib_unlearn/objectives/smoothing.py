@@ -13,6 +13,7 @@ from jaxlib_unlearn import losses
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.losses import Term
 from jaxlib_unlearn.objectives.base import (
+    SHARED_COMPAT,
     Batch,
     Compat,
     Objective,
@@ -120,7 +121,10 @@ _DEFAULTS = {
     "forget_weight": 0.1,
     "retain_weight": 1.0,
 }
-_COMPAT = {"token_mean": Compat("token mean instead of sequence mean (MUSE)", additive=True)}
+_COMPAT = {
+    "token_mean": Compat("token mean instead of sequence mean (MUSE)", additive=True),
+    **SHARED_COMPAT,
+}
 
 ROWS = (
     Objective(
