@@ -17,7 +17,7 @@ from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
 from models import Decoder, DecoderConfig, Tokenizer, lora
 from models.policy import head_of
 from models.weights import check_source, find_smollm2
-from train import distributed, loop, residency, sharding
+from train import distributed, loop, remote, residency, sharding
 from train.checkpointing import params_sha256
 from train.config import LoraConfig, ModelConfig, RunConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.examples import Encoded, encode_rows
@@ -277,6 +277,34 @@ def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed
     )
 
 
+def export_adapter(trained: Any, adapters: LoraConfig, config: RunConfig, root: Path) -> None:
+    """Write `RUN/adapter`: what was trained beside the original, in PEFT's format.
+
+    It belongs to the original as the run has it: the given one, or that trained in the run, which
+    `train.export RUN RUN/original --model original` writes where the adapter looks for it.
+    """
+    from train import card
+
+    home = remote.home(root)
+    given = config.stage.original
+    known = given is not None and not given.endswith(".gguf") and given != "smollm2"
+    base = str(home / "original")
+    if known:
+        base = str(Path(given).absolute()) if Path(given).exists() else given
+    rank = adapters.rank or 1
+    what = f"LoRA adapters of rank {rank} in PEFT's format, trained by jaxlib-unlearn to forget."
+    command = f"python -m train.export {home} {home / 'original'} --model original"
+    with distributed.together():
+        models.export_adapter(
+            trained,
+            root / "adapter",
+            rank=rank,
+            alpha=rank if adapters.alpha is None else adapters.alpha,
+            base=base,
+            card=card.of_adapter(what, base, None if known else command),
+        )
+
+
 def train_stage(
     start: Model,
     *,
@@ -373,6 +401,8 @@ def train_stage(
             profile=profile,
         )
         trained = loop.run(plan, start.decoder, training.start, training.frozen, mesh, tracker)
+        if adapters is not None and adapters.rank is not None and watch is not None:
+            export_adapter(trained, adapters, watch[1], root)
         return training.finish(trained)
 
     like = jax.tree.map(
