@@ -287,10 +287,9 @@ def export_adapter(trained: Any, adapters: LoraConfig, config: RunConfig, root: 
 
     home = remote.home(root)
     given = config.stage.original
-    known = given is not None and not given.endswith(".gguf") and given != "smollm2"
-    base = str(home / "original")
-    if known:
-        base = str(Path(given).absolute()) if Path(given).exists() else given
+    base, known = str(home / "original"), False
+    if given is not None and not given.endswith(".gguf") and given != "smollm2":
+        base, known = str(Path(given).absolute()) if Path(given).exists() else given, True
     rank = adapters.rank or 1
     what = f"LoRA adapters of rank {rank} in PEFT's format, trained by jaxlib-unlearn to forget."
     command = f"python -m train.export {home} {home / 'original'} --model original"

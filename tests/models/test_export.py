@@ -130,6 +130,12 @@ def test_adapters_replace_adapters_only(base, tmp_path):
     folder = models.export_adapter(trained(base, ["q"]), tmp_path / "out", **options)
     models.export_adapter(trained(base, ["k"]), folder, **options)
     assert json.loads((folder / "adapter_config.json").read_text())["target_modules"] == ["k_proj"]
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (theirs / "adapter_config.json").write_text(json.dumps(settings | {"use_rslora": True}))
+    with pytest.raises(UserError, match="no earlier export"):
+        models.export_adapter(trained(base, ["q"]), theirs, **options)
     model = models.export(models.Loaded(CONFIG, base, words(eos_id=1)), tmp_path / "model")
     with pytest.raises(UserError, match="no earlier export"):
         models.export_adapter(trained(base, ["q"]), model, **options)
