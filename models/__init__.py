@@ -2,7 +2,7 @@
 
 from models import lora
 from models.decoder import Decoder, DecoderConfig
-from models.export import export
+from models.export import export, export_adapter
 from models.tokenizer import Tokenizer
 from models.weights import Loaded, find_smollm2, load
 
@@ -12,6 +12,7 @@ __all__ = [
     "Loaded",
     "Tokenizer",
     "export",
+    "export_adapter",
     "find_smollm2",
     "load",
     "lora",

@@ -46,7 +46,11 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and conventions of a decoder; families (`models.families`) differ only in these."""
+    """Shape and conventions of a decoder; families (`models.families`) differ only in these.
+
+    `unattended` is a token id that no query sees (it sees others): published code that masks every
+    padding id masks the ends of turns with it, where the two are one token.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -67,6 +71,7 @@ class DecoderConfig:
     max_position_embeddings: int = 2048
     family: str = "llama"
     dtype: str = "float32"
+    unattended: int | None = None
 
 
 @functools.lru_cache(maxsize=64)
@@ -198,7 +203,7 @@ class Decoder:
             positions: int32 `(B, T)`, default `0..T-1` (behind a cache: its index onwards).
             segment_ids: int32 `(B, T)`, default 1. 0 is padding; `group + 65536 * leaf` otherwise:
                 a token sees earlier tokens of its group in leaf 0 (a shared prefix) and in its own
-                leaf.
+                leaf. Negative: it sees what the positive one does, and no token sees it.
             attention_temperature: divides the attention scores; a traced scalar or `(L,)`, so a
                 sweep compiles once.
             layer_map: `(layer_params, index) -> layer_params`, applied inside the scan body to one
@@ -231,12 +236,15 @@ class Decoder:
         positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else positions
         segment_ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
         query = (slots, segment_ids, positions)
+        keys = segment_ids
+        if c.unattended is not None:
+            keys = jnp.where(tokens == c.unattended, 0, segment_ids)
         before = None if cache is None else cache.get("prompt")
         if cache is None:
-            key, kv = query, None
+            key, kv = (slots, keys, positions), None
         else:
             at = (0, start)
-            segments = jax.lax.dynamic_update_slice(cache["segment_ids"], segment_ids, at)
+            segments = jax.lax.dynamic_update_slice(cache["segment_ids"], keys, at)
             places = jax.lax.dynamic_update_slice(cache["positions"], positions, at)
             key = (jnp.arange(segments.shape[1], dtype=jnp.int32), segments, places)
             kv = (cache["k"], cache["v"])

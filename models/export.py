@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,16 @@ from models.weights import DTYPES, INDEX, Loaded, flatten, shortened
 
 EXPORTER = "jaxlib-unlearn"  # under "exporter" in config.json: the folder is ours to replace
 SHARD_BYTES = 5 * 10**9
-WRITTEN = ("config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+GENERATION, CARD = "generation_config.json", "README.md"
+WRITTEN = (
+    *("config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *(GENERATION, CARD),
+)
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_KEYS = (
+    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout"),
+    *("target_modules", "bias", "fan_in_fan_out", "inference_mode"),
+)
 
 
 def export(
@@ -35,8 +44,10 @@ def export(
     *,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    max_new_tokens: int | None = None,
+    card: Callable[[Path], str] | None = None,
 ) -> Path:
-    """Write a model as config.json, safetensors and tokenizer files.
+    """Write a model as config.json, generation_config.json, safetensors and tokenizer files.
 
     Where several processes share the parameters each must call it; the first one writes.
 
@@ -45,6 +56,8 @@ def export(
         folder: created; an earlier export there is replaced.
         dtype: of the tensors: float32, bfloat16 or float16; None keeps that of the parameters.
         shard_bytes: a file holds at most this much, unless one tensor is larger.
+        max_new_tokens: where generation stops unless asked otherwise; None: left to the reader.
+        card: what README.md says, given a folder with all other files; None: no such file.
 
     Returns:
         The folder.
@@ -63,7 +76,8 @@ def export(
     tensors = _tensors(loaded, DTYPES[dtype])
     if jax.process_index() == 0:
         try:
-            _write(folder, raw, dtype, loaded.tokenizer, tensors, shard_bytes)
+            generation = _generation(loaded.tokenizer, max_new_tokens)
+            _write(folder, raw, dtype, loaded.tokenizer, tensors, shard_bytes, generation, card)
         except BaseException:
             if jax.process_count() > 1:
                 collections.deque(tensors, 0)  # the others wait for our part of each
@@ -80,31 +94,146 @@ def _write(
     tokenizer: Tokenizer,
     tensors: Iterator[tuple[str, np.ndarray]],
     shard_bytes: int,
+    generation: dict[str, Any],
+    card: Callable[[Path], str] | None,
 ) -> None:
     """The files, in a sibling folder that takes its place once it is whole."""
-    _check_replaceable(folder)
+    _check_replaceable(folder, _exporter, WRITTEN)
     raw |= {"dtype": dtype, "torch_dtype": dtype, "exporter": EXPORTER}
     for key in ("bos", "eos", "pad"):
         raw[f"{key}_token_id"] = getattr(tokenizer, f"{key}_id")
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # The prefix stays short of the longest file name; mkdtemp's folders are private by default.
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:64]}.", dir=folder.parent))
-    try:
+    def fill(temporary: Path) -> None:
         _write_tensors(tensors, temporary, shard_bytes)
         tokenizer.save(temporary)
-        text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
-        (temporary / "config.json").write_text(text, encoding="utf-8")
+        _write_json(temporary / "config.json", raw)
+        _write_json(temporary / GENERATION, generation)
+        if card is not None:
+            (temporary / CARD).write_text(card(temporary), encoding="utf-8")
+
+    _replace(folder, fill)
+
+
+def _generation(tokenizer: Tokenizer, max_new_tokens: int | None) -> dict[str, Any]:
+    """generation_config.json: greedy, as models are judged, and how an answer ends."""
+    values = {f"{key}_token_id": getattr(tokenizer, f"{key}_id") for key in ("bos", "eos", "pad")}
+    values |= {"do_sample": False, "max_new_tokens": max_new_tokens}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
+    """A folder that is whole or not there: filled under another name, then renamed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The prefix stays short of the longest file name.
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:64]}.", dir=folder.parent))
+    try:
+        fill(temporary)
+        # mkdtemp's folders and safetensors' files are private by default.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
+        for path in temporary.iterdir():
+            path.chmod(0o666 & ~umask)
         _swap(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _check_replaceable(folder: Path) -> None:
+def export_adapter(
+    adapters: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    rank: int,
+    alpha: float,
+    base: str,
+    card: str | None = None,
+) -> Path:
+    r"""Write adapters of `models.lora` as PEFT's adapter_config.json and adapter_model.safetensors.
+
+    .. math::
+        \mathrm{lora\_A} = A^T\,(r, \mathrm{in}), \qquad
+        \mathrm{lora\_B} = B^T\,(\mathrm{out}, r), \qquad
+        y = x W + \frac{\alpha}{r}\, (x A)\, B
+
+    Where several processes share the adapters each must call it; the first one writes.
+
+    Args:
+        adapters: from `lora.init`, trained; one stack or several.
+        folder: created; an earlier export of adapters there is replaced.
+        rank: r.
+        alpha: numerator of the term's scale.
+        base: where the model that they belong to is: a folder or Hub id.
+        card: what README.md says; None: no such file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder holds something that is no earlier export of adapters.
+
+    Paper: Hu et al., arXiv:2106.09685, section 4.1.
+    """
+    folder = Path(folder).expanduser().absolute()
+    names = {slot.path.removesuffix("/kernel"): slot.hf.removesuffix(".weight") for slot in SLOTS}
+    stacks = adapters["layers"]
+    tensors: dict[str, np.ndarray] = {}
+    modules: dict[str, None] = {}
+    index = 0
+    for stack in stacks if isinstance(stacks, tuple) else (stacks,):
+        flat = flatten(stack, "layers/")
+        for path, leaf in flat.items():
+            kernel, factor, _ = path.rsplit("/", 2)  # layers/attn/q, lora_a, kernel
+            hf, name = names[kernel], {"lora_a": "lora_A", "lora_b": "lora_B"}[factor]
+            modules[hf.rsplit(".", 1)[1]] = None
+            for row, matrix in enumerate(on_host(leaf)):
+                key = f"base_model.model.{hf.format(index + row)}.{name}.weight"
+                tensors[key] = np.ascontiguousarray(matrix.T)
+        index += len(next(iter(flat.values())))
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+    def fill(temporary: Path) -> None:
+        from safetensors.numpy import save_file
+
+        save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        _write_json(temporary / ADAPTER, settings)
+        if card is not None:
+            (temporary / CARD).write_text(card, encoding="utf-8")
+
+    if jax.process_index() == 0:
+        _check_replaceable(folder, _adapter_exporter, (ADAPTER, CARD))
+        _replace(folder, fill)
+    return folder
+
+
+def _exporter(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["exporter"]
+
+
+def _adapter_exporter(folder: Path) -> Any:
+    # PEFT warns of a key that it does not know, and itself writes three times as many.
+    found = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    return EXPORTER if set(found) == set(ADAPTER_KEYS) else None
+
+
+def _check_replaceable(
+    folder: Path, exporter: Callable[[Path], Any], written: tuple[str, ...]
+) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -113,11 +242,11 @@ def _check_replaceable(folder: Path) -> None:
     if not names:
         return
     try:
-        ours = json.loads((folder / "config.json").read_text(encoding="utf-8"))["exporter"]
+        ours = exporter(folder)
     except (OSError, ValueError, KeyError, TypeError):
         ours = None
     foreign = sorted(
-        name for name in names if name not in WRITTEN and not name.endswith(".safetensors")
+        name for name in names if name not in written and not name.endswith(".safetensors")
     )
     if ours != EXPORTER or foreign:
         what = shortened(foreign or sorted(names))

@@ -290,7 +290,8 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     if family.windows == "some":
         raw["use_sliding_window"] = config.sliding_window is not None
         raw["max_window_layers"] = 0 if config.sliding_window is not None else config.num_layers
-    back = dataclasses.replace(from_hf(raw), dtype=config.dtype)
+    # How a model is run, which no file says.
+    back = dataclasses.replace(from_hf(raw), dtype=config.dtype, unattended=config.unattended)
     names = [field.name for field in dataclasses.fields(config)]
     lost = [name for name in names if getattr(config, name) != getattr(back, name)]
     if lost:

@@ -59,11 +59,15 @@ def prefill(decoder: Decoder, params: Params, tokens: jax.Array, lengths: jax.Ar
     """Cache and last hidden state `(P, d)` of left-padded prompts `(P, T)`."""
     count, width = tokens.shape
     positions = jnp.arange(width) - (width - lengths[:, None])
+    real = positions >= 0
+    if (hidden_id := decoder.config.unattended) is not None:
+        # transformers counts the positions of a prompt without the tokens that are masked.
+        positions = jnp.cumsum(real & (tokens != hidden_id), -1) - 1
     hidden, found = decoder.forward(
         params,
         tokens,
         positions=jnp.maximum(positions, 0),
-        segment_ids=(positions >= 0).astype(jnp.int32),
+        segment_ids=real.astype(jnp.int32),
         cache=decoder.init_cache(count, width, jnp.dtype(decoder.config.dtype)),
     )
     return found["cache"], hidden[:, -1]
@@ -305,13 +309,16 @@ def generate(
         for slot, i in enumerate(group):
             tokens[slot, width - len(prompts[i]) :] = prompts[i]
             lengths[slot] = len(prompts[i])
+        hidden = 0 if c.unattended is None else (tokens == c.unattended).sum(-1)
+        # Where the padding is that token too, it is counted among them.
+        starts = lengths - hidden + (width - lengths) * (pad_id == c.unattended)
         prompt = prefill(decoder, params, place(tokens), place(lengths))
         for chunk in chunks(len(group), samples, plan):
             some = next(job for job in chunk if job is not None)
             which, sample_ids = np.array([job or some for job in chunk], np.int32).T
             draw = Draw(
                 row_keys(seed, place(_row_ids(row_ids, group, which)), place(sample_ids)),
-                place(lengths[which]),
+                place(starts[which].astype(np.int32)),
                 place(np.minimum(max_new, context - lengths[which]).astype(np.int32)),
                 jnp.array(stop_ids, jnp.int32),
                 jnp.float32(sampling.temperature),

@@ -96,10 +96,12 @@ def visible(
     `query` and `key` are `(slots (T,), segment_ids (B, T), positions (B, T))`. A key is visible
     when it lies at the query's slot or before, belongs to the same group, is not padding (segment
     0), and is either in the group's shared prefix (leaf 0) or in the query's own leaf; with a
-    sliding window also fewer than `window` positions back.
+    sliding window also fewer than `window` positions back. A negative segment reads like the
+    positive one, and is read by none.
     """
     q_slot, q_segment, q_position = query
     k_slot, k_segment, k_position = key
+    q_segment = jnp.abs(q_segment)
     q_group, q_leaf = q_segment % LEAF_STRIDE, q_segment // LEAF_STRIDE
     k_group, k_leaf = k_segment % LEAF_STRIDE, k_segment // LEAF_STRIDE
     mask = (k_slot[None, :] <= q_slot[:, None])[None]

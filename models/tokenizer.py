@@ -187,6 +187,11 @@ class Tokenizer:
                 "and order"
             ) from error
 
+    def with_template(self, chat_template: str | None) -> Tokenizer:
+        """The same tokenizer with another chat template."""
+        ids = self.bos_id, self.eos_id, self._pad_id
+        return Tokenizer(self.backend, chat_template, *ids, self.settings)
+
     def _special_ids(self) -> dict[str, int | None]:
         unk = _content(self.settings.get("unk_token"))
         return {

@@ -85,6 +85,9 @@ class ModelConfig:
         remat: what the backward pass recomputes: `none`, `dots` (all but the projections: half of
             the temporaries for hardly more work, which where memory is slow is less time) or `full`
             (whole blocks: a quarter, for a quarter more work).
+        mask_all_pad_id_tokens: no token attends to one whose id is the padding token's, wherever it
+            stands, as in OpenUnlearning: with Llama-3's templates to no end of a turn. For
+            comparison with its numbers; training, scoring and generation alike.
     """
 
     path: str = "smollm2"
@@ -96,6 +99,7 @@ class ModelConfig:
     num_kv_heads: int = 2
     dtype: str = "float32"
     remat: str = "dots"
+    mask_all_pad_id_tokens: bool = False
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class EvaluateRun:
         data: what is asked.
         evaluate: how it is judged.
         mesh: devices.
+        mask_all_pad_id_tokens: as `--model.mask-all-pad-id-tokens` of a run.
         distributed: the processes, where there are several.
     """
 
@@ -45,6 +46,7 @@ class EvaluateRun:
     data: DataConfig = DataConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     mesh: MeshConfig = MeshConfig()
+    mask_all_pad_id_tokens: bool = False
     distributed: DistributedConfig = DistributedConfig()
 
 
@@ -82,6 +84,7 @@ def read_arguments(argv: list[str]) -> EvaluateRun:
             data=config.data,
             evaluate=config.evaluate,
             mesh=config.mesh,
+            mask_all_pad_id_tokens=config.model.mask_all_pad_id_tokens,
         )
     elif argv[0].startswith("-"):
         raise UserError(f"the first argument is a run folder or a model, got {argv[0]!r}")
@@ -96,7 +99,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
     from train import checks, distributed, evaluation, pipeline, remote, sharding
     from train.stages import write_atomic
     from train.task import load_task, prompt_format
-    from train.unlearn import evaluate_cached
+    from train.unlearn import compare_logs, evaluate_cached
 
     distributed.start(config.distributed)
     distributed.check_same({k: v for k, v in to_json(config).items() if k != "distributed"})
@@ -117,10 +120,13 @@ def run(config: EvaluateRun) -> dict[str, Any]:
     distributed.check_same({"data": task.digest(), "few_shot": layout.shots})
     model = pipeline.load_model(config.model, "none", mesh)
     model = model._replace(tokenizer=model.tokenizer.formatted(layout))
+    if config.mask_all_pad_id_tokens:
+        model = pipeline.masking_pad_ids(model)
     task = checks.fit_task(task, model, config.evaluate, data.system_prompt, data.max_length)
     distributed.of_first(lambda: create(root))
     log = evaluate_cached(config, model, task, None, root, mesh, "model")
     summary = evaluation.summarize(log, retain, model)
+    distributed.of_first(lambda: compare_logs(root, {"model": log}, retain))
 
     def tell() -> None:
         write_atomic(root / "summary.json", json.dumps({"model": summary}, indent=1))

@@ -133,10 +133,14 @@ def score_rows(
 
 
 class Answers(NamedTuple):
-    """Generated answers of a list of rows: `samples` texts each, and their token ids."""
+    """Generated answers of a list of rows: `samples` texts each, their token ids, the prompts.
+
+    Prompts are decoded without special tokens, as OpenUnlearning's logs have them.
+    """
 
     texts: list[list[str]]
     ids: list[list[list[int]]]
+    prompts: list[str] = []
 
 
 def answer_rows(
@@ -175,7 +179,11 @@ def answer_rows(
             sharding=batch_sharding(mesh),
             progress=finished,
         )
-    return Answers([[model.tokenizer.decode(one).strip() for one in mine] for mine in ids], ids)
+    return Answers(
+        [[model.tokenizer.decode(one).strip() for one in mine] for mine in ids],
+        ids,
+        [model.tokenizer.decode(prompt) for prompt in prompts],
+    )
 
 
 def judge_nll(
@@ -272,7 +280,7 @@ def evaluate_model(
             scored.get("perturbed"),
             [texts[0] for texts in answers.texts],
             [row["answer"] for row in rows],
-            [row["question"] for row in rows],
+            answers.prompts,
         )
     log = tofu.build_log(splits) | added
     if forget_answers is not None:

@@ -1,39 +1,139 @@
-"""Export a model as an HF folder that `transformers` and other tools load.
+"""Export a model as an HF folder that `transformers` and other tools load, or to the Hub.
 
 python -m train.export RUN_FOLDER_OR_MODEL OUTPUT_FOLDER [--dtype bfloat16]
+python -m train.export RUN_FOLDER OUTPUT_FOLDER --model original   (what a LoRA adapter belongs to)
+python -m train.export RUN_FOLDER --push-to-hub OWNER/NAME [--dry-run]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import cli
+from train import cli, hub, measures, tables
 from train.tracking import say
 
 
 def main(argv: list[str]) -> None:
     """The program."""
     import models
-    from train import checks, pipeline
+    from train import card, checks
 
-    parser = argparse.ArgumentParser("train.export", description="export a model as an HF folder")
+    args = parse(argv)
+    if args.dtype is not None:
+        checks.check_dtype("--dtype", args.dtype)
+    if args.push_to_hub is not None:
+        hub.check_name(args.push_to_hub)
+    source, run = Path(args.source), None
+    if (source / "summary.json").exists() and (source / "export").is_dir():
+        run = source
+    if run is None and args.model != "unlearned":
+        raise UserError(f"--model {args.model} needs a run folder; {args.source} is none")
+    with contextlib.ExitStack() as held:
+        folder = args.output
+        if folder is None and run is not None and args.dtype is None and args.model == "unlearned":
+            folder = run / "export"
+        else:
+            if folder is None:
+                folder = Path(held.enter_context(tempfile.TemporaryDirectory())) / "model"
+            loaded, text, tokens = read(args.source, run, args.model)
+            models.export(
+                loaded,
+                folder,
+                dtype=args.dtype,
+                max_new_tokens=tokens,
+                card=lambda written: card.with_digests(text, written),
+            )
+        if args.output is not None:
+            say(f"model: {args.output}")
+        if args.push_to_hub is not None:
+            hub.push(folder, args.push_to_hub, public=args.public, dry_run=args.dry_run)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: options that do not go together, or are unknown.
+    """
+    parser = argparse.ArgumentParser(
+        "train.export", description="export a model as an HF folder or to the Hub"
+    )
     parser.add_argument("source", help="run folder, HF folder, .gguf file, Hub id or smollm2")
-    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("output", type=Path, nargs="?", help="folder to write")
     parser.add_argument(
         "--dtype", default=None, help="float32, bfloat16 or float16 (default: as stored)"
     )
+    parser.add_argument(
+        "--model", default="unlearned", choices=measures.MODELS, help="which model of a run"
+    )
+    parser.add_argument("--push-to-hub", metavar="NAME", help="upload to this repository")
+    parser.add_argument("--public", action="store_true", help="a new repository is public")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded")
     parser.error = _error  # type: ignore[method-assign]
     args = parser.parse_args(argv)
-    if args.dtype is not None:
-        checks.check_dtype("--dtype", args.dtype)
-    source = Path(args.source)
-    if (source / "summary.json").exists() and (source / "export").is_dir():
-        source = source / "export"
-    target = str(source) if source.exists() else args.source
-    models.export(models.load(pipeline.model_source(target)), args.output, dtype=args.dtype)
-    say(f"model: {args.output}")
+    if args.output is None and args.push_to_hub is None:
+        raise UserError("give a folder to write, or --push-to-hub NAME; see --help")
+    if args.push_to_hub is None and (args.public or args.dry_run):
+        raise UserError("--public and --dry-run go with --push-to-hub NAME")
+    return args
+
+
+def read(source: str, run: Path | None, which: str) -> tuple[Any, str, int | None]:
+    """A model with its tokenizer, what its card says, and where its answers end."""
+    import models
+    from train import card, pipeline
+    from train.runlogs import read_evals
+
+    if run is None:
+        target = str(Path(source)) if Path(source).exists() else source
+        loaded = models.load(pipeline.model_source(target))
+        return loaded, card.plain("A model written by the exporter of jaxlib-unlearn."), None
+    found = tables.load_run(run)
+    evaluate = found.config.get("evaluate")
+    tokens = evaluate.get("max_new_tokens") if isinstance(evaluate, dict) else None
+    tokens = tokens if isinstance(tokens, int) else None
+    if which == "unlearned":
+        return models.load(run / "export"), card.of_run(found, read_evals(found)), tokens
+    sha = found.summary.get(which, {}).get("params_sha256")
+    text = f"The model '{which}' of a run of jaxlib-unlearn."
+    return of_stage(found, which, sha), card.plain(text, sha), tokens
+
+
+def of_stage(run: tables.Run, which: str, sha: str | None) -> Any:
+    """The original or the oracle of a run, from what its stage left.
+
+    Raises:
+        UserError: the run folder does not hold it.
+    """
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    import models
+    from train import checkpointing, pipeline
+
+    stage = run.config.get("stage")
+    given = stage.get("original") if isinstance(stage, dict) else None
+    if which == "original" and given:
+        return models.load(pipeline.model_source(given))
+    alike = models.load(run.folder / "export")
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), alike.params
+    )
+    for folder in sorted((run.folder / "stages").glob(f"{which}-*")):
+        manifest = checkpointing.read_manifest(folder)
+        if manifest and checkpointing.combined(manifest["digests"]) == sha:
+            return dataclasses.replace(alike, params=checkpointing.load_tree(folder, like))
+    raise UserError(
+        f"{run.folder}: no {which} model in its stages; with --stage.cache it lies there: run the "
+        "command again without"
+    )
 
 
 def _error(message: str) -> None:

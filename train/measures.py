@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -98,24 +99,39 @@ METRICS: tuple[Metric, ...] = (
            "share of word pairs said before in the same answer (readability)", True),
 )  # fmt: skip
 _BY_NAME = {metric.name: metric for metric in METRICS}
+_UTILITY = re.compile(r"model_utility_of_([0-9]+)")  # a mean of fewer parts than TOFU's nine
 # Facts about a model, not measures of it.
 FACTS = {"num_parameters"}
 
 
 def describe(name: str) -> Metric:
-    """What is known about a metric; `leak_at_K` for any K, and names of other programs as they are.
+    """What is known about a metric; any `leak_at_K` and `model_utility_of_N`, others as they are.
 
     Example:
-        >>> describe("leak_at_8").label
-        'Leak@8'
+        >>> describe("leak_at_8").label, describe("model_utility_of_3").label
+        ('Leak@8', 'Model utility, 3 parts')
     """
     if name in _BY_NAME:
         return _BY_NAME[name]
+    if found := _UTILITY.fullmatch(name):
+        official = _BY_NAME["model_utility"]
+        text = f"{official.explain}: the {found[1]} of TOFU's 9 parts that were measured"
+        return Metric(name, f"Model utility, {found[1]} parts", official.better, text, True)
     tail = name.removeprefix("leak_at_")
     if tail != name and tail.isdigit():
         text = f"expected best ROUGE-L recall among {tail} sampled answers, facts to forget"
         return Metric(name, f"Leak@{tail}", "oracle", text, True)
     return Metric(name, name.replace("_", " ").capitalize(), "", "not described by this program")
+
+
+def utility_name(scores: dict[str, Any]) -> str:
+    """The name that model utility has in these scores: `model_utility` or `model_utility_of_N`.
+
+    Example:
+        >>> utility_name({"model_utility_of_3": 0.5})
+        'model_utility_of_3'
+    """
+    return next((name for name in scores if _UTILITY.fullmatch(name)), "model_utility")
 
 
 def leak_ks(scores: dict[str, Any]) -> list[int]:
@@ -166,6 +182,8 @@ def ordered(names: Iterable[str]) -> list[str]:
         tail = name.removeprefix("leak_at_")
         if tail != name and tail.isdigit():
             return rank["privleak"], int(tail), name
+        if _UTILITY.fullmatch(name):
+            return rank["model_utility"], 1, name
         return rank.get(name, len(rank)), 0, name
 
     return sorted(set(names), key=key)

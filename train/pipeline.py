@@ -17,7 +17,7 @@ from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
 from models import Decoder, DecoderConfig, Tokenizer, lora
 from models.policy import head_of
 from models.weights import check_source, find_smollm2
-from train import distributed, loop, residency, sharding
+from train import distributed, loop, remote, residency, sharding
 from train.checkpointing import params_sha256
 from train.config import LoraConfig, ModelConfig, RunConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.examples import Encoded, encode_rows
@@ -103,8 +103,25 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
         sharding.check_heads(mesh, m.num_heads)
         decoder = Decoder(shape, m.remat)
         params = sharding.put_params(jax.jit(decoder.init)(jax.random.key(config.seed)), mesh)
-        return Model(decoder, params, tokenizer, params_sha256(params))
-    return load_model(m.path, m.remat, mesh, m.dtype)
+        model = Model(decoder, params, tokenizer, params_sha256(params))
+    else:
+        model = load_model(m.path, m.remat, mesh, m.dtype)
+    return masking_pad_ids(model) if m.mask_all_pad_id_tokens else model
+
+
+def masking_pad_ids(model: Model) -> Model:
+    """The model with every token that is its padding token left out of attention.
+
+    Raises:
+        UserError: the tokenizer has no padding token.
+    """
+    if model.tokenizer.pad_id is None:
+        raise UserError(
+            "--model.mask-all-pad-id-tokens: the tokenizer has no padding and no end token; leave "
+            "the option out"
+        )
+    shape = dataclasses.replace(model.decoder.config, unattended=model.tokenizer.pad_id)
+    return model._replace(decoder=dataclasses.replace(model.decoder, config=shape))
 
 
 def model_source(path: str) -> str | Path:
@@ -275,6 +292,33 @@ def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed
     )
 
 
+def export_adapter(trained: Any, adapters: LoraConfig, config: RunConfig, root: Path) -> None:
+    """Write `RUN/adapter`: what was trained beside the original, in PEFT's format.
+
+    It belongs to the original as the run has it: the given one, or that trained in the run, which
+    `train.export RUN RUN/original --model original` writes where the adapter looks for it.
+    """
+    from train import card
+
+    home = remote.home(root)
+    given = config.stage.original
+    base, known = str(home / "original"), False
+    if given is not None and not given.endswith(".gguf") and given != "smollm2":
+        base, known = str(Path(given).absolute()) if Path(given).exists() else given, True
+    rank = adapters.rank or 1
+    what = f"LoRA adapters of rank {rank} in PEFT's format, trained by jaxlib-unlearn to forget."
+    command = f"python -m train.export {home} {home / 'original'} --model original"
+    with distributed.together():
+        models.export_adapter(
+            trained,
+            root / "adapter",
+            rank=rank,
+            alpha=rank if adapters.alpha is None else adapters.alpha,
+            base=base,
+            card=card.of_adapter(what, base, None if known else command),
+        )
+
+
 def train_stage(
     start: Model,
     *,
@@ -300,7 +344,7 @@ def train_stage(
     check_pair(optimizer, combine, row, options)
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
     divides = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)
-    streams = pack_streams(streams, stage.batch_size, divides, row_tokens)
+    streams = pack_streams(streams, stage.batch_size, divides, row_tokens if row.packable else 0)
     main = row.streams[0]
     steps = num_steps(stage, len(streams[main].examples), optimizer)
     # A stage's purpose keys its randomness: two stages of one seed see different orders.
@@ -317,6 +361,11 @@ def train_stage(
         "seed": stage_seed,
         "combine": combine,
     }
+    # Keys say nothing of what a run does not use: results made before it was there stay good.
+    if start.decoder.config.unattended is not None:
+        inputs["unattended"] = start.decoder.config.unattended
+    if row.per_micro_batch:
+        inputs["accumulate"] = stage.accumulate
     if adapters is not None and adapters.rank is not None:
         inputs["lora"] = to_json(adapters)
 
@@ -366,6 +415,8 @@ def train_stage(
             profile=profile,
         )
         trained = loop.run(plan, start.decoder, training.start, training.frozen, mesh, tracker)
+        if adapters is not None and adapters.rank is not None and watch is not None:
+            export_adapter(trained, adapters, watch[1], root)
         return training.finish(trained)
 
     like = jax.tree.map(

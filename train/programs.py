@@ -119,9 +119,11 @@ def train_program(
     batches = {name: batch_shapes(rows, length, labels, mesh) for name in objective.streams}
     for name, kind in objective.reference.items():
         for column, quantity, _ in REFERENCE_COLUMNS[kind]:
-            tail = (decoder.config.hidden_size,) if quantity == "hidden" else ()
+            tail = () if quantity == "logps" else (decoder.config.hidden_size,)
             batches[name][column] = jax.ShapeDtypeStruct(
-                (rows, labels, *tail), jnp.float32, sharding=sharding.batch_sharding(mesh)
+                (rows, length if quantity == "hidden_all" else labels, *tail),
+                jnp.float32,
+                sharding=sharding.batch_sharding(mesh),
             )
     frozen = head_of(params) if needs_head(objective) else None
     frozen = frozen if config.lora.rank is None else params

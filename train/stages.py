@@ -142,6 +142,17 @@ def json_stage(
     return value
 
 
+def amend_json(path: Path, value: Any) -> None:
+    """Write the result of a `json_stage` again, with what other results add; its key stays good."""
+    key_path, before = path.with_suffix(".key"), path.read_bytes()
+    key, text = key_path.read_text(), json.dumps(value)
+    if text.encode() == before:
+        return
+    write_atomic(path, text)
+    sha = hashlib.sha256(before).hexdigest()
+    write_atomic(key_path, key.removesuffix(sha) + hashlib.sha256(text.encode()).hexdigest())
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file through a temporary sibling and a rename (in a bucket, directly).
 

@@ -102,6 +102,8 @@ class Losses:
             # A layer map of values or of adapters: no gradient of the layer itself flows back.
             layer_map = layer_map or (lambda layer, index: constrain(layer, dtype))
             known = ()
+            # Labels at every slot are not those of the batch: nothing of it would be read.
+            joined = joined and "hidden_all" not in objective.reference.values()
             if joined and len({batch["tokens"].shape for batch in part.values()}) == 1 < len(part):
                 streams = list(part.values())
                 found = label_states(decoder, params, streams, layer_map=layer_map)
@@ -113,6 +115,7 @@ class Losses:
 
         self._terms, self._options = terms, options
         self._batches, self._accumulate = batches, accumulate
+        self._own_means = objective.per_micro_batch and accumulate > 1
         self.weights = {
             name: jax.lax.stop_gradient(weight)
             for name, (_, weight) in terms(params, batches).items()
@@ -135,6 +138,10 @@ class Losses:
         # One side's gradient does not go through the other side's rows.
         terms = self._terms(params, part, layer_map, joined=side is None)
         sums = {name: total for name, (total, _) in terms.items()}
+        if self._own_means:
+            # The global weight is divided out again: sum_a (1/A) sum_a / weight_a is left.
+            share = {n: jnp.maximum(own, 1e-9) * self._accumulate for n, (_, own) in terms.items()}
+            sums = {name: total * self.weights[name] / share[name] for name, total in sums.items()}
         weighted = {name: (total, self.weights[name]) for name, total in sums.items()}
         # Not the other side's: their forward pass would be done for nothing but these numbers.
         mine = {n: total for n, total in sums.items() if side in (None, side_of(n))}

@@ -16,7 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlib_unlearn.objectives import Objective, ObjectiveConfig, reference_forward
+from jaxlib_unlearn.objectives import (
+    Objective,
+    ObjectiveConfig,
+    at_every_slot,
+    reference_forward,
+)
 from models import arrays
 from models.decoder import Decoder
 from models.policy import DecoderPolicy, spread, target_log_prob
@@ -33,17 +38,17 @@ from train.tracking import progress
 REFERENCE_COLUMNS = {
     "logps": (("ref_log_probs", "logps", True),),
     "hidden": (("ref_hidden", "hidden", True),),
+    "hidden_all": (("ref_hidden", "hidden_all", True),),
     "hidden_pair": (("ref_hidden", "hidden", True), ("ref_plain_hidden", "hidden", False)),
 }
 
 
+FOLLOWERS = ("idk", "alternate")  # streams of other answers to the questions of the main stream
+
+
 def needs_head(objective: Objective) -> bool:
     """Whether a row's references are hidden states, which a frozen head unembeds."""
-    kinds = objective.reference.values()
-    return any(quantity == "hidden" for kind in kinds for _, quantity, _ in REFERENCE_COLUMNS[kind])
-
-
-FOLLOWERS = ("idk", "alternate")  # streams of other answers to the questions of the main stream
+    return any(kind != "logps" for kind in objective.reference.values())
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Stream:
         label_buckets: padded numbers of labels.
         references: column name -> one array per example, first axis its labels.
         packing: how examples share rows of tokens; None: each has its own.
+        every_slot: references lie at every slot of a padded row, not at the labels.
     """
 
     examples: Sequence[Example]
@@ -65,6 +71,7 @@ class Stream:
     label_buckets: tuple[int, ...]
     references: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
     packing: Packing | None = None
+    every_slot: bool = False
 
     def order(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where to take these rows from, so that those which share rows fill them evenly."""
@@ -94,9 +101,10 @@ class Stream:
             batch = collate_packed(chosen, ids, together, sizes, width, self.pad_id)
         for column, values in self.references.items():
             tail = values[0].shape[1:]
-            padded = np.zeros((len(chosen), width, *tail), np.float32)
+            places = length if self.every_slot else width
+            padded = np.zeros((len(chosen), places, *tail), np.float32)
             for b, row in enumerate(rows):
-                padded[b, : len(values[row])] = values[row]
+                padded[b, : len(values[row])] = values[row][:places]
             batch[column] = padded
         return batch
 
@@ -196,8 +204,13 @@ def reference_values(
     options: Mapping[str, Any],
     batch: Mapping[str, jax.Array],
 ) -> jax.Array:
-    """The frozen model at a batch's labels: `logps` (B, W) or `hidden` (B, W, d), float32."""
+    """The frozen model at a batch's labels: `logps` (B, W) or `hidden` (B, W, d), float32.
+
+    `hidden_all` (B, T, d) is that at every slot.
+    """
     policy = DecoderPolicy(decoder, params, options=options)
+    if kind == "hidden_all":
+        return policy.states(at_every_slot(batch)).astype(jnp.float32)
     if kind == "hidden":
         return spread(batch, policy.states(batch)).astype(jnp.float32)
     return policy.reduce_logits(batch, target_log_prob)
@@ -214,13 +227,18 @@ def _references(
     options: Mapping[str, Any],
     mesh: Any,
     label: str,
+    slots: int = 0,
 ) -> list[np.ndarray]:
-    """Per example, the frozen model's log-probabilities or hidden states at its labels."""
+    """Per example, the frozen model's log-probabilities or hidden states at its labels.
+
+    Where they are taken at every slot, rows have `slots` of them.
+    """
     found: list[np.ndarray] = []
     ways = batch_ways(mesh)
     size = -(-8 // ways) * ways
     total = len(stream.examples)
     length, width = batch_shape(stream.examples, stream.length_buckets, stream.label_buckets)
+    length = max(length, slots)
     with progress(label, total) as advance:
         for start in range(0, total, size):
             chosen = list(stream.examples[start : start + size])
@@ -235,7 +253,9 @@ def _references(
             result = arrays.host(
                 _reference_values(decoder, kind, params, options, put_batch(batch, mesh))
             )
-            found += [result[b, : len(e.tokens) - e.num_prompt] for b, e in enumerate(chosen)]
+            found += [
+                result[b, : slots or len(e.tokens) - e.num_prompt] for b, e in enumerate(chosen)
+            ]
             advance(len(chosen))
             distributed.stop_point()
     return found
@@ -259,6 +279,9 @@ def with_references(
     result = dict(streams)
     for name, kind in objective.reference.items():
         stream = streams[name]
+        # Streams share one padded length, which is the longest of any.
+        every = kind == "hidden_all"
+        slots = max(s.length_buckets[-1] for s in streams.values()) if every else 0
         examples = [(e.tokens, e.num_prompt) for e in stream.examples]
         columns = {}
         for column, quantity, with_options in REFERENCE_COLUMNS[kind]:
@@ -271,18 +294,27 @@ def with_references(
                     "forward": {k: v.tolist() for k, v in forward.items()},
                     "examples": examples,
                 }
+                | ({"slots": slots, "pad": stream.pad_id} if slots else {})
+                | _unattended(decoder)
             )
             path = folder / "caches" / f"{name}-{quantity}-{key[:16]}.npz"
             values = _shared(path, len(stream.examples))
             if values is None:
                 at_hand = residency.at_hand(params)
+                label = f"reference {name}"
                 values = _references(
-                    decoder, at_hand, stream, quantity, forward, mesh, f"reference {name}"
+                    decoder, at_hand, stream, quantity, forward, mesh, label, slots
                 )
                 distributed.of_first(lambda path=path, values=values: _write(path, values))
             columns[column] = values
-        result[name] = replace(stream, references=columns)
+        result[name] = replace(stream, references=columns, every_slot=every)
     return result
+
+
+def _unattended(decoder: Decoder) -> dict[str, int]:
+    """What a cache's key says of the token that attention leaves out, if there is one."""
+    token = decoder.config.unattended
+    return {} if token is None else {"unattended": token}
 
 
 def _shared(path: Path, count: int) -> list[np.ndarray] | None:

@@ -128,7 +128,8 @@ def with_optimizer(config: RunConfig, name: str, preset: Any) -> RunConfig:
 
 def run(config: RunConfig) -> Path:
     """Run all stages of a configuration and return the run folder."""
-    from train import evaluation, pipeline, report
+    from train import card, evaluation, pipeline, report
+    from train.tables import Run
 
     started = time.monotonic()
     distributed.start(config.distributed)
@@ -190,10 +191,14 @@ def run(config: RunConfig) -> Path:
             logs[name] = evaluate_cached(config, model, task, judge, root, mesh, name, cache)
             timed(f"evaluate {name}", clock)
     summary = summarize(logs, people, retain_log)
+    distributed.of_first(lambda: compare_logs(root, logs, retain_log))
 
     # 4. Hand it back.
     clock = time.monotonic()
-    export_model(unlearned, root / "export", config.export_dtype)
+    done = Run(root, _identity(config), summary, notes=tuple(task.notes))
+    run_card = card.of_run(done, logs)
+    tokens = config.evaluate.max_new_tokens
+    export_model(unlearned, root / "export", config.export_dtype, run_card, tokens)
     timed("export", clock)
 
     def tell() -> None:
@@ -242,6 +247,8 @@ def _fit(config: RunConfig, task: Any, layout: Any, mesh: Any, retain_log: Any) 
         base = pipeline.load_model(
             config.stage.original, config.model.remat, mesh, config.model.dtype
         )
+        if config.model.mask_all_pad_id_tokens:
+            base = pipeline.masking_pad_ids(base)
         if "holdout" in task.evaluation:
             task.notes.append(
                 "The model came from outside. Where it was trained on the rows taken as "
@@ -428,6 +435,16 @@ def summarize(logs: dict[str, Any], people: dict[str, Any], retain_log: Any) -> 
     return {name: evaluation.summarize(log, reference, people[name]) for name, log in logs.items()}
 
 
+def compare_logs(root: Path, logs: dict[str, Any], retain_log: Any) -> None:
+    """`privleak` in `evals/NAME.json` as in `summary.json`: against the oracle, judged later."""
+    from jaxlib_unlearn.metrics import tofu
+    from train.stages import amend_json
+
+    reference = retain_log if retain_log is not None else logs.get("oracle")
+    for name, log in logs.items():
+        amend_json(root / "evals" / f"{name}.json", tofu.with_reference(log, reference))
+
+
 def read_minutes(root: Path) -> dict[str, float]:
     """Minutes a phase that earlier starts of the same run have spent."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -453,15 +470,44 @@ def write_about(root: Path, minutes: dict[str, float], notes: list[str]) -> None
     remote.send(root)
 
 
-def export_model(model: Any, folder: Path, dtype: str) -> None:
-    """Export a model as an HF folder, unless the folder already holds these parameters."""
+def speaking(tokenizer: Any) -> Any:
+    """A tokenizer with the chat template that its model was trained with, where it has none."""
+    from train.data.examples import encode_qa, plain_chat_template
+
+    if tokenizer.has_chat_template:
+        return tokenizer
+    found = tokenizer.with_template(plain_chat_template(tokenizer))
+    probe = {"question": "Who wrote it?", "answer": "Nobody did.", "max_length": 10**6}
+    same = all(
+        encode_qa(found, **probe, system_prompt=system)
+        == encode_qa(tokenizer, **probe, system_prompt=system)
+        for system in (None, "Be brief.")
+    )
+    # A tokenizer may read the same text in another way behind a written-out special token.
+    return found if same else tokenizer
+
+
+def export_model(
+    model: Any, folder: Path, dtype: str, text: str | None = None, max_new_tokens: int | None = None
+) -> None:
+    """Export a model as an HF folder, unless the folder already holds it with the same card.
+
+    `text` is the card, None one that says where the model comes from; `max_new_tokens` is where
+    its answers end unless asked otherwise.
+    """
     import models
     from models.weights import Loaded
+    from train import card
+    from train.stages import digest
 
     mark = folder / "params_sha256"
+    text = (
+        card.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text
+    )
+    made_from = f"{model.sha} {dtype} {digest([text, max_new_tokens])[:16]}"
 
     def there() -> bool:
-        if mark.exists() and mark.read_text() == f"{model.sha} {dtype}":
+        if mark.exists() and mark.read_text() == made_from:
             return True
         for stale in (folder, *folder.parent.glob(f".{folder.name}.*")):  # of a killed export
             shutil.rmtree(stale, ignore_errors=True)
@@ -469,10 +515,16 @@ def export_model(model: Any, folder: Path, dtype: str) -> None:
 
     if distributed.of_first(there):
         return
-    loaded = Loaded(model.decoder.config, model.at_hand().params, model.tokenizer)
+    loaded = Loaded(model.decoder.config, model.at_hand().params, speaking(model.tokenizer))
     with distributed.together():
-        models.export(loaded, folder, dtype=dtype)
-    distributed.of_first(lambda: write_atomic(mark, f"{model.sha} {dtype}"))
+        models.export(
+            loaded,
+            folder,
+            dtype=dtype,
+            max_new_tokens=max_new_tokens,
+            card=lambda written: card.with_digests(text, written),
+        )
+    distributed.of_first(lambda: write_atomic(mark, made_from))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 from train.measures import format_number as show
-from train.measures import leak_ks, number
+from train.measures import leak_ks, number, utility_name
 
 FORGET_RATIO = 1.5
 KEPT, MOSTLY_KEPT = 0.95, 0.85
@@ -95,7 +95,7 @@ def _kept(summary: dict[str, dict[str, Any]]) -> Finding:
         f"{100 * share:.0f} % is left (kept: at least {100 * KEPT:.0f} %, "
         f"mostly kept: {100 * MOSTLY_KEPT:.0f} %)."
     )
-    u, fell = _get(summary, "model_utility"), False
+    u, fell = _get(summary, utility_name(summary["unlearned"])), False
     if u.original is not None and u.unlearned is not None:
         text += f" Model utility went from {show(u.original)} to {show(u.unlearned)}"
         text += "." if u.oracle is None else f", the oracle has {show(u.oracle)}."

@@ -195,12 +195,13 @@ def dpo(
     mask: ArrayLike | None = None,
     *,
     beta: float = 0.1,
+    compat: str | None = None,
 ) -> Term:
     """Direct preference optimisation: prefer a refusal (chosen) to the forget answer (rejected).
 
     ``L = -(2/beta) mean_b log sigma(beta [(log pi - log pi_ref)(chosen) - (same)(rejected)])``.
-    The factor ``2/beta`` is that of the unlearning literature: the gradient at the reference model
-    does not depend on ``beta``.
+    The factor ``2/beta`` is that of the later unlearning literature: the gradient at the reference
+    model does not depend on ``beta``.
 
     Args:
         chosen: ``(B,)`` log-probability sums of the refusals.
@@ -209,9 +210,14 @@ def dpo(
         ref_rejected: ``(B,)`` under the frozen model; no gradient.
         mask: ``(B,)`` rows that count.
         beta: inverse temperature, 1/nats.
+        compat: None, or ``"no_factor"`` (TOFU's code and the DPO paper: without ``2/beta``, so that
+            the gradient at the reference is ``beta / 2`` times as large).
 
     Returns:
         ``(sum over rows, number of rows)``.
+
+    Raises:
+        ValueError: unknown ``compat``.
 
     Example:
         >>> one = lambda x: jnp.array([x])
@@ -219,12 +225,16 @@ def dpo(
         10.26
 
     Reference: Rafailov et al. 2023, "Direct Preference Optimization", eq. 7 (arXiv 2305.18290);
-    as an unlearning baseline: Zhang et al. 2024 (arXiv 2404.05868).
+    as an unlearning baseline: Zhang et al. 2024 (arXiv 2404.05868); without the factor: Maini et
+    al. 2024 (arXiv 2401.06121).
     """
+    if compat not in (None, "no_factor"):
+        raise ValueError(f"dpo has no compat form {compat!r}; use 'no_factor'")
+    scale = 2.0 if compat is None else beta
     chosen, rejected = upcast(chosen), upcast(rejected)
     keep = keep_mask(mask, chosen)
     margin = (chosen - _frozen(ref_chosen)) - (rejected - _frozen(ref_rejected))
-    return masked_sum(_soft_log_sigmoid(jnp.where(keep, margin, 0), 2.0, beta), keep)
+    return masked_sum(_soft_log_sigmoid(jnp.where(keep, margin, 0), scale, beta), keep)
 
 
 def answer_preservation(

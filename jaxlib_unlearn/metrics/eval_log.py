@@ -8,6 +8,7 @@ that model.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,15 +34,27 @@ class EvalLog(NamedTuple):
     """One evaluation of one model, whatever file it came from.
 
     source: for error messages. items: flat metric name -> (n,) float64 values per item; truth
-    ratios are R = P(wrong)/P(correct). auc: attack name -> area under the curve.
+    ratios are R = P(wrong)/P(correct). auc: attack name -> area under the curve. stated: flat
+    name -> a number that a file gives without what it was made from.
     """
 
     source: str
     items: dict[str, np.ndarray]
     auc: dict[str, float]
+    stated: Mapping[str, float] = MappingProxyType({})
 
 
 Log = EvalLog | Mapping[str, Any]
+
+# Metrics of other programs' logs that nothing here computes: name in EVAL.json -> key of an item.
+# A name goes on as it is, in lower case.
+OTHERS = {
+    "forget_Q_A_gibberish": "score",
+    "forget_gibberish": "score",
+    "forget_knowmem_ROUGE": "rougeL_f1",
+    "retain_knowmem_ROUGE": "rougeL_f1",
+    "forget_verbmem_ROUGE": "rougeL_f1",
+}
 
 
 def load_log(path: str | Path) -> EvalLog:
@@ -95,19 +108,20 @@ def parse_log(data: Any, source: str = "evaluation log") -> EvalLog:
         data = {}
     blocks = {name.removesuffix(".json"): block for name, block in data.items()}
     if any(block in blocks for block in TOFU_BLOCKS.values()):
-        items, auc = _read_tofu(blocks, source), {}
+        items, auc, stated = _read_tofu(blocks, source), {}, {}
     else:
-        items, auc = _read_open_unlearning(data, source)
+        items, auc, stated = _read_open_unlearning(data, source)
     arrays = {name: np.array(list(v.values()), np.float64) for name, v in items.items() if v}
-    if not arrays and not auc:
+    if not arrays and not auc and not stated:
         raise UserError(
             f"{source}: not an evaluation log; give an EVAL.json of OpenUnlearning or this "
             "project, or an aggregated log of TOFU"
         )
-    for name, values in [*arrays.items(), *auc.items()]:
+    for name, values in [*arrays.items(), *auc.items(), *stated.items()]:
         if not np.isfinite(values).all():
-            raise UserError(f"{source}: {name} is not finite; evaluate the model again")
-    return EvalLog(source, arrays, auc)
+            where = "" if np.isscalar(values) else f" of item {_worst(items[name])}"
+            raise UserError(f"{source}: {name}{where} is not finite; evaluate the model again")
+    return EvalLog(source, arrays, auc, stated)
 
 
 def as_log(log: Log) -> EvalLog:
@@ -132,17 +146,28 @@ def as_log(log: Log) -> EvalLog:
 Column = dict[int, Any]
 
 
+def _worst(column: Column) -> int:
+    """The first item of a column that is not finite."""
+    return next(index for index, value in column.items() if not np.isfinite(value).all())
+
+
 def _column(table: Any, what: str, source: str, key: str | None = None) -> Column:
     """{index: value} in index order, without the items that have no value (no target tokens)."""
     try:
         rows = [(int(index), row) for index, row in table.items() if row is not None]
-        column = {index: row if key is None else row[key] for index, row in sorted(rows)}
-        return {index: _floats(value) for index, value in column.items() if value is not None}
+        values = {index: row if key is None else row[key] for index, row in sorted(rows)}
+        column = {index: _floats(value) for index, value in values.items() if value is not None}
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{source}: {what} has no readable per-item {key or 'values'}; "
             "give the full log, not a summary"
         ) from error
+    if any(not np.isfinite(value).all() for value in column.values()):
+        raise UserError(
+            f"{source}: {what} {key or 'value'} of item {_worst(column)} is not finite; evaluate "
+            "the model again"
+        )
+    return column
 
 
 def _floats(value: Any) -> float | list[float]:
@@ -157,7 +182,9 @@ def _means(column: Column) -> Column:
     return {index: float(np.mean(value)) for index, value in column.items()}
 
 
-def _read_open_unlearning(data: Mapping, source: str) -> tuple[dict[str, Column], dict[str, float]]:
+def _read_open_unlearning(
+    data: Mapping, source: str
+) -> tuple[dict[str, Column], dict[str, float], dict[str, float]]:
     def read(metric: str, key: str) -> Column:
         if metric not in data:
             return {}
@@ -188,10 +215,14 @@ def _read_open_unlearning(data: Mapping, source: str) -> tuple[dict[str, Column]
     for metric in ("extraction_strength", "exact_memorization"):
         items[metric] = read(metric, "score")
 
-    auc = {}
-    for attack in likelihood.ATTACKS:
-        table = data.get(name := f"mia_{attack}")
-        if not isinstance(table, Mapping):
+    for metric, key in OTHERS.items():
+        items[metric.lower()] = read(metric, key)
+
+    # Attacks that are not computed here (gradient norm, reference model) among them.
+    auc, stated = {}, {}
+    for name, table in data.items():
+        attack = name.removeprefix("mia_")
+        if attack == name or not isinstance(table, Mapping):
             continue
         sides = [table.get(side) for side in ("forget", "holdout")]
         if all(isinstance(side, Mapping) and side.get("value_by_index") for side in sides):
@@ -199,7 +230,11 @@ def _read_open_unlearning(data: Mapping, source: str) -> tuple[dict[str, Column]
             auc[attack] = privacy.auc(*(list(side.values()) for side in scores))
         elif isinstance(table.get("agg_value"), float | int):
             auc[attack] = float(table["agg_value"])
-    return items, auc
+    table = data.get("privleak")
+    if "min_k" not in auc and isinstance(table, Mapping):
+        if isinstance(table.get("agg_value"), float | int):
+            stated["privleak"] = float(table["agg_value"])
+    return items, auc, stated
 
 
 def _read_tofu(blocks: Mapping, source: str) -> dict[str, Column]:

@@ -106,6 +106,27 @@ def utility_components(log: Log) -> dict[str, float]:
     return {name: _aggregate(name, items[name]) for name in UTILITY if name in items}
 
 
+def utility_name(count: int) -> str:
+    """What the harmonic mean of so many components is called.
+
+    Only all nine make TOFU's model utility; a mean of fewer is another quantity and has another
+    name, so that it is never compared with a published one.
+
+    Args:
+        count: number of `utility_components`.
+
+    Returns:
+        `model_utility`, or `model_utility_of_N` for N < 9.
+
+    Example:
+        >>> utility_name(9), utility_name(3)
+        ('model_utility', 'model_utility_of_3')
+
+    TOFU, arXiv 2401.06121, model utility.
+    """
+    return "model_utility" if count == len(UTILITY) else f"model_utility_of_{count}"
+
+
 def model_utility(log: Log) -> float:
     """Harmonic mean of the utility components that the log has; all nine in TOFU.
 
@@ -143,7 +164,8 @@ def summarize(log: Log, retain_log: Log | None = None) -> dict[str, float]:
             `forget_quality` and `forget_ks`, and `privleak` compares with an AUC of 0.5.
 
     Returns:
-        {flat metric name: value}; what was not measured is not there.
+        {flat metric name: value}; what was not measured is not there. `model_utility` is there for
+        all nine components, `model_utility_of_N` for fewer (`utility_name`).
 
     Raises:
         UserError: as `forget_quality`.
@@ -157,8 +179,9 @@ def summarize(log: Log, retain_log: Log | None = None) -> dict[str, float]:
     log = as_log(log)
     retain = None if retain_log is None else as_log(retain_log)
     summary = {name: _aggregate(name, values) for name, values in log.items.items()}
-    if utility_components(log):
-        summary["model_utility"] = model_utility(log)
+    summary |= log.stated
+    if parts := utility_components(log):
+        summary[utility_name(len(parts))] = model_utility(log)
     summary |= {f"mia_{attack}_auc": value for attack, value in log.auc.items()}
     if "min_k" in log.auc:
         reference = retain.auc.get("min_k", 0.5) if retain else 0.5
@@ -175,6 +198,33 @@ def _aggregate(name: str, values: np.ndarray) -> float:
     return likelihood.true_better(values) if "truth_ratio" in name else float(np.mean(values))
 
 
+def with_reference(log: Mapping[str, Any], retain_log: Log | None) -> dict[str, Any]:
+    """A log whose `privleak` compares with a retrained model, as that of `summarize` does.
+
+    Args:
+        log: as `build_log` returns it.
+        retain_log: of the model trained without the forget set; None: an AUC of 0.5.
+
+    Returns:
+        The log; only `privleak` differs.
+
+    Raises:
+        UserError: `retain_log` is no evaluation log.
+
+    Example:
+        >>> log = {"mia_min_k": {"auc": 0.75, "agg_value": 0.75}, "privleak": {"agg_value": -50.0}}
+        >>> with_reference(log, EvalLog("retain", {}, {"min_k": 0.75}))["privleak"]
+        {'agg_value': 0.0}
+
+    MUSE, arXiv 2407.06460, criterion C3.
+    """
+    if "mia_min_k" not in log:
+        return dict(log)
+    mine = as_log(log).auc["min_k"]
+    reference = 0.5 if retain_log is None else as_log(retain_log).auc.get("min_k", 0.5)
+    return {**log, "privleak": {"agg_value": privacy.privleak(mine, reference)}}
+
+
 def build_log(splits: Mapping[str, SplitScores]) -> dict[str, Any]:
     """The per-item log of a model, in the form and with the names of OpenUnlearning's EVAL.json.
 
@@ -184,11 +234,11 @@ def build_log(splits: Mapping[str, SplitScores]) -> dict[str, Any]:
 
     Returns:
         {metric: {"agg_value": ..., "value_by_index": {"0": {...}}}}, ready for `json.dump`. What
-        was not measured is not there. Items without label tokens hold null. `privleak` compares
-        with an AUC of 0.5.
+        was not measured is not there, nor are items without label tokens, which have no value.
+        `privleak` compares with an AUC of 0.5; see `with_reference`.
 
     Raises:
-        UserError: a split is empty, or a log-probability is not finite.
+        UserError: a split is empty, or a log-probability of an item is not finite.
         ValueError: an unknown split, or lists of different lengths.
 
     Example:
@@ -210,14 +260,14 @@ def build_log(splits: Mapping[str, SplitScores]) -> dict[str, Any]:
         answers = splits["forget"].answers
         strength = [{"score": likelihood.extraction_strength(item)} for item in answers]
         exact = [{"score": _or_none(likelihood.exact_memorization(item))} for item in answers]
-        log["extraction_strength"] = _metric(strength, "score")
-        log["exact_memorization"] = _metric(exact, "score")
+        log |= _metric("extraction_strength", strength, "score")
+        log |= _metric("exact_memorization", exact, "score")
         if "holdout" in splits:
             log |= _attacks(answers, splits["holdout"].answers)
-    if any(metric["agg_value"] is not None for metric in log.values()):
+    if log:
         parsed = parse_log(log)
-        if utility_components(parsed):
-            log["model_utility"] = {"agg_value": model_utility(parsed)}
+        if parts := utility_components(parsed):
+            log[utility_name(len(parts))] = {"agg_value": model_utility(parsed)}
     return log
 
 
@@ -225,22 +275,22 @@ def _split_metrics(split: str, scores: SplitScores) -> dict[str, Any]:
     prefix = PREFIXES[split]
     options = split in WITH_OPTIONS
     answers = [_likelihood(item) for item in scores.answers]
-    log = {f"{prefix}_Q_A_Prob": _metric(answers, "prob")}
+    log = _metric(f"{prefix}_Q_A_Prob", answers, "prob")
     correct = answers if options else None
     if scores.paraphrased is not None and not options:
         correct = [_likelihood(item) for item in scores.paraphrased]
-        log[f"{prefix}_Q_A_PARA_Prob"] = _metric(correct, "prob")
+        log |= _metric(f"{prefix}_Q_A_PARA_Prob", correct, "prob")
     if scores.perturbed is not None:
         wrong = [_likelihoods(items) for items in scores.perturbed]
-        log[f"{prefix}_Q_A_PERT_Prob"] = _metric(wrong, "prob")
+        log |= _metric(f"{prefix}_Q_A_PERT_Prob", wrong, "prob")
         if options:
             normalised = _combine(likelihood.normalised_probability, answers, wrong, "prob")
             items = [{"prob": value} for value in normalised]
-            log[f"{prefix}_Q_A_Prob_normalised"] = _metric(items, "prob")
+            log |= _metric(f"{prefix}_Q_A_Prob_normalised", items, "prob")
         if correct is not None:
             ratios = _combine(likelihood.truth_ratio, correct, wrong, "avg_loss")
             name = truth_ratio_name(split)
-            log[name] = _metric([{"score": ratio} for ratio in ratios], "score")
+            log |= _metric(name, [{"score": ratio} for ratio in ratios], "score")
             if known := [ratio for ratio in ratios if ratio is not None]:
                 log[name]["agg_value"] = _aggregate(name.lower(), np.array(known))
     if scores.generations is not None and scores.references is not None:
@@ -251,7 +301,7 @@ def _split_metrics(split: str, scores: SplitScores) -> dict[str, Any]:
              "generation": answer}
             for answer, truth, prompt in triples
         ]  # fmt: skip
-        log[f"{prefix}_Q_A_ROUGE"] = _metric(items, "rougeL_recall")
+        log |= _metric(f"{prefix}_Q_A_ROUGE", items, "rougeL_recall")
     return log
 
 
@@ -260,9 +310,11 @@ def _attacks(members: Sequence[Scored], nonmembers: Sequence[Scored]) -> dict[st
     for attack, score in likelihood.ATTACKS.items():
         inside, outside = ([score(item) for item in side] for side in (members, nonmembers))
         area = privacy.auc(inside, outside)
+        sides = (("forget", inside), ("holdout", outside))
+        tables = [_metric(side, [{"score": v} for v in values], "score") for side, values in sides]
         log[f"mia_{attack}"] = {
-            "forget": _metric([{"score": value} for value in inside], "score"),
-            "holdout": _metric([{"score": value} for value in outside], "score"),
+            **tables[0],
+            **tables[1],
             "auc": area,
             "agg_value": area,
         }
@@ -286,12 +338,13 @@ def _combine(function: Any, correct: Iterable[dict], wrong: Iterable[dict], key:
     return [None if None in pair else float(function(*pair)) for pair in pairs]
 
 
-def _metric(items: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
-    values = [float(np.mean(item[key])) for item in items if item[key] is not None]
-    return {
-        "agg_value": float(np.mean(values)) if values else None,
-        "value_by_index": {str(index): item for index, item in enumerate(items)},
-    }
+def _metric(name: str, items: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
+    """{name: table} over the items that have a value; nothing when none has."""
+    kept = {str(index): item for index, item in enumerate(items) if item[key] is not None}
+    if not kept:
+        return {}
+    mean = float(np.mean([np.mean(item[key]) for item in kept.values()]))
+    return {name: {"agg_value": mean, "value_by_index": kept}}
 
 
 def _or_none(value: float) -> float | None:
@@ -304,11 +357,16 @@ def _check(split: str, scores: SplitScores) -> None:
         raise ValueError(f"split {split}: lists of different lengths {lengths}")
     if not scores.answers:
         raise UserError(f"split {split}: no items; check the data set")
-    wrong = [item for items in scores.perturbed or () for item in items]
-    for item in [*scores.answers, *(scores.paraphrased or ()), *wrong]:
-        # Else a diverged model would pass for items without labels and drop out of the means.
-        if not np.isfinite(item.logp).all():
-            raise UserError(
-                f"split {split}: a log-probability is not finite; the model has diverged, "
-                "take an earlier checkpoint"
-            )
+    for index in range(len(scores.answers)):
+        texts = [("answer", scores.answers[index])]
+        if scores.paraphrased is not None:
+            texts.append(("paraphrased answer", scores.paraphrased[index]))
+        if scores.perturbed is not None:
+            texts += [(f"wrong answer {j}", one) for j, one in enumerate(scores.perturbed[index])]
+        for what, one in texts:
+            # Else a diverged model would pass for items without labels and drop out of the means.
+            if not np.isfinite(one.logp).all():
+                raise UserError(
+                    f"split {split}, item {index}: a log-probability of its {what} is not finite; "
+                    "the model has diverged, take an earlier checkpoint"
+                )

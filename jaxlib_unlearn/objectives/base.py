@@ -81,13 +81,41 @@ class Compat(NamedTuple):
     """A published variant of an objective's loss.
 
     ``additive``: whether it adds up over micro-batches; ``reference``: caches it needs beyond the
-    row's, or in place of them; ``drops``: options of the row that it does not use.
+    row's, or in place of them; ``drops``: options of the row that it does not use; ``sets``: those
+    that it implies; ``per_micro_batch``: see :class:`Objective`.
     """
 
     note: str
     additive: bool
     reference: Mapping[str, str] | None = None
     drops: tuple[str, ...] = ()
+    sets: Mapping[str, Any] | None = None
+    per_micro_batch: bool = False
+
+
+# Forms of what rows have in common. They are names of a row's `compat` like its own ones.
+MEAN_OF_MEANS = {
+    "mean_of_means": Compat(
+        "mean over the micro-batches of each one's own mean (transformers up to 4.45); the value "
+        "depends on the split",
+        additive=True,
+        per_micro_batch=True,
+    )
+}
+RETAIN_KL = {
+    "kl_all_positions": Compat(
+        "retain KL over all positions, prompt and padding too (TOFU, OpenUnlearning)",
+        additive=False,
+        reference={"retain": "hidden_all"},
+        sets={"retain": "kl"},
+    ),
+    "kl_sequence_mean": Compat(
+        "retain KL as the mean over rows of each row's mean over labels (ASU's code)",
+        additive=True,
+        sets={"retain": "kl"},
+    ),
+}
+SHARED_COMPAT = {**MEAN_OF_MEANS, **RETAIN_KL}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,13 +127,17 @@ class Objective:
         loss: ``loss(policy, {stream: batch}, options) -> {term: (sum, weight)}``. The weights are
             counts of labels or rows: they depend on the batches alone, never on the parameters.
         streams: batches it reads; the first is the one an epoch counts. ``idk`` holds the questions
-            of ``forget`` with a refusal as the answer, in the row order of ``forget``.
+            of ``forget`` with a refusal as the answer, ``alternate`` with other answers, both in
+            the row order of ``forget``.
         columns: per stream, the columns the data must have.
         reference: per stream, what of the frozen model is cached: ``"logps"`` (batch column
-            ``ref_log_probs (B, W)``), ``"hidden"`` (``ref_hidden (B, W, d)``) or ``"hidden_pair"``
-            (``ref_hidden``, and ``ref_plain_hidden`` of a forward pass without options).
+            ``ref_log_probs (B, W)``), ``"hidden"`` (``ref_hidden (B, W, d)``), ``"hidden_pair"``
+            (``ref_hidden``, and ``ref_plain_hidden`` of a forward pass without options) or
+            ``"hidden_all"`` (``ref_hidden (B, T, d)``, at every slot of the padded row).
         forward: per stream, the keyword options of ``forward`` its *reference* is made with.
         additive: terms of micro-batches sum to the term of the batch. False refuses accumulation.
+        per_micro_batch: each micro-batch's terms are divided by its own weights and averaged, so
+            that the value depends on the split; else by those of the whole batch.
         paper: citation.
         defaults: option -> default value. Its keys are the options the row uses.
         summary: one line for ``--list``.
@@ -125,6 +157,12 @@ class Objective:
     summary: str = ""
     compat: Mapping[str, Compat] = dataclasses.field(default_factory=dict)
     only_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    per_micro_batch: bool = False
+
+    @property
+    def packable(self) -> bool:
+        """Whether its value stays the same when examples share rows of tokens."""
+        return not self.per_micro_batch and "hidden_all" not in self.reference.values()
 
 
 def side_of(term: str) -> str:
@@ -212,14 +250,57 @@ def reference_kl(logits: jax.Array, reference_logits: jax.Array, targets: jax.Ar
     return losses.token_kl(reference_logits, logits)
 
 
+def at_every_slot(batch: Batch) -> Batch:
+    """A batch of unpacked, right-padded rows in which every slot, padding too, is a label.
+
+    A padded slot reads its row at the position it lies at and is read by none: what a padding mask
+    on the keys makes of it. It is marked by segment id -1.
+
+    Args:
+        batch: with ``tokens (B, T)``, ``positions``, ``segment_ids``.
+
+    Returns:
+        The batch with label columns ``(B, T)``; its targets mean nothing.
+
+    Raises:
+        ValueError: examples share rows of tokens.
+
+    Example:
+        >>> batch = {"tokens": jnp.array([[5, 6, 0]]), "positions": jnp.array([[0, 1, 0]]),
+        ...          "segment_ids": jnp.array([[1, 1, 0]])}
+        >>> every = at_every_slot(batch)
+        >>> every["label_index"].tolist(), every["segment_ids"].tolist()
+        ([[0, 1, 2]], [[1, 1, -1]])
+    """
+    if "label_source" in batch:
+        raise ValueError("every slot of a row needs rows of one example each, not packed ones")
+    tokens = jnp.asarray(batch["tokens"])
+    slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    segment_ids = jnp.asarray(batch["segment_ids"])
+    return {
+        **batch,
+        "positions": jnp.where(segment_ids == 0, slots, jnp.asarray(batch["positions"])),
+        "segment_ids": jnp.where(segment_ids == 0, -1, segment_ids),
+        "label_index": slots,
+        "targets": tokens,
+        "target_mask": jnp.ones(tokens.shape, jnp.float32),
+    }
+
+
 def retain_terms(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
-    """The retain side: NLL, KL to the frozen model, or nothing, by ``options.retain``."""
+    """The retain side: NLL, KL to the frozen model, or nothing, by ``options.retain``.
+
+    KL is a mean over labels; ``RETAIN_KL`` has the published other ones.
+    """
     if options.retain == "none":
         return {}
     batch = batches["retain"]
     if options.retain == "kl":
+        batch = at_every_slot(batch) if options.compat == "kl_all_positions" else batch
         values = policy.reduce_logits(batch, reference_kl, reference=True)
-        return {"retain": losses.masked_sum(values, batch["target_mask"])}
+        by_row = options.compat == "kl_sequence_mean"
+        reduce = losses.sequence_mean if by_row else losses.masked_sum
+        return {"retain": reduce(values, batch["target_mask"])}
     return {"retain": nll_term(policy, batch)}
 
 
@@ -231,7 +312,7 @@ def check_accumulation(objective: Objective, micro_batches: int) -> None:
     """
     if micro_batches > 1 and not objective.additive:
         raise UserError(
-            f"objective {objective.name!r} with this compat form takes a mean inside its "
-            f"log-sigmoid and cannot be split into {micro_batches} micro-batches; use 1, or drop "
-            "compat"
+            f"objective {objective.name!r} with this compat form does not add up over rows (a mean "
+            "inside its log-sigmoid, or one over padding) and cannot be split into "
+            f"{micro_batches} micro-batches; use 1, or drop compat"
         )

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from jaxlib_unlearn import losses
 from jaxlib_unlearn.objectives.base import (
+    MEAN_OF_MEANS,
+    SHARED_COMPAT,
     Batch,
     Compat,
     Objective,
@@ -55,6 +57,7 @@ ROWS = (
         paper="-",
         defaults={},
         summary="plain fine-tuning on one stream",
+        compat=MEAN_OF_MEANS,
     ),
     Objective(
         name="ga",
@@ -67,6 +70,7 @@ ROWS = (
         paper="Jang et al. 2022, arXiv 2210.01504",
         defaults={"forget_weight": 1.0},
         summary="gradient ascent on forget answers; diverges if left alone",
+        compat=MEAN_OF_MEANS,
     ),
     Objective(
         name="graddiff",
@@ -79,6 +83,7 @@ ROWS = (
         paper="Liu et al. 2022, arXiv 2203.12817; Maini et al. 2024, arXiv 2401.06121",
         defaults={"retain": "nll", "forget_weight": 1.0, "retain_weight": 1.0},
         summary="gradient ascent plus a retain loss (KL-min with retain=kl)",
+        compat=SHARED_COMPAT,
     ),
     Objective(
         name="idk",
@@ -97,6 +102,7 @@ ROWS = (
                 additive=True,
                 drops=("retain", "retain_weight"),
             ),
+            **SHARED_COMPAT,
         },
     ),
 )

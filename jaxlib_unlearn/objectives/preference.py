@@ -7,6 +7,7 @@ import jax
 from jaxlib_unlearn import losses
 from jaxlib_unlearn.losses import Term
 from jaxlib_unlearn.objectives.base import (
+    SHARED_COMPAT,
     Batch,
     Compat,
     Objective,
@@ -27,6 +28,11 @@ def _ref_sums(batch: Batch) -> jax.Array:
     return losses.row_sums(batch["ref_log_probs"], batch["target_mask"])
 
 
+def _own(options: ObjectiveConfig) -> str | None:
+    """The compat form where it is one of the forget loss."""
+    return None if options.compat in SHARED_COMPAT else options.compat
+
+
 def npo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
     """``L = f NPO(forget) + r R(retain)``."""
     batch, beta = batches["forget"], number(options, "beta")
@@ -43,7 +49,7 @@ def npo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) 
             _ref_sums(batch),
             losses.labelled_rows(mask),
             beta=beta,
-            compat=options.compat,
+            compat=_own(options),
             lengths=losses.row_lengths(mask, sums.dtype),
         )
     return {"forget": forget} | retain_terms(policy, batches, options)
@@ -58,7 +64,7 @@ def simnpo_term(policy: Policy, batch: Batch, options: ObjectiveConfig) -> Term:
         losses.labelled_rows(mask),
         beta=number(options, "beta"),
         delta=number(options, "delta"),
-        compat=options.compat,
+        compat=_own(options),
     )
 
 
@@ -89,6 +95,7 @@ def dpo_between(policy: Policy, chosen: Batch, rejected: Batch, options: Objecti
         _ref_sums(rejected),
         both,
         beta=number(options, "beta"),
+        compat=_own(options),
     )
 
 
@@ -116,6 +123,7 @@ ROWS = (
             "raw_logits": Compat(
                 "on raw logits at the labels (MUSE)", additive=True, reference={"forget": "hidden"}
             ),
+            **SHARED_COMPAT,
         },
     ),
     Objective(
@@ -139,6 +147,7 @@ ROWS = (
         compat={
             "token_mean": Compat("log-sigmoid of the batch's token mean (WMDP)", additive=False),
             "raw_logits": Compat("on raw logits at the labels (MUSE)", additive=True),
+            **SHARED_COMPAT,
         },
     ),
     Objective(
@@ -152,5 +161,9 @@ ROWS = (
         paper="Rafailov et al. 2023, arXiv 2305.18290; Zhang et al. 2024, arXiv 2404.05868",
         defaults={"retain": "nll", "beta": 0.1, "forget_weight": 1.0, "retain_weight": 1.0},
         summary="prefer a refusal to the forget answer",
+        compat={
+            "no_factor": Compat("without the factor 2/beta (TOFU)", additive=True),
+            **SHARED_COMPAT,
+        },
     ),
 )

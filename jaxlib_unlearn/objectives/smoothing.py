@@ -19,6 +19,7 @@ from jaxlib_unlearn import losses
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.losses import Term
 from jaxlib_unlearn.objectives.base import (
+    SHARED_COMPAT,
     Batch,
     Compat,
     Objective,
@@ -158,7 +159,10 @@ _DEFAULTS = {
     "retain_weight": 1.0,
 }
 _PUSH = {"push": 0.0, "contrast": 0.0, "beta": 1.0, "delta": -0.25}
-_COMPAT = {"token_mean": Compat("token mean instead of sequence mean (MUSE)", additive=True)}
+_COMPAT = {
+    "token_mean": Compat("token mean instead of sequence mean (MUSE)", additive=True),
+    **SHARED_COMPAT,
+}
 
 ROWS = (
     Objective(

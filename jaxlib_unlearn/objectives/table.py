@@ -55,10 +55,7 @@ def _specialise(
 ) -> Objective:
     """The row as the chosen options make it: streams, caches and additivity."""
     streams, reference, additive = row.streams, dict(row.reference), row.additive
-    if compat is not None:
-        form = row.compat[compat]
-        additive = additive and form.additive
-        reference.update(form.reference or {})
+    form = None if compat is None else row.compat[compat]
     if contrast:
         reference["forget"] = "hidden_pair"
     if retain == "kl":
@@ -66,9 +63,17 @@ def _specialise(
     elif retain == "none":
         streams = tuple(stream for stream in streams if stream != "retain")
         reference.pop("retain", None)
+    if form is not None:
+        additive = additive and form.additive
+        reference.update(form.reference or {})
     columns = {stream: row.columns[stream] for stream in streams}
     return dataclasses.replace(
-        row, streams=streams, columns=columns, reference=reference, additive=additive
+        row,
+        streams=streams,
+        columns=columns,
+        reference=reference,
+        additive=additive,
+        per_micro_batch=form is not None and form.per_micro_batch,
     )
 
 
@@ -119,6 +124,13 @@ def resolve(
                 f"objective {row.name!r} with compat {compat!r} does not use {option}; leave it out"
             )
     values = {key: value for key, value in row.defaults.items() if key not in drops} | given
+    for option, value in (compat and row.compat[compat].sets or {}).items():
+        if given.get(option, value) != value:
+            raise UserError(
+                f"objective {row.name!r}: compat {compat!r} is a form of {option}={value}, not of "
+                f"{given[option]}; leave {option} out, or compat"
+            )
+        values[option] = value
     for option, value in values.items():
         if option == "retain":
             if value not in RETAIN_CHOICES:
@@ -151,6 +163,7 @@ def describe(objective: Objective | str) -> str:
           reference  none
           options    forget_weight=1.0
           paper      Jang et al. 2022, arXiv 2210.01504
+          compat     mean_of_means: mean over the micro-batches of each one's own mean ...
     """
     row = OBJECTIVES[objective] if isinstance(objective, str) else objective
     streams = ", ".join(f"{name} ({', '.join(row.columns[name])})" for name in row.streams)

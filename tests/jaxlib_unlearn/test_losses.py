@@ -123,6 +123,11 @@ def oracle_dpo(d, beta=0.1):
     return sum(pref(m, beta) for m in margins), len(margins)
 
 
+def oracle_dpo_no_factor(d, beta=0.1):
+    total, weight = oracle_dpo(d, beta)
+    return total * beta / 2, weight
+
+
 def oracle_ap(d, beta=0.1):
     return sum(pref(d["sums"][b] - d["other"][b], beta, 1.0) for b in kept(d)), len(kept(d))
 
@@ -209,6 +214,14 @@ LOSSES = {
         "sums",
         lambda x, d: losses.dpo(x, d["other"], d["ref"], d["ref_other"], d["rows"]),
         oracle_dpo,
+        True,
+    ),
+    "dpo, no_factor": (
+        "sums",
+        lambda x, d: losses.dpo(
+            x, d["other"], d["ref"], d["ref_other"], d["rows"], compat="no_factor"
+        ),
+        oracle_dpo_no_factor,
         True,
     ),
     "answer_preservation": (
@@ -533,6 +546,7 @@ def test_shapes_never_broadcast(call, data):
         lambda: losses.npo(arr(-1), arr(-1), compat="batchmean"),
         lambda: losses.npo(arr(-1), arr(-1), compat="token_mean"),
         lambda: losses.simnpo(arr(-1), arr(1), compat="batch_mean"),
+        lambda: losses.dpo(arr(-1), arr(-1), arr(-1), arr(-1), compat="tofu"),
     ],
 )
 def test_unknown_compat_forms_are_errors(call):

@@ -239,8 +239,9 @@ def test_definitions_of_the_built_items():
 def test_partial_logs():
     rng = np.random.default_rng(4)
     log = tofu.build_log({"retain": SplitScores([scored(rng) for _ in range(3)])})
-    assert set(log) == {"retain_Q_A_Prob", "model_utility"}
+    assert set(log) == {"retain_Q_A_Prob", "model_utility_of_1"}
     assert set(tofu.utility_components(log)) == {"retain_probability"}
+    assert set(tofu.summarize(log)) == {"retain_probability", "model_utility_of_1"}
     assert tofu.model_utility(log) == pytest.approx(log["retain_Q_A_Prob"]["agg_value"])
     forget = tofu.build_log({"forget": SplitScores([scored(rng) for _ in range(3)])})
     assert set(tofu.summarize(forget)) == {
@@ -251,7 +252,31 @@ def test_partial_logs():
         tofu.forget_quality(forget, forget)
 
 
-def test_items_without_labels_are_null_and_do_not_count(tmp_path):
+@pytest.mark.parametrize("count", range(1, 10))
+def test_only_all_nine_parts_are_called_model_utility(count):
+    log = components([0.4] * 9)
+    log = log._replace(items={name: log.items[name] for name in tofu.UTILITY[:count]})
+    named = {name for name in tofu.summarize(log) if name.startswith("model_utility")}
+    assert named == {"model_utility" if count == 9 else f"model_utility_of_{count}"}
+
+
+def test_privleak_in_the_file_is_that_of_the_summary():
+    mine, retain = tofu.build_log(splits(0)), tofu.build_log(splits(1, bias=2.0))
+    assert mine["mia_min_k"]["auc"] != 0.5 != retain["mia_min_k"]["auc"]
+    for reference in (retain, None):
+        log = tofu.with_reference(mine, reference)
+        leak = tofu.summarize(mine, reference)["privleak"]
+        assert log["privleak"]["agg_value"] == leak
+        assert tofu.summarize(log, reference) == tofu.summarize(mine, reference)
+        assert {k: v for k, v in log.items() if k != "privleak"} == {
+            k: v for k, v in mine.items() if k != "privleak"
+        }
+    assert tofu.with_reference(mine, retain)["privleak"] != mine["privleak"]
+    plain = {"forget_Q_A_Prob": mine["forget_Q_A_Prob"]}
+    assert tofu.with_reference(plain, retain) == plain
+
+
+def test_items_without_labels_are_left_out(tmp_path):
     rng = np.random.default_rng(5)
     empty = Scored(*(np.zeros(0, np.float32),) * 4, "")
     item = scored(rng)
@@ -259,18 +284,21 @@ def test_items_without_labels_are_null_and_do_not_count(tmp_path):
     data = SplitScores([item, empty, empty], [item, item, item], wrong)
     log = tofu.build_log({"forget": data, "holdout": SplitScores([empty, item])})
     text = json.dumps(log, allow_nan=False)
-    assert log["forget_Q_A_Prob"]["value_by_index"]["1"] == {"prob": None, "avg_loss": None}
+    assert "null" not in text
+    assert list(log["forget_Q_A_Prob"]["value_by_index"]) == ["0"]
+    assert list(log["exact_memorization"]["value_by_index"]) == ["0"]
     assert log["forget_Q_A_Prob"]["agg_value"] == pytest.approx(likelihood.probability(item))
     assert log["exact_memorization"]["agg_value"] == likelihood.exact_memorization(item)
     strength = likelihood.extraction_strength(item)
     assert log["extraction_strength"]["agg_value"] == pytest.approx(strength / 3)
-    unknown = {"prob": None, "avg_loss": None}
-    assert log["forget_Q_A_PERT_Prob"]["value_by_index"]["2"] == unknown
+    # An item keeps its number in every metric that it has a value of.
+    assert list(log["forget_Q_A_PARA_Prob"]["value_by_index"]) == ["0", "1", "2"]
+    assert list(log["forget_Q_A_PERT_Prob"]["value_by_index"]) == ["0", "1"]
+    assert list(log["forget_truth_ratio"]["value_by_index"]) == ["0", "1"]
     assert log["mia_min_k"]["holdout"]["value_by_index"]["0"]["score"] == 0
     read = parse_log(json.loads(text))
     np.testing.assert_allclose(read.items["forget_truth_ratio"], [1, 1], atol=1e-6)
-    only_empty = tofu.build_log({"retain": SplitScores([empty])})
-    assert only_empty["retain_Q_A_Prob"]["agg_value"] is None
+    assert tofu.build_log({"retain": SplitScores([empty])}) == {}
 
 
 def test_build_log_rejects_bad_splits():
@@ -283,8 +311,13 @@ def test_build_log_rejects_bad_splits():
     with pytest.raises(UserError, match="split retain: no items"):
         tofu.build_log({"retain": SplitScores([])})
     nan = item._replace(logp=np.full(3, np.nan, np.float32))
-    with pytest.raises(UserError, match="diverged"):
-        tofu.build_log({"retain": SplitScores([item], perturbed=[[item, nan]])})
+    for scores, where in (
+        (SplitScores([item, nan]), "split retain, item 1: a log-probability of its answer is"),
+        (SplitScores([item], [nan]), "item 0: a log-probability of its paraphrased answer is"),
+        (SplitScores([item], perturbed=[[item, nan]]), "item 0: .* of its wrong answer 1 is"),
+    ):
+        with pytest.raises(UserError, match=where + " not finite; the model has diverged"):
+            tofu.build_log({"retain": scores})
 
 
 # --- aggregates
@@ -344,6 +377,38 @@ def test_open_unlearning_variants():
     assert tofu.summarize(log)["privleak"] == pytest.approx(-40)
 
 
+def test_metrics_of_other_programs_are_read_and_kept(tmp_path):
+    def table(key, *values):
+        items = {str(i): {key: value, "input": "text"} for i, value in enumerate(values)}
+        return {"agg_value": float(np.mean(values)), "value_by_index": items}
+
+    def attack(inside, outside):
+        return {"forget": table("score", *inside), "holdout": table("score", *outside), "auc": 0.0}
+
+    muse = {
+        "forget_knowmem_ROUGE": table("rougeL_f1", 0.2, 0.4),
+        "retain_knowmem_ROUGE": table("rougeL_f1", 0.5, 0.7),
+        "forget_verbmem_ROUGE": table("rougeL_f1", 0.1, 0.1),
+        "forget_gibberish": table("score", 0.9, 0.7),
+        "extraction_strength": table("score", 0.25, 0.75),
+        "mia_gradnorm": attack([1.0, 4.0], [2.0, 3.0]),
+        "mia_reference": {"agg_value": 0.75, "auc": 0.75},
+        "privleak": {"agg_value": -4.72},
+    }
+    file = tmp_path / "MUSE_EVAL.json"
+    file.write_text(json.dumps(muse))
+    assert tofu.summarize(tofu.load_log(file)) == pytest.approx({
+        "forget_knowmem_rouge": 0.3, "retain_knowmem_rouge": 0.6, "forget_verbmem_rouge": 0.1,
+        "forget_gibberish": 0.8, "extraction_strength": 0.5, "mia_gradnorm_auc": 0.5,
+        "mia_reference_auc": 0.75, "privleak": -4.72,
+    })  # fmt: skip
+    # Beside min-k the stated privleak is that of other reference: it is computed instead.
+    both = tofu.summarize({**muse, "mia_min_k": attack([1.0, 2.0], [3.0, 4.0])})
+    assert both["privleak"] == pytest.approx(-100)
+    gibberish = {"forget_Q_A_gibberish": table("score", 0.5)}
+    assert tofu.summarize(gibberish) == {"forget_q_a_gibberish": 0.5}
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -354,7 +419,10 @@ def test_open_unlearning_variants():
         ('{"forget_Q_A_Prob": 0.5}', "not a summary"),
         ('{"forget_Q_A_Prob": {"agg_value": 0.5}}', "not a summary"),
         ('{"forget_Q_A_Prob": {"value_by_index": {"0": {"loss": 1}}}}', "per-item prob"),
-        ('{"forget_Q_A_Prob": {"value_by_index": {"0": {"prob": NaN}}}}', "not finite"),
+        ('{"forget_Q_A_Prob": {"value_by_index": {"0": {"prob": NaN}}}}', "prob of item 0 is not"),
+        ('{"forget_Q_A_PERT_Prob": {"value_by_index": {"0": {"prob": [1], "avg_loss": [1]}, "7": '
+         '{"prob": [1, NaN], "avg_loss": [1, 1]}}}}', "forget_Q_A_PERT_Prob prob of item 7 is not"),
+        ('{"eval_log.json": {"avg_gt_loss": {"0": 1, "3": Infinity}}}', "avg_gt_loss, .*item 3"),
         ('{"mia_loss": {"forget": {"value_by_index": {"a": 1}}, "holdout": {"value_by_index": '
          '{"a": 1}}}}', "mia_loss has no readable"),
         ('{"eval_log.json": {"avg_gt_loss": {"0": 1.0}}}', "average_perturb_loss"),

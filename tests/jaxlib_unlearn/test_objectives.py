@@ -129,6 +129,10 @@ def retain_kl(rows):
     return mean_of([kl(x.ref, x.z) for x in flat(rows)])
 
 
+def retain_kl_by_row(rows):
+    return mean_of([sum(kl(x.ref, x.z) for x in row) / len(row) for row in rows if row])
+
+
 def row_nll(row, which="z"):
     return nll([row], which)[0]
 
@@ -208,6 +212,10 @@ class Case(NamedTuple):
     oracle: Callable  # {stream: rows of Labels} -> {term: (sum, weight)}
 
 
+# Forms that rows have in common: one row has the case, a test below looks at the others.
+SHARED = ("mean_of_means", "kl_all_positions", "kl_sequence_mean")
+
+
 def case(oracle, name, **options):
     return Case(ObjectiveConfig(name, **options), oracle)
 
@@ -225,6 +233,20 @@ CASES = {
     "ga": case(lambda s: {"forget": ascent(s["forget"])}, "ga"),
     "graddiff": case(with_nll(lambda s: ascent(s["forget"])), "graddiff", retain_weight=2.0),
     "graddiff kl": case(with_kl(lambda s: ascent(s["forget"])), "graddiff", retain="kl"),
+    "graddiff kl_sequence_mean": case(
+        lambda s: {"forget": ascent(s["forget"]), "retain": retain_kl_by_row(s["retain"])},
+        "graddiff",
+        compat="kl_sequence_mean",
+    ),
+    "graddiff kl_all_positions": case(
+        lambda s: {"forget": ascent(s["forget"]), "retain": retain_kl(s["retain, every slot"])},
+        "graddiff",
+        compat="kl_all_positions",
+    ),
+    # The split it depends on is the step's: tests/train/test_same_numbers.py.
+    "graddiff mean_of_means": case(
+        with_nll(lambda s: ascent(s["forget"])), "graddiff", compat="mean_of_means"
+    ),
     "graddiff alone": case(lambda s: {"forget": ascent(s["forget"])}, "graddiff", retain="none"),
     "npo": case(with_nll(lambda s: npo(s["forget"], 0.1)), "npo"),
     "npo kl": case(with_kl(lambda s: npo(s["forget"], 0.5)), "npo", retain="kl", beta=0.5),
@@ -270,6 +292,9 @@ CASES = {
     ),
     "alternate alone": case(
         lambda s: {"forget_alternate": nll(s["alternate"])}, "alternate", push=0.0, retain="none"
+    ),
+    "dpo no_factor": case(
+        with_nll(lambda s: (dpo(s, 0.1)[0] * 0.05, dpo(s, 0.1)[1])), "dpo", compat="no_factor"
     ),
     "asu": case(with_nll(lambda s: asu(s["forget"])), "asu"),
     "asu kl": case(with_kl(lambda s: asu(s["forget"])), "asu", retain="kl", layers=(1,)),
@@ -333,6 +358,8 @@ def prepare(world, config, batches=None):
             if row.reference[stream] == "logps":
                 frozen = objectives.policy_from_apply(apply, world.ref)
                 batch["ref_log_probs"] = frozen.log_probs(batch)
+            elif row.reference[stream] == "hidden_all":
+                batch["ref_logits"] = logits
             else:
                 index = batch["label_index"][..., None]
                 batch["ref_logits"] = jnp.take_along_axis(logits, index, 1)
@@ -362,6 +389,9 @@ def loops(world, config):
                 [Label(z[b][t - 1], ref[b][t - 1], smooth[b][t - 1], int(tokens[t])) for t in slots]
             )
         streams[stream] = rows
+        streams[f"{stream}, every slot"] = [
+            [Label(z[b][t], ref[b][t], smooth[b][t], 0) for t in range(T)] for b in range(len(z))
+        ]
     return streams
 
 
@@ -423,7 +453,8 @@ def compiled(world):
 def test_every_row_and_every_compat_form_has_a_case():
     assert {case.config.name for case in CASES.values()} == set(OBJECTIVES)
     have = {(case.config.name, case.config.compat) for case in CASES.values()}
-    assert {(row.name, form) for row in OBJECTIVES.values() for form in row.compat} <= have
+    own = {(r.name, form) for r in OBJECTIVES.values() for form in r.compat if form not in SHARED}
+    assert own <= have and {("graddiff", form) for form in SHARED} <= have
     assert all(name == row.name for name, row in OBJECTIVES.items())
 
 
@@ -504,6 +535,8 @@ def test_padding_changes_nothing(name, world):
         wider[stream] = {
             **batch,
             "tokens": tokens,
+            "positions": np.pad(batch["positions"], [(0, 1), (0, 0)]),
+            "segment_ids": np.pad(batch["segment_ids"], [(0, 1), (0, 0)]),
             "label_index": np.pad(batch["label_index"], [(0, 1), (0, 2)]),
             "targets": np.pad(batch["targets"], [(0, 1), (0, 2)]),
             "target_mask": np.pad(batch["target_mask"], [(0, 1), (0, 2)]),
@@ -511,6 +544,11 @@ def test_padding_changes_nothing(name, world):
     row, options, batches = prepare(world, CASES[name].config)
     want = terms_of(row, options, batches, world.params)
     got = terms_of(*prepare(world, CASES[name].config, wider), world.params)
+    if options.compat == "kl_all_positions":  # padding is part of that mean
+        assert (
+            got["retain"][1] == want["retain"][1] + T and got.pop("retain")[0] != want["retain"][0]
+        )
+        del want["retain"]
     for term in want:
         np.testing.assert_allclose(got[term], want[term], rtol=1e-12)
 
@@ -528,6 +566,7 @@ def test_declared_caches_suffice(name, compiled):
     kinds = {
         "logps": {"ref_log_probs"},
         "hidden": {"ref_logits"},
+        "hidden_all": {"ref_logits"},
         "hidden_pair": {"ref_logits", "ref_plain_logits"},
     }
     have = {stream: set(columns) for stream, columns in ref_columns(batches).items() if columns}
@@ -539,10 +578,34 @@ def test_rows_are_consistent(name):
     row, options = objectives.resolve(CASES[name].config)
     assert set(row.columns) == set(row.streams)
     assert set(row.reference) <= set(row.streams) and set(row.forward) <= set(row.reference)
-    assert set(row.reference.values()) <= {"logps", "hidden", "hidden_pair"}
+    assert set(row.reference.values()) <= {"logps", "hidden", "hidden_all", "hidden_pair"}
     assert hash(options) == hash(objectives.resolve(CASES[name].config)[1])  # a static jit argument
     assert objectives.resolve(options)[1] == options
     assert row.summary and row.paper
+
+
+@pytest.mark.parametrize("form", SHARED)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_shared_forms_change_what_they_name_in_every_row(name, form, world):
+    if form not in OBJECTIVES[name].compat:
+        assert "retain" not in OBJECTIVES[name].streams and form != "mean_of_means"
+        return
+    config = ObjectiveConfig(name, compat=form)
+    row, options, batches = prepare(world, config)
+    plain = ObjectiveConfig(name, retain="kl" if form.startswith("kl") else None)
+    same = terms_of(*prepare(world, plain), world.params)
+    got = terms_of(row, options, batches, world.params)
+    if form.startswith("kl"):
+        assert options.retain == "kl" and row.additive == (form == "kl_sequence_mean")
+        every = form == "kl_all_positions"
+        oracle = retain_kl if every else retain_kl_by_row
+        rows = loops(world, config)["retain, every slot" if every else "retain"]
+        np.testing.assert_allclose(got.pop("retain"), oracle(rows), rtol=1e-11)
+        del same["retain"]
+    assert row.per_micro_batch == (form == "mean_of_means")
+    assert row.packable == (form == "kl_sequence_mean")
+    for term, value in same.items():
+        np.testing.assert_allclose(got[term], value, rtol=1e-12, err_msg=term)
 
 
 def test_float32_model_gives_float32_terms(world):
@@ -711,7 +774,11 @@ def test_gradient_ascent_diverges_where_asu_does_not(facts):
         (ObjectiveConfig("graddiff", retain_weight=-1.0), "it must be 0 or more"),
         (ObjectiveConfig("graddiff", retain="kll"), "did you mean 'kl'?"),  # type: ignore
         (ObjectiveConfig("npo", compat="batchmean"), "did you mean 'batch_mean'?"),
-        (ObjectiveConfig("ga", compat="batch_mean"), "it has none; leave compat out"),
+        (ObjectiveConfig("ga", compat="batch_mean"), "did you mean 'mean_of_means'?"),
+        (
+            ObjectiveConfig("npo", compat="kl_sequence_mean", retain="nll"),
+            "compat 'kl_sequence_mean' is a form of retain=kl, not of nll; leave retain out",
+        ),
         (ObjectiveConfig("idk", compat="tofu_concat", retain="kl"), "does not use retain"),
     ],
 )

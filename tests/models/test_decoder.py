@@ -56,13 +56,14 @@ def reference(config, params, tokens, positions, segments, temperature=1.0):
         return np.concatenate([pair.real, pair.imag])
 
     def sees(segment, position, q, k):
-        leaf, group = np.divmod(segment, LEAF_STRIDE)
+        leaf, group = np.divmod(abs(segment), LEAF_STRIDE)
         near = c.sliding_window is None or position[q] - position[k] < c.sliding_window
         same = group[q] == group[k] and leaf[k] in (0, leaf[q])
         return k <= q and segment[k] > 0 and same and near
 
     rows = []
     for row, position, segment in zip(tokens, positions, segments, strict=True):
+        segment = np.where(row == c.unattended, -abs(segment), segment)
         x = p["embed"]["embedding"][row]
         for i in range(c.num_layers):
             layers = p["layers"]
@@ -128,6 +129,30 @@ def test_equals_a_float64_reference(name, temperature, tokens):
     close(
         decoder.unembed(params, hidden)[real], expected[real] @ np.asarray(head, np.float64), 1e-4
     )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_tokens_that_are_read_by_none(cached, params, tokens):
+    """Ends of turns that a padding mask covers, and padding that reads its row."""
+    tokens = np.array(tokens)
+    pad = int(tokens[0, 3])
+    tokens[1, [4, 7]] = pad
+    segments = np.array([[1] * 12, [1] * 9 + [-1] * 3])
+    assert (tokens[:, 0] != pad).all()
+    decoder = Decoder(dataclasses.replace(TINY, unattended=pad))
+    positions = np.tile(np.arange(12), (2, 1))
+    expected = reference(decoder.config, params, tokens, positions, segments)
+    parts, cache = [], decoder.init_cache(2, 12) if cached else None
+    for piece in (slice(0, 5), slice(5, 12)) if cached else (slice(0, 12),):
+        new = {"segment_ids": jnp.array(segments[:, piece]), "cache": cache}
+        hidden, found = forward(params, jnp.array(tokens[:, piece]), decoder, **new)
+        parts.append(hidden)
+        cache = found.get("cache")
+    close(np.concatenate(parts, 1), expected, 2e-5)
+    # It is another model, but only behind the first such token.
+    plain, _ = forward(params, jnp.array(tokens), segment_ids=jnp.array(segments))
+    close(plain[0, :3], expected[0, :3], 2e-5)
+    assert np.abs(np.asarray(plain)[:, 8:] - expected[:, 8:]).max() > 1e-3
 
 
 @pytest.mark.parametrize("pieces", [(12,), (5, 7), (9, 1, 1, 1)])

@@ -119,6 +119,33 @@ def test_greedy_equals_a_plain_loop_without_cache(params, prompts):
         assert samples == [tokens[len(prompt) :]]
 
 
+@pytest.mark.parametrize("pad", [0, 7])
+def test_masked_pad_ids_take_no_position_in_generation(params, pad):
+    """As transformers counts them; against a loop without a cache, in which they are left out."""
+    decoder = Decoder(dataclasses.replace(DECODER.config, unattended=7))
+    prompts = [[5, 9, 7, 11, 12], [8, 7, 7, 10], [6, 13, 14, 15, 16, 7, 17]]
+    options = {"stop_ids": (7,), "pad_id": pad, "prompt_buckets": (24,), "sampling": GREEDY}
+    found = generate(decoder, params, prompts, **options)
+    other = generate(DECODER, params, prompts, **options)
+    assert found != other
+
+    @jax.jit
+    def next_token(tokens, last):
+        hidden, _ = DECODER.forward(params, tokens)
+        return jnp.argmax(DECODER.unembed(params, hidden[0, last]))
+
+    for prompt, (answer,) in zip(prompts, found, strict=True):
+        seen = [token for token in prompt if token != 7]
+        start = len(seen)
+        while len(seen) < start + NEW:
+            padded = jnp.array([seen + [0] * (32 - len(seen))])
+            token = int(next_token(padded, len(seen) - 1))
+            if token == 7:
+                break
+            seen.append(token)
+        assert answer == seen[start:]
+
+
 def test_a_sample_belongs_to_its_row(params, prompts):
     ids = [100 + i for i in range(len(prompts))]
     alone = answer(params, prompts, row_ids=ids, num_samples=3)

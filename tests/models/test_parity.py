@@ -135,6 +135,34 @@ def test_left_padding(pair, tokens):
     np.testing.assert_allclose(ours[0, pad:], alone[0], rtol=0, atol=1e-4)
 
 
+def test_padding_slots_read_their_row(pair, tokens):
+    """Published code takes means over padding too: what a model says there is part of the loss."""
+    real = 15
+    mask = (np.arange(24) < real).astype(np.int64)[None].repeat(2, 0)
+    ours = pair.logits(tokens, segment_ids=jnp.asarray(np.where(mask, 1, -1), jnp.int32))
+    theirs = pair.torch_logits(tokens.astype(np.int64), attention_mask=mask)
+    window = pair.ours.config.sliding_window or 24
+    seen = real + window - 1  # behind that a padded query sees nothing, and frameworks differ
+    np.testing.assert_allclose(ours[:, :seen], theirs[:, :seen], rtol=0, atol=1e-4)
+
+
+def test_masked_pad_ids_are_read_by_none(pair, tokens):
+    """OpenUnlearning's `attention_mask = input_ids != pad`, also inside the conversation."""
+    pad = int(tokens[0, 9])
+    mask = (tokens != pad).astype(np.int64)
+    mask[:, 0] = 1  # a first token that is masked sees nothing at all
+    assert mask[0, 9] == 0 and tokens[0, 0] != pad
+    shape = dataclasses.replace(pair.ours.config, unattended=pad)
+    quirk = Pair(pair.theirs, dataclasses.replace(pair.ours, config=shape))
+    theirs = pair.torch_logits(tokens[:1].astype(np.int64), attention_mask=mask[:1])
+    ours = quirk.logits(tokens[:1])
+    reading = mask[0] > 0
+    np.testing.assert_allclose(ours[0, reading], theirs[0, reading], rtol=0, atol=1e-4)
+    if pair.ours.config.sliding_window is None:
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    assert np.abs(ours[0, 12:] - pair.logits(tokens[:1])[0, 12:]).max() > 1e-3
+
+
 def test_packed_row_equals_its_sequences(pair, tokens):
     cuts = [(0, 9), (9, 10), (10, 20)]
     segments, positions = np.zeros((1, 24), np.int32), np.zeros((1, 24), np.int32)
@@ -297,3 +325,70 @@ def test_gguf_tokenizer_equals_theirs(smollm2_path, transformers, tmp_path):
             options = {"add_generation_prompt": begin, "tokenize": False}
             assert other.apply_chat_template(messages, **options) == text
     assert [saved(text).input_ids for text in texts] == [ours.encode(text) for text in texts]
+
+
+# PEFT reads a property that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["llama-bias", "qwen3"])
+def test_adapters_load_in_peft(name, transformers, tokens, tmp_path):
+    """The model with the exported adapter, as PEFT adds it, says what ours says with its own."""
+    peft = pytest.importorskip("peft")
+    family, changes = CASES[name]
+    config = from_hf(transformers.AutoConfig.for_model(family, **SIZES | changes).to_dict())
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(0.3 * draw.standard_normal(x.shape), jnp.float32),
+        models.Decoder(config).shapes(),
+    )
+    base = models.Loaded(config, params, small_tokenizer())
+    adapters = jax.tree.map(
+        lambda x: x + jnp.asarray(0.1 * draw.standard_normal(x.shape), jnp.float32),
+        models.lora.init(params, 4, ("q", "v", "o", "down"), 7),
+    )
+    models.export(base, tmp_path / "base")
+    models.export_adapter(
+        adapters, tmp_path / "adapter", rank=4, alpha=6.0, base=str(tmp_path / "base")
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager"
+    )
+    plain = torch_logits(model, tokens.astype(np.int64))
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    loaded = {n: p for n, p in adapted.named_parameters() if "lora_" in n}
+    assert len(loaded) == 2 * 4 * config.num_layers and all(
+        p.abs().max() > 0 for p in loaded.values()
+    )
+    theirs = torch_logits(adapted, tokens.astype(np.int64))
+    both, layer_map = models.lora.bind(adapters, params, scale=6 / 4)
+    hidden, _ = base.forward(both, jnp.asarray(tokens), layer_map=layer_map)
+    ours = np.asarray(base.unembed(params, hidden))
+    assert np.abs(ours - plain).max() > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    # By the adapter's folder alone: it says which model it belongs to.
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    np.testing.assert_allclose(
+        torch_logits(again.eval(), tokens.astype(np.int64)), theirs, rtol=0, atol=1e-4
+    )
+
+
+def test_an_export_speaks_in_transformers(transformers, tmp_path):
+    """Chat template and generation settings of generated authors, as transformers reads them."""
+    from train.data.examples import encode_prompt, plain_chat_template
+
+    config = DecoderConfig(VOCAB, 32, 48, 2, 4, 2, 8)
+    params = jax.jit(models.Decoder(config).init)(jax.random.key(0))
+    words = small_tokenizer().with_template(None)
+    words = words.with_template(plain_chat_template(words))
+    folder = models.export(models.Loaded(config, params, words), tmp_path / "it", max_new_tokens=5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    settings = model.generation_config
+    assert (settings.max_new_tokens, settings.do_sample) == (5, False)
+    assert settings.eos_token_id == VOCAB - 1
+    chat = [{"role": "user", "content": "Who?"}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert inputs["input_ids"][0].tolist() == encode_prompt(words, "Who?")
+    answer = model.generate(**inputs)
+    assert 0 < answer.shape[1] - inputs["input_ids"].shape[1] <= 5

@@ -289,10 +289,12 @@ def test_log_is_per_item_and_its_aggregates_are_means(log, task, model):
     assert rate["agg_value"] == pytest.approx(
         np.mean([item["score"] for item in rate["value_by_index"].values()])
     )
-    assert (
-        log["retain_Q_A_ROUGE"]["value_by_index"]["0"]["input"]
-        == (task.evaluation["retain"][0]["question"])
+    # The prompt as the model read it, not the question alone.
+    prompt = encode_prompt(
+        model.tokenizer, task.evaluation["retain"][0]["question"], system_prompt=SYSTEM
     )
+    shown = log["retain_Q_A_ROUGE"]["value_by_index"]["0"]["input"]
+    assert shown == model.tokenizer.decode(prompt) and shown.startswith(SYSTEM)
     assert json.loads(json.dumps(log)) == log
 
 

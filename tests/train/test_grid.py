@@ -15,7 +15,7 @@ from train.config import replace
 from train.optimizers import COMBINERS, OPTIMIZERS
 from train.presets import PRESETS
 
-COLUMNS = ("forget_quality", "forget_rouge", "retain_rouge", "model_utility", "leak_at_32")
+COLUMNS = ("forget_quality", "forget_rouge", "retain_rouge", "model_utility_of_3", "leak_at_32")
 PRESET = PRESETS["quickstart"]
 
 

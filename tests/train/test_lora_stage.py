@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
@@ -216,6 +217,18 @@ def test_a_stage_continues_bit_equal(small_config, tmp_path, monkeypatch, capsys
         jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(again.params), strict=True
     ):
         assert np.array_equal(a, b) != path_str(path).endswith("kernel"), path_str(path)
+    # What was trained lies beside it in PEFT's format: added to the base it is the model.
+    settings = json.loads((tmp_path / "two" / "adapter" / "adapter_config.json").read_text())
+    assert settings["r"] == 4 and settings["lora_alpha"] == 4
+    assert settings["base_model_name_or_path"] == str(tmp_path / "two" / "original")
+    tensors = load_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+    for i in range(config.model.num_layers):
+        name = f"base_model.model.model.layers.{i}.mlp.down_proj"
+        a, b = (np.float64(tensors[f"{name}.lora_{which}.weight"]) for which in "AB")
+        moved = before["layers"]["mlp"]["down"]["kernel"][i] + (b @ a).T
+        now = again.params["layers"]["mlp"]["down"]["kernel"][i]
+        np.testing.assert_allclose(now, moved, rtol=1e-5, atol=1e-6)
+    assert "--model original" in (tmp_path / "two" / "adapter" / "README.md").read_text()
     rows = [json.loads(x) for x in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     looks = [row["forget_probability"] for row in rows if "forget_probability" in row]
     assert len(looks) == 3 and len(set(looks)) == 3

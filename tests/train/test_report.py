@@ -18,7 +18,7 @@ from scipy.stats import ks_2samp
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import leak_at_k
-from train import plots, report, runlogs, verdict
+from train import measures, plots, report, runlogs, verdict
 
 EVIL = "<script>alert(1)</script> & \"quotes\" <img src=x onerror='go()'> \ud800 \x07"
 
@@ -507,6 +507,20 @@ BASE = {
 def test_verdict(index, change, state):
     summary = BASE | {"unlearned": BASE["unlearned"] | change}
     assert verdict.verdicts(summary)[index].state == state
+
+
+@pytest.mark.parametrize("utility, state", [(0.21, "good"), (0.2, "mixed")])
+def test_utility_of_fewer_parts_is_judged_and_shown_as_what_it_is(utility, state):
+    summary = BASE | {"unlearned": BASE["unlearned"] | {"model_utility": utility}}
+    summary = {
+        model: {k.replace("model_utility", "model_utility_of_3"): v for k, v in flat.items()}
+        for model, flat in summary.items()
+    }
+    assert verdict.verdicts(summary)[1].state == state
+    metric = measures.describe("model_utility_of_3")
+    assert metric.main and metric.better == "up" and metric.label == "Model utility, 3 parts"
+    names = ["privleak", "model_utility_of_3", "world_facts_rouge"]
+    assert measures.ordered(names) == names[::-1]
 
 
 def test_verdict_says_when_the_test_has_no_power():

@@ -297,6 +297,88 @@ def test_every_objective_has_the_same_gradient(config, start, plain):
             assert other[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (key, sizes, accumulate)
 
 
+# Forms whose value depends on the split or on the padding, against loops in float64.
+
+
+def label_values(batch, params, ref=None):
+    """Per example: (NLL of its labels, KL(ref || params) at every slot of its padded row)."""
+    segments = np.where(batch["segment_ids"] == 0, -1, batch["segment_ids"])
+    slots = np.broadcast_to(np.arange(segments.shape[1], dtype=np.int32), segments.shape)
+
+    def log_probs(tree):
+        hidden, _ = DECODER.forward(tree, batch["tokens"], positions=slots, segment_ids=segments)
+        logits = np.asarray(DECODER.unembed(tree, hidden), np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    mine, other = log_probs(params), None if ref is None else log_probs(ref)
+    for b in range(len(segments)):
+        labels = int(batch["target_mask"][b].sum())
+        places, targets = batch["label_index"][b][:labels], batch["targets"][b][:labels]
+        nll = -mine[b][places, targets]
+        kl = None if other is None else (np.exp(other[b]) * (other[b] - mine[b])).sum(-1)
+        yield nll, kl
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1)])
+def test_mean_of_means_is_that_of_the_micro_batches(sizes, start, plain):
+    """GradDiff: the mean over four micro-batches of each one's token means, on any mesh."""
+    config = ObjectiveConfig("graddiff", retain_weight=2.0, compat="mean_of_means")
+    metrics, gradient = gradient_of(config, sizes, 4, start, plain)
+    row, options = objectives.resolve(config)
+    host = batches_of({n: plain[n] for n in row.streams}, "forget", SEED, ROWS)(0)
+
+    def mean_of_means(name, params):
+        values = [nll for nll, _ in label_values(host[name], params)]
+        parts = [np.concatenate(values[a::4]) for a in range(4)]  # rows are dealt in turn
+        return np.mean([part.mean() for part in parts]), np.concatenate(values).mean()
+
+    forget, _ = mean_of_means("forget", start)
+    retain, plain_mean = mean_of_means("retain", start)
+    assert abs(retain - plain_mean) > 1e-3  # unequal numbers of labels: it is another number
+    assert metrics["forget_loss"] == pytest.approx(-forget, rel=1e-5)
+    assert metrics["retain_loss"] == pytest.approx(retain, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(2 * retain - forget, rel=1e-5)
+    # The gradient is that of the mean of four steps' losses.
+    parts = split_batch({n: jax.tree.map(jnp.asarray, b) for n, b in host.items()}, 4)
+    ordinary = objectives.resolve(replace(config, compat=None))
+    means = [
+        Losses(DECODER, *ordinary, start, None, jax.tree.map(lambda x, a=a: x[a], parts), 1)
+        for a in range(4)
+    ]
+    grads = [losses.grad(start) for losses in means]
+    assert distance(jax.tree.map(lambda *g: sum(g) / 4, *grads), gradient[0]) <= 1e-5
+    # One micro-batch is the ordinary mean.
+    whole, _ = gradient_of(config, (1, 1, 1), 1, start, plain)
+    assert whole["retain_loss"] == pytest.approx(plain_mean, rel=1e-5)
+
+
+def test_retain_kl_over_all_positions_in_training(start, plain, tmp_path):
+    """References are cached at every slot; the mean is over B x T, padding too."""
+    row, options = objectives.resolve(ObjectiveConfig("graddiff", compat="kl_all_positions"))
+    mesh = mesh_of(2, 2, 1)
+    other = jax.tree.map(lambda x: 0.9 * x, start)
+    streams = {name: plain[name] for name in row.streams}
+    assert row.reference == {"retain": "hidden_all"} and not row.packable
+    ready = with_references(streams, row, options, DECODER, start, "start", mesh, tmp_path)
+    again = with_references(streams, row, options, DECODER, None, "start", mesh, tmp_path)
+    host = batches_of(ready, "forget", SEED, ROWS)(0)
+    same = batches_of(again, "forget", SEED, ROWS)(0)
+    np.testing.assert_array_equal(host["retain"]["ref_hidden"], same["retain"]["ref_hidden"])
+    assert host["retain"]["ref_hidden"].shape == (*host["retain"]["tokens"].shape, 16)
+    assert (host["retain"]["segment_ids"] == 0).any()  # there is padding to count
+    batches = {name: sharding.put_batch(batch, mesh) for name, batch in host.items()}
+
+    @jax.jit
+    def run(params, frozen, batches):
+        return Losses(DECODER, row, options, params, frozen, batches, 1).gradients(params)
+
+    args = (sharding.put_params(other, mesh), head_of(sharding.put_params(start, mesh)), batches)
+    metrics, _ = quick(run, *args)(*args)
+    want = np.mean([kl for _, kl in label_values(host["retain"], other, start)])
+    assert float(metrics["retain_loss"]) == pytest.approx(want, rel=1e-4)
+
+
 def test_one_forward_pass_for_all_streams(start, plain):
     """Of all sides together a step goes through the blocks once and back; of each alone, twice."""
     row, options = objectives.resolve(ObjectiveConfig("npo", retain="nll"))

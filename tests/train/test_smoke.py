@@ -20,7 +20,7 @@ STEPS = {"original": 12, "oracle": 12, "unlearned": 4}
 METRICS = (
     "forget_quality forget_ks forget_truth_ratio forget_probability forget_rouge "
     "retain_probability retain_rouge retain_truth_ratio forget_paraphrased_probability "
-    "forget_perturbed_probability model_utility extraction_strength exact_memorization "
+    "forget_perturbed_probability model_utility_of_3 extraction_strength exact_memorization "
     "mia_loss_auc mia_zlib_auc mia_min_k_auc mia_min_k_plus_plus_auc privleak leak_at_1 leak_at_2 "
     "forget_oracle_nll repeated_bigram_rate forget_unreadable forget_fact_recall retain_fact_recall"
 ).split()
@@ -102,6 +102,13 @@ def test_summary(run):
     assert len({run.summary[name]["params_sha256"] for name in MODELS}) == 3
     assert run.summary["oracle"]["forget_quality"] == 1.0
     assert 0 <= run.summary["unlearned"]["leak_at_1"] <= run.summary["unlearned"]["leak_at_2"] <= 1
+
+
+def test_the_logs_privleak_is_that_of_the_summary(run):
+    for name in MODELS:
+        log = json.loads((run.root / "evals" / f"{name}.json").read_text())
+        assert log["privleak"]["agg_value"] == run.summary[name]["privleak"], name
+    assert run.summary["oracle"]["privleak"] == 0  # against itself; against 0.5 it would not be
 
 
 def test_metrics_have_every_step_once(run):

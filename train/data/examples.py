@@ -119,6 +119,30 @@ def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
     return tokens
 
 
+def plain_chat_template(tokenizer: TextTokenizer) -> str:
+    """The plain prompts of this module as a chat template, for a tokenizer that has none.
+
+    Its texts are those that the model was trained on, so whoever loads the model asks it alike.
+
+    Args:
+        tokenizer: without a chat template; only its special tokens are looked at.
+
+    Returns:
+        Jinja source, in the dialect of transformers.
+    """
+    begins = tokenizer.encode("", add_special_tokens=True)[:1] == [getattr(tokenizer, "bos_id", -1)]
+    end = "(eos_token if loop.last else '\\n\\n')" if tokenizer.eos_id is not None else "'\\n\\n'"
+    return (
+        ("{{ bos_token }}" if begins else "")
+        + "{% for message in messages %}"
+        + "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
+        + "{% elif message['role'] == 'user' %}"
+        + "{{ 'Question: ' + message['content'] + '\\nAnswer:' }}"
+        + f"{{% else %}}{{{{ ' ' + message['content'] + {end} }}}}"
+        + "{% endif %}{% endfor %}"
+    )
+
+
 def encode_prompt(
     tokenizer: TextTokenizer, question: str, *, system_prompt: str | None = None
 ) -> list[int]:

@@ -1,0 +1,267 @@
+"""An export that speaks: its prompts, its card, its way to the Hub; models of a run's stages."""
+
+import hashlib
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from huggingface_hub import errors
+
+import models
+from models.tokenizer import Tokenizer
+from train import card, checkpointing, hub, unlearn
+from train.checkpointing import params_sha256
+from train.data.examples import encode_prompt, encode_qa, plain_chat_template
+from train.tables import Run
+
+TOKEN = "hf_" + "secretsecretsecret"
+
+
+def trained_words(begin=False):
+    """A byte-level tokenizer as `scratch` models have; with `begin` a text starts with <bos>."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<eos>", "<bos>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["Question: Who?\nAnswer: The author wrote it."] * 9, trainer)
+    if begin:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 2)]
+        )
+    return Tokenizer(backend, bos_id=2 if begin else None, eos_id=1, pad_id=0)
+
+
+# Prompts.
+
+
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_plain_prompts_are_the_same_tokens_as_a_chat_template(begin, system):
+    plain = trained_words(begin)
+    chat = unlearn.speaking(plain)
+    assert chat.has_chat_template and not plain.has_chat_template
+    options = {"system_prompt": system, "max_length": 99}
+    for question, answer in (("Who wrote it?", "Nobody did."), ("Wo?\n", " In {{ Köln }}.")):
+        one, two = (encode_qa(t, question, answer, **options) for t in (plain, chat))
+        assert one == two and one.tokens[-1] == 1
+        asked = [encode_prompt(t, question, system_prompt=system) for t in (plain, chat)]
+        assert asked[0] == asked[1] == one.tokens[: one.num_prompt]
+
+
+def test_a_conversation_renders_turn_by_turn():
+    turns = [("system", "S"), ("user", "a?"), ("assistant", "A."), ("user", "b?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    words = trained_words()
+    chat = words.with_template(plain_chat_template(words))
+    assert chat.chat(messages) == "S\nQuestion: a?\nAnswer: A.\n\nQuestion: b?\nAnswer:"
+
+
+def test_a_template_that_is_there_stays():
+    words = trained_words().with_template("{{ messages[0].content }}")
+    assert unlearn.speaking(words) is words
+
+
+def test_a_tokenizer_that_reads_a_written_out_bos_in_another_way_gets_none(monkeypatch):
+    words = trained_words(begin=True)
+    words.backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> <pad> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 2), ("<pad>", 0)]
+    )
+    assert not unlearn.speaking(words).has_chat_template
+
+
+# The card.
+
+SUMMARY = {
+    "original": {"forget_rouge": 1.0, "retain_rouge": 1.0, "forget_quality": 1e-6,
+                 "params_sha256": "a" * 64, "num_parameters": 10**6},
+    "oracle": {"forget_rouge": 0.31, "retain_rouge": 1.0, "forget_quality": 1.0},
+    "unlearned": {"forget_rouge": 0.3125, "retain_rouge": 0.99, "forget_quality": 0.2,
+                  "model_utility_of_3": 0.744, "params_sha256": "b" * 64},
+}  # fmt: skip
+SETTINGS = {
+    "preset": "quickstart", "seed": 3, "smoke": False, "objective": {"name": "asu"},
+    "data": {"source": "tofu", "path": None}, "model": {"path": "owner/name"}, "stage": {},
+    "evaluate": {"max_new_tokens": 9},
+}  # fmt: skip
+
+
+def run_of(folder, **changes):
+    return Run(folder, SETTINGS | changes, SUMMARY, {"minutes": {"all": 3.0}}, ("a | note",))
+
+
+def test_the_card_says_verdict_numbers_command_and_digests(tmp_path):
+    text = card.of_run(run_of(tmp_path))
+    front, _, body = text.removeprefix("---\n").partition("---\n")
+    assert 'base_model: "owner/name"' in front and '- "locuslab/TOFU"' in front
+    assert "| Did it forget? | forgotten (good) | ROUGE-L of its answers" in body
+    assert re.search(r"\| Forget ROUGE-L ≈ \| 1.000 \| 0.310 \| 0.312 \|", body)
+    assert "Model utility, 3 parts" in body and "b" * 64 in body and "a" * 64 in body
+    assert "python -m train.unlearn quickstart" in body and "--seed 3" in body
+    assert "a \\| note" in body  # no cell or item breaks the page
+    assert "apply_chat_template" in body and "Minutes" not in body
+    again = card.of_run(run_of(tmp_path)._replace(about={"minutes": {"all": 9.0}}))
+    assert again == text  # the same run exports the same folder
+
+
+def test_a_smoke_run_has_no_verdict_on_its_card(tmp_path):
+    text = card.of_run(run_of(tmp_path, smoke=True))
+    assert "# SMOKE RUN: " in text and "there is no verdict" in text
+    assert "Did it forget?" not in text
+
+
+@pytest.mark.parametrize(
+    "path", ["smollm2", "scratch", "/a/b", "./a/b", "a/b.gguf", "a/b/c", "owner/"]
+)
+def test_only_a_hub_id_is_a_base_model(path, tmp_path):
+    assert "base_model" not in card.of_run(run_of(tmp_path, model={"path": path}))
+
+
+def test_digests_are_those_of_the_files(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    text = card.with_digests("# Card", tmp_path)
+    sha = hashlib.sha256(b"{}").hexdigest()
+    assert text.startswith("# Card") and f"| `config.json` | `{sha}` |" in text
+
+
+# From a run to a folder and to the Hub.
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """The folder of a finished run, as far as an export reads it."""
+    root = tmp_path / "run"
+    shutil.copytree(tiny, root / "export")
+    (root / "config.json").write_text(json.dumps(SETTINGS))
+    sha = params_sha256(models.load(tiny).params)
+    summary = SUMMARY | {"unlearned": SUMMARY["unlearned"] | {"params_sha256": sha}}
+    (root / "summary.json").write_text(json.dumps(summary))
+    return root
+
+
+def test_an_export_of_a_run_has_its_card_and_settings(folder, program, tmp_path):
+    done = program("train.export", folder, tmp_path / "out", "--dtype", "bfloat16")
+    assert done.code == 0, done.err
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "Did it forget?" in text
+    for path in (tmp_path / "out").iterdir():
+        sha = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert path.name == "README.md" or f"| `{path.name}` | `{sha}` |" in text
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["max_new_tokens"] == 9
+
+
+def test_the_original_of_a_run_is_exported_from_its_stage(folder, program, tmp_path):
+    loaded = models.load(folder / "export")
+    original = jax.tree.map(lambda x: x + 1, loaded.params)
+    summary = json.loads((folder / "summary.json").read_text())
+    for name, tree in (("original-0", loaded.params), ("original-1", original)):
+        checkpointing.save_tree(folder / "stages" / name, tree, {"stage": name})
+    summary["original"]["params_sha256"] = params_sha256(original)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    done = program("train.export", folder, tmp_path / "out", "--model", "original")
+    assert done.code == 0, done.err
+    found = models.load(tmp_path / "out").params
+    jax.tree.map(np.testing.assert_array_equal, found, original)
+    assert summary["original"]["params_sha256"] in (tmp_path / "out" / "README.md").read_text()
+    done = program("train.export", folder, tmp_path / "out", "--model", "oracle")
+    assert done.code == 2 and "no oracle model in its stages" in done.err
+
+
+class Api:
+    """Stands in for `huggingface_hub.HfApi`; nothing leaves the process."""
+
+    calls: list = []
+    error: Exception | None = None
+
+    def create_repo(self, name, **options):
+        Api.calls.append(("create_repo", name, options))
+        if Api.error:
+            raise Api.error
+        return SimpleNamespace(repo_id=f"me/{name.split('/')[-1]}")
+
+    def upload_folder(self, **options):
+        files = sorted(path.name for path in options["folder_path"].iterdir())
+        Api.calls.append(("upload_folder", options["repo_id"], files))
+
+
+@pytest.fixture
+def api(monkeypatch):
+    Api.calls, Api.error = [], None
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return Api
+
+
+def test_push_sends_the_export_of_a_run(folder, program, api):
+    done = program("train.export", folder, "--push-to-hub", "me/model")
+    assert done.code == 0, done.err
+    (first, name, options), (second, repo, files) = api.calls
+    assert (first, second) == ("create_repo", "upload_folder")
+    assert name == repo == "me/model" and options == {"private": True, "exist_ok": True}
+    assert files == sorted(path.name for path in (folder / "export").iterdir())
+    assert "huggingface.co/me/model" in done.err and TOKEN not in done.out + done.err
+
+
+def test_push_in_another_dtype_goes_through_a_folder_that_is_deleted(folder, program, api):
+    argv = ["--push-to-hub", "model", "--public", "--dtype", "bfloat16"]
+    done = program("train.export", folder, *argv)
+    assert done.code == 0, done.err
+    assert api.calls[0][2]["private"] is False and "README.md" in api.calls[1][2]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "export", "summary.json"]  # fmt: skip
+
+
+def test_a_dry_run_asks_nobody(folder, program, api):
+    done = program("train.export", folder, "--push-to-hub", "me/model", "--dry-run")
+    assert done.code == 0 and api.calls == []
+    assert "dry run: would send" in done.err and "to me/model (private" in done.err
+    assert all(path.name in done.err for path in (folder / "export").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.LocalTokenNotFoundError("none"), "hf auth login"),
+        (errors.OfflineModeIsEnabled("offline mode"), "offline mode"),
+        (OSError(f"401 for\n{TOKEN} and hf_anotheranother"), "401 for *** and ***; check"),
+    ],
+)
+def test_what_the_hub_answers_is_one_line_without_the_token(error, message, folder, program, api):
+    api.error = error
+    done = program("train.export", folder, "--push-to-hub", "me/model")
+    assert done.code == 2 and message in done.err and done.err.count("error:") == 1
+    assert TOKEN not in done.err and "hf_another" not in done.err
+    assert done.err.strip().splitlines()[-1].startswith("error:")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("RUN", "give a folder to write, or --push-to-hub"),
+        ("RUN out --dry-run", "go with --push-to-hub"),
+        ("RUN --push-to-hub a/b/c", "--push-to-hub 'a/b/c'"),
+        ("RUN out --model judge", "invalid choice"),
+        ("RUN/export out --model original", "needs a run folder"),
+    ],
+)
+def test_bad_options_are_refused_first(argv, message, folder, program, api, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = program("train.export", *argv.replace("RUN", str(folder)).split())
+    assert done.code == 2 and message in done.err and api.calls == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_is_never_shown(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "oldstyletoken")
+    assert hub.without_token("bad oldstyletoken") == "bad ***"
