@@ -1,8 +1,19 @@
 """Programs and machinery that train, unlearn, evaluate and report."""
 
+import os
+import signal
 import sys
 
 from train import hugepages
 
+
+def _leave(number, frame):
+    """Ctrl-C while modules are imported, before `train.cli.main` has its own handler."""
+    os.write(2, b"\nstopped by Ctrl-C\n")
+    os._exit(130)
+
+
 if sys.argv[:1] == ["-m"]:  # `python -m train.…`: the program's module is not imported yet
     hugepages.ask()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)

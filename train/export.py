@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
-from train import cli
+from train import cli, seal
 from train.tracking import say
 
 
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
     source = Path(args.source)
     if (source / "summary.json").exists() and (source / "export").is_dir():
         source = source / "export"
+    seal.check(source)
     target = str(source) if source.exists() else args.source
     models.export(models.load(pipeline.model_source(target)), args.output, dtype=args.dtype)
     say(f"model: {args.output}")

@@ -20,13 +20,14 @@ from jaxlib_unlearn.objectives import Objective, ObjectiveConfig, reference_forw
 from models import arrays
 from models.decoder import Decoder
 from models.policy import DecoderPolicy, spread, target_log_prob
-from train import distributed, residency
+from train import distributed, files, residency
 from train.data.batches import batch_shape, collate, make_buckets, paired_indices, training_indices
 from train.data.examples import Example
 from train.data.packing import Packing, balanced, collate_packed, fits, make_packing
+from train.keys import reference_inputs
 from train.sharding import batch_ways, put_batch
 from train.stages import digest
-from train.tracking import progress
+from train.tracking import progress, say
 
 REFERENCE_COLUMNS = {"logps": "ref_log_probs", "hidden": "ref_hidden"}
 
@@ -241,14 +242,7 @@ def with_references(
     for name, kind in objective.reference.items():
         stream = streams[name]
         forward = {k: np.asarray(v, np.float32) for k, v in keywords[name].items()}
-        key = digest(
-            {
-                "params": params_sha,
-                "kind": kind,
-                "forward": {k: v.tolist() for k, v in forward.items()},
-                "examples": [(e.tokens, e.num_prompt) for e in stream.examples],
-            }
-        )
+        key = digest(reference_inputs(params_sha, decoder.config, kind, forward, stream))
         path = folder / "caches" / f"{name}-{kind}-{key[:16]}.npz"
         values = _shared(path, len(stream.examples))
         if values is None:
@@ -272,28 +266,37 @@ def _shared(path: Path, count: int) -> list[np.ndarray] | None:
 
 
 def _read(path: Path, count: int) -> list[np.ndarray] | None:
-    """A cache, or None when it is absent, short or damaged."""
+    """A cache, or None when it is absent or, said in a line, damaged.
+
+    A flipped bit can make anything of a zip file: another method of compression, an encrypted
+    member, a shape of terabytes. Whatever is raised, the cache is computed again.
+    """
+    if not path.exists():
+        return None
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             flat, ends, expected = data["flat"], data["ends"], str(data["sha256"])
-    except (OSError, ValueError, KeyError, EOFError):
-        return None
-    except Exception as error:  # a damaged zip member raises zipfile.BadZipFile or zlib.error
-        if type(error).__module__ not in ("zipfile", "zlib"):
-            raise
-        return None
-    if (
-        len(ends) != count
-        or hashlib.sha256(np.ascontiguousarray(flat).tobytes()).hexdigest() != expected
-    ):
-        return None
-    return np.split(flat, ends[:-1])
+        sound = (
+            (flat.dtype, ends.shape) == (np.float32, (count,))
+            and ends.dtype.kind == "i"
+            and hashlib.sha256(np.ascontiguousarray(flat).tobytes()).hexdigest() == expected
+        )
+        if sound:
+            return np.split(flat, ends[:-1])
+    except Exception:
+        pass
+    say(f"cache {path} is damaged; computing it again")
+    return None
 
 
 def _write(path: Path, values: Sequence[np.ndarray]) -> None:
     flat = np.concatenate(values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.npz")
     sha = hashlib.sha256(np.ascontiguousarray(flat).tobytes()).hexdigest()
-    np.savez(part, flat=flat, ends=np.cumsum([len(v) for v in values]), sha256=np.array(sha))
-    part.replace(path)
+    ends = np.cumsum([len(v) for v in values])
+
+    def save(part: Path) -> None:
+        with part.open("wb") as file:  # by its name, numpy would add .npz
+            np.savez(file, flat=flat, ends=ends, sha256=np.array(sha))
+
+    files.write(path, save)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import distributed
+from train import distributed, files
+from train.runlogs import split_steps, step_line
 
 
 def say(message: str) -> None:
@@ -34,6 +34,8 @@ class Tracker:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         self.board: Any = None
+        if distributed.is_first():
+            self._set_aside()
         if tensorboard and distributed.is_first():
             try:
                 from tensorboardX import SummaryWriter
@@ -43,21 +45,29 @@ class Tracker:
                 ) from None
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
+    def _set_aside(self) -> None:
+        """Move damaged lines to `metrics.jsonl.bad`: a log never keeps a run from going on."""
+        steps, bad = split_steps(self.path)
+        if not bad:
+            return
+        aside = self.path.with_name(self.path.name + ".bad")
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for _, line in bad)
+        self._keep([line for line, _ in steps])
+        say(
+            f"{self.path}: {len(bad)} damaged line(s) moved to {aside.name}, the first was line "
+            f"{bad[0][0]}"
+        )
+
+    def _keep(self, lines: list[bytes]) -> None:
+        files.write(self.path, b"".join(line + b"\n" for line in lines))
+
     def resume(self, stage: str, step: int) -> None:
         """Forget the lines of `stage` at `step` and later (and a line a crash cut short)."""
         if not (distributed.is_first() and self.path.exists()):
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row["stage"] != stage or row["step"] < step:
-                kept.append(line)
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(line + "\n" for line in kept))
-        part.replace(self.path)
+        steps, _ = split_steps(self.path)
+        self._keep([line for line, row in steps if row["stage"] != stage or row["step"] < step])
 
     def write(self, stage: str, step: int, scalars: dict[str, float]) -> None:
         """Append one line."""
@@ -65,7 +75,7 @@ class Tracker:
             return
         clean = {k: float(v) for k, v in scalars.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")
+            file.write(step_line(stage, step, clean))
         if self.board is not None:
             for name, value in clean.items():
                 self.board.add_scalar(f"{stage}/{name}", value, step)
