@@ -9,7 +9,7 @@ from train import hugepages
 
 def _leave(number, frame):
     """Ctrl-C while modules are imported, before `train.cli.main` has its own handler."""
-    os.write(2, b"\nstopped by Ctrl-C\n")
+    os.write(2, b"stopped by Ctrl-C\n")
     os._exit(130)
 
 

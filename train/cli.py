@@ -219,6 +219,9 @@ def main(program: Callable[[list[str]], None]) -> None:
     def stop() -> typing.NoReturn:
         stopping.acquire()  # for good: of two threads that come here the second waits for the end
         word, code = distributed.stopped_by()
+        with contextlib.suppress(OSError, ValueError):
+            if sys.stderr.isatty():  # over "^C" and a progress bar
+                print("\r\033[K", end="", file=sys.stderr)
         distributed.say_on_first(
             f"stopped by {word}, what is finished is stored; resume with: {command()}"
         )
