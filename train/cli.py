@@ -13,9 +13,11 @@ import errno
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 import sys
+import threading
 import traceback
 import types
 import typing
@@ -24,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
+from train import files
+from train.plain import plain
 
 # A full or protected disk is no fault of the program, wherever it shows.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -203,10 +207,11 @@ def _value(kind: Any, value: Any) -> Any:
 
 
 def read_config(cls: type, path: Path) -> Any:
-    """A configuration from a run folder's `config.json`."""
+    """A configuration from a run folder's `config.json`, or a copy of it that may be edited."""
+    files.check_key(path)
     try:
         return from_json(cls, json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -221,21 +226,47 @@ def command() -> str:
     return f"python {name} {shlex.join(sys.argv[1:])}".rstrip()
 
 
+def _end(code: int) -> typing.NoReturn:
+    """End this process at once; what it left in temporary folders is removed."""
+    from train import remote
+
+    remote.forget()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 def main(program: Callable[[list[str]], None]) -> None:
     """Run `program(argv)`; turn its errors into one line and an exit code."""
     from train import distributed
     from train.loop import TrainingError
 
+    # A function of `__main__` is this process's only work; elsewhere somebody else goes on.
+    ours = program.__module__ == "__main__"
+    stopping = threading.Lock()
+
+    def stop() -> typing.NoReturn:
+        stopping.acquire()  # for good: of two threads that come here the second waits for the end
+        word, code = distributed.stopped_by()
+        with contextlib.suppress(OSError, ValueError):
+            if sys.stderr.isatty():  # over "^C" and a progress bar
+                print("\r\033[K", end="", file=sys.stderr)
+        distributed.say_on_first(
+            f"stopped by {word}, what is finished is stored; resume with: {command()}"
+        )
+        if ours and (code or not distributed.many()):
+            # No farewell: the interpreter's crashes where XLA still compiles or computes.
+            _end(code)
+        sys.exit(code)
+
     try:
-        with distributed.sigterm_stops():
+        with distributed.signals_stop(stop if ours else None):
             program(sys.argv[1:])
     except distributed.Preempted:
-        distributed.say_on_first(
-            f"stopped by SIGTERM, what is finished is stored; resume with: {command()}"
-        )
-        sys.exit(0)
+        stop()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         distributed.leave(2, isinstance(error, distributed.Agreed))
         sys.exit(2)
     except BrokenPipeError:
@@ -244,8 +275,8 @@ def main(program: Callable[[list[str]], None]) -> None:
         if error.errno not in UNWRITABLE:
             raise
         print(
-            f"error: cannot write {error.filename or 'a file'}: {error.strerror}; free space or "
-            "choose another --output",
+            f"error: cannot write {plain(error.filename or 'a file')}: {error.strerror}; free "
+            "space or choose another --output",
             file=sys.stderr,
         )
         distributed.leave(2)
@@ -254,7 +285,9 @@ def main(program: Callable[[list[str]], None]) -> None:
         distributed.say_on_first(f"stopped: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        distributed.say_on_first(f"stopped by Ctrl-C, the same command continues: {command()}")
+        if ours:
+            _end(130)
         sys.exit(130)
     except Exception:
         if distributed.many():

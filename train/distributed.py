@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from jaxlib_unlearn.errors import UserError
+from train.plain import shown
 
 T = TypeVar("T")
 SHARED_SECONDS = 20.0
@@ -55,7 +56,7 @@ class Agreed(UserError):
 
 
 class Preempted(BaseException):
-    """The run was asked to stop (SIGTERM); what is finished is stored.
+    """The run was asked to stop (SIGTERM, Ctrl-C, SIGHUP); what is finished is stored.
 
     Raised anywhere, like KeyboardInterrupt: no `except Exception` may take it for a failure.
     """
@@ -67,7 +68,9 @@ class _State:
     first: bool = True
     many: bool = False
     asked: bool = False
+    asked_by: int = signal.SIGTERM
     deferred: bool = False
+    unsaved: bool = False  # steps were taken that are not on the disk yet
     points: Iterator[int] = itertools.count(1)
 
 
@@ -139,9 +142,10 @@ def is_first() -> bool:
 
 
 def say_on_first(message: str) -> None:
-    """One line on stderr, from the first process."""
+    """One line on stderr, from the first process; control bytes in it are written out."""
     if _state.first:
-        print(message, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that was closed must not stop a save
+            print(shown(message), file=sys.stderr, flush=True)
 
 
 def leave(code: int, agreed: bool = False) -> None:
@@ -327,32 +331,101 @@ def check_shared(folder: Any) -> None:
             (folder / token).unlink()
 
 
-# Stopping on SIGTERM.
+# Stopping on a signal.
+
+# What it is called, and what a program that was stopped by it returns. SIGTERM is how a cloud takes
+# a machine away: a run that has saved all it has done ended well.
+STOPS = {
+    signal.SIGTERM: ("SIGTERM", 0),
+    signal.SIGINT: ("Ctrl-C", 130),
+    signal.SIGHUP: ("SIGHUP", 129),
+}
+
+
+def stopped_by() -> tuple[str, int]:
+    """The signal that asked this run to stop, as a word, and the exit code for it."""
+    return STOPS[signal.Signals(_state.asked_by)]
 
 
 @contextlib.contextmanager
-def sigterm_stops() -> Iterator[None]:
-    """Inside, SIGTERM raises `Preempted`: at once, or at the next boundary of `deferred` work.
+def signals_stop(leave_at_once: Callable[[], None] | None = None) -> Iterator[None]:
+    """Inside, SIGTERM, Ctrl-C and SIGHUP raise `Preempted`: at once, or after `deferred` work.
 
-    With several processes JAX's own handler takes the place of this one. It lets them agree on
-    where to stop: at the next `stop_point` or `asked_to_stop` that all of them reach.
+    A second Ctrl-C does not wait. Signals that are ignored stay so (`nohup`, jobs in the
+    background). With several processes JAX's own handler takes the place of this one for SIGTERM.
+    It lets them agree on where to stop: at the next `stop_point` or `asked_to_stop` that all of
+    them reach. It knows of no other signal: those end a process where it stands.
+
+    Args:
+        leave_at_once: ends the process. While XLA compiles no Python code of the main thread runs,
+            handlers included, so a thread of its own calls it: where no step would be lost, and on
+            a second Ctrl-C anywhere. None: the process is not ours to end.
     """
 
     def handle(number, frame):
-        _state.asked = True
+        again = _state.asked and number == signal.SIGINT == _state.asked_by
+        if not _state.asked:
+            _state.asked, _state.asked_by = True, number
+        if _state.many and leave_at_once is not None:
+            leave_at_once()
+        if again:
+            raise KeyboardInterrupt
         if not _state.deferred:
             raise Preempted
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _state.asked = False
-    before = signal.signal(signal.SIGTERM, handle)
+    _state.asked = _state.unsaved = False
+    before = {
+        number: signal.signal(number, handle)
+        for number in STOPS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    with contextlib.ExitStack() as watched:
+        if leave_at_once is not None:
+            watched.enter_context(_watched(leave_at_once))
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            _state.asked = False  # answered: what this process does next is another run
+
+
+@contextlib.contextmanager
+def _watched(leave_at_once: Callable[[], None]) -> Iterator[None]:
+    """A thread that hears of Ctrl-C and SIGHUP when they come, whatever the main thread does."""
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+
+    def listen() -> None:
+        count = 0
+        while numbers := os.read(ear, 64):
+            heard = [n for n in numbers if n in (signal.SIGINT, signal.SIGHUP)]
+            count += len(heard)
+            if heard and (count > 1 or not _state.unsaved):
+                _state.asked_by = heard[0]
+                leave_at_once()
+
+    thread = threading.Thread(target=listen, name="Ctrl-C", daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        _state.asked = False  # answered: what this process does next is another run
+        signal.set_wakeup_fd(before)
+        os.close(mouth)  # ends the thread
+        thread.join()
+        os.close(ear)
+
+
+def unsaved(steps: bool) -> None:
+    """Say whether there are steps that only memory holds: Ctrl-C then waits until they are saved.
+
+    What is stored at the end of `deferred` work is saved.
+    """
+    _state.unsaved = steps
 
 
 @contextlib.contextmanager
@@ -367,6 +440,7 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _state.deferred = before
+        _state.unsaved = _state.unsaved and before
     if _state.asked and not before:
         raise Preempted
 

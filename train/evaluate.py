@@ -6,6 +6,7 @@ python -m train.evaluate HF_FOLDER_OR_GGUF --data.path DIR --output DIR
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxlib_unlearn.errors import UserError
 from train import cli
 from train.config import DataConfig, EvaluateConfig, RunConfig, replace, to_json
 from train.distributed import DistributedConfig
+from train.plain import shown
 from train.presets import tofu_smollm2
 from train.sharding import MeshConfig
 from train.tracking import say
@@ -95,8 +97,14 @@ def read_arguments(argv: list[str]) -> EvaluateRun:
 
 def run(config: EvaluateRun) -> dict[str, Any]:
     """Judge the model and write `summary.json` and the per-item log."""
+    with contextlib.ExitStack() as held:
+        return _run(config, held)
+
+
+def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     from jaxlib_unlearn.metrics import tofu
-    from train import checks, distributed, evaluation, pipeline, remote, sharding
+    from train import checks, distributed, evaluation, files, pipeline, remote, sharding
+    from train.folder import lock, locked
     from train.stages import write_atomic
     from train.task import load_task, prompt_format
     from train.unlearn import compare_logs, evaluate_cached
@@ -112,6 +120,10 @@ def run(config: EvaluateRun) -> dict[str, Any]:
         root = remote.mirror(folder)
         if distributed.is_first():
             check_folder(root)
+            if root.exists() and not remote.is_remote(folder):
+                held.enter_context(lock(folder))
+        if config.retain_log is not None:
+            files.check_key(config.retain_log)
         retain = None if config.retain_log is None else tofu.load_log(config.retain_log)
         data = config.data
         layout = prompt_format(data)
@@ -123,6 +135,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
     if config.mask_all_pad_id_tokens:
         model = pipeline.masking_pad_ids(model)
     task = checks.fit_task(task, model, config.evaluate, data.system_prompt, data.max_length)
+    held.enter_context(locked(folder))
     distributed.of_first(lambda: create(root))
     log = evaluate_cached(config, model, task, None, root, mesh, "model")
     summary = evaluation.summarize(log, retain, model)
@@ -132,7 +145,8 @@ def run(config: EvaluateRun) -> dict[str, Any]:
         write_atomic(root / "summary.json", json.dumps({"model": summary}, indent=1))
         remote.send(root)
         for name, value in summary.items():
-            print(f"{name:34} {value:.6g}" if isinstance(value, float) else f"{name:34} {value}")
+            line = f"{name:34} {value:.6g}" if isinstance(value, float) else f"{name:34} {value}"
+            print(shown(line))
 
     distributed.of_first(tell)
     say(f"summary: {remote.home(root) / 'summary.json'}")

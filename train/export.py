@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import cli, hub, measures, tables
+from train import cli, hub, measures, seal, tables
 from train.tracking import say
 
 
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
     source, run = Path(args.source), None
     if (source / "summary.json").exists() and (source / "export").is_dir():
         run = source
+    seal.check(source if run is None else run / "export")
     if run is None and args.model != "unlearned":
         raise UserError(f"--model {args.model} needs a run folder; {args.source} is none")
     with contextlib.ExitStack() as held:

@@ -5,6 +5,7 @@ python -m train.finetune HF_FOLDER_OR_GGUF ROWS.json --output DIR
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,11 +75,17 @@ def main(argv: list[str]) -> None:
 
 def run(config: FinetuneRun) -> Path:
     """Fine-tune and export; resumes like every stage."""
+    with contextlib.ExitStack() as held:
+        return _run(config, held)
+
+
+def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
     from train import checks, distributed, optimizers, pipeline, remote, sharding
     from train.data.tofu import check_rows, read_json
+    from train.folder import check_folder, enter_run, lock, locked
     from train.stages import digest, write_atomic
     from train.task import prompt_format
-    from train.unlearn import check_folder, enter_run, export_model
+    from train.unlearn import export_model
 
     distributed.start(config.distributed)
     identity = {**to_json(config), "output": None}
@@ -96,7 +103,9 @@ def run(config: FinetuneRun) -> Path:
         checks.check_finetuning(config.train, mesh)
         optimizers.check_mesh(config.train.optimizer, mesh)
         if distributed.is_first():
-            check_folder(remote.mirror(config.output), identity)
+            exists = check_folder(remote.mirror(config.output), identity)
+            if exists and not remote.is_remote(config.output):
+                held.enter_context(lock(config.output))
         path = Path(config.rows)
         if not path.is_file():
             raise UserError(
@@ -109,6 +118,7 @@ def run(config: FinetuneRun) -> Path:
     base = base._replace(tokenizer=base.tokenizer.formatted(layout))
     rows = checks.fit_rows(rows, base, config.system_prompt, config.max_length, "rows")
     pipeline.num_steps(config.train, len(rows), config.train.optimizer)
+    held.enter_context(locked(config.output))
     root = enter_run(config.output, identity)
     tuned = pipeline.finetune(settings, base, rows, "original", root, mesh, Tracker(root))
     export_model(tuned, root / "export", config.export_dtype)

@@ -169,15 +169,19 @@ def run(
         pending = None
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         tracker.write(stage.name, step, values | look)
-        if not all(math.isfinite(v) for v in values.values()):
+        odd = {k: v for k, v in values.items() if not math.isfinite(v)}
+        if odd:
             # A checkpoint of this very step holds the parameters that gave this loss.
             checkpointing.remove(stage.checkpoints / str(step))
             good = max(checkpointing.steps_in(stage.checkpoints), default=None)
             where = "none was written yet" if good is None else f"{stage.checkpoints / str(good)}"
+            first = "loss" if "loss" in odd else next(iter(odd))
+            # What was not finite, and beside it what may say why.
+            shown = odd | {k: values[k] for k in ("loss", "grad_norm", "lr") if k in values}
             raise TrainingError(
-                f"{stage.name}: loss is not finite at step {step} (loss {values['loss']}, gradient "
-                f"norm {values.get('grad_norm', 'not computed')}); last good checkpoint: {where}; "
-                "lower the learning rate"
+                f"{stage.name}: {first.replace('_', ' ')} is not finite at step {step} "
+                f"({', '.join(f'{k} {v:.6g}' for k, v in shown.items())}); last good checkpoint: "
+                f"{where}; lower the learning rate"
             )
         return values["loss"]
 
@@ -199,6 +203,7 @@ def run(
         """Keep the state before `step`."""
         nonlocal saved_at
         checkpointing.save_step(stage.checkpoints, step, state, {})
+        distributed.unsaved(False)
         remote.send(tracker.folder)
         saved_at = time.monotonic()
 
@@ -226,6 +231,7 @@ def run(
             run_step, look = program(state, batches)
             if stage.curve is not None and step in stage.curve_steps:
                 look = look | stage.curve(state.params)
+            distributed.unsaved(True)
             state, metrics = run_step(state, frozen, batches)
             pending = (step, metrics, look)
             advance(1, f"loss {loss:.4f}" if math.isfinite(loss) else "", sum(spent))

@@ -17,14 +17,15 @@ from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
 from models import Decoder, DecoderConfig, Tokenizer, lora
 from models.policy import head_of
 from models.weights import check_source, find_smollm2
-from train import distributed, loop, remote, residency, sharding
+from train import distributed, loop, remote, residency, seal, sharding
 from train.checkpointing import params_sha256
-from train.config import LoraConfig, ModelConfig, RunConfig, TrainConfig, UnlearnConfig, to_json
+from train.config import LoraConfig, ModelConfig, RunConfig, TrainConfig, UnlearnConfig
 from train.data.examples import Encoded, encode_rows
 from train.data.tofu import refusal_rows
 from train.evaluation import Model, curve, longest
+from train.keys import stage_inputs
 from train.optimizers import OptimizerConfig, check_pair, check_steps
-from train.stages import digest, params_stage
+from train.stages import params_stage
 from train.step import Trainable, all_of
 from train.streams import (
     Stream,
@@ -151,8 +152,10 @@ def load_model(path: str, remat: str, mesh: Any, dtype: str = "float32") -> Mode
     """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`, to compute in `dtype`.
 
     Raises:
-        UserError: nothing is found at the path, or the mesh splits more heads than there are.
+        UserError: nothing is found at the path, an export there is damaged, or the mesh splits more
+            heads than there are.
     """
+    distributed.of_first(lambda: seal.check(Path(path).expanduser()))
     with distributed.together():
         loaded = models.load(
             model_source(path),
@@ -349,25 +352,19 @@ def train_stage(
     steps = num_steps(stage, len(streams[main].examples), optimizer)
     # A stage's purpose keys its randomness: two stages of one seed see different orders.
     stage_seed = seed * 2**32 + zlib.crc32(name.encode())
-    inputs = {
-        "start": start.sha,
-        "streams": digest(
-            {n: [[e.tokens, e.num_prompt] for e in s.examples] for n, s in streams.items()}
-        ),
-        "objective": to_json(options),
-        "optimizer": to_json(optimizer),
-        "steps": steps,
-        "batch_size": stage.batch_size,
-        "seed": stage_seed,
-        "combine": combine,
-    }
-    # Keys say nothing of what a run does not use: results made before it was there stay good.
-    if start.decoder.config.unattended is not None:
-        inputs["unattended"] = start.decoder.config.unattended
-    if row.per_micro_batch:
-        inputs["accumulate"] = stage.accumulate
-    if adapters is not None and adapters.rank is not None:
-        inputs["lora"] = to_json(adapters)
+    inputs = stage_inputs(
+        start.sha,
+        start.decoder.config,
+        streams,
+        objective=options,
+        optimizer=optimizer,
+        combine=combine,
+        steps=steps,
+        batch_size=stage.batch_size,
+        seed=stage_seed,
+        adapters=adapters,
+        accumulate=stage.accumulate if row.per_micro_batch else None,
+    )
 
     def look(params: Any) -> dict[str, float]:
         assert watch is not None

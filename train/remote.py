@@ -118,7 +118,7 @@ def mirror(path: Path) -> Path:
         if str(known) == str(there):
             return local
     local = Path(tempfile.mkdtemp(prefix="jaxlib-unlearn-"))
-    atexit.register(shutil.rmtree, local, ignore_errors=True)
+    atexit.register(shutil.rmtree, local, ignore_errors=True)  # and see `forget`
     _mirrors[local] = there
     if distributed.is_first() and there.exists():
         _fetch(there, local, ARRAYS)
@@ -136,6 +136,12 @@ def _fetch(there: Any, local: Path, skip: tuple[str, ...] = ()) -> None:
             with item.open("rb") as source, (local / item.name).open("wb") as sink:
                 shutil.copyfileobj(source, sink, 2**22)
             _sent[local / item.name] = _crc(local / item.name)
+
+
+def forget() -> None:
+    """Remove the mirrors of a process that ends without its farewell (`atexit`)."""
+    for local in _mirrors:
+        shutil.rmtree(local, ignore_errors=True)
 
 
 def home(root: Path) -> Any:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from jaxlib_unlearn.errors import UserError
-from train import measures, tables
+from train import files, measures, tables
 from train.about import command, facts, limitations
+from train.plain import plain, shown
 from train.runlogs import (
     clean,
     leak_scores,
@@ -49,7 +48,8 @@ def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
     from train import plots
 
     s, show = run.summary, measures.format_number
-    steps = [r for r in read_steps(run.folder / "metrics.jsonl") if r["stage"] == "unlearned"]
+    logged = read_steps(run.folder / "metrics.jsonl", _say)
+    steps = [r for r in logged if r["stage"] == "unlearned"]
     scores = {m: np.asarray(leak_scores(log), float) for m, log in logs.items() if leak_scores(log)}
     values = {m: np.asarray(truth_ratios(log)) for m, log in logs.items() if truth_ratios(log)}
     distance, p = (measures.number(s["unlearned"].get(n)) for n in ("forget_ks", "forget_quality"))
@@ -107,14 +107,14 @@ def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
     ]
 
 
+def _say(message: str) -> None:
+    print(shown(message), file=sys.stderr)
+
+
 def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(data)
-        os.replace(part, path)
+        files.write(path, data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.latex:
             _write(args.latex, tables.to_latex(cols, main=not args.all).encode())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 2
     for column in cols:
         if len(set(map(str, column.seeds))) < column.n:
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print(cols, args.all)
     for path in (page, args.html, args.csv, args.latex):
         if path:
-            print(path)
+            print(shown(path))
     return 0
 
 

@@ -4,41 +4,84 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import measures, tables
+from train import files, measures, tables
 from train.readability import judge
 from train.tables import Run
 
 SAMPLES = {"forget": 5, "retain": 3}
 
 
-def read_steps(path: Path) -> list[dict[str, Any]]:
+CRC = re.compile(rb'(.*), "crc": ([0-9]{1,10})\}', re.DOTALL)
+
+
+def step_line(stage: str, step: int, scalars: dict[str, float]) -> str:
+    """A line of `metrics.jsonl`: a JSON object that ends with the CRC-32 of what it is without.
+
+    Example:
+        >>> step_line("original", 3, {"loss": 0.5})
+        '{"stage": "original", "step": 3, "loss": 0.5, "crc": 1563911463}\\n'
+    """
+    text = json.dumps({"stage": stage, "step": step, **scalars})
+    return f'{text[:-1]}, "crc": {zlib.crc32(text.encode())}}}\n'
+
+
+def parse_step(line: bytes) -> dict[str, Any] | None:
+    """What a line of `metrics.jsonl` says, without its CRC-32; None when it is damaged.
+
+    Lines without one (of an earlier version) pass if they are steps at all.
+    """
+    if (found := CRC.fullmatch(line)) is not None:
+        line = found[1] + b"}"
+        if zlib.crc32(line) != int(found[2]):
+            return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(row, dict) and isinstance(row.get("stage"), str)
+    return row if sound and type(row.get("step")) is int else None
+
+
+def split_steps(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[tuple[int, bytes]]]:
+    """The lines of `metrics.jsonl` that are steps, and the damaged ones with their numbers.
+
+    A last line without its end is neither: the run was killed while it wrote it.
+
+    Raises:
+        UserError: the file is there and cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give it back its rights") from None
+    steps, bad = [], []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            row = parse_step(line)
+            bad += [(number, line)] if row is None else []
+            steps += [] if row is None else [(line, row)]
+    return steps, bad
+
+
+def read_steps(path: Path, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`; of a step logged twice (a run that was resumed) the last one.
 
     Args:
-        path: the file; absent counts as empty. A cut last line (a killed run) is left out.
-
-    Raises:
-        UserError: another line is not a JSON object with "stage" and "step".
+        path: the file; absent counts as empty.
+        say: takes a line about lines that are damaged and left out.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    rows: dict[tuple[str, Any], dict[str, Any]] = {}
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            key = (row["stage"], row["step"])
-        except (ValueError, KeyError, TypeError):
-            if i == len(lines):
-                break
-            raise UserError(f"{path} line {i} is not a step; delete that line") from None
+    steps, bad = split_steps(path)
+    if bad:
+        say(f"{path}: {len(bad)} damaged line(s) left out, the first is line {bad[0][0]}")
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for _, row in steps:
+        key = (row["stage"], row["step"])
         rows[key] = rows.pop(key, {}) | row
     return list(rows.values())
 
@@ -59,6 +102,8 @@ def read_evals(run: Run) -> dict[str, dict[str, Any]]:
     paths = {model: run.folder / "evals" / f"{model}.json" for model in measures.MODELS}
     if not paths["oracle"].exists() and run.config.get("retain_log"):
         paths["oracle"] = Path(str(run.config["retain_log"]))
+    for path in paths.values():
+        files.check_key(path)
     found = {m: tables.read_json(p) for m, p in paths.items() if p.is_file()}
     return {m: log for m, log in found.items() if isinstance(log, dict)}
 

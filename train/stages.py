@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import checkpointing, distributed, remote
+from train import checkpointing, distributed, files, remote
 from train.tracking import say
 
 
@@ -40,6 +40,9 @@ def alone(folder: Path, name: str) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         if not remote.is_remote(folder):
             distributed.of_first(lambda: held.enter_context(_lock(folder, name)))
+            # Nobody else writes here now: what is unfinished was left by runs that were killed.
+            left = f"{folder.name}.*{files.PART}"
+            distributed.of_first(lambda: files.sweep(folder.parent.glob(left)))
         yield
 
 
@@ -119,21 +122,22 @@ def json_stage(
                 return json_stage(shared, inputs, compute)
 
         return json_stage(path, inputs, look)
-    key_path = path.with_suffix(".key")
+    key_path = files.key_of(path)
     key = digest(inputs)
 
     def read() -> Any:
         try:
             if key_path.read_text() == key + hashlib.sha256(path.read_bytes()).hexdigest():
                 return {"value": json.loads(path.read_text())}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass
         return None
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(value))
-        write_atomic(key_path, key + hashlib.sha256(path.read_bytes()).hexdigest())
+        text = json.dumps(value)
+        write_atomic(path, text)
+        write_atomic(key_path, files.key_text(text, key))
 
     if (found := distributed.of_first(read)) is not None:
         return found["value"]
@@ -144,30 +148,26 @@ def json_stage(
 
 def amend_json(path: Path, value: Any) -> None:
     """Write the result of a `json_stage` again, with what other results add; its key stays good."""
-    key_path, before = path.with_suffix(".key"), path.read_bytes()
-    key, text = key_path.read_text(), json.dumps(value)
-    if text.encode() == before:
+    before, text = path.read_text(), json.dumps(value)
+    if text == before:
         return
+    made_from = files.key_of(path).read_text().removesuffix(files.key_text(before))
     write_atomic(path, text)
-    sha = hashlib.sha256(before).hexdigest()
-    write_atomic(key_path, key.removesuffix(sha) + hashlib.sha256(text.encode()).hexdigest())
+    write_atomic(files.key_of(path), files.key_text(text, made_from))
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file through a temporary sibling and a rename (in a bucket, directly).
+    """Write a text file as a whole or not at all, a power cut included (`train.files`).
 
     Raises:
         UserError: the disk is full or not writable.
     """
-    part = path.with_name(path.name + ".part")
     try:
         if remote.is_remote(path):
             path.write_text(text)  # an object is there as a whole or not at all
-            return
-        part.write_text(text)
-        part.replace(path)
+        else:
+            files.write(path, text)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror}; free space or choose another --output"
         ) from None

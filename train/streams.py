@@ -25,13 +25,14 @@ from jaxlib_unlearn.objectives import (
 from models import arrays
 from models.decoder import Decoder
 from models.policy import DecoderPolicy, spread, target_log_prob
-from train import distributed, residency
+from train import distributed, files, residency
 from train.data.batches import batch_shape, collate, make_buckets, paired_indices, training_indices
 from train.data.examples import Example
 from train.data.packing import Packing, balanced, collate_packed, fits, make_packing
+from train.keys import reference_inputs
 from train.sharding import batch_ways, put_batch
 from train.stages import digest
-from train.tracking import progress
+from train.tracking import progress, say
 
 # What a kind of reference caches: the batch's column, what is computed for it, and whether the
 # forward pass takes the row's options.
@@ -282,22 +283,14 @@ def with_references(
         # Streams share one padded length, which is the longest of any.
         every = kind == "hidden_all"
         slots = max(s.length_buckets[-1] for s in streams.values()) if every else 0
-        examples = [(e.tokens, e.num_prompt) for e in stream.examples]
         columns = {}
         for column, quantity, with_options in REFERENCE_COLUMNS[kind]:
             options = keywords[name] if with_options else {}
             forward = {k: np.asarray(v, np.float32) for k, v in options.items()}
-            key = digest(
-                {
-                    "params": params_sha,
-                    "kind": quantity,
-                    "forward": {k: v.tolist() for k, v in forward.items()},
-                    "examples": examples,
-                }
-                | ({"slots": slots, "pad": stream.pad_id} if slots else {})
-                | _unattended(decoder)
-            )
-            path = folder / "caches" / f"{name}-{quantity}-{key[:16]}.npz"
+            inputs = reference_inputs(params_sha, decoder.config, quantity, forward, stream)
+            if slots:
+                inputs |= {"slots": slots, "pad": stream.pad_id}
+            path = folder / "caches" / f"{name}-{quantity}-{digest(inputs)[:16]}.npz"
             values = _shared(path, len(stream.examples))
             if values is None:
                 at_hand = residency.at_hand(params)
@@ -309,12 +302,6 @@ def with_references(
             columns[column] = values
         result[name] = replace(stream, references=columns, every_slot=every)
     return result
-
-
-def _unattended(decoder: Decoder) -> dict[str, int]:
-    """What a cache's key says of the token that attention leaves out, if there is one."""
-    token = decoder.config.unattended
-    return {} if token is None else {"unattended": token}
 
 
 def _shared(path: Path, count: int) -> list[np.ndarray] | None:
@@ -330,28 +317,37 @@ def _shared(path: Path, count: int) -> list[np.ndarray] | None:
 
 
 def _read(path: Path, count: int) -> list[np.ndarray] | None:
-    """A cache, or None when it is absent, short or damaged."""
+    """A cache, or None when it is absent or, said in a line, damaged.
+
+    A flipped bit can make anything of a zip file: another method of compression, an encrypted
+    member, a shape of terabytes. Whatever is raised, the cache is computed again.
+    """
+    if not path.exists():
+        return None
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             flat, ends, expected = data["flat"], data["ends"], str(data["sha256"])
-    except (OSError, ValueError, KeyError, EOFError):
-        return None
-    except Exception as error:  # a damaged zip member raises zipfile.BadZipFile or zlib.error
-        if type(error).__module__ not in ("zipfile", "zlib"):
-            raise
-        return None
-    if (
-        len(ends) != count
-        or hashlib.sha256(np.ascontiguousarray(flat).tobytes()).hexdigest() != expected
-    ):
-        return None
-    return np.split(flat, ends[:-1])
+        sound = (
+            (flat.dtype, ends.shape) == (np.float32, (count,))
+            and ends.dtype.kind == "i"
+            and hashlib.sha256(np.ascontiguousarray(flat).tobytes()).hexdigest() == expected
+        )
+        if sound:
+            return np.split(flat, ends[:-1])
+    except Exception:
+        pass
+    say(f"cache {path} is damaged; computing it again")
+    return None
 
 
 def _write(path: Path, values: Sequence[np.ndarray]) -> None:
     flat = np.concatenate(values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.npz")
     sha = hashlib.sha256(np.ascontiguousarray(flat).tobytes()).hexdigest()
-    np.savez(part, flat=flat, ends=np.cumsum([len(v) for v in values]), sha256=np.array(sha))
-    part.replace(path)
+    ends = np.cumsum([len(v) for v in values])
+
+    def save(part: Path) -> None:
+        with part.open("wb") as file:  # by its name, numpy would add .npz
+            np.savez(file, flat=flat, ends=ends, sha256=np.array(sha))
+
+    files.write(path, save)

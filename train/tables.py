@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
+from train import files
 from train.measures import (
     ARROWS,
     LOG10_P,
@@ -23,6 +24,7 @@ from train.measures import (
     metrics_of,
     ordered,
 )
+from train.plain import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +56,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({' '.join(str(error).split())})") from None
 
 
@@ -76,20 +78,39 @@ def load_run(folder: str | Path) -> Run:
                 f"{folder} is not a finished run: no {name}; give the --output folder of a "
                 "`python -m train.unlearn` that ended"
             )
+        files.check_key(folder / name)
     config = read_json(folder / "config.json")
     summary = read_json(folder / "summary.json")
     if not isinstance(config, dict) or not isinstance(summary, dict):
         raise UserError(f"config.json and summary.json in {folder} must be JSON objects")
     notes: list[str] = []
-    about = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    about = about if isinstance(about, dict) else {}
+    about, damage = _about(folder / "run.json")
+    notes += damage
     for source in (config, summary, about):
         found = source.get("notes") or []
-        notes += [found] if isinstance(found, str) else [str(note) for note in found]
-    summary = {k: v for k, v in summary.items() if isinstance(v, dict)}
+        notes += [str(note) for note in (found if isinstance(found, list) else [found])]
+    # Names are shown on terminals and in tables: no control bytes from here on.
+    summary = {
+        plain(model): {plain(name): value for name, value in scores.items()}
+        for model, scores in summary.items()
+        if isinstance(scores, dict)
+    }
     if "unlearned" not in summary:
         raise UserError(f"{folder / 'summary.json'} has no model 'unlearned'; finish the run first")
     return Run(folder, config, summary, about, tuple(notes))
+
+
+def _about(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """What `run.json` says of a run, and a note where it does not read: no number hangs on it."""
+    if not path.is_file():
+        return {}, []
+    try:
+        about = read_json(path)
+        minutes = about.get("minutes") or {}
+        minutes = {str(name): float(spent) for name, spent in minutes.items()}
+    except (UserError, AttributeError, TypeError, ValueError, OverflowError):
+        return {}, [f"{path.name} is damaged: minutes and device are left out."]
+    return about | {"minutes": minutes}, []
 
 
 def _nearest(folder: Path) -> str:
@@ -180,9 +201,9 @@ def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     rest = [] if len(told) == len(flats) else [n for n in differ if n not in names][:4]
     out = []
     for key, members in keyed.items():
-        parts = [str(flats[key].get(n)) for n in shown if flats[key].get(n) not in (None, "")]
-        parts += [f"{n.rsplit('.', 1)[-1]}={flats[key].get(n)}" for n in rest]
-        out.append((" ".join(parts) or members[0].folder.name, members))
+        parts = [plain(flats[key].get(n)) for n in shown if flats[key].get(n) not in (None, "")]
+        parts += [plain(f"{n.rsplit('.', 1)[-1]}={flats[key].get(n)}") for n in rest]
+        out.append((" ".join(parts) or plain(members[0].folder.name), members))
     return [
         (f"SMOKE {label}" if members[0].config.get("smoke") else label, members)
         for label, members in out
@@ -276,9 +297,9 @@ def terminal(cols: Sequence[Column], width: int = 80, main: bool = True) -> list
             table.add_column(Text(heads[i]), justify="right", no_wrap=True)
         for r, name in enumerate(names):
             metric = describe(name)
-            table.add_row(
-                f"{metric.label} {ARROWS[metric.better]}".strip(), *(texts[i][r] for i in chunk)
-            )
+            # As `Text`: what looks like rich's markup in a name is part of the name.
+            label = Text(f"{metric.label} {ARROWS[metric.better]}".strip())
+            table.add_row(label, *(Text(texts[i][r]) for i in chunk))
         tables.append(table)
     return tables
 
@@ -289,7 +310,7 @@ def to_csv(cols: Sequence[Column]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["experiment", "model", "metric", "n", "mean", "sd", "seeds"])
     for column in cols:
-        seeds = " ".join(str(seed) for seed in column.seeds)
+        seeds = " ".join(plain(seed) for seed in column.seeds)
         for name, cell in column.cells.items():
             sd = "" if cell.sd is None else repr(cell.sd)
             writer.writerow([column.label, column.model, name, cell.n, repr(cell.mean), sd, seeds])

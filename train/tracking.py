@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -11,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train import distributed, reporters
+from train import distributed, files, reporters
+from train.runlogs import split_steps, step_line
 
 
 def say(message: str) -> None:
@@ -40,22 +40,32 @@ class Tracker:
         self.path = folder / "metrics.jsonl"
         first = distributed.is_first()
         self.others = reporters.open_all(report_to, folder, config or {}) if first else []
+        if first:
+            self._set_aside()
+
+    def _set_aside(self) -> None:
+        """Move damaged lines to `metrics.jsonl.bad`: a log never keeps a run from going on."""
+        steps, bad = split_steps(self.path)
+        if not bad:
+            return
+        aside = self.path.with_name(self.path.name + ".bad")
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for _, line in bad)
+        self._keep([line for line, _ in steps])
+        say(
+            f"{self.path}: {len(bad)} damaged line(s) moved to {aside.name}, the first was line "
+            f"{bad[0][0]}"
+        )
+
+    def _keep(self, lines: list[bytes]) -> None:
+        files.write(self.path, b"".join(line + b"\n" for line in lines))
 
     def resume(self, stage: str, step: int) -> None:
         """Forget the lines of `stage` at `step` and later (and a line a crash cut short)."""
         if not (distributed.is_first() and self.path.exists()):
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row["stage"] != stage or row["step"] < step:
-                kept.append(line)
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(line + "\n" for line in kept))
-        part.replace(self.path)
+        steps, _ = split_steps(self.path)
+        self._keep([line for line, row in steps if row["stage"] != stage or row["step"] < step])
 
     def write(self, stage: str, step: int, scalars: dict[str, float]) -> None:
         """Append one line."""
@@ -63,7 +73,7 @@ class Tracker:
             return
         clean = {k: float(v) for k, v in scalars.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")
+            file.write(step_line(stage, step, clean))
         self._hand_on(lambda other: other.write(stage, step, clean))
 
     def close(self, summary: Mapping[str, Mapping[str, Any]]) -> None:

@@ -21,8 +21,9 @@ from typing import Any
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from train import cli, distributed, optimizers, remote, reporters
+from train import cli, distributed, files, optimizers, remote, reporters, seal
 from train.config import RunConfig, replace, to_json
+from train.folder import check_folder, enter_run, lock, locked
 from train.optimizers import OPTIMIZERS, list_combiners, list_optimizers
 from train.presets import PRESETS
 from train.stages import write_atomic
@@ -127,14 +128,20 @@ def with_optimizer(config: RunConfig, name: str, preset: Any) -> RunConfig:
 
 
 def run(config: RunConfig) -> Path:
-    """Run all stages of a configuration and return the run folder."""
+    """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
+    with contextlib.ExitStack() as held:
+        return _run(config, held)
+
+
+def _run(config: RunConfig, held: contextlib.ExitStack) -> Path:
     from train import card, evaluation, pipeline, report
     from train.tables import Run
 
     started = time.monotonic()
     distributed.start(config.distributed)
-    task, base, mesh, retain_log = prepare(config)
+    task, base, mesh, retain_log = prepare(config, held)
     base = base.parked()  # as every model while it waits: a step has the device to itself
+    held.enter_context(locked(run_folder(config)))
     root = open_run(config)
     logs_to = reporters.chosen(config.report_to, config.tensorboard)
     tracker = Tracker(root, logs_to, _identity(config))
@@ -202,7 +209,9 @@ def run(config: RunConfig) -> Path:
     timed("export", clock)
 
     def tell() -> None:
-        write_atomic(root / "summary.json", json.dumps(summary, indent=1))
+        text = json.dumps(summary, indent=1)
+        write_atomic(root / "summary.json", text)
+        write_atomic(root / "summary.key", files.key_text(text))
         report.build(root)
         report.show(root)
         remote.send(root)
@@ -214,8 +223,12 @@ def run(config: RunConfig) -> Path:
     return root
 
 
-def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
+def prepare(
+    config: RunConfig, held: contextlib.ExitStack | None = None
+) -> tuple[Any, Any, Any, Any]:
     """Everything that can be wrong, before the run folder exists: task, base model, mesh, log.
+
+    With `held`, a run folder that exists is locked: another run in it is noticed first.
 
     Raises:
         UserError: anything about the configuration, the data or the model.
@@ -228,9 +241,14 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
     with distributed.together():
         mesh = checks.check_run(config)
         layout = prompt_format(config.data)
+        if config.retain_log is not None:
+            files.check_key(config.retain_log)  # where it is that of a run
         retain_log = None if config.retain_log is None else tofu.load_log(config.retain_log)
         if distributed.is_first():
-            check_folder(remote.mirror(run_folder(config)), _identity(config))
+            folder = run_folder(config)
+            exists = check_folder(remote.mirror(folder), _identity(config))
+            if exists and held is not None and not remote.is_remote(folder):
+                held.enter_context(lock(folder))
         # The data may come from the Hub: a path with a typo in it need not wait for that.
         pipeline.check_model(config.stage.original or config.model.path)
         task = load_task(config)
@@ -295,19 +313,6 @@ def open_run(config: RunConfig) -> Path:
     return enter_run(run_folder(config), _identity(config))
 
 
-def enter_run(folder: Path, identity: dict[str, Any]) -> Path:
-    """Create or enter a run folder, local or in a bucket, that all processes see.
-
-    Returns:
-        Where the first process keeps its files: the folder, or its local mirror.
-    """
-    root = remote.mirror(folder)
-    distributed.of_first(lambda: str(enter_folder(root, identity)))
-    distributed.check_shared(remote.home(root))
-    distributed.of_first(lambda: remote.send(root))
-    return root
-
-
 def _identity(config: RunConfig) -> dict[str, Any]:
     """What `config.json` holds: everything but where it runs, and where it and its sources lie.
 
@@ -318,55 +323,6 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     for name in ("distributed", "profile", "report_to"):
         del whole[name]
     return whole | {"optimizer": OPTIMIZERS[config.optimizer.name].options(config.optimizer)}
-
-
-def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `root` is there with `wanted` as its `config.json`; False when it can be created.
-
-    Raises:
-        UserError: the folder holds another run's configuration, or other files.
-    """
-    path = root / "config.json"
-    if path.exists():
-        try:
-            there = json.loads(path.read_text())
-        except (OSError, ValueError):
-            raise UserError(
-                f"{path} does not read; give another --output or delete the folder"
-            ) from None
-        # The numbers do not depend on the mesh: a run goes on where there are other devices.
-        if isinstance(there, dict):
-            there = there | {"mesh": wanted.get("mesh")}
-        if difference := distributed.first_difference(there, wanted):
-            raise UserError(
-                f"{remote.home(root)} holds another run's config ({difference}); give another "
-                "--output"
-            )
-        return True
-    # A run killed while it wrote its first file leaves `config.json.part` behind.
-    if root.exists() and (
-        not root.is_dir() or any(item.name != "config.json.part" for item in root.iterdir())
-    ):
-        raise UserError(
-            f"--output {remote.home(root)} exists and is not a run folder; give another --output"
-        )
-    return False
-
-
-def enter_folder(root: Path, wanted: dict[str, Any]) -> Path:
-    """Create `root` with `wanted` as its `config.json`, or enter it when it holds the same.
-
-    Raises:
-        UserError: see `check_folder`; or the folder cannot be written.
-    """
-    if check_folder(root, wanted):
-        return root
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {root}: {error.strerror}; give another --output") from None
-    write_atomic(root / "config.json", json.dumps(wanted, indent=1))
-    return root
 
 
 def evaluation_inputs(
@@ -384,7 +340,7 @@ def evaluation_inputs(
         "format": words.format,
         "task": task.digest(),
         "evaluate": to_json(evaluate),
-        "judge": None if judge is None else judge.sha,
+        "judge": None if judge is None else [judge.sha, to_json(judge.decoder.config)],
         "system_prompt": data.system_prompt,
         "max_length": data.max_length,
         "seed": seed,
@@ -447,9 +403,11 @@ def compare_logs(root: Path, logs: dict[str, Any], retain_log: Any) -> None:
 
 def read_minutes(root: Path) -> dict[str, float]:
     """Minutes a phase that earlier starts of the same run have spent."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    broken = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    with contextlib.suppress(*broken, OverflowError):
         about = json.loads((root / "run.json").read_text())
-        return {str(name): float(spent) for name, spent in about["minutes"].items()}
+        found = {str(name): float(spent) for name, spent in about["minutes"].items()}
+        return {name: spent for name, spent in found.items() if 0 <= spent < 1e9}
     return {}
 
 
@@ -500,15 +458,20 @@ def export_model(
     from train import card
     from train.stages import digest
 
-    mark = folder / "params_sha256"
     text = (
         card.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text
     )
     made_from = f"{model.sha} {dtype} {digest([text, max_new_tokens])[:16]}"
 
+    home = remote.home(folder.parent)
+
     def there() -> bool:
-        if mark.exists() and mark.read_text() == made_from:
-            return True
+        found = seal.read(folder)
+        if found is not None and found[0] == made_from and found[1]:
+            wrong = seal.damage(folder, None if home == folder.parent else home / folder.name)
+            if not wrong:
+                return True
+            say(f"{folder / wrong[0]} is damaged; exporting it again")
         for stale in (folder, *folder.parent.glob(f".{folder.name}.*")):  # of a killed export
             shutil.rmtree(stale, ignore_errors=True)
         return False
@@ -524,7 +487,7 @@ def export_model(
             max_new_tokens=max_new_tokens,
             card=lambda written: card.with_digests(text, written),
         )
-    distributed.of_first(lambda: write_atomic(mark, made_from))
+    distributed.of_first(lambda: seal.put(folder, made_from))
 
 
 if __name__ == "__main__":

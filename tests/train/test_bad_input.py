@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import cli
+from train import cli, folder
 from train.config import RunConfig
 from train.presets import PRESETS
 from train.task import load_task
@@ -129,6 +129,17 @@ def test_names(refused, argv, parts):
         ("--unlearn.steps None --unlearn.epochs 0.01", ["no step", "epochs"]),
         ("--optimizer.learning-rate 0", ["learning-rate", "positive"]),
         ("--optimizer.learning-rate nan", ["learning-rate", "positive"]),
+        ("--optimizer.learning-rate inf", ["learning-rate is inf", "float32"]),
+        ("--finetune.optimizer.learning-rate 1e39", ["--finetune.optimizer", "float32"]),
+        ("--optimizer.b1 1", ["--optimizer.b1 is 1", "below 1"]),
+        ("--finetune.optimizer.b2 1.0", ["--finetune.optimizer.b2", "below 1"]),
+        ("--optimizer.b2 -0.1", ["--optimizer.b2", "at least 0"]),
+        ("--optimizer.b1 nan", ["--optimizer.b1 is nan"]),
+        ("--optimizer.name muon --optimizer.momentum 1", ["--optimizer.momentum", "below 1"]),
+        ("--optimizer.eps 0", ["--optimizer.eps", "at least 1e-30"]),
+        ("--optimizer.weight-decay inf", ["--optimizer.weight-decay is inf"]),
+        ("--objective.forget-weight nan", ["forget-weight is nan"]),
+        ("--unlearn.steps 99999999999", ["--unlearn.steps", "2^31"]),
         ("--optimizer.warmup 2", ["--optimizer.warmup"]),
         ("--evaluate.max-new-tokens 0", ["--evaluate.max-new-tokens"]),
         ("--evaluate.leak-top-p 0", ["--evaluate.leak-top-p"]),
@@ -461,8 +472,9 @@ def test_empty_output_folders_are_welcome(small, tmp_path):
     root.mkdir()
     (root / "config.json.part").write_text("{")  # of a run killed in its first moment
     config = read_arguments(["quickstart", *small, "--output", str(root)])
-    assert open_run(config) == root == open_run(config)
-    assert sorted(p.name for p in root.iterdir()) == ["config.json"]
+    with folder.locked(root):
+        assert open_run(config) == root == open_run(config)
+    assert sorted(p.name for p in root.iterdir()) == ["config.json", "config.key"]
     assert cli.read_config(RunConfig, root / "config.json").finetune == config.finetune
 
 

@@ -119,7 +119,7 @@ def terminate():
 
 def test_sigterm_waits_for_deferred_work():
     done = []
-    with pytest.raises(Preempted), distributed.sigterm_stops():
+    with pytest.raises(Preempted), distributed.signals_stop():
         with distributed.deferred():
             terminate()
             assert distributed.asked_to_stop()
@@ -128,27 +128,27 @@ def test_sigterm_waits_for_deferred_work():
             done.append("outer")
         done.append("never")
     assert done == ["inner", "outer"]
-    with distributed.sigterm_stops():  # that was another run
+    with distributed.signals_stop():  # that was another run
         assert not distributed.asked_to_stop()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_sigterm_leaves_what_may_be_left():
     done = []
-    with pytest.raises(Preempted), distributed.sigterm_stops():
+    with pytest.raises(Preempted), distributed.signals_stop():
         terminate()
         done.append("never")
-    with pytest.raises(Preempted), distributed.sigterm_stops():
+    with pytest.raises(Preempted), distributed.signals_stop():
         with distributed.deferred(), distributed.interruptible():
             terminate()
             done.append("never")
-    with pytest.raises(Preempted), distributed.sigterm_stops(), distributed.deferred():
+    with pytest.raises(Preempted), distributed.signals_stop(), distributed.deferred():
         terminate()
         with distributed.interruptible():
             done.append("never")
     assert not done
     # No handler for failures takes it for one.
-    with pytest.raises(Preempted), distributed.sigterm_stops():
+    with pytest.raises(Preempted), distributed.signals_stop():
         try:
             terminate()
         except Exception:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -152,12 +153,41 @@ def test_write_atomic(tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="cannot write .*a.json: No space left on device; free"):
         write_atomic(path, "three")
     monkeypatch.undo()
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError):
         write_atomic(path, "three")
     monkeypatch.undo()
     assert path.read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_is_renamed_is_on_the_disk_before_and_its_name_after(tmp_path, monkeypatch):
+    """A power cut leaves the old file or the new one: bytes, rename, folder, in this order."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).relative_to(tmp_path).as_posix())
+        fsync(handle)
+
+    def renamed(source, target):
+        done.append("rename " + Path(target).relative_to(tmp_path).as_posix())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_atomic(tmp_path / "a.json", "one")
+    part, *rest = done
+    assert part.startswith("a.json.") and part.endswith(".part")
+    assert rest == ["rename a.json", "."]
+    done.clear()
+    save_step(tmp_path, 3, made(), {})
+    at = done.index("rename 3")
+    before, after = done[:at], done[at + 1 :]
+    files = {p.relative_to(tmp_path / "3").as_posix() for p in (tmp_path / "3").rglob("*")}
+    assert {"manifest.json", "arrays"} < files
+    assert {name.partition(".part")[2].lstrip("/") for name in before} >= files | {""}
+    assert after == ["."]

@@ -1,0 +1,226 @@
+"""The key of a stage: every field of the configurations of model and run is in it, or why not.
+
+Nothing is computed: stages and evaluations hand on the digest of what they would be made from.
+"""
+
+import dataclasses
+import functools
+import typing
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from models import DecoderConfig
+from models.layers import RopeScaling
+from train import cli, keys, pipeline, sharding, stages, unlearn
+from train.config import RunConfig, replace
+from train.data.examples import Example
+from train.keys import WHY_NOT
+from train.presets import PRESETS
+from train.stages import digest
+from train.task import load_task
+
+# Another value where adding one or the next word will not do.
+OTHER: dict[str, Any] = {
+    "data.source": None,  # the other source needs files: its rows are in `streams`
+    "data.path": None,
+    "data.forget_split": None,  # generated authors have one; rows are in `streams`
+    "data.retain_rows": None,  # of TOFU's files; rows are in `streams`
+    "data.extra_rows": None,
+    "data.seed": 7,
+    "data.system_prompt": "Be brief.",
+    "data.max_length": 40,
+    "data.row_tokens": 320,
+    "model.path": None,  # what is loaded: its parameters' digest is in `start`
+    "model.hidden_size": 64,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.vocab_size": 400,
+    "model.dtype": "bfloat16",
+    "model.remat": "full",
+    "stage.original": None,  # a model that is loaded, as `model.path`
+    "objective.name": "npo",
+    "objective.retain": "kl",
+    "objective.layers": (0,),
+    "objective.beta": None,  # of other objectives, which refuse or take it: below
+    "objective.delta": None,
+    "objective.compat": None,
+    "lora.alpha": 3.0,
+    "lora.targets": ("q",),
+    "evaluate.judge": "base",
+    "evaluate.leak_question": "paraphrased_question",
+    "evaluate.leak_top_p": 0.5,
+    "combine": "blur",
+    "output": Path("elsewhere"),
+    "stage.cache": Path("cache"),
+    "profile": Path("trace"),
+    "retain_log": Path("log.json"),
+    "export_dtype": "bfloat16",
+    "family": "qwen2",
+    "rope_scaling": RopeScaling("linear", 2.0),
+    "sliding_window": 8,
+    "dtype": "bfloat16",
+}
+
+
+def leaves(config: Any, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    """Dotted name and value of every field, nested ones too."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+def another(name: str, value: Any) -> Any:
+    """Another value of a field."""
+    if name in OTHER:
+        return OTHER[name]
+    last = name.rpartition(".")[2]
+    choices = {"schedule": "constant", "bases": "svd", "state_dtype": "bfloat16", "name": "muon"}
+    choices["comm_dtype"] = "bfloat16"
+    if last in choices:
+        return choices[last]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1 if isinstance(value, int) else value * 0.75 + 1e-4
+    return "other" if isinstance(value, str) else 2
+
+
+@functools.cache
+def prepared(seed: int, data: Any, model: Any):
+    """Task and base model."""
+    config = replace(START, seed=seed, data=data, model=model)
+    task = load_task(config)
+    few = {name: rows if name == "holdout" else rows[:4] for name, rows in task.evaluation.items()}
+    task = task._replace(forget=task.forget[:8], retain=task.retain[:8], evaluation=few)
+    return task, pipeline.base_model(config, task, sharding.make_mesh(config.mesh))
+
+
+START: RunConfig
+
+
+@pytest.fixture(scope="module", autouse=True)
+def start(small):
+    global START
+    options = "--finetune.steps 4 --unlearn.steps 4 --lora.rank 2 --lora.alpha 2".split()
+    options += ["--data.row-tokens", "0"]  # packing is tried out on hundreds of batches
+    preset = PRESETS["quickstart"].PRESET
+    START = cli.parse(RunConfig, preset, [*small, *options], "tests", "")
+    patch = pytest.MonkeyPatch()
+    # Random weights would be compiled for each shape: here only their shapes and the seed count.
+    patch.setattr(
+        "models.decoder.Decoder.init",
+        lambda self, key: jax.tree.map(lambda x: jax.numpy.zeros(x.shape), self.shapes()),
+    )
+    patch.setattr(
+        pipeline, "params_sha256", lambda tree: digest(jax.tree.map(lambda x: x.shape, tree))
+    )
+    yield START
+    patch.undo()
+    prepared.cache_clear()
+
+
+def keys_of(config: RunConfig, monkeypatch, change=lambda decoder: decoder) -> dict[str, str]:
+    """The key of every stage and evaluation of a run."""
+    found: dict[str, str] = {}
+
+    def params_stage(root, name, inputs, like, compute, cache=None):
+        found[name] = digest(inputs)
+        return like, found[name]
+
+    def json_stage(path, inputs, compute, cache=None):
+        found[f"evaluate {path.stem}"] = digest(inputs)
+
+    monkeypatch.setattr(pipeline, "params_stage", params_stage)
+    monkeypatch.setattr(stages, "json_stage", json_stage)
+    task, base = prepared(config.seed, config.data, config.model)
+    base = base._replace(decoder=change(base.decoder), sha=f"{base.sha} {config.seed}")
+    mesh = sharding.make_mesh(config.mesh)
+    where = (Path("run"), mesh, None)
+    original = pipeline.finetune(config, base, task.forget + task.retain, "original", *where)
+    oracle = pipeline.finetune(config, base, task.retain, "oracle", *where)
+    unlearned = pipeline.unlearn(config, original, task, *where)
+    judge = {"oracle": oracle, "base": base}[config.evaluate.judge]
+    for name, model in {"original": original, "unlearned": unlearned}.items():
+        unlearn.evaluate_cached(config, model, task, judge, Path("run"), mesh, name)
+    return found
+
+
+def reason(name: str) -> str | None:
+    """Why a field is in no key, if that is so."""
+    return next((why for n, why in WHY_NOT.items() if f"{name}.".startswith(f"{n}.")), None)
+
+
+def test_every_field_of_the_run_is_in_a_key(monkeypatch):
+    known = keys_of(START, monkeypatch)
+    assert len(known) == 5 and keys_of(START, monkeypatch) == known
+    missing, wrong, unchanged = [], [], []
+    for name, value in leaves(START):
+        other = another(name, value)
+        if other is None:
+            unchanged.append(name)
+            continue
+        assert other != value, name
+        if reason(name) and name.partition(".")[0] in ("mesh", "distributed"):
+            continue  # needs devices and processes: tests of the same numbers change these
+        config = replace(START, **{name: other})
+        if name == "objective.name":
+            config = replace(config, objective=type(START.objective)(other))
+        base = known
+        if name.endswith(".epochs"):  # of them the number of steps is made where none is given
+            given = {name.replace("epochs", "steps"): None}
+            config, base = replace(config, **given), keys_of(replace(START, **given), monkeypatch)
+        if name in ("optimizer.name", "finetune.optimizer.name", "combine"):
+            config = replace(config, **{"lora.rank": None, "lora.alpha": None})
+            base = keys_of(replace(config, **{name: value}), monkeypatch)
+        changed = keys_of(config, monkeypatch) != base
+        missing += [name] if not changed and not reason(name) else []
+        wrong += [name] if changed and reason(name) else []
+    assert not missing, "in no key, and no reason given"
+    assert not wrong, "a reason is given, and still it is in a key"
+    assert set(unchanged) == {n for n, v in OTHER.items() if v is None}
+    assert all(any(reason(n) == why for n, _ in leaves(START)) for why in WHY_NOT.values())
+
+
+# A field of the model as the training stages see it: the same weights, other conventions.
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(DecoderConfig)])
+def test_every_field_of_the_model_is_in_the_keys_of_training(field, monkeypatch, start):
+    config = START
+
+    def change(decoder):
+        value = another(field, getattr(decoder.config, field))
+        return dataclasses.replace(
+            decoder, config=dataclasses.replace(decoder.config, **{field: value})
+        )
+
+    _, base = prepared(config.seed, config.data, config.model)
+    ours, theirs = base.decoder.config, change(base.decoder).config
+    assert ours != theirs
+    options = {
+        "objective": START.objective, "optimizer": START.optimizer, "combine": "sum", "steps": 4,
+        "batch_size": 8, "seed": 0, "adapters": START.lora,
+    }  # fmt: skip
+    stage = [digest(keys.stage_inputs("sha", c, {}, **options)) for c in (ours, theirs)]
+    stream = pipeline.make_stream([Example([1, 2, 3], 1)], 0)
+    cache = [digest(keys.reference_inputs("sha", c, "hidden", {}, stream)) for c in (ours, theirs)]
+    assert stage[0] != stage[1] and cache[0] != cache[1]
+
+
+def test_one_cache_does_not_mistake_a_dtype_or_a_rope_theta(monkeypatch):
+    """What was tried: the second run said "found, made from the same inputs"."""
+    known = keys_of(START, monkeypatch)
+
+    def with_theta(decoder):
+        config = dataclasses.replace(decoder.config, rope_theta=5e5)
+        return dataclasses.replace(decoder, config=config)
+
+    for found in (
+        keys_of(replace(START, **{"model.dtype": "bfloat16"}), monkeypatch),
+        keys_of(START, monkeypatch, with_theta),
+    ):
+        assert all(found[name] != known[name] for name in known)

@@ -1,0 +1,310 @@
+"""The run folder: one run at a time, and any flipped bit set right or named, never a lost run."""
+
+import fcntl
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlib_unlearn.errors import UserError
+from train import cli, files, folder, pipeline, runlogs, seal, sharding, streams, tables, unlearn
+from train.config import RunConfig
+from train.sharding import MeshConfig
+from train.tracking import Tracker
+
+
+def flip(path: Path, rng: random.Random) -> bytes:
+    """Flip one bit of a file; returns what was there."""
+    before = path.read_bytes()
+    data = bytearray(before)
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    return before
+
+
+# One run at a time.
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write("process 4711 on \\x1b[31melsewhere\\n")
+file.flush()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_run_says_who_holds_the_folder(program, small, tmp_path):
+    root = tmp_path / "run"
+    argv = ["quickstart", *small, "--output", str(root)]
+    unlearn.open_run(unlearn.read_arguments(argv))
+    command = [sys.executable, "-c", HOLD, str(root / folder.LOCK)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        before = sorted(p.name for p in root.iterdir())
+        for module, first in (
+            ("train.unlearn", argv),
+            ("train.evaluate", ["model", "--output", tmp_path / "judged"]),
+        ):
+            if module == "train.evaluate":
+                (tmp_path / "judged").mkdir()
+                (tmp_path / "judged" / folder.LOCK).hardlink_to(root / folder.LOCK)
+            done = program(module, *first)
+            assert done.code == 2 and done.err.count("\n") == 1, done.err
+            assert "is in use by process 4711 on \\x1b[31melsewhere; wait" in done.err
+        assert sorted(p.name for p in root.iterdir()) == before
+        other.kill()  # kill -9: the file stays and the lock falls
+    assert (root / folder.LOCK).exists()
+    with folder.locked(root), folder.locked(root):  # a process does not shut itself out
+        assert f"process {folder.os.getpid()} on " in (root / folder.LOCK).read_text()
+    assert not (root / folder.LOCK).exists()
+
+
+def test_the_lock_of_a_run_that_has_just_ended(tmp_path, monkeypatch):
+    """It was opened before its holder removed it: what is then locked is nobody's."""
+    real = fcntl.flock
+    gone = []
+
+    def flock(file, how):
+        real(file, how)
+        if not gone:
+            gone.append((tmp_path / folder.LOCK).unlink())
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with folder.locked(tmp_path):
+        assert gone and (tmp_path / folder.LOCK).exists()
+
+
+def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(folder.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with folder.locked(tmp_path):
+        pass
+    assert "no locks on this file system (No locks available)" in capsys.readouterr().err
+
+
+def test_unfinished_files_are_of_one_process_and_swept(tmp_path):
+    names = {files.part_of(tmp_path / "config.json").name}
+    code = "from train import files; from pathlib import Path; print(files.part_of(Path('x')).name)"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        names.add(done.stdout.strip().replace("x.", "config.json.", 1))
+    assert len(names) == 3 and all(name.endswith(".part") for name in names)
+    left = ["config.json.9-ab.part", "caches/a.npz.9-ab.part", "checkpoints/o-1/8.9-ab.part/x"]
+    left += ["stages/original-1.9-ab.part/arrays/x", ".export.k3/model.safetensors", "evals/a.part"]
+    kept = ["mine.txt", "stages/original-1/manifest.json", "export/model.safetensors"]
+    for name in left + kept:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    with folder.locked(tmp_path):
+        found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {*kept, folder.LOCK}
+
+
+# The configuration.
+
+
+@pytest.fixture
+def entered(small, tmp_path):
+    """A run folder that was entered once, the run's identity and another's."""
+    config = unlearn.read_arguments(["quickstart", *small, "--output", str(tmp_path / "run")])
+    root = unlearn.open_run(config)
+    mine = unlearn._identity(config)
+    return root, mine, mine | {"seed": 5}
+
+
+def test_a_flipped_config_is_set_right_or_named(entered, capsys):
+    root, mine, other = entered
+    path, rng = root / "config.json", random.Random(0)
+    sound = path.read_bytes(), (root / "config.key").read_bytes()
+    for trial in range(30):
+        flip(root / ("config.json" if trial % 3 else "config.key"), rng)
+        with pytest.raises(UserError) as error:
+            folder.check_folder(root, other)
+        message = str(error.value)
+        assert "\n" not in message and "give" in message and "delete the folder" not in message
+        if trial % 3:
+            for read in (lambda: cli.read_config(RunConfig, path), lambda: tables.load_run(root)):
+                (root / "summary.json").write_text("{}")
+                with pytest.raises(UserError, match=r"config.json is not what the run wrote"):
+                    read()
+        folder.enter_folder(root, mine)
+        assert (path.read_bytes(), (root / "config.key").read_bytes()) == sound
+    assert capsys.readouterr().err.count("written again from the options given\n") == 30
+    # On another mesh it is the same run.
+    assert folder.check_folder(root, mine | {"mesh": {"data": 8}})
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "of an earlier version"])
+def test_a_config_that_is_gone_or_cut(entered, how, capsys):
+    root, mine, other = entered
+    path = root / "config.json"
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_text(path.read_text()[:80])
+    if how == "of an earlier version":
+        (root / "config.key").unlink()
+        for identity in (mine, other):
+            with pytest.raises(UserError, match="does not read; .* delete this one file: then"):
+                folder.check_folder(root, identity)
+        path.unlink()  # as that line says
+        (root / "stages" / "original-1").mkdir(parents=True)
+        (root / "stages" / "original-1" / "manifest.json").write_text("{}")
+        (root / "metrics.jsonl").write_text("")
+    else:
+        with pytest.raises(UserError, match="these are not the options .* keep what is stored"):
+            folder.check_folder(root, other)
+    folder.enter_folder(root, mine)
+    assert json.loads(path.read_text()) == mine and not files.damaged(path)
+
+
+def test_a_run_folder_of_an_earlier_version_is_entered(entered):
+    root, mine, other = entered
+    (root / "config.key").unlink()
+    with pytest.raises(UserError, match="holds another run's config .seed: 0 there, 5 here"):
+        folder.check_folder(root, other)
+    before = (root / "config.json").read_bytes()
+    folder.enter_folder(root, mine | {"mesh": {"data": 8}})
+    assert (root / "config.json").read_bytes() == before and (root / "config.key").exists()
+
+
+# Logs and caches.
+
+
+def test_a_damaged_log_never_keeps_a_run_from_going_on(tmp_path, capsys):
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.bad"
+    tracker = Tracker(tmp_path)
+    for step in range(6):
+        tracker.write("original", step, {"loss": 6.25 / (step + 1), "lr": float("nan")})
+    sound = path.read_bytes()
+    lines = sound.splitlines()
+    rng = random.Random(1)
+    for _ in range(60):
+        path.write_bytes(sound)
+        aside.unlink(missing_ok=True)
+        flip(path, rng)
+        capsys.readouterr()
+        # The page of a finished run leaves the line out; a run that goes on sets it aside.
+        assert len(runlogs.read_steps(path)) >= 4
+        Tracker(tmp_path)
+        said = capsys.readouterr()
+        assert said.err.count("\n") <= 1 and said.err.count("damaged line(s) moved") == bool(
+            said.err
+        )
+        kept = path.read_bytes().splitlines()
+        assert aside.exists() == bool(said.err)
+        for line in kept:  # a number that is read is one that was written
+            row = runlogs.parse_step(line)
+            assert row is not None
+            written = runlogs.parse_step(lines[row["step"]])
+            assert written is not None and row["loss"] == written["loss"]
+        Tracker(tmp_path).resume("original", 3)
+        assert len(path.read_bytes().splitlines()) <= 3
+    for text in ("[1]\n", '{"stage": 1, "step": 2}\n', '{"stage": "a"}\n', "[" * 10**5 + "\n"):
+        path.write_text(text)
+        Tracker(tmp_path)
+        assert path.read_bytes() == b""
+
+
+def test_a_damaged_cache_is_computed_again(tmp_path, capsys):
+    rng = random.Random(2)
+    values = [np.random.default_rng(i).normal(size=(i + 1, 3)).astype(np.float32) for i in (0, 1)]
+    path = tmp_path / "forget-hidden-1.npz"
+    streams._write(path, values)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    noticed = 0
+    for _ in range(200):
+        before = flip(path, rng)
+        found = streams._read(path, 2)
+        noticed += found is None
+        if found is not None:
+            assert all(a.tobytes() == b.tobytes() for a, b in zip(found, values, strict=True))
+        path.write_bytes(before)
+    assert noticed > 100
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"cache {path} is damaged; computing it again"] * noticed
+    path.write_bytes(path.read_bytes()[:100])
+    assert streams._read(path, 2) is None and streams._read(tmp_path / "none.npz", 2) is None
+
+
+# The exported model.
+
+
+def test_a_damaged_export_is_noticed_and_written_again(
+    tiny, tmp_path, program, capsys, tofu_folder
+):
+    mesh = sharding.make_mesh(MeshConfig(1))
+    model = pipeline.load_model(str(tiny), "none", mesh)
+    export = tmp_path / "run" / "export"
+
+    def times():
+        return {p.name: p.stat().st_mtime_ns for p in export.iterdir()}
+
+    unlearn.export_model(model, export, "float32")
+    whole, first = files.sums(export), times()
+    unlearn.export_model(model, export, "float32")
+    assert times() == first and seal.damage(export) == []
+    rng = random.Random(3)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", seal.NAME):
+        flip(export / name, rng)
+        done = program("train.evaluate", export, "--data.path", tofu_folder, "--mesh.data", "1")
+        assert done.code == 2 and done.err.count("\n") == 1, done.err
+        assert str(export) in done.err and "export it again" in done.err
+        done = program("train.export", export, tmp_path / "copy")
+        assert done.code == 2 and not (tmp_path / "copy").exists()
+        unlearn.export_model(model, export, "float32")
+        assert files.sums(export) == whole
+    (export / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json is not what was exported"):
+        pipeline.load_model(str(export), "none", mesh)
+    # Edited on purpose: without the seal it is a model like any other.
+    unlearn.export_model(model, export, "float32")
+    (export / seal.NAME).unlink()
+    config = json.loads((export / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+    (export / "config.json").write_text(json.dumps(config))
+    assert pipeline.load_model(str(export), "none", mesh).decoder.config.norm_eps == 0.5
+
+
+# What is shown.
+
+NAMES = ("a\x1b[31mred\x07", "[red]x[/red] [/nope]", "b\nc\u202ed", "50% & $x_1$ {y}")
+
+
+def test_control_bytes_and_markup_in_names_are_text(tmp_path, capsys):
+    from train import report
+
+    for i, name in enumerate(NAMES):
+        root = tmp_path / f"run{i}"
+        root.mkdir()
+        config = {"preset": name, "seed": name, "objective": {"name": name}}
+        (root / "config.json").write_text(json.dumps(config))
+        scores = {"forget_rouge": 0.5, name: 0.25, "retain_rouge": 0.75}
+        (root / "summary.json").write_text(json.dumps({"unlearned": scores, name: scores}))
+    roots = [str(tmp_path / f"run{i}") for i in range(len(NAMES))]
+    table, tex = tmp_path / "t.csv", tmp_path / "t.tex"
+    argv = [*roots, "--all", "--csv", str(table), "--latex", str(tex)]
+    assert report.main(argv) == 0
+    assert report.main(roots[:1]) == 0
+    out = capsys.readouterr()
+    for text in (out.out, out.err, table.read_text(), tex.read_text()):
+        odd = {c for c in text if not c.isprintable() and c != "\n"}
+        assert not odd and "\u202e" not in text
+    assert "[red]x[/red] [/nope]" in out.out and "a\\x1b[31mred\\x07" in out.out
+    assert report.main([str(tmp_path / "no\x1b[2Jrun")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: no run folder {tmp_path}/no\\x1b[2Jrun")
+
+
+def test_control_bytes_of_an_argument_do_not_reach_the_terminal(program):
+    done = program("train.unlearn", "quick\x1b[31m\x9bstart\u202e")
+    assert done.code == 2 and "\x1b" not in done.err and "\x9b" not in done.err
+    assert "\\x1b" in done.err and "\u202e" not in done.err
