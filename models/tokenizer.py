@@ -174,10 +174,10 @@ class Tokenizer:
             if self._template is None:
                 self._template = _environment().from_string(self.chat_template)
             names = {key: self.token(value) for key, value in self._special_ids().items()}
-            scope = {key: value for key, value in names.items() if value is not None}
-            scope |= {"tools": None, "documents": None, "date_string": self.format.date}
-            scope |= variables
-            scope.setdefault("strftime_now", lambda form: strftime_of(scope["date_string"])(form))
+            date = variables.get("date_string", self.format.date)
+            scope: dict[str, Any] = {k: value for k, value in names.items() if value is not None}
+            scope |= {"strftime_now": lambda form: strftime_of(date)(form), "date_string": date}
+            scope |= {"tools": None, "documents": None, **variables}
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **scope
             )

@@ -104,14 +104,16 @@ def test_a_smoke_run_on_files_judges_few_rows(prepared):
     name, _, task, _ = prepared
     if name in TOFU:
         sizes = {split: len(rows) for split, rows in task.evaluation.items()}
-        wanted = {"forget": 12, "retain": 12, "holdout": 4, "real_authors": 4, "world_facts": 4}
-        assert sizes == wanted and (len(task.forget), len(task.retain)) == (12, 12)
+        wanted = {"forget": 4, "retain": 4, "holdout": 4, "real_authors": 2, "world_facts": 2}
+        assert sizes == wanted and (len(task.forget), len(task.retain)) == (4, 4)
 
 
 @pytest.mark.parametrize("name", [name for name in TOFU if "llama" in name])
 def test_the_llama_presets_have_the_official_sizes(name, official, tiny):
     argv = [a for a in arguments(name, official, tiny) if a != "--smoke"]
-    config = unlearn.read_arguments(argv)
+    # Batches of 70B's size are larger than these splits.
+    steps = ["--finetune.steps", "1", "--unlearn.steps", "1"]
+    config = unlearn.read_arguments([*argv, *steps])
     assert config.evaluate.max_new_tokens == 200
     data = config.data
     # All of retain90 is trained on; None are all there are: 100 real authors, 117 world facts.

@@ -50,12 +50,13 @@ PRESET = RunConfig(
 OBJECTIVES = {"asu": PRESET.objective}
 
 SMOKE = {
-    "finetune.steps": 4,
+    "finetune.steps": 2,
     "unlearn.steps": 2,
     "unlearn.curve_points": 1,
-    "data.forget_rows": 12,
-    "data.retain_rows": 12,
-    "data.extra_rows": 4,
+    "data.forget_rows": 4,
+    "data.retain_rows": 4,
+    "data.judged_retain_rows": None,
+    "data.extra_rows": 2,
     "data.holdout_rows": 4,
     "evaluate.leak_samples": 2,
     "evaluate.max_new_tokens": 16,
