@@ -1,6 +1,6 @@
 """Leaves that no optimizer moves: integers, keys and empty arrays pass every transformation by."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,18 @@ import optax
 _FUNCTIONS_OF_PARAMS = ("value_fn", "grad_fn", "layered_value_fn")
 
 
+class Passed(NamedTuple):
+    """What stands in a tree for a leaf that passes by: a node without leaves."""
+
+
 def passing_by(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that never sees leaves which are not floating or have no elements.
 
-    ``tx`` sees ``optax.MaskedNode`` in their places, in parameters, gradients, extra arguments that
-    are trees like them, and what functions of the parameters (``value_fn``, ``grad_fn``) are given
-    and return. Their updates are returned as they came; zeros for ``float0``, which is what
+    ``tx`` sees :class:`Passed` in their places, in parameters, gradients and extra arguments that
+    are trees like them; functions of the parameters (``value_fn``, ``grad_fn``) see all of them.
+    Their updates are returned as they came; zeros for ``float0``, which is what
     ``jax.grad(..., allow_int=True)`` gives for integers, and where there are no updates.
 
     Args:
@@ -47,10 +51,11 @@ def passing_by(
             return inner.update(updates, state, params, **extra_args)
 
         def hide(tree):
-            return _hidden(tree, passing)
+            return _hidden(tree, passing) if _alike(tree, like) else tree
 
         def extra(name, value):
             if name in _FUNCTIONS_OF_PARAMS and value is not None:
+                # A gradient is a tree like the parameters, a value is none.
                 return lambda part, *more: hide(value(_shown(part, params, passing), *more))
             several = type(value) is tuple and not _alike(value, like)
             return tuple(map(hide, value)) if several else hide(value)
@@ -86,11 +91,11 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _hidden(tree: Any, passing: list[bool]) -> Any:
-    """The tree with masked nodes for leaves that pass; anything of another size as it is."""
+    """The tree with :class:`Passed` for leaves that pass."""
     leaves, structure = jax.tree.flatten(tree)
-    if len(leaves) != len(passing) or not any(passing):
+    if not any(passing):
         return tree
-    masked = [optax.MaskedNode() if by else x for x, by in zip(leaves, passing, strict=True)]
+    masked = [Passed() if by else x for x, by in zip(leaves, passing, strict=True)]
     return jax.tree.unflatten(structure, masked)
 
 

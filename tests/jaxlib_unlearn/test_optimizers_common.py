@@ -198,7 +198,7 @@ def wanted(row, constraint):
         "grads": {},
         "split": {"constraint_grads": constraint},
         "value": {"value_fn": value_fn},
-        "lazy": {"value_fn": value_fn, "grad_fn": jax.grad(value_fn)},
+        "lazy": {"value_fn": value_fn, "grad_fn": jax.grad(value_fn, allow_int=True)},
     }[row.needs]
 
 
