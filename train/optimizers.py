@@ -227,6 +227,7 @@ def _hybrid(c: OptimizerConfig, schedule: optax.Schedule, axis: str | None):
         num_queries=c.queries or OPTIMIZERS[c.name].queries,
         eps=c.perturbation,
         query_axis=axis,
+        weight_decay=c.weight_decay,
     )
     return optim.alternate(first, zeroth, c.period)
 

@@ -11,6 +11,26 @@ import jax.numpy as jnp
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
+def concrete(*trees: Any) -> bool:
+    """Whether all values are at hand: eager code may branch and loop in Python.
+
+    So an eager step compiles nothing: ``lax.cond``, ``lax.map`` and ``lax.scan`` over functions
+    that are made at every step would be compiled at every step.
+
+    Args:
+        trees: of anything.
+
+    Returns:
+        False if an array is being traced.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> concrete({"w": jnp.ones(2)}), bool(jax.jit(lambda x: concrete(x))(jnp.ones(2)))
+        (True, False)
+    """
+    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
+
+
 def adjoint(x: jax.Array) -> jax.Array:
     """The conjugate transpose of the last two axes.
 
@@ -57,7 +77,8 @@ def matrix_by_matrix(
     Products run faster so, and decompositions do not hang: jaxlib's LAPACK calls share a batch out
     among the workers of XLA's thread pool and let the calling worker wait, and as many such calls
     at once as there are workers wait for ever (jaxlib 0.10.2, two cores, batched QRs: after a few
-    hundred). On CPUs matrices go one by one under ``jax.vmap`` as well.
+    hundred). On CPUs matrices go one by one under ``jax.vmap`` as well. Derivatives, of either
+    mode, are those of ``fn`` in a plain loop (of ``elsewhere`` off CPUs).
 
     Args:
         fn: takes ``(..., r, c)`` and returns a tree of arrays with the same leading axes.
@@ -81,9 +102,24 @@ def matrix_by_matrix(
         out = jax.vmap(one)(x.reshape(-1, *x.shape[-2:]))
         return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), out)
 
-    @functools.wraps(fn)
+    def loop(x):
+        lead = x.shape[:-2]
+        if not lead:
+            return fn(x)
+        out = jax.lax.map(fn, x.reshape(-1, *x.shape[-2:]))
+        return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), out)
+
+    @jax.custom_jvp
     def apply(x):
         return jax.lax.platform_dependent(x, cpu=on_cpu, default=elsewhere or fn)
+
+    @apply.defjvp
+    def derivative(primals, tangents):
+        # What `sequential_vmap` makes cannot be transposed; a loop can.
+        def plain(x):
+            return jax.lax.platform_dependent(x, cpu=loop, default=elsewhere or fn)
+
+        return jax.jvp(plain, primals, tangents)
 
     return apply
 
@@ -133,3 +169,63 @@ def cholesky_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 eigh = matrix_by_matrix(lambda x: tuple(jnp.linalg.eigh(x)))
 thin_qr = matrix_by_matrix(lambda x: tuple(jnp.linalg.qr(x)), cholesky_qr)
 thin_svd = matrix_by_matrix(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)))
+
+
+@jax.custom_jvp
+def polar_factor(x: jax.Array, tolerance: jax.typing.ArrayLike) -> jax.Array:
+    r"""The exact polar factor from a singular value decomposition, without small directions.
+
+    .. math::
+        X = U \Sigma V^H \mapsto \sum_{\sigma_i > \tau \sigma_1} u_i v_i^H
+
+    Its derivative is that of the factor itself, which equal singular values do not disturb (the
+    derivatives of single vectors would be infinite there).
+
+    Args:
+        x: ``(..., r, c)``, float32 or wider.
+        tolerance: tau, a number or ``(...)``; negative to keep directions of singular value zero,
+            which are arbitrary.
+
+    Returns:
+        ``(..., r, c)``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> polar_factor(jnp.array([[0.0, 2.0], [-0.5, 0.0]]), 1e-6).round(5).tolist()
+        [[0.0, 1.0], [-1.0, 0.0]]
+    """
+    u, keep, _, vh = _kept(x, tolerance)
+    return matmul(u * keep[..., None, :].astype(u.dtype), vh)
+
+
+def _kept(x: jax.Array, tolerance: jax.typing.ArrayLike):
+    u, s, vh = thin_svd(x)
+    least = jnp.asarray(tolerance, s.dtype)[..., None] * s[..., :1]
+    return u, (s > least).astype(s.dtype), s, vh
+
+
+@polar_factor.defjvp
+def _polar_derivative(primals, tangents):
+    (x, tolerance), (dx, _) = primals, tangents
+    u, keep, s, vh = _kept(x, tolerance)
+    v, uh = adjoint(vh), adjoint(u)
+    z = matmul(matmul(uh, dx), v)
+    one, other = keep[..., :, None], keep[..., None, :]
+
+    def over(number, by):
+        return jnp.where(by == 0, 0, number / jnp.where(by == 0, 1, by))
+
+    # Of singular values, the map is f = 1 for those kept and 0 for the others.
+    even = over(one - other, s[..., :, None] - s[..., None, :])
+    odd = over(one + other, s[..., :, None] + s[..., None, :])
+    inner = (even * (z + adjoint(z)) + odd * (z - adjoint(z))) / 2
+    out = matmul(matmul(u, inner), vh)
+    inverse = over(keep, s)[..., None, :].astype(u.dtype)
+    rows, columns = x.shape[-2:]
+    if rows > columns:
+        rest = matmul(dx, v)
+        out += matmul((rest - matmul(u, matmul(uh, rest))) * inverse, vh)
+    elif columns > rows:
+        rest = matmul(uh, dx)
+        out += matmul(u * inverse, rest - matmul(matmul(rest, v), vh))
+    return matmul(u * keep[..., None, :].astype(u.dtype), vh), out

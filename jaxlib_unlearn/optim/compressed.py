@@ -8,6 +8,7 @@ import optax
 
 from jaxlib_unlearn.optim.first_moments import widen
 from jaxlib_unlearn.optim.matrices import path_str
+from jaxlib_unlearn.optim.passing import passing_by
 from jaxlib_unlearn.optim.rules import stack_depth
 
 SIGN_MOMENTUM_STATIC_ARGS = ("mask", "mu_dtype")
@@ -70,7 +71,7 @@ def scale_by_sign_momentum(
         count = jnp.asarray(optax.safe_increment(state.count))
         return direction, SignMomentumState(count, mu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def sign_momentum(
@@ -110,10 +111,12 @@ def sign_momentum(
     References:
         Lang et al., arXiv:2510.00761.
     """
-    return optax.chain(
-        scale_by_sign_momentum(beta, mu_dtype=mu_dtype),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+    return passing_by(
+        optax.chain(
+            scale_by_sign_momentum(beta, mu_dtype=mu_dtype),
+            optax.add_decayed_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
     )
 
 
@@ -159,7 +162,7 @@ def quantize_updates(bits: int) -> optax.GradientTransformationExtraArgs:
         del params, extra_args
         return jax.tree_util.tree_map_with_path(lambda p, m: _round(p, m, bits), updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _round(path: Any, m: jax.Array, bits: int) -> jax.Array:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_unlearn.optim.passing import passing_by
+
 
 def widen(moments: Any, gradients: Any) -> Any:
     """Moments in the wider dtype of moment and gradient.
@@ -74,7 +76,7 @@ def keep_first_moments(
         new, after = inner.update(updates, wide, params, **extra_args)
         return optax.tree.cast_like(new, updates), optax.tree.cast_like(after, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _at_mu(fn: Any, state: Any) -> Any:

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_unlearn.optim.arrays import concrete
+from jaxlib_unlearn.optim.passing import passing_by
+
 ALTERNATE_STATIC_ARGS = ("first_order", "zeroth_order", "period")
 """``static_args`` for ``optax.inject_hyperparams(alternate, static_args=...)``."""
 
@@ -103,17 +106,17 @@ def alternate(
             new, new_state = zeroth.update(nothing, zeroth_state, params, **extra)
             return cast(new, params), first_state, cast(new_state, zeroth_state)
 
-        new, first_state, zeroth_state = jax.lax.cond(
-            (state.count // period) % 2 == 0,
-            first_step,
-            zeroth_step,
-            state.first_order,
-            state.zeroth_order,
-        )
+        is_first, states = (state.count // period) % 2 == 0, (state.first_order, state.zeroth_order)
+        if concrete(is_first):
+            new, first_state, zeroth_state = (first_step if is_first else zeroth_step)(*states)
+        else:
+            new, first_state, zeroth_state = jax.lax.cond(
+                is_first, first_step, zeroth_step, *states
+            )
         count = jnp.asarray(optax.safe_increment(state.count))
         return new, AlternateState(count, first_state, zeroth_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def ends_on_zeroth_order(steps: int, period: int = 20) -> bool:

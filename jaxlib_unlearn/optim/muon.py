@@ -35,6 +35,7 @@ from jaxlib_unlearn.optim.direction import (
 from jaxlib_unlearn.optim.first_moments import keep_first_moments, widen
 from jaxlib_unlearn.optim.matrices import MatrixAxes, Specs, labels, resolve, trailing_axes
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
+from jaxlib_unlearn.optim.passing import passing_by
 from jaxlib_unlearn.optim.post import Post
 from jaxlib_unlearn.optim.spellings import with_optax_spellings
 from jaxlib_unlearn.optim.splitting import Splits
@@ -331,7 +332,7 @@ def with_adamw(
         new, state = tx.update(updates, state, params, **extra_args)
         return optax.tree.cast_like(new, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def every_matrix(tree: Any) -> list[MatrixAxes | None]:
@@ -409,7 +410,7 @@ def scale_by_momentum(
         mu = optax.tree.cast_like(mu, state.mu)
         return directions, MuonState(count, mu, post_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def update_momentum(

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from jaxlib_unlearn.optim.arrays import adjoint, matrix_by_matrix, scale_to_one, thin_svd
+from jaxlib_unlearn.optim.arrays import adjoint, matrix_by_matrix, polar_factor, scale_to_one
 
 Orthogonalizer = Callable[[jax.Array], jax.Array]
 _BLOCK_ROWS = 512  # least rows of a block of a product whose result is Hermitian
@@ -374,9 +374,10 @@ def _real_square(x: jax.Array) -> jax.Array:
 
 def _normalize(x: jax.Array, margin: float) -> jax.Array:
     x = scale_to_one(x)[0]
-    norm = jnp.sqrt(jnp.sum(_real_square(x), axis=(-2, -1), keepdims=True))
-    # No epsilon: the norm of what scale_to_one returns is zero or at least one.
-    return x / (margin * jnp.where(norm == 0, 1, norm))
+    square = jnp.sum(_real_square(x), axis=(-2, -1), keepdims=True)
+    # No epsilon: the norm of what scale_to_one returns is zero or at least one. (Zeros are replaced
+    # before the root: its derivative at zero is infinite.)
+    return x / (margin * jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def _precondition_aol(x: jax.Array) -> jax.Array:
@@ -494,7 +495,5 @@ def _iterate_gram(
 
 def _exact(x: jax.Array) -> jax.Array:
     scaled = scale_to_one(x)[0]
-    u, s, vh = thin_svd(scaled)
-    tolerance = max(x.shape[-2:]) * jnp.finfo(s.dtype).eps * s[..., :1]
-    keep = (s > tolerance).astype(u.dtype)
-    return ((u * keep[..., None, :]) @ vh).astype(x.dtype)
+    tolerance = max(x.shape[-2:]) * float(jnp.finfo(scaled.dtype).eps)
+    return polar_factor(scaled, tolerance).astype(x.dtype)

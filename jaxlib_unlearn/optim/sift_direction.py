@@ -20,8 +20,9 @@ from jaxlib_unlearn.optim.localization import Candidates, find_candidates, limit
 from jaxlib_unlearn.optim.matrices import sharding_role
 from jaxlib_unlearn.optim.muon import Resolver, update_momentum
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
+from jaxlib_unlearn.optim.passing import passing_by
 from jaxlib_unlearn.optim.subspace import random_block
-from jaxlib_unlearn.optim.two_stream import check_streams
+from jaxlib_unlearn.optim.two_stream import check_streams, check_unspent
 
 
 class SiftState(NamedTuple):
@@ -259,7 +260,8 @@ def with_constraints(
             raise ValueError(f"num_constraints={num_constraints}, got {len(trees)} trees")
         for tree in trees:
             check_streams(updates, tree)
+        check_unspent(updates, constraint_grads)
         streams = {f"constraint_{i}": tree for i, tree in enumerate(trees)}
         return inner.update(updates, state, params, **streams, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(inner.init, update))

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_unlearn.optim.arrays import concrete
 from jaxlib_unlearn.optim.draws import normal
 from jaxlib_unlearn.optim.matrices import path_str
+from jaxlib_unlearn.optim.passing import passing_by
 
 GradFunction = Callable[[Any], Any]
 
@@ -124,7 +126,7 @@ def sam(rho: jax.typing.ArrayLike = 0.05) -> optax.GradientTransformationExtraAr
         count = jnp.asarray(optax.safe_increment(state.count))
         return optax.tree.cast_like(gradient, ascent), SamState(count, norm.astype(jnp.float32))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def smoothed_gradient(
@@ -189,7 +191,12 @@ def smoothed_gradient(
 
     kinds = jax.eval_shape(grad_fn, params)
     start = jax.tree.map(lambda p, g: jnp.zeros_like(p, dtype=_wide(g)), params, kinds)
-    mean, _ = jax.lax.scan(add, start, jnp.arange(num_samples))
+    if concrete(params, seed, count, start):
+        mean = start
+        for sample in range(num_samples):
+            mean, _ = add(mean, jnp.int32(sample))
+    else:
+        mean, _ = jax.lax.scan(add, start, jnp.arange(num_samples))
     return optax.tree.cast_like(mean, kinds)
 
 
@@ -232,7 +239,7 @@ def randomised_smoothing(
 
     def init(params):
         del params
-        return RandomisedSmoothingState(jnp.zeros([], jnp.int32), jnp.asarray(seed, jnp.uint32))
+        return RandomisedSmoothingState(jnp.zeros([], jnp.int32), jnp.array(seed, jnp.uint32))
 
     def update(updates, state, params=None, *, grad_fn=None, **extra_args):
         del extra_args
@@ -244,7 +251,7 @@ def randomised_smoothing(
         gradient = gradient if updates is None else optax.tree.cast_like(gradient, updates)
         return gradient, RandomisedSmoothingState(count, state.seed)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _check(grad_fn: GradFunction | None, params: Any, name: str) -> GradFunction:

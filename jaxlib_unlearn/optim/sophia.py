@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn.optim.first_moments import widen
+from jaxlib_unlearn.optim.passing import passing_by
 
 SOPHIA_STATIC_ARGS = ("form", "mask", "mu_dtype")
 """``static_args`` for ``optax.inject_hyperparams(sophia, static_args=...)``."""
@@ -108,7 +109,7 @@ def scale_by_sophia(
         mu, h = optax.tree.cast_like((mu, h), (state.mu, state.h))
         return out, SophiaState(jnp.asarray(optax.safe_increment(state.count)), mu, h)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def sophia(
@@ -159,12 +160,14 @@ def sophia(
     References:
         Jia et al., "SOUL", arXiv:2404.18239.
     """
-    return optax.chain(
-        scale_by_sophia(
-            b1, b2, rho, form=form, batch_scale=batch_scale, eps=eps, mu_dtype=mu_dtype
-        ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+    return passing_by(
+        optax.chain(
+            scale_by_sophia(
+                b1, b2, rho, form=form, batch_scale=batch_scale, eps=eps, mu_dtype=mu_dtype
+            ),
+            optax.add_decayed_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
     )
 
 

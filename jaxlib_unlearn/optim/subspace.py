@@ -20,8 +20,10 @@ from jaxlib_unlearn.optim.arrays import adjoint, eigh, matmul, scale_to_one, thi
 from jaxlib_unlearn.optim.draws import normal
 
 
-@functools.partial(jax.jit, static_argnames="rank")
-def top_singular(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("rank", "eps"))
+def top_singular(
+    matrix: jax.Array, rank: int, eps: float | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""The leading singular triplets, from a full SVD: the reference, and slow.
 
     .. math::
@@ -30,6 +32,7 @@ def top_singular(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, ja
     Args:
         matrix: ``(..., r, c)``.
         rank: k, at most ``min(r, c)``.
+        eps: how far the entries were rounded, relatively; None for the rounding of their dtype.
 
     Returns:
         u ``(..., r, k)``, s ``(..., k)``, v ``(..., c, k)``. Singular values at rounding level,
@@ -48,13 +51,17 @@ def top_singular(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, ja
     x, largest = scale_to_one(matrix)
     u, s, vh = thin_svd(x)
     return _without_null(
-        u[..., :rank], s[..., :rank], adjoint(vh)[..., :rank], matrix.shape, largest
+        u[..., :rank], s[..., :rank], adjoint(vh)[..., :rank], matrix.shape, largest, eps
     )
 
 
-@functools.partial(jax.jit, static_argnames="rank")
+@functools.partial(jax.jit, static_argnames=("rank", "eps"))
 def subspace_iteration(
-    matrix: jax.Array, start: jax.Array, rank: int, passes: int | jax.Array = 2
+    matrix: jax.Array,
+    start: jax.Array,
+    rank: int,
+    passes: int | jax.Array = 2,
+    eps: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""The leading singular triplets by block subspace iteration with a Rayleigh-Ritz step.
 
@@ -71,6 +78,7 @@ def subspace_iteration(
             matrix, with a few random columns beside them so that new directions can come in.
         rank: k.
         passes: at least 1; may be traced.
+        eps: as in :func:`top_singular`.
 
     Returns:
         As :func:`top_singular`.
@@ -105,12 +113,13 @@ def subspace_iteration(
     def one_pass(_, v):
         return to_right(thin_qr(matmul(x, v))[0])
 
-    v = jax.lax.fori_loop(1, passes, one_pass, to_right(start.astype(x.dtype)))
+    first = 1 if isinstance(passes, int) else jnp.ones_like(passes)  # of one dtype
+    v = jax.lax.fori_loop(first, passes, one_pass, to_right(start.astype(x.dtype)))
     q, r = thin_qr(matmul(x, v))
     a, s, bh = thin_svd(r)
     u = matmul(q, a[..., :rank])
     v = matmul(v, adjoint(bh)[..., :rank])
-    return _without_null(u, s[..., :rank], v, matrix.shape, largest)
+    return _without_null(u, s[..., :rank], v, matrix.shape, largest, eps)
 
 
 def random_block(
@@ -160,10 +169,54 @@ def gram_inverse_root(columns: jax.Array, tol: jax.typing.ArrayLike = 1e-5) -> j
         >>> (twice @ gram_inverse_root(twice)).round(4).tolist()
         [[0.7071, 0.7071], [0.0, 0.0]]
     """
-    values, vectors = eigh(matmul(adjoint(columns), columns))
-    keep = values > jnp.asarray(tol, values.dtype)[..., None]
-    roots = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1)), 0)
-    return matmul(vectors * roots[..., None, :], adjoint(vectors))
+    gram = matmul(adjoint(columns), columns)
+    return inverse_root(gram, jnp.asarray(tol, jnp.finfo(gram.dtype).dtype))[0]
+
+
+@jax.custom_jvp
+def inverse_root(gram: jax.Array, tol: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The inverse root of positive matrices without eigenvalues up to ``tol``, and all of those.
+
+    Its derivative is that of the root, which equal eigenvalues do not disturb.
+
+    Args:
+        gram: ``(..., n, n)``, Hermitian.
+        tol: a number or ``(...)``, in the real dtype of ``gram``.
+
+    Returns:
+        ``(..., n, n)`` and the eigenvalues ``(..., n)``, the smallest first.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> root, values = inverse_root(jnp.diag(jnp.array([4.0, 0.0])), jnp.float32(1e-5))
+        >>> root.tolist(), values.tolist()
+        ([[0.5, 0.0], [0.0, 0.0]], [0.0, 4.0])
+    """
+    values, vectors, roots = _roots(gram, tol)
+    return matmul(vectors * roots[..., None, :], adjoint(vectors)), values
+
+
+def _roots(gram: jax.Array, tol: jax.Array):
+    values, vectors = eigh(gram)
+    keep = values > tol[..., None]
+    return values, vectors, jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1)), 0)
+
+
+@inverse_root.defjvp
+def _inverse_root_derivative(primals, tangents):
+    (gram, tol), (change, _) = primals, tangents
+    values, vectors, roots = _roots(gram, tol)
+    z = matmul(matmul(adjoint(vectors), change), vectors)
+    one, other = roots[..., :, None], roots[..., None, :]
+    both = one * other
+    # Divided differences of the root; of two that are kept in a form without a difference.
+    gap = values[..., :, None] - values[..., None, :]
+    mixed = jnp.where(one == other, 0, (one - other) / jnp.where(gap == 0, 1, gap))
+    kept = -jnp.square(both) / jnp.where(both > 0, one + other, 1)
+    z = z * jnp.where(both > 0, kept, mixed)
+    root = matmul(vectors * roots[..., None, :], adjoint(vectors))
+    slopes = jnp.real(jnp.diagonal(matmul(matmul(adjoint(vectors), change), vectors), 0, -2, -1))
+    return (root, values), (matmul(matmul(vectors, z), adjoint(vectors)), slopes)
 
 
 def _check_rank(shape: Sequence[int], rank: int) -> None:
@@ -171,7 +224,10 @@ def _check_rank(shape: Sequence[int], rank: int) -> None:
         raise ValueError(f"rank lies between 1 and min(rows, columns) of {shape}, got {rank}")
 
 
-def _without_null(u, s, v, shape: Sequence[int], largest) -> tuple[jax.Array, jax.Array, jax.Array]:
-    keep = s > max(shape[-2:]) * jnp.finfo(s.dtype).eps * s[..., :1]
+def _without_null(
+    u, s, v, shape: Sequence[int], largest, eps: float | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    eps = float(jnp.finfo(s.dtype).eps) if eps is None else eps
+    keep = s > max(shape[-2:]) * eps * s[..., :1]
     mask = keep[..., None, :].astype(u.dtype)
     return u * mask, jnp.where(keep, s, 0) * largest[..., 0], v * mask

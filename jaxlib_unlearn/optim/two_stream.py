@@ -7,17 +7,22 @@ before an optimizer: ``optax.chain(blur(), optax.adamw(1e-5))``; what follows re
 and every other extra argument. Clip after them, not before: what comes out is what is applied.
 
 Inner products run over *all* leaves at once, in float32 (float64 for float64), stacked into one
-vector before they are added up; only scalars cross devices. Average both gradients
+vector before they are added up; only scalars cross devices. Gradients are divided by a power of two
+near their largest entry first, so their squares neither overflow nor vanish; the numbers in the
+state stop at the largest of their dtype. Average both gradients
 over micro-batches (``optim.accumulate``) and replicas first: a mean of projections is not the
 projection of the means. ``optax.masked`` needs ``mask_compatible_extra_args=True`` here.
 """
 
 import functools
+import weakref
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from jaxlib_unlearn.optim.passing import passing_by
 
 Scalar = jax.typing.ArrayLike
 
@@ -115,9 +120,10 @@ def blur(
             eps=eps,
             scope=scope,
         )
+        remember(direction, constraint_grads, _COMBINED.format("blur"))
         return direction, optax.tree.cast_like(stats, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def blur_combine(
@@ -154,28 +160,32 @@ def blur_combine(
         [6.60, -0.80]
     """
     check_streams(primary, constraint)
-    table = _inner_products(primary, constraint, constraint_weight)
-    dot, primary_sq, constraint_sq = table.sum(axis=0)
-    column = 1 if lower == "primary" else 2
+    check_unspent(primary, constraint)
+    table, powers = _inner_products(primary, constraint, constraint_weight, scope)
+    total, column = table.sum(axis=0), 1 if lower == "primary" else 2
 
-    def factor(dots, squares):
-        found = squares > eps
-        return jnp.where(found, gamma - dots / jnp.where(found, squares, 1), 0)
+    def factor(products, powers):
+        squares, power = products[..., column], powers[..., column]
+        # Roots: the square itself may be out of range.
+        found = (squares > 0) & (_ldexp(jnp.sqrt(squares), power // 2) > jnp.sqrt(eps))
+        ratio = products[..., 0] / jnp.where(found, squares, 1)
+        return jnp.where(found, gamma - _ldexp(ratio, powers[..., 0] - power), 0)
 
-    lower_sq = (primary_sq, constraint_sq)[column - 1]
     if scope == "per_leaf":
-        factors = factor(table[:, 0], table[:, column])
-        weighted = (factors * table[:, column]).sum()
-        xi = weighted / jnp.where(lower_sq > 0, lower_sq, 1)
+        factors = factor(table, powers)
+        # Weights by squared norm, relative to the largest power.
+        most = jnp.max(powers[:, column], initial=0)
+        weights = _ldexp(table[:, column], powers[:, column] - most)
+        xi = (factors * weights).sum() / jnp.where(weights.sum() > 0, weights.sum(), 1)
     else:
-        xi = factor(dot, lower_sq)
+        xi = factor(total, powers[0] if len(powers) else jnp.zeros(3, jnp.int32))
         factors = jnp.broadcast_to(xi, table.shape[:1])
     one = jnp.ones_like(factors)
     of_primary, of_constraint = (factors, one) if lower == "primary" else (one, factors)
     direction = _combine(
         primary, constraint, of_primary, jnp.asarray(constraint_weight * of_constraint)
     )
-    return direction, BlurStats(dot, primary_sq, constraint_sq, xi)
+    return direction, BlurStats(*_in_range(table, powers), xi)
 
 
 def pcgrad(
@@ -223,24 +233,23 @@ def pcgrad(
     def update(updates, state, params=None, *, constraint_grads=None, **extra_args):
         del params, extra_args
         check_streams(updates, constraint_grads)
-        table = _inner_products(updates, constraint_grads, constraint_weight)
-        total = table.sum(axis=0)
-        used = table if scope == "per_leaf" else jnp.broadcast_to(total, table.shape)
-        dot, primary_sq, constraint_sq = used.T
-        conflict = jnp.minimum(dot, 0)
+        check_unspent(updates, constraint_grads)
+        table, powers = _inner_products(updates, constraint_grads, constraint_weight, scope)
+        used = table if scope == "per_leaf" else jnp.broadcast_to(table.sum(axis=0), table.shape)
+        conflict = jnp.minimum(used[:, 0], 0)
 
-        def kept(squares):
-            return 1 - conflict / jnp.where(squares > 0, squares, 1)
+        def kept(column):
+            squares = used[:, column]
+            ratio = conflict / jnp.where(squares > 0, squares, 1)
+            return 1 - _ldexp(ratio, powers[:, 0] - powers[:, column])
 
         direction = _combine(
-            updates,
-            constraint_grads,
-            kept(primary_sq),
-            jnp.asarray(constraint_weight * kept(constraint_sq)),
+            updates, constraint_grads, kept(1), jnp.asarray(constraint_weight * kept(2))
         )
-        return direction, optax.tree.cast_like(PcgradStats(*total), state)
+        remember(direction, constraint_grads, _COMBINED.format("pcgrad"))
+        return direction, optax.tree.cast_like(PcgradStats(*_in_range(table, powers)), state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def weighted_sum(weight: Scalar = 1.0) -> optax.GradientTransformationExtraArgs:
@@ -272,11 +281,14 @@ def weighted_sum(weight: Scalar = 1.0) -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, *, constraint_grads=None, **extra_args):
         del params, extra_args
         check_streams(updates, constraint_grads)
+        check_unspent(updates, constraint_grads)
         count = len(jax.tree.leaves(updates))
         ones = jnp.ones(count, dot_dtype(updates))
-        return _combine(updates, constraint_grads, ones, jnp.asarray(weight * ones)), state
+        direction = _combine(updates, constraint_grads, ones, jnp.asarray(weight * ones))
+        remember(direction, constraint_grads, _COMBINED.format("weighted_sum"))
+        return direction, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 # Pieces that other modules use, too
@@ -318,6 +330,65 @@ def check_streams(primary: Any, constraint: Any) -> None:
             )
 
 
+_COMBINED = (
+    "{} has made one gradient of the two; chain it before an optimizer that takes one, such as muon"
+)
+_SPENT: dict[int, tuple[weakref.ref, weakref.ref, str]] = {}
+
+
+def remember(direction: Any, constraint: Any, why: str) -> None:
+    """Notes that a direction was made and the constraint gradient stays in the chain as it was.
+
+    ``optax.chain`` hands the same extra arguments to every link. A later one that takes two
+    gradients would count the second again, or use it unclipped: :func:`check_unspent` raises there.
+
+    Args:
+        direction: what the link returns, a tree.
+        constraint: the constraint gradient it was given, or a tuple of them.
+        why: what to say.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> made, constraint = jnp.ones(2), jnp.ones(2)
+        >>> remember(made, constraint, "blur has made one gradient of the two")
+        >>> check_unspent(made, constraint)
+        Traceback (most recent call last):
+        ...
+        ValueError: the second stream is lost on the way: blur has made one gradient of the two
+    """
+    others = jax.tree.leaves(constraint)
+    if not others:
+        return
+    for leaf in jax.tree.leaves(direction):
+        number = id(leaf)
+        try:
+            gone = weakref.ref(leaf, lambda _, number=number: _SPENT.pop(number, None))
+            _SPENT[number] = gone, weakref.ref(others[0]), why
+        except TypeError:  # a plain number
+            pass
+
+
+def check_unspent(primary: Any, constraint: Any) -> None:
+    """Raises where the primary gradient comes from a link that has seen the same constraint.
+
+    Args:
+        primary: a tree of gradients.
+        constraint: the constraint gradient, or a tuple of them.
+
+    Raises:
+        ValueError: :func:`remember` was called for the two.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> check_unspent(jnp.ones(2), jnp.ones(2))
+    """
+    others = jax.tree.leaves(constraint)
+    for leaf in jax.tree.leaves(primary):
+        made, spent, why = _SPENT.get(id(leaf), (None, None, ""))
+        if made is not None and made() is leaf and others and spent() is others[0]:
+            raise ValueError(f"the second stream is lost on the way: {why}")
+
+
 def dot_dtype(tree: Any) -> jnp.dtype:
     """The dtype for inner products over a tree: float32, or float64 if a leaf is that wide.
 
@@ -336,22 +407,60 @@ def dot_dtype(tree: Any) -> jnp.dtype:
     return jnp.dtype(functools.reduce(jnp.promote_types, kinds, jnp.dtype(jnp.float32)))
 
 
-def _inner_products(primary: Any, constraint: Any, weight: Scalar) -> jax.Array:
-    """(leaves, 3): dot, squared norm of the primary, of the weighted constraint gradient."""
+def _inner_products(
+    primary: Any, constraint: Any, weight: Scalar, scope: str
+) -> tuple[jax.Array, jax.Array]:
+    """(leaves, 3): dot, squared norm of the primary, of the weighted constraint gradient.
+
+    Each is to be multiplied by two to the power in the second table, int32.
+    """
     dtype = dot_dtype(primary)
     wide = functools.partial(jnp.promote_types, dtype)
+    pairs = [
+        [x.astype(wide(x.dtype)) for x in pair]
+        for pair in zip(jax.tree.leaves(primary), jax.tree.leaves(constraint), strict=True)
+    ]
+    if not pairs:
+        return jnp.zeros((0, 3), dtype), jnp.zeros((0, 3), jnp.int32)
+    largest = jnp.stack([_largest(x).astype(dtype) for pair in pairs for x in pair]).reshape(-1, 2)
+    if scope == "global":
+        largest = jnp.broadcast_to(jnp.max(largest, axis=0), largest.shape)
+    # Powers whose inverse is a normal number; what is left is far from the ends of the range.
+    most = -jnp.finfo(dtype).minexp - 26
+    power = jnp.clip(jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))[1], -most, most)
+    shrink = _ldexp(jnp.ones_like(largest), -power)
 
     def products(p, c):
-        p, c = p.astype(wide(p.dtype)), c.astype(wide(c.dtype))
         parts = jnp.conj(p) * c, jnp.conj(p) * p, jnp.conj(c) * c
         return [jnp.real(jnp.sum(x)).astype(dtype) for x in parts]
 
-    leaves = zip(jax.tree.leaves(primary), jax.tree.leaves(constraint), strict=True)
-    rows = [x for p, c in leaves for x in products(p, c)]
-    if not rows:
-        return jnp.zeros((0, 3), dtype)
+    rows = [x for (p, c), (a, b) in zip(pairs, shrink, strict=True) for x in products(a * p, b * c)]
     weight = jnp.asarray(weight, dtype)
-    return jnp.stack(rows).reshape(-1, 3) * jnp.stack([weight, jnp.ones([], dtype), weight**2])
+    table = jnp.stack(rows).reshape(-1, 3) * jnp.stack([weight, jnp.ones([], dtype), weight**2])
+    return table, jnp.stack([power.sum(1), 2 * power[:, 0], 2 * power[:, 1]], axis=1)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        return jnp.maximum(_largest(jnp.real(x)), _largest(jnp.imag(x)))
+    return jnp.max(jnp.abs(x), initial=0)
+
+
+def _ldexp(x: jax.Array, power: jax.Array) -> jax.Array:
+    """``x 2^power``, in two steps: the power alone may be out of range."""
+    half = power // 2
+    one = jnp.ones_like(x)
+    return x * jnp.ldexp(one, half) * jnp.ldexp(one, power - half)
+
+
+def _in_range(table: jax.Array, powers: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The three sums over leaves; finite ones that are too large become the largest number."""
+    largest = jnp.finfo(table.dtype).max
+    values = _ldexp(table, powers)
+    values = jnp.where(jnp.isfinite(table), jnp.clip(values, -largest, largest), values).sum(axis=0)
+    finite = jnp.isfinite(table).all(axis=0)
+    dot, primary, constraint = jnp.where(finite, jnp.clip(values, -largest, largest), values)
+    return dot, primary, constraint
 
 
 def _combine(primary: Any, constraint: Any, of_primary: jax.Array, of_constraint: jax.Array) -> Any:

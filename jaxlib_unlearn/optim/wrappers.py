@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_unlearn.optim.two_stream import check_streams
+from jaxlib_unlearn.optim.arrays import concrete
+from jaxlib_unlearn.optim.passing import passing_by
+from jaxlib_unlearn.optim.two_stream import check_streams, remember
 
 ACCUMULATE_STATIC_ARGS = ("tx", "k", "num_constraints", "dtype")
 """``static_args`` for ``optax.inject_hyperparams(accumulate, static_args=...)``."""
@@ -151,13 +153,15 @@ def accumulate(
             return jax.tree.map(jnp.zeros_like, updates), primary_sum, sums, inner_state
 
         done = state.count == k - 1
-        new, primary_sum, sums, inner_state = jax.lax.cond(
-            done, step, wait, primary_sum, sums, state.inner_state
-        )
+        args = primary_sum, sums, state.inner_state
+        if concrete(done):
+            new, primary_sum, sums, inner_state = (step if done else wait)(*args)
+        else:
+            new, primary_sum, sums, inner_state = jax.lax.cond(done, step, wait, *args)
         count = jnp.where(done, 0, state.count + 1)
         return new, AccumulateState(count, primary_sum, sums, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def finite(
@@ -194,8 +198,9 @@ def finite(
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
-        zero = jnp.zeros([], jnp.int32)
-        return FiniteState(zero, zero, zero, jnp.asarray(True), inner.init(params))
+        # A buffer each: what is one array three times cannot be donated.
+        counts = (jnp.zeros([], jnp.int32) for _ in range(3))
+        return FiniteState(*counts, jnp.asarray(True), inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
         old = state.inner_state
@@ -222,7 +227,7 @@ def finite(
         count = jnp.asarray(increment(state.count))
         return new, FiniteState(count, in_a_row, total, good, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def clip_streams(
@@ -247,7 +252,7 @@ def clip_streams(
     clip ``constraint_grads`` for the next one: give the next one as ``inner``,
     ``clip_streams(1.0, sift(1e-3))``. Without ``inner`` this clips the primary gradient by the
     common factor and leaves ``constraint_grads`` unclipped: enough where what follows has one
-    gradient, wrong where it has two.
+    gradient; a next link of ours that takes two raises.
 
     Args:
         max_norm: tau.
@@ -300,11 +305,17 @@ def clip_streams(
             extra_args["constraint_grads"] = _packed(clipped[1:], constraint_grads, updates)
         new, inner_state = wrapped.update(clipped[0], state.inner_state, params, **extra_args)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return _cast_like(new, updates), ClipStreamsState(
-            count, length.astype(jnp.float32), inner_state
-        )
+        new = _cast_like(new, updates)
+        if inner is None and constraint_grads is not None:
+            remember(
+                new,
+                constraint_grads,
+                "clip_streams without inner clips the primary gradient alone; give it the next "
+                "link as its own: clip_streams(max_norm, inner)",
+            )
+        return new, ClipStreamsState(count, length.astype(jnp.float32), inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _streams(primary: Any, constraint: Any) -> tuple[Any, ...]:

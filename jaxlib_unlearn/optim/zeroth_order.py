@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn.optim import perturbations
+from jaxlib_unlearn.optim.arrays import concrete
 from jaxlib_unlearn.optim.matrices import Specs
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
 from jaxlib_unlearn.optim.perturbations import Family, wide
@@ -55,7 +56,8 @@ class ZOState(NamedTuple):
     Args:
         count: () int32, steps taken.
         seed: () uint32; with ``count`` it determines every draw.
-        proj: like the parameters; the arrays a family keeps for some steps, or None.
+        proj: number -> tree like the parameters, None where there is nothing; the arrays that a
+            family keeps for some steps.
         value: () the loss of the last step.
         coeffs: ``(q,)`` of the last step; (seed, all coeffs) replay a run.
         moments: name -> tree like the parameters; empty for most methods.
@@ -63,7 +65,7 @@ class ZOState(NamedTuple):
 
     count: jax.Array
     seed: jax.Array
-    proj: Any
+    proj: dict[str, Any]
     value: jax.Array
     coeffs: jax.Array
     moments: dict[str, Any]
@@ -126,7 +128,7 @@ def zeroth_order(
 
     Raises:
         ValueError: a bad argument, a masked tree, a leaf that does not fit.
-        TypeError: at ``update``, no ``value_fn``.
+        TypeError: at ``update``, no ``value_fn``, or one that returns a 16-bit loss.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -147,12 +149,27 @@ def zeroth_order(
     def read(params) -> Layout:
         return layout_of(params, trainable=trainable, matrices=matrices, layout=layout)
 
+    def draw(plan, key):
+        return draw_bases(family, plan, key)
+
+    def scale(plan, draws):
+        return norm_scales(family, plan, draws, num_queries)
+
+    def move(plan, draws, arrays, query, offset):
+        return perturbed(family, plan, draws, arrays, query, offset)
+
+    def take(plan, *args):
+        return steps(family, plan, rule, reshape_core, *args)
+
+    # An eager step calls these compiled: one compilation for all steps.
+    compiled = [jax.jit(fn, static_argnums=0) for fn in (draw, scale, move, take)]
+
     def init(params):
         plan = read(params)
         structure = jax.tree.structure(params)
         key = jax.eval_shape(lambda: jax.random.key(0, impl=rng_impl))
         bases = jax.eval_shape(lambda key: draw_bases(family, plan, key), key)
-        proj = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), b) or None for b in bases]
+        proj = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), b) for b in bases]
 
         def start(fill):
             return jax.tree.unflatten(
@@ -166,8 +183,8 @@ def zeroth_order(
         dtype = _value_dtype(plan)
         return ZOState(
             count=jnp.zeros([], jnp.int32),
-            seed=jnp.asarray(_wrap(seed), jnp.uint32),
-            proj=jax.tree.unflatten(structure, proj),
+            seed=jnp.array(_wrap(seed), jnp.uint32),
+            proj=_by_number(structure, proj),
             value=jnp.zeros([], dtype),
             coeffs=jnp.zeros([num_queries], dtype),
             moments={k: start(fill) for k, fill in (rule.moments if rule else {}).items()},
@@ -200,11 +217,11 @@ def zeroth_order(
         def stream(purpose, number):
             return jax.random.fold_in(jax.random.fold_in(base, purpose), number)
 
+        eager = concrete(arrays, state)
+        draw_now, scale_now, move_now, take_now = compiled if eager else (draw, scale, move, take)
         proj = _refresh(
-            lambda: draw_bases(
-                family, plan, stream(perturbations.BASIS, state.count // refresh_every)
-            ),
-            [kept or () for kept in structure.flatten_up_to(state.proj)],
+            lambda: draw_now(plan, stream(perturbations.BASIS, state.count // refresh_every)),
+            _by_leaf(structure, state.proj),
             state.count % refresh_every == 0,
         )
         moments: list[dict[str, jax.Array]] = [{} for _ in arrays]
@@ -219,12 +236,12 @@ def zeroth_order(
             moments,
         )
         if family.normalize:
-            draws = draws._replace(scales=norm_scales(family, plan, draws, num_queries))
+            draws = draws._replace(scales=scale_now(plan, draws))
 
         curvatures = None
         if coeffs is None:
             value, coeffs, curvatures = estimate(
-                _loss_at(family, plan, structure, value_fn, layered_value_fn, factored),
+                _loss_at(family, plan, structure, move_now, value_fn, layered_value_fn, factored),
                 num_queries,
                 eps,
                 estimator=estimator,
@@ -250,19 +267,7 @@ def zeroth_order(
                 learning_rate if aux_learning_rate is None else aux_learning_rate,
             )
         ]
-        results = steps(
-            family,
-            plan,
-            draws,
-            arrays,
-            coeffs,
-            curvatures,
-            rule,
-            reshape_core,
-            rates,
-            weight_decay,
-            count,
-        )
+        results = take_now(plan, draws, arrays, coeffs, curvatures, rates, weight_decay, count)
         new = [results[i][0] if i in results else jnp.zeros_like(x) for i, x in enumerate(arrays)]
         kept = {
             name: jax.tree.unflatten(
@@ -274,7 +279,7 @@ def zeroth_order(
         new_state = ZOState(
             count=count,
             seed=state.seed,
-            proj=jax.tree.unflatten(structure, [b or None for b in proj]),
+            proj=_by_number(structure, proj),
             value=value,
             coeffs=coeffs,
             moments=kept,
@@ -302,12 +307,27 @@ def scale_by_zeroth_order(family: Family, **options: Any) -> optax.GradientTrans
     return zeroth_order(None, family, **options)
 
 
-def _loss_at(family, plan, structure, value_fn, layered_value_fn, factored):
+def _by_number(structure: Any, bases: Any) -> dict[str, Any]:
+    """A tuple of arrays a leaf as trees like the parameters, which survive ``nnx.State``."""
+    return {
+        str(i): jax.tree.unflatten(structure, [b[i] if i < len(b) else None for b in bases])
+        for i in range(max(map(len, bases)))
+    }
+
+
+def _by_leaf(structure: Any, proj: dict[str, Any]) -> list[Any]:
+    """The inverse."""
+    columns = [structure.flatten_up_to(proj[name]) for name in sorted(proj)]
+    rows = zip(*columns, strict=True) if columns else [()] * structure.num_leaves
+    return [tuple(x for x in row if x is not None) for row in rows]
+
+
+def _loss_at(family, plan, structure, move, value_fn, layered_value_fn, factored):
     def loss_at(context, query, offset):
         arrays, draws = context
         if layered_value_fn is None:
             if query is not None:
-                arrays = perturbed(family, plan, draws, arrays, query, offset)
+                arrays = move(plan, draws, arrays, query, offset)
             return value_fn(jax.tree.unflatten(structure, arrays))
         layer_map = _same_layer
         if query is not None:
@@ -325,6 +345,8 @@ def _same_layer(layer, index):
 def _refresh(draw, kept, now):
     if not jax.tree.leaves(kept):
         return kept
+    if concrete(now):
+        return draw() if now else kept
     return jax.lax.cond(now, draw, lambda: kept)
 
 

@@ -93,7 +93,7 @@ def rada_zo(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.99,
     zeta: jax.typing.ArrayLike = 1e-8,
-    bias_correction: bool = False,
+    bias_correction: bool = True,
     directions: str = "sphere",
     num_queries: int = 1,
     eps: jax.typing.ArrayLike = 1e-3,
@@ -109,16 +109,22 @@ def rada_zo(
 
     .. math::
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) \hat g_t, \quad
-        v_t = \beta_2 v_{t-1} + (1 - \beta_2) m_t^2, \\
-        \theta \leftarrow \theta - \eta\, m_t / \sqrt{v_t + \zeta}
+        \hat m_t = m_t / (1 - \beta_1^t), \quad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) \hat m_t^2, \\
+        \theta \leftarrow \theta - \eta\, \hat m_t / \sqrt{v_t / (1 - \beta_2^t) + \zeta}
+
+    As published (``bias_correction=False``) there are no divisions, :math:`v_t` averages
+    :math:`m_t^2` and the step is :math:`\eta\, m_t / \sqrt{v_t + \zeta}`: the first one is
+    :math:`1 / \sqrt{1 - \beta_2}` (10) learning rates long in every coordinate, and those of pure
+    noise are 3.8 after 10 and 2.2 after 30 steps.
 
     Args:
         learning_rate: eta, a number or a schedule.
         b1: decay of m.
         b2: decay of v.
         zeta: inside the root.
-        bias_correction: divide m by 1 - b1^t and v by 1 - b2^t. Without it (as published) the first
-            step is 1 / sqrt(1 - b2) times as long as the later ones.
+        bias_correction: as above; the momentum is corrected *before* it is squared (corrected
+            afterwards both factors would leave the first step as long as without).
         directions: "sphere", over all parameters at once, with the factor d and the radius eps
             sqrt(d); or "gaussian".
         num_queries: q, directions averaged a step.
@@ -172,7 +178,7 @@ def adaptive_rule(
     b1: jax.typing.ArrayLike,
     b2: jax.typing.ArrayLike,
     zeta: jax.typing.ArrayLike,
-    bias_correction: bool = False,
+    bias_correction: bool = True,
 ) -> Rule:
     """The rule of :func:`rada_zo`, for any family of directions.
 
@@ -180,7 +186,7 @@ def adaptive_rule(
         b1: decay of the momentum.
         b2: decay of its square.
         zeta: added inside the root.
-        bias_correction: divide both by what they lack.
+        bias_correction: divide both by what they lack; False: as published.
 
     Returns:
         A rule with the moments "mu" and "nu".
@@ -191,6 +197,9 @@ def adaptive_rule(
         >>> zero = {"mu": jnp.zeros(()), "nu": jnp.zeros(())}
         >>> direction, _ = rule.apply(jnp.float32(5.0), None, zero, 1)
         >>> round(float(direction), 3)
+        1.0
+        >>> rule = adaptive_rule(0.9, 0.99, 0.0, bias_correction=False)
+        >>> round(float(rule.apply(jnp.float32(5.0), None, zero, 1)[0]), 3)
         10.0
     """
     for name, decay in (("b1", b1), ("b2", b2)):
@@ -201,10 +210,9 @@ def adaptive_rule(
         del h
         first, second = (jnp.asarray(decay, g.dtype) for decay in (b1, b2))
         mu = first * moments["mu"] + (1 - first) * g
-        nu = second * moments["nu"] + (1 - second) * jnp.square(mu)
-        m, v = mu, nu
-        if bias_correction:
-            m, v = mu / (1 - first**count), nu / (1 - second**count)
+        m = mu / (1 - first**count) if bias_correction else mu
+        nu = second * moments["nu"] + (1 - second) * jnp.square(m)
+        v = nu / (1 - second**count) if bias_correction else nu
         return m * jax.lax.rsqrt(v + zeta), {"mu": mu, "nu": nu}
 
     return Rule({"mu": 0.0, "nu": 0.0}, apply)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxlib_unlearn.optim.arrays import concrete
+
 ESTIMATORS = ("forward", "central", "jvp")
 
 
@@ -55,6 +57,7 @@ def estimate(
 
     Raises:
         ValueError: an unknown estimator, a loss that is no scalar, an axis that does not divide.
+        TypeError: a 16-bit loss (or ``value``) whose differences are asked for.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,6 +78,7 @@ def estimate(
         out = jnp.asarray(loss_at(context, query, offset))
         if out.shape != ():
             raise ValueError(f"the loss must be a scalar, got shape {out.shape}")
+        _check_width("value_fn returned", out, estimator)
         return out.astype(jnp.promote_types(out.dtype, jnp.float32))
 
     def slope(context, job):
@@ -84,6 +88,8 @@ def estimate(
     def run(fn, jobs):
         return _map_jobs(fn, context, jobs, query_batch, query_axis)
 
+    if value is not None:
+        _check_width("value has dtype", jnp.asarray(value), estimator)
     queries = jnp.arange(num_queries, dtype=jnp.int32)
     if value is None and (estimator == "forward" or curvature):
         value = loss(context, None, None)
@@ -105,12 +111,25 @@ def estimate(
     return Estimate(jnp.mean(values) if value is None else jnp.asarray(value), coeffs)
 
 
+def _check_width(what: str, loss: jax.Array, estimator: str) -> None:
+    if estimator != "jvp" and loss.dtype.itemsize < 4:
+        raise TypeError(
+            f"{what} {loss.dtype.name}: the difference of two such losses is rounded to 0 or to "
+            "noise; sum the loss in float32 (logits.astype(float32) before the cross-entropy, not "
+            'the scalar afterwards), or use estimator="jvp"'
+        )
+
+
 def _map_jobs(fn, context, jobs, batch: int | None, axis: str | None):
     """``fn(context, job)`` for every job; with an axis, every device along it takes its share."""
 
     def local(context, jobs):
         return jax.lax.map(lambda job: fn(context, job), jobs, batch_size=batch)
 
+    if axis is None and concrete(context, jobs):
+        count = jax.tree.leaves(jobs)[0].shape[0]
+        found = [fn(context, jax.tree.map(lambda x, i=i: x[i], jobs)) for i in range(count)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *found)
     if axis is None:
         return local(context, jobs)
     meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(context[0])]

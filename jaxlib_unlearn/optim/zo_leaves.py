@@ -89,7 +89,8 @@ def layout_of(
 
     Args:
         params: arrays or shapes.
-        trainable: path -> whether the leaf is perturbed and updated; None for every floating leaf.
+        trainable: path -> whether the leaf is perturbed and updated; None for every floating leaf
+            (one with no elements never is).
         matrices: as in ``optim.matrices.resolve``, for all leaves; None for the table above.
         layout: "in_out" or "out_in".
 
@@ -137,7 +138,8 @@ def layout_of(
         axes = _axes(path, x, deep, layout) if given is None else given[i]
         if given is not None and axes is not None and deep:
             axes = _one_layer(path, axes)
-        moves = jnp.issubdtype(x.dtype, jnp.floating) and (trainable is None or trainable(path))
+        moves = jnp.issubdtype(x.dtype, jnp.floating) and 0 not in x.shape
+        moves = moves and (trainable is None or trainable(path))
         name = _without_segment(path, stacked[i].prefix) if deep else path
         leaves.append(
             Leaf(

@@ -27,7 +27,7 @@ class Rule(NamedTuple):
 
 
 def steps(
-    family, plan, draws, arrays, coeffs, curvatures, rule, reshape_core, rates, weight_decay, count
+    family, plan, rule, reshape_core, draws, arrays, coeffs, curvatures, rates, weight_decay, count
 ) -> dict[int, Any]:
     """Update and moments of every trainable leaf, by position; arguments as in ``zeroth_order``."""
     weights = coeffs / coeffs.shape[0]

@@ -270,6 +270,25 @@ def test_tolerance_decides_near_opposition():
     assert np.linalg.norm(dropped) < 0.01
 
 
+@pytest.mark.parametrize("rank, bases", [(8, "svd"), (1, "svd"), (1, "subspace")])
+def test_nearly_opposed_streams_in_float32(rank, bases):
+    """What SIFT is for: M_g = -M_f + a little of something else, down to a hundred-thousandth."""
+    f, other = (random(16, 20, seed=i, dtype=np.float32) for i in (0, 1))
+    go = functools.partial(one_step, x64=False, rank=rank, bases=bases, first_passes=200,
+                           nesterov=False)  # fmt: skip
+    for share in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
+        g = -f + np.float32(share) * other
+        want = fuse_loop([np.float64(f), np.float64(g)], rank)
+        out, _ = go(f, g)
+        assert np.linalg.norm(out - want) <= 1e-3 * np.linalg.norm(want), share
+    # Apart by no more than their rounding: one stream against its own opposite.
+    assert np.linalg.norm(go(f, np.float32(-3) * f + np.float32(1e-7) * other)[0]) < 1e-6
+    # Agreeing ones need it as much.
+    g = f + np.float32(1e-3) * other
+    want = fuse_loop([np.float64(f), np.float64(g)], rank)
+    assert np.linalg.norm(go(f, g)[0] - want) <= 1e-3 * np.linalg.norm(want)
+
+
 def test_square_and_full_rank_without_cap_is_half_the_sum():
     f, g = random(6, 6), random(6, 6, seed=1)
     got, _ = one_step(f, g, rank=6, rank_cap=False)

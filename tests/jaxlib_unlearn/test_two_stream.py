@@ -358,3 +358,28 @@ def test_wrong_arguments():
             combine(tx, g, {"w": jnp.ones(1)})
         with pytest.raises(ValueError, match="constraint_grads=tree"):
             tx.update(g, tx.init(g))
+
+
+@pytest.mark.parametrize("sizes", [(1e20, 1e20), (1e20, 1.0), (1e-25, 1e-24)], ids=str)
+@pytest.mark.parametrize("scope", ["global", "per_leaf"])
+@pytest.mark.parametrize("lower", ["primary", "constraint"])
+def test_squares_out_of_range(sizes, scope, lower):
+    """Finite gradients whose squares overflow, or vanish, in float32: as in float64."""
+    rng = np.random.default_rng(0)
+    p, c = ({"a": size * rng.standard_normal(7), "b": size * rng.standard_normal((2, 3))}
+            for size in sizes)  # fmt: skip
+    c["b"] -= 2 * sizes[1] / sizes[0] * p["b"]  # in conflict
+    narrow = [jax.tree.map(np.float32, x) for x in (p, c)]
+    with jax.enable_x64(True):
+        wide = [jax.tree.map(np.float64, x) for x in narrow]
+        want, _ = blur_combine(*wide, 0.5, lower=lower, scope=scope)
+    got, stats = blur_combine(*narrow, 0.5, lower=lower, scope=scope)
+    assert all(np.isfinite(x) for x in stats)
+    tx = pcgrad(scope=scope)
+    with jax.enable_x64(True):
+        other, _ = tx.update(wide[0], tx.init(wide[0]), constraint_grads=wide[1])
+    mine, state = tx.update(narrow[0], tx.init(narrow[0]), constraint_grads=narrow[1])
+    assert all(np.isfinite(x) for x in state)
+    for a, b in ((got, want), (mine, other)):
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_unlearn.optim.two_stream import blur, weighted_sum
+from jaxlib_unlearn.optim.sift import scale_by_sift, sift
+from jaxlib_unlearn.optim.two_stream import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
@@ -348,11 +349,38 @@ def test_cancelling_gradients_are_bounded_by_the_joint_norm():
         assert np.linalg.norm(updates) == pytest.approx(expected, rel=1e-6)
 
 
-def test_without_inner_a_chain_gets_the_constraint_unclipped():
+LOST = {
+    "clip, then sift": (lambda: optax.chain(clip_streams(1.0), sift(0.1)), "clip_streams"),
+    "clip, then blur": (lambda: optax.chain(clip_streams(1.0), blur()), "clip_streams"),
+    "blur, then sift": (lambda: optax.chain(blur(), sift(0.1)), "blur has made one"),
+    "pcgrad, then sift": (lambda: optax.chain(pcgrad(), scale_by_sift()), "pcgrad has made one"),
+    "sum, then blur": (lambda: optax.chain(weighted_sum(), blur()), "weighted_sum has made one"),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", LOST)
+def test_a_second_stream_lost_in_a_chain(name, jit):
+    make, why = LOST[name]
+    tx, p = make(), {"bias": jnp.array([30.0, 0.0])}
+    c = {"bias": jnp.array([0.0, 40.0])}
+
+    def step(p, c):
+        return tx.update(p, tx.init(p), p, constraint_grads=c)[0]
+
+    with pytest.raises(ValueError, match=f"second stream is lost on the way: {why}"):
+        (jax.jit(step) if jit else step)(p, c)
+
+
+def test_streams_that_are_not_lost():
+    """Another constraint, and the same one in a step of its own."""
     p, c = jnp.array([30.0, 0.0]), jnp.array([0.0, 40.0])
-    tx = jitted(optax.chain(clip_streams(1.0), weighted_sum()))
+    made, _ = blur().update(p, blur().init(p), constraint_grads=c)
+    weighted_sum().update(made, optax.EmptyState(), constraint_grads=c + 1)
+    weighted_sum().update(p, optax.EmptyState(), constraint_grads=c)
+    tx = optax.chain(clip_streams(1.0), optax.sgd(1.0))
     updates, _ = tx.update(p, tx.init(p), constraint_grads=c)
-    np.testing.assert_allclose(updates, [0.6, 40.0], rtol=1e-6)
+    np.testing.assert_allclose(updates, [-0.6, 0.0], rtol=1e-6)
 
 
 def test_clip_streams_refuses_and_shows_nan():

@@ -73,7 +73,8 @@ def test_three_steps_equal_a_numpy_loop_in_float64():
         step = jax.jit(lambda s, p: tx.update(None, s, p, value_fn=loss))
         for t in range(3):
             updates, state = step(state, params)
-            basis = {k: None if b is None else np.asarray(b[0]) for k, b in state.proj.items()}
+            kept = state.proj["0"].items()
+            basis = {k: None if b is None else np.asarray(b) for k, b in kept}
             bases.append(basis["tall"])
             base_loss = loss(params, np)
             sums = {k: 0.0 for k in names}
@@ -109,7 +110,7 @@ def test_three_steps_equal_a_numpy_loop_in_float64():
 def test_bases_are_orthonormal_and_bounded_by_the_smaller_side():
     params = tree()
     _, state = one_step(zo_muon(0.1, rank=64), params)
-    shapes = {k: None if b is None else b[0].shape for k, b in state.proj.items()}
+    shapes = {k: None if b is None else b.shape for k, b in state.proj["0"].items()}
     # One matrix of (out, r) each, and two for the stack.
     assert shapes == {"tall": (1, 3, 3), "wide": (1, 6, 3), "square": (2, 4, 4), "bias": None}
     for basis in jax.tree.leaves(state.proj):
@@ -148,7 +149,7 @@ def test_norm_rank_and_column_space_of_an_update(name, low, high):
     tx = zo_muon(0.5, rank=4, num_queries=8, orthogonalize=how)
     weight = jnp.asarray(np.random.default_rng(0).normal(size=(64, 10)), jnp.float32)
     updates, state = one_step(tx, params, lambda p: jnp.sum(jnp.sin(p["w"] * weight)))
-    update, basis = np.asarray(updates["w"]) / 0.5, np.asarray(state.proj["w"][0][0])
+    update, basis = np.asarray(updates["w"]) / 0.5, np.asarray(state.proj["0"]["w"][0])
     values = np.linalg.svd(update, compute_uv=False)
     assert values[4:].max() < 1e-5
     if low is None:
@@ -188,7 +189,7 @@ def _slope(tx, params, grad, seeds):
     def one(seed):
         state = tx.init(params)._replace(seed=seed)
         updates, state = tx.update(None, state, params, value_fn=lambda p: jnp.sum(grad * p["w"]))
-        basis = state.proj["w"][0][0]
+        basis = state.proj["0"]["w"][0]
         target = grad @ basis @ basis.T
         return jnp.sum(updates["w"] * target) / jnp.sum(jnp.square(target))
 

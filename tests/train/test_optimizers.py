@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -307,6 +308,23 @@ def test_hybrid_follows_the_schedule_of_the_run(few):
     for step in (0, 1, 4, 5):  # sign steps of AdamW without memory
         assert rates[step] == pytest.approx(float(schedule(step)), rel=1e-5)
     assert rates[6] < rates[2]
+
+
+def test_both_halves_of_hybrid_decay(params):
+    """A zeroth-order step that finds no slope still decays: all but norms and biases."""
+    config = OptimizerConfig("hybrid", 0.01, "constant", 0.0, weight_decay=0.1, period=1)
+    tx, _, _ = build(config, 2)
+    state = tx.init(params)._replace(count=jnp.int32(1))
+    extra = {"value_fn": lambda p: jnp.float32(0.0), "coeffs": jnp.zeros(1)}
+    grads = jax.tree.map(np.zeros_like, params)
+    updates, _ = jax.jit(lambda s: tx.update(grads, s, params, **extra))(state)
+    for (path, got), decays in zip(
+        jax.tree_util.tree_leaves_with_path(updates),
+        jax.tree.leaves(decay_mask(params)),
+        strict=True,
+    ):
+        expected = -0.01 * 0.1 * 2.0 if decays else 0.0
+        np.testing.assert_allclose(got, expected, rtol=1e-5, err_msg=path_str(path))
 
 
 def test_clipping_needs_gradients():
