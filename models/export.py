@@ -114,7 +114,7 @@ def _check_replaceable(folder: Path) -> None:
         return
     try:
         ours = json.loads((folder / "config.json").read_text(encoding="utf-8"))["exporter"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         ours = None
     foreign = sorted(
         name for name in names if name not in WRITTEN and not name.endswith(".safetensors")

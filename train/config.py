@@ -21,6 +21,8 @@ class DataConfig:
     Args:
         source: `authors` (generated in the run) or `tofu`.
         path: folder with TOFU's JSON files; None: the Hub id locuslab/TOFU.
+        revision: commit, branch or tag of the Hub's data set; None: the newest. The run notes the
+            commit.
         forget_split: name of the split to forget, or a JSON file with `question` and `answer`.
         retain_rows: how many rows of `retain_perturbed` are kept, trained on and evaluated.
         extra_rows: how many real-author and world-fact rows are evaluated.
@@ -35,6 +37,7 @@ class DataConfig:
 
     source: str = "tofu"
     path: Path | None = None
+    revision: str | None = None
     forget_split: str = "forget01"
     retain_rows: int = 100
     extra_rows: int = 50
@@ -52,7 +55,9 @@ class ModelConfig:
 
     Args:
         path: an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch`
-            (random weights).
+            (random weights). `owner/name` is a Hub id where no such path exists, `hub:owner/name`
+            always.
+        revision: commit, branch or tag of a Hub id; None: the newest. The run notes the commit.
         vocab_size: of the tokenizer trained in the run (from scratch only), as the sizes below.
         dtype: what the model computes in, `float32` or `bfloat16`; its parameters stay float32.
         remat: what the backward pass recomputes: `none`, `dots` (all but the projections: half of
@@ -61,6 +66,7 @@ class ModelConfig:
     """
 
     path: str = "smollm2"
+    revision: str | None = None
     vocab_size: int = 1024
     hidden_size: int = 128
     intermediate_size: int = 384

@@ -96,6 +96,7 @@ def _from_tofu(config: RunConfig) -> Task:
         retain_rows=data.retain_rows,
         extra_rows=data.extra_rows,
         holdout_rows=data.holdout_rows,
+        revision=data.revision,
     )
     splits = {
         "forget": found.forget,

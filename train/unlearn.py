@@ -202,7 +202,12 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
         if distributed.is_first():
             check_folder(remote.mirror(run_folder(config)), _identity(config))
         # The data may come from the Hub: a path with a typo in it need not wait for that.
-        pipeline.check_model(config.stage.original or config.model.path)
+        if config.stage.original is not None and config.model.revision is not None:
+            raise UserError(
+                "--model.revision does not go with --stage.original, in whose place nothing else "
+                "is loaded; write --stage.original owner/name@revision"
+            )
+        pipeline.check_model(config.stage.original or config.model.path, config.model.revision)
         task = load_task(config)
     distributed.check_same({"data": task.digest()})
     with distributed.together():
@@ -215,7 +220,11 @@ def _fit(config: RunConfig, task: Any, mesh: Any, retain_log: Any) -> tuple[Any,
 
     if config.stage.original is not None:
         base = pipeline.load_model(
-            config.stage.original, config.model.remat, mesh, config.model.dtype
+            config.stage.original,
+            config.model.remat,
+            mesh,
+            config.model.dtype,
+            notes=task.notes,
         )
         if "holdout" in task.evaluation:
             task.notes.append(
