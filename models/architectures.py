@@ -5,14 +5,15 @@ Each entry is what the model's `config.json` says; a test holds SmolLM2's to the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.reading import exists, shortened_path
 from models.decoder import DecoderConfig
 from models.families import from_hf
+from models.tokenizer import read_json
 
 
 def _llama(
@@ -92,17 +93,14 @@ def config_of(source: str) -> DecoderConfig:
         >>> config_of("meta-llama/Meta-Llama-3-8B-Instruct").num_kv_heads
         8
     """
-    name = ALIASES.get(source, source)
+    name = ALIASES.get(source, source).removeprefix("hub:")
     if name in ARCHITECTURES:
         return from_hf(ARCHITECTURES[name], name)
     path = Path(source) / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not exists(path):
         raise UserError(
-            f"no shapes known for --model.path {source}: it is no folder with a config.json; give "
-            f"one, or an id of {', '.join([*ALIASES, *ARCHITECTURES])}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+            f"no shapes known for --model.path {shortened_path(source)}: it is no folder with a "
+            f"config.json; give one, or an id of {', '.join([*ALIASES, *ARCHITECTURES])}"
+        )
+    raw = read_json(path, "a Hugging Face model folder has one")
     return from_hf(raw, str(path))

@@ -243,7 +243,7 @@ def _check_replaceable(
         return
     try:
         ours = exporter(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         ours = None
     foreign = sorted(
         name for name in names if name not in written and not name.endswith(".safetensors")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.reading import check_spelling, one_line, reading
+from models import bounds
 from models.decoder import DecoderConfig
 from models.layers import RopeScaling
 
@@ -109,26 +111,40 @@ def _number(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     odd = isinstance(value, bool) or not isinstance(value, (int, float))
     if odd or not 0 < value < math.inf or value != kind(value):
         raise UserError(
-            f"{where}: {key} is {value!r}, not a positive {kind.__name__}; use the config.json "
-            "the model was published with"
+            f"{where}: {key} is {one_line(repr(value), 40)}, not a positive {kind.__name__}; use "
+            "the config.json the model was published with"
         )
+    if kind is int:
+        bounds.check_size(key, int(value), where)
     return kind(value)
+
+
+def _flag(raw: Mapping[str, Any], key: str, where: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(
+            f"{where}: {key} is {one_line(repr(value), 40)}, neither true nor false; use the "
+            "config.json the model was published with"
+        )
+    return bool(value)
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Theta and scaling from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`."""
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
-        part = raw.get(key) or {}
+        part = {} if raw.get(key) is None else raw[key]
         if not isinstance(part, Mapping) or any(isinstance(v, Mapping) for v in part.values()):
-            raise UserError(f"{where}: {key} {part!r} is not one set of values for all blocks")
+            shown = one_line(repr(part), 80)
+            raise UserError(f"{where}: {key} {shown} is not one set of values for all blocks")
         rope |= part
-    rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
+    rope.setdefault("rope_theta", 10000.0 if raw.get("rope_theta") is None else raw["rope_theta"])
     theta = _number(rope, "rope_theta", float, where)
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor {partial} is not supported, only 1.0")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    named = [rope[key] for key in ("rope_type", "type") if rope.get(key) is not None]
+    kind = named[0] if named else "default"
     if kind not in ROPE_KINDS:
         raise UserError(
             f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}"
@@ -157,11 +173,19 @@ def _window(family: Family, raw: Mapping[str, Any], layers: int, where: str) -> 
         return None
     kinds = raw.get("layer_types")
     if family.windows == "some":
-        if not raw.get("use_sliding_window", False):
+        if not _flag(raw, "use_sliding_window", where):
             return None
         if kinds is None:
-            full = min(layers, int(raw.get("max_window_layers", 28)))
+            full = raw.get("max_window_layers", 28)
+            if isinstance(full, bool) or not isinstance(full, int) or full < 0:
+                raise UserError(
+                    f"{where}: max_window_layers is {one_line(repr(full), 40)}, not a number of "
+                    "blocks; use the config.json the model was published with"
+                )
+            full = min(layers, full)
             kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
+        raise UserError(f"{where}: layer_types is no list of {layers} kinds, one for each block")
     if kinds and set(kinds) == {"full_attention"}:
         return None
     if kinds and set(kinds) != {"sliding_attention"}:
@@ -170,6 +194,17 @@ def _window(family: Family, raw: Mapping[str, Any], layers: int, where: str) -> 
             "supported: in all blocks or in none"
         )
     return _number(raw, "sliding_window", int, where)
+
+
+# What `from_hf` reads: a key that is a letter off one of these would give way to a default.
+KEYS = (
+    *("model_type", "quantization_config", "hidden_act", "num_attention_heads", "hidden_size"),
+    *("num_hidden_layers", "num_key_value_heads", "head_dim", "rms_norm_eps", "attention_bias"),
+    *("vocab_size", "intermediate_size", "tie_word_embeddings", "mlp_bias", "sliding_window"),
+    *("max_position_embeddings", "rope_scaling", "rope_parameters", "rope_theta", "layer_types"),
+    *("partial_rotary_factor", "original_max_position_embeddings", "use_sliding_window"),
+    *("max_window_layers", "factor", "low_freq_factor", "high_freq_factor", "rope_type"),
+)
 
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
@@ -183,7 +218,8 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         A `DecoderConfig` with `dtype` float32.
 
     Raises:
-        UserError: unknown `model_type`, a feature the decoder lacks, or a missing or odd value.
+        UserError: unknown `model_type`, a feature the decoder lacks, a missing or odd value, or a
+            key that is misspelt by a letter.
 
     Example:
         >>> raw = {"model_type": "llama", "vocab_size": 32, "hidden_size": 8, "head_dim": 4,
@@ -191,12 +227,22 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         >>> from_hf(raw).num_kv_heads
         2
     """
+    with reading(where, "use the config.json the model was published with", "does not read"):
+        return _from_hf(raw, where)
+
+
+def _from_hf(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
-            f"{where}: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{where}: model_type {one_line(repr(name), 60)} is not supported; supported: "
+            f"{', '.join(FAMILIES)}"
         )
     family = FAMILIES[name]
+    inner = [raw.get(key) for key in ("rope_scaling", "rope_parameters")]
+    for part in (raw, *(part for part in inner if isinstance(part, Mapping))):
+        advice = "correct it, or use the config.json the model was published with"
+        check_spelling(part, KEYS, where, advice)
     if raw.get("quantization_config"):
         raise UserError(
             f"{where}: quantization_config is not supported; use the unquantised weights or a GGUF "
@@ -204,21 +250,29 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         )
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise UserError(f"{where}: hidden_act {activation!r} is not supported; supported: silu")
+        shown = one_line(repr(activation), 60)
+        raise UserError(f"{where}: hidden_act {shown} is not supported; supported: silu")
     raw = {**family.defaults, "rms_norm_eps": 1e-6, **raw}
     heads = _number(raw, "num_attention_heads", int, where)
     hidden = _number(raw, "hidden_size", int, where)
     layers = _number(raw, "num_hidden_layers", int, where)
-    raw["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
-    raw["head_dim"] = raw.get("head_dim") or hidden // heads
+    if raw.get("num_key_value_heads") is None:
+        raw["num_key_value_heads"] = heads
+    if raw.get("head_dim") is None:
+        raw["head_dim"] = hidden // heads
     kv_heads = _number(raw, "num_key_value_heads", int, where)
     if heads % kv_heads:
         raise UserError(
             f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
             f"{kv_heads}; use the config.json the model was published with"
         )
+    if _number(raw, "head_dim", int, where) % 2:
+        raise UserError(
+            f"{where}: head_dim {raw['head_dim']} is odd, which rotary positions cannot split; use "
+            "the config.json the model was published with"
+        )
     theta, scaling = _rope(raw, where)
-    asked = bool(raw.get("attention_bias")) and family.biases in ("config", "attention")
+    asked = _flag(raw, "attention_bias", where) and family.biases in ("config", "attention")
     return DecoderConfig(
         vocab_size=_number(raw, "vocab_size", int, where),
         hidden_size=hidden,
@@ -230,11 +284,11 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=_number(raw, "rms_norm_eps", float, where),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_embeddings=_flag(raw, "tie_word_embeddings", where),
         qk_norm=family.qk_norm,
         qkv_bias=asked or family.biases == "qkv",
         o_bias=asked,
-        mlp_bias=bool(raw.get("mlp_bias")) and family.biases == "config",
+        mlp_bias=_flag(raw, "mlp_bias", where) and family.biases == "config",
         sliding_window=_window(family, raw, layers, where),
         max_position_embeddings=_number(raw, "max_position_embeddings", int, where),
         family=name,

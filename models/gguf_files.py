@@ -7,6 +7,7 @@ Hugging Face's, are `(i, i + D/2)`, so those rows are put back.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.reading import number, one_line, reading
+from models import bounds, gguf_layout
 from models.decoder import DecoderConfig
 from models.families import FAMILIES
 from models.layers import RopeScaling, rope_frequencies
-from models.tokenizer import Tokenizer, one_line
+from models.tokenizer import Tokenizer
 from models.weights import Stored
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# What reading past the end of a truncated file raises inside the reader, depending on where.
-BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, RuntimeWarning)
 
 
 @contextlib.contextmanager
@@ -34,26 +35,23 @@ def opened(path: Path) -> Iterator[tuple[DecoderConfig, dict[str, Stored], Token
     """
     import gguf
 
-    try:
+    with reading(path, "download it again", "not a whole GGUF file, truncated or damaged"):
+        gguf_layout.check(path)
         reader = gguf.GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {str(tensor.name): tensor for tensor in reader.tensors}
-    except BROKEN as error:
-        raise UserError(
-            f"{path}: not a whole GGUF file, truncated or damaged ({one_line(error)}); "
-            "download it again"
-        ) from error
     arch = metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise UserError(
             f"{path}: architecture {arch!r} is not supported in GGUF files; supported: "
             f"{', '.join(ARCHITECTURES)}"
         )
-    freqs = tensors.get("rope_freqs.weight")
-    factors = None if freqs is None else np.asarray(freqs.data, np.float32).reshape(-1)
-    config = config_of(metadata, set(tensors), factors, str(path))
-    tokenizer = Tokenizer.from_gguf(metadata, str(path))
-    stored = {name: _stored(tensor, arch, config) for name, tensor in tensors.items()}
+    with reading(path, "download it again", "its metadata cannot be used"):
+        freqs = tensors.get("rope_freqs.weight")
+        factors = None if freqs is None else np.asarray(freqs.data, np.float32).reshape(-1)
+        config = config_of(metadata, set(tensors), factors, str(path))
+        tokenizer = Tokenizer.from_gguf(metadata, str(path))
+        stored = {name: _stored(tensor, arch, config) for name, tensor in tensors.items()}
     yield config, stored, tokenizer
 
 
@@ -61,11 +59,12 @@ def _stored(tensor: Any, arch: str, config: DecoderConfig) -> Stored:
     import gguf
 
     shape = tuple(int(n) for n in tensor.shape[::-1])
-    part = str(tensor.name).rsplit(".", 2)[-2]
+    part = str(tensor.name).rpartition(".")[0].rpartition(".")[2]
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(part)
 
     def read(first: int, last: int) -> np.ndarray:
-        value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        with np.errstate(all="ignore"):  # a scale that is no number shows in the values
+            value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
         return (unpermute(value, heads) if arch == "llama" and heads else value)[first:last]
 
     return Stored(shape, tensor.tensor_type.name, read, (int(tensor.data_offset),))
@@ -100,8 +99,12 @@ def config_of(
 
     def get(key: str, kind: type, default: Any = None) -> Any:
         value = metadata.get(f"{arch}.{key}", default)
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise UserError(f"{where}: {arch}.{key} is {value!r}, not a positive {kind.__name__}")
+        odd = isinstance(value, bool) or not isinstance(value, (int, float))
+        if odd or not 0 < value < math.inf or (kind is int and not isinstance(value, int)):
+            shown = one_line(repr(value), 40)
+            raise UserError(f"{where}: {arch}.{key} is {shown}, not a positive {kind.__name__}")
+        if kind is int:
+            bounds.check_size(f"{arch}.{key}", int(value), where)
         # Stored as float32: 1e-5 reads as 9.999999747e-06; the shortest decimal is what was meant.
         return float(str(np.float32(value))) if kind is float else int(value)
 
@@ -156,7 +159,9 @@ def _scaling(
         raise UserError(
             f"{where}: rope scaling {kind!r} is not supported; supported: none, linear, llama3"
         )
-    factor = float(metadata.get(f"{arch}.rope.scaling.factor", 0.0))
+    factor = number(metadata.get(f"{arch}.rope.scaling.factor", 0.0))  # 0: none, as llama.cpp
+    if not 0 <= factor < math.inf:
+        raise UserError(f"{where}: {arch}.rope.scaling.factor is {factor}; download it again")
     if kind == "linear" and factor > 0:
         return RopeScaling("linear", factor)
     if factors is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxlib_unlearn.errors import UserError
@@ -60,24 +59,21 @@ class PromptFormat(NamedTuple):
     date: str = DATE
 
 
-def strftime_of(date: str) -> Callable[[str], str]:
-    """`strftime_now` of chat templates on a given day, at midnight.
+def day_of(date: str) -> datetime.datetime:
+    """The day that chat templates take for today, at midnight.
 
     Args:
         date: such as "10 Apr 2025".
-
-    Returns:
-        A function from a `strftime` format to the text.
 
     Raises:
         UserError: the date is written in another way.
 
     Example:
-        >>> strftime_of("10 Apr 2025")("%Y-%m-%d")
+        >>> day_of("10 Apr 2025").strftime("%Y-%m-%d")
         '2025-04-10'
     """
     try:
-        return datetime.datetime.strptime(date, DATE_FORM).strftime
+        return datetime.datetime.strptime(date, DATE_FORM)
     except ValueError:
         raise UserError(
             f"date {date!r} of the chat template is not written like {DATE!r}; write day, month "

@@ -6,12 +6,13 @@ needs a slice of the rows reads those rows alone. Files may lie in a bucket.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from jaxlib_unlearn.reading import parse_json
 
 KINDS = {
     "F64": np.dtype(np.float64),
@@ -26,6 +27,7 @@ KINDS = {
     "BOOL": np.dtype(np.bool_),
 }
 LARGEST_HEADER = 100_000_000  # as in the reference implementation
+MOST_DIMENSIONS = 8
 
 
 def read_header(path: Any) -> dict[str, tuple[str, tuple[int, ...], int]]:
@@ -47,7 +49,7 @@ def read_header(path: Any) -> dict[str, tuple[str, tuple[int, ...], int]]:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size - 8, LARGEST_HEADER):
             raise ValueError("the header ends before it should")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length).decode("utf-8"))
     if not isinstance(header, dict):
         raise ValueError("the header is no table")
     found = []
@@ -55,9 +57,11 @@ def read_header(path: Any) -> dict[str, tuple[str, tuple[int, ...], int]]:
         if name == "__metadata__":
             continue
         try:
-            first, last = (int(n) for n in entry["data_offsets"])
-            kind, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        except (KeyError, TypeError) as error:
+            first, last = map(_whole, entry["data_offsets"])
+            kind, shape = entry["dtype"], tuple(map(_whole, entry["shape"]))
+            if not isinstance(kind, str) or len(shape) > MOST_DIMENSIONS or len(entry) > 3:
+                raise TypeError
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"the entry of {name} is no entry") from error
         if min(first, *shape, 0) < 0 or last < first:
             raise ValueError(f"{name} has a negative size")
@@ -103,3 +107,10 @@ def read_rows(
     if len(data) != (last - first) * row:
         raise OSError(f"{path}: ends before the tensor does")
     return np.frombuffer(data, dtype).reshape(last - first, *shape[1:])
+
+
+def _whole(value: Any) -> int:
+    """A whole number; floats, texts and truth values are none."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value

@@ -13,63 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.ext import loopcontrols as LoopControls
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from jaxlib_unlearn import reading
 from jaxlib_unlearn.errors import UserError
-from models.prompts import PromptFormat, strftime_of
+from jaxlib_unlearn.reading import one_line
+from models import chat_templates
+from models.prompts import PromptFormat, day_of
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 # What a tokenizer_config.json says about where it came from, or that would run code.
 DROPPED = ("chat_template", "auto_map", "name_or_path", "is_local", "local_files_only", "backend")
+# Special tokens that some models have beside those, a letter off one of them.
+OTHERS = tuple(f"{name}_token" for name in "eot eom eod eop eoi boi bot bop sos".split())
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types of GGUF
-
-
-def one_line(error: object, limit: int = 160) -> str:
-    """The text of an error on one line, cut to `limit` characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+NO_TOKEN = (-1, 2**32 - 1)  # how some files write that there is no such token
+LARGEST = 2**28  # bytes of a tokenizer.json; the largest published ones have 35 million
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
     """A JSON object from a file; `why` tells what the file is for when it is missing."""
-    if not path.is_file():
+    with reading.reading(path, what="cannot be looked at"):
+        there = path.is_file()
+    if not there:
         raise UserError(f"{path.parent}: no {path.name} in it ({why}); give another folder")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({one_line(error)}); get it anew") from error
+    value = reading.read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a JSON {type(value).__name__}, not an object; get it anew")
     return value
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what the assistant said; for rendering it is only a bracket."""
-
-    tags = {"generation"}
-
-    def parse(self, parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-        # Jinja's own filter escapes HTML, which no chat template means.
-        return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[LoopControls, _Generation]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    return environment
 
 
 class Tokenizer:
@@ -109,7 +79,6 @@ class Tokenizer:
         self._pad_id = pad_id
         self.settings = dict(settings or {"tokenizer_class": "PreTrainedTokenizerFast"})
         self.format = PromptFormat()
-        self._template = None
 
     def formatted(self, format: PromptFormat) -> Tokenizer:
         """The same tokenizer with another format of its prompts."""
@@ -130,7 +99,7 @@ class Tokenizer:
     @property
     def largest_id(self) -> int:
         """The largest token id."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values())
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def has_chat_template(self) -> bool:
@@ -143,7 +112,15 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; special tokens written in the text are recognised."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except BaseException as error:  # the library raises bare Exception, and panics
+            if not reading.is_damage(error):
+                raise
+            raise UserError(
+                f"the tokenizer cannot read the text {one_line(text, 40)!r} ({one_line(error)}); "
+                "correct the text, or use the tokenizer the model was published with"
+            ) from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
@@ -164,28 +141,21 @@ class Tokenizer:
                 the day `self.format.date`, never the clock's: texts do not differ from day to day.
 
         Raises:
-            UserError: there is no template, or it refuses the messages.
+            UserError: there is no template, it refuses the messages, or it takes too long.
         """
         if self.chat_template is None:
             raise UserError(
                 "this tokenizer has no chat template; use a model that has one or plain prompts"
             )
-        try:
-            if self._template is None:
-                self._template = _environment().from_string(self.chat_template)
-            names = {key: self.token(value) for key, value in self._special_ids().items()}
-            date = variables.get("date_string", self.format.date)
-            scope: dict[str, Any] = {k: value for k, value in names.items() if value is not None}
-            scope |= {"strftime_now": lambda form: strftime_of(date)(form), "date_string": date}
-            scope |= {"tools": None, "documents": None, **variables}
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **scope
-            )
-        except (TemplateError, TypeError) as error:
-            raise UserError(
-                f"the chat template refuses these messages ({one_line(error)}); check their roles "
-                "and order"
-            ) from error
+        date = variables.get("date_string", self.format.date)
+        names = {key: self.token(value) for key, value in self._special_ids().items()}
+        scope = {key: value for key, value in names.items() if value is not None}
+        scope |= {"tools": None, "documents": None, "date_string": date, **variables}
+        scope |= {
+            "messages": [dict(turn) for turn in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return chat_templates.render(self.chat_template, scope, day_of(date))
 
     def with_template(self, chat_template: str | None) -> Tokenizer:
         """The same tokenizer with another chat template."""
@@ -231,18 +201,21 @@ class Tokenizer:
                 f"{folder}: no tokenizer.json in it; save one there with the tokenizer's "
                 "save_pretrained of transformers"
             )
-        try:
+        if file.stat().st_size > LARGEST:
+            raise UserError(f"{file}: more than {LARGEST:,} bytes; get it anew")
+        with reading.reading(file):
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{file}: cannot be read ({one_line(error)}); get it anew") from error
+            if not backend.get_vocab_size():
+                raise ValueError("its vocabulary is empty")
         raw: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 raw |= read_json(folder / name, "special tokens")
-        ids = {}
-        for key in SPECIAL:
-            text = _content(raw.get(key))
-            ids[key] = None if text is None else backend.token_to_id(text)
+        names = (*SPECIAL, "chat_template")
+        advice = "correct it in tokenizer_config.json"
+        reading.check_spelling((k for k in raw if k not in OTHERS), names, folder, advice)
+        with reading.reading(folder, what="special tokens of tokenizer_config.json do not read"):
+            ids = {key: _special_id(key, raw.get(key), backend, folder) for key in SPECIAL}
         settings = {key: value for key, value in raw.items() if key not in DROPPED}
         return cls(
             backend,
@@ -274,28 +247,31 @@ class Tokenizer:
         merges = metadata.get("tokenizer.ggml.merges")
         if not words or merges is None:
             raise UserError(f"{where}: no tokenizer.ggml.tokens or merges; download it again")
+        _check_lists(words, merges, where)
         pre = metadata.get("tokenizer.ggml.pre", "default")
         if pre not in PRE_TOKENIZERS:
             raise UserError(
                 f"{where}: pre-tokenizer {pre!r} is not supported; supported: "
                 f"{', '.join(PRE_TOKENIZERS)}; use the safetensors version of the model"
             )
+        size = len(words)
         vocab = {word: index for index, word in enumerate(words)}
         pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-        try:
+        with reading.reading(where, "download it again", "vocabulary and merges disagree"):
             model = tokenizers.models.BPE(
                 vocab=vocab, merges=pairs, ignore_merges=PRE_TOKENIZERS[pre] == 3
             )
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(
-                f"{where}: vocabulary and merges disagree ({one_line(error)}); download it again"
-            ) from error
         backend = tokenizers.Tokenizer(model)
         backend.pre_tokenizer = _pre_tokenizer(PRE_TOKENIZERS[pre])
         if pre == "qwen2":
             backend.normalizer = tokenizers.normalizers.NFC()
         backend.decoder = tokenizers.decoders.ByteLevel()
         types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(words)
+        if not isinstance(types, list) or len(types) != len(words):
+            raise UserError(
+                f"{where}: tokenizer.ggml.token_type is no list of {len(words)} types; download it "
+                "again"
+            )
         added = {
             wanted: [
                 tokenizers.AddedToken(word, normalized=False, special=wanted == CONTROL)
@@ -309,11 +285,22 @@ class Tokenizer:
 
         def special(name: str) -> int | None:
             index = metadata.get(f"tokenizer.ggml.{name}_token_id")
-            return int(index) if index is not None and int(index) < len(words) else None
+            if index is None or index in NO_TOKEN:
+                return None
+            if isinstance(index, bool) or not isinstance(index, int) or index not in range(size):
+                raise UserError(
+                    f"{where}: tokenizer.ggml.{name}_token_id is {one_line(repr(index), 40)}, none "
+                    f"of {size} tokens; download it again"
+                )
+            return index
 
         bos = special("bos")
         # Llama 3 files may leave the flag out; llama.cpp then begins every text with it.
         begin = metadata.get("tokenizer.ggml.add_bos_token", PRE_TOKENIZERS[pre] == 3)
+        if not isinstance(begin, bool):
+            raise UserError(
+                f"{where}: tokenizer.ggml.add_bos_token is {begin!r}, not true or false"
+            )
         if begin and bos is not None:
             backend.post_processor = tokenizers.processors.TemplateProcessing(
                 single=f"{words[bos]} $A",
@@ -325,6 +312,8 @@ class Tokenizer:
         if unknown is not None:
             settings["unk_token"] = words[unknown]
         template = metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise UserError(f"{where}: tokenizer.chat_template is no text; download it again")
         return cls(backend, template, bos, special("eos"), special("padding"), settings)
 
 
@@ -341,6 +330,20 @@ PRE_TOKENIZERS = {
     "llama-v3": 3,
     "qwen2": 1,
 }
+
+
+def _check_lists(words: Any, merges: Any, where: str) -> None:
+    """Raise `UserError` unless tokens and merges are lists of texts, no token there twice."""
+    for name, value in (("tokens", words), ("merges", merges)):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise UserError(
+                f"{where}: tokenizer.ggml.{name} is no list of texts; download it again"
+            )
+    if len(set(words)) < len(words):
+        raise UserError(
+            f"{where}: a token stands twice in tokenizer.ggml.tokens; download it again, or use "
+            "the safetensors version of the model"
+        )
 
 
 def _pre_tokenizer(digits: int) -> tokenizers.pre_tokenizers.PreTokenizer:
@@ -373,13 +376,36 @@ def _content(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def _special_id(key: str, value: Any, backend: tokenizers.Tokenizer, folder: Path) -> int | None:
+    """The id of a special token; of `bos_token` and `eos_token` there must be one.
+
+    Raises:
+        UserError: the value is no text, or no token where a run depends on it.
+    """
+    if value is None or value == "":  # as good as none, and found in the wild
+        return None
+    text = _content(value)
+    index = None if text is None else backend.token_to_id(text)
+    if index is None and (text is None or key in ("bos_token", "eos_token")):
+        raise UserError(
+            f"{folder}: {key} is {one_line(repr(value), 60)}, no token of tokenizer.json; use the "
+            "files the model was published with"
+        )
+    return index
+
+
 def _template_of(folder: Path, raw: Mapping[str, Any]) -> str | None:
     """The chat template: its own file, else inside the configuration, alone or named `default`."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return reading.read_text(file, limit=LARGEST)
     value = raw.get("chat_template")
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
+        with reading.reading(folder, what="chat_template of tokenizer_config.json does not read"):
+            value = {item["name"]: item["template"] for item in value}["default"]
+    if value is not None and not isinstance(value, str):
+        raise UserError(
+            f"{folder}: chat_template is a {type(value).__name__}, not a text; use the "
+            "tokenizer_config.json the model was published with"
+        )
+    return value

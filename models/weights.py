@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -25,19 +26,20 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxlib_unlearn.errors import UserError
-from models import safetensors_files
+from jaxlib_unlearn.reading import exists, one_line, reading
+from models import bounds, hub, safetensors_files
 from models.arrays import read_into
 from models.decoder import Decoder, DecoderConfig
 from models.families import SLOTS, from_hf
-from models.tokenizer import Tokenizer, one_line, read_json
+from models.tokenizer import Tokenizer, read_json
 
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+DAMAGED = "download it again, or train that model again with a smaller learning rate"
 INDEX = "model.safetensors.index.json"
-BUCKET = re.compile(r"(gs|s3):/+(.+)")
 Shardings = Callable[[str, tuple[int, ...]], Sharding]
 
 
@@ -49,11 +51,13 @@ class Loaded:
         config: shape and conventions; `config.dtype` is the compute dtype.
         params: the parameter tree.
         tokenizer: text to token ids and back.
+        commit: of the Hub's repository, where it came from there.
     """
 
     config: DecoderConfig
     params: Any
     tokenizer: Tokenizer
+    commit: str | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -84,23 +88,30 @@ class Stored(NamedTuple):
 
 
 def load(
-    source: str | Path, *, dtype: str = "float32", shardings: Shardings | None = None
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    shardings: Shardings | None = None,
+    revision: str | None = None,
 ) -> Loaded:
     """Load a model from a Hugging Face folder, a `.gguf` file or a Hub id.
 
     Args:
         source: a folder with config.json, safetensors and tokenizer.json, also in a bucket
-            (`gs://…`, `s3://…`); a GGUF file; or `org/name` of the Hub, when no such path exists.
+            (`gs://…`, `s3://…`); a GGUF file; or `org/name` of the Hub, when no such path exists;
+            `hub:org/name` is never a path, `org/name@revision` a commit, branch or tag.
         dtype: of the parameters and of the computation: float32, bfloat16 or float16.
         shardings: `(path, shape) -> sharding` of every leaf; default: uncommitted, on JAX's default
             device. The leading axis of a leaf below `layers/` stays whole.
+        revision: commit, branch or tag of a Hub id; None: the newest.
 
     Returns:
         The configuration, parameters and tokenizer.
 
     Raises:
         UserError: no such model, files damaged or of an unsupported kind, or any tensor missing,
-            of a wrong shape or without a place (all of them in one message).
+            of a wrong shape or without a place (all of them in one message); a weight that is no
+            finite number; parameters that this host's memory cannot hold.
 
     Example:
         >>> load("no-such-folder")
@@ -109,21 +120,27 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
-    found = BUCKET.fullmatch(str(source))
-    path = Path(source).expanduser()
+    found = hub.BUCKET.fullmatch(str(source))
+    path = hub.local(str(source))
     if found is not None:
+        hub.check_revision(source, revision)
         return _load_bucket("{}://{}".format(*found.groups()), dtype, shardings)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and exists(path) and path.is_file():
         from models import gguf_files
 
         with gguf_files.opened(path) as (config, stored, tokenizer):
             _check_vocabulary(config, tokenizer, path.name)
             params = assemble(config, stored, "gguf", DTYPES[dtype], shardings, path.name)
     else:
-        folder = path if path.exists() else _download(str(source))
+        here = hub.is_here(str(source))
+        hub.check_revision(source, revision)
+        folder = path if here else hub.download(str(source), revision)
         if not folder.is_dir():
             raise UserError(f"{folder}: neither a folder nor a .gguf file; give one of the two")
-        return _load_folder(folder, folder, dtype, shardings)
+        loaded = _load_folder(folder, folder, dtype, shardings)
+        commit = folder.name if not here and hub.COMMIT.fullmatch(folder.name) else None
+        return dataclasses.replace(loaded, commit=commit)
+    hub.check_revision(source, revision)
     return Loaded(dataclasses.replace(config, dtype=dtype), params, tokenizer)
 
 
@@ -170,37 +187,6 @@ def find_smollm2() -> Path | None:
     return None
 
 
-def check_source(source: str | Path) -> None:
-    """Raise `UserError` for what can only be a path, and does not exist; nothing is read."""
-    name = str(source)
-    if BUCKET.fullmatch(name) or Path(name).expanduser().exists():
-        return
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or name.endswith(".gguf"):
-        raise UserError(
-            f"{name}: no such file or folder; give a model folder, a .gguf file or a Hub id "
-            "(org/name)"
-        )
-
-
-def _download(name: str) -> Path:
-    check_source(name)
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
-                ignore_patterns=["*/*", "consolidated*"],
-            )
-        )
-    except Exception as error:  # network, HTTP, authorisation and cache errors share no base class
-        raise UserError(
-            f"{name}: no such path here, and the Hub gave no such model ({type(error).__name__}: "
-            f"{one_line(error)}); check the name, the network or your login"
-        ) from error
-
-
 def _check_vocabulary(config: DecoderConfig, tokenizer: Tokenizer, where: str) -> None:
     # JAX clamps an index that is out of range, so such a token would silently become another.
     if tokenizer.largest_id >= config.vocab_size:
@@ -217,7 +203,7 @@ def _safetensors(folder: Any) -> dict[str, Stored]:
         table = read_json(index, "it lists the shards").get("weight_map")
         if not isinstance(table, dict):
             raise UserError(f"{index}: no weight_map in it; download the model again")
-        files = sorted({str(file) for file in table.values()})
+        files = sorted({_shard(file, index) for file in table.values()})
     elif (folder / "model.safetensors").is_file():
         table, files = None, ["model.safetensors"]
     else:
@@ -231,13 +217,8 @@ def _safetensors(folder: Any) -> dict[str, Stored]:
         raise UserError(f"{folder}: missing {shortened(absent)}; download the model again")
     stored: dict[str, Stored] = {}
     for file in files:
-        try:
+        with reading(folder / file, "download it again", "cannot be read, truncated or damaged"):
             header = safetensors_files.read_header(folder / file)
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"{folder / file}: cannot be read, truncated or damaged ({one_line(error)}); "
-                "download it again"
-            ) from error
         for name, (kind, shape, offset) in header.items():
             if table is None or table.get(name) == file:
                 read = functools.partial(
@@ -247,10 +228,20 @@ def _safetensors(folder: Any) -> dict[str, Stored]:
     return stored
 
 
+def _shard(file: Any, index: Any) -> str:
+    """The name of a shard; it lies beside its index, wherever else the index may point."""
+    if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
+        raise UserError(
+            f"{index}: the shard {one_line(repr(file), 80)} is no name of a .safetensors file in "
+            "the same folder; download the model again"
+        )
+    return file
+
+
 def shortened(items: list[str], limit: int = 8) -> str:
     """The first items of a list, comma separated, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    return ", ".join(one_line(item) for item in items[:limit]) + more
 
 
 READABLE = {"hf": ("F32", "BF16", "F16"), "gguf": ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")}
@@ -316,17 +307,24 @@ def assemble(
             f"{where}: the tensors do not fit a {config.family} model; {'; '.join(problems)}; "
             "use weights and config of one model"
         )
+    halves = sorted({stored[entry[2]].kind for entry in plan} & {"F16", "BF16"})
+    if names == "hf" and len(halves) == 2:
+        raise UserError(
+            f"{where}: some tensors are F16 and others BF16, which no model is published in; "
+            "download it again, or save it in one dtype"
+        )
+    _check_memory(shapes, dtype, shardings, where)
     _check_tied(config, stored, names, dtype, where)
     leaves: dict[str, Any] = {}
     for path, layer, name, transpose in sorted(plan, key=lambda entry: stored[entry[2]].order):
         shape = shapes[path].shape
         sharding = None if shardings is None else shardings(path, shape)
         if layer is None:
-            leaves[path] = _read(stored[name], shape, sharding, transpose, dtype)
+            leaves[path] = _read(stored[name], name, where, shape, sharding, transpose, dtype)
             continue
         if path not in leaves:
-            leaves[path] = _empty_stack(shape, dtype, sharding)
-        block = _read(stored[name], shape[1:], _of_block(sharding), transpose, dtype)
+            leaves[path] = _empty(shape, dtype, sharding)()
+        block = _read(stored[name], name, where, shape[1:], _of_block(sharding), transpose, dtype)
         leaves[path] = _set_block(leaves[path], block, np.int32(layer))
     tree: dict[str, Any] = {}
     for path in dict.fromkeys(entry[0] for entry in plan):
@@ -334,8 +332,52 @@ def assemble(
     return tree
 
 
+def _check_memory(
+    shapes: Mapping[str, Any], dtype: np.dtype, shardings: Shardings | None, where: str
+) -> None:
+    """Raise `UserError` for parameters that this process's share of memory cannot hold.
+
+    The host holds one tensor at a time, and on CPUs what its devices hold as well.
+    """
+    sizes = {path: math.prod(leaf.shape) * dtype.itemsize for path, leaf in shapes.items()}
+    needed = max(
+        sizes[path] // (leaf.shape[0] if path.startswith("layers/") else 1)
+        for path, leaf in shapes.items()
+    )
+    if jax.default_backend() == "cpu":
+        needed = 0
+        for path, leaf in shapes.items():
+            part, copies = sizes[path], 1
+            if shardings is not None:
+                sharding = shardings(path, leaf.shape)
+                part = math.prod(sharding.shard_shape(leaf.shape)) * dtype.itemsize
+                copies = len(sharding.addressable_devices)
+            needed += part * copies
+    bounds.check_memory(needed, where, "use a machine with more, more processes or a smaller model")
+
+
+def check_finite(value: np.ndarray, name: str, where: str, advice: str) -> None:
+    """Raise `UserError` for weights that are NaN or infinite.
+
+    Args:
+        value: float32, bfloat16, float16 or float64 weights.
+        name: of the tensor.
+        where: the file, for the message.
+        advice: what to do.
+    """
+    if value.dtype.itemsize == 2:  # by its bits: several times as fast as through float32
+        exponent = 0x7F80 if value.dtype == ml_dtypes.bfloat16 else 0x7C00
+        odd = (value.view(np.uint16) & exponent) == exponent
+    else:
+        odd = ~np.isfinite(value)
+    if count := int(np.count_nonzero(odd)):
+        raise UserError(f"{where}: {name} has {count} weight(s) that are NaN or infinite; {advice}")
+
+
 def _read(
     stored: Stored,
+    name: str,
+    where: str,
     shape: tuple[int, ...],
     sharding: Sharding | None,
     transpose: bool,
@@ -348,7 +390,15 @@ def _read(
         rows, *rest = index[::-1] if transpose else index
         first, last, _ = rows.indices(stored.shape[0])
         if (first, last) not in found:
-            found[first, last] = stored.read(first, last)
+            with reading(f"{where}: {name}", "download it again"):
+                rows_read = stored.read(first, last)
+            check_finite(rows_read, name, where, DAMAGED)
+            with np.errstate(over="ignore"):
+                kept = rows_read.astype(dtype, copy=False)
+            if dtype.itemsize < rows_read.dtype.itemsize or dtype == np.float16:
+                wider = "read it as float32 or bfloat16"
+                check_finite(kept, f"{name}, read as {dtype.name},", where, wider)
+            found[first, last] = kept
         value = found[first, last][(slice(None), *rest)]
         return (value.T if transpose else value).astype(dtype, order="C")
 
@@ -367,8 +417,10 @@ def _of_block(sharding: Sharding | None) -> Sharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*rest))
 
 
-def _empty_stack(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+@functools.lru_cache(64)
+def _empty(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None) -> Any:
+    """The program that makes an empty stack; models of one shape share its compilation."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

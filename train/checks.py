@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models import lora
+from models.bounds import LARGEST as LARGEST_SIZE
+from models.bounds import MOST_LAYERS
 from models.decoder import REMAT
 from models.weights import DTYPES
 from train import cli, optimizers, remote, reporters, sharding
@@ -35,10 +37,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_authors": (1, math.inf),
     "max_length": (2, math.inf),
     "row_tokens": (0, math.inf),
-    "vocab_size": (1, math.inf),
+    "vocab_size": (1, 2**20),
     "hidden_size": (1, math.inf),
     "intermediate_size": (1, math.inf),
-    "num_layers": (1, math.inf),
+    "num_layers": (1, MOST_LAYERS),
     "num_heads": (1, math.inf),
     "num_kv_heads": (1, math.inf),
     "epochs": (0, 1e9),
@@ -95,8 +97,10 @@ def check_numbers(config: Any, prefix: str = "--") -> None:
             raise UserError(f"{name} is {value}; it must be at least 0 and below 1")
         if value is not None and field.name in RANGES:
             low, high = RANGES[field.name]
-            if not low <= value <= high:
-                wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            most = min(high, LARGEST_SIZE) if isinstance(value, int) else high
+            if not low <= value <= most:
+                high = most if value > most else high
+                wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:.10g}"
                 raise UserError(f"{name} is {value}; it must be {wanted}")
 
 

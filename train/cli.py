@@ -12,7 +12,6 @@ import difflib
 import errno
 import io
 import itertools
-import json
 import os
 import re
 import shlex
@@ -26,11 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.reading import one_line, read_json, reading, shortened_path
 from train import files
 from train.plain import plain
 
 # A full or protected disk is no fault of the program, wherever it shows.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    errno.ENAMETOOLONG,
+)
 
 
 def option_names(cls: type, prefix: str = "") -> list[str]:
@@ -187,7 +190,8 @@ def from_json(cls: Any, value: Any, name: str = "") -> Any:
     for kind in typing.get_args(cls) if union else (cls,):
         with contextlib.suppress(TypeError):
             return _value(kind, value)
-    raise UserError(f"configuration entry {name} is {value!r}, which does not fit; correct it")
+    shown = one_line(repr(value), 80)
+    raise UserError(f"configuration entry {name} is {shown}, which does not fit; correct it")
 
 
 def _value(kind: Any, value: Any) -> Any:
@@ -197,7 +201,7 @@ def _value(kind: Any, value: Any) -> Any:
         return value
     if origin is tuple and isinstance(value, list):
         return tuple(_value(inner[0], item) for item in value)
-    if kind is Path and isinstance(value, str):
+    if kind is Path and isinstance(value, str) and "\0" not in value:
         return Path(value)
     if kind is float and type(value) is int:
         return value
@@ -209,14 +213,17 @@ def _value(kind: Any, value: Any) -> Any:
 def read_config(cls: type, path: Path) -> Any:
     """A configuration from a run folder's `config.json`, or a copy of it that may be edited."""
     files.check_key(path)
-    try:
-        return from_json(cls, json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"cannot read configuration {path}: {error}; give the config.json of a run"
-        ) from None
+    advice = "give the config.json of a run"
+    with reading(path, advice, "cannot be read as a configuration"):
+        return from_json(cls, read_json(path, advice))
+
+
+def unusable(error: OSError) -> str:
+    """What a person can do about a path that cannot be written, or cannot be a path."""
+    name = plain(shortened_path(error.filename or "a file"))
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{name}: {error.strerror}; give a shorter path"
+    return f"cannot write {name}: {error.strerror}; free space or choose another --output"
 
 
 def command() -> str:
@@ -274,11 +281,7 @@ def main(program: Callable[[list[str]], None]) -> None:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        print(
-            f"error: cannot write {plain(error.filename or 'a file')}: {error.strerror}; free "
-            "space or choose another --output",
-            file=sys.stderr,
-        )
+        print(f"error: {unusable(error)}", file=sys.stderr)
         distributed.leave(2)
         sys.exit(2)
     except TrainingError as error:

@@ -22,6 +22,8 @@ class DataConfig:
     Args:
         source: `authors` (generated in the run) or `tofu`.
         path: folder with TOFU's JSON files; None: the Hub id locuslab/TOFU.
+        revision: commit, branch or tag of the Hub's data set; None: the newest. The run notes the
+            commit.
         forget_split: name of the split to forget, or a JSON file with `question` and `answer`.
         retain_rows: how many rows of `retain_split` are kept and trained on; None: all.
         extra_rows: how many real-author and world-fact rows are evaluated; None: all.
@@ -48,6 +50,7 @@ class DataConfig:
 
     source: str = "tofu"
     path: Path | None = None
+    revision: str | None = None
     forget_split: str = "forget01"
     retain_rows: int | None = 100
     extra_rows: int | None = 50
@@ -74,7 +77,9 @@ class ModelConfig:
 
     Args:
         path: an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch`
-            (random weights).
+            (random weights). `owner/name` is a Hub id where no such path exists, `hub:owner/name`
+            always.
+        revision: commit, branch or tag of a Hub id; None: the newest. The run notes the commit.
         vocab_size: of the tokenizer trained in the run (from scratch only), as the sizes below.
         hidden_size: width of the residual stream.
         intermediate_size: width inside an MLP.
@@ -91,6 +96,7 @@ class ModelConfig:
     """
 
     path: str = "smollm2"
+    revision: str | None = None
     vocab_size: int = 1024
     hidden_size: int = 128
     intermediate_size: int = 384

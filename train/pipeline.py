@@ -14,9 +14,10 @@ import models
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
-from models import Decoder, DecoderConfig, Tokenizer, lora
+from models import Decoder, DecoderConfig, Tokenizer, bounds, lora
+from models.hub import check_source
 from models.policy import head_of
-from models.weights import check_source, find_smollm2
+from models.weights import find_smollm2
 from train import distributed, loop, remote, residency, seal, sharding
 from train.checkpointing import params_sha256
 from train.config import LoraConfig, ModelConfig, RunConfig, TrainConfig, UnlearnConfig
@@ -103,10 +104,12 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
         shape = scratch_shape(m, tokenizer.vocab_size, config.data.max_length)
         sharding.check_heads(mesh, m.num_heads)
         decoder = Decoder(shape, m.remat)
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(decoder.shapes()))
+        bounds.check_memory(size, "--model.hidden-size and the other sizes", "make it smaller")
         params = sharding.put_params(jax.jit(decoder.init)(jax.random.key(config.seed)), mesh)
         model = Model(decoder, params, tokenizer, params_sha256(params))
     else:
-        model = load_model(m.path, m.remat, mesh, m.dtype)
+        model = load_model(m.path, m.remat, mesh, m.dtype, m.revision, task.notes)
     return masking_pad_ids(model) if m.mask_all_pad_id_tokens else model
 
 
@@ -142,14 +145,25 @@ def model_source(path: str) -> str | Path:
     return found
 
 
-def check_model(path: str) -> None:
+def check_model(path: str, revision: str | None = None) -> None:
     """Raise `UserError` for a `--model.path` where nothing can be, before anything is read."""
     if path != "scratch":
-        check_source(model_source(path))
+        check_source(model_source(path), revision)
+    elif revision is not None:
+        raise UserError("--model.revision does not go with --model.path scratch; leave it out")
 
 
-def load_model(path: str, remat: str, mesh: Any, dtype: str = "float32") -> Model:
+def load_model(
+    path: str,
+    remat: str,
+    mesh: Any,
+    dtype: str = "float32",
+    revision: str | None = None,
+    notes: list[str] | None = None,
+) -> Model:
     """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`, to compute in `dtype`.
+
+    Of a Hub id the commit is said, and added to `notes`.
 
     Raises:
         UserError: nothing is found at the path, an export there is damaged, or the mesh splits more
@@ -159,9 +173,15 @@ def load_model(path: str, remat: str, mesh: Any, dtype: str = "float32") -> Mode
     with distributed.together():
         loaded = models.load(
             model_source(path),
+            revision=revision,
             shardings=lambda name, shape: sharding.sharding_of(name, shape, mesh),
         )
         sharding.check_heads(mesh, loaded.decoder.config.num_heads)
+    if loaded.commit is not None:
+        note = f"model: {path} at commit {loaded.commit}"
+        say(note)
+        if notes is not None:
+            notes.append(note)
     shape = dataclasses.replace(loaded.decoder.config, dtype=dtype)
     decoder = dataclasses.replace(loaded.decoder, config=shape, remat=remat)
     return Model(decoder, loaded.params, loaded.tokenizer, params_sha256(loaded.params))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxlib_unlearn import reading
 from jaxlib_unlearn.errors import UserError
 from train import files
 from train.measures import (
@@ -52,12 +53,7 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: it cannot be read or is not JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({' '.join(str(error).split())})") from None
+    return reading.read_json(path, "give a whole one", what="is not valid JSON")
 
 
 def load_run(folder: str | Path) -> Run:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
-from models.prompts import TAGS, PromptFormat, strftime_of
+from models.prompts import TAGS, PromptFormat, day_of
 from train import cli
 from train.config import DataConfig, RunConfig
 from train.data import authors, files, tofu
@@ -49,7 +49,7 @@ def prompt_format(data: DataConfig, prefix: str = "--data.") -> PromptFormat:
     """
     cli.check_choice(f"{prefix}template", data.template, ("auto", *TAGS))
     try:
-        strftime_of(data.template_date)
+        day_of(data.template_date)
     except UserError as error:
         raise UserError(f"{prefix}template-date: {error}") from None
     shots: list[Row] = []
@@ -139,6 +139,7 @@ def _from_tofu(config: RunConfig) -> Task:
         judged_rows=judged,
         extra_rows=data.extra_rows,
         holdout_rows=data.holdout_rows,
+        revision=data.revision,
     )
     splits = {
         "forget": found.forget,

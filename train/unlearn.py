@@ -250,7 +250,12 @@ def prepare(
             if exists and held is not None and not remote.is_remote(folder):
                 held.enter_context(lock(folder))
         # The data may come from the Hub: a path with a typo in it need not wait for that.
-        pipeline.check_model(config.stage.original or config.model.path)
+        if config.stage.original is not None and config.model.revision is not None:
+            raise UserError(
+                "--model.revision does not go with --stage.original, in whose place nothing else "
+                "is loaded; write --stage.original owner/name@revision"
+            )
+        pipeline.check_model(config.stage.original or config.model.path, config.model.revision)
         task = load_task(config)
     distributed.check_same({"data": task.digest(), "few_shot": layout.shots})
     with distributed.together():
@@ -263,7 +268,11 @@ def _fit(config: RunConfig, task: Any, layout: Any, mesh: Any, retain_log: Any) 
 
     if config.stage.original is not None:
         base = pipeline.load_model(
-            config.stage.original, config.model.remat, mesh, config.model.dtype
+            config.stage.original,
+            config.model.remat,
+            mesh,
+            config.model.dtype,
+            notes=task.notes,
         )
         if config.model.mask_all_pad_id_tokens:
             base = pipeline.masking_pad_ids(base)
@@ -429,16 +438,17 @@ def write_about(root: Path, minutes: dict[str, float], notes: list[str]) -> None
 
 
 def speaking(tokenizer: Any) -> Any:
-    """A tokenizer with the chat template that its model was trained with, where it has none."""
-    from train.data.examples import encode_qa, plain_chat_template
+    """A tokenizer with its model's prompts as the chat template, where those are not its own."""
+    from train.data.examples import encode_qa, written_chat_template
 
-    if tokenizer.has_chat_template:
+    if tokenizer.has_chat_template and tokenizer.format.tags is None:
         return tokenizer
-    found = tokenizer.with_template(plain_chat_template(tokenizer))
+    found = tokenizer.with_template(written_chat_template(tokenizer))
+    alone = tokenizer.formatted(tokenizer.format._replace(shots=()))
     probe = {"question": "Who wrote it?", "answer": "Nobody did.", "max_length": 10**6}
     same = all(
         encode_qa(found, **probe, system_prompt=system)
-        == encode_qa(tokenizer, **probe, system_prompt=system)
+        == encode_qa(alone, **probe, system_prompt=system)
         for system in (None, "Be brief.")
     )
     # A tokenizer may read the same text in another way behind a written-out special token.

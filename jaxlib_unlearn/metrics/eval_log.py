@@ -5,7 +5,6 @@ TOFU code. So a published log of a retrained model serves as the reference of a 
 that model.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +14,7 @@ import numpy as np
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import likelihood, privacy
+from jaxlib_unlearn.reading import check_spelling, exists, number, read_json, reading
 
 # Split -> prefix of its metrics in EVAL.json. Holdout texts serve the membership attacks alone.
 PREFIXES = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
@@ -43,6 +43,12 @@ class EvalLog(NamedTuple):
     auc: dict[str, float]
     stated: Mapping[str, float] = MappingProxyType({})
 
+
+# Tables of a split, and those of no split, in EVAL.json.
+TABLES = ("Q_A_Prob", "Q_A_PARA_Prob", "Q_A_PERT_Prob", "Q_A_Prob_normalised", "Q_A_ROUGE")
+WHOLE = ("extraction_strength", "exact_memorization", "privleak")
+# Metrics between 0 and 1, by the end of their flat name.
+SHARES = ("_probability", "_rouge", "extraction_strength", "exact_memorization")
 
 Log = EvalLog | Mapping[str, Any]
 
@@ -77,12 +83,9 @@ def load_log(path: str | Path) -> EvalLog:
 
     TOFU, arXiv 2401.06121; OpenUnlearning, arXiv 2506.12618.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; check the path") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); write or download it again") from error
+    if not exists(Path(path), "check the path"):
+        raise UserError(f"{path}: No such file or directory; check the path")
+    data = read_json(path, "write or download it again", what="not JSON")
     return parse_log(data, source=str(path))
 
 
@@ -104,6 +107,47 @@ def parse_log(data: Any, source: str = "evaluation log") -> EvalLog:
         >>> parse_log(log).items
         {'forget_probability': array([0.5])}
     """
+    with reading(source, "give the full log of one evaluation", "not an evaluation log"):
+        _check_tables(data, source)
+        log = _parse(data, source)
+        _check_ranges(log)
+        return log
+
+
+def _check_tables(data: Any, source: str) -> None:
+    """Raise `UserError` for a metric that is misspelt by a letter, or that has no item at all."""
+    if not isinstance(data, Mapping):
+        return
+    tables = [*(f"{prefix}_{name}" for prefix in PREFIXES.values() for name in TABLES)]
+    blocks = [*TOFU_BLOCKS.values(), *(f"{block}.json" for block in TOFU_BLOCKS.values())]
+    names = [*tables, *blocks, *map(truth_ratio_name, PREFIXES)]
+    names += [*(f"mia_{attack}" for attack in likelihood.ATTACKS), *WHOLE]
+    check_spelling(data, names, source, "correct it, or evaluate the model again")
+    for name, table in data.items():
+        odd = name in names and name != "privleak" and not isinstance(table, Mapping | None)
+        if odd or (isinstance(table, Mapping) and table.get("value_by_index") == {}):
+            raise UserError(
+                f"{source}: not an evaluation log ({name} is no table of items); give the full "
+                "log, not a summary"
+            )
+
+
+def _check_ranges(log: EvalLog) -> None:
+    """Raise `UserError` for values that their metric cannot have."""
+    for name, values in [*log.items.items(), *log.auc.items()]:
+        share = name in log.auc or name.endswith(SHARES)
+        high = 1.0 + 1e-6 if share else np.inf  # probabilities are rounded
+        if np.ndim(values) > 1:
+            raise UserError(f"{log.source}: {name} is no number per item; evaluate the model again")
+        odd = np.min(values) < 0 or np.max(values) > high
+        if odd and (share or name.endswith("truth_ratio")):
+            wanted = "between 0 and 1" if share else "0 or more"
+            raise UserError(
+                f"{log.source}: {name} has a value that is not {wanted}; evaluate the model again"
+            )
+
+
+def _parse(data: Any, source: str) -> EvalLog:
     if not isinstance(data, Mapping):
         data = {}
     blocks = {name.removesuffix(".json"): block for name, block in data.items()}
@@ -171,11 +215,26 @@ def _column(table: Any, what: str, source: str, key: str | None = None) -> Colum
 
 
 def _floats(value: Any) -> float | list[float]:
-    return [float(x) for x in value] if isinstance(value, list) else float(value)
+    values = [number(x) for x in value] if isinstance(value, list) else [number(value)]
+    # Not NaN, which shows in what is computed from it; infinity becomes a finite rank or ratio.
+    if not values or any(np.isinf(values)):
+        raise ValueError("an empty list or an infinite number")
+    return values if isinstance(value, list) else values[0]
 
 
 def _zip(function: Any, first: Column, second: Column) -> Column:
+    if function is likelihood.truth_ratio:
+        for column in (first, second):
+            _check_losses(column)
     return {i: float(function(first[i], second[i])) for i in first if i in second}
+
+
+def _check_losses(column: Column) -> Column:
+    """Raise `ValueError` for a negative mean NLL, which leaves no trace in a ratio."""
+    for index, loss in column.items():
+        if np.min(loss) < 0:
+            raise ValueError(f"item {index} has the loss {loss}")
+    return column
 
 
 def _means(column: Column) -> Column:
@@ -248,6 +307,7 @@ def _read_tofu(blocks: Mapping, source: str) -> dict[str, Column]:
             return _column(block.get(field), f"{name}, field {field},", source)
 
         def exp(losses: Column) -> Column:
+            _check_losses(losses)
             return {index: np.exp(-np.asarray(loss)) for index, loss in losses.items()}
 
         answer, wrong = exp(read("avg_gt_loss")), exp(read("average_perturb_loss"))

@@ -409,6 +409,9 @@ def test_metrics_of_other_programs_are_read_and_kept(tmp_path):
     assert tofu.summarize(gibberish) == {"forget_q_a_gibberish": 0.5}
 
 
+PROB = '{"forget_Q_A_Prob": {"value_by_index": {"0": {"prob": %s}}}}'
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -427,6 +430,21 @@ def test_metrics_of_other_programs_are_read_and_kept(tmp_path):
          '{"a": 1}}}}', "mia_loss has no readable"),
         ('{"eval_log.json": {"avg_gt_loss": {"0": 1.0}}}', "average_perturb_loss"),
         ('{"eval_log.json": 3}', "not an evaluation log"),
+        ("[" * 99999, "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "an integer of 5000 digits"),
+        ('{"forget_Q_A_Prob": {}, "forget_Q_A_Prob": {}}', "stands twice"),
+        (PROB % '"0.5"', "per-item prob"),
+        (PROB % "true", "per-item prob"),
+        (PROB % "1e400", "per-item prob"),
+        (PROB % "[]", "per-item prob"),
+        (PROB % "[0.5, 0.4]", "is no number per item"),
+        (PROB % "1.5", "probability has a value that is not between 0 and 1"),
+        (PROB % "-0.5", "probability has a value that is not between 0 and 1"),
+        ('{"forget_Q_A_Prpb": {}}', "'forget_Q_A_Prpb' is unknown, and 'forget_Q_A_Prob' is abs"),
+        ('{"mia_loss": []}', "mia_loss is no table of items"),
+        ('{"forget_Q_A_Prob": {"value_by_index": {}}}', "is no table of items"),
+        ('{"eval_log.json": {"avg_gt_loss": {"0": -1}, "average_perturb_loss": {"0": [1.0]}}}',
+         "item 0 has the loss -1"),
     ],
 )  # fmt: skip
 def test_broken_files_end_in_one_line(tmp_path, content, message):

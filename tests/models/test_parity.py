@@ -373,12 +373,12 @@ def test_adapters_load_in_peft(name, transformers, tokens, tmp_path):
 
 def test_an_export_speaks_in_transformers(transformers, tmp_path):
     """Chat template and generation settings of generated authors, as transformers reads them."""
-    from train.data.examples import encode_prompt, plain_chat_template
+    from train.data.examples import encode_prompt, written_chat_template
 
     config = DecoderConfig(VOCAB, 32, 48, 2, 4, 2, 8)
     params = jax.jit(models.Decoder(config).init)(jax.random.key(0))
     words = small_tokenizer().with_template(None)
-    words = words.with_template(plain_chat_template(words))
+    words = words.with_template(written_chat_template(words))
     folder = models.export(models.Loaded(config, params, words), tmp_path / "it", max_new_tokens=5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)

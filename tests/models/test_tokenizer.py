@@ -157,6 +157,48 @@ def test_special_tokens_map_alone(tokenizer, tmp_path):
     assert (back.bos_id, back.eos_id) == (None, 2)
 
 
+def test_a_text_that_the_library_panics_over_is_one_line():
+    backend = trained()
+    pattern = tokenizers.Regex("(x+x+)+y")  # gives up after a tenth of a second
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, behavior="isolated")
+    with pytest.raises(UserError, match="the tokenizer cannot read the text 'xxxx.*retry-limit"):
+        Tokenizer(backend).encode("x" * 99)
+    with pytest.raises(UserError, match="surrogates"):
+        Tokenizer(trained()).encode("a\ud800")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token": "<no such>"}, "eos_token is '<no such>', no token of tokenizer.json"),
+        ({"eos_token": 5}, "eos_token is 5, no token"),
+        ({"pad_token": ["a"]}, "pad_token is .'a'., no token"),
+        ({"eos_token": "\ud800"}, "special tokens of tokenizer_config.json do not read"),
+        ({"chat_template": 5}, "chat_template is a int, not a text"),
+        ({"chat_template": []}, "chat_template of tokenizer_config.json does not read"),
+        ({"chat_template": [{"name": "rag", "template": "x"}]}, "no 'default' in it"),
+        ({"chat_templbte": "x"}, "'chat_templbte' is unknown, and 'chat_template' is absent"),
+    ],
+)
+def test_settings_that_cannot_be(tokenizer, tmp_path, changes, message):
+    tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_as_published_models_have_them(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    more = {"bos_token": None, "unk_token": "", "pad_token": "[absent]", "eot_token": "x"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    back = Tokenizer.from_folder(tmp_path)
+    assert (back.bos_id, back.eos_id, back.pad_id) == (None, 2, 2)
+
+
 def test_unreadable_files(tokenizer, tmp_path):
     with pytest.raises(UserError, match="no tokenizer.json in it"):
         Tokenizer.from_folder(tmp_path)
@@ -246,6 +288,13 @@ def test_gguf_user_defined_tokens_stay_whole_and_are_no_specials():
         ({"merges": None}, "no tokenizer.ggml.tokens or merges"),
         ({"merges": ["☃ ☃"]}, "vocabulary and merges disagree"),
         ({"merges": ["ab"]}, "vocabulary and merges disagree"),
+        ({"merges": [3]}, "tokenizer.ggml.merges is no list of texts"),
+        ({"tokens": ["a", "a"]}, "a token stands twice"),
+        ({"tokens": 7}, "tokenizer.ggml.tokens is no list of texts"),
+        ({"token_type": [1]}, "token_type is no list of"),
+        ({"eos_token_id": 9999}, "eos_token_id is 9999, none of"),
+        ({"bos_token_id": True}, "bos_token_id is True, none of"),
+        ({"add_bos_token": 1}, "add_bos_token is 1, not true or false"),
     ],
 )
 def test_gguf_errors(changes, message):

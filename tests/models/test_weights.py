@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -605,3 +606,210 @@ def test_gguf_export_loads_the_same(tmp_path):
     assert back.config == loaded.config
     assert flatten(back.params)["embed/embedding"].dtype == ml_dtypes.bfloat16
     assert_same(loaded.params, back.params)
+
+
+# Damage that a shape does not show.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(dtype, odd, tmp_path):
+    out = models.export(model(dtype=dtype), tmp_path / "model")
+
+    def spoil(tensors):
+        value = tensors["model.layers.1.mlp.up_proj.weight"]
+        value[3, 2] = value[0, 5] = odd
+
+    edit_tensors(out / "model.safetensors", spoil)
+    with pytest.raises(
+        UserError, match=r"layers.1.mlp.up_proj.weight has 2 weight.s. that are NaN"
+    ):
+        models.load(out, dtype=dtype)
+
+
+def test_weights_too_large_for_the_dtype_are_refused(folder):
+    edit_tensors(folder / "model.safetensors", lambda t: t["model.norm.weight"].fill(1e6))
+    models.load(folder)
+    with pytest.raises(UserError, match="norm.weight, read as float16, has 32 .* as float32 or bf"):
+        models.load(folder, dtype="float16")
+
+
+def test_half_floats_of_two_kinds_are_refused(tmp_path):
+    out = models.export(model(dtype="bfloat16"), tmp_path / "model")
+    data = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(data.replace(b'"BF16"', b'"F16" ', 1))
+    with pytest.raises(UserError, match="some tensors are F16 and others BF16"):
+        models.load(out)
+
+
+def header_of(data: bytes) -> tuple[dict, bytes]:
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda e: e.update(data_offsets=[float(n) for n in e["data_offsets"]]), "no entry"),
+        (lambda e: e.update(shape=[str(n) for n in e["shape"]]), "no entry"),
+        (lambda e: e.update(data_offsets=[n + 4 for n in e["data_offsets"]]), "does not follow"),
+        (lambda e: e.update(shape=[1] * 99), "no entry"),
+        (lambda e: e.update(shape=[2**62, 2**62]), "its shape"),
+        (lambda e: e.update(more=1), "no entry"),
+    ],
+)
+def test_safetensors_headers(change, reason, folder):
+    file = folder / "model.safetensors"
+    header, rest = header_of(file.read_bytes())
+    change(header["model.norm.weight"])
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    with pytest.raises(UserError, match=f"truncated or damaged .*{reason}"):
+        models.load(folder)
+
+
+def test_safetensors_headers_are_utf8_and_name_a_tensor_once(folder):
+    file = folder / "model.safetensors"
+    header, rest = header_of(file.read_bytes())
+    once = json.dumps(header)
+    twice = once[:-1] + ', "model.norm.weight": ' + json.dumps(header["model.norm.weight"]) + "}"
+    for text, reason in ((once.encode("utf-16"), "not UTF-8"), (twice.encode(), "stands twice")):
+        file.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+        with pytest.raises(UserError, match=reason):
+            models.load(folder)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../model/model-00001-of-00002.safetensors", "/etc/passwd", "/dev/zero", "..", "", "x.bin", 7],
+)
+def test_a_shard_index_does_not_leave_its_folder(shard, tmp_path):
+    out = models.export(model(), tmp_path / "model", shard_bytes=20_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = shard
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is no name of a .safetensors file in the same folder"):
+        models.load(out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than the 10000"),
+        ({"vocab_size": 10**30}, "vocab_size is 10+, more than the 2147483647"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', neither true nor"),
+        ({"attention_bias": 1}, "attention_bias is 1, neither true nor false"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"rope_theta": 0, "rope_parameters": None}, "rope_theta is 0"),
+        ({"rope_scaling": 3}, "rope_scaling 3 is not one set"),
+        ({"head_dim": 9}, "head_dim 9 is odd"),
+        (
+            {"rope_theta": ..., "rope_thetb": 5e5},
+            "'rope_thetb' is unknown, and 'rope_theta' is abs",
+        ),
+        ({"model_type": "qwen2", "use_sliding_window": "yes", "sliding_window": 4}, "use_sliding"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"]}, "no list of 3 kinds"),
+    ],
+)
+def test_config_values_that_cannot_be(folder, changes, message):
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        models.load(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"vocab_size": ' + "9" * 5000 + "}", "an integer of 5000 digits"),
+        ('{"a": ' + "[" * 99999, "nested too deeply"),
+        ('{"model_type": "llama", "model_type": "llama"}', "stands twice"),
+    ],
+)
+def test_config_text_that_cannot_be(folder, text, message):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=f"config.json: not readable as JSON .*{message}"):
+        models.load(folder)
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_read(folder, monkeypatch):
+    monkeypatch.setattr("models.safetensors_files.read_rows", lambda *a: 1 / 0)
+    monkeypatch.setattr("models.bounds.host_memory", lambda: 1000)
+    with pytest.raises(UserError, match="its parameters take .* GiB, this host has .* GiB of mem"):
+        models.load(folder)
+
+
+def test_host_memory():
+    from models.bounds import host_memory
+
+    assert 2**28 < host_memory() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda d, t: overwrite(d, t[1], -1, "<Q", 64), "the tensor before it ends at"),
+        (lambda d, t: overwrite(d, t[1], -1, "<Q", 0), "the tensor before it ends at"),
+        (lambda d, t: overwrite(d, t[-1], -1, "<Q", 2**40), "the tensor before it ends at"),
+        (lambda d, t: overwrite(d, t[0], 3, "<Q", 2**62), "which cannot be"),
+        (lambda d, t: overwrite(d, t[0], 4, "<I", 77), "77 is not a valid"),
+        (lambda d, t: d + b"\0" * 64, "its tensors end at"),
+        (lambda d, t: d[:8] + b"\xff" * 8 + d[16:], "it claims .* tensors"),
+        (lambda d, t: d[:16] + (2**40).to_bytes(8, "little") + d[24:], "it claims .* keys"),
+        (lambda d, t: d[:24] + (2**63).to_bytes(8, "little") + d[32:], "has 92.* bytes"),
+        (lambda d, t: d[:4] + (3 << 24).to_bytes(4, "little") + d[8:], "big-endian"),
+        (lambda d, t: d.replace(b"#", b"\xff", 1), "not UTF-8"),
+    ],
+)
+def test_gguf_layout(damage, reason, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "m.gguf"
+    write_gguf(file, BASE, random_params(BASE))
+    tensors = gguf.GGUFReader(file).tensors
+    models.load(file)
+    file.write_bytes(damage(file.read_bytes(), tensors))
+    with pytest.raises(UserError, match=f"not a whole GGUF file, truncated or damaged .*{reason}"):
+        models.load(file)
+
+
+def overwrite(data: bytes, tensor, part: int, form: str, value: int) -> bytes:
+    """The file with another number at a part of a tensor's entry."""
+    parts = tensor.field.parts
+    at = tensor.field.offset + sum(p.nbytes for p in parts[: part % len(parts)])
+    patch = struct.pack(form, value)
+    return data[:at] + patch + data[at + len(patch) :]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("F32", b"\0\0\xc0\x7f"), ("Q8_0", b"\0\x7c"), ("Q4_1", b"\0\x7e")]
+)
+def test_gguf_weights_that_are_no_numbers_are_refused(kind, value, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "m.gguf"
+    write_gguf(file, GGUF_BASE, random_params(GGUF_BASE), kind)
+    tensor = next(t for t in gguf.GGUFReader(file).tensors if t.tensor_type.name == kind)
+    data = file.read_bytes()
+    file.write_bytes(data[: tensor.data_offset] + value + data[tensor.data_offset + len(value) :])
+    with pytest.raises(UserError, match="that are NaN or infinite"):
+        models.load(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "type_", "value", "message"),
+    [
+        ("llama.rope.freq_base", 6, struct.pack("<f", float("nan")), "rope.freq_base is nan"),
+        ("llama.block_count", 4, struct.pack("<I", 2**31), "block_count is 2147483648, more than"),
+        ("tokenizer.ggml.eos_token_id", 4, struct.pack("<I", 999), "eos_token_id is 999, none of"),
+    ],
+)
+def test_gguf_values_that_cannot_be(key, type_, value, message, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "m.gguf"
+    write_gguf(file, BASE, random_params(BASE))
+    field = gguf.GGUFReader(file).fields[key]
+    assert field.types[0] == type_
+    at = field.offset + sum(part.nbytes for part in field.parts[:3])
+    data = file.read_bytes()
+    file.write_bytes(data[:at] + value + data[at + 4 :])
+    with pytest.raises(UserError, match=message):
+        models.load(file)

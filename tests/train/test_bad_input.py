@@ -152,6 +152,16 @@ def test_names(refused, argv, parts):
         ("--model.num-layers 0", ["--model.num-layers"]),
         ("--model.remat all", ["--model.remat", "none, dots, full"]),
         ("--model.num-heads 3", ["--model.num-heads"]),
+        ("--model.num-layers 20000", ["--model.num-layers", "from 1 to 10000"]),
+        ("--model.vocab-size 1000000000", ["--model.vocab-size", "from 1 to 1048576"]),
+        ("--unlearn.steps 99999999999", ["--unlearn.steps", "from 1 to 2147483647"]),
+        ("--unlearn.steps " + "9" * 5000, ["--unlearn.steps"]),
+        ("--model.hidden-size 1000000", ["--model.hidden-size", "GiB of memory"]),
+        ("--model.revision v1", ["--model.revision", "scratch"]),
+        ("--model.path hub:x", ["hub:x", "no such file"]),
+        ("--model.path " + "x" * 5000, ["File name too long"]),
+        ("--retain-log " + "x" * 5000, ["File name too long"]),
+        ("--stage.original ./absent --model.revision v1", ["--model.revision", "--stage.original"]),
         ("--model.hidden-size 6 --model.num-heads 2", ["--model.hidden-size", "odd"]),
         ("--objective.name asu --objective.layers", ["layers", "empty"]),
         ("--objective.name asu --objective.layers 2", ["layers", "block 2", "0 to 1"]),
@@ -222,6 +232,22 @@ def test_missing_column(refused, tofu, tofu_folder, column):
     del rows[4][column]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     refused("train.unlearn", *tofu, parts=[path, "row 5", column])
+
+
+def test_paths_that_are_too_long(program, tofu, small, tmp_path):
+    name = "x" * 5000
+    for argv in (
+        ["quickstart", *small, "--output", tmp_path / name],
+        ["quickstart", *small, "--stage.cache", tmp_path / name],
+        [*tofu, "--data.path", name],
+        [*tofu, "--data.forget-split", name],
+        ["--config", name],
+    ):
+        done = program("train.unlearn", *argv)
+        assert done.code == 2 and done.err.startswith("error: "), done
+        assert "File name too long" in done.err and done.err.count("\n") == 1
+        assert len(done.err) < 500
+    assert not list(tmp_path.glob("run*"))
 
 
 def test_empty_split(refused, tofu, tofu_folder):
@@ -354,6 +380,27 @@ def test_truncated_shard(refused, tofu, model, tofu_folder):
     refused("train.unlearn", *tofu, "--stage.original", model, parts=parts)
     refused("train.evaluate", model, "--data.path", tofu_folder, parts=parts)
     refused("train.finetune", model, tofu_folder / "retain99.json", "--mesh.data", "1", parts=parts)
+
+
+def test_weights_that_are_no_numbers(refused, tofu, model):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, model / "model.safetensors")
+    refused("train.unlearn", *with_model(tofu, model), parts=["model.norm.weight has 1", "NaN"])
+
+
+def test_a_chat_template_that_never_ends(refused, tofu, model):
+    loop = "{% for a in range(99999) %}"
+    (model / "chat_template.jinja").write_text(loop * 3 + "{% endfor %}" * 3)
+    refused("train.unlearn", *with_model(tofu, model), parts=["chat template", "processor time"])
+
+
+def test_a_revision_of_what_is_here(refused, tofu, model):
+    options = ["--model.revision", "v1"]
+    refused("train.unlearn", *with_model(tofu, model), *options, parts=["only a Hub id"])
+    refused("train.unlearn", *tofu, "--data.revision", "v1", parts=["--data.revision v1"])
 
 
 def test_shard_missing(refused, tofu, model):

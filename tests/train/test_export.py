@@ -14,10 +14,11 @@ import tokenizers
 from huggingface_hub import errors
 
 import models
+from models.prompts import TAGS, PromptFormat
 from models.tokenizer import Tokenizer
 from train import card, checkpointing, hub, unlearn
 from train.checkpointing import params_sha256
-from train.data.examples import encode_prompt, encode_qa, plain_chat_template
+from train.data.examples import encode_prompt, encode_qa, written_chat_template
 from train.tables import Run
 
 TOKEN = "hf_" + "secretsecretsecret"
@@ -47,8 +48,9 @@ def trained_words(begin=False):
 
 @pytest.mark.parametrize("begin", [False, True])
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_plain_prompts_are_the_same_tokens_as_a_chat_template(begin, system):
-    plain = trained_words(begin)
+@pytest.mark.parametrize("tags", [None, "llama2"])
+def test_plain_prompts_are_the_same_tokens_as_a_chat_template(begin, system, tags):
+    plain = trained_words(begin).formatted(PromptFormat(TAGS.get(tags)))
     chat = unlearn.speaking(plain)
     assert chat.has_chat_template and not plain.has_chat_template
     options = {"system_prompt": system, "max_length": 99}
@@ -63,7 +65,7 @@ def test_a_conversation_renders_turn_by_turn():
     turns = [("system", "S"), ("user", "a?"), ("assistant", "A."), ("user", "b?")]
     messages = [{"role": role, "content": text} for role, text in turns]
     words = trained_words()
-    chat = words.with_template(plain_chat_template(words))
+    chat = words.with_template(written_chat_template(words))
     assert chat.chat(messages) == "S\nQuestion: a?\nAnswer: A.\n\nQuestion: b?\nAnswer:"
 
 

@@ -32,6 +32,7 @@ def write(path, rows):
     return path
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FORGET = [row(i) for i in range(4)]
 RETAIN = [row(i, "r") for i in range(12)]
 OPTIONS = [
@@ -196,6 +197,12 @@ def without(column):
         (json.dumps(row(0) | {"perturbed_answer": ["a", None]}), ["must hold text"]),
         (json.dumps(row(0) | {"answer": 3}), ["column 'answer' must hold text"]),
         (json.dumps(row(0) | {"question": " "}), ["column 'question' must hold text"]),
+        ("[" * 99999, ["broken JSON", "nested too deeply"]),
+        ('{"question": ' + "9" * 5000 + "}", ["line 1", "an integer of 5000 digits"]),
+        ('{"question": "a", "question": "b"}', ["line 1", "'question' stands twice"]),
+        (json.dumps(row(0) | {"answer": "\ud800"}), ["row 1", "'answer'", "half a character"]),
+        (json.dumps(row(0) | {"answer": "a" * (2**20 + 1)}), ["row 1", "1,048,576 characters"]),
+        (json.dumps(row(0) | {"paraphrased_question": 3}), ["row 1", "'paraphrased_question'"]),
     ],
 )
 def test_bad_files(folder, text, parts):
@@ -245,11 +252,14 @@ def hub(monkeypatch):
         "world_facts_perturbed": OPTIONS,
     }
 
-    def load_dataset(repo, name, split):
-        calls.append((repo, name, split))
+    class Table(list):
+        cache_files = [{"filename": f"/cache/locuslab___tofu/x/0.0.0/{COMMIT}/tofu-train.arrow"}]
+
+    def load_dataset(repo, name, split, revision):
+        calls.append((repo, name, split, revision))
         if name not in tables:
             raise ConnectionError("no route\nto the Hub")
-        return tables[name]
+        return Table(tables[name])
 
     fake = types.ModuleType("datasets")
     fake.load_dataset = load_dataset  # type: ignore[attr-defined]
@@ -261,10 +271,17 @@ def test_hub(hub):
     data = load_tofu(None)
     assert data.forget == FORGET and data.retain == RETAIN[:6] and len(data.holdout) == 3
     assert data.refusals == list(REFUSALS)
-    assert ("locuslab/TOFU", "forget01_perturbed", "train") in hub
+    assert ("locuslab/TOFU", "forget01_perturbed", "train", None) in hub
+    assert data.notes[-2] == f"data: locuslab/TOFU at commit {COMMIT}"
     message = fails(lambda: load_tofu(None, "forget05"), "forget05_perturbed", "--data.path")
     assert "ConnectionError: no route" in message
     fails(lambda: load_tofu(None, "forget02"), "nearest is 'forget0", "locuslab/TOFU")
+
+
+def test_hub_revision(hub, folder):
+    load_tofu(None, revision="v1.0")
+    assert {call[-1] for call in hub} == {"v1.0"}
+    fails(lambda: load_tofu(folder, revision="v1.0"), "--data.revision v1.0", "--data.path")
 
 
 def test_hub_without_the_package(monkeypatch):

@@ -9,6 +9,7 @@ count what is no label.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -119,26 +120,34 @@ def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
     return tokens
 
 
-def plain_chat_template(tokenizer: TextTokenizer) -> str:
-    """The plain prompts of this module as a chat template, for a tokenizer that has none.
+def written_chat_template(tokenizer: TextTokenizer) -> str:
+    """The prompts of this module as a chat template, for a tokenizer that is not asked by its own.
 
     Its texts are those that the model was trained on, so whoever loads the model asks it alike.
 
     Args:
-        tokenizer: without a chat template; only its special tokens are looked at.
+        tokenizer: asked plainly, or with the tags of its format.
 
     Returns:
         Jinja source, in the dialect of transformers.
     """
+    tags = _format(tokenizer).tags
+    system, asked, opening, closing, between = "\n", "Question: ", "\nAnswer:", " ", "\n\n"
+    if tags is not None:
+        system, asked, closing, between = "", tags.user_start, "", tags.assistant_end
+        opening = tags.user_end + tags.assistant_start
+    quoted = json.dumps
     begins = tokenizer.encode("", add_special_tokens=True)[:1] == [getattr(tokenizer, "bos_id", -1)]
-    end = "(eos_token if loop.last else '\\n\\n')" if tokenizer.eos_id is not None else "'\\n\\n'"
+    end = quoted(between)
+    if tokenizer.eos_id is not None:
+        end = f"(eos_token if loop.last else {end})"
     return (
         ("{{ bos_token }}" if begins else "")
         + "{% for message in messages %}"
-        + "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
+        + f"{{% if message['role'] == 'system' %}}{{{{ message['content'] + {quoted(system)} }}}}"
         + "{% elif message['role'] == 'user' %}"
-        + "{{ 'Question: ' + message['content'] + '\\nAnswer:' }}"
-        + f"{{% else %}}{{{{ ' ' + message['content'] + {end} }}}}"
+        + f"{{{{ {quoted(asked)} + message['content'] + {quoted(opening)} }}}}"
+        + f"{{% else %}}{{{{ {quoted(closing)} + message['content'] + {end} }}}}"
         + "{% endif %}{% endfor %}"
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.reading import exists, one_line, parse_json, read_text, reading
 from train.data.authors import REFUSALS, draw
 
 Row = dict[str, Any]
@@ -30,6 +31,10 @@ SUFFIXES = (".json", ".jsonl")
 JUDGED = ("question", "answer", "paraphrased_answer", "perturbed_answer")
 OPTIONS = ("question", "answer", "perturbed_answer")
 PLAIN = ("question", "answer")
+# Columns that are texts wherever they are, asked for or not.
+TEXTS = ("paraphrased_question", "paraphrased_answer")
+MOST_ROWS = 2**20
+LONGEST_TEXT = 2**20  # characters: no model's context holds more
 
 
 class Tofu(NamedTuple):
@@ -57,25 +62,20 @@ class Tofu(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where named splits come from: `read(name)` gives rows and their place, None if absent."""
+    """Where named splits come from: `read(name)` gives rows and their place, None if absent.
+
+    `commit` is that of a Hub data set, once something was read.
+    """
 
     place: str
     names: tuple[str, ...]
     read: Callable[[str], tuple[list[Row], str] | None]
     refusals: Callable[[], list[str] | None]
+    commit: Callable[[], str | None] = lambda: None
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text at byte {error.start}; save the file as UTF-8"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); check path and permissions"
-        ) from None
+    return read_text(path, "save it as a file of UTF-8 text", encoding="utf-8-sig")
 
 
 def read_json(path: Path) -> list[Row]:
@@ -93,32 +93,37 @@ def read_json(path: Path) -> list[Row]:
     text = _read_text(path)
     if text.lstrip().startswith("["):
         try:
-            items = json.loads(text)
+            items = parse_json(text)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path}, line {error.lineno}: broken JSON ({error.msg}); repair it"
             ) from None
+        except ValueError as error:
+            raise UserError(f"{path}: broken JSON ({error}); repair it") from None
         for index, item in enumerate(items):
             if not isinstance(item, dict):
                 raise UserError(
                     f"{path}, row {index + 1}: an object is expected, found {type(item).__name__}"
                 )
         return items
-    rows = []
+    rows: list[Row] = []
     # Not splitlines(): it also breaks at U+2028 and friends, which are legal inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
+            item = parse_json(line)
+        except ValueError as error:
+            why = getattr(error, "msg", None) or error
             raise UserError(
-                f"{path}, line {number}: broken JSON ({error.msg}); give one JSON object a line"
+                f"{path}, line {number}: broken JSON ({why}); give one JSON object a line"
             ) from None
         if not isinstance(item, dict):
             raise UserError(
                 f"{path}, line {number}: a JSON object is expected, found {type(item).__name__}"
             )
+        if len(rows) == MOST_ROWS:
+            raise UserError(f"{path}: more than {MOST_ROWS:,} rows; give a file with fewer")
         rows.append(item)
     return rows
 
@@ -126,7 +131,7 @@ def read_json(path: Path) -> list[Row]:
 def _check_row(row: Row, columns: Iterable[str], where: str) -> None:
     for column in columns:
         if column not in row:
-            found = ", ".join(map(str, row)) or "none"
+            found = one_line(", ".join(map(str, row)) or "none")
             raise UserError(f"{where}: column {column!r} is missing; columns found: {found}")
         value = row[column]
         texts = value if column == "perturbed_answer" else [value]
@@ -134,6 +139,19 @@ def _check_row(row: Row, columns: Iterable[str], where: str) -> None:
             raise UserError(f"{where}: column {column!r} must be a list of texts")
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{where}: column {column!r} must hold text that is not empty")
+    for column in (*columns, *(name for name in TEXTS if name in row)):
+        value = row[column]
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str) or len(text) > LONGEST_TEXT:
+                raise UserError(
+                    f"{where}: column {column!r} must hold text of {LONGEST_TEXT:,} characters at "
+                    "most"
+                )
+            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+                raise UserError(
+                    f"{where}: column {column!r} holds half a character (a lone surrogate); write "
+                    "the text again as UTF-8"
+                )
 
 
 def check_rows(rows: list[Row], columns: Iterable[str], place: str) -> list[Row]:
@@ -168,17 +186,18 @@ def _refusals(path: Path) -> list[str]:
 
 def folder_source(folder: Path) -> Source:
     """The splits of a folder: `NAME.json[l]`, and `idontknow.jsonl` with one refusal a line."""
-    if not folder.exists():
+    if not exists(folder, "give --data.path a folder with TOFU's JSON files"):
         raise UserError(
             f"data folder {folder} does not exist; give --data.path a folder with TOFU's JSON files"
         )
     if not folder.is_dir():
         raise UserError(f"data path {folder} is a file; give --data.path the folder that holds it")
-    files = {
-        path.stem: path
-        for path in sorted(folder.iterdir(), reverse=True)
-        if path.suffix in SUFFIXES and path.is_file() and path.stem != "idontknow"
-    }
+    with reading(folder, "check its permissions"):
+        files = {
+            path.stem: path
+            for path in sorted(folder.iterdir(), reverse=True)
+            if path.suffix in SUFFIXES and path.is_file() and path.stem != "idontknow"
+        }
     idk = folder / "idontknow.jsonl"
 
     def read(name: str) -> tuple[list[Row], str] | None:
@@ -189,8 +208,12 @@ def folder_source(folder: Path) -> Source:
     )
 
 
-def hub_source(repo: str = HUB_ID) -> Source:
-    """The configs of a Hub data set, read through `datasets`, which is imported on first use."""
+def hub_source(repo: str = HUB_ID, revision: str | None = None) -> Source:
+    """The configs of a Hub data set, read through `datasets`, which is imported on first use.
+
+    `revision` is a commit, branch or tag; None: the newest.
+    """
+    commits: set[str] = set()
 
     def read(name: str) -> tuple[list[Row], str] | None:
         if name not in HUB_SPLITS:
@@ -202,17 +225,24 @@ def hub_source(repo: str = HUB_ID) -> Source:
                 f"reading {repo} needs the package `datasets`; install it or give --data.path"
             ) from None
         try:
-            rows = [dict(row) for row in datasets.load_dataset(repo, name, split="train")]
+            table = datasets.load_dataset(repo, name, split="train", revision=revision)
+            rows = [dict(row) for row in table]
+            # `datasets` keeps what it read in a folder named after the commit.
+            files = [str(file["filename"]) for file in getattr(table, "cache_files", ())]
+            commits.update(re.findall(r"[/\\]([0-9a-f]{40})[/\\]", " ".join(files)))
         except Exception as error:
             # The Hub client raises many kinds; all mean the same to the user.
-            reason = (str(error).strip().splitlines() or [""])[0]
+            reason = one_line(error)
             raise UserError(
                 f"{repo}, config {name!r}: cannot be loaded ({type(error).__name__}: {reason}); "
                 "check the network or give --data.path a folder"
             ) from None
         return rows, f"{repo} config {name!r}"
 
-    return Source(repo, tuple(HUB_SPLITS), read, lambda: None)
+    def commit() -> str | None:
+        return ", ".join(sorted(commits)) or None
+
+    return Source(repo, tuple(HUB_SPLITS), read, lambda: None, commit)
 
 
 def _missing(name: str, source: Source, option: str) -> UserError:
@@ -376,6 +406,7 @@ def load_tofu(
     extra_rows: int | None = 50,
     holdout_rows: int | None = 40,
     columns: Iterable[str] = JUDGED,
+    revision: str | None = None,
 ) -> Tofu:
     """Read everything that an unlearning run on TOFU needs.
 
@@ -393,6 +424,7 @@ def load_tofu(
         holdout_rows: non-members from a holdout split or from the retain rows nobody trains on;
             None: as many as forget rows; 0 leaves them out.
         columns: what forget rows and those that are judged must have.
+        revision: commit, branch or tag of the Hub data set; None: the newest.
 
     Returns:
         The splits, the refusals (TOFU's file, else built-in ones) and notes for the report.
@@ -403,7 +435,16 @@ def load_tofu(
     Schema: TOFU, arXiv 2401.06121, section 2.
     """
     columns = tuple(columns)
-    source = hub_source() if path is None else folder_source(Path(path).expanduser())
+    if path is None:
+        source = hub_source(revision=revision)
+    elif revision is not None:
+        raise UserError(
+            f"--data.revision {one_line(revision, 60)}: only the Hub's data set has revisions, and "
+            f"--data.path {path} is a folder; leave one of them out"
+        )
+    else:
+        with reading(path, "give --data.path another folder", "cannot be a path"):
+            source = folder_source(Path(path).expanduser())
     forget = read_split(source, forget_split, columns, "forget split")[:forget_rows]
     judged_split = retain_split if judged_split is None else judged_split
     both = judged_split == retain_split
@@ -436,6 +477,8 @@ def load_tofu(
         holdout, note = _untrained(source, forget_split, used, holdout_rows or len(forget))
         notes.append(note)
 
+    if commit := source.commit():
+        notes.append(f"data: {source.place} at commit {commit}")
     refusals = source.refusals()
     if refusals is None:
         refusals = list(REFUSALS)

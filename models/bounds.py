@@ -1,0 +1,64 @@
+"""Sizes that a file or an option claims, held against what can be, before anything is computed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jaxlib_unlearn.errors import UserError
+
+LARGEST = 2**31 - 1
+MOST_LAYERS = 10_000
+# Every name under which files give the number of blocks.
+LAYERS = ("num_hidden_layers", "block_count")
+
+
+def check_size(name: str, value: int, where: str) -> None:
+    """Raise `UserError` for a size of a model that no model has.
+
+    Example:
+        >>> check_size("num_hidden_layers", 10**6, "config.json")
+        Traceback (most recent call last):
+        ...
+        jaxlib_unlearn.errors.UserError: config.json: num_hidden_layers is 1000000, more than ...
+    """
+    most = MOST_LAYERS if name.rpartition(".")[2] in LAYERS else LARGEST
+    if value > most:
+        raise UserError(
+            f"{where}: {name} is {value}, more than the {most} that is read; use the files the "
+            "model was published with"
+        )
+
+
+def host_memory() -> int | None:
+    """Bytes of memory that this process may use; None where the system does not say.
+
+    The machine's, or that of its control group where that is less.
+    """
+    found = []
+    try:
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        pass
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            found.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            pass
+    return min((size for size in found if size > 0), default=None)
+
+
+def check_memory(needed: int, where: str, advice: str) -> None:
+    """Raise `UserError` when `needed` bytes cannot be in this host's memory.
+
+    Args:
+        needed: bytes.
+        where: the model or option that asks for them.
+        advice: what to do.
+    """
+    there = host_memory()
+    if there is not None and needed > there:
+        raise UserError(
+            f"{where}: its parameters take {needed / 2**30:,.1f} GiB, this host has "
+            f"{there / 2**30:,.1f} GiB of memory; {advice}"
+        )

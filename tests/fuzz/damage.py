@@ -1,0 +1,291 @@
+"""What can happen to a file, and what a reader may answer.
+
+A `Row` names a class of files: how a sound one is made, how the programs read it, and how it gets
+damaged. `faults` must be refused in one line, or change nothing of what is read. `noise` may also
+end in another value: where a flipped bit turns one good value into another, nothing but a digest
+could tell (`blind` says what that is). Neither may raise anything but a `UserError`, take ten
+seconds, or 4 GiB.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import resource
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from jaxlib_unlearn.errors import UserError
+
+SECONDS = 10  # of processor time; a machine that is busy takes longer by the clock
+CLOCK = 90
+MEMORY = 4 * 2**30
+LONGEST_MESSAGE = 2000
+
+Damage = Callable[[bytes, Random], bytes]
+
+
+class Row(NamedTuple):
+    """A class of files.
+
+    Args:
+        name: as the table prints it.
+        make: writes a sound sample into an empty folder; returns the file that gets damaged.
+        read: reads that file the way the programs do; what it returns can be compared.
+        faults: damage that a reader must notice, or that changes nothing.
+        noise: damage that may turn one good value into another.
+        blind: what noise can change without anybody noticing.
+        cases: how many are tried in `make test`.
+    """
+
+    name: str
+    make: Callable[[Path], Path]
+    read: Callable[[Path], Any]
+    faults: Mapping[str, Damage]
+    noise: Mapping[str, Damage]
+    blind: str
+    cases: int = 100
+
+
+class Failure(NamedTuple):
+    """A case that ended in none of the allowed ways; `seed` makes it again."""
+
+    row: str
+    damage: str
+    seed: str
+    what: str
+
+
+class Hang(BaseException):
+    """The time is up; no reader may catch it."""
+
+
+@contextmanager
+def time_limit():
+    """Raise `Hang` inside the block when it does not end."""
+
+    def ring(*_):
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, CLOCK)
+    faulthandler.dump_traceback_later(2 * CLOCK, exit=True)  # inside C code no signal arrives
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, before)
+
+
+def peak() -> int:
+    """Bytes of memory this process or one of its children had at most."""
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(one).ru_maxrss for one in who) * 1024
+
+
+def outcome(read: Callable[[Path], Any], path: Path, sound: Any) -> str:
+    """How reading a damaged file ended: refused, same, changed, or what went wrong."""
+    started, before = time.process_time(), peak()
+    try:
+        with time_limit():
+            value = read(path)
+        answer = "same" if value == sound else "changed"
+    except UserError as error:
+        text = str(error)
+        printable = text.isprintable() and len(text) < LONGEST_MESSAGE
+        answer = "refused" if printable else f"no line to print: {text[:300]!r}"
+    except Hang:
+        return f"hang: more than {CLOCK} s"
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"traceback: {error!r:.200} at {last.filename}:{last.lineno}"
+    if (took := time.process_time() - started) > SECONDS:
+        return f"hang: {took:.1f} s of processor time"
+    if peak() - before > MEMORY:
+        return f"memory: {(peak() - before) / 2**30:.1f} GiB"
+    return answer
+
+
+def fuzz(
+    row: Row, folder: Path, seed: str, cases: int | None = None, until: float = 0.0
+) -> tuple[Counter[str], list[Failure]]:
+    """Damage the sample of a row again and again.
+
+    Args:
+        row: the class of files.
+        folder: an empty one.
+        seed: everything random follows from it.
+        cases: how many; None: until the clock (`time.monotonic`) says `until`.
+        until: see `cases`.
+
+    Returns:
+        How many cases ended how, and those that ended in no allowed way.
+    """
+    path = row.make(folder)
+    whole = path.read_bytes()
+    sound = row.read(path)
+    kinds = [*row.faults, *row.noise]
+    tally: Counter[str] = Counter()
+    failures = []
+    number = 0
+    while number < cases if cases is not None else time.monotonic() < until:
+        kind, name = kinds[number % len(kinds)], f"{seed}-{number}"
+        number += 1
+        damaged = (row.faults | row.noise)[kind](whole, Random(f"{row.name} {name}"))
+        if damaged == whole:
+            tally["untouched"] += 1
+            continue
+        path.write_bytes(damaged)
+        answer = outcome(row.read, path, sound)
+        if answer == "changed" and kind in row.faults:
+            answer = "silent acceptance"
+        tally[answer.partition(":")[0]] += 1
+        if answer not in ("refused", "same", "changed"):
+            failures.append(Failure(row.name, kind, name, answer))
+            (folder.parent / f"{row.name}-{name}".replace(" ", "-")).write_bytes(damaged)
+    path.write_bytes(whole)
+    return tally, failures
+
+
+# Damage to any file.
+
+
+def cut(data: bytes, random: Random) -> bytes:
+    return data[: random.randrange(len(data))]
+
+
+def flip(data: bytes, random: Random) -> bytes:
+    out = bytearray(data)
+    for _ in range(random.choice((1, 1, 1, 2, 8))):
+        out[random.randrange(len(out))] ^= 1 << random.randrange(8)
+    return bytes(out)
+
+
+def overwrite(data: bytes, random: Random) -> bytes:
+    patch = random.choice((b"\0" * 8, b"\xff" * 8, b"\xff" * 7 + b"\x7f", random.randbytes(4)))
+    at = random.randrange(len(data))
+    return data[:at] + patch + data[at + len(patch) :]
+
+
+def lose(data: bytes, random: Random) -> bytes:
+    at = random.randrange(len(data))
+    return data[:at] + data[at + random.choice((1, 2, 7, 64, 4096)) :]
+
+
+def repeat(data: bytes, random: Random) -> bytes:
+    first, last = sorted(random.randrange(len(data) + 1) for _ in range(2))
+    return data[:last] + data[first:last] + data[last:]
+
+
+def binary(data: bytes, random: Random) -> bytes:
+    """Bytes that are no UTF-8."""
+    at = random.randrange(len(data))
+    return (
+        data[:at] + random.choice((b"\xff\xfe", b"\xc3\x28", b"\x80", b"\xed\xa0\x80")) + data[at:]
+    )
+
+
+def empty(data: bytes, random: Random) -> bytes:
+    return random.choice((b"", b"\0" * 100, b"\n", b"\xef\xbb\xbf"))
+
+
+NOISE: dict[str, Damage] = {"flip": flip, "overwrite": overwrite, "lose": lose, "repeat": repeat}
+
+# Damage to JSON. `RAW` is written as it is, for what no Python value gives.
+MARK = "@raw@"
+DEEP = "[" * 100_000
+RAW = {
+    "digits": "9" * 5000,
+    "infinite": "1e400",
+    "nan": "NaN",
+    "minus": "-1",
+    "true": "true",
+    "list": "[]",
+    "object": "{}",
+    "text": '"text"',
+    "half a character": '"\\ud800"',
+    "deep": DEEP,
+    "nested": "[" * 3000 + "]" * 3000,
+}
+
+
+def spots(tree: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) of a JSON value."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    found = []
+    for key, value in list(items) if isinstance(tree, (dict, list)) else ():
+        found.append((tree, key))
+        if isinstance(value, (dict, list)):
+            found += spots(value)
+    return found
+
+
+def on_json(change: Callable[[Any, Random], Any]) -> Damage:
+    """Damage to a JSON file from a change of its value."""
+
+    def damage(data: bytes, random: Random) -> bytes:
+        return json.dumps(change(json.loads(data), random)).encode()
+
+    return damage
+
+
+def replace(raw: str) -> Callable[[Any, Random], str]:
+    """A JSON text with one value replaced by `raw`."""
+
+    def change(tree: Any, random: Random) -> str:
+        container, key = random.choice(spots(tree))
+        container[key] = MARK
+        return json.dumps(tree).replace(f'"{MARK}"', raw)
+
+    return change
+
+
+def twice(tree: Any, random: Random) -> str:
+    """A JSON text in which an object has a key twice."""
+    places = [(c, k) for c, k in spots(tree) if isinstance(c, dict)]
+    container, key = random.choice(places)
+    container[MARK] = container[key] if random.random() < 0.5 else 0
+    return json.dumps(tree).replace(f'"{MARK}"', json.dumps(key))
+
+
+def misspell(tree: Any, random: Random) -> str:
+    """A JSON text in which a key has another letter."""
+    container, key = random.choice([(c, k) for c, k in spots(tree) if isinstance(c, dict) and k])
+    at = random.randrange(len(key))
+    letter = random.choice([c for c in "abcxyz_" if c != key[at]])
+    container[key[:at] + letter + key[at + 1 :]] = container.pop(key)
+    return json.dumps(tree)
+
+
+def as_damage(change: Callable[[Any, Random], str]) -> Damage:
+    return lambda data, random: change(json.loads(data), random).encode()
+
+
+def json_faults(*without: str) -> dict[str, Damage]:
+    """Damage that no JSON value survives unnoticed, without some entries of `RAW`."""
+    faults = {name: as_damage(replace(raw)) for name, raw in RAW.items() if name not in without}
+    rest = {"cut": cut, "binary": binary, "empty": empty, "twice": as_damage(twice)}
+    rest["misspell"] = as_damage(misspell)
+    return {**{k: v for k, v in rest.items() if k not in without}, **faults}
+
+
+def by_line(damage: Damage) -> Damage:
+    """Damage to one line of a file of JSON lines."""
+
+    def change(data: bytes, random: Random) -> bytes:
+        lines = data.splitlines()
+        at = random.randrange(len(lines))
+        lines[at] = damage(lines[at], random)
+        return b"\n".join(lines) + b"\n"
+
+    return change
