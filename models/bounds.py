@@ -9,11 +9,15 @@ from jaxlib_unlearn.errors import UserError
 
 LARGEST = 2**31 - 1
 MOST_LAYERS = 10_000
-# Every name under which files give the number of blocks.
-LAYERS = ("num_hidden_layers", "block_count")
+LARGEST_FLOAT = 1e15
+# By the last part of the names that files give them.
+MOST = {
+    **dict.fromkeys(("num_hidden_layers", "block_count"), MOST_LAYERS),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_rms_epsilon"), 1.0),
+}
 
 
-def check_size(name: str, value: int, where: str) -> None:
+def check_size(name: str, value: int | float, where: str) -> None:
     """Raise `UserError` for a size of a model that no model has.
 
     Example:
@@ -22,11 +26,11 @@ def check_size(name: str, value: int, where: str) -> None:
         ...
         jaxlib_unlearn.errors.UserError: config.json: num_hidden_layers is 1000000, more than ...
     """
-    most = MOST_LAYERS if name.rpartition(".")[2] in LAYERS else LARGEST
+    most = MOST.get(name.rpartition(".")[2], LARGEST if isinstance(value, int) else LARGEST_FLOAT)
     if value > most:
         raise UserError(
-            f"{where}: {name} is {value}, more than the {most} that is read; use the files the "
-            "model was published with"
+            f"{where}: {name} is {value}, more than the {most:.10g} that is read; use the files "
+            "the model was published with"
         )
 
 

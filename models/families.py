@@ -114,8 +114,7 @@ def _number(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
             f"{where}: {key} is {one_line(repr(value), 40)}, not a positive {kind.__name__}; use "
             "the config.json the model was published with"
         )
-    if kind is int:
-        bounds.check_size(key, int(value), where)
+    bounds.check_size(key, kind(value), where)
     return kind(value)
 
 

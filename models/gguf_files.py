@@ -33,13 +33,9 @@ def opened(path: Path) -> Iterator[tuple[DecoderConfig, dict[str, Stored], Token
     Raises:
         UserError: the file is truncated or damaged, or of an unsupported architecture.
     """
-    import gguf
-
     with reading(path, "download it again", "not a whole GGUF file, truncated or damaged"):
-        gguf_layout.check(path)
-        reader = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {str(tensor.name): tensor for tensor in reader.tensors}
+        metadata, found = gguf_layout.read(path)
+        tensors = {tensor.name: tensor for tensor in found}
     arch = metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise UserError(
@@ -48,26 +44,31 @@ def opened(path: Path) -> Iterator[tuple[DecoderConfig, dict[str, Stored], Token
         )
     with reading(path, "download it again", "its metadata cannot be used"):
         freqs = tensors.get("rope_freqs.weight")
-        factors = None if freqs is None else np.asarray(freqs.data, np.float32).reshape(-1)
+        factors = None if freqs is None else values(path, freqs).reshape(-1)
         config = config_of(metadata, set(tensors), factors, str(path))
         tokenizer = Tokenizer.from_gguf(metadata, str(path))
-        stored = {name: _stored(tensor, arch, config) for name, tensor in tensors.items()}
+        stored = {name: _stored(path, tensor, arch, config) for name, tensor in tensors.items()}
     yield config, stored, tokenizer
 
 
-def _stored(tensor: Any, arch: str, config: DecoderConfig) -> Stored:
+def values(path: Path, tensor: gguf_layout.Tensor) -> np.ndarray:
+    """A tensor's values, float32 where it is quantised."""
     import gguf
 
-    shape = tuple(int(n) for n in tensor.shape[::-1])
-    part = str(tensor.name).rpartition(".")[0].rpartition(".")[2]
+    with np.errstate(all="ignore"):  # a scale that is no number shows in the values
+        data = gguf_layout.read_bytes(path, tensor)
+        return gguf.quants.dequantize(data, tensor.kind).reshape(tensor.shape)
+
+
+def _stored(path: Path, tensor: gguf_layout.Tensor, arch: str, config: DecoderConfig) -> Stored:
+    part = tensor.name.rpartition(".")[0].rpartition(".")[2]
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(part)
 
     def read(first: int, last: int) -> np.ndarray:
-        with np.errstate(all="ignore"):  # a scale that is no number shows in the values
-            value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        value = values(path, tensor)
         return (unpermute(value, heads) if arch == "llama" and heads else value)[first:last]
 
-    return Stored(shape, tensor.tensor_type.name, read, (int(tensor.data_offset),))
+    return Stored(tensor.shape, tensor.kind.name, read, (tensor.offset,))
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -103,8 +104,7 @@ def config_of(
         if odd or not 0 < value < math.inf or (kind is int and not isinstance(value, int)):
             shown = one_line(repr(value), 40)
             raise UserError(f"{where}: {arch}.{key} is {shown}, not a positive {kind.__name__}")
-        if kind is int:
-            bounds.check_size(f"{arch}.{key}", int(value), where)
+        bounds.check_size(f"{arch}.{key}", kind(value), where)
         # Stored as float32: 1e-5 reads as 9.999999747e-06; the shortest decimal is what was meant.
         return float(str(np.float32(value))) if kind is float else int(value)
 

@@ -697,6 +697,11 @@ def test_a_shard_index_does_not_leave_its_folder(shard, tmp_path):
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than the 10000"),
         ({"vocab_size": 10**30}, "vocab_size is 10+, more than the 2147483647"),
+        ({"rms_norm_eps": 1e12}, "rms_norm_eps is 1000000000000.0, more than the 1 that is read"),
+        (
+            {"rope_parameters": {"rope_theta": 1e39}},
+            "rope_theta is 1e.39, more than the 1e.15 that",
+        ),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', neither true nor"),
         ({"attention_bias": 1}, "attention_bias is 1, neither true nor false"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),

@@ -99,7 +99,9 @@ def read_json(path: Path) -> list[Row]:
                 f"{path}, line {error.lineno}: broken JSON ({error.msg}); repair it"
             ) from None
         except ValueError as error:
-            raise UserError(f"{path}: broken JSON ({error}); repair it") from None
+            raise UserError(
+                f"{path}: broken JSON ({error}); repair it, or write one object a line"
+            ) from None
         for index, item in enumerate(items):
             if not isinstance(item, dict):
                 raise UserError(
@@ -108,9 +110,12 @@ def read_json(path: Path) -> list[Row]:
         return items
     rows: list[Row] = []
     # Not splitlines(): it also breaks at U+2028 and friends, which are legal inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    # One by one: a list of the lines of a large file takes many times its size.
+    number = 1
+    end = 0
+    for found in re.finditer(r"\S[^\n]*", text):
+        number += text.count("\n", end, found.start())
+        line, end = found.group(), found.end()
         try:
             item = parse_json(line)
         except ValueError as error:
