@@ -39,7 +39,7 @@ def notebook(text: str, home: str, name: str) -> str:
     for cell in cells["cells"]:
         source = "".join(cell["source"])
         source = re.sub(r'^REPOSITORY = "[^"]*"', f'REPOSITORY = "{home}"', source, flags=re.M)
-        if source.startswith("# "):
+        if cell["cell_type"] == "markdown" and source.startswith("# "):
             source = re.sub(r"^\[!\[Open in Colab\].*\n\n?", "", source, flags=re.M)
             title, _, rest = source.partition("\n\n")
             shown = badge + "\n" if opener != home else ""

@@ -15,6 +15,14 @@ FOLDER = Path(__file__).resolve().parent.parent / "colab"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
+# What a notebook compares, by how its printed lines begin: how many they are, each with its own
+# numbers.
+LINES = {
+    "02": {"(?:sum|BLUR|SIFT)": 4, "(?:SGD|Adam|sign|Muon|NorMuon|TEON|clip)": 7},
+    "04": {"remat": 2},
+}
+
+
 def test_there_are_notebooks():
     assert NOTEBOOKS
 
@@ -38,6 +46,11 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     assert not [o for o in shown if o.output_type == "error"]
     assert sum("image/png" in o.get("data", {}) for o in shown) >= 1
     assert os.listdir(tmp_path), "the run folder was written elsewhere"
+    printed = "".join(o.text for o in shown if o.output_type == "stream")
+    for start, count in LINES.get(path.stem[:2], {}).items():
+        lines = re.findall(rf"^{start}.* \d.*$", printed, re.MULTILINE)
+        numbers = {tuple(re.findall(r"\d+\.\d+", line)) for line in lines}
+        assert len(lines) == len(numbers) == count, lines
 
 
 def cells_of(path):
