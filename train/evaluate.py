@@ -93,7 +93,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
     """Judge the model and write `summary.json` and the per-item log."""
     from jaxlib_unlearn.metrics import tofu
     from train import checks, distributed, evaluation, pipeline, remote, sharding
-    from train.stages import write_atomic
+    from train.stages import digest, write_atomic
     from train.task import load_task, prompt_format
     from train.unlearn import evaluate_cached
 
@@ -113,7 +113,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
         layout = prompt_format(data)
         pipeline.check_model(config.model)
         task = load_task(RunConfig(seed=config.seed, data=data))
-    distributed.check_same({"data": task.digest(), "few_shot": layout.shots})
+    distributed.check_same({"data": task.digest(), "few_shot": digest(layout.shots)})
     model = pipeline.load_model(config.model, "none", mesh)
     model = model._replace(tokenizer=model.tokenizer.formatted(layout))
     task = checks.fit_task(task, model, config.evaluate, data.system_prompt, data.max_length)

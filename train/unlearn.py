@@ -22,7 +22,7 @@ from train import cli, distributed, optimizers, remote
 from train.config import RunConfig, replace, to_json
 from train.optimizers import OPTIMIZERS, list_combiners, list_optimizers
 from train.presets import PRESETS
-from train.stages import write_atomic
+from train.stages import digest, write_atomic
 from train.tracking import Tracker, say
 
 
@@ -207,7 +207,7 @@ def prepare(config: RunConfig) -> tuple[Any, Any, Any, Any]:
         # The data may come from the Hub: a path with a typo in it need not wait for that.
         pipeline.check_model(config.stage.original or config.model.path)
         task = load_task(config)
-    distributed.check_same({"data": task.digest(), "few_shot": layout.shots})
+    distributed.check_same({"data": task.digest(), "few_shot": digest(layout.shots)})
     with distributed.together():
         return (*_fit(config, task, layout, mesh, retain_log), mesh, retain_log)
 
@@ -341,7 +341,6 @@ def evaluation_inputs(
 ) -> dict[str, Any]:
     """Everything an evaluation depends on."""
     from train import evaluation
-    from train.stages import digest
 
     words = model.tokenizer
     return {
