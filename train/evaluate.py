@@ -105,7 +105,7 @@ def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     from jaxlib_unlearn.metrics import tofu
     from train import checks, distributed, evaluation, files, pipeline, remote, sharding
     from train.folder import lock, locked
-    from train.stages import write_atomic
+    from train.stages import digest, write_atomic
     from train.task import load_task, prompt_format
     from train.unlearn import compare_logs, evaluate_cached
 
@@ -129,7 +129,7 @@ def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
         layout = prompt_format(data)
         pipeline.check_model(config.model)
         task = load_task(RunConfig(seed=config.seed, data=data))
-    distributed.check_same({"data": task.digest(), "few_shot": layout.shots})
+    distributed.check_same({"data": task.digest(), "few_shot": digest(layout.shots)})
     model = pipeline.load_model(config.model, "none", mesh)
     model = model._replace(tokenizer=model.tokenizer.formatted(layout))
     if config.mask_all_pad_id_tokens:

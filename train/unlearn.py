@@ -26,7 +26,7 @@ from train.config import RunConfig, replace, to_json
 from train.folder import check_folder, enter_run, lock, locked
 from train.optimizers import OPTIMIZERS, list_combiners, list_optimizers
 from train.presets import PRESETS
-from train.stages import write_atomic
+from train.stages import digest, write_atomic
 from train.tracking import Tracker, say
 
 
@@ -257,7 +257,7 @@ def prepare(
             )
         pipeline.check_model(config.stage.original or config.model.path, config.model.revision)
         task = load_task(config)
-    distributed.check_same({"data": task.digest(), "few_shot": layout.shots})
+    distributed.check_same({"data": task.digest(), "few_shot": digest(layout.shots)})
     with distributed.together():
         return (*_fit(config, task, layout, mesh, retain_log), mesh, retain_log)
 
@@ -339,7 +339,6 @@ def evaluation_inputs(
 ) -> dict[str, Any]:
     """Everything an evaluation depends on."""
     from train import evaluation
-    from train.stages import digest
 
     words = model.tokenizer
     return {
