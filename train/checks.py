@@ -93,7 +93,7 @@ def check_numbers(config: Any, prefix: str = "--") -> None:
             raise UserError(f"{name} is {value}; it must be a number that float32 holds")
         if type(value) is int and abs(value) >= 2**31:
             raise UserError(f"{name} is {str(value)[:24]}; it must be below 2^31")
-        if field.name in DECAYS and not 0 <= value < 1:
+        if isinstance(value, int | float) and field.name in DECAYS and not 0 <= value < 1:
             raise UserError(f"{name} is {value}; it must be at least 0 and below 1")
         if value is not None and field.name in RANGES:
             low, high = RANGES[field.name]

@@ -157,5 +157,6 @@ def check_key(path: Path) -> None:
     if damaged(path):
         raise UserError(
             f"{path} is not what the run wrote (its sha256 is not in {key_of(path).name}): damaged "
-            "or edited; the run's own command writes it again and computes nothing that is stored"
+            "or edited (keep an edited copy elsewhere); the run's own command writes it again and "
+            "computes nothing that is stored"
         )
