@@ -389,10 +389,15 @@ def test_an_eager_step_compiles_once(row, caplog):
         return tx.update(None if "value_fn" in more else grads, state, params, **more)[1]
 
     state = step(step(state))  # one of either kind
+
+    def compiled():
+        return [r.message for r in caplog.records if r.message.startswith("Compiling")]
+
     with jax.log_compiles():
         state = step(step(state))
-    compiled = [r.message for r in caplog.records if r.message.startswith("Compiling")]
-    assert not compiled
+        assert not compiled()
+        jax.jit(lambda x: x + 1)(1.0)
+        assert compiled()  # it is seen at all
 
 
 @every
