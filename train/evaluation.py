@@ -27,7 +27,7 @@ from train.sharding import batch_sharding, batch_ways, put_batch
 from train.task import Row, Task
 from train.tracking import progress
 
-VERSION = 2  # part of every cache key: raise it when a number may change
+VERSION = 3  # part of every cache key: raise it when a number may change
 QUANTITIES = ("logp", "match", "mu", "var")
 
 

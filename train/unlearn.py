@@ -61,6 +61,9 @@ def show_examples(argv: list[str]) -> None:
     print(f"python -m train.unlearn quickstart --data.forget {forget} --data.retain {retain}")
 
 
+OTHER_DATA = ("--data.forget", "--data.retain", "--data.path", "--data.source")
+
+
 def list_methods() -> list[str]:
     """Lines that name every objective, optimizer and combiner."""
     return [
@@ -101,6 +104,9 @@ def read_arguments(
             default,
             objective=suited.get(objective.name, objectives.ObjectiveConfig(objective.name)),
         )
+    elif name is None and any(cli.option_value(rest, option) for option in OTHER_DATA):
+        # The preset's objective may need what its own data alone have.
+        default = replace(default, objective=getattr(preset, "OTHER_DATA", default.objective))
     name = cli.option_value(rest, "--optimizer.name")
     if name is not None and name != default.optimizer.name:
         default = with_optimizer(default, name, preset)

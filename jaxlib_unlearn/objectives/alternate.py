@@ -50,7 +50,7 @@ ROWS = (
         forward={},
         additive=True,
         paper="ours; alternates: Mekala et al. 2024, arXiv 2409.13474",
-        defaults=_WEIGHTS | {"push": 0.3, "beta": 10.0, "delta": 0.7},
+        defaults=_WEIGHTS | {"push": 0.3, "beta": 10.0, "delta": 0.9},
         summary="teach other answers, and push the true ones down to delta nats a token",
         only_with={"beta": "push", "delta": "push"},
     ),

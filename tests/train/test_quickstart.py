@@ -13,7 +13,7 @@ from train.presets import PRESETS
 from train.task import load_task
 from train.tracking import Tracker
 
-SEEDS = (3, 4, 5)  # the defaults were chosen on 0, 1, 2
+SEEDS = (3, 4, 5, 6, 7, 8)  # the defaults were chosen on 0, 1, 2
 
 
 @pytest.fixture(scope="module", params=SEEDS)
@@ -31,11 +31,22 @@ def test_forgets_keeps_and_stays_readable(run):
     original, oracle, mine = (summary[name] for name in ("original", "oracle", "unlearned"))
     assert original["forget_rouge"] >= 0.95
     assert original["forget_quality"] < 0.01
-    assert mine["forget_rouge"] <= 1.5 * oracle["forget_rouge"]
-    assert mine["retain_rouge"] >= 0.95 * original["retain_rouge"]
-    assert mine["forget_quality"] >= 10 * original["forget_quality"]
-    assert mine["forget_oracle_nll"] <= oracle["forget_oracle_nll"] + 2.0
-    assert mine["repeated_bigram_rate"] <= 0.05
+    found = {
+        "forget quality above 0.05": (mine["forget_quality"], mine["forget_quality"] > 0.05),
+        "unreadable at most 0.1": (mine["forget_unreadable"], mine["forget_unreadable"] <= 0.1),
+        "retain ROUGE at least 0.95": (mine["retain_rouge"], mine["retain_rouge"] >= 0.95),
+        "forget ROUGE at most 1.2 of the oracle's": (
+            mine["forget_rouge"],
+            mine["forget_rouge"] <= 1.2 * oracle["forget_rouge"],
+        ),
+        "privleak within 25 of 0": (mine["privleak"], abs(mine["privleak"]) <= 25),
+        "repeated bigrams at most 0.05": (
+            mine["repeated_bigram_rate"],
+            mine["repeated_bigram_rate"] <= 0.05,
+        ),
+    }
+    print(run.name, {name: round(value, 4) for name, (value, _) in found.items()})
+    assert [name for name, (_, held) in found.items() if not held] == []
 
 
 @pytest.mark.slow

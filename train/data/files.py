@@ -19,7 +19,11 @@ from jaxlib_unlearn.errors import UserError
 from train.data import authors
 from train.data.tofu import PLAIN, Row, overlap, read_json
 
-COLUMNS = (*PLAIN, "paraphrased_answer", "perturbed_answer", "paraphrased_question")
+COLUMNS = (
+    *(*PLAIN, "paraphrased_answer", "perturbed_answer", "paraphrased_question"),
+    "alternate_answer",
+)
+LISTS = ("perturbed_answer", "alternate_answer")
 SHOWN = 3  # rows named in a complaint; the others are counted
 
 
@@ -202,8 +206,8 @@ def _numbers(rows: Sequence[int]) -> str:
     return f"row{'s' * (len(rows) > 1)} {named}{more}"
 
 
-def _wrong_answers(cell: Any) -> Any:
-    """A cell of `perturbed_answer` as a list: a JSON list, or one text."""
+def _several(cell: Any) -> Any:
+    """A cell of one of `LISTS` as a list: a JSON list, or one text."""
     if not isinstance(cell, str):
         return cell
     if cell.lstrip().startswith("["):
@@ -254,7 +258,7 @@ def check_table(table: Table, place: str) -> tuple[list[Row], list[str]]:
     values: dict[str, list[Any]] = {}
     for name, (where, *_) in places.items():
         cells = [row[where] for row in table.rows]
-        cells = [_wrong_answers(cell) for cell in cells] if name == "perturbed_answer" else cells
+        cells = [_several(cell) for cell in cells] if name in LISTS else cells
         gaps = [i for i, cell in enumerate(cells) if _empty(cell)]
         if name not in PLAIN and len(gaps) == len(cells):
             continue
@@ -263,7 +267,7 @@ def check_table(table: Table, place: str) -> tuple[list[Row], list[str]]:
             problems.append(f"{place}, {_numbers(gaps)}: {name!r} is empty{advice}")
         odd = [i for i, cell in enumerate(cells) if i not in set(gaps) and not _fits(name, cell)]
         if odd:
-            wanted = "a list of texts" if name == "perturbed_answer" else "text"
+            wanted = "a list of texts" if name in LISTS else "text"
             kind = type(cells[odd[0]]).__name__
             problems.append(f"{place}, {_numbers(odd)}: {name!r} must be {wanted}, found {kind}")
         values[name] = cells
@@ -275,7 +279,7 @@ def check_table(table: Table, place: str) -> tuple[list[Row], list[str]]:
 
 
 def _fits(name: str, value: Any) -> bool:
-    if name == "perturbed_answer":
+    if name in LISTS:
         return isinstance(value, list) and bool(value) and all(map(_is_text, value))
     return _is_text(value)
 
