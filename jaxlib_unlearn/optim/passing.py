@@ -53,7 +53,7 @@ def passing_by(
         def hide(tree):
             return _hidden(tree, passing) if _alike(tree, like) else tree
 
-        def extra(name, value):
+        def extra(name: str, value: Any) -> Any:
             if name in _FUNCTIONS_OF_PARAMS and value is not None:
                 # A gradient is a tree like the parameters, a value is none.
                 return lambda part, *more: hide(value(_shown(part, params, passing), *more))

@@ -384,9 +384,9 @@ def check_unspent(primary: Any, constraint: Any) -> None:
     """
     others = jax.tree.leaves(constraint)
     for leaf in jax.tree.leaves(primary):
-        made, spent, why = _SPENT.get(id(leaf), (None, None, ""))
-        if made is not None and made() is leaf and others and spent() is others[0]:
-            raise ValueError(f"the second stream is lost on the way: {why}")
+        for made, spent, why in filter(None, [_SPENT.get(id(leaf))]):
+            if made() is leaf and others and spent() is others[0]:
+                raise ValueError(f"the second stream is lost on the way: {why}")
 
 
 def dot_dtype(tree: Any) -> jnp.dtype:

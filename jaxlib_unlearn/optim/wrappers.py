@@ -199,8 +199,8 @@ def finite(
 
     def init(params):
         # A buffer each: what is one array three times cannot be donated.
-        counts = (jnp.zeros([], jnp.int32) for _ in range(3))
-        return FiniteState(*counts, jnp.asarray(True), inner.init(params))
+        count, in_a_row, total = (jnp.zeros([], jnp.int32) for _ in range(3))
+        return FiniteState(count, in_a_row, total, jnp.asarray(True), inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
         old = state.inner_state
