@@ -46,6 +46,8 @@ def environment() -> Any:
     )
     found.filters["tojson"] = to_json
     found.globals["raise_exception"] = raise_exception
+    # One text for one conversation: nothing that a template may read is drawn.
+    del found.globals["lipsum"], found.filters["random"]
     return found
 
 

@@ -1,6 +1,8 @@
-"""README's Python runs as it stands, and its commands name options and programs that exist."""
+"""README's Python runs as it stands; its commands and those of RESULTS name what exists."""
 
 import re
+
+import pytest
 
 from train import cli
 from train.plan import PlanConfig
@@ -18,16 +20,25 @@ def test_python_blocks_run(repo):
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_commands_exist(repo):
-    text = (repo / "README.md").read_text()
+def test_readme_is_a_page(repo):
+    assert len((repo / "README.md").read_text().split()) <= 900
+
+
+@pytest.mark.parametrize("page", ["README.md", "RESULTS.md"])
+def test_commands_exist(repo, page):
+    text = (repo / page).read_text()
     programs = set(re.findall(r"python -m (train\.\w+)", text))
     assert programs and all((repo / f"{p.replace('.', '/')}.py").exists() for p in programs)
     presets = set(re.findall(r"train\.unlearn ([a-z][\w-]*)", text))
     assert presets and presets <= set(PRESETS)
     known = set(cli.option_names(PlanConfig)) | {"--list", "--help", "--config", "--only"}
-    known |= {"--repeats", "--huge-pages-for-both", "--worker", "--command"} | {
-        "--nodes",
-        "--ntasks-per-node",
-        "--gpus-per-task",
-    }
+    known |= (
+        {"--example-data", "--html"}
+        | {"--repeats", "--huge-pages-for-both", "--worker", "--command"}
+        | {
+            "--nodes",
+            "--ntasks-per-node",
+            "--gpus-per-task",
+        }
+    )
     assert set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)) <= known

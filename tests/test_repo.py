@@ -12,6 +12,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 TOP = {
     ".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md",
+    "RESULTS.md",
     "colab", "jaxlib_unlearn", "models", "pyproject.toml", "tests", "train",
 }  # fmt: skip
 LOCKS = {

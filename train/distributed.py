@@ -3,6 +3,28 @@
 Every process runs the same program and issues the same computations in the same order. What hangs
 on a clock or on a file is therefore decided by the first process, which alone writes files and
 speaks, and told to the others; an error of one is an error of all.
+
+A TPU slice, the same command on every host (they find each other)::
+
+    gcloud compute tpus tpu-vm ssh NAME --worker=all --command "cd jaxlib-unlearn && \
+      pip install -e '.[train,tpu,gcs]' && python -m train.unlearn tofu-npo-llama3-8b \
+      --distributed.auto --model.path gs://BUCKET/llama --output gs://BUCKET/runs/one"
+
+One box with 8 GPUs: one process, ``python -m train.unlearn PRESET --model.path DIR``. Slurm, a
+process a GPU and a folder that all of them see::
+
+    srun --nodes 4 --ntasks-per-node 8 --gpus-per-task 1 python -m train.unlearn PRESET \
+      --distributed.auto --model.path /shared/llama --output /shared/runs/one
+
+Any machines, each with its own number::
+
+    python -m train.unlearn PRESET --distributed.coordinator HOST0:8476 --distributed.processes 4 \
+      --distributed.process 0 --mesh.data 1 --mesh.fsdp -1 --output /shared/runs/one
+
+One of ``--mesh.data``, ``--mesh.fsdp``, ``--mesh.tp`` may be -1: the devices that are left. Weights
+are read tensor by tensor onto the devices. After a lost machine the same command continues, also on
+another number of devices. SIGTERM saves at the next step and exits 0. Buckets know no locks: give
+each run a folder of its own.
 """
 
 from __future__ import annotations

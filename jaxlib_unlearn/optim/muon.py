@@ -13,6 +13,19 @@ momentum       buffer                                      orthogonalised with N
 "ema" is ``optax.contrib.muon``. "heavy_ball" is Moonlight's, and has the direction of Jordan's and
 ``torch.optim.Muon``'s code, whose uncorrected average is 1 - beta times it. The two have the same
 direction without Nesterov, at the first step, and in the limit.
+
+Coming from ``optax.contrib.muon`` (its own spellings raise a TypeError with these words):
+
+- ``ns_coeffs``, ``ns_steps``: ``orthogonalize=optim.orthogonalize.newton_schulz(coeffs, steps)``,
+  or a name: ``"polar_express"``, ``"gram_newton_schulz"``, ``"svd"``.
+- ``beta``, ``nesterov``, ``mu_dtype``, ``weight_decay``, ``weight_decay_mask``, ``adam_*``: the
+  same. The mask holds for AdamW's leaves too. Do not chain ``optax.add_decayed_weights`` behind
+  ``muon``: the rate's sign is already in, weights would grow.
+- ``eps``: ``adam_eps``; matrices need none. ``adam_eps_root``: no counterpart.
+- ``adaptive``: ``orthogonalize=lambda z: (z * f(z)).sum((-2, -1), keepdims=True) * f(z)``.
+- ``preconditioning``: ``"frobenius"`` is the default, ``"aol"`` is ``orthogonalize="aol4"``.
+- ``consistent_rms=0.2``: ``shape_scale="match_rms"``; None: ``"width"``.
+- ``muon_weight_dimension_numbers``: ``matrices=``, the same objects.
 """
 
 import functools
