@@ -13,7 +13,7 @@ from models.decoder import Decoder, DecoderConfig
 from train import checks, cli, unlearn
 from train.config import replace
 from train.data.authors import draw
-from train.optimizers import OPTIMIZERS, build, two_sided
+from train.optimizers import OPTIMIZERS, build, check_steps, two_sided
 from train.presets import PRESETS
 
 SHAPES = Decoder(DecoderConfig(32, 8, 12, 4, 2, 1, 4)).shapes()
@@ -138,19 +138,21 @@ def finished(done, root: Path) -> None:
     assert all(math.isfinite(s["forget_probability"]) for s in summary.values())
 
 
-def test_hybrid_in_a_smoke_run(program, small, tmp_path):
-    """Ten steps are no blocks of 2 x 20: the blocks shrink with the run."""
-    options = "--finetune.steps 2 --unlearn.curve-points 0 --optimizer.name hybrid".split()
-    root = tmp_path / "run"
-    done = program("train.unlearn", "quickstart", "--smoke", *small, *options, "--output", root)
-    finished(done, root)
-    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
-    assert sum(line["stage"] == "unlearned" for line in lines) == 10
-    # A length or a period that somebody names is taken as it is.
-    for more in (["--unlearn.steps", "13"], ["--optimizer.period", "20"]):
-        argv = ["quickstart", "--smoke", *small, *options, *more, "--output", tmp_path / "other"]
-        done = program("train.unlearn", *argv)
-        assert done.code == 2 and "hybrid ends on its zeroth-order steps" in done.err
+def test_hybrids_blocks_shrink_with_a_smoke_run():
+    """Ten steps are no blocks of 2 x 20; a length or a period that somebody names is kept."""
+
+    def of(name: str, *more: str):
+        return unlearn.read_arguments([name, "--smoke", "--optimizer.name", "hybrid", *more])
+
+    assert [of(name).optimizer.period for name in PRESETS] == [5, 1, 1, 1]
+    for more, steps, period in (
+        (["--unlearn.steps", "13"], 13, 5),
+        (["--optimizer.period", "20"], 10, 20),
+    ):
+        config = of("quickstart", *more)
+        assert (config.unlearn.steps, config.optimizer.period) == (steps, period)
+        with pytest.raises(UserError, match="hybrid ends on its zeroth-order steps"):
+            check_steps(config.optimizer, steps)
 
 
 @pytest.fixture(scope="module")
