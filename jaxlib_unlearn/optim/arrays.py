@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 # Half-precision passes, the default of some accelerators, would ruin bases and Gram matrices.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -28,7 +29,7 @@ def concrete(*trees: Any) -> bool:
         >>> concrete({"w": jnp.ones(2)}), bool(jax.jit(lambda x: concrete(x))(jnp.ones(2)))
         (True, False)
     """
-    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
+    return not any(isinstance(x, Tracer) for x in jax.tree.leaves(trees))
 
 
 def adjoint(x: jax.Array) -> jax.Array:
