@@ -22,7 +22,7 @@ from jaxlib_unlearn.losses import Term
 
 Batch = Mapping[str, Any]
 Terms = dict[str, Term]
-TokenFn = Callable[..., jax.Array]
+TokenFn = Callable[..., Any]
 
 
 class Policy(Protocol):

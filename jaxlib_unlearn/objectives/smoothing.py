@@ -50,7 +50,7 @@ def _distil_and_push(policy: Policy, batch: Batch, options: ObjectiveConfig) -> 
 
     def values(logits: jax.Array, *rest: jax.Array) -> dict[str, jax.Array]:
         *frozen, targets = rest
-        teacher = losses.contrast(*frozen, amount) if amount else frozen[0]
+        teacher = losses.contrast(frozen[0], frozen[1], amount) if amount else frozen[0]
         found = {"kl": losses.token_kl(teacher, logits)}
         return found | ({"logp": losses.token_log_probs(logits, targets)} if push else {})
 

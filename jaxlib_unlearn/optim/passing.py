@@ -57,8 +57,9 @@ def passing_by(
             if name in _FUNCTIONS_OF_PARAMS and value is not None:
                 # A gradient is a tree like the parameters, a value is none.
                 return lambda part, *more: hide(value(_shown(part, params, passing), *more))
-            several = type(value) is tuple and not _alike(value, like)
-            return tuple(map(hide, value)) if several else hide(value)
+            if isinstance(value, tuple) and not hasattr(value, "_fields"):
+                return hide(value) if _alike(value, like) else tuple(map(hide, value))
+            return hide(value)
 
         more = {name: extra(name, value) for name, value in extra_args.items()}
         new, state = inner.update(hide(updates), state, hide(params), **more)
