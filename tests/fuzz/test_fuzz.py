@@ -535,6 +535,7 @@ ROWS = [
         NOISE, VALUES, 400),
     Row("retain log of TOFU", tofu_log, of_log, damage.json_faults("object"), NOISE, VALUES, 400),
     Row("run configuration", run_configuration, of_configuration, WHOLE_JSON, NOISE, VALUES, 300),
+    *load("run_folder.py").rows(damage),
 ]  # fmt: skip
 
 
