@@ -23,7 +23,9 @@ def judge(name: str, combine: str, folder: Path) -> dict | str:
     """The numbers of one pair, or the line that refuses it."""
     config = unlearn.with_optimizer(PRESET.PRESET, name, PRESET)
     changes = {"mesh.data": 1, "unlearn.curve_points": 0, "stage.cache": folder / "cache"}
-    config = replace(config, combine=combine, output=folder / f"{name}-{combine}", **changes)
+    # ASU, which the rates of the optimizers were chosen with.
+    config = replace(config, objective=PRESET.OTHER_DATA, combine=combine)
+    config = replace(config, output=folder / f"{name}-{combine}", **changes)
     try:
         root = unlearn.run(config)
     except UserError as error:
