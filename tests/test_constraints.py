@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 # torch's builds differ by machine and name the libraries they need by version themselves. Buckets,
 # TPUs' and GPUs' own packages are installed by people who have them, or by `make tpu` elsewhere.
 BY_MACHINE = {"torch"}
-NOT_MADE = {"gcs", "tpu", "cuda"}
+NOT_MADE = {"gcs", "tpu", "cuda", "wandb", "trackio"}
 
 
 def normal(name: str) -> str:

@@ -132,7 +132,9 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
         reads = isinstance(there, dict)
     except (FileNotFoundError, NotADirectoryError):
         there, reads = None, False
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise  # no damage: there can be no such folder
         there, reads = {}, False
     if there is None:
         if kept is not None and kept != _name(wanted):

@@ -25,7 +25,7 @@ def step_line(stage: str, step: int, scalars: dict[str, float]) -> str:
 
     Example:
         >>> step_line("original", 3, {"loss": 0.5})
-        '{"stage": "original", "step": 3, "loss": 0.5, "crc": 1563911463}\\n'
+        '{"stage": "original", "step": 3, "loss": 0.5, "crc": 1043071103}\\n'
     """
     text = json.dumps({"stage": stage, "step": step, **scalars})
     return f'{text[:-1]}, "crc": {zlib.crc32(text.encode())}}}\n'

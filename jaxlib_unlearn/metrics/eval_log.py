@@ -216,9 +216,8 @@ def _column(table: Any, what: str, source: str, key: str | None = None) -> Colum
 
 def _floats(value: Any) -> float | list[float]:
     values = [number(x) for x in value] if isinstance(value, list) else [number(value)]
-    # Not NaN, which shows in what is computed from it; infinity becomes a finite rank or ratio.
-    if not values or any(np.isinf(values)):
-        raise ValueError("an empty list or an infinite number")
+    if not values:
+        raise ValueError("an empty list")
     return values if isinstance(value, list) else values[0]
 
 

@@ -8,7 +8,9 @@ keeps the sentence and replaces the fact; SimNPO's loss on the true answers, whi
 from collections.abc import Mapping
 
 from jaxlib_unlearn.objectives.base import (
+    SHARED_COMPAT,
     Batch,
+    Compat,
     Objective,
     ObjectiveConfig,
     Policy,
@@ -52,6 +54,7 @@ ROWS = (
         paper="ours; alternates: Mekala et al. 2024, arXiv 2409.13474",
         defaults=_WEIGHTS | {"push": 0.3, "beta": 10.0, "delta": 0.9},
         summary="teach other answers, and push the true ones down to delta nats a token",
+        compat=SHARED_COMPAT,
         only_with={"beta": "push", "delta": "push"},
     ),
     Objective(
@@ -65,5 +68,9 @@ ROWS = (
         paper="Mekala et al. 2024, arXiv 2409.13474",
         defaults=_WEIGHTS | {"beta": 0.1},
         summary="prefer another answer to the forget answer",
+        compat={
+            "no_factor": Compat("without the factor 2/beta (TOFU's DPO)", additive=True),
+            **SHARED_COMPAT,
+        },
     ),
 )

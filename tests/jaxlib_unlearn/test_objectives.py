@@ -279,6 +279,9 @@ CASES = {
     ),
     "dpo": case(with_nll(lambda s: dpo(s, 0.1)), "dpo"),
     "altpo": case(with_nll(lambda s: dpo(s, 0.1, "alternate")), "altpo"),
+    "altpo no_factor": case(
+        with_nll(lambda s: times(0.05, dpo(s, 0.1, "alternate"))), "altpo", compat="no_factor"
+    ),
     "alternate": case(
         lambda s: {
             "forget_alternate": nll(s["alternate"]),

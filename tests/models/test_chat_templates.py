@@ -8,7 +8,7 @@ import time
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from models import chat_templates, chat_worker
+from models import chat_templates, chat_worker, prompts
 from models.chat_templates import render
 
 SCOPE = {"messages": [{"role": "user", "content": "hi"}]}
@@ -47,7 +47,10 @@ def test_what_no_template_may_do_is_one_line(template, message):
 def test_the_clock_is_the_callers():
     day = datetime.datetime(2025, 4, 10)
     assert render("{{ strftime_now('%d %b %Y') }}", {}, day) == "10 Apr 2025"
-    assert render("{{ strftime_now('%Y') }}", {}) == str(datetime.datetime.now().year)
+    assert render("{{ strftime_now('%d %b %Y') }}", {}) == prompts.DATE  # not the time of day
+    for drawn in ("{{ lipsum() }}", "{{ [1, 2]|random }}"):
+        with pytest.raises(UserError):
+            render(drawn, {})
 
 
 def test_one_process_renders_for_all_and_comes_back_when_it_died():

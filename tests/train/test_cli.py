@@ -75,7 +75,7 @@ def test_option_names():
         ("--lr", "--optimizer.learning-rate"),
         ("--epochs", "--unlearn.epochs"),
         ("--temperature", "--objective.temperature"),
-        ("--temp=3", "--objective.temperature"),
+        ("--tempera=3", "--objective.temperature"),
         ("--tp", "--mesh.tp"),
         ("--model", "--model.path"),
         ("--data", "--data.path"),

@@ -29,6 +29,18 @@ OTHER: dict[str, Any] = {
     "data.forget_split": None,  # generated authors have one; rows are in `streams`
     "data.retain_rows": None,  # of TOFU's files; rows are in `streams`
     "data.extra_rows": None,
+    "data.retain_split": None,  # of TOFU's files, as the next three; rows are in `streams`
+    "data.judged_retain_split": None,
+    "data.judged_retain_rows": None,
+    "data.revision": None,
+    "data.forget": None,  # the user's files; rows are in `streams`
+    "data.retain": None,
+    "data.few_shot": None,  # a file; its rows are in `streams` and in the evaluation's format
+    "data.template": "question-answer",
+    "data.template_date": None,  # of chat templates, which a tokenizer trained in the run has not
+    "model.revision": None,  # of what is loaded, as `model.path`
+    "objective.push": 0.7,
+    "objective.contrast": None,  # of ASU
     "data.seed": 7,
     "data.system_prompt": "Be brief.",
     "data.max_length": 40,

@@ -77,7 +77,7 @@ def test_a_slice_that_does_not_exist_names_those_that_do(name, parts):
 
 def test_without_libtpu_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"jaxlib-unlearn\[tpu\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tpu\]'"):
         topology.find_topology("v5e:8x8")
 
 

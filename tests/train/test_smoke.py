@@ -123,7 +123,7 @@ def test_metrics_have_every_step_once(run):
             assert all(math.isfinite(v) for k, v in mine[step].items() if k != "stage")
         drawn = [step for step, row in mine.items() if "forget_probability" in row]
         assert drawn == ([0, 2, 4] if stage == "unlearned" else [])
-    assert {"forget_loss", "retain_loss"} <= set(rows[-2])
+    assert {"forget_alternate_loss", "forget_push_loss", "retain_loss"} <= set(rows[-2])
 
 
 def test_report_page(run):

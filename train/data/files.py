@@ -366,6 +366,11 @@ def write_examples(folder: Path) -> list[Path]:
     made: dict[Path, bytes] = {}
     for side, name in (("forget", "forget10"), ("retain", "retain_eval")):
         five = rows[name][:5]
+        if side == "forget":
+            others = authors.alternates(five, 0)
+            five = [
+                row | {"alternate_answer": texts} for row, texts in zip(five, others, strict=True)
+            ]
         sheet = io.StringIO(newline="")
         csv.writer(sheet).writerows([PLAIN, *([row[name] for name in PLAIN] for row in five)])
         made[folder / f"{side}.csv"] = sheet.getvalue().encode()
