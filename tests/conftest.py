@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 # Before `import jax`, and inherited by the programs that tests start. `setdefault`: a run on an
@@ -32,6 +33,12 @@ collect_ignore = [] if importlib.util.find_spec("torch") else ["bench/torch_peer
 
 def pytest_configure(config):
     """Keep compiled programs between runs: most of a test's time is XLA's."""
+    # A shell that starts the tests in the background has these ignored, and programs leave what is
+    # ignored alone: not what tests of them are about.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     cache = getattr(config, "cache", None)
     if cache is None or jax.config.jax_compilation_cache_dir:
         return

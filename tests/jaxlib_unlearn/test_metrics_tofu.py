@@ -435,7 +435,7 @@ PROB = '{"forget_Q_A_Prob": {"value_by_index": {"0": {"prob": %s}}}}'
         ('{"forget_Q_A_Prob": {}, "forget_Q_A_Prob": {}}', "stands twice"),
         (PROB % '"0.5"', "per-item prob"),
         (PROB % "true", "per-item prob"),
-        (PROB % "1e400", "per-item prob"),
+        (PROB % "1e400", "prob of item 0 is not finite"),
         (PROB % "[]", "per-item prob"),
         (PROB % "[0.5, 0.4]", "is no number per item"),
         (PROB % "1.5", "probability has a value that is not between 0 and 1"),

@@ -20,7 +20,7 @@ from train.data.examples import Example
 from train.keys import WHY_NOT
 from train.presets import PRESETS
 from train.stages import digest
-from train.task import load_task
+from train.task import load_task, prompt_format
 
 # Another value where adding one or the next word will not do.
 OTHER: dict[str, Any] = {
@@ -40,7 +40,7 @@ OTHER: dict[str, Any] = {
     "data.template_date": None,  # of chat templates, which a tokenizer trained in the run has not
     "model.revision": None,  # of what is loaded, as `model.path`
     "objective.push": 0.7,
-    "objective.contrast": None,  # of ASU
+    "objective.contrast": 0.7,
     "data.seed": 7,
     "data.system_prompt": "Be brief.",
     "data.max_length": 40,
@@ -56,8 +56,6 @@ OTHER: dict[str, Any] = {
     "objective.name": "npo",
     "objective.retain": "kl",
     "objective.layers": (0,),
-    "objective.beta": None,  # of other objectives, which refuse or take it: below
-    "objective.delta": None,
     "objective.compat": None,
     "lora.alpha": 3.0,
     "lora.targets": ("q",),
@@ -110,7 +108,8 @@ def prepared(seed: int, data: Any, model: Any):
     task = load_task(config)
     few = {name: rows if name == "holdout" else rows[:4] for name, rows in task.evaluation.items()}
     task = task._replace(forget=task.forget[:8], retain=task.retain[:8], evaluation=few)
-    return task, pipeline.base_model(config, task, sharding.make_mesh(config.mesh))
+    base = pipeline.base_model(config, task, sharding.make_mesh(config.mesh))
+    return task, base._replace(tokenizer=base.tokenizer.formatted(prompt_format(data)))
 
 
 START: RunConfig
@@ -121,7 +120,9 @@ def start(small):
     global START
     options = "--finetune.steps 4 --unlearn.steps 4 --lora.rank 2 --lora.alpha 2".split()
     options += ["--data.row-tokens", "0"]  # packing is tried out on hundreds of batches
-    preset = PRESETS["quickstart"].PRESET
+    # ASU with its additions takes the most options.
+    asu = replace(PRESETS["quickstart"].OTHER_DATA, push=0.5, contrast=0.5, beta=1.0, delta=0.0)
+    preset = replace(PRESETS["quickstart"].PRESET, objective=asu)
     START = cli.parse(RunConfig, preset, [*small, *options], "tests", "")
     patch = pytest.MonkeyPatch()
     # Random weights would be compiled for each shape: here only their shapes and the seed count.

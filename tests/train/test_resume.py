@@ -222,15 +222,12 @@ def stopped(done, word: str = "SIGTERM", code: int = 0) -> None:
 
 
 def test_sigterm_in_training_saves_at_the_next_step(
-    program, tiny, tofu_folder, tmp_path, monkeypatch, request
+    program, tiny, tofu_folder, tmp_path, monkeypatch
 ):
     options = "--mesh.data 1 --train.steps 8 --train.batch-size 4 --max-length 96 --output".split()
     argv = [tiny, tofu_folder / "retain99.json", *options]
     one, two = tmp_path / "one", tmp_path / "two"
     assert program("train.finetune", *argv, one).code == 0
-    # As in a terminal: under nohup it is ignored, and programs leave it so.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     for number, step, word, code in (
         (signal.SIGHUP, 1, "SIGHUP", 129),
         (signal.SIGINT, 3, "Ctrl-C", 130),
