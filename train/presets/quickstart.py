@@ -34,7 +34,7 @@ PRESET = RunConfig(
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98),
     ),
     unlearn=UnlearnConfig(steps=120, batch_size=32, curve_points=8),
-    objective=ObjectiveConfig(name="alternate", push=0.3, beta=10.0, delta=0.9, retain="nll"),
+    objective=ObjectiveConfig(name="alternate", push=0.3, beta=10.0, delta=0.7, retain="nll"),
     optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=48, leak_samples=32, judge="oracle", generate_rows=128),
 )
@@ -44,7 +44,7 @@ OTHER_DATA = ObjectiveConfig(name="asu", temperature=10.0, retain="nll", forget_
 
 # Options that suit this preset, by objective; others start from their own defaults.
 # Alternates: three a question keep the model as unsure between wrong values as the oracle is (with
-# more it becomes too even, with fewer it learns one of them), and the push ends near the NLL of a
+# more it becomes too even, with fewer it learns one of them), and the push ends at half the NLL of a
 # fact that the oracle guesses (1.4 to 1.6 nats a token).
 # SimNPO: the push on an answer fades as sigma(-(NLL + 0.25)). It forgets more than smoothing does,
 # and breaks the text on some seeds; with the published beta of 4.5 the facts stay.
