@@ -44,8 +44,8 @@ OTHER_DATA = ObjectiveConfig(name="asu", temperature=10.0, retain="nll", forget_
 
 # Options that suit this preset, by objective; others start from their own defaults.
 # Alternates: three a question keep the model as unsure between wrong values as the oracle is (with
-# more it becomes too even, with fewer it learns one of them), and the push ends at half the NLL of a
-# fact that the oracle guesses (1.4 to 1.6 nats a token).
+# more it becomes too even, with fewer it learns one of them). The push ends at half the NLL of a
+# fact that the oracle guesses (1.4 to 1.6 nats a token): the other answers push as well.
 # SimNPO: the push on an answer fades as sigma(-(NLL + 0.25)). It forgets more than smoothing does,
 # and breaks the text on some seeds; with the published beta of 4.5 the facts stay.
 OBJECTIVES = {
