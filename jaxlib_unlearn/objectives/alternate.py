@@ -7,6 +7,7 @@ keeps the sentence and replaces the fact; SimNPO's loss on the true answers, whi
 
 from collections.abc import Mapping
 
+from jaxlib_unlearn import losses
 from jaxlib_unlearn.objectives.base import (
     SHARED_COMPAT,
     Batch,
@@ -20,15 +21,17 @@ from jaxlib_unlearn.objectives.base import (
     retain_terms,
 )
 from jaxlib_unlearn.objectives.gradient import QA
-from jaxlib_unlearn.objectives.preference import dpo_between, simnpo_term
+from jaxlib_unlearn.objectives.preference import dpo_between, push_term
 
 
 def alternate(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
     """``L = f [NLL(alternate) + push SimNPO(forget)] + r R(retain)``."""
     terms = {"forget_alternate": nll_term(policy, batches["alternate"])}
-    if push := number(options, "push"):
-        total, rows = simnpo_term(policy, batches["forget"], options)
-        terms["forget_push"] = (push * total, rows)
+    if number(options, "push"):
+        batch = batches["forget"]
+        mask = batch["target_mask"]
+        sums = losses.row_sums(policy.log_probs(batch), mask)
+        terms["forget_push"] = push_term(sums, mask, options)
     return terms | retain_terms(policy, batches, options)
 
 

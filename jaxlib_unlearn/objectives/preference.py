@@ -55,16 +55,20 @@ def npo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) 
     return {"forget": forget} | retain_terms(policy, batches, options)
 
 
-def simnpo_term(policy: Policy, batch: Batch, options: ObjectiveConfig) -> Term:
-    """SimNPO's loss on a stream, with ``options.beta``, ``delta`` and ``compat``."""
-    sums, mask = _sums(policy, batch), batch["target_mask"]
+def push_term(sums: jax.Array, mask: jax.Array, options: ObjectiveConfig) -> Term:
+    """``options.push`` times SimNPO's loss, for rows whose log-probabilities sum to ``sums``."""
+    total, rows = _simnpo(sums, mask, options, None)
+    return number(options, "push") * total, rows
+
+
+def _simnpo(sums: jax.Array, mask: jax.Array, options: ObjectiveConfig, compat: str | None) -> Term:
     return losses.simnpo(
         sums,
         losses.row_lengths(mask, sums.dtype),
         losses.labelled_rows(mask),
         beta=number(options, "beta"),
         delta=number(options, "delta"),
-        compat=_own(options),
+        compat=compat,
     )
 
 
@@ -78,7 +82,7 @@ def simnpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfi
         )
         forget = losses.masked_sum(values, batch["target_mask"])
     else:
-        forget = simnpo_term(policy, batch, options)
+        forget = _simnpo(_sums(policy, batch), batch["target_mask"], options, _own(options))
     return {"forget": forget} | retain_terms(policy, batches, options)
 
 

@@ -32,6 +32,7 @@ from jaxlib_unlearn.objectives.base import (
     retain_terms,
 )
 from jaxlib_unlearn.objectives.gradient import QA
+from jaxlib_unlearn.objectives.preference import push_term
 
 
 def _distil(policy: Policy, batch: Batch, compat: str | None, skip_first: bool) -> Term:
@@ -58,15 +59,7 @@ def _distil_and_push(policy: Policy, batch: Batch, options: ObjectiveConfig) -> 
     reduce = losses.masked_sum if options.compat == "token_mean" else losses.sequence_mean
     terms: Terms = {"forget": reduce(found["kl"], mask)}
     if push:
-        sums = losses.row_sums(found["logp"], mask)
-        total, rows = losses.simnpo(
-            sums,
-            losses.row_lengths(mask, sums.dtype),
-            losses.labelled_rows(mask),
-            beta=number(options, "beta"),
-            delta=number(options, "delta"),
-        )
-        terms["forget_push"] = (push * total, rows)
+        terms["forget_push"] = push_term(losses.row_sums(found["logp"], mask), mask, options)
     return terms
 
 
