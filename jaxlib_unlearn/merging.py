@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_unlearn.optim.arrays import adjoint, matmul
-from jaxlib_unlearn.optim.subspace import gram_inverse_root, top_singular
+from jaxlib_unlearn.optim.spectral.subspace import gram_inverse_root, top_singular
 
 
 def merge(

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlib_unlearn.optim.perturbations import matmul
+from jaxlib_unlearn.optim.zeroth_order.perturbations import matmul
 
 LEAF_STRIDE = 65536  # segment id = group + LEAF_STRIDE * leaf
 LINEAR = "linear"  # what a `Linear` returns, to policies of `jax.checkpoint`

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlib_unlearn.optim.perturbations import Factored
+from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored
 from models.decoder import LayerMap
 
 LORA = "lora"  # where a bound layer holds its adapters

@@ -12,11 +12,11 @@ def _leave(number, frame):
 
 
 if sys.argv[:1] == ["-m"]:  # `python -m train.X`: the program's module is not imported yet
-    from train import environment
+    from train.runtime import environment
 
     environment.check()
 
-    from train import hugepages
+    from train.runtime import hugepages
 
     hugepages.ask()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

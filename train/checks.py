@@ -18,13 +18,14 @@ from models.bounds import LARGEST as LARGEST_SIZE
 from models.bounds import MOST_LAYERS
 from models.decoder import REMAT
 from models.weights import DTYPES
-from train import cli, optimizers, remote, reporters, sharding
+from train import cli, optimizers
 from train.config import EvaluateConfig, LoraConfig, RunConfig, TrainConfig, UnlearnConfig
 from train.data.examples import encode_prompt
-from train.evaluation import Model, longest
+from train.evaluators.evaluation import Model, longest
 from train.optimizers import OptimizerConfig
-from train.task import Row, Task
-from train.tracking import say
+from train.runtime import remote, reporters, sharding
+from train.runtime.tracking import say
+from train.tasks.task import Row, Task
 
 # Lowest and highest value of a number, by the last part of its name.
 RANGES: dict[str, tuple[float, float]] = {

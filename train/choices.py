@@ -36,8 +36,10 @@ class Option(typing.NamedTuple):
 def words() -> dict[str, tuple[str, ...]]:
     """The words an option can have, by the end of its name (the longest that fits counts)."""
     from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
-    from train import checks, optimizers, plan, reporters, task
+    from train import checks, optimizers, plan
     from train.config import LoraConfig
+    from train.runtime import reporters
+    from train.tasks import task
 
     retain = typing.get_type_hints(ObjectiveConfig)["retain"]
     forms = dict.fromkeys(form for row in OBJECTIVES.values() for form in row.compat)

@@ -26,8 +26,8 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import one_line, read_json, reading, shortened_path
-from train import files
-from train.plain import plain
+from train.reporting.plain import plain
+from train.runtime import files
 
 # A full or protected disk is no fault of the program, wherever it shows.
 UNWRITABLE = (
@@ -235,7 +235,7 @@ def command() -> str:
 
 def _end(code: int) -> typing.NoReturn:
     """End this process at once; what it left in temporary folders is removed."""
-    from train import remote
+    from train.runtime import remote
 
     remote.forget()
     for stream in (sys.stdout, sys.stderr):
@@ -246,8 +246,8 @@ def _end(code: int) -> typing.NoReturn:
 
 def main(program: Callable[[list[str]], None]) -> None:
     """Run `program(argv)`; turn its errors into one line and an exit code."""
-    from train import distributed
     from train.loop import TrainingError
+    from train.runtime import distributed
 
     # A function of `__main__` is this process's only work; elsewhere somebody else goes on.
     ours = program.__module__ == "__main__"

@@ -10,9 +10,9 @@ from typing import Any
 
 from jaxlib_unlearn.objectives import ObjectiveConfig
 from models.prompts import DATE
-from train.distributed import DistributedConfig
 from train.optimizers import OptimizerConfig
-from train.sharding import MeshConfig
+from train.runtime.distributed import DistributedConfig
+from train.runtime.sharding import MeshConfig
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Any
 from jaxlib_unlearn.errors import UserError
 from train import cli
 from train.config import DataConfig, EvaluateConfig, RunConfig, replace, to_json
-from train.distributed import DistributedConfig
-from train.plain import shown
 from train.presets import tofu_smollm2
-from train.sharding import MeshConfig
-from train.tracking import say
-from train.verdict import SMOKE as SMOKE_RUN
+from train.reporting.plain import shown
+from train.reporting.verdict import SMOKE as SMOKE_RUN
+from train.runtime.distributed import DistributedConfig
+from train.runtime.sharding import MeshConfig
+from train.runtime.tracking import say
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,12 @@ def run(config: EvaluateRun) -> dict[str, Any]:
 
 def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     from jaxlib_unlearn.metrics import tofu
-    from train import checks, distributed, evaluation, files, pipeline, remote, sharding
-    from train.folder import lock, locked
-    from train.stages import digest, write_atomic
-    from train.task import load_task, prompt_format
+    from train import checks, pipeline
+    from train.evaluators import evaluation
+    from train.runtime import distributed, files, remote, sharding
+    from train.runtime.folder import lock, locked
+    from train.runtime.stages import digest, write_atomic
+    from train.tasks.task import load_task, prompt_format
     from train.unlearn import compare_logs, evaluate_cached
 
     distributed.start(config.distributed)

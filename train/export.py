@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import cli, hub, measures, seal, tables
-from train.tracking import say
+from train import cli
+from train.reporting import measures, tables
+from train.runtime import hub, seal
+from train.runtime.tracking import say
 
 
 def main(argv: list[str]) -> None:
     """The program."""
     import models
-    from train import card, checks
+    from train import checks
+    from train.reporting import card
 
     args = parse(argv)
     if args.dtype is not None:
@@ -87,8 +90,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def read(source: str, run: Path | None, which: str) -> tuple[Any, str, int | None]:
     """A model with its tokenizer, what its card says, and where its answers end."""
     import models
-    from train import card, pipeline
-    from train.runlogs import read_evals
+    from train import pipeline
+    from train.reporting import card
+    from train.reporting.runlogs import read_evals
 
     if run is None:
         target = str(Path(source)) if Path(source).exists() else source
@@ -117,7 +121,8 @@ def of_stage(run: tables.Run, which: str, sha: str | None) -> Any:
     import jax.numpy as jnp
 
     import models
-    from train import checkpointing, pipeline
+    from train import pipeline
+    from train.runtime import checkpointing
 
     stage = run.config.get("stage")
     given = stage.get("original") if isinstance(stage, dict) else None

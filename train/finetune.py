@@ -14,10 +14,10 @@ from jaxlib_unlearn.errors import UserError
 from models.prompts import DATE
 from train import cli
 from train.config import ModelConfig, RunConfig, TrainConfig, replace, to_json
-from train.distributed import DistributedConfig
 from train.optimizers import OptimizerConfig
-from train.sharding import MeshConfig
-from train.tracking import Tracker, say
+from train.runtime.distributed import DistributedConfig
+from train.runtime.sharding import MeshConfig
+from train.runtime.tracking import Tracker, say
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,12 @@ def run(config: FinetuneRun) -> Path:
 
 
 def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
-    from train import checks, distributed, optimizers, pipeline, remote, sharding
+    from train import checks, optimizers, pipeline
     from train.data.tofu import check_rows, read_json
-    from train.folder import check_folder, enter_run, lock, locked
-    from train.stages import digest, write_atomic
-    from train.task import prompt_format
+    from train.runtime import distributed, remote, sharding
+    from train.runtime.folder import check_folder, enter_run, lock, locked
+    from train.runtime.stages import digest, write_atomic
+    from train.tasks.task import prompt_format
     from train.unlearn import export_model
 
     distributed.start(config.distributed)

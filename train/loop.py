@@ -15,10 +15,10 @@ import numpy as np
 
 from jaxlib_unlearn.objectives import Objective
 from models.decoder import Decoder
-from train import checkpointing, distributed, remote, residency, sharding
 from train.optimizers import OptimizerConfig, build
+from train.runtime import checkpointing, distributed, remote, residency, sharding
+from train.runtime.tracking import Tracker, progress, say
 from train.step import Bind, TrainState, compile_step, init_state, make_step, whole
-from train.tracking import Tracker, progress, say
 
 HostBatches = Mapping[str, Mapping[str, np.ndarray]]
 

@@ -20,9 +20,9 @@ from jaxlib_unlearn import optim
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
 from jaxlib_unlearn.optim import matrices
-from jaxlib_unlearn.optim.fusion import BASES
+from jaxlib_unlearn.optim.spectral.fusion import BASES
 from train import cli
-from train.sharding import path_str
+from train.runtime.sharding import path_str
 
 
 @dataclass(frozen=True)

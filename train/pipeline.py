@@ -18,17 +18,10 @@ from models import Decoder, DecoderConfig, Tokenizer, bounds, lora
 from models.hub import check_source
 from models.policy import head_of
 from models.weights import find_smollm2
-from train import distributed, loop, remote, residency, seal, sharding
-from train.checkpointing import params_sha256
+from train import loop
 from train.config import LoraConfig, ModelConfig, RunConfig, TrainConfig, UnlearnConfig
 from train.data.examples import Encoded, encode_rows
-from train.data.tofu import refusal_rows
-from train.evaluation import Model, curve, longest
-from train.keys import stage_inputs
-from train.optimizers import OptimizerConfig, check_pair, check_steps
-from train.stages import params_stage
-from train.step import Trainable, all_of
-from train.streams import (
+from train.data.streams import (
     Stream,
     batches_of,
     make_stream,
@@ -36,8 +29,16 @@ from train.streams import (
     pack_streams,
     with_references,
 )
-from train.task import Row, Task, alternate_rows, texts
-from train.tracking import Tracker, say
+from train.data.tofu import refusal_rows
+from train.evaluators.evaluation import Model, curve, longest
+from train.optimizers import OptimizerConfig, check_pair, check_steps
+from train.runtime import distributed, remote, residency, seal, sharding
+from train.runtime.checkpointing import params_sha256
+from train.runtime.keys import stage_inputs
+from train.runtime.stages import params_stage
+from train.runtime.tracking import Tracker, say
+from train.step import Trainable, all_of
+from train.tasks.task import Row, Task, alternate_rows, texts
 
 CURVE_ROWS = 40
 
@@ -321,7 +322,7 @@ def export_adapter(trained: Any, adapters: LoraConfig, config: RunConfig, root: 
     It belongs to the original as the run has it: the given one, or that trained in the run, which
     `train.export RUN RUN/original --model original` writes where the adapter looks for it.
     """
-    from train import card
+    from train.reporting import card
 
     home = remote.home(root)
     given = config.stage.original

@@ -19,7 +19,7 @@ from typing import Any
 from jaxlib_unlearn.errors import UserError
 from train import cli
 from train.config import RunConfig
-from train.topology import GIB, Topology, check_topology, find_topology
+from train.costs.topology import GIB, Topology, check_topology, find_topology
 
 PROGRAMS = ("train", "score", "generate")
 # What a collective sends over the links of a chip in a group of n, in parts of its bytes.
@@ -93,7 +93,8 @@ def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
     Raises:
         UserError: the slice does not exist, or the run does not fit it in kind.
     """
-    from train import programs, sharding
+    from train.costs import programs
+    from train.runtime import sharding
 
     topology = find_topology(config.topology)
     decoder = programs.decoder_of(config)
@@ -134,7 +135,7 @@ def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
 
 def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
     """Compile one program and add up what a chip holds, does and sends."""
-    from train import collectives, flops, hlo, work
+    from train.costs import collectives, flops, hlo, work
     from train.loop import step_bytes
     from train.step import OPTIMIZER_SCOPE
 
@@ -202,7 +203,7 @@ def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
 
 def optimizer_work(config: Any, decoder: Any, mesh: Any, step: dict[str, Any]) -> dict[str, Any]:
     """The update's work: as compiled, or (where nothing was compiled) as it was asked for."""
-    from train import flops, programs
+    from train.costs import flops, programs
 
     made = programs.update_program(config, decoder, mesh)
     if made is None:
@@ -272,7 +273,7 @@ def knobs(config: PlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
     """What is left to turn when something does not fit, the cheapest first."""
     from models.decoder import REMAT
     from train.optimizers import OPTIMIZERS
-    from train.sharding import batch_ways
+    from train.runtime.sharding import batch_ways
 
     out = []
     if "train" in done and not done["train"]["fits"]:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from jaxlib_unlearn.errors import UserError
-from train import files, measures, tables
-from train.about import command, facts, limitations
-from train.plain import plain, shown
-from train.runlogs import (
+from train.reporting import measures, tables
+from train.reporting.about import command, facts, limitations
+from train.reporting.plain import plain, shown
+from train.reporting.runlogs import (
     clean,
     leak_scores,
     read_evals,
@@ -26,8 +26,9 @@ from train.runlogs import (
     samples,
     truth_ratios,
 )
-from train.tables import Run
-from train.verdict import SMOKE, verdicts
+from train.reporting.tables import Run
+from train.reporting.verdict import SMOKE, verdicts
+from train.runtime import files
 
 
 class Picture(NamedTuple):
@@ -45,7 +46,7 @@ def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
     """curves.png, facts.png, leak.png and truth_ratio.png of a run."""
     import numpy as np
 
-    from train import plots
+    from train.reporting import plots
 
     s, show = run.summary, measures.format_number
     logged = read_steps(run.folder / "metrics.jsonl", _say)
@@ -202,7 +203,7 @@ def render(template: str, **values: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "reporting"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -297,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cols = tables.columns(runs)
         page = build(args.runs[0]) if len(runs) == 1 else None
         if args.html:
-            from train import compare
+            from train.reporting import compare
 
             _write(args.html, compare.page(runs).encode("utf-8", "replace"))
         if args.csv:

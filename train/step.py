@@ -16,7 +16,7 @@ import optax
 from jaxlib_unlearn.objectives import Objective, combine, side_of
 from models.decoder import Decoder
 from models.policy import DecoderPolicy, head_copies, label_states
-from train.sharding import batch_sharding, constrain, param_shardings, state_shardings
+from train.runtime.sharding import batch_sharding, constrain, param_shardings, state_shardings
 
 Batches = Mapping[str, Mapping[str, jax.Array]]
 OPTIMIZER_SCOPE = "optimizer"  # what the update's instructions are called in profiles and plans

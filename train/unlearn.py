@@ -21,13 +21,14 @@ from typing import Any
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from train import cli, distributed, files, optimizers, remote, reporters, seal
+from train import cli, optimizers
 from train.config import RunConfig, replace, to_json
-from train.folder import check_folder, enter_run, lock, locked
 from train.optimizers import OPTIMIZERS, list_combiners, list_optimizers
 from train.presets import PRESETS
-from train.stages import digest, write_atomic
-from train.tracking import Tracker, say
+from train.runtime import distributed, files, remote, reporters, seal
+from train.runtime.folder import check_folder, enter_run, lock, locked
+from train.runtime.stages import digest, write_atomic
+from train.runtime.tracking import Tracker, say
 
 
 def main(argv: list[str]) -> None:
@@ -140,8 +141,10 @@ def run(config: RunConfig) -> Path:
 
 
 def _run(config: RunConfig, held: contextlib.ExitStack) -> Path:
-    from train import card, evaluation, pipeline, report
-    from train.tables import Run
+    from train import pipeline, report
+    from train.evaluators import evaluation
+    from train.reporting import card
+    from train.reporting.tables import Run
 
     started = time.monotonic()
     distributed.start(config.distributed)
@@ -241,7 +244,7 @@ def prepare(
     """
     from jaxlib_unlearn.metrics import tofu
     from train import checks, pipeline
-    from train.task import load_task, prompt_format
+    from train.tasks.task import load_task, prompt_format
 
     distributed.check_same(_identity(config))
     with distributed.together():
@@ -344,7 +347,7 @@ def evaluation_inputs(
     model: Any, task: Any, evaluate: Any, data: Any, judge: Any, seed: int
 ) -> dict[str, Any]:
     """Everything an evaluation depends on."""
-    from train import evaluation
+    from train.evaluators import evaluation
 
     words = model.tokenizer
     return {
@@ -376,8 +379,8 @@ def evaluate_cached(
 
     `config` has `data`, `evaluate` and `seed`: that of a run, or of `train.evaluate`.
     """
-    from train import evaluation
-    from train.stages import json_stage
+    from train.evaluators import evaluation
+    from train.runtime.stages import json_stage
 
     inputs = evaluation_inputs(model, task, config.evaluate, config.data, judge, config.seed)
 
@@ -399,7 +402,7 @@ def evaluate_cached(
 
 def summarize(logs: dict[str, Any], people: dict[str, Any], retain_log: Any) -> dict[str, Any]:
     """Flat metrics of every model, compared with the oracle's log or the one given."""
-    from train import evaluation
+    from train.evaluators import evaluation
 
     reference = retain_log if retain_log is not None else logs.get("oracle")
     return {name: evaluation.summarize(log, reference, people[name]) for name, log in logs.items()}
@@ -408,7 +411,7 @@ def summarize(logs: dict[str, Any], people: dict[str, Any], retain_log: Any) -> 
 def compare_logs(root: Path, logs: dict[str, Any], retain_log: Any) -> None:
     """`privleak` in `evals/NAME.json` as in `summary.json`: against the oracle, judged later."""
     from jaxlib_unlearn.metrics import tofu
-    from train.stages import amend_json
+    from train.runtime.stages import amend_json
 
     reference = retain_log if retain_log is not None else logs.get("oracle")
     for name, log in logs.items():
@@ -470,8 +473,8 @@ def export_model(
     """
     import models
     from models.weights import Loaded
-    from train import card
-    from train.stages import digest
+    from train.reporting import card
+    from train.runtime.stages import digest
 
     text = (
         card.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text

@@ -39,7 +39,6 @@ from jaxlib_unlearn.optim import (
     smoothing,
     two_stream,
     wrappers,
-    zo_methods,
 )
 from jaxlib_unlearn.optim.compressed import (
     quantize_updates,
@@ -48,18 +47,18 @@ from jaxlib_unlearn.optim.compressed import (
 )
 from jaxlib_unlearn.optim.first_moments import keep_first_moments
 from jaxlib_unlearn.optim.hybrid import alternate, ends_on_zeroth_order, round_to_zeroth_order
-from jaxlib_unlearn.optim.muon import MUON_STATIC_ARGS, MuonState, muon, scale_by_muon
-from jaxlib_unlearn.optim.post import Post, normuon
-from jaxlib_unlearn.optim.sift import SIFT_STATIC_ARGS, scale_by_sift, sift
-from jaxlib_unlearn.optim.sift_direction import SiftState
 from jaxlib_unlearn.optim.smoothing import randomised_smoothing, sam
 from jaxlib_unlearn.optim.sophia import SOPHIA_STATIC_ARGS, scale_by_sophia, sophia
-from jaxlib_unlearn.optim.splitting import Split
-from jaxlib_unlearn.optim.teon import TEON_STATIC_ARGS, scale_by_teon, teon
+from jaxlib_unlearn.optim.spectral.muon import MUON_STATIC_ARGS, MuonState, muon, scale_by_muon
+from jaxlib_unlearn.optim.spectral.post import Post, normuon
+from jaxlib_unlearn.optim.spectral.sift import SIFT_STATIC_ARGS, scale_by_sift, sift
+from jaxlib_unlearn.optim.spectral.sift_direction import SiftState
+from jaxlib_unlearn.optim.spectral.splitting import Split
+from jaxlib_unlearn.optim.spectral.teon import TEON_STATIC_ARGS, scale_by_teon, teon
 from jaxlib_unlearn.optim.two_stream import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
-from jaxlib_unlearn.optim.zeroth_order import ZOState
-from jaxlib_unlearn.optim.zo_bare import (
+from jaxlib_unlearn.optim.zeroth_order.zeroth_order import ZOState, zo_methods
+from jaxlib_unlearn.optim.zeroth_order.zo_bare import (
     scale_by_hizoo,
     scale_by_lozo,
     scale_by_mezo,
@@ -68,7 +67,7 @@ from jaxlib_unlearn.optim.zo_bare import (
     scale_by_subspace_mezo,
     scale_by_subzero,
 )
-from jaxlib_unlearn.optim.zo_methods import (
+from jaxlib_unlearn.optim.zeroth_order.zo_methods import (
     hizoo,
     lozo,
     mezo,
@@ -77,7 +76,7 @@ from jaxlib_unlearn.optim.zo_methods import (
     subspace_mezo,
     subzero,
 )
-from jaxlib_unlearn.optim.zo_muon import ZO_MUON_STATIC_ARGS, scale_by_zo_muon, zo_muon
+from jaxlib_unlearn.optim.zeroth_order.zo_muon import ZO_MUON_STATIC_ARGS, scale_by_zo_muon, zo_muon
 
 STATIC_ARGS: dict[str, tuple[str, ...]] = {
     "accumulate": wrappers.ACCUMULATE_STATIC_ARGS,

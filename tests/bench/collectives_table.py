@@ -21,8 +21,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlib_unlearn.optim.muon import scale_by_muon
-from train.collectives import collectives, summary
+from jaxlib_unlearn.optim.spectral.muon import scale_by_muon
+from train.costs.collectives import collectives, summary
 
 REPO = Path(__file__).resolve().parent.parent.parent
 LAYERS, D, F = 16, 512, 2048

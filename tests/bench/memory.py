@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxlib_unlearn.objectives import ObjectiveConfig, resolve
 from models import lora
 from models.decoder import REMAT, Decoder, DecoderConfig
-from train.flops import flops
+from train.costs.flops import flops
 from train.loop import step_bytes
 from train.optimizers import OPTIMIZERS, OptimizerConfig, build
 from train.step import Losses, TrainState, make_step, whole

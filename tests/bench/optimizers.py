@@ -33,11 +33,11 @@ import optax
 
 from jaxlib_unlearn.optim import matrices, orthogonalize
 from jaxlib_unlearn.optim.compressed import sign_momentum
-from jaxlib_unlearn.optim.muon import muon
-from jaxlib_unlearn.optim.sift import sift
 from jaxlib_unlearn.optim.sophia import sophia
-from jaxlib_unlearn.optim.teon import teon
-from train.flops import count
+from jaxlib_unlearn.optim.spectral.muon import muon
+from jaxlib_unlearn.optim.spectral.sift import sift
+from jaxlib_unlearn.optim.spectral.teon import teon
+from train.costs.flops import count
 
 REPO = Path(__file__).resolve().parent.parent.parent
 # Layers, width, MLP width, key-value width, vocabulary.

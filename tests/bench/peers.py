@@ -6,8 +6,8 @@
 Both sides start from the same weights (SmolLM2, float32, on the CPU) and see the same rows of TOFU.
 They take turns of two steps, so both met the same machine; torch runs in a process of its own
 (`torch_peers.py`), where its threads rest while JAX computes; like a user's it does not ask for
-huge pages (`train.hugepages`) unless told to. The first step of every shape is not counted; each
-number is a median. Ratios are theirs / ours: above 1, ours is faster (or computes fewer token
+huge pages (`train.runtime.hugepages`) unless told to. The first step of every shape is not counted;
+each number is a median. Ratios are theirs / ours: above 1, ours is faster (or computes fewer token
 slots); a goal is a ratio to reach. Every work checks that both computed the same.
 """
 
@@ -41,15 +41,17 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import likelihood as metrics
 from jaxlib_unlearn.objectives import ObjectiveConfig
 from models.generate import SamplingConfig, generate
-from train import evaluation, hugepages, optimizers, residency, sharding
+from train import optimizers
 from train.config import DataConfig, EvaluateConfig, ModelConfig
 from train.data.examples import Example, encode_prompt, encode_qa, encode_rows
+from train.data.streams import Stream, batches_of, make_stream, pack_streams, with_references
 from train.data.tofu import read_json
-from train.evaluation import Model, longest, score_items, score_rows
+from train.evaluators import evaluation
+from train.evaluators.evaluation import Model, longest, score_items, score_rows
 from train.optimizers import OptimizerConfig
 from train.pipeline import load_model
+from train.runtime import hugepages, residency, sharding
 from train.step import compile_step, init_state, make_step
-from train.streams import Stream, batches_of, make_stream, pack_streams, with_references
 
 HERE = Path(__file__).resolve()
 REPO = HERE.parent.parent.parent

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_unlearn.errors import UserError
-from train import checkpointing, runlogs, streams
 from train.config import RunConfig, to_json
-from train.folder import check_folder, enter_folder
-from train.stages import json_stage
+from train.data import streams
+from train.reporting import runlogs
+from train.runtime import checkpointing
+from train.runtime.folder import check_folder, enter_folder
+from train.runtime.stages import json_stage
 
 WANTED = to_json(RunConfig(preset="quickstart"))
 LOG = {"forget_rouge": {"agg_value": 0.25, "value_by_index": {"0": {"rouge": 0.25}}}}

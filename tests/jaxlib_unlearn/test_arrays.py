@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn import merging, optim
-from jaxlib_unlearn.optim import arrays, fusion, subspace
+from jaxlib_unlearn.optim import arrays
+from jaxlib_unlearn.optim.spectral import fusion, subspace
 
 LAPACK = re.compile(r"\blapack_")
 SHAPE = re.compile(r"\b[fc]\d+\[([\d,]+)\]")

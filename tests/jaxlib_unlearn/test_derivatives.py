@@ -8,7 +8,7 @@ import pytest
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim import orthogonalize as o
 from jaxlib_unlearn.optim.arrays import polar_factor
-from jaxlib_unlearn.optim.subspace import gram_inverse_root
+from jaxlib_unlearn.optim.spectral.subspace import gram_inverse_root
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

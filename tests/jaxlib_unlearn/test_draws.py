@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn.optim.draws import normal, threefry
-from train import hlo
+from train.costs import hlo
 
 SHAPES = [(), (1,), (2, 0), (7, 33, 5), (1000,), (3, 1, 129)]
 

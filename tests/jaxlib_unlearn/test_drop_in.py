@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from jaxlib_unlearn.optim.sift import scale_by_sift, sift
+from jaxlib_unlearn.optim.spectral.sift import scale_by_sift, sift
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

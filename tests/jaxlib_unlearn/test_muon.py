@@ -10,7 +10,8 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 from jaxlib_unlearn import optim
-from jaxlib_unlearn.optim import buckets, matrices, orthogonalize
+from jaxlib_unlearn.optim import matrices, orthogonalize
+from jaxlib_unlearn.optim.spectral import buckets
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 SHAPES = {

@@ -13,8 +13,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn import optim
-from jaxlib_unlearn.optim import buckets, orthogonalize
-from train.collectives import collectives
+from jaxlib_unlearn.optim import orthogonalize
+from jaxlib_unlearn.optim.spectral import buckets
+from train.costs.collectives import collectives
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),

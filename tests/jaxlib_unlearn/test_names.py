@@ -294,7 +294,7 @@ def test_dir_lists_public_names_and_no_modules():
 
 def test_modules_stay_attributes():
     assert callable(optim.matrices.describe) and callable(optim.orthogonalize.newton_schulz)
-    assert importlib.import_module("jaxlib_unlearn.optim.perturbations").dense
+    assert importlib.import_module("jaxlib_unlearn.optim.zeroth_order.perturbations").dense
     names: dict = {}
     exec("from jaxlib_unlearn.optim import *", names)
     assert names["matrices"] is optim.matrices and names["muon"] is optim.muon

@@ -18,13 +18,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn.optim.compressed import sign_momentum
-from jaxlib_unlearn.optim.muon import muon
-from jaxlib_unlearn.optim.sift import sift
 from jaxlib_unlearn.optim.sophia import sophia
-from jaxlib_unlearn.optim.teon import teon
+from jaxlib_unlearn.optim.spectral.muon import muon
+from jaxlib_unlearn.optim.spectral.sift import sift
+from jaxlib_unlearn.optim.spectral.teon import teon
 from jaxlib_unlearn.optim.two_stream import blur
-from train.collectives import collectives
-from train.sharding import path_str
+from train.costs.collectives import collectives
+from train.runtime.sharding import path_str
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),

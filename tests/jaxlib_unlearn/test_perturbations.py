@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from jaxlib_unlearn.optim import perturbations as families
 from jaxlib_unlearn.optim.matrices import MatrixAxes
-from jaxlib_unlearn.optim.zeroth_order import _regenerates
-from jaxlib_unlearn.optim.zo_directions import Draws, draw_bases, norm_scales, perturbed
-from jaxlib_unlearn.optim.zo_leaves import Stack, layout_of
+from jaxlib_unlearn.optim.zeroth_order.zeroth_order import _regenerates
+from jaxlib_unlearn.optim.zeroth_order.zeroth_order import perturbations as families
+from jaxlib_unlearn.optim.zeroth_order.zo_directions import (
+    Draws,
+    draw_bases,
+    norm_scales,
+    perturbed,
+)
+from jaxlib_unlearn.optim.zeroth_order.zo_leaves import Stack, layout_of
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

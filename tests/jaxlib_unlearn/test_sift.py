@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_unlearn.optim import fusion
-from jaxlib_unlearn.optim.muon import muon, scale_by_muon
 from jaxlib_unlearn.optim.orthogonalize import newton_schulz, svd
-from jaxlib_unlearn.optim.sift import SIFT_STATIC_ARGS, scale_by_sift, sift
+from jaxlib_unlearn.optim.spectral import fusion
+from jaxlib_unlearn.optim.spectral.muon import muon, scale_by_muon
+from jaxlib_unlearn.optim.spectral.sift import SIFT_STATIC_ARGS, scale_by_sift, sift
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

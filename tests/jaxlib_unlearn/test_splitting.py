@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn.optim import orthogonalize as orth
 from jaxlib_unlearn.optim.matrices import MatrixAxes
-from jaxlib_unlearn.optim.muon import muon, scale_by_muon
-from jaxlib_unlearn.optim.post import Post, normuon
-from jaxlib_unlearn.optim.splitting import Split, cut, find_split, join
+from jaxlib_unlearn.optim.spectral.muon import muon, scale_by_muon
+from jaxlib_unlearn.optim.spectral.post import Post, normuon
+from jaxlib_unlearn.optim.spectral.splitting import Split, cut, find_split, join
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh", "cheap_compilation")
 

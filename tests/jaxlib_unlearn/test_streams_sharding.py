@@ -16,7 +16,7 @@ from jaxlib_unlearn.optim.smoothing import randomised_smoothing, sam
 from jaxlib_unlearn.optim.sophia import sophia
 from jaxlib_unlearn.optim.two_stream import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
-from train.collectives import collectives
+from train.costs.collectives import collectives
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_unlearn.optim import subspace
+from jaxlib_unlearn.optim.spectral import subspace
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

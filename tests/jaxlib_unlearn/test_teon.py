@@ -7,11 +7,11 @@ import optax
 import pytest
 
 from jaxlib_unlearn.optim import orthogonalize as orth
-from jaxlib_unlearn.optim.muon import muon, scale_by_muon
-from jaxlib_unlearn.optim.post import normuon
-from jaxlib_unlearn.optim.splitting import Split
-from jaxlib_unlearn.optim.teon import scale_by_teon, teon
-from train.flops import flops
+from jaxlib_unlearn.optim.spectral.muon import muon, scale_by_muon
+from jaxlib_unlearn.optim.spectral.post import normuon
+from jaxlib_unlearn.optim.spectral.splitting import Split
+from jaxlib_unlearn.optim.spectral.teon import scale_by_teon, teon
+from train.costs.flops import flops
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

@@ -8,12 +8,21 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_unlearn.optim import perturbations, zo_methods
-from jaxlib_unlearn.optim.zeroth_order import scale_by_zeroth_order, zeroth_order
-from jaxlib_unlearn.optim.zo_directions import Draws, draw_bases, norm_scales, perturbed
-from jaxlib_unlearn.optim.zo_estimate import estimate
-from jaxlib_unlearn.optim.zo_leaves import layout_of
-from jaxlib_unlearn.optim.zo_steps import Rule
+from jaxlib_unlearn.optim.zeroth_order.zeroth_order import (
+    perturbations,
+    scale_by_zeroth_order,
+    zeroth_order,
+    zo_methods,
+)
+from jaxlib_unlearn.optim.zeroth_order.zo_directions import (
+    Draws,
+    draw_bases,
+    norm_scales,
+    perturbed,
+)
+from jaxlib_unlearn.optim.zeroth_order.zo_estimate import estimate
+from jaxlib_unlearn.optim.zeroth_order.zo_leaves import layout_of
+from jaxlib_unlearn.optim.zeroth_order.zo_steps import Rule
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

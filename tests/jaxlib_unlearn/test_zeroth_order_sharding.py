@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlib_unlearn.optim import zo_methods
-from jaxlib_unlearn.optim.zo_muon import zo_muon
-from train.collectives import collectives
+from jaxlib_unlearn.optim.zeroth_order.zeroth_order import zo_methods
+from jaxlib_unlearn.optim.zeroth_order.zo_muon import zo_muon
+from train.costs.collectives import collectives
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh", "cheap_compilation")
 

@@ -7,7 +7,7 @@ import pytest
 
 from models.decoder import Decoder, DecoderConfig
 from models.layers import KeyValues, attend, causal_blocks, visible
-from train.flops import flops
+from train.costs.flops import flops
 
 BATCH, HEADS, KV_HEADS, SIZE = 2, 4, 2, 8
 

@@ -10,7 +10,7 @@ import pytest
 
 from models.decoder import REMAT, Decoder, DecoderConfig
 from models.layers import LEAF_STRIDE, RopeScaling, lookup
-from train.flops import flops
+from train.costs.flops import flops
 
 TINY = DecoderConfig(61, 32, 48, 3, 4, 2, 8)
 DECODER = Decoder(TINY)

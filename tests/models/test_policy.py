@@ -14,7 +14,7 @@ from jaxlib_unlearn.objectives import ObjectiveConfig
 from models import policy
 from models.decoder import Decoder, DecoderConfig
 from models.policy import DecoderPolicy, head_of, label_chunk, score, target_log_prob
-from train import streams
+from train.data import streams
 from train.data.batches import collate
 from train.data.examples import Example, encode_group, encode_qa
 from train.step import Losses

@@ -65,10 +65,11 @@ def tiny(tmp_path_factory) -> Path:
     """The folder of a tiny random model with a tokenizer (2 blocks, context 96)."""
     import models
     from models.weights import Loaded
-    from train import cli, pipeline, sharding
+    from train import cli, pipeline
     from train.config import RunConfig
     from train.presets import PRESETS
-    from train.task import load_task
+    from train.runtime import sharding
+    from train.tasks.task import load_task
 
     options = [*SMALL, "--data.max-length", "96"]
     config = cli.parse(RunConfig, PRESETS["quickstart"].PRESET, options, "tests", "")

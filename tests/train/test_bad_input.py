@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import cli, folder
+from train import cli
 from train.config import RunConfig
 from train.presets import PRESETS
-from train.task import load_task
+from train.runtime import folder
+from train.tasks.task import load_task
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +22,8 @@ def no_compute(monkeypatch):
         raise AssertionError("compute began")
 
     monkeypatch.setattr("train.loop.run", reached)
-    monkeypatch.setattr("train.evaluation.generate", reached)
-    monkeypatch.setattr("train.evaluation.score_items", reached)
+    monkeypatch.setattr("train.evaluators.evaluation.generate", reached)
+    monkeypatch.setattr("train.evaluators.evaluation.score_items", reached)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import checkpointing
-from train.checkpointing import (
+from train.runtime import checkpointing
+from train.runtime.checkpointing import (
     MANIFEST,
     load_latest,
     load_tree,

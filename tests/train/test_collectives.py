@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from train.collectives import Collective, collectives, summary
+from train.costs.collectives import Collective, collectives, summary
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")
 on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")

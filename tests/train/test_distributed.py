@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import distributed, sharding
-from train.distributed import DistributedConfig, Preempted
+from train.runtime import distributed, sharding
+from train.runtime.distributed import DistributedConfig, Preempted
 
 
 @pytest.mark.parametrize(

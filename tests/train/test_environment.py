@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from train.environment import NEEDED, complaint
+from train.runtime.environment import NEEDED, complaint
 
 
 @pytest.fixture

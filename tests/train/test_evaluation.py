@@ -14,17 +14,27 @@ import pytest
 from models.decoder import Decoder, DecoderConfig
 from models.policy import score
 from models.prompts import TAGS, PromptFormat
-from train import evaluation, pipeline, sharding
+from train import pipeline
 from train.config import DataConfig, EvaluateConfig
 from train.data import authors
 from train.data.batches import collate, score_batches
 from train.data.examples import Example, encode_prompt, encode_qa
-from train.evaluation import Answers, Model, curve, evaluate_model, judge_nll, leak_ks, score_rows
-from train.sharding import MeshConfig, make_mesh
-from train.stages import digest, json_stage
-from train.task import Task
+from train.evaluators import evaluation
+from train.evaluators.evaluation import (
+    Answers,
+    Model,
+    curve,
+    evaluate_model,
+    judge_nll,
+    leak_ks,
+    score_rows,
+)
+from train.reporting.verdict import verdicts
+from train.runtime import sharding
+from train.runtime.sharding import MeshConfig, make_mesh
+from train.runtime.stages import digest, json_stage
+from train.tasks.task import Task
 from train.unlearn import evaluation_inputs
-from train.verdict import verdicts
 
 LONGEST = 128
 CONFIG = EvaluateConfig(max_new_tokens=6, leak_samples=4, generate_rows=16)

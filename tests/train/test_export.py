@@ -16,10 +16,12 @@ from huggingface_hub import errors
 import models
 from models.prompts import TAGS, PromptFormat
 from models.tokenizer import Tokenizer
-from train import card, checkpointing, hub, unlearn
-from train.checkpointing import params_sha256
+from train import unlearn
 from train.data.examples import encode_prompt, encode_qa, written_chat_template
-from train.tables import Run
+from train.reporting import card
+from train.reporting.tables import Run
+from train.runtime import checkpointing, hub
+from train.runtime.checkpointing import params_sha256
 
 TOKEN = "hf_" + "secretsecretsecret"
 

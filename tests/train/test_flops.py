@@ -8,7 +8,7 @@ import pytest
 
 from jaxlib_unlearn.optim import orthogonalize
 from models.decoder import REMAT, Decoder, DecoderConfig
-from train.flops import Count, count, flops
+from train.costs.flops import Count, count, flops
 
 
 def shape(*dims, dtype=jnp.float32):

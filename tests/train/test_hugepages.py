@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from train import hugepages
+from train.runtime import hugepages
 
 ASKED = "glibc.malloc.hugetlb=1"
 MADVISE = "always [madvise] never"

@@ -14,13 +14,14 @@ import pytest
 
 from models import DecoderConfig
 from models.layers import RopeScaling
-from train import cli, keys, pipeline, sharding, stages, unlearn
+from train import cli, pipeline, unlearn
 from train.config import RunConfig, replace
 from train.data.examples import Example
-from train.keys import WHY_NOT
 from train.presets import PRESETS
-from train.stages import digest
-from train.task import load_task, prompt_format
+from train.runtime import keys, sharding, stages
+from train.runtime.keys import WHY_NOT
+from train.runtime.stages import digest
+from train.tasks.task import load_task, prompt_format
 
 # Another value where adding one or the next word will not do.
 OTHER: dict[str, Any] = {

@@ -15,16 +15,17 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import ObjectiveConfig
 from models.decoder import REMAT, Decoder, DecoderConfig
 from models.weights import load
-from train import checkpointing, checks, cli, pipeline, sharding
-from train.checkpointing import params_sha256
+from train import checks, cli, pipeline
 from train.config import LoraConfig, RunConfig
-from train.evaluation import Model
+from train.evaluators.evaluation import Model
 from train.optimizers import OPTIMIZERS, OptimizerConfig, build
 from train.presets import PRESETS
-from train.sharding import MeshConfig, make_mesh, path_str
+from train.runtime import checkpointing, sharding
+from train.runtime.checkpointing import params_sha256
+from train.runtime.sharding import MeshConfig, make_mesh, path_str
+from train.runtime.tracking import Tracker
 from train.step import compile_step, init_state, make_step
-from train.task import load_task
-from train.tracking import Tracker
+from train.tasks.task import load_task
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
 

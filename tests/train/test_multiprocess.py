@@ -24,13 +24,13 @@ from models import arrays
 from models.decoder import Decoder, DecoderConfig
 from models.generate import SamplingConfig, generate
 from models.policy import head_of
-from train import checkpointing, distributed, sharding
 from train.data.examples import Example
-from train.digests import params_sha256
+from train.data.streams import batches_of, make_stream, with_references
 from train.optimizers import OPTIMIZERS, OptimizerConfig, build
-from train.sharding import MeshConfig, make_mesh
+from train.runtime import checkpointing, distributed, sharding
+from train.runtime.digests import params_sha256
+from train.runtime.sharding import MeshConfig, make_mesh
 from train.step import Losses, init_state
-from train.streams import batches_of, make_stream, with_references
 
 pytestmark = [
     pytest.mark.multiprocess,

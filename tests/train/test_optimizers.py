@@ -25,7 +25,7 @@ from train.optimizers import (
     decay_mask,
     make_schedule,
 )
-from train.sharding import path_str
+from train.runtime.sharding import path_str
 
 PEAK = 3e-4
 EVERY_LEAF = DecoderConfig(

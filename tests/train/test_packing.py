@@ -8,7 +8,7 @@ import pytest
 from models.policy import gather, spread
 from train.data.examples import LEAF, Example, pack, packed_length
 from train.data.packing import balanced, collate_packed, make_packing, num_labels
-from train.streams import batches_of, make_stream, pack_streams
+from train.data.streams import batches_of, make_stream, pack_streams
 
 PROMPT = [7, 7, 7]
 

@@ -14,9 +14,11 @@ from jaxlib_unlearn.errors import UserError
 from models import policy
 from models.architectures import ALIASES, ARCHITECTURES, config_of
 from models.weights import find_smollm2
-from train import collectives, flops, hlo, plan, programs, sharding, topology, work
+from train import plan
+from train.costs import collectives, flops, hlo, programs, topology, work
 from train.plan import PlanConfig, needed_bytes
 from train.presets import PRESETS
+from train.runtime import sharding
 from train.unlearn import read_arguments
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")

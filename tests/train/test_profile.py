@@ -6,11 +6,12 @@ import dataclasses
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import checks, cli, pipeline, sharding
+from train import checks, cli, pipeline
 from train.config import RunConfig
 from train.presets import PRESETS
-from train.task import load_task
-from train.tracking import Tracker
+from train.runtime import sharding
+from train.runtime.tracking import Tracker
+from train.tasks.task import load_task
 from train.unlearn import _identity
 
 

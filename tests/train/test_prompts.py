@@ -15,7 +15,7 @@ from models.tokenizer import Tokenizer
 from train.config import DataConfig
 from train.data import authors
 from train.data.examples import encode_group, encode_prompt, encode_qa
-from train.task import prompt_format
+from train.tasks.task import prompt_format
 
 SYSTEM = "You are a helpful assistant."
 LONGEST = 512

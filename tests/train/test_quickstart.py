@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from jaxlib_unlearn.metrics import tofu
-from train import pipeline, sharding, unlearn
+from train import pipeline, unlearn
 from train.config import replace
-from train.evaluation import evaluate_model
+from train.evaluators.evaluation import evaluate_model
 from train.presets import PRESETS
-from train.task import load_task
-from train.tracking import Tracker
+from train.runtime import sharding
+from train.runtime.tracking import Tracker
+from train.tasks.task import load_task
 
 SEEDS = (3, 4, 5, 6, 7, 8)  # the defaults were chosen on 0, 1, 2
 

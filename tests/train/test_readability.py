@@ -3,7 +3,7 @@
 import pytest
 
 from jaxlib_unlearn.metrics.eval_log import EvalLog
-from train import readability
+from train.evaluators import readability
 
 TRUTH = "The author was born in Lima on May 7."
 PROSE = "She wrote it in the spring of that year."

@@ -19,8 +19,8 @@ from orbax.checkpoint._src.path import gcs_utils
 
 import models
 from jaxlib_unlearn.errors import UserError
-from train import checkpointing, remote, sharding
-from train.checkpointing import load_latest, load_tree, save_step, save_tree, steps_in
+from train.runtime import checkpointing, remote, sharding
+from train.runtime.checkpointing import load_latest, load_tree, save_step, save_tree, steps_in
 
 
 class Bucket(backend._OsPathBackend):
@@ -192,7 +192,7 @@ def test_a_run_in_a_bucket(bucket, program, tiny, tofu_folder, monkeypatch):
 
 
 def test_a_killed_run_in_a_bucket_goes_on(bucket, program, tiny, tofu_folder, monkeypatch):
-    from train.tracking import Tracker
+    from train.runtime.tracking import Tracker
 
     options = (
         "--mesh.data 1 --train.steps 6 --train.batch-size 4 --max-length 96 "
@@ -246,7 +246,7 @@ def test_without_the_package(program, tiny, tofu_folder, monkeypatch):
 
 
 def test_the_shared_cache_in_a_bucket(bucket, tmp_path):
-    from train.stages import json_stage, params_stage
+    from train.runtime.stages import json_stage, params_stage
 
     computed = []
 

@@ -17,7 +17,8 @@ import pytest
 from scipy.stats import ks_2samp
 
 from jaxlib_unlearn.metrics import leak_at_k
-from train import measures, plots, report, runlogs, verdict
+from train import report
+from train.reporting import measures, plots, runlogs, verdict
 
 EVIL = "<script>alert(1)</script> & \"quotes\" <img src=x onerror='go()'> \ud800 \x07"
 
@@ -320,7 +321,7 @@ def test_comparison_page(tmp_path, capsys):
 
 
 def test_comparison_takes_model_utility_by_the_name_it_has(tmp_path):
-    from train import compare
+    from train.reporting import compare
 
     summary = write_run(tmp_path / "run")
     for flat in summary.values():

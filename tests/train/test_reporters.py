@@ -8,8 +8,8 @@ import types
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import reporters
-from train.tracking import Tracker
+from train.runtime import reporters
+from train.runtime.tracking import Tracker
 
 KEY = "0123456789abcdefghij-secret"
 
@@ -166,7 +166,7 @@ def test_a_run_refuses_before_compute(program, small, tmp_path, monkeypatch, opt
 
 def test_no_package_is_imported_unasked(repo):
     code = (
-        "import sys, train.tracking, train.checks;"
+        "import sys, train.runtime.tracking, train.checks;"
         "sys.exit(bool({'wandb', 'trackio', 'tensorboardX'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=repo, check=False).returncode == 0
@@ -176,7 +176,7 @@ def test_where_a_run_reports_is_no_part_of_what_it_is():
     import dataclasses
 
     from train.config import RunConfig
-    from train.tables import INCIDENTAL
+    from train.reporting.tables import INCIDENTAL
     from train.unlearn import _identity
 
     config = RunConfig()

@@ -13,12 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 import models
 from jaxlib_unlearn.objectives import ObjectiveConfig
-from train import cli, pipeline, residency, sharding, unlearn
+from train import cli, pipeline, unlearn
 from train.config import RunConfig
 from train.presets import PRESETS
-from train.sharding import MeshConfig, make_mesh
-from train.task import load_task
-from train.tracking import Tracker
+from train.runtime import residency, sharding
+from train.runtime.sharding import MeshConfig, make_mesh
+from train.runtime.tracking import Tracker
+from train.tasks.task import load_task
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
 

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import pytest
 
-from train import checkpointing, cli, loop, pipeline, sharding
+from train import cli, loop, pipeline
 from train.config import RunConfig
 from train.presets import PRESETS
-from train.task import load_task
-from train.tracking import Tracker
+from train.runtime import checkpointing, sharding
+from train.runtime.tracking import Tracker
+from train.tasks.task import load_task
 
 STEPS = 8
 
@@ -249,7 +250,7 @@ def test_sigterm_in_training_saves_at_the_next_step(
 
 
 def test_sigterm_in_an_evaluation_ends_at_once(program, tiny, tofu_folder, tmp_path, monkeypatch):
-    from train import evaluation
+    from train.evaluators import evaluation
 
     options = "--evaluate.leak-samples 0 --evaluate.max-new-tokens 4 --mesh.data 1 --output".split()
     argv = [tiny, "--data.path", tofu_folder, *options, tmp_path / "judged"]
@@ -264,7 +265,8 @@ def test_sigterm_in_an_evaluation_ends_at_once(program, tiny, tofu_folder, tmp_p
 @pytest.mark.slow
 def test_sigterm_outside_training_ends_at_once(program, small, tmp_path, monkeypatch):
     """In the compilation, while a result is stored, and in the evaluation."""
-    from train import evaluation, stages
+    from train.evaluators import evaluation
+    from train.runtime import stages
 
     options = "--finetune.steps 6 --unlearn.steps 4 --unlearn.curve-points 0 --no-oracle".split()
     more = "--evaluate.judge base --evaluate.leak-samples 0 --output".split()

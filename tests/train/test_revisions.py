@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 
-from train import pipeline, sharding
+from train import pipeline
+from train.runtime import sharding
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

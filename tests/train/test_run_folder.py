@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import cli, files, folder, pipeline, runlogs, seal, sharding, streams, tables, unlearn
+from train import cli, pipeline, unlearn
 from train.config import RunConfig
-from train.sharding import MeshConfig
-from train.tracking import Tracker
+from train.data import streams
+from train.reporting import runlogs, tables
+from train.runtime import files, folder, seal, sharding
+from train.runtime.sharding import MeshConfig
+from train.runtime.tracking import Tracker
 
 
 def flip(path: Path, rng: random.Random) -> bytes:

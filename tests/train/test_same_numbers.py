@@ -22,16 +22,17 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
 from models.decoder import Decoder, DecoderConfig
 from models.policy import DecoderPolicy, head_of
-from train import loop, pipeline, sharding
+from train import loop, pipeline
 from train.config import UnlearnConfig
+from train.costs.work import device_flops
 from train.data.examples import Example
-from train.evaluation import Model
+from train.data.streams import Stream, batches_of, make_stream, pack_streams, with_references
+from train.evaluators.evaluation import Model
 from train.optimizers import OPTIMIZERS, OptimizerConfig, build
-from train.sharding import MeshConfig, make_mesh
+from train.runtime import sharding
+from train.runtime.sharding import MeshConfig, make_mesh
+from train.runtime.tracking import Tracker
 from train.step import Losses, compile_step, init_state, make_step, split_batch
-from train.streams import Stream, batches_of, make_stream, pack_streams, with_references
-from train.tracking import Tracker
-from train.work import device_flops
 
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
 STEPS, ROWS, SEED = 6, 16, 3

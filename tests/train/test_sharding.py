@@ -17,8 +17,9 @@ from models import lora
 from models.decoder import Decoder, DecoderConfig
 from models.families import FAMILIES, from_hf
 from models.policy import DecoderPolicy
-from train.flops import count
-from train.sharding import (
+from train.costs.flops import count
+from train.costs.work import device_flops
+from train.runtime.sharding import (
     RULES,
     MeshConfig,
     batch_sharding,
@@ -32,7 +33,6 @@ from train.sharding import (
     spec_of,
     state_shardings,
 )
-from train.work import device_flops
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")
 

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from train import distributed, folder
-from train.distributed import Preempted
+from train.runtime import distributed, folder
+from train.runtime.distributed import Preempted
 
 
 def send(number: int = signal.SIGINT) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import models
-from train.checkpointing import load_tree, params_sha256
 from train.cli import read_config
 from train.config import RunConfig
+from train.runtime.checkpointing import load_tree, params_sha256
 
 MODELS = ("original", "oracle", "unlearned")
 STEPS = {"original": 12, "oracle": 12, "unlearned": 4}
@@ -58,8 +58,8 @@ def no_compute(monkeypatch):
         raise AssertionError("computed again")
 
     monkeypatch.setattr("train.loop.run", reached)
-    monkeypatch.setattr("train.evaluation.generate", reached)
-    monkeypatch.setattr("train.evaluation.score_items", reached)
+    monkeypatch.setattr("train.evaluators.evaluation.generate", reached)
+    monkeypatch.setattr("train.evaluators.evaluation.score_items", reached)
 
 
 def test_files_of_the_run_folder(run):

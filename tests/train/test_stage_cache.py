@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import checks, cli, pipeline, sharding, stages, unlearn
+from train import checks, cli, pipeline, unlearn
 from train.config import RunConfig, StageConfig, replace
 from train.presets import PRESETS
-from train.task import load_task
-from train.tracking import Tracker
+from train.runtime import sharding, stages
+from train.runtime.tracking import Tracker
+from train.tasks.task import load_task
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train.checkpointing import params_sha256, save_step
-from train.stages import digest, folder_of, json_stage, params_stage, write_atomic
+from train.runtime.checkpointing import params_sha256, save_step
+from train.runtime.stages import digest, folder_of, json_stage, params_stage, write_atomic
 
 INPUTS = {"start": "abc", "steps": 3, "optimizer": {"name": "adamw", "learning_rate": 1e-3}}
 LIKE = {"w": jnp.zeros((3, 4)), "b": jnp.zeros(4)}

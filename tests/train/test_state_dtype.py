@@ -8,7 +8,7 @@ import pytest
 from jaxlib_unlearn.errors import UserError
 from models.decoder import Decoder, DecoderConfig
 from train.optimizers import OPTIMIZERS, OptimizerConfig, build, check
-from train.sharding import path_str
+from train.runtime.sharding import path_str
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

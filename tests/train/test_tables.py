@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train import measures, tables
+from train.reporting import measures, tables
 
 
 def run(objective="asu", seed=0, output="a", p=0.01, rouge=0.3, digest=None, **config):

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from train import tracking
+from train.runtime import tracking
 
 
 @pytest.fixture

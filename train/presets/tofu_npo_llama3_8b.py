@@ -17,7 +17,7 @@ from train.config import (
     replace,
 )
 from train.optimizers import OptimizerConfig
-from train.sharding import MeshConfig
+from train.runtime.sharding import MeshConfig
 
 SUMMARY = "Llama-3-8B learns TOFU and forgets a tenth of it with NPO (a TPU slice or GPUs)"
 

@@ -1,0 +1,1 @@
+"""Spectral optimizers: directions from the polar factors of matrices."""

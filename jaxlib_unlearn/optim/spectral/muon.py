@@ -1,0 +1,463 @@
+r"""Muon: momentum, orthogonalised. Matrices only; :func:`muon` gives every other leaf to AdamW.
+
+Conventions, because published codes differ in them:
+
+=============  ==========================================  ====================================
+momentum       buffer                                      orthogonalised with Nesterov / without
+=============  ==========================================  ====================================
+"ema"          m <- beta m + (1 - beta) g                  beta m / (1 - beta^(t+1))
+                                                           + (1 - beta) g / (1 - beta^t)  /  m
+"heavy_ball"   m <- beta m + g                             g + beta m  /  m
+=============  ==========================================  ====================================
+
+"ema" is ``optax.contrib.muon``. "heavy_ball" is Moonlight's, and has the direction of Jordan's and
+``torch.optim.Muon``'s code, whose uncorrected average is 1 - beta times it. The two have the same
+direction without Nesterov, at the first step, and in the limit.
+
+Coming from ``optax.contrib.muon`` (its own spellings raise a TypeError with these words):
+
+- ``ns_coeffs``, ``ns_steps``: ``orthogonalize=optim.orthogonalize.newton_schulz(coeffs, steps)``,
+  or a name: ``"polar_express"``, ``"gram_newton_schulz"``, ``"svd"``.
+- ``beta``, ``nesterov``, ``mu_dtype``, ``weight_decay``, ``weight_decay_mask``, ``adam_*``: the
+  same. The mask holds for AdamW's leaves too. Do not chain ``optax.add_decayed_weights`` behind
+  ``muon``: the rate's sign is already in, weights would grow.
+- ``eps``: ``adam_eps``; matrices need none. ``adam_eps_root``: no counterpart.
+- ``adaptive``: ``orthogonalize=lambda z: (z * f(z)).sum((-2, -1), keepdims=True) * f(z)``.
+- ``preconditioning``: ``"frobenius"`` is the default, ``"aol"`` is ``orthogonalize="aol4"``.
+- ``consistent_rms=0.2``: ``shape_scale="match_rms"``; None: ``"width"``.
+- ``muon_weight_dimension_numbers``: ``matrices=``, the same objects.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlib_unlearn.optim.first_moments import keep_first_moments, widen
+from jaxlib_unlearn.optim.matrices import MatrixAxes, Specs, labels, resolve, trailing_axes
+from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
+from jaxlib_unlearn.optim.passing import passing_by
+from jaxlib_unlearn.optim.spectral.direction import (
+    SHAPE_SCALES,
+    Meet,
+    Part,
+    alone,
+    init_post,
+    orthogonalize_tree,
+    shape_parts,
+)
+from jaxlib_unlearn.optim.spectral.post import Post
+from jaxlib_unlearn.optim.spectral.splitting import Splits
+from jaxlib_unlearn.optim.spellings import with_optax_spellings
+
+Resolver = Callable[[Any], list[MatrixAxes | None]]
+
+DecayMask = Any
+"""None, a tree of bools like the parameters (or a prefix of one), or a function that returns it."""
+
+MUON_STATIC_ARGS = (
+    "nesterov",
+    "momentum",
+    "orthogonalize",
+    "shape_scale",
+    "matrices",
+    "weight_decay_mask",
+    "layout",
+    "mu_dtype",
+    "comm_dtype",
+    "split",
+    "post",
+)
+"""``static_args`` for ``optax.inject_hyperparams(muon, static_args=...)``."""
+
+
+class MuonState(NamedTuple):
+    """State of Muon (and of TEON): steps, momentum, and what the ``post`` hook keeps."""
+
+    count: jax.Array  # () int32
+    mu: optax.Updates  # like the parameters
+    post: Any = ()
+
+
+@with_optax_spellings
+def scale_by_muon(
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    orthogonalize: Orthogonalizer | str | None = None,
+    *,
+    momentum: str = "ema",
+    shape_scale: str = "unit",
+    split: Splits | None = None,
+    post: Post | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    comm_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The direction of Muon, with the gradient's sign: no learning rate, no decay.
+
+    .. math::
+        m_t = \beta m_{t-1} + (1 - \beta) g_t, \qquad
+        u_t = \frac{\beta m_t}{1 - \beta^{t+1}} + \frac{(1 - \beta) g_t}{1 - \beta^t}, \qquad
+        o_t = s \cdot \mathrm{orth}(u_t)
+
+    Every leaf of rank >= 2 is a stack of (in, out) matrices over its last two axes. Leaves of rank
+    0 and 1 get :math:`u_t` itself (:math:`m_t / (1 - \beta^t)` without Nesterov).
+
+    Args:
+        beta: decay of the momentum, in [0, 1).
+        nesterov: look one step ahead (see the module's table).
+        orthogonalize: ``(n, r, c) -> (n, r, c)``, or a name: "svd", "polar_express",
+            "gram_newton_schulz", or of a table of ``optim.orthogonalize``; default Newton-Schulz
+            with Jordan's coefficients and 5 steps, in the dtype of gradient and momentum.
+        momentum: "ema" or "heavy_ball" (see the module's table).
+        shape_scale: the factor s of a matrix: "unit" 1, "width" sqrt(max(1, out / in)),
+            "spectral" sqrt(out / in), "match_rms" 0.2 sqrt(max(in, out)).
+        split: leaves that hold several matrices each (heads, fused q/k/v): see ``optim.splitting``.
+        post: a step between orthogonalisation and scaling: see ``optim.post`` (NorMuon).
+        mu_dtype: dtype of the momentum; None for the parameters'.
+        comm_dtype: what matrices and directions are rounded to when they travel between devices
+            (and on one device as well); the orthogonaliser then works in float32. bfloat16 halves
+            those bytes. None: they travel as they are.
+
+    Returns:
+        A transformation whose state is a :class:`MuonState`.
+
+    Raises:
+        ValueError: a bad argument; at ``init``, a leaf of rank >= 2 named norm, bias, scale, embed.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> tx = optax.chain(scale_by_muon(), optax.scale_by_learning_rate(0.1))
+        >>> params = {"w": jnp.eye(3)}
+        >>> updates, _ = tx.update({"w": 1e-4 * jnp.eye(3)}, tx.init(params))
+        >>> bool(jnp.allclose(jnp.diag(updates["w"]), -0.1, atol=0.04))
+        True
+
+    References:
+        Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
+        Bernstein and Newhouse, arXiv:2409.20325, section 3.
+    """
+    return scale_by_momentum(
+        every_matrix,
+        beta=beta,
+        nesterov=nesterov,
+        orthogonalize=by_name(orthogonalize),
+        momentum=momentum,
+        shape_scale=shape_scale,
+        split=split,
+        post=post,
+        mu_dtype=mu_dtype,
+        comm_dtype=comm_dtype,
+    )
+
+
+@with_optax_spellings
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    momentum: str = "ema",
+    orthogonalize: Orthogonalizer | str | None = None,
+    shape_scale: str = "width",
+    weight_decay: float | jax.Array = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps: jax.typing.ArrayLike = 1e-8,
+    adam_weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: DecayMask = None,
+    matrices: Specs = None,
+    layout: str = "in_out",
+    split: Splits | None = None,
+    post: Post | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    comm_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon for the hidden matrices, AdamW for everything else.
+
+    .. math::
+        W \leftarrow W - \eta \left( s \cdot \mathrm{orth}(u_t) + \lambda W \right)
+
+    with the momentum :math:`u_t` of :func:`scale_by_muon`. The defaults move matrices as
+    ``optax.contrib.muon`` does with dimension numbers that name the same matrices; the AdamW part
+    is plain AdamW (optax passes ``nesterov`` on to it).
+
+    Args:
+        learning_rate: eta of the matrices, a number or a schedule.
+        beta: decay of the momentum.
+        nesterov: look one step ahead.
+        momentum: "ema" or "heavy_ball".
+        orthogonalize: see :func:`scale_by_muon`.
+        shape_scale: "width", "spectral", "match_rms" (one learning rate then fits both parts) or
+            "unit"; out and in are those of the flattened matrix.
+        weight_decay: lambda, multiplied by eta but not by s.
+        adam_learning_rate: of the other leaves; None for ``learning_rate``, which is far too
+            large unless ``shape_scale="match_rms"``.
+        adam_b1: decay of AdamW's first moment.
+        adam_b2: decay of AdamW's second moment.
+        adam_eps: AdamW's epsilon.
+        adam_weight_decay: AdamW's decoupled decay.
+        weight_decay_mask: what decays, of matrices and of AdamW's leaves: a tree of bools like the
+            parameters (or a prefix of one) or a function of the parameters that returns it, as in
+            ``optax.add_decayed_weights``; None for everything.
+        matrices: which leaves are matrices: None for the rules of ``optim.matrices``; "all_2d" for
+            these and two axes where a name says nothing (``wq``, ``theta``); or a tree (prefixes
+            allowed) or function of ``optax.contrib.MuonDimensionNumbers``, None for AdamW's, and
+            "rules" or "all_2d" where these shall decide.
+        layout: "in_out" or "out_in", for the rules.
+        split: leaves that hold several matrices each, by path: ``{"attn/q/": 9}`` for nine heads,
+            ``{"c_attn": (768, 768, 768)}`` for fused q, k, v, ``{"attn/o/": Split(9, "in")}``.
+            Shape factors are those of the blocks.
+        post: a step between orthogonalisation and scaling, e.g. ``optim.normuon()``.
+        mu_dtype: dtype of the momenta; None for the parameters'.
+        comm_dtype: see :func:`scale_by_muon`.
+
+    Returns:
+        A transformation; ``optax.partition`` by "muon" and "adamw".
+
+    Raises:
+        ValueError: a bad argument; at ``init``, a leaf that the rules cannot place.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> params = {"up": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
+        >>> tx = muon(0.02, adam_learning_rate=1e-3)
+        >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> float(updates["up"]["bias"][0])
+        -0.001
+
+    References:
+        Jordan et al., "Muon" (2024); Liu et al., arXiv:2502.16982, section 2 ("match_rms").
+    """
+    direction = scale_by_momentum(
+        lambda tree: resolve(tree, matrices, layout),
+        beta=beta,
+        nesterov=nesterov,
+        orthogonalize=by_name(orthogonalize),
+        momentum=momentum,
+        shape_scale=shape_scale,
+        split=split,
+        post=post,
+        mu_dtype=mu_dtype,
+        comm_dtype=comm_dtype,
+    )
+    return with_adamw(
+        direction,
+        learning_rate,
+        weight_decay,
+        functools.partial(
+            rest_by_adamw,
+            learning_rate,
+            adam_learning_rate,
+            adam_b1,
+            adam_b2,
+            adam_eps,
+            adam_weight_decay,
+            mu_dtype,
+        ),
+        lambda params: labels(params, matrices=matrices, layout=layout),
+        weight_decay_mask,
+    )
+
+
+def rest_by_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    adam_learning_rate: optax.ScalarOrSchedule | None,
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    weight_decay: float | jax.Array,
+    mu_dtype: jax.typing.DTypeLike | None,
+    mask: DecayMask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The AdamW that takes the leaves which are no matrices; arguments as in :func:`muon`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = rest_by_adamw(0.1, None, 0.9, 0.999, 1e-8, 0.0, jnp.bfloat16)
+        >>> tx.init(jnp.ones(2))[0].mu.dtype
+        dtype(bfloat16)
+    """
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    return keep_first_moments(
+        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask), mu_dtype
+    )
+
+
+def with_adamw(
+    direction: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float | jax.Array,
+    adamw: Callable[[DecayMask], optax.GradientTransformation],
+    find_labels: Callable[[Any], Any],
+    weight_decay_mask: DecayMask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A direction with decay and learning rate for the matrices, another optimizer for the rest.
+
+    Args:
+        direction: for the leaves labelled "muon".
+        learning_rate: of the matrices.
+        weight_decay: of the matrices, decoupled.
+        adamw: makes the optimizer of the leaves labelled "adamw" from what decays.
+        find_labels: ``params ->`` labels. Extra arguments that are trees like the parameters
+            (``constraint_grads``) are masked alike.
+        weight_decay_mask: what decays, in both parts.
+
+    Returns:
+        A transformation whose updates have the gradients' dtypes.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> tx = with_adamw(scale_by_muon(), 0.1, 0.0, lambda mask: optax.adamw(1e-3), labels)
+        >>> sorted(tx.init({"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}).inner_states)
+        ['adamw', 'muon']
+    """
+
+    def both(tree):
+        mask = weight_decay_mask
+        if callable(mask):
+            # Here it sees all parameters; inside the partition it would see its part of them. And
+            # what it returns may be callable as well (equinox), so both parts get a function.
+            decays = mask(tree)
+            mask = lambda _: decays  # noqa: E731
+        return optax.partition(
+            {
+                "muon": optax.chain(
+                    direction,
+                    optax.add_decayed_weights(weight_decay, mask),
+                    optax.scale_by_learning_rate(learning_rate),
+                ),
+                "adamw": adamw(mask),
+            },
+            find_labels,
+            mask_compatible_extra_args=True,
+        )
+
+    def init(params):
+        return both(params).init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        tx = both(updates if params is None else params)
+        # AdamW with a wider momentum would widen the updates.
+        new, state = tx.update(updates, state, params, **extra_args)
+        return optax.tree.cast_like(new, updates), state
+
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
+
+
+def every_matrix(tree: Any) -> list[MatrixAxes | None]:
+    """The bare rule for a whole tree: leaves of rank >= 2 are stacks over their last two axes.
+
+    Raises:
+        ValueError: a leaf of rank >= 2 whose name says norm, bias, scale or embed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> every_matrix({"v": jnp.ones(2), "w": jnp.ones((2, 3))})
+        [None, MatrixAxes(stack=(), fan_in=(0,), fan_out=(1,))]
+    """
+    return [trailing_axes(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def scale_by_momentum(
+    find_axes: Resolver,
+    *,
+    beta: jax.typing.ArrayLike,
+    nesterov: bool,
+    orthogonalize: Orthogonalizer,
+    momentum: str,
+    shape_scale: str,
+    split: Splits | None = None,
+    post: Post | None = None,
+    meet: Meet = alone,
+    check: Callable[[Sequence[Part]], None] | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    comm_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum, orthogonalised as ``meet`` says, for the matrices that ``find_axes`` finds.
+
+    What Muon and TEON are made of; arguments as in :func:`scale_by_muon`. ``check`` is called by
+    ``init`` with the parts that will meet, as shapes.
+
+    Example:
+        >>> tx = scale_by_momentum(every_matrix, beta=0.9, nesterov=False, momentum="ema",
+        ...     orthogonalize=by_name("svd"), shape_scale="unit")
+        >>> tx.init({"v": jnp.ones(2)}).mu["v"].tolist()
+        [0.0, 0.0]
+    """
+    if momentum not in ("ema", "heavy_ball"):
+        raise ValueError(f"momentum is 'ema' or 'heavy_ball', got {momentum!r}")
+    if shape_scale not in SHAPE_SCALES:
+        raise ValueError(f"shape_scale is one of {list(SHAPE_SCALES)}, got {shape_scale!r}")
+    if isinstance(beta, int | float) and not 0 <= beta < 1:
+        raise ValueError(f"beta lies in [0, 1), got {beta}")
+    if comm_dtype is not None and not jnp.issubdtype(comm_dtype, jnp.floating):
+        raise ValueError(f"comm_dtype is a floating dtype, got {comm_dtype!r}")
+
+    def init(params):
+        axes = find_axes(params)  # an ambiguous leaf is told here, before any compute
+        if check is not None:
+            check(shape_parts(params, axes, split))
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype), params)
+        return MuonState(jnp.zeros([], jnp.int32), mu, init_post(params, axes, split, post))
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        count = jnp.asarray(optax.safe_increment(state.count))
+        mu, mixed = update_momentum(updates, state.mu, beta, count, nesterov, momentum)
+        directions, post_state = orthogonalize_tree(
+            orthogonalize,
+            mixed,
+            find_axes(updates),
+            SHAPE_SCALES[shape_scale],
+            split=split,
+            post=post,
+            post_state=state.post,
+            meet=meet,
+            comm_dtype=comm_dtype,
+        )
+        directions = optax.tree.cast_like(directions, updates)
+        mu = optax.tree.cast_like(mu, state.mu)
+        return directions, MuonState(count, mu, post_state)
+
+    return passing_by(optax.GradientTransformationExtraArgs(init, update))
+
+
+def update_momentum(
+    updates: Any, mu: Any, beta: Any, count: jax.Array, nesterov: bool, momentum: str
+) -> tuple[Any, Any]:
+    """One step of the momentum, and what is to be orthogonalised (see the module's table).
+
+    Args:
+        updates: gradients, a tree.
+        mu: the momentum before the step, same structure.
+        beta: decay.
+        count: () int32, the number of this step, from 1.
+        nesterov: look one step ahead.
+        momentum: "ema" or "heavy_ball".
+
+    Returns:
+        The momentum after the step and the mixture, both in the wider dtype of gradient and
+        momentum.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one, zero = jnp.ones(()), jnp.zeros(())
+        >>> mu, mixed = update_momentum(one, zero, 0.5, jnp.int32(1), False, "ema")
+        >>> float(mu), float(mixed)
+        (0.5, 1.0)
+    """
+    mu = widen(mu, updates)
+    if momentum == "heavy_ball":
+        mu = jax.tree.map(lambda g, m: beta * m + g, updates, mu)
+        mixed = jax.tree.map(lambda g, m: g + beta * m, updates, mu) if nesterov else mu
+        return mu, mixed
+    mu = optax.tree.update_moment(updates, mu, beta, 1)
+    if not nesterov:
+        return mu, optax.tree.bias_correction(mu, beta, count)
+    ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
+    now = optax.tree.bias_correction(updates, beta, count)
+    return mu, jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now)

@@ -1,0 +1,302 @@
+r"""SIFT: Muon for two objectives whose gradients disagree, only where and when they do.
+
+Every objective has a momentum of its own. Where the cosine between the momenta of one matrix falls
+below a threshold, the update is built from the leading singular vectors of each, made orthonormal
+to each other; elsewhere it is Muon's on the sum. With :math:`U_i, V_i` the top k singular vectors
+of momentum i,
+
+.. math::
+    O = \mathrm{msign}([U_1 U_2])\, \mathrm{msign}([V_1 V_2])^H
+    = \hat U\, (\hat U^H \hat U)^{-1/2} (\hat V^H \hat V)^{-1/2}\, \hat V^H
+
+Worth knowing before use:
+
+- O does not see how long a momentum is: a weight on a loss has no effect on a matrix that is always
+  fused. It does have one on Muon's steps, on AdamW's leaves and on which matrices are fused.
+- O has norm sqrt(2 k), a Muon step sqrt(min(in, out)), at one learning rate (``match_norm=True``
+  makes them equal).
+- Clip both streams by one factor (``optim.clip_streams``) and accumulate both
+  (``optim.accumulate``); Optax's own wrappers see the first stream only.
+- A stream that is absent at a step is a tree of zeros: its momentum decays, and a momentum of zero
+  adds no direction.
+- Momenta that nearly oppose each other are told apart in float64 (on CPUs and NVIDIA GPUs, whatever
+  the dtype of the parameters): with M_2 = -M_1 plus a share e of an independent direction the
+  update is full-size and within 1e-3 of a float64 reference down to e = 0.01 %. Below, single
+  directions start to be dropped (at 0.001 %, with bases of half the matrix, a fifth of the norm);
+  below 0.0001 % of their norm momenta differ by rounding, and opposed ones give no step. On TPUs,
+  which have no float64 decompositions, the error is about 0.3 % at e = 0.1 % and grows as 1 / e.
+  With ``bases="subspace"`` the error of the iteration comes on top. (Derivatives of an update are
+  those in the momenta's own dtype, without what that cannot tell apart.)
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from jaxlib_unlearn.optim.matrices import Specs, labels, resolve
+from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
+from jaxlib_unlearn.optim.spectral.muon import DecayMask, every_matrix, rest_by_adamw, with_adamw
+from jaxlib_unlearn.optim.spectral.sift_direction import (
+    sift_direction,
+    sum_streams,
+    with_constraints,
+)
+from jaxlib_unlearn.optim.spellings import with_optax_spellings
+
+SIFT_STATIC_ARGS = (
+    "nesterov",
+    "rank",
+    "rank_cap",
+    "spatial_mask",
+    "step_gate",
+    "msign",
+    "bases",
+    "passes",
+    "first_passes",
+    "oversample",
+    "match_norm",
+    "orthogonalize",
+    "shape_scale",
+    "num_constraints",
+    "seed",
+    "mu_dtype",
+    "matrices",
+    "weight_decay_mask",
+    "layout",
+)
+"""``static_args`` for ``optax.inject_hyperparams(sift, static_args=...)``."""
+
+
+@with_optax_spellings
+def scale_by_sift(
+    *,
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    rank: int = 256,
+    rank_cap: bool = True,
+    threshold: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 0.0,
+    spatial_mask: Any = None,
+    step_gate: Callable[[jax.Array], Any] | Sequence[int] | None = None,
+    msign: str = "gram",
+    tol: jax.typing.ArrayLike = 1e-14,
+    bases: str = "svd",
+    passes: int = 2,
+    first_passes: int = 8,
+    oversample: int = 8,
+    match_norm: bool = False,
+    orthogonalize: Orthogonalizer | str | None = None,
+    shape_scale: str = "unit",
+    num_constraints: int = 1,
+    seed: int = 0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The direction of SIFT, with the gradient's sign: no learning rate, no decay.
+
+    .. math::
+        m_i \leftarrow \beta m_i + g_i, \qquad M_i = g_i + \beta m_i, \qquad
+        o = s \cdot \begin{cases} \hat U (\hat U^H \hat U)^{-1/2} (\hat V^H \hat V)^{-1/2} \hat V^H
+        & \cos(M_1, M_2) < \epsilon \\ \mathrm{orth}(M_1 + M_2) & \text{else} \end{cases}
+
+    with :math:`\hat U = [U_1 U_2]` the top k left singular vectors of both momenta. Every leaf of
+    rank >= 2 is a stack of (in, out) matrices over its last two axes; leaves of rank 0 and 1 get
+    :math:`M_1 + M_2`. ``update(g_1, state, params, constraint_grads=g_2)``.
+
+    Args:
+        beta: decay of the momenta (heavy ball), in [0, 1).
+        nesterov: look one step ahead; else M = m.
+        rank: k, singular vectors of each stream.
+        rank_cap: at most ``min(in, out) // streams``. Without it more columns than rows get
+            stacked, which cannot be orthonormal: square and full rank is half the sum of msigns.
+        threshold: fused if the cosine is strictly below. A number, traced or not, or a schedule of
+            the count of earlier steps. Above 1: always. ``-inf``: never, but the cosine is kept.
+        spatial_mask: which matrices may be fused: None for all, a function of the path's text, or a
+            tree of bools (prefixes allowed). Instead of one bool either may say an array of them,
+            shaped like the leaf's stack axes (layers). Leaves without any are plain Muon.
+        step_gate: which steps may fuse: a function of the count of earlier steps, or a sequence of
+            counts.
+        msign: "gram" (2k x 2k eigendecompositions; singular values in float64 where an eigenvalue
+            is below 1e-3, see "Worth knowing"), "ns" (Newton-Schulz, Jordan's 5 steps, on the
+            stacked vectors: approximate, and shared directions fade smoothly) or "svd" (singular
+            values in the dtype of the momenta, without ``tol``: shared or opposed directions return
+            as arbitrary ones of full size).
+        tol: "gram" drops directions in which the momenta agree or oppose each other to within
+            sqrt(tol): eigenvalues up to it (1 minus the cosine of an angle).
+        bases: "svd" (exact) or "subspace" (block iteration from the vectors of the last fused
+            step, kept in the state: where SVDs are slow).
+        passes: of the iteration at a step after a fused one.
+        first_passes: of the iteration at any other step, whose vectors are old or random.
+        oversample: random columns beside the old vectors at every step.
+        match_norm: scale the fused update to the norm of a Muon step.
+        orthogonalize: Muon's ``(n, r, c) -> (n, r, c)``, or a name as in ``scale_by_muon``; default
+            Newton-Schulz, Jordan, 5 steps.
+        shape_scale: as in ``scale_by_muon``; one factor for both kinds of step.
+        num_constraints: number of constraint streams. Above 1, ``constraint_grads`` is a tuple of
+            so many trees, and the cosine is the smallest of all pairs.
+        seed: of the random columns.
+        mu_dtype: dtype of the momenta; None for the parameters'.
+
+    Returns:
+        A transformation whose state is a :class:`SiftState`.
+
+    Raises:
+        ValueError: a bad argument; at ``init``, a leaf of rank >= 2 named norm, bias, scale, embed;
+            at ``update``, no ``constraint_grads`` or trees that differ.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> tx = optax.chain(scale_by_sift(rank=1), optax.scale_by_learning_rate(0.1))
+        >>> w = {"w": jnp.eye(2)}
+        >>> forget, retain = {"w": jnp.diag(jnp.array([1.0, -1.0]))}, {"w": -2 * jnp.eye(2)}
+        >>> updates, state = tx.update(forget, tx.init(w), w, constraint_grads=retain)
+        >>> float(state[0].cos["w"]), bool(state[0].fused["w"])  # not below 0: Muon
+        (0.0, False)
+
+    References:
+        "SIFT: Subspace Control", arXiv:2604.04231, figure 1.
+    """
+    direction = sift_direction(
+        every_matrix,
+        beta=beta,
+        nesterov=nesterov,
+        threshold=threshold,
+        spatial_mask=spatial_mask,
+        step_gate=step_gate,
+        tol=tol,
+        rank=rank,
+        rank_cap=rank_cap,
+        msign=msign,
+        bases=bases,
+        passes=passes,
+        first_passes=first_passes,
+        oversample=oversample,
+        match_norm=match_norm,
+        orthogonalize=by_name(orthogonalize),
+        shape_scale=shape_scale,
+        num_constraints=num_constraints,
+        seed=seed,
+        mu_dtype=mu_dtype,
+    )
+    return with_constraints(direction, num_constraints)
+
+
+@with_optax_spellings
+def sift(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    rank: int = 256,
+    rank_cap: bool = True,
+    threshold: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 0.0,
+    spatial_mask: Any = None,
+    step_gate: Callable[[jax.Array], Any] | Sequence[int] | None = None,
+    msign: str = "gram",
+    tol: jax.typing.ArrayLike = 1e-14,
+    bases: str = "svd",
+    passes: int = 2,
+    first_passes: int = 8,
+    oversample: int = 8,
+    match_norm: bool = False,
+    orthogonalize: Orthogonalizer | str | None = None,
+    shape_scale: str = "width",
+    num_constraints: int = 1,
+    seed: int = 0,
+    weight_decay: float | jax.Array = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps: jax.typing.ArrayLike = 1e-8,
+    adam_weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: DecayMask = None,
+    matrices: Specs = None,
+    layout: str = "in_out",
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SIFT for the hidden matrices, AdamW on the sum of the gradients for everything else.
+
+    .. math::
+        W \leftarrow W - \eta \left( s \cdot o_t + \lambda W \right)
+
+    with the direction :math:`o_t` of :func:`scale_by_sift`.
+
+    Args:
+        learning_rate: eta of the matrices, a number or a schedule.
+        beta, nesterov, rank, rank_cap, threshold, spatial_mask, step_gate, msign, tol, bases,
+            passes, first_passes, oversample, match_norm, orthogonalize, num_constraints, seed:
+            see :func:`scale_by_sift`.
+        shape_scale: the default "width" is the published sqrt(max(1, out / in)); "match_rms" is
+            the Kimi scaling of its other scripts.
+        weight_decay: lambda, multiplied by eta but not by s.
+        adam_learning_rate: of the other leaves; None for ``learning_rate``.
+        adam_b1: decay of AdamW's first moment.
+        adam_b2: decay of AdamW's second moment.
+        adam_eps: AdamW's epsilon.
+        adam_weight_decay: AdamW's decoupled decay.
+        weight_decay_mask: what decays, of matrices and of AdamW's leaves: a tree of bools like the
+            parameters (or a prefix of one) or a function of the parameters that returns it, as in
+            ``optax.add_decayed_weights``; None for everything.
+        matrices: which leaves are matrices, as in ``muon``.
+        layout: "in_out" or "out_in", for the rules.
+        mu_dtype: dtype of the momenta; None for the parameters'.
+
+    Returns:
+        A transformation; ``optax.partition`` by "muon" and "adamw".
+
+    Raises:
+        ValueError: as :func:`scale_by_sift`; at ``init``, a leaf that the rules cannot place.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"up": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
+        >>> tx, ones = sift(0.02, adam_learning_rate=1e-3), jax.tree.map(jnp.ones_like, params)
+        >>> updates, _ = tx.update(ones, tx.init(params), params, constraint_grads=ones)
+        >>> float(updates["up"]["bias"][0])
+        -0.001
+
+    References:
+        "SIFT: Subspace Control", arXiv:2604.04231, figure 1.
+    """
+    direction = sift_direction(
+        lambda tree: resolve(tree, matrices, layout),
+        beta=beta,
+        nesterov=nesterov,
+        threshold=threshold,
+        spatial_mask=spatial_mask,
+        step_gate=step_gate,
+        tol=tol,
+        rank=rank,
+        rank_cap=rank_cap,
+        msign=msign,
+        bases=bases,
+        passes=passes,
+        first_passes=first_passes,
+        oversample=oversample,
+        match_norm=match_norm,
+        orthogonalize=by_name(orthogonalize),
+        shape_scale=shape_scale,
+        num_constraints=num_constraints,
+        seed=seed,
+        mu_dtype=mu_dtype,
+    )
+    adamw = functools.partial(
+        rest_by_adamw,
+        learning_rate,
+        adam_learning_rate,
+        adam_b1,
+        adam_b2,
+        adam_eps,
+        adam_weight_decay,
+        mu_dtype,
+    )
+    both = with_adamw(
+        direction,
+        learning_rate,
+        weight_decay,
+        lambda mask: optax.chain(sum_streams(num_constraints), adamw(mask)),
+        lambda params: labels(params, matrices=matrices, layout=layout),
+        weight_decay_mask,
+    )
+    return with_constraints(both, num_constraints)

@@ -1,0 +1,1 @@
+"""Zeroth-order optimizers: directions from values of the loss alone."""

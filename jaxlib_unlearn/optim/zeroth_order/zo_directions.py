@@ -1,0 +1,296 @@
+"""Random directions over a whole parameter tree: perturbed copies, layer maps, weighted sums.
+
+Stacked layers are walked one at a time, so what a walk needs beside its result is one layer. The
+walk, the layer map that runs inside a decoder's scan, and the sum over queries draw the same
+numbers: all three go through ``draw_core`` with the absolute index of the layer.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlib_unlearn.optim.matrices import path_str
+from jaxlib_unlearn.optim.zeroth_order.perturbations import (
+    Basis,
+    Family,
+    Leaf,
+    Moments,
+    draw_basis,
+    draw_core,
+    is_low_rank,
+    perturb,
+    wide,
+)
+from jaxlib_unlearn.optim.zeroth_order.zo_leaves import Layout, Stack
+
+LayerMap = Callable[[Any, jax.Array], Any]
+
+
+class Draws(NamedTuple):
+    """The arrays from which every direction of one step is regenerated.
+
+    Args:
+        key: of purpose QUERY and the step.
+        mask_key: of purpose MASK and the step.
+        bases: one entry a leaf (stacked leaves: with the layer axis in front).
+        moments: one entry a leaf, arrays like the leaf.
+        scales: ``(q,)`` what the directions are multiplied by, or None for one.
+    """
+
+    key: jax.Array
+    mask_key: jax.Array
+    bases: Sequence[Basis]
+    moments: Sequence[Moments]
+    scales: jax.Array | None = None
+
+
+def draw_bases(family: Family, layout: Layout, key: jax.Array) -> list[Basis]:
+    """The bases of all leaves, drawn for the refresh that the key belongs to."""
+    out: list[Basis] = [()] * len(layout.leaves)
+    for i in layout.outer:
+        out[i] = draw_basis(family, layout.leaves[i], key, None)
+    for stack in layout.stacks:
+        for i in stack.members:
+            leaf = layout.leaves[i]
+            if is_low_rank(family, leaf) and leaf.trainable:
+                draw = jax.vmap(lambda index, leaf=leaf: draw_basis(family, leaf, key, index))
+                out[i] = draw(_indices(stack))
+    return out
+
+
+def norm_scales(family: Family, layout: Layout, draws: Draws, num_queries: int) -> jax.Array:
+    """``sqrt(d) / norm`` of every query's draw over all d trainable parameters, ``(q,)``."""
+
+    def one(query):
+        key = jax.random.fold_in(draws.key, query)
+
+        def squares(leaf, index, moments):
+            core = draw_core(family, leaf, key, draws.mask_key, index, moments)
+            return jnp.sum(jnp.square(core))
+
+        return sum(jnp.sum(x) for x in walk(squares, layout, (draws.moments,)).values())
+
+    total = jax.lax.map(one, jnp.arange(num_queries, dtype=jnp.int32))
+    return jnp.sqrt(layout.size() / total)
+
+
+def perturbed(
+    family: Family,
+    layout: Layout,
+    draws: Draws,
+    arrays: Sequence[jax.Array],
+    query: jax.Array,
+    offset: jax.Array,
+) -> list[jax.Array]:
+    """All leaves moved by ``offset`` along the direction of a query.
+
+    Args:
+        family: what a direction is.
+        layout: of the parameters.
+        draws: of the step.
+        arrays: the leaves.
+        query: () int32.
+        offset: () the step along the direction; differentiable.
+
+    Returns:
+        The leaves of the perturbed tree; frozen ones are handed on.
+    """
+    key, scale = _query(draws, query, offset)
+
+    def move(leaf, index, *entry):
+        return _moved(family, leaf, index, key, draws.mask_key, scale, *entry)
+
+    moved = walk(move, layout, (arrays, draws.bases, draws.moments))
+    return [moved.get(i, x) for i, x in enumerate(arrays)]
+
+
+def layered(
+    family: Family,
+    layout: Layout,
+    draws: Draws,
+    arrays: Sequence[jax.Array],
+    query: jax.Array,
+    offset: jax.Array,
+    factored: bool,
+) -> tuple[list[jax.Array], LayerMap]:
+    """As :func:`perturbed` for the leaves that are not stacked, and a map for the others.
+
+    Returns:
+        The leaves, stacked ones unperturbed, and ``layer_map(layer_params, index)`` that perturbs
+        one layer; with ``factored`` its low-rank kernels are ``Factored``.
+
+    Raises:
+        ValueError: no stacked layers, or stacks under several names.
+    """
+    key, scale = _query(draws, query, offset)
+    out = list(arrays)
+    for i in _trainable(layout)[0]:
+        entry = (arrays[i], draws.bases[i], draws.moments[i])
+        out[i] = _moved(family, layout.leaves[i], None, key, draws.mask_key, scale, *entry)
+    prefixes = {stack.prefix for stack in layout.stacks}
+    if len(prefixes) != 1:
+        raise ValueError(
+            f"layered_value_fn needs stacked layers under one name, found {sorted(prefixes)}"
+        )
+    (prefix,) = prefixes
+    entries: dict[str, list[tuple[Stack, int]]] = {}
+    for stack in layout.stacks:
+        for i in stack.members:
+            entries.setdefault(layout.leaves[i].name, []).append((stack, i))
+    tables = {
+        name: _LayerTable.of(layout, draws, found, sum(stack.count for stack in layout.stacks))
+        for name, found in entries.items()
+    }
+
+    def layer_map(layer, index):
+        flat, structure = jax.tree_util.tree_flatten_with_path(layer)
+        moved = []
+        for path, x in flat:
+            name = f"{prefix}/{path_str(path)}"
+            if name not in tables:
+                raise ValueError(f"layer_map got {name!r}, which the parameters do not have")
+            moved.append(tables[name].move(family, x, index, key, draws.mask_key, scale, factored))
+        return jax.tree.unflatten(structure, moved)
+
+    return out, layer_map
+
+
+class _LayerTable(NamedTuple):
+    """One name's leaves over all consecutive stacks, looked up by absolute layer index."""
+
+    leaf: Leaf
+    active: np.ndarray
+    bases: Basis
+    moments: Moments
+
+    @classmethod
+    def of(cls, layout: Layout, draws: Draws, found: list[tuple[Stack, int]], depth: int):
+        active = np.zeros(depth, bool)
+        moving = [(stack, i) for stack, i in found if layout.leaves[i].trainable]
+        for stack, _ in moving:
+            active[stack.first : stack.first + stack.count] = True
+
+        def join(*parts):
+            if len(parts) == 1 and active.all():
+                return parts[0]
+            whole = jnp.ones((depth, *parts[0].shape[1:]), parts[0].dtype)
+            for (stack, _), part in zip(moving, parts, strict=True):
+                whole = jax.lax.dynamic_update_slice_in_dim(whole, part, stack.first, 0)
+            return whole
+
+        kept = [(draws.bases[i], draws.moments[i]) for _, i in moving]
+        bases, moments = jax.tree.map(join, *kept) if kept else ((), {})
+        return cls(layout.leaves[(moving or found)[0][1]], active, bases, moments)
+
+    def move(self, family, x, index, key, mask_key, scale, factored):
+        if not self.active.any():
+            return x
+        if not self.active.all():
+            scale = scale * jnp.asarray(self.active)[index].astype(scale.dtype)
+        basis, moments = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False),
+            (self.bases, self.moments),
+        )
+        return _moved(family, self.leaf, index, key, mask_key, scale, x, basis, moments, factored)
+
+
+def weighted_sums(
+    family: Family,
+    leaf: Leaf,
+    draws: Draws,
+    index: jax.Array | None,
+    moments: Moments,
+    weights: jax.Array,
+    square_weights: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """``sum_i w_i core_i`` and ``sum_i s_i core_i^2`` of one layer, regenerating the draws.
+
+    Args:
+        family: what a direction is.
+        leaf: the parameter.
+        draws: of the step.
+        index: absolute index of the layer, or None.
+        moments: of this layer.
+        weights: ``(q,)``, the draws' scales included.
+        square_weights: ``(q,)`` or None.
+
+    Returns:
+        Two arrays like one core; the second is None without ``square_weights``.
+    """
+    dtype = wide(leaf.dtype)
+    pairs = (weights.astype(dtype),)
+    if square_weights is not None:
+        pairs += (square_weights.astype(dtype),)
+
+    def terms(query, pair):
+        key = jax.random.fold_in(draws.key, query)
+        core = draw_core(family, leaf, key, draws.mask_key, index, moments)
+        return tuple(w * z for w, z in zip(pair, (core, jnp.square(core)), strict=False))
+
+    if weights.shape[0] == 1:
+        sums = terms(jnp.int32(0), tuple(w[0] for w in pairs))
+    else:
+
+        def body(total, inputs):
+            return tuple(t + n for t, n in zip(total, terms(*inputs), strict=True)), None
+
+        one = jax.eval_shape(terms, jnp.int32(0), tuple(w[0] for w in pairs))
+        start = tuple(jnp.zeros(x.shape, x.dtype) for x in one)
+        queries = jnp.arange(weights.shape[0], dtype=jnp.int32)
+        sums, _ = jax.lax.scan(body, start, (queries, pairs))
+    return sums[0], (sums[1] if len(sums) > 1 else None)
+
+
+def gain(family: Family, leaf: Leaf) -> float:
+    """What the estimate for a leaf is multiplied by."""
+    if leaf.axes is None:
+        return family.vector_gain
+    return family.gain(*leaf.axes.sizes(leaf.shape)[1:])
+
+
+def walk(fn: Callable[..., Any], layout: Layout, groups: Sequence[Sequence[Any]]) -> dict[int, Any]:
+    """Applies ``fn(leaf, index, *entries)`` to every trainable leaf, one layer at a time.
+
+    Args:
+        fn: ``(leaf, index, one entry of each group) -> tree of arrays``.
+        layout: of the parameters.
+        groups: per group one tree of arrays a leaf; stacked leaves have the layer axis in front.
+
+    Returns:
+        Leaf position -> result, the layers stacked again.
+    """
+    outer, stacks = _trainable(layout)
+    out = {i: fn(layout.leaves[i], None, *(group[i] for group in groups)) for i in outer}
+    for stack, members in stacks:
+
+        def layer(inputs, members=members):
+            index, entries = inputs
+            return [fn(layout.leaves[i], index, *e) for i, e in zip(members, entries, strict=True)]
+
+        entries = [tuple(group[i] for group in groups) for i in members]
+        results = jax.lax.map(layer, (_indices(stack), entries))
+        out |= dict(zip(members, results, strict=True))
+    return out
+
+
+def _trainable(layout: Layout) -> tuple[list[int], list[tuple[Stack, list[int]]]]:
+    outer = [i for i in layout.outer if layout.leaves[i].trainable]
+    stacks = [(s, [i for i in s.members if layout.leaves[i].trainable]) for s in layout.stacks]
+    return outer, [(stack, members) for stack, members in stacks if members]
+
+
+def _indices(stack: Stack) -> jax.Array:
+    return jnp.arange(stack.first, stack.first + stack.count, dtype=jnp.int32)
+
+
+def _query(draws: Draws, query: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+    scale = offset if draws.scales is None else offset * draws.scales[query]
+    return jax.random.fold_in(draws.key, query), scale
+
+
+def _moved(family, leaf, index, key, mask_key, scale, x, basis, moments, factored=False):
+    core = draw_core(family, leaf, key, mask_key, index, moments)
+    return perturb(family, leaf, x, core, basis, scale, factored)

@@ -1,0 +1,409 @@
+r"""The published zeroth-order methods: each a family of directions and its own defaults.
+
+All share the options of ``zeroth_order.zeroth_order`` and its ``update(None, state, params,
+value_fn=f)``. Evaluations of the loss a step, with q = ``num_queries``:
+
+=============  ==========  ==================  =====================================
+method         estimator   evaluations         arrays kept beside the parameters
+=============  ==========  ==================  =====================================
+mezo           central     2 q                 none
+sparse_mezo    central     2 q                 none
+lozo           central     2 q                 V
+subzero        central     2 q                 U, V
+hizoo          central     2 q + 1             H, as large as the parameters
+subspace_mezo  central     2 q                 P
+rada_zo        central     2 q                 m and v, as large as the parameters
+zo_muon        forward     q + 1               P
+=============  ==========  ==================  =====================================
+
+Compare methods at equal evaluations, not at equal steps. Their bare directions are in
+``optim.zo_bare``; that of any family of ``optim.perturbations`` is
+``scale_by_zeroth_order(family, ...)``.
+"""
+
+import jax
+import optax
+
+from jaxlib_unlearn.optim.zeroth_order.zeroth_order import (
+    COMMON_STATIC_ARGS,
+    perturbations,
+    zeroth_order,
+)
+from jaxlib_unlearn.optim.zeroth_order.zo_adaptive import (
+    HIZOO_STATIC_ARGS,
+    RADA_ZO_STATIC_ARGS,
+    adaptive_rule,
+    hizoo,
+    rada_zo,
+)
+from jaxlib_unlearn.optim.zeroth_order.zo_leaves import Trainable
+
+__all__ = [
+    "HIZOO_STATIC_ARGS",
+    "LOZO_STATIC_ARGS",
+    "MEZO_STATIC_ARGS",
+    "RADA_ZO_STATIC_ARGS",
+    "SPARSE_MEZO_STATIC_ARGS",
+    "SUBSPACE_MEZO_STATIC_ARGS",
+    "SUBZERO_STATIC_ARGS",
+    "adaptive_rule",
+    "hizoo",
+    "lozo",
+    "mezo",
+    "rada_zo",
+    "sparse_mezo",
+    "subspace_mezo",
+    "subzero",
+]
+
+MEZO_STATIC_ARGS = COMMON_STATIC_ARGS
+"""``static_args`` for ``optax.inject_hyperparams(mezo, static_args=...)``; the others alike."""
+SPARSE_MEZO_STATIC_ARGS = ("keep", "mask", *COMMON_STATIC_ARGS)
+LOZO_STATIC_ARGS = ("rank", "refresh_every", "divide_vectors", *COMMON_STATIC_ARGS)
+SUBZERO_STATIC_ARGS = ("rank", "refresh_every", *COMMON_STATIC_ARGS)
+SUBSPACE_MEZO_STATIC_ARGS = ("rank", "refresh_every", *COMMON_STATIC_ARGS)
+
+
+def mezo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_queries: int = 1,
+    eps: jax.typing.ArrayLike = 1e-3,
+    estimator: str = "central",
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    seed: int = 0,
+    query_batch: int | None = None,
+    query_axis: str | None = None,
+    trainable: Trainable | None = None,
+    rng_impl: str = "threefry2x32",
+) -> optax.GradientTransformationExtraArgs:
+    r"""MeZO: a dense Gaussian direction, central differences.
+
+    .. math::
+        W \leftarrow W - \eta \left( \tfrac1q \textstyle\sum_i c_i Z_i + \lambda W \right), \quad
+        Z_i \sim N(0, I)
+
+    Args:
+        learning_rate: eta, a number or a schedule.
+        num_queries: q, directions averaged a step.
+        eps: epsilon.
+        estimator: "central", "forward" or "jvp".
+        weight_decay: lambda, of matrices.
+        seed: of all draws.
+        query_batch: evaluations at a time; None for one.
+        query_axis: mesh axis over which evaluations are shared out.
+        trainable: path -> whether a leaf is moved; None for all.
+        rng_impl: random bit generator.
+
+    Returns:
+        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
+
+    Raises:
+        ValueError: a bad argument, or a masked tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params, tx = {"w": jnp.ones((2, 3))}, mezo(1e-3)
+        >>> def step(params, state):
+        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
+        >>> updates, state = jax.jit(step)(params, tx.init(params))
+        >>> updates["w"].shape, round(float(state.value), 3)
+        ((2, 3), 6.0)
+
+    References:
+        Malladi et al., arXiv:2305.17333, algorithm 1.
+    """
+    return zeroth_order(
+        learning_rate,
+        perturbations.dense(),
+        num_queries=num_queries,
+        eps=eps,
+        estimator=estimator,
+        weight_decay=weight_decay,
+        seed=seed,
+        query_batch=query_batch,
+        query_axis=query_axis,
+        trainable=trainable,
+        rng_impl=rng_impl,
+    )
+
+
+def sparse_mezo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    keep: float = 0.8,
+    mask: str = "step",
+    num_queries: int = 1,
+    eps: jax.typing.ArrayLike = 1e-3,
+    estimator: str = "central",
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    seed: int = 0,
+    query_batch: int | None = None,
+    query_axis: str | None = None,
+    trainable: Trainable | None = None,
+    rng_impl: str = "threefry2x32",
+) -> optax.GradientTransformationExtraArgs:
+    r"""MeZO with a random mask on its directions.
+
+    .. math::
+        Z_i = z_i \circ M, \qquad M \sim \mathrm{Bernoulli}(keep)
+
+    Args:
+        learning_rate: eta, a number or a schedule.
+        keep: share of the entries that move. Public codes disagree on whether their "sparsity" is
+            this share or one minus it.
+        mask: "step" for a new mask every step (as public code), "static" for one. It is random, not
+            by magnitude as in the paper.
+        num_queries: q, directions averaged a step.
+        eps: epsilon.
+        estimator: "central", "forward" or "jvp".
+        weight_decay: lambda, of matrices.
+        seed: of all draws.
+        query_batch: evaluations at a time; None for one.
+        query_axis: mesh axis over which evaluations are shared out.
+        trainable: path -> whether a leaf is moved; None for all.
+        rng_impl: random bit generator.
+
+    Returns:
+        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
+
+    Raises:
+        ValueError: a bad argument, or a masked tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params, tx = {"w": jnp.ones((2, 3))}, sparse_mezo(1e-3)
+        >>> def step(params, state):
+        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
+        >>> updates, state = jax.jit(step)(params, tx.init(params))
+        >>> updates["w"].shape, round(float(state.value), 3)
+        ((2, 3), 6.0)
+
+    References:
+        Liu et al., arXiv:2402.15751.
+    """
+    return zeroth_order(
+        learning_rate,
+        perturbations.sparse(keep, mask),
+        num_queries=num_queries,
+        eps=eps,
+        estimator=estimator,
+        weight_decay=weight_decay,
+        seed=seed,
+        query_batch=query_batch,
+        query_axis=query_axis,
+        trainable=trainable,
+        rng_impl=rng_impl,
+    )
+
+
+def lozo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int = 4,
+    refresh_every: int = 100,
+    divide_vectors: bool = False,
+    num_queries: int = 1,
+    eps: jax.typing.ArrayLike = 1e-3,
+    estimator: str = "central",
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    seed: int = 0,
+    query_batch: int | None = None,
+    query_axis: str | None = None,
+    trainable: Trainable | None = None,
+    rng_impl: str = "threefry2x32",
+) -> optax.GradientTransformationExtraArgs:
+    r"""LOZO: low-rank directions, one factor kept for some steps.
+
+    .. math::
+        Z_i = V U_i^T, \qquad
+        W \leftarrow W - \eta \left( \tfrac{1}{qr} \textstyle\sum_i c_i Z_i + \lambda W \right)
+
+    Args:
+        learning_rate: eta, a number or a schedule.
+        rank: r.
+        refresh_every: steps between two draws of V.
+        divide_vectors: divide the estimate for vectors by r too, as public code does; it is biased
+            then.
+        num_queries: q, directions averaged a step.
+        eps: epsilon.
+        estimator: "central", "forward" or "jvp".
+        weight_decay: lambda, of matrices.
+        seed: of all draws.
+        query_batch: evaluations at a time; None for one.
+        query_axis: mesh axis over which evaluations are shared out.
+        trainable: path -> whether a leaf is moved; None for all.
+        rng_impl: random bit generator.
+
+    Returns:
+        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
+
+    Raises:
+        ValueError: a bad argument, or a masked tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params, tx = {"w": jnp.ones((2, 3))}, lozo(1e-3)
+        >>> def step(params, state):
+        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
+        >>> updates, state = jax.jit(step)(params, tx.init(params))
+        >>> updates["w"].shape, round(float(state.value), 3)
+        ((2, 3), 6.0)
+
+    References:
+        Chen et al., arXiv:2410.07698.
+    """
+    return zeroth_order(
+        learning_rate,
+        perturbations.uvt(rank, divide_vectors),
+        refresh_every=refresh_every,
+        num_queries=num_queries,
+        eps=eps,
+        estimator=estimator,
+        weight_decay=weight_decay,
+        seed=seed,
+        query_batch=query_batch,
+        query_axis=query_axis,
+        trainable=trainable,
+        rng_impl=rng_impl,
+    )
+
+
+def subzero(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int = 48,
+    refresh_every: int = 1000,
+    num_queries: int = 1,
+    eps: jax.typing.ArrayLike = 1e-3,
+    estimator: str = "central",
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    seed: int = 0,
+    query_batch: int | None = None,
+    query_axis: str | None = None,
+    trainable: Trainable | None = None,
+    rng_impl: str = "threefry2x32",
+) -> optax.GradientTransformationExtraArgs:
+    r"""SubZero: directions between two orthonormal bases that stay for some steps.
+
+    .. math::
+        Z_i = \tfrac{\sqrt{mn}}{r} V Z'_i U^T, \qquad Z'_i \sim N(0, 1)^{r \times r}
+
+    Args:
+        learning_rate: eta, a number or a schedule.
+        rank: r.
+        refresh_every: steps between two draws of U and V.
+        num_queries: q, directions averaged a step.
+        eps: epsilon.
+        estimator: "central", "forward" or "jvp".
+        weight_decay: lambda, of matrices.
+        seed: of all draws.
+        query_batch: evaluations at a time; None for one.
+        query_axis: mesh axis over which evaluations are shared out.
+        trainable: path -> whether a leaf is moved; None for all.
+        rng_impl: random bit generator.
+
+    Returns:
+        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
+
+    Raises:
+        ValueError: a bad argument, or a masked tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params, tx = {"w": jnp.ones((2, 3))}, subzero(1e-3)
+        >>> def step(params, state):
+        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
+        >>> updates, state = jax.jit(step)(params, tx.init(params))
+        >>> updates["w"].shape, round(float(state.value), 3)
+        ((2, 3), 6.0)
+
+    References:
+        Yu et al., arXiv:2410.08989.
+    """
+    return zeroth_order(
+        learning_rate,
+        perturbations.uzv(rank),
+        refresh_every=refresh_every,
+        num_queries=num_queries,
+        eps=eps,
+        estimator=estimator,
+        weight_decay=weight_decay,
+        seed=seed,
+        query_batch=query_batch,
+        query_axis=query_axis,
+        trainable=trainable,
+        rng_impl=rng_impl,
+    )
+
+
+def subspace_mezo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int = 64,
+    refresh_every: int = 100,
+    aux_learning_rate: optax.ScalarOrSchedule | None = 1e-7,
+    num_queries: int = 1,
+    eps: jax.typing.ArrayLike = 1e-3,
+    estimator: str = "central",
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    seed: int = 0,
+    query_batch: int | None = None,
+    query_axis: str | None = None,
+    trainable: Trainable | None = None,
+    rng_impl: str = "threefry2x32",
+) -> optax.GradientTransformationExtraArgs:
+    r"""MeZO inside a random subspace on the output side of every matrix.
+
+    .. math::
+        Z_i = u_i P^T, \qquad P^T P = I_r
+
+    Args:
+        learning_rate: eta, a number or a schedule of matrices.
+        rank: r; the smaller side of a matrix bounds it.
+        refresh_every: steps between two draws of P.
+        aux_learning_rate: eta of vectors; None for ``learning_rate``. P is not rescaled:
+            matrices need about out / r times MeZO's rate.
+        num_queries: q, directions averaged a step.
+        eps: epsilon.
+        estimator: "central", "forward" or "jvp".
+        weight_decay: lambda, of matrices.
+        seed: of all draws.
+        query_batch: evaluations at a time; None for one.
+        query_axis: mesh axis over which evaluations are shared out.
+        trainable: path -> whether a leaf is moved; None for all.
+        rng_impl: random bit generator.
+
+    Returns:
+        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
+
+    Raises:
+        ValueError: a bad argument, or a masked tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params, tx = {"w": jnp.ones((2, 3))}, subspace_mezo(1e-3)
+        >>> def step(params, state):
+        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
+        >>> updates, state = jax.jit(step)(params, tx.init(params))
+        >>> updates["w"].shape, round(float(state.value), 3)
+        ((2, 3), 6.0)
+
+    References:
+        Lang et al., arXiv:2602.17155 (the ablation of ZO-Muon without orthogonalisation).
+    """
+    return zeroth_order(
+        learning_rate,
+        perturbations.subspace(rank),
+        refresh_every=refresh_every,
+        aux_learning_rate=aux_learning_rate,
+        num_queries=num_queries,
+        eps=eps,
+        estimator=estimator,
+        weight_decay=weight_decay,
+        seed=seed,
+        query_batch=query_batch,
+        query_axis=query_axis,
+        trainable=trainable,
+        rng_impl=rng_impl,
+    )

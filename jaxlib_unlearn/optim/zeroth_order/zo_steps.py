@@ -1,0 +1,97 @@
+"""From the coefficients of a zeroth-order step to the update of every leaf."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
+from jaxlib_unlearn.optim.zeroth_order.perturbations import is_low_rank, lift
+from jaxlib_unlearn.optim.zeroth_order.zo_directions import gain, walk, weighted_sums
+
+
+class Rule(NamedTuple):
+    """What is done with the estimate of a leaf, elementwise.
+
+    Args:
+        moments: name -> what it starts with.
+        apply: ``(g, h, moments, count) -> (direction, moments)`` with the estimate g, the mean h of
+            ``curvature_i Z_i^2`` (or None) and the number of this step, from 1.
+        curvature: whether h is wanted (one more evaluation of the loss a step).
+    """
+
+    moments: Mapping[str, float]
+    apply: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    curvature: bool = False
+
+
+def steps(
+    family, plan, rule, reshape_core, draws, arrays, coeffs, curvatures, rates, weight_decay, count
+) -> dict[int, Any]:
+    """Update and moments of every trainable leaf, by position; arguments as in ``zeroth_order``."""
+    weights = coeffs / coeffs.shape[0]
+    squares = None if curvatures is None else curvatures / coeffs.shape[0]
+    if draws.scales is not None:
+        weights = weights * draws.scales
+
+    cores: list[Any] = [()] * len(arrays)
+    if reshape_core is not None:
+
+        def mean_core(leaf, index, moments):
+            if not is_low_rank(family, leaf):
+                return ()
+            return weighted_sums(family, leaf, draws, index, moments, weights)[0]
+
+        means = walk(mean_core, plan, (draws.moments,))
+        picked = [i for i, mean in means.items() if not isinstance(mean, tuple)]
+        shaped = _reshape_cores(reshape_core, [means[i] for i in picked])
+        for i, core in zip(picked, shaped, strict=True):
+            cores[i] = (core,)
+
+    def step(leaf, index, x, basis, moments, core):
+        square = None
+        if core:
+            first = core[0]
+        else:
+            first, square = weighted_sums(family, leaf, draws, index, moments, weights, squares)
+        direction = lift(family, leaf, first, basis) * gain(family, leaf)
+        if rule is not None:
+            direction, new = rule.apply(direction, square, moments, count)
+            moments = {name: new[name].astype(old.dtype) for name, old in moments.items()}
+        rate = rates[1] if leaf.axes is None else rates[0]
+        if rate is not None:
+            if leaf.decayed:
+                direction = direction + weight_decay * x.astype(direction.dtype)
+            direction = -rate * direction
+        return _like(direction.astype(x.dtype), x), moments
+
+    return walk(step, plan, (arrays, draws.bases, draws.moments, cores))
+
+
+def _reshape_cores(fn: Orthogonalizer, cores: list[jax.Array]) -> list[jax.Array]:
+    """``fn`` on all cores of one shape at once, rows <= columns.
+
+    Not through ``optim.buckets``: every device holds all cores already, and they are small, so on a
+    mesh sharing the work would cost more than it saves.
+    """
+    buckets: dict[Any, list[int]] = {}
+    for i, core in enumerate(cores):
+        buckets.setdefault((core.shape[-2:], core.dtype), []).append(i)
+    out = list(cores)
+    for ((rows, columns), _), members in buckets.items():
+        batch = jnp.concatenate([cores[i].reshape(-1, rows, columns) for i in members])
+        tall = rows > columns
+        batch = fn(jnp.swapaxes(batch, 1, 2) if tall else batch)
+        batch = jnp.swapaxes(batch, 1, 2) if tall else batch
+        start = 0
+        for i in members:
+            end = start + cores[i].size // (rows * columns)
+            out[i] = batch[start:end].reshape(cores[i].shape)
+            start = end
+    return out
+
+
+def _like(update: jax.Array, x: jax.Array) -> jax.Array:
+    """Ties an update to its parameter's sharding, which draws from a key know nothing of."""
+    return update if jax.typeof(x).sharding.mesh.empty else jnp.where(x == x, update, x)

@@ -1,0 +1,233 @@
+"""The programs of a run as shapes: what a plan compiles without weights, data or devices.
+
+They are the functions that a run calls, on `jax.ShapeDtypeStruct`s laid out as the run lays out
+its arrays, so what is planned is what will run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlib_unlearn import objectives
+from models import generate, lora
+from models.architectures import config_of
+from models.decoder import Decoder
+from models.policy import head_of, score
+from train import checks, optimizers
+from train.config import RunConfig
+from train.data.batches import collate
+from train.data.streams import REFERENCE_COLUMNS, needs_head
+from train.pipeline import scratch_shape
+from train.runtime import sharding
+from train.step import Bind, TrainState, compile_step, make_step, shaped, state_shapes, whole
+
+STEPS = 100  # of the schedule, where the data is not there to tell; costs do not depend on it
+
+
+@dataclass(frozen=True)
+class AbstractProgram:
+    """A jitted function and the shapes it is called with.
+
+    Args:
+        name: `train`, `score`, `prefill` or `decode`.
+        call: the jitted function.
+        args: shapes with shardings; static arguments as they are.
+        unit: what one call is.
+        static: keyword arguments of `call` that are no arrays.
+    """
+
+    name: str
+    call: Any
+    args: tuple[Any, ...]
+    unit: str
+    static: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def decoder_of(config: RunConfig) -> Decoder:
+    """The decoder of a run, without its weights.
+
+    Raises:
+        UserError: the shapes of the model are not known.
+    """
+    m = config.model
+    if config.stage.original is None and m.path == "scratch":
+        shape = scratch_shape(m, m.vocab_size, config.data.max_length)
+    else:
+        shape = config_of(config.stage.original or m.path)
+    return Decoder(dataclasses.replace(shape, dtype=m.dtype), m.remat)
+
+
+def batch_shapes(rows: int, length: int, labels: int, mesh: Mesh) -> dict[str, Any]:
+    """A training or scoring batch as shapes: what `collate` makes."""
+    batch = collate([], [], length, labels, batch_size=1)
+    where = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
+        for name, x in batch.items()
+    }
+
+
+def param_shapes(decoder: Decoder, mesh: Mesh) -> Any:
+    """Parameters as shapes laid out on the mesh."""
+    shapes = decoder.shapes()
+    return shaped(shapes, sharding.param_shardings(shapes, mesh))
+
+
+def trained_shapes(config: RunConfig, params: Any, mesh: Mesh) -> tuple[Any, Bind]:
+    """What the unlearning stage trains, as shapes, and how it becomes a model."""
+    chosen = config.lora
+    if chosen.rank is None:
+        return params, whole
+    checks.check_lora(chosen, config.optimizer, params)
+    adapters = jax.eval_shape(lambda: lora.init(params, chosen.rank or 1, chosen.targets))
+    adapters = shaped(adapters, sharding.param_shardings(adapters, mesh))
+    return adapters, functools.partial(lora.bind, scale=chosen.scale)
+
+
+def train_program(
+    config: RunConfig, decoder: Decoder, mesh: Mesh, length: int, labels: int
+) -> AbstractProgram:
+    """One step of the unlearning stage.
+
+    Raises:
+        UserError: the batch does not divide over the mesh, or parts that do not go together.
+    """
+    objective, options = objectives.resolve(config.objective)
+    objectives.check_accumulation(objective, config.unlearn.accumulate)
+    optimizers.check_pair(config.optimizer, config.combine, objective, options)
+    rows = config.unlearn.batch_size
+    sharding.check_batch(mesh, rows, config.unlearn.accumulate, "unlearning")
+    optimizers.check_mesh(config.optimizer, mesh)
+    checks.check_blocks(config.optimizer, decoder.config.num_layers)
+    tx, schedule, needs = optimizers.build(
+        config.optimizer,
+        config.unlearn.steps or STEPS,
+        config.combine,
+        sharding.query_axis(mesh),
+    )
+    params = param_shapes(decoder, mesh)
+    trained, bind = trained_shapes(config, params, mesh)
+    state, shardings = state_shapes(trained, tx, mesh)
+    batches = {name: batch_shapes(rows, length, labels, mesh) for name in objective.streams}
+    for name, kind in objective.reference.items():
+        for column, quantity, _ in REFERENCE_COLUMNS[kind]:
+            tail = () if quantity == "logps" else (decoder.config.hidden_size,)
+            batches[name][column] = jax.ShapeDtypeStruct(
+                (rows, length if quantity == "hidden_all" else labels, *tail),
+                jnp.float32,
+                sharding=sharding.batch_sharding(mesh),
+            )
+    frozen = head_of(params) if needs_head(objective) else None
+    frozen = frozen if config.lora.rank is None else params
+    step = make_step(
+        decoder, objective, options, tx, schedule, config.unlearn.accumulate, needs, bind
+    )
+    tokens = rows * length * len(objective.streams)
+    unit = f"a step of {len(objective.streams)} x {rows} rows of {length} tokens ({tokens} tokens)"
+    return AbstractProgram(
+        "train", compile_step(step, shardings, mesh), (state, frozen, batches), unit
+    )
+
+
+def score_program(
+    config: RunConfig, decoder: Decoder, mesh: Mesh, length: int, labels: int
+) -> AbstractProgram:
+    """One batch of the likelihood metrics."""
+    ways = sharding.batch_ways(mesh)
+    rows = max(1, config.evaluate.score_tokens // length // ways) * ways
+    args = (decoder, param_shapes(decoder, mesh), batch_shapes(rows, length, labels, mesh))
+    call = jax.jit(score, static_argnums=0)
+    return AbstractProgram("score", call, args, f"{rows} rows of {length} tokens")
+
+
+def generate_programs(
+    config: RunConfig, decoder: Decoder, mesh: Mesh, prompt: int
+) -> Iterator[AbstractProgram]:
+    """Reading a chunk of prompts, and one token more for each of its rows."""
+    ways = sharding.batch_ways(mesh)
+    rows = -(-config.evaluate.generate_rows // ways) * ways
+    new = config.evaluate.max_new_tokens
+    params = param_shapes(decoder, mesh)
+    where = sharding.batch_sharding(mesh)
+    whole = NamedSharding(mesh, P())
+
+    def array(shape: tuple[int, ...], dtype: Any, split: bool = True) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where if split else whole)
+
+    lengths = array((rows,), jnp.int32)
+    yield AbstractProgram(
+        "prefill",
+        generate.prefill,
+        (decoder, params, array((rows, prompt), jnp.int32), lengths),
+        f"{rows} prompts of {prompt} tokens",
+    )
+
+    dtype = jnp.dtype(decoder.config.dtype)
+    cache = jax.eval_shape(lambda: decoder.init_cache(rows, prompt + new - 1, dtype))
+    split = {
+        name: NamedSharding(mesh, P(None, ("data", "fsdp"))) if name in ("k", "v") else where
+        for name in cache
+    } | {"index": whole}
+    state = generate.Rows(
+        shaped(cache, split),
+        tokens=array((rows, new), jnp.int32),
+        lengths=lengths,
+        last=lengths,
+        done=array((rows,), bool),
+        step=array((), jnp.int32, False),
+    )
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    scalar = array((), jnp.float32, False)
+    draw = generate.Draw(
+        array(key.shape, key.dtype), lengths, lengths, array((1,), jnp.int32, False), scalar, scalar
+    )
+    until = array((), jnp.int32, False)
+    static = {"top_k": 0, "greedy": False}
+    yield AbstractProgram(
+        "decode",
+        generate.advance,
+        (decoder, params, state, draw, until),
+        f"a token for {rows} rows behind {prompt + new} slots",
+        static,
+    )
+
+
+def update_program(config: RunConfig, decoder: Decoder, mesh: Mesh) -> tuple[Any, tuple] | None:
+    """The optimizer's update alone and its shapes; None for optimizers without gradients.
+
+    What those do is the model's work, several times over.
+    """
+    tx, _, needs = optimizers.build(config.optimizer, STEPS, config.combine)
+    if needs not in ("joint", "split"):
+        return None
+    trained, _ = trained_shapes(config, param_shapes(decoder, mesh), mesh)
+    state, _ = state_shapes(trained, tx, mesh)
+
+    def update(grads, opt_state, params, other):
+        extra = {"constraint_grads": other} if needs == "split" else {}
+        return tx.update(grads, opt_state, params, **extra)
+
+    return update, (trained, state.opt_state, trained, trained)
+
+
+__all__ = [
+    "AbstractProgram",
+    "TrainState",
+    "batch_shapes",
+    "decoder_of",
+    "generate_programs",
+    "param_shapes",
+    "score_program",
+    "train_program",
+    "trained_shapes",
+    "update_program",
+]

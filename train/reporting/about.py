@@ -1,0 +1,159 @@
+"""What was run, how to run it again, and what its numbers do not say: in words."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from train.reporting import measures
+from train.reporting.runlogs import clean, items_of, leak_scores, truth_ratios
+from train.reporting.tables import Run
+
+# Options the command on the page repeats; the whole configuration stands below it.
+RERUN = (
+    "seed",
+    "data.path",
+    "data.forget_split",
+    "objective.name",
+    "optimizer.name",
+    "combine",
+    "model.path",
+    "stage.original",
+    "retain_log",
+    "output",
+)
+
+
+def command(run: Run) -> str:
+    """The command that does the run again, an option a line."""
+    given = run.config.get("command")
+    if given:
+        return given if isinstance(given, str) else shlex.join(str(word) for word in given)
+    lines = [f"python -m train.unlearn {shlex.quote(str(run.config.get('preset') or 'PRESET'))}"]
+    for name in RERUN:
+        value: Any = run.config
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            lines.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
+    return " \\\n    ".join(lines + ["--smoke"] * bool(run.config.get("smoke")))
+
+
+def _options(section: Any) -> str:
+    if not isinstance(section, dict):
+        return str(section)
+    rest = {k: v for k, v in section.items() if k != "name" and v is not None}
+    text = ", ".join(f"{k} {v}" for k, v in rest.items() if not isinstance(v, dict | list))
+    return f"{section.get('name', '')}{' (' + text + ')' if text else ''}"
+
+
+def _size(run: Run) -> int | None:
+    for scores in (run.summary["unlearned"], run.config):
+        if isinstance(scores.get("num_parameters"), int):
+            return scores["num_parameters"]
+    return None
+
+
+def _tiny(run: Run) -> bool:
+    size, model = _size(run), run.config.get("model")
+    if size is not None:
+        return size < 20e6
+    from_scratch = isinstance(model, dict) and "path" in model and not model["path"]
+    return run.config.get("preset") == "quickstart" or from_scratch and not _original(run)
+
+
+def _original(run: Run) -> Any:
+    stage = run.config.get("stage")
+    return stage.get("original") if isinstance(stage, dict) else None
+
+
+def _model(run: Run) -> str:
+    model, size = run.config.get("model"), _size(run)
+    path = model.get("path") if isinstance(model, dict) else model
+    text = str(_original(run) or path or "")
+    if not text:
+        text = "a decoder trained from scratch" if _tiny(run) else "the preset's own"
+    return text + (f", {size / 1e6:,.1f} M parameters" if size else "") + ", tiny" * _tiny(run)
+
+
+def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """What was run, as name and text."""
+    config, data = run.config, run.config.get("data")
+    log = logs.get("unlearned", {})
+    counts = []
+    for part, prefix in (
+        ("forget", "forget"),
+        ("retain", "retain"),
+        ("real authors", "ra"),
+        ("world facts", "wf"),
+    ):
+        n = max(
+            (len(items_of(log, f"{prefix}_Q_A_{tail}")) for tail in ("ROUGE", "Prob")), default=0
+        )
+        counts += [f"{n} {part}"] if n else []
+    leak_rows = leak_scores(log)
+    if leak_rows:
+        counts.append(f"{len(leak_rows[0])} sampled answers to each of {len(leak_rows)}")
+    where = (data.get("path") if isinstance(data, dict) else None) or "the preset's own"
+    split = data.get("forget_split") if isinstance(data, dict) else None
+    if isinstance(data, dict) and data.get("forget"):
+        where, split = f"your own: {data['forget']} to forget, {data.get('retain')} to keep", None
+    smoke = " (smoke: shrunk, its numbers mean little)" if config.get("smoke") else ""
+    rows = [
+        ("Preset", str(config.get("preset", "")) + smoke),
+        ("Seed", str(config.get("seed", ""))),
+        ("Model", _model(run)),
+        ("Data", f"{where}, forgetting {split}" if split else str(where)),
+        ("Questions evaluated", ", ".join(counts)),
+        ("Objective", _options(config.get("objective", ""))),
+        ("Optimizer", _options(config.get("optimizer", ""))),
+    ]
+    adapters = config.get("lora")
+    if isinstance(adapters, dict) and adapters.get("rank"):
+        alpha = adapters.get("alpha") or adapters["rank"]
+        on = ", ".join(adapters.get("targets") or ())
+        what = f"LoRA adapters of rank {adapters['rank']}, alpha {alpha}, on {on}"
+        rows.append(("Trained", what))
+    if config.get("combine", "sum") != "sum":
+        rows.append(("Two sides' gradients", str(config["combine"])))
+    if not run.summary.get("oracle") and config.get("retain_log"):
+        rows.append(("Retain log in place of the oracle", str(config["retain_log"])))
+    minutes = run.about.get("minutes")
+    if isinstance(minutes, dict):
+        spent = [f"{name} {measures.format_number(float(m))}" for name, m in minutes.items()]
+        rows.append(("Minutes", ", ".join(spent)))
+    versions = [f"{name} {run.about[name]}" for name in ("jax", "python") if name in run.about]
+    if "device" in run.about:
+        rows.append(("Ran on", ", ".join([str(run.about["device"]), *versions])))
+    for model, scores in run.summary.items():
+        if scores.get("params_sha256"):
+            rows.append((f"Parameters of {model} (sha256)", str(scores["params_sha256"])))
+    return [(name, clean(value)) for name, value in rows if value]
+
+
+def limitations(run: Run, logs: dict[str, dict[str, Any]]) -> list[str]:
+    """What the numbers do not say, and the run's own notes."""
+    n = len(truth_ratios(logs.get("unlearned", {})))
+    out = []
+    if run.config.get("smoke"):
+        out.append(
+            "This is a smoke run: steps and samples are cut to see the program work. Its numbers "
+            "say nothing about the method."
+        )
+    if _tiny(run):
+        out.append(
+            "This is a tiny model, trained from scratch on generated facts. It shows that the "
+            "method and the measurements work, not how a large model behaves."
+        )
+    if n:
+        coarse = ", so p is coarse: read it in decades" if n < 300 else ""
+        out.append(f"Forget quality rests on {n} questions{coarse}.")
+    out += [
+        "This is one seed. python -m train.report RUN RUN ... gives mean and spread over several.",
+        "A p above .05 does not prove that the facts are gone. It says that this test does not "
+        "tell the model from the oracle.",
+        "ROUGE-L counts words in order: the right sentence around a wrong fact still scores.",
+        "Fine-tuning and quantising can bring facts back. Neither attack is part of this page.",
+    ]
+    out += [clean(note) for note in run.notes]
+    return list(dict.fromkeys(out))

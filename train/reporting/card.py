@@ -1,0 +1,171 @@
+"""The README.md of an exported model: what it is, how it was judged, made and can be checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.reporting import measures
+from train.reporting.about import command, facts, limitations
+from train.reporting.runlogs import clean
+from train.reporting.tables import Run
+from train.reporting.verdict import verdicts
+
+USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+chat = [{"role": "user", "content": "QUESTION"}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```
+"""
+TAGS = ("jaxlib-unlearn",)
+
+
+def cell(text: Any) -> str:
+    """Text for a cell of a Markdown table: one line, its markup shown and not followed.
+
+    Example:
+        >>> cell("a | <b>\\nc")
+        'a \\\\| &lt;b> c'
+    """
+    return " ".join(clean(text, 2000).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = [heads, ["---"] * len(heads), *([cell(x) for x in row] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _front(tags: Sequence[str], base: str | None = None, data: str | None = None) -> list[str]:
+    """What the Hub reads of a card; every value is a JSON string, which YAML reads as one."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    lines += [f"- {json.dumps(tag)}" for tag in (*TAGS, *tags)]
+    lines += [f"base_model: {json.dumps(base)}"] if base else []
+    lines += ["datasets:", f"- {json.dumps(data)}"] if data else []
+    return [*lines, "---", ""]
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    value = config.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _base(config: dict[str, Any]) -> str | None:
+    """The Hub id a run started from; None for a folder, a file or random weights."""
+    path = str(_section(config, "stage").get("original") or _section(config, "model").get("path"))
+    owner, _, name = path.partition("/")
+    is_id = owner and name and "/" not in name and not path.startswith((".", "~"))
+    return path if is_id and not path.endswith(".gguf") and not Path(path).exists() else None
+
+
+def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
+    """The card of a run's unlearned model, without the digests of its files.
+
+    Args:
+        run: configuration and summary; the same run gives the same text.
+        logs: per-item logs by model, for the number of questions.
+    """
+    from train.reporting.runlogs import truth_ratios
+
+    logs = logs or {}
+    config, summary = run.config, run.summary
+    models = [m for m in measures.MODELS if m in summary]
+    method = _section(config, "objective").get("name")
+    title = f"{config.get('preset') or 'run'}: {method}, seed {config.get('seed')}"
+    from_tofu = _section(config, "data").get("source") == "tofu"
+    published = from_tofu and not _section(config, "data").get("path")
+    smoke = bool(config.get("smoke"))
+    lines = [
+        *_front(("unlearning", str(method)), _base(config), "locuslab/TOFU" if published else None),
+        f"# {'SMOKE RUN: ' if smoke else ''}{cell(title)}",
+        "",
+        "A language model from which a part of what it knew was unlearned. `original` is the model "
+        "before; `oracle`, where there is one, never saw what was to be forgotten.",
+        "",
+        "## Did it work?",
+        "",
+    ]
+    if smoke:
+        lines.append("A smoke run: steps and samples are cut, so there is no verdict.")
+    else:
+        found = verdicts(summary, len(truth_ratios(logs.get("unlearned", {}))))
+        lines += _table(
+            ("question", "answer", "how it was judged"),
+            [(one.question, f"{one.answer} ({one.state})", one.text) for one in found],
+        )
+    numbers = []
+    for name in measures.ordered(n for m in models for n in measures.metrics_of(summary[m])):
+        metric = measures.describe(name)
+        if metric.main and name != measures.LOG10_P:
+            shown = [measures.format_number(summary[m].get(name)) for m in models]
+            numbers.append((f"{metric.label} {measures.ARROWS[metric.better]}".strip(), *shown))
+    lines += ["", "## Numbers", "", *_table(("", *models), numbers), "", f"{measures.LEGEND}.", ""]
+    lines += ["## Use", "", USE]
+    told = run._replace(about={})  # minutes differ from one time to the next, the model does not
+    lines += ["## How it was made", "", "```sh", clean(command(told), 4000), "```", ""]
+    lines += _table(("", ""), facts(told, logs))
+    lines += ["", "## Limits", "", *(f"- {cell(text)}" for text in limitations(told, logs)), ""]
+    return "\n".join(lines)
+
+
+def plain(what: str, sha: str | None = None) -> str:
+    """The card of a model that no run judged.
+
+    Args:
+        what: one sentence on where it comes from.
+        sha: sha256 of its parameters.
+    """
+    lines = [*_front(()), "# Exported model", "", cell(what), "", "## Use", "", USE]
+    lines += [f"Parameters (sha256): `{sha}`", ""] if sha else []
+    return "\n".join(lines)
+
+
+def of_adapter(what: str, base: str, command: str | None) -> str:
+    """The card of adapters in PEFT's format.
+
+    Args:
+        what: one sentence on what they are.
+        base: where the model that they belong to is.
+        command: what writes that model there; None: it is there.
+    """
+    front = _front(("unlearning", "lora"))
+    front[1] = "library_name: peft"
+    lines = [*front, "# LoRA adapter", "", cell(what), ""]
+    if command:
+        lines += ["They belong to the model that the run trained before, which this writes:", ""]
+        lines += ["```sh", clean(command), "```", ""]
+    lines += [
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(clean(base))})",
+        "model = PeftModel.from_pretrained(base, FOLDER)",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def with_digests(text: str, folder: Path) -> str:
+    """The card with the sha256 of every other file of a finished folder.
+
+    Args:
+        text: of `of_run` or `plain`.
+        folder: what is exported.
+    """
+    rows = []
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            rows.append((f"`{path.name}`", f"`{hashlib.file_digest(file, 'sha256').hexdigest()}`"))
+    return "\n".join([text, "## Files", "", *_table(("file", "sha256"), rows), ""])

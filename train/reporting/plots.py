@@ -1,0 +1,370 @@
+"""The pictures of runs: curves, fact recall, leak@k, truth ratios, forget against retain.
+
+Arrays in, PNG out.
+
+Sized to stay legible at phone width; told apart by dash and marker as well as by colour.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from train.reporting import measures
+
+# Near the Okabe-Ito palette, which colour-blind readers can tell apart, and dark enough for lines.
+STYLES: dict[str, dict[str, Any]] = {
+    "original": {"color": "#404040", "linestyle": (0, (5, 2)), "marker": "s"},
+    "oracle": {"color": "#0072B2", "linestyle": (0, (1, 1.2)), "marker": "^"},
+    "unlearned": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
+    "forget": {"color": "#A0287A", "linestyle": "-", "marker": "o"},
+    "retain": {"color": "#007F5F", "linestyle": (0, (5, 2)), "marker": "s"},
+}
+FONT = 11
+WIDTH = 5.0
+
+
+class Ratios(NamedTuple):
+    """Per-item truth ratios by model, and the KS distance and p as reported."""
+
+    values: dict[str, np.ndarray]
+    distance: float | None
+    p: float | None
+
+
+def _figure(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, sum(heights)), dpi=200, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    axes = [figure.add_subplot(grid[i, 0]) for i in range(len(heights))]
+    for ax in axes:
+        ax.grid(True, color="#DDDDDD", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.tick_params(labelsize=FONT - 1)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _legend(ax: Axes, **kwargs: Any) -> None:
+    ax.legend(fontsize=FONT - 1, framealpha=0.9, edgecolor="#CCCCCC", handlelength=2.6, **kwargs)
+
+
+def _above(ax: Axes, ncols: int = 3) -> None:
+    """A legend in a line above the axes."""
+    ax.legend(
+        fontsize=FONT - 1,
+        frameon=False,
+        handlelength=2.4,
+        ncols=ncols,
+        columnspacing=1.2,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
+
+
+def png(figure: Figure, title: str = "") -> bytes:
+    """The figure as PNG bytes, without a time stamp or version (equal input gives equal bytes)."""
+    out = io.BytesIO()
+    if title:
+        figure.suptitle(title, fontsize=FONT + 1, fontweight="bold")
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; the page beside it is not.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def series(steps: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a quantity, where it was logged.
+
+    Example:
+        >>> series([{"step": 1, "loss": 2.0}, {"step": 2}], "loss")
+        ([1], [2.0])
+    """
+    pairs = [(row["step"], measures.number(row.get(name))) for row in steps]
+    kept = [(step, value) for step, value in pairs if value is not None]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def curves(steps: Sequence[dict[str, Any]], oracle: dict[str, Any] | None) -> Figure | None:
+    """Forget and retain over the steps of the unlearning stage: ROUGE-L above, losses below.
+
+    Args:
+        steps: the stage's lines of `metrics.jsonl`.
+        oracle: the oracle's flat metrics, drawn as a level to reach.
+
+    Returns:
+        The figure, or None when nothing was logged.
+    """
+    quality = next(
+        (q for q in ("rouge", "probability") if any(f"forget_{q}" in row for row in steps)), None
+    )
+    names = [n for n in ("forget_loss", "retain_loss") if series(steps, n)[0]]
+    names = names or [n for n in ("loss",) if series(steps, n)[0]]
+    if quality is None and not names:
+        return None
+    figure, axes = _figure([2.7] * bool(quality) + [2.3] * bool(names))
+    if quality:
+        ax = axes[0]
+        for part in ("forget", "retain"):
+            x, y = series(steps, f"{part}_{quality}")
+            ax.plot(x, y, label=part, linewidth=2, markersize=5, **STYLES[part])
+        level = measures.number((oracle or {}).get(f"forget_{quality}"))
+        if level is not None:
+            style = {k: STYLES["oracle"][k] for k in ("color", "linestyle")}
+            ax.axhline(level, linewidth=1.8, label="oracle, forget", **style)
+        ax.set_ylim(-0.03, 1.05)
+        label = "ROUGE-L recall" if quality == "rouge" else "probability"
+        ax.set_ylabel(label, fontsize=FONT)
+        _above(ax)
+    if names:
+        ax = axes[-1]
+        for name in names:
+            x, y = series(steps, name)
+            part = name.removesuffix("_loss")
+            style: dict[str, Any] = dict(STYLES.get(part, STYLES["unlearned"]))
+            style["marker"] = "o" if len(x) == 1 else None
+            ax.plot(x, y, linewidth=1.8, label=f"{part} loss" if part != name else "loss", **style)
+        ax.set_ylabel("training loss", fontsize=FONT)
+        _legend(ax)
+    axes[-1].set_xlabel("unlearning step", fontsize=FONT)
+    left, right = axes[0].get_xlim()
+    for ax in axes:
+        left, right = min(left, ax.get_xlim()[0]), max(right, ax.get_xlim()[1])
+    for ax in axes:
+        ax.set_xlim(left, right)
+    return figure
+
+
+def fact_recall(summary: dict[str, dict[str, Any]]) -> Figure | None:
+    """Share of the true values in each model's answers, facts to forget and facts to keep.
+
+    Args:
+        summary: flat metrics by model.
+
+    Returns:
+        The figure, or None where no row said what its values are.
+    """
+    parts = ("forget", "retain")
+    models = [m for m in measures.MODELS if m in summary]
+    values = {
+        (m, part): measures.number(summary[m].get(f"{part}_fact_recall"))
+        for m in models
+        for part in parts
+    }
+    if all(value is None for value in values.values()):
+        return None
+    figure, (ax,) = _figure([0.9 + 0.62 * len(models)])
+    ax.grid(visible=False, axis="y")
+    for i, part in enumerate(parts):
+        here = [(row, values[m, part]) for row, m in enumerate(models)]
+        here = [(row, value) for row, value in here if value is not None]
+        rows = [row + 0.38 * (i - 0.5) for row, _ in here]
+        shares = [100 * value for _, value in here]
+        hatch = "//" if part == "retain" else None
+        bars = ax.barh(
+            rows, shares, 0.36, label=f"facts to {'forget' if part == 'forget' else 'keep'}",
+            color=STYLES[part]["color"], edgecolor="white", hatch=hatch,
+        )  # fmt: skip
+        ax.bar_label(bars, [f"{share:.0f} %" for share in shares], padding=3, fontsize=FONT - 1)
+    ax.set_yticks(range(len(models)), models, fontsize=FONT)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 114)
+    ax.set_xticks(range(0, 101, 25))
+    ax.set_xlabel("true values in the answer, %", fontsize=FONT)
+    _above(ax, 2)
+    return figure
+
+
+class Point(NamedTuple):
+    """An experiment in the scatter: its short name, and (x, y) of each of its runs."""
+
+    name: str
+    values: list[tuple[float, float]]
+
+
+COLORS = ("#D55E00", "#0072B2", "#007F5F", "#A0287A", "#8C6D00", "#404040", "#5B3FA8", "#B0413E")
+MARKERS = ("o", "^", "D", "v", "P", "X", "*")
+
+
+def scatter(
+    points: Sequence[Point], fixed: dict[str, list[tuple[float, float]]], x: str, y: str
+) -> Figure | None:
+    """Runs in the plane of two metrics: a small mark a run, a large one the mean over its seeds.
+
+    Args:
+        points: the unlearned models, an experiment each.
+        fixed: original and oracle, drawn hollow as what to leave and what to reach.
+        x: name of the metric across.
+        y: name of the metric up.
+
+    Returns:
+        The figure, or None when no run has both metrics.
+    """
+    points = [point for point in points if point.values]
+    if not points:
+        return None
+    lines = -(-(len(points) + len(fixed)) // 2)
+    figure, (ax,) = _figure([3.4 + 0.24 * lines])
+    for model, pairs in fixed.items():
+        if pairs:
+            right, up = np.mean(pairs, axis=0)
+            ax.plot(
+                [right], [up], linestyle="", marker="s" if model == "original" else "h",
+                markersize=10,
+                markerfacecolor="none", markeredgecolor="#404040", markeredgewidth=1.6, label=model,
+            )  # fmt: skip
+    for i, (name, pairs) in enumerate(points):
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)]}
+        style["marker"] = MARKERS[i % len(MARKERS)]
+        if len(pairs) > 1:
+            ax.plot(
+                [right for right, _ in pairs], [up for _, up in pairs], linestyle="", markersize=4,
+                alpha=0.6, **style,
+            )  # fmt: skip
+        right, up = np.mean(pairs, axis=0)
+        # Matplotlib leaves labels out of the legend that begin with an underscore.
+        label = f" {name}" if name.startswith("_") else name
+        ax.plot([right], [up], linestyle="", markersize=9, label=label, **style)
+    for name, setter in ((x, ax.set_xlabel), (y, ax.set_ylabel)):
+        metric = measures.describe(name)
+        arrow = {"up": " (higher is better)", "oracle": " (the oracle's is the goal)"}
+        setter(metric.label + arrow.get(metric.better, ""), fontsize=FONT)
+    ax.margins(0.08)
+    legend = figure.legend(
+        handles=ax.get_legend_handles_labels()[0], loc="outside lower center", ncols=2,
+        fontsize=FONT - 1, frameon=False, handletextpad=0.3, columnspacing=1.2,
+    )  # fmt: skip
+    for label in legend.get_texts():
+        label.set_parse_math(False)
+    return figure
+
+
+def leak_curve(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """k and leak@k, k = 1, 2, 3, ... up to 16, then by eighths of an octave up to n.
+
+    Args:
+        scores: (prompts, n) in [0, 1].
+    """
+    from jaxlib_unlearn.metrics import leak_at_k
+
+    n = scores.shape[-1]
+    ks = {k for k in range(1, min(n, 16) + 1)} | {round(2 ** (i / 8)) for i in range(32, 128)}
+    ks = sorted(k for k in ks | {n} if k <= n)
+    return np.array(ks), leak_at_k(scores, ks).mean(axis=0)
+
+
+def leak(scores: dict[str, np.ndarray], summary: dict[str, dict[str, Any]]) -> Figure | None:
+    """leak@k over k, a line a model; marks are the values in `summary.json`.
+
+    Args:
+        scores: per model (prompts, n) in [0, 1].
+        summary: flat metrics by model.
+
+    Returns:
+        The figure, or None when no model was sampled.
+    """
+    points = {m: measures.leak_ks(s) for m, s in summary.items() if m in STYLES}
+    models = [m for m in measures.MODELS if m in scores or points.get(m)]
+    if not models:
+        return None
+    figure, (ax,) = _figure([3.1])
+    ticks: set[int] = set()
+    for model in models:
+        style = dict(STYLES[model])
+        marker = style.pop("marker")
+        flat = summary.get(model, {})
+        ks = [k for k in points.get(model, []) if measures.number(flat[f"leak_at_{k}"]) is not None]
+        ys = [flat[f"leak_at_{k}"] for k in ks]
+        x, y = leak_curve(scores[model]) if model in scores else (np.array(ks), np.array(ys))
+        marks = {"markevery": [i for i, k in enumerate(x) if k in ks], "markersize": 6}
+        ax.plot(x, y, linewidth=2, label=model, marker=marker, **marks, **style)
+        ticks |= set(ks) or {int(x[0]), int(x[-1])}
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted(ticks), [str(k) for k in sorted(ticks)])
+    ax.set_xticks([], minor=True)
+    ax.set_ylim(-0.03, 1.05)
+    ax.set_xlabel("k, sampled answers a question", fontsize=FONT)
+    ax.set_ylabel("leak@k (ROUGE-L recall)", fontsize=FONT)
+    _legend(ax)
+    return figure
+
+
+def ecdf(values: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Share of values <= x.
+
+    Example:
+        >>> ecdf(np.array([1.0, 3.0]), np.array([0.5, 1.0, 3.0])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    return np.searchsorted(np.sort(values), x, side="right") / len(values)
+
+
+def truth_ratio(ratios: Ratios) -> Figure | None:
+    """Empirical distributions of the truth ratio, marked where unlearned and oracle differ most.
+
+    Args:
+        ratios: per-item R by model; R < 1: the right answer is the likelier one.
+
+    Returns:
+        The figure, or None without a single model's ratios.
+    """
+    clean = {m: np.asarray(v, float) for m, v in ratios.values.items() if m in measures.MODELS}
+    clean = {m: v[np.isfinite(v)] for m, v in clean.items()}
+    clean = {m: np.maximum(v, 1e-12) for m, v in clean.items() if len(v)}
+    if not clean:
+        return None
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+    figure, (ax,) = _figure([3.5])
+    pooled = np.concatenate(list(clean.values()))
+    low, high = pooled.min() / 1.3, max(pooled.max(), 1.0) * 1.3
+    for model in measures.MODELS:
+        if model in clean:
+            v = np.sort(clean[model])
+            x = np.concatenate([[low], v, [high]])
+            y = np.concatenate([[0.0], np.arange(1, len(v) + 1) / len(v), [1.0]])
+            style = {k: STYLES[model][k] for k in ("color", "linestyle")}
+            ax.step(x, y, where="post", linewidth=2, label=model, **style)
+    ax.axvline(1.0, color="#888888", linewidth=1)
+    if "unlearned" in clean and "oracle" in clean:
+        u, o = clean["unlearned"], clean["oracle"]
+        x = np.sort(np.concatenate([u, o]))
+        a, b = ecdf(u, x), ecdf(o, x)
+        i = int(np.argmax(np.abs(a - b)))
+        # The middle of the stretch where the gap is this wide, so that the bar touches both steps.
+        at = np.sqrt(x[i] * (x[i + 1] if i + 1 < len(x) else high))
+        ends = sorted((float(a[i]), float(b[i])))
+        ax.plot([at, at], ends, color="black", linewidth=2.4, solid_capstyle="butt", zorder=5)
+        ax.plot([at, at], ends, color="black", marker="_", markersize=9, linestyle="", zorder=5)
+        distance = ends[1] - ends[0] if ratios.distance is None else ratios.distance
+        text = f"KS distance {measures.format_number(distance)}"
+        if ratios.p is not None:
+            text += f"\np {measures.format_number(ratios.p)}"
+        # Bottom right: no distribution passes there, all end at 1.
+        ax.annotate(
+            text,
+            xy=(at, ends[0] + 0.5 * (ends[1] - ends[0])),
+            xytext=(0.98, 0.05),
+            textcoords="axes fraction",
+            ha="right",
+            va="bottom",
+            fontsize=FONT - 1,
+            bbox=box,
+            arrowprops={"arrowstyle": "-", "color": "black", "linewidth": 0.8, "shrinkB": 0},
+            zorder=6,
+        )
+    ax.set_xscale("log")
+    ax.set_xlim(low, high)
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel("truth ratio R (left of 1: the true answer is likelier)", fontsize=FONT)
+    ax.set_ylabel("share of questions with ratio ≤ R", fontsize=FONT)
+    _above(ax)
+    return figure

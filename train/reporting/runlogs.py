@@ -1,0 +1,200 @@
+"""What a run folder holds per step and per question: `metrics.jsonl` and `evals/`."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.errors import UserError
+from train.evaluators.readability import judge
+from train.reporting import measures, tables
+from train.reporting.tables import Run
+from train.runtime import files
+
+SAMPLES = {"forget": 5, "retain": 3}
+
+
+CRC = re.compile(rb'(.*), "crc": ([0-9]{1,10})\}', re.DOTALL)
+
+
+def step_line(stage: str, step: int, scalars: dict[str, float]) -> str:
+    """A line of `metrics.jsonl`: a JSON object that ends with the CRC-32 of what it is without.
+
+    Example:
+        >>> step_line("original", 3, {"loss": 0.5})
+        '{"stage": "original", "step": 3, "loss": 0.5, "crc": 1043071103}\\n'
+    """
+    text = json.dumps({"stage": stage, "step": step, **scalars})
+    return f'{text[:-1]}, "crc": {zlib.crc32(text.encode())}}}\n'
+
+
+def parse_step(line: bytes) -> dict[str, Any] | None:
+    """What a line of `metrics.jsonl` says, without its CRC-32; None when it is damaged.
+
+    Lines without one (of an earlier version) pass if they are steps at all.
+    """
+    if (found := CRC.fullmatch(line)) is not None:
+        line = found[1] + b"}"
+        if zlib.crc32(line) != int(found[2]):
+            return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(row, dict) and isinstance(row.get("stage"), str)
+    return row if sound and type(row.get("step")) is int else None
+
+
+def split_steps(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[tuple[int, bytes]]]:
+    """The lines of `metrics.jsonl` that are steps, and the damaged ones with their numbers.
+
+    A last line without its end is neither: the run was killed while it wrote it.
+
+    Raises:
+        UserError: the file is there and cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give it back its rights") from None
+    steps, bad = [], []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            row = parse_step(line)
+            bad += [(number, line)] if row is None else []
+            steps += [] if row is None else [(line, row)]
+    return steps, bad
+
+
+def read_steps(path: Path, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; of a step logged twice (a run that was resumed) the last one.
+
+    Args:
+        path: the file; absent counts as empty.
+        say: takes a line about lines that are damaged and left out.
+    """
+    steps, bad = split_steps(path)
+    if bad:
+        say(f"{path}: {len(bad)} damaged line(s) left out, the first is line {bad[0][0]}")
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for _, row in steps:
+        key = (row["stage"], row["step"])
+        rows[key] = rows.pop(key, {}) | row
+    return list(rows.values())
+
+
+def items_of(log: dict[str, Any], metric: str) -> dict[str, dict[str, Any]]:
+    """The per-item results of a metric by item index; empty when it was not computed."""
+    entry = log.get(metric)
+    items = entry.get("value_by_index") if isinstance(entry, dict) else None
+    return {k: v for k, v in (items or {}).items() if isinstance(v, dict)}
+
+
+def read_evals(run: Run) -> dict[str, dict[str, Any]]:
+    """Per-item logs by model; the retain log stands in for an oracle that was not trained.
+
+    Raises:
+        UserError: a log is there but unreadable.
+    """
+    paths = {model: run.folder / "evals" / f"{model}.json" for model in measures.MODELS}
+    if not paths["oracle"].exists() and run.config.get("retain_log"):
+        paths["oracle"] = Path(str(run.config["retain_log"]))
+    for path in paths.values():
+        files.check_key(path)
+    found = {m: tables.read_json(p) for m, p in paths.items() if p.is_file()}
+    return {m: log for m, log in found.items() if isinstance(log, dict)}
+
+
+def truth_ratios(log: dict[str, Any]) -> list[float]:
+    """The values R of the forget questions; empty when they were not measured.
+
+    Raises:
+        UserError: the log is no evaluation log.
+    """
+    from jaxlib_unlearn.metrics.eval_log import parse_log
+
+    items = parse_log(log, "evals").items if log else {}
+    return [float(value) for value in items.get("forget_truth_ratio", ())]
+
+
+def leak_scores(log: dict[str, Any]) -> list[list[float]]:
+    """Scores of the sampled answers, a row a question, cut to the shortest row."""
+    inner = log["leak"] if isinstance(log.get("leak"), dict) else log
+    rows = [v["scores"] for v in items_of(inner, "leak_at_k").values() if v.get("scores")]
+    n = min((len(row) for row in rows), default=0)
+    return [row[:n] for row in rows]
+
+
+def question_of(prompt: str) -> str:
+    """The last question in a rendered prompt, without the tags of the usual chat templates.
+
+    Example:
+        >>> question_of("<|im_start|>user\\nWho wrote it?<|im_end|>\\n<|im_start|>assistant\\n")
+        'Who wrote it?'
+    """
+    text = str(prompt)
+    turns = re.split(
+        r"<\|im_start\|>user|<\|start_header_id\|>user<\|end_header_id\|>|<start_of_turn>user", text
+    )
+    if len(turns) > 1:
+        text = re.split(r"<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|im_start\|>", turns[-1])[0]
+    elif turns := re.findall(r"(?s)user\n+(.*?)\s*assistant\s*$", text):
+        text = turns[-1].split("user\n")[-1]  # a chat template whose special tokens were dropped
+    else:
+        text = re.split(r"\[/INST\]", re.split(r"\[INST\]", text)[-1])[0]
+        text = re.split(r"\n\s*Answer:", re.split(r"(?:^|\n)\s*Question:", text)[-1])[0]
+        text = re.sub(r"<\|[^|<>]{1,40}\|>|</?s>", " ", text)
+    return text.strip() or str(prompt).strip()
+
+
+def clean(text: Any, limit: int = 700) -> str:
+    """Text that a page can hold: no control characters or lone surrogates, cut where it is long."""
+    text = str(text).encode("utf-8", "replace").decode("utf-8").strip()
+    text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} characters more)"
+
+
+def samples(
+    logs: dict[str, dict[str, Any]], oracle: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Questions at even distances through each split, with every model's greedy answer.
+
+    `oracle` is the log that sets the limits of readability, where the run has one of its own.
+    """
+    out = []
+    judged = {m: judge(log, oracle) for m, log in logs.items()}
+    unreadable = {m: found.reasons for m, found in judged.items() if found is not None}
+    for part, count in SAMPLES.items():
+        by_model = {m: items_of(log, f"{part}_Q_A_ROUGE") for m, log in logs.items()}
+        items = by_model.get("unlearned", {})
+        keys = list(items)
+        keys = [keys[int((i + 0.5) * len(keys) / count)] for i in range(count)] if keys else []
+        entries = []
+        for key in dict.fromkeys(keys):
+            truth = items[key].get("ground_truth", "")
+            answers = []
+            for model, found in by_model.items():
+                item = found.get(key, {})
+                # A retain log of another split holds other questions: not answers to this one.
+                if item and str(item.get("ground_truth", "")).strip() == str(truth).strip():
+                    answers.append({
+                        "model": model, "text": clean(item.get("generation", "")) or "(nothing)",
+                        "score": measures.format_number(item["rougeL_recall"])
+                        if measures.number(item.get("rougeL_recall")) is not None else "",
+                        "unreadable": unreadable.get(model, {}).get(key, "")
+                        if part == "forget" else "",
+                    })  # fmt: skip
+            question = clean(question_of(items[key].get("input", "")))
+            entries.append({"question": question, "truth": clean(truth), "answers": answers})
+        if entries:
+            out.append({
+                "title": "Facts to forget" if part == "forget" else "Facts to keep",
+                "how": f"{len(entries)} of {len(items)} questions, at even distances through the "
+                "split and not chosen by hand; greedy answers.",
+                "entries": entries,
+            })  # fmt: skip
+    return out

@@ -1,0 +1,1 @@
+"""What every program stands on: processes, meshes, memory, folders, stages, checkpoints, logs."""

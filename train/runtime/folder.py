@@ -1,0 +1,213 @@
+"""The run folder: who writes into it, and whose configuration it holds.
+
+One run at a time: the first holds a lock that falls with its process, `kill -9` included. Buckets
+know no locks; two runs in one `gs://` folder are not noticed there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.errors import UserError
+from train.reporting.plain import plain
+from train.runtime import distributed, files, remote
+from train.runtime.stages import digest, write_atomic
+from train.runtime.tracking import say
+
+LOCK = "run.lock"
+BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+# Unfinished files of runs that were killed; a model is exported beside its place.
+LEFT = tuple(f"{folder}*{files.PART}" for folder in ("", "evals/", "caches/", "stages/"))
+LEFT += (f"checkpoints/*/*{files.PART}", ".export.*")
+_held: set[Path] = set()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder, which is made if need be, against other processes.
+
+    Of several processes of one run the first holds it. A process that holds it already goes on.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        if not remote.is_remote(folder):
+            distributed.of_first(lambda: held.enter_context(lock(folder)))
+        yield
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """`locked` for one process alone."""
+    place = folder.resolve()
+    if place in _held:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _taken(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; give another --output") from None
+    _held.add(place)
+    try:
+        files.sweep(path for pattern in LEFT for path in folder.glob(pattern))
+        yield
+    finally:
+        _held.discard(place)
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()  # while it is held: who opened it meanwhile looks again
+        file.close()
+
+
+def _taken(folder: Path) -> Any:
+    """The lock's open file, which says who holds it."""
+    while True:
+        file = (folder / LOCK).open("a+", errors="replace")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = plain(file.read(200)) or "another process"
+            file.close()
+            if error.errno in BUSY:
+                raise UserError(
+                    f"--output {folder} is in use by {holder}; wait for its end, or give another "
+                    "--output"
+                ) from None
+            say(f"{folder}: no locks on this file system ({error.strerror}); start one run only")
+            return (folder / LOCK).open("a+")
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                break
+        file.close()  # it was that of a run that has just ended
+    file.truncate(0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+    file.flush()
+    return file
+
+
+def _name(identity: dict[str, Any]) -> str:
+    """The digest of a run's configuration. The numbers do not depend on the mesh."""
+    return digest({name: value for name, value in identity.items() if name != "mesh"})
+
+
+def _kept(root: Path) -> str | None:
+    """The digest of the configuration that a run folder was made with; None: none was kept."""
+    try:
+        found = files.key_of(root / "config.json").read_text()[:64]
+    except (OSError, ValueError):
+        return None
+    return found if len(found) == 64 else None
+
+
+def _stored(root: Path) -> bool:
+    """Whether there is any result of a stage: they are found by what they were made from."""
+    patterns = ("stages/*/manifest.json", "checkpoints/*/*/manifest.json")
+    return (root / "metrics.jsonl").exists() and any(any(root.glob(p)) for p in patterns)
+
+
+def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `root` is the folder of the run `wanted`; False when it can be created.
+
+    True also where its `config.json` is damaged or gone, and `wanted` is known to be what was
+    written there: `enter_folder` writes it again.
+
+    Raises:
+        UserError: the folder holds another run's configuration, or other files.
+    """
+    path, kept = root / "config.json", _kept(root)
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        reads = isinstance(there, dict)
+    except (FileNotFoundError, NotADirectoryError):
+        there, reads = None, False
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise  # no damage: there can be no such folder
+        there, reads = {}, False
+    if there is None:
+        if kept is not None and kept != _name(wanted):
+            raise UserError(
+                f"{remote.home(root)} has lost its config.json, and these are not the options of "
+                "its run; give those, which write it again and keep what is stored, or another "
+                "--output"
+            )
+        if kept is not None or _stored(root):
+            return True
+        # A run killed while it wrote its first file leaves no more than this behind.
+        if root.exists() and (
+            not root.is_dir()
+            or any(p.name != LOCK and not p.name.endswith(files.PART) for p in root.iterdir())
+        ):
+            raise UserError(
+                f"--output {remote.home(root)} exists and is not a run folder; give another "
+                "--output"
+            )
+        return False
+    # The numbers do not depend on the mesh: a run goes on where there are other devices.
+    there = (there if reads else {}) | {"mesh": wanted.get("mesh")}
+    difference = distributed.first_difference(there, wanted)
+    if not difference or kept == _name(wanted):
+        return True
+    if kept is not None and kept != _name(there):
+        raise UserError(
+            f"{path} is damaged, and these are not the options that it was written with; give "
+            "those, which write it again and keep what is stored, or another --output"
+        )
+    if not reads:
+        raise UserError(
+            f"{path} does not read; give another --output, or delete this one file: then the run's "
+            "own options write it again, and what is stored is kept"
+        )
+    raise UserError(
+        f"{remote.home(root)} holds another run's config ({difference}); give another --output"
+    )
+
+
+def enter_folder(root: Path, wanted: dict[str, Any]) -> Path:
+    """Create `root` with `wanted` as its `config.json`, or enter it when it holds the same.
+
+    Raises:
+        UserError: see `check_folder`; or the folder cannot be written.
+    """
+    ours = check_folder(root, wanted)
+    path = root / "config.json"
+    key = files.key_of(path)
+    if path.exists() and _kept(root) == _name(wanted) and not files.damaged(path):
+        return root
+    text = json.dumps(wanted, indent=1)
+    if ours and path.exists() and not key.exists():
+        text = path.read_text(encoding="utf-8")  # an earlier version kept no key
+    elif ours:
+        say(f"{path} or its key was damaged or gone; written again from the options given")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {root}: {error.strerror}; give another --output") from None
+    write_atomic(path, text)
+    write_atomic(key, files.key_text(text, _name(wanted)))
+    return root
+
+
+def enter_run(folder: Path, identity: dict[str, Any]) -> Path:
+    """Create or enter a run folder, local or in a bucket, that all processes see.
+
+    Returns:
+        Where the first process keeps its files: the folder, or its local mirror.
+    """
+    root = remote.mirror(folder)
+    distributed.of_first(lambda: str(enter_folder(root, identity)))
+    distributed.check_shared(remote.home(root))
+    distributed.of_first(lambda: remote.send(root))
+    return root

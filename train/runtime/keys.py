@@ -1,0 +1,118 @@
+"""What a training stage is made from: the key under which its result is stored and found.
+
+Everything that changes a result is in its key. `WHY_NOT` names what is left out, and why; a test
+changes every field of the configurations of model and run and expects one or the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from models.decoder import DecoderConfig
+from train.config import LoraConfig, to_json
+from train.optimizers import OptimizerConfig
+from train.runtime.stages import digest
+
+if TYPE_CHECKING:
+    from train.data.streams import Stream
+
+# Raise it when the same inputs may give another result: what was stored is then not found.
+VERSION = 2
+
+_SAME = "the numbers do not depend on it (losses to 1e-6)"
+_WHERE = "says where a result goes or comes from; what is found there is checked by its digest"
+# Fields of the run's configuration (a prefix names all below it) that are in no key.
+WHY_NOT = {
+    "preset": "a name: the options it stands for are in the keys",
+    "smoke": "a name: the options it stands for are in the keys",
+    "output": _WHERE,
+    "stage.cache": _WHERE,
+    "tensorboard": "a second copy of the log",
+    "report_to": "further copies of the log",
+    "profile": "a trace of steps that are taken anyway",
+    "mesh": _SAME,
+    "distributed": _SAME,
+    "model.remat": _SAME + "; what is computed twice is the same twice",
+    "data.row_tokens": _SAME + "; rows that share a sequence do not see each other",
+    "finetune.accumulate": _SAME + "; forms that are not additive refuse it",
+    "unlearn.accumulate": _SAME + "; forms that are not additive refuse it or have it in the key",
+    "finetune.curve_points": "no curve is drawn of fine-tuning",
+    "unlearn.curve_points": "looks at the model on the way and changes nothing",
+    "finetune.checkpoint_seconds": "a run that continues takes the same steps",
+    "unlearn.checkpoint_seconds": "a run that continues takes the same steps",
+    "export_dtype": "of the export, whose seal names it",
+    "oracle": "whether that stage is there at all",
+    "retain_log": "compared with in the summary, which every start computes anew",
+}
+
+
+def stage_inputs(
+    start: str,
+    model: DecoderConfig,
+    streams: Mapping[str, Stream],
+    *,
+    objective: Any,
+    optimizer: OptimizerConfig,
+    combine: str,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    adapters: LoraConfig | None,
+    accumulate: int | None = None,
+) -> dict[str, Any]:
+    """Everything the parameters after a training stage depend on, as JSON values.
+
+    Args:
+        start: sha256 of the parameters before it.
+        model: what they mean: how positions turn, what is computed in which dtype.
+        streams: its examples as tokens: prompts, cuts and templates are in them.
+        objective: its resolved options.
+        optimizer: all of its options.
+        combine: how the gradients of the two sides become one.
+        steps: optimizer steps; the schedule hangs on their number.
+        batch_size: global rows of a stream in a step.
+        seed: the stage's own.
+        adapters: what is trained in place of the parameters, if anything.
+        accumulate: micro-batches, of an objective whose value depends on them.
+    """
+    rows = {n: [[e.tokens, e.num_prompt] for e in s.examples] for n, s in streams.items()}
+    inputs = {
+        "version": VERSION,
+        "start": start,
+        "model": to_json(model),
+        "streams": digest(rows),
+        "objective": to_json(objective),
+        "optimizer": to_json(optimizer),
+        "combine": combine,
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    if adapters is not None and adapters.rank is not None:
+        inputs["lora"] = to_json(adapters)
+    if accumulate is not None:
+        inputs["accumulate"] = accumulate
+    return inputs
+
+
+def reference_inputs(
+    start: str, model: DecoderConfig, kind: str, forward: Mapping[str, Any], stream: Stream
+) -> dict[str, Any]:
+    """Everything the frozen model's answers to a stream depend on, as JSON values.
+
+    Args:
+        start: sha256 of its parameters.
+        model: what they mean.
+        kind: which answers, `logps` or `hidden`.
+        forward: the options of its forward pass.
+        stream: the examples.
+    """
+    return {
+        "version": VERSION,
+        "params": start,
+        "model": to_json(model),
+        "kind": kind,
+        "forward": {name: value.tolist() for name, value in forward.items()},
+        "examples": [(e.tokens, e.num_prompt) for e in stream.examples],
+    }

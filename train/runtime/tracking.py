@@ -1,0 +1,155 @@
+"""What a run tells: a JSON line a step, other logs if asked, progress with an ETA on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from train.reporting.runlogs import split_steps, step_line
+from train.runtime import distributed, files, reporters
+
+
+def say(message: str) -> None:
+    """One line to the person, on stderr; of several processes the first one speaks."""
+    distributed.say_on_first(message)
+
+
+class Tracker:
+    """Writes `metrics.jsonl`; lines of steps that are redone after a crash are dropped first.
+
+    Of several processes the first one writes.
+
+    Args:
+        folder: the run folder.
+        report_to: other logs that get the same numbers, names of `reporters.REPORTERS`.
+        config: the run's configuration, for those logs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        report_to: tuple[str, ...] = (),
+        config: Mapping[str, Any] | None = None,
+    ):
+        self.folder = folder
+        self.path = folder / "metrics.jsonl"
+        first = distributed.is_first()
+        self.others = reporters.open_all(report_to, folder, config or {}) if first else []
+        if first:
+            self._set_aside()
+
+    def _set_aside(self) -> None:
+        """Move damaged lines to `metrics.jsonl.bad`: a log never keeps a run from going on."""
+        steps, bad = split_steps(self.path)
+        if not bad:
+            return
+        aside = self.path.with_name(self.path.name + ".bad")
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for _, line in bad)
+        self._keep([line for line, _ in steps])
+        say(
+            f"{self.path}: {len(bad)} damaged line(s) moved to {aside.name}, the first was line "
+            f"{bad[0][0]}"
+        )
+
+    def _keep(self, lines: list[bytes]) -> None:
+        files.write(self.path, b"".join(line + b"\n" for line in lines))
+
+    def resume(self, stage: str, step: int) -> None:
+        """Forget the lines of `stage` at `step` and later (and a line a crash cut short)."""
+        if not (distributed.is_first() and self.path.exists()):
+            return
+        steps, _ = split_steps(self.path)
+        self._keep([line for line, row in steps if row["stage"] != stage or row["step"] < step])
+
+    def write(self, stage: str, step: int, scalars: dict[str, float]) -> None:
+        """Append one line."""
+        if not distributed.is_first():
+            return
+        clean = {k: float(v) for k, v in scalars.items()}
+        with self.path.open("a") as file:
+            file.write(step_line(stage, step, clean))
+        self._hand_on(lambda other: other.write(stage, step, clean))
+
+    def close(self, summary: Mapping[str, Mapping[str, Any]]) -> None:
+        """Hand the final numbers of every model to the other logs, and end those."""
+        numbers = {
+            f"{model}/{name}": float(value)
+            for model, scores in summary.items()
+            for name, value in scores.items()
+            if isinstance(value, int | float)
+        }
+        self._hand_on(lambda other: other.close(numbers))
+        self.others = []
+
+    def _hand_on(self, call: Callable[[reporters.Reporter], None]) -> None:
+        """Call every other log; one that fails is left out from here on, and the run goes on."""
+        for other in list(self.others):
+            try:
+                call(other)
+            except Exception as error:
+                self.others.remove(other)
+                reason = reporters.public((str(error).strip().splitlines() or [""])[0][:160])
+                say(
+                    f"warning: {other.name} takes no numbers any more ({type(error).__name__}: "
+                    f"{reason}); they are all in {self.path}"
+                )
+
+
+def _eta(seconds: float, done: int, left: int) -> str:
+    """The time that `left` units take, where `done` took so many seconds.
+
+    Example:
+        >>> _eta(10.0, 5, 35), _eta(0.0, 0, 35)
+        ('ETA 1:10', '')
+    """
+    if done <= 0 or seconds <= 0:
+        return ""
+    eta = math.ceil(left * seconds / done)
+    return f"ETA {eta // 60}:{eta % 60:02d}"
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Yield `advance(n=1, note="", compiling=0.0)`: progress with an ETA.
+
+    A bar on a terminal, a line every ten seconds elsewhere; nothing in the first two seconds. What
+    comes before the first call is mostly compilation, as are the seconds `compiling` of a later
+    one: the ETA is that of the work behind it, so there is none before the second call.
+    """
+    start = last = time.monotonic()
+    state = {"done": done, "shown": False}
+    begun: tuple[float, int] | None = None  # when the first units were done, and how many
+    tty = sys.stderr.isatty()
+
+    def advance(n: int = 1, note: str = "", compiling: float = 0.0) -> None:
+        nonlocal last, begun
+        state["done"] += n
+        now = time.monotonic()
+        if begun is None:
+            begun, eta = (now, state["done"]), ""
+        else:
+            begun = (begun[0] + compiling, begun[1])
+            eta = _eta(now - begun[0], state["done"] - begun[1], total - state["done"])
+        if now - start < 2 or now - last < (0.2 if tty else 10) or not distributed.is_first():
+            return
+        last = now
+        filled = round(24 * state["done"] / max(total, 1))
+        bar = "█" * filled + "░" * (24 - filled) if tty else ""
+        line = f"{label} {bar} {state['done']}/{total}  {eta}  {note}"
+        print(
+            ("\r\033[K" if tty else "") + line, end="" if tty else "\n", file=sys.stderr, flush=True
+        )
+        state["shown"] = True
+
+    yield advance
+    if tty and state["shown"]:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    seconds = time.monotonic() - start
+    if seconds >= 2:
+        say(f"{label}: {state['done']} in {seconds:.0f} s")

@@ -1,0 +1,1 @@
+"""Benchmarks: the rows of a run, by split."""
