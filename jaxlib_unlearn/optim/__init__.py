@@ -57,8 +57,8 @@ from jaxlib_unlearn.optim.spectral.splitting import Split
 from jaxlib_unlearn.optim.spectral.teon import TEON_STATIC_ARGS, scale_by_teon, teon
 from jaxlib_unlearn.optim.two_stream import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import ZOState, zo_methods
-from jaxlib_unlearn.optim.zeroth_order.zo_bare import (
+from jaxlib_unlearn.optim.zeroth_order import methods
+from jaxlib_unlearn.optim.zeroth_order.bare import (
     scale_by_hizoo,
     scale_by_lozo,
     scale_by_mezo,
@@ -67,7 +67,8 @@ from jaxlib_unlearn.optim.zeroth_order.zo_bare import (
     scale_by_subspace_mezo,
     scale_by_subzero,
 )
-from jaxlib_unlearn.optim.zeroth_order.zo_methods import (
+from jaxlib_unlearn.optim.zeroth_order.engine import ZOState
+from jaxlib_unlearn.optim.zeroth_order.methods import (
     hizoo,
     lozo,
     mezo,
@@ -84,21 +85,21 @@ STATIC_ARGS: dict[str, tuple[str, ...]] = {
     "blur": two_stream.BLUR_STATIC_ARGS,
     "clip_streams": wrappers.CLIP_STREAMS_STATIC_ARGS,
     "finite": wrappers.FINITE_STATIC_ARGS,
-    "hizoo": zo_methods.HIZOO_STATIC_ARGS,
-    "lozo": zo_methods.LOZO_STATIC_ARGS,
-    "mezo": zo_methods.MEZO_STATIC_ARGS,
+    "hizoo": methods.HIZOO_STATIC_ARGS,
+    "lozo": methods.LOZO_STATIC_ARGS,
+    "mezo": methods.MEZO_STATIC_ARGS,
     "muon": MUON_STATIC_ARGS,
     "pcgrad": two_stream.PCGRAD_STATIC_ARGS,
     "quantize_updates": compressed.QUANTIZE_UPDATES_STATIC_ARGS,
-    "rada_zo": zo_methods.RADA_ZO_STATIC_ARGS,
+    "rada_zo": methods.RADA_ZO_STATIC_ARGS,
     "randomised_smoothing": smoothing.RANDOMISED_SMOOTHING_STATIC_ARGS,
     "sam": smoothing.SAM_STATIC_ARGS,
     "sift": SIFT_STATIC_ARGS,
     "sign_momentum": compressed.SIGN_MOMENTUM_STATIC_ARGS,
     "sophia": SOPHIA_STATIC_ARGS,
-    "sparse_mezo": zo_methods.SPARSE_MEZO_STATIC_ARGS,
-    "subspace_mezo": zo_methods.SUBSPACE_MEZO_STATIC_ARGS,
-    "subzero": zo_methods.SUBZERO_STATIC_ARGS,
+    "sparse_mezo": methods.SPARSE_MEZO_STATIC_ARGS,
+    "subspace_mezo": methods.SUBSPACE_MEZO_STATIC_ARGS,
+    "subzero": methods.SUBZERO_STATIC_ARGS,
     "teon": TEON_STATIC_ARGS,
     "weighted_sum": two_stream.WEIGHTED_SUM_STATIC_ARGS,
     "zo_muon": ZO_MUON_STATIC_ARGS,

@@ -7,15 +7,15 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 from jaxlib_unlearn.optim.matrices import MatrixAxes
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import _regenerates
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import perturbations as families
-from jaxlib_unlearn.optim.zeroth_order.zo_directions import (
+from jaxlib_unlearn.optim.zeroth_order import perturbations as families
+from jaxlib_unlearn.optim.zeroth_order.directions import (
     Draws,
     draw_bases,
     norm_scales,
     perturbed,
 )
-from jaxlib_unlearn.optim.zeroth_order.zo_leaves import Stack, layout_of
+from jaxlib_unlearn.optim.zeroth_order.engine import _regenerates
+from jaxlib_unlearn.optim.zeroth_order.leaves import Stack, layout_of
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

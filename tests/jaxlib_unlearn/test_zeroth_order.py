@@ -8,21 +8,17 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import (
-    perturbations,
-    scale_by_zeroth_order,
-    zeroth_order,
-    zo_methods,
-)
-from jaxlib_unlearn.optim.zeroth_order.zo_directions import (
+from jaxlib_unlearn.optim.zeroth_order import methods, perturbations
+from jaxlib_unlearn.optim.zeroth_order.directions import (
     Draws,
     draw_bases,
     norm_scales,
     perturbed,
 )
-from jaxlib_unlearn.optim.zeroth_order.zo_estimate import estimate
-from jaxlib_unlearn.optim.zeroth_order.zo_leaves import layout_of
-from jaxlib_unlearn.optim.zeroth_order.zo_steps import Rule
+from jaxlib_unlearn.optim.zeroth_order.engine import scale_by_zeroth_order, zeroth_order
+from jaxlib_unlearn.optim.zeroth_order.estimate import estimate
+from jaxlib_unlearn.optim.zeroth_order.leaves import layout_of
+from jaxlib_unlearn.optim.zeroth_order.steps import Rule
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
@@ -106,20 +102,20 @@ def reference(family, params, zs, eps, estimator="central"):
 LR, DECAY, EPS = 0.05, 0.1, 1e-3
 # name -> factory, family, the same method's options
 METHODS = {
-    "mezo": (zo_methods.mezo, perturbations.dense(), {}),
-    "mezo_forward": (zo_methods.mezo, perturbations.dense(), {"estimator": "forward"}),
-    "sparse_mezo": (zo_methods.sparse_mezo, perturbations.sparse(0.5), {"keep": 0.5}),
-    "lozo": (zo_methods.lozo, perturbations.uvt(2), {"rank": 2, "refresh_every": 2}),
-    "subzero": (zo_methods.subzero, perturbations.uzv(2), {"rank": 2, "refresh_every": 2}),
+    "mezo": (methods.mezo, perturbations.dense(), {}),
+    "mezo_forward": (methods.mezo, perturbations.dense(), {"estimator": "forward"}),
+    "sparse_mezo": (methods.sparse_mezo, perturbations.sparse(0.5), {"keep": 0.5}),
+    "lozo": (methods.lozo, perturbations.uvt(2), {"rank": 2, "refresh_every": 2}),
+    "subzero": (methods.subzero, perturbations.uzv(2), {"rank": 2, "refresh_every": 2}),
     "subspace_mezo": (
-        zo_methods.subspace_mezo,
+        methods.subspace_mezo,
         perturbations.subspace(2),
         {"rank": 2, "refresh_every": 2, "aux_learning_rate": 0.5 * LR},
     ),
-    "hizoo": (zo_methods.hizoo, perturbations.curvature(), {"smoothing": 0.1}),
-    "rada_zo": (zo_methods.rada_zo, perturbations.sphere(), {}),
+    "hizoo": (methods.hizoo, perturbations.curvature(), {"smoothing": 0.1}),
+    "rada_zo": (methods.rada_zo, perturbations.sphere(), {}),
     "rada_zo_published": (
-        zo_methods.rada_zo,
+        methods.rada_zo,
         perturbations.dense(),
         {"directions": "gaussian", "bias_correction": False},
     ),
@@ -232,7 +228,7 @@ def test_values_do_not_depend_on_how_many_are_evaluated_at_a_time(batch):
     params = tree()
     updates = []
     for query_batch in (None, batch):
-        tx = zo_methods.mezo(0.1, num_queries=3, query_batch=query_batch)
+        tx = methods.mezo(0.1, num_queries=3, query_batch=query_batch)
         step = jax.jit(lambda p, tx=tx: tx.update(None, tx.init(p), p, value_fn=loss))
         updates.append(step(params))
     (one, first), (many, second) = updates
@@ -270,7 +266,7 @@ def test_dense_forward_estimate_is_optax_perturbed_gradient():
 
 
 def test_jit_equals_eager_and_compiles_once():
-    tx = zo_methods.lozo(0.1, rank=2, refresh_every=2)
+    tx = methods.lozo(0.1, rank=2, refresh_every=2)
     params, traces = tree(), []
 
     @jax.jit
@@ -293,14 +289,14 @@ def test_jit_equals_eager_and_compiles_once():
 
 
 def test_init_works_on_shapes():
-    tx = zo_methods.hizoo(0.1)
+    tx = methods.hizoo(0.1)
     shapes = jax.eval_shape(lambda: tree())
     state = jax.eval_shape(tx.init, shapes)
     assert state.moments["hessian"]["tall"].shape == (5, 3)
 
 
 def test_replay_from_the_coefficients_and_restart_in_the_middle():
-    tx = zo_methods.subspace_mezo(0.1, rank=2, refresh_every=3, aux_learning_rate=None, seed=3)
+    tx = methods.subspace_mezo(0.1, rank=2, refresh_every=3, aux_learning_rate=None, seed=3)
     step = jax.jit(lambda s, p: tx.update(None, s, p, value_fn=loss))
     replay = jax.jit(lambda s, p, c: tx.update(None, s, p, coeffs=c))
     start = params = tree()
@@ -328,11 +324,11 @@ def test_replay_from_the_coefficients_and_restart_in_the_middle():
 
 def test_hyperparameters_can_be_injected_and_scheduled():
     params = tree()
-    plain = zo_methods.mezo(0.1, eps=1e-2)
-    injected = optax.inject_hyperparams(zo_methods.mezo, static_args=zo_methods.MEZO_STATIC_ARGS)(
+    plain = methods.mezo(0.1, eps=1e-2)
+    injected = optax.inject_hyperparams(methods.mezo, static_args=methods.MEZO_STATIC_ARGS)(
         lambda count: 0.1 / (1 + count), eps=1e-2
     )
-    scheduled = zo_methods.mezo(lambda count: 0.1 / (1 + count), eps=1e-2)
+    scheduled = methods.mezo(lambda count: 0.1 / (1 + count), eps=1e-2)
     results = []
     for tx in (plain, injected, scheduled):
         step = jax.jit(lambda s, p, tx=tx: tx.update(None, s, p, value_fn=loss))
@@ -346,7 +342,7 @@ def test_hyperparameters_can_be_injected_and_scheduled():
 
 def test_frozen_leaves_are_neither_perturbed_nor_moved():
     params = tree()
-    tx = zo_methods.rada_zo(0.1, trainable=lambda path: path == "layers/up/kernel")
+    tx = methods.rada_zo(0.1, trainable=lambda path: path == "layers/up/kernel")
     state = tx.init(params)
     assert state.moments["mu"]["tall"] is None
 
@@ -369,7 +365,7 @@ def test_frozen_leaves_are_neither_perturbed_nor_moved():
 
 def test_bfloat16_parameters_get_bfloat16_updates_from_float32_arithmetic():
     params = tree(dtype=jnp.bfloat16)
-    tx = zo_methods.mezo(1.0, weight_decay=0.1)
+    tx = methods.mezo(1.0, weight_decay=0.1)
 
     def value_fn(p):
         return loss(jax.tree.map(lambda x: x.astype(jnp.float32), p))
@@ -405,7 +401,7 @@ def test_sphere_first_step_and_scale_invariance():
     params = tree()
 
     def first(scale, **options):
-        tx = zo_methods.rada_zo(0.1, zeta=0.0, **options)
+        tx = methods.rada_zo(0.1, zeta=0.0, **options)
         step = jax.jit(lambda p: tx.update(None, tx.init(p), p, value_fn=lambda q: scale * loss(q)))
         return step(params)[0]["tall"]
 
@@ -416,18 +412,18 @@ def test_sphere_first_step_and_scale_invariance():
 
 
 BAD = {
-    "estimator": (lambda: zo_methods.mezo(0.1, estimator="backward"), "estimator"),
-    "queries": (lambda: zo_methods.mezo(0.1, num_queries=0), "num_queries"),
-    "batch": (lambda: zo_methods.mezo(0.1, query_batch=0), "query_batch"),
-    "eps": (lambda: zo_methods.mezo(0.1, eps=0.0), "eps"),
-    "rank": (lambda: zo_methods.lozo(0.1, rank=0), "rank"),
-    "refresh": (lambda: zo_methods.lozo(0.1, refresh_every=0), "refresh_every"),
-    "keep": (lambda: zo_methods.sparse_mezo(0.1, keep=1.5), "keep"),
-    "mask": (lambda: zo_methods.sparse_mezo(0.1, mask="magnitude"), "mask"),
-    "directions": (lambda: zo_methods.rada_zo(0.1, directions="cube"), "directions"),
-    "b1": (lambda: zo_methods.rada_zo(0.1, b1=1.0), "b1"),
-    "rbg": (lambda: zo_methods.mezo(0.1, rng_impl="rbg"), "rbg"),
-    "unsafe_rbg": (lambda: zo_methods.mezo(0.1, rng_impl="unsafe_rbg"), "unsafe_rbg"),
+    "estimator": (lambda: methods.mezo(0.1, estimator="backward"), "estimator"),
+    "queries": (lambda: methods.mezo(0.1, num_queries=0), "num_queries"),
+    "batch": (lambda: methods.mezo(0.1, query_batch=0), "query_batch"),
+    "eps": (lambda: methods.mezo(0.1, eps=0.0), "eps"),
+    "rank": (lambda: methods.lozo(0.1, rank=0), "rank"),
+    "refresh": (lambda: methods.lozo(0.1, refresh_every=0), "refresh_every"),
+    "keep": (lambda: methods.sparse_mezo(0.1, keep=1.5), "keep"),
+    "mask": (lambda: methods.sparse_mezo(0.1, mask="magnitude"), "mask"),
+    "directions": (lambda: methods.rada_zo(0.1, directions="cube"), "directions"),
+    "b1": (lambda: methods.rada_zo(0.1, b1=1.0), "b1"),
+    "rbg": (lambda: methods.mezo(0.1, rng_impl="rbg"), "rbg"),
+    "unsafe_rbg": (lambda: methods.mezo(0.1, rng_impl="unsafe_rbg"), "unsafe_rbg"),
     "curvature": (
         lambda: zeroth_order(
             0.1,
@@ -449,7 +445,7 @@ def test_bad_arguments_are_told(name):
 
 def test_missing_arguments_and_wrong_places_are_told():
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
-    tx = zo_methods.mezo(0.1)
+    tx = methods.mezo(0.1)
     state = tx.init(params)
     with pytest.raises(ValueError, match="params"):
         tx.update(None, state, value_fn=loss)
@@ -460,12 +456,12 @@ def test_missing_arguments_and_wrong_places_are_told():
     with pytest.raises(ValueError, match="num_queries"):
         tx.update(None, state, params, coeffs=jnp.ones(2))
     with pytest.raises(ValueError, match="curvatures"):
-        hizoo = zo_methods.hizoo(0.1)
+        hizoo = methods.hizoo(0.1)
         hizoo.update(None, hizoo.init(params), params, coeffs=jnp.ones(1))
     with pytest.raises(ValueError, match="trainable"):
-        zo_methods.mezo(0.1, trainable=lambda path: False).init(params)
+        methods.mezo(0.1, trainable=lambda path: False).init(params)
     with pytest.raises(ValueError, match="query_axis"):
-        sharded = zo_methods.mezo(0.1, query_axis="query")
+        sharded = methods.mezo(0.1, query_axis="query")
         sharded.update(None, sharded.init(params), params, value_fn=loss)
     inside = optax.partition({"zo": tx, "rest": optax.sgd(0.1)}, {"w": "zo", "b": "rest"})
     with pytest.raises(ValueError, match="trainable="):
@@ -478,7 +474,7 @@ def test_works_in_a_chain_and_reports_its_value():
     tx = optax.chain(scale_by_zeroth_order(perturbations.dense()), optax.scale(-0.1))
     params = tree()
     updates, state = jax.jit(lambda p: tx.update(None, tx.init(p), p, value_fn=loss))(params)
-    whole = zo_methods.mezo(0.1)
+    whole = methods.mezo(0.1)
     want, _ = jax.jit(lambda p: whole.update(None, whole.init(p), p, value_fn=loss))(params)
     np.testing.assert_allclose(updates["wide"], want["wide"], rtol=1e-5)
     np.testing.assert_allclose(optax.tree.get(state, "value"), loss(params), rtol=1e-3)
@@ -487,7 +483,7 @@ def test_works_in_a_chain_and_reports_its_value():
 @pytest.mark.parametrize("estimator", ["central", "forward"])
 def test_differences_of_16_bit_losses_are_refused(estimator):
     params = {"w": jnp.ones((2, 3))}
-    tx = zo_methods.mezo(0.1, estimator=estimator)
+    tx = methods.mezo(0.1, estimator=estimator)
 
     def step(dtype, value=None):
         jax.eval_shape(
@@ -503,5 +499,5 @@ def test_differences_of_16_bit_losses_are_refused(estimator):
     with pytest.raises(TypeError, match="value has dtype bfloat16"):
         step(jnp.float32, jnp.ones([], jnp.bfloat16))
     step(jnp.float32)
-    tx = zo_methods.mezo(0.1, estimator="jvp")  # takes no difference
+    tx = methods.mezo(0.1, estimator="jvp")  # takes no difference
     step(jnp.bfloat16)

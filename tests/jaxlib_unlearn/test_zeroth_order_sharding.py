@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import zo_methods
+from jaxlib_unlearn.optim.zeroth_order import methods
 from jaxlib_unlearn.optim.zeroth_order.zo_muon import zo_muon
 from train.costs.collectives import collectives
 
@@ -46,7 +46,7 @@ def place(params, mesh):
 
 METHODS = {
     "zo_muon": lambda **options: zo_muon(0.1, rank=4, num_queries=4, eps=0.1, **options),
-    "mezo": lambda **options: zo_methods.mezo(0.1, num_queries=2, eps=0.1, **options),
+    "mezo": lambda **options: methods.mezo(0.1, num_queries=2, eps=0.1, **options),
 }
 
 

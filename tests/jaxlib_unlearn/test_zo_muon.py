@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from jaxlib_unlearn.optim import orthogonalize
+from jaxlib_unlearn.optim.zeroth_order.leaves import layout_of
+from jaxlib_unlearn.optim.zeroth_order.methods import subspace_mezo
 from jaxlib_unlearn.optim.zeroth_order.perturbations import MASK, QUERY, draw_core, subspace
-from jaxlib_unlearn.optim.zeroth_order.zo_leaves import layout_of
-from jaxlib_unlearn.optim.zeroth_order.zo_methods import subspace_mezo
 from jaxlib_unlearn.optim.zeroth_order.zo_muon import ZO_MUON_STATIC_ARGS, scale_by_zo_muon, zo_muon
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")

@@ -11,7 +11,8 @@ import pytest
 import models
 from jaxlib_unlearn.optim import matrices
 from jaxlib_unlearn.optim.rules import sharding_role
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import perturbations, zeroth_order
+from jaxlib_unlearn.optim.zeroth_order import perturbations
+from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
 from models import lora
 from models.decoder import REMAT, Decoder, DecoderConfig
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlib_unlearn.optim.zeroth_order import perturbations
+from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored, matmul
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import perturbations, zeroth_order
 from models.decoder import Decoder, DecoderConfig
 from models.policy import DecoderPolicy
 
@@ -95,7 +96,7 @@ def test_layer_map_equals_materialised_copies(name):
 
 
 def test_curvature_scaled_directions_through_the_layer_map():
-    from jaxlib_unlearn.optim.zeroth_order.zo_methods import hizoo
+    from jaxlib_unlearn.optim.zeroth_order.methods import hizoo
 
     params, data = small(), batch()
     tx = hizoo(0.1, eps=0.5, smoothing=0.1)

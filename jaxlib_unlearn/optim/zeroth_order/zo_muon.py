@@ -12,9 +12,9 @@ import optax
 from jaxlib_unlearn.optim.matrices import Specs
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.spellings import with_optax_spellings
+from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
+from jaxlib_unlearn.optim.zeroth_order.leaves import Trainable
 from jaxlib_unlearn.optim.zeroth_order.perturbations import subspace
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import zeroth_order
-from jaxlib_unlearn.optim.zeroth_order.zo_leaves import Trainable
 
 ZO_MUON_STATIC_ARGS = (
     "num_queries",
@@ -137,7 +137,7 @@ def zo_muon(
             cost activations, not weights.
         query_axis: mesh axis over which evaluations are shared out.
         trainable: path -> whether a leaf is moved; None for all.
-        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``zo_leaves``.
+        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``zeroth_order.leaves``.
         layout: "in_out" or "out_in" kernels.
         factored: let ``layer_map`` hand out kernels as ``perturbations.Factored``.
         rng_impl: random bit generator.

@@ -4,13 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import (
-    COMMON_STATIC_ARGS,
-    perturbations,
-    zeroth_order,
-)
-from jaxlib_unlearn.optim.zeroth_order.zo_leaves import Trainable
-from jaxlib_unlearn.optim.zeroth_order.zo_steps import Rule
+from jaxlib_unlearn.optim.zeroth_order import perturbations
+from jaxlib_unlearn.optim.zeroth_order.engine import COMMON_STATIC_ARGS, zeroth_order
+from jaxlib_unlearn.optim.zeroth_order.leaves import Trainable
+from jaxlib_unlearn.optim.zeroth_order.steps import Rule
 
 HIZOO_STATIC_ARGS = tuple(name for name in COMMON_STATIC_ARGS if name != "estimator")
 RADA_ZO_STATIC_ARGS = ("directions", "bias_correction", *COMMON_STATIC_ARGS)

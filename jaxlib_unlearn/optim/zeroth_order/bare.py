@@ -20,7 +20,7 @@ from typing import Any
 
 import optax
 
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import zo_methods
+from jaxlib_unlearn.optim.zeroth_order import methods
 
 _OUTSIDE = ("learning_rate", "aux_learning_rate", "weight_decay")
 
@@ -51,10 +51,10 @@ def _bare(method: Callable[..., Any]) -> Callable[..., optax.GradientTransformat
     return scale_by
 
 
-scale_by_hizoo = _bare(zo_methods.hizoo)
-scale_by_lozo = _bare(zo_methods.lozo)
-scale_by_mezo = _bare(zo_methods.mezo)
-scale_by_rada_zo = _bare(zo_methods.rada_zo)
-scale_by_sparse_mezo = _bare(zo_methods.sparse_mezo)
-scale_by_subspace_mezo = _bare(zo_methods.subspace_mezo)
-scale_by_subzero = _bare(zo_methods.subzero)
+scale_by_hizoo = _bare(methods.hizoo)
+scale_by_lozo = _bare(methods.lozo)
+scale_by_mezo = _bare(methods.mezo)
+scale_by_rada_zo = _bare(methods.rada_zo)
+scale_by_sparse_mezo = _bare(methods.sparse_mezo)
+scale_by_subspace_mezo = _bare(methods.subspace_mezo)
+scale_by_subzero = _bare(methods.subzero)

@@ -17,26 +17,23 @@ zo_muon        forward     q + 1               P
 =============  ==========  ==================  =====================================
 
 Compare methods at equal evaluations, not at equal steps. Their bare directions are in
-``optim.zo_bare``; that of any family of ``optim.perturbations`` is
+``optim.zeroth_order.bare``; that of any family of ``optim.zeroth_order.perturbations`` is
 ``scale_by_zeroth_order(family, ...)``.
 """
 
 import jax
 import optax
 
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import (
-    COMMON_STATIC_ARGS,
-    perturbations,
-    zeroth_order,
-)
-from jaxlib_unlearn.optim.zeroth_order.zo_adaptive import (
+from jaxlib_unlearn.optim.zeroth_order import perturbations
+from jaxlib_unlearn.optim.zeroth_order.adaptive import (
     HIZOO_STATIC_ARGS,
     RADA_ZO_STATIC_ARGS,
     adaptive_rule,
     hizoo,
     rada_zo,
 )
-from jaxlib_unlearn.optim.zeroth_order.zo_leaves import Trainable
+from jaxlib_unlearn.optim.zeroth_order.engine import COMMON_STATIC_ARGS, zeroth_order
+from jaxlib_unlearn.optim.zeroth_order.leaves import Trainable
 
 __all__ = [
     "HIZOO_STATIC_ARGS",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_unlearn.optim.matrices import path_str
+from jaxlib_unlearn.optim.zeroth_order.leaves import Layout, Stack
 from jaxlib_unlearn.optim.zeroth_order.perturbations import (
     Basis,
     Family,
@@ -24,7 +25,6 @@ from jaxlib_unlearn.optim.zeroth_order.perturbations import (
     perturb,
     wide,
 )
-from jaxlib_unlearn.optim.zeroth_order.zo_leaves import Layout, Stack
 
 LayerMap = Callable[[Any, jax.Array], Any]
 

@@ -25,18 +25,18 @@ import optax
 from jaxlib_unlearn.optim.arrays import concrete
 from jaxlib_unlearn.optim.matrices import Specs
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
-from jaxlib_unlearn.optim.zeroth_order.perturbations import Family, wide
-from jaxlib_unlearn.optim.zeroth_order.zeroth_order import perturbations
-from jaxlib_unlearn.optim.zeroth_order.zo_directions import (
+from jaxlib_unlearn.optim.zeroth_order import perturbations
+from jaxlib_unlearn.optim.zeroth_order.directions import (
     Draws,
     draw_bases,
     layered,
     norm_scales,
     perturbed,
 )
-from jaxlib_unlearn.optim.zeroth_order.zo_estimate import ESTIMATORS, estimate
-from jaxlib_unlearn.optim.zeroth_order.zo_leaves import Layout, Trainable, layout_of
-from jaxlib_unlearn.optim.zeroth_order.zo_steps import Rule, steps
+from jaxlib_unlearn.optim.zeroth_order.estimate import ESTIMATORS, estimate
+from jaxlib_unlearn.optim.zeroth_order.leaves import Layout, Trainable, layout_of
+from jaxlib_unlearn.optim.zeroth_order.perturbations import Family, wide
+from jaxlib_unlearn.optim.zeroth_order.steps import Rule, steps
 
 COMMON_STATIC_ARGS = (
     "num_queries",
@@ -118,7 +118,7 @@ def zeroth_order(
         query_batch: evaluations at a time (activations grow with it); None for one.
         query_axis: mesh axis over which evaluations are shared out.
         trainable: path -> whether a leaf is perturbed and updated; None for all.
-        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``zo_leaves``.
+        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``zeroth_order.leaves``.
         layout: "in_out" or "out_in" kernels.
         factored: let ``layer_map`` hand out low-rank kernels as ``perturbations.Factored``.
         rng_impl: random bit generator; one that gives other numbers under ``vmap`` is refused.

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
+from jaxlib_unlearn.optim.zeroth_order.directions import gain, walk, weighted_sums
 from jaxlib_unlearn.optim.zeroth_order.perturbations import is_low_rank, lift
-from jaxlib_unlearn.optim.zeroth_order.zo_directions import gain, walk, weighted_sums
 
 
 class Rule(NamedTuple):
