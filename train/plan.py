@@ -135,7 +135,7 @@ def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
 
 def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
     """Compile one program and add up what a chip holds, does and sends."""
-    from train.costs import collectives, flops, hlo, work
+    from train.costs import collectives, flops, hlo, hlo_flops
     from train.loop import step_bytes
     from train.step import OPTIMIZER_SCOPE
 
@@ -173,11 +173,11 @@ def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     parsed = hlo.parse(compiled)
-    done = work.device_flops(parsed)
-    scoped = work.device_flops(parsed, OPTIMIZER_SCOPE).flops
+    done = hlo_flops.device_flops(parsed)
+    scoped = hlo_flops.device_flops(parsed, OPTIMIZER_SCOPE).flops
     found = collectives.collectives(parsed)
     peak = step_bytes(compiled) or 0
-    traffic = work.device_bytes(parsed)
+    traffic = hlo_flops.device_bytes(parsed)
     update = [c for c in found if OPTIMIZER_SCOPE in c.scope.split("/")]
 
     def by_kind(some: list[Any]) -> dict[str, dict[str, int]]:

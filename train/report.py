@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from jaxlib_unlearn.errors import UserError
-from train.reporting import measures, tables
-from train.reporting.about import command, facts, limitations
+from train.reporting import metrics_table, tables
 from train.reporting.plain import plain, shown
+from train.reporting.provenance import command, facts, limitations
 from train.reporting.runlogs import (
     clean,
     leak_scores,
@@ -48,18 +48,20 @@ def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
 
     from train.reporting import plots
 
-    s, show = run.summary, measures.format_number
+    s, show = run.summary, metrics_table.format_number
     logged = read_steps(run.folder / "metrics.jsonl", _say)
     steps = [r for r in logged if r["stage"] == "unlearned"]
     scores = {m: np.asarray(leak_scores(log), float) for m, log in logs.items() if leak_scores(log)}
     values = {m: np.asarray(truth_ratios(log)) for m, log in logs.items() if truth_ratios(log)}
-    distance, p = (measures.number(s["unlearned"].get(n)) for n in ("forget_ks", "forget_quality"))
+    distance, p = (
+        metrics_table.number(s["unlearned"].get(n)) for n in ("forget_ks", "forget_quality")
+    )
 
     def across(name: str) -> str:
-        pairs = [(m, s[m].get(name)) for m in measures.MODELS if m in s]
-        return ", ".join(f"{m} {show(v)}" for m, v in pairs if measures.number(v) is not None)
+        pairs = [(m, s[m].get(name)) for m in metrics_table.MODELS if m in s]
+        return ", ".join(f"{m} {show(v)}" for m, v in pairs if metrics_table.number(v) is not None)
 
-    ks = measures.leak_ks(s["unlearned"])
+    ks = metrics_table.leak_ks(s["unlearned"])
     at_k = across(f"leak_at_{ks[-1]}") if ks else ""
     made = (
         (
@@ -121,18 +123,20 @@ def _write(path: Path, data: bytes) -> None:
 
 def _rows(run: Run, models: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
-    for name in measures.ordered(n for m in models for n in measures.metrics_of(run.summary[m])):
-        if name == measures.LOG10_P:  # the same number again
+    for name in metrics_table.ordered(
+        n for m in models for n in metrics_table.metrics_of(run.summary[m])
+    ):
+        if name == metrics_table.LOG10_P:  # the same number again
             continue
-        metric = measures.describe(name)
+        metric = metrics_table.describe(name)
         head, _, tail = metric.label.rpartition(" ")
         rows.append(
             {
                 "head": head,
                 "tail": tail,
                 "explain": metric.explain,
-                "arrow": measures.ARROWS[metric.better],
-                "direction": measures.DIRECTIONS[metric.better],
+                "arrow": metrics_table.ARROWS[metric.better],
+                "direction": metrics_table.DIRECTIONS[metric.better],
                 "cells": [_cell(run.summary[m], m, name) for m in models],
             }
         )
@@ -153,7 +157,7 @@ def build(run_dir: str | Path) -> Path:
     """
     run = tables.load_run(run_dir)
     logs = read_evals(run)
-    models = [m for m in measures.MODELS if m in run.summary]
+    models = [m for m in metrics_table.MODELS if m in run.summary]
     models += sorted(set(run.summary) - set(models))
     made = pictures(run, logs)
     preset, seed = run.config.get("preset") or run.folder.name, run.config.get("seed")
@@ -168,7 +172,9 @@ def build(run_dir: str | Path) -> Path:
         lead="A model that knows a set of facts was made to forget a part of them. Below: whether "
         "it forgot, what it kept, and how that was measured.",
         verdicts=verdicts(run.summary, len(truth_ratios(logs.get("unlearned", {}))), smoke),
-        directions=[(measures.ARROWS[k], text) for k, text in measures.DIRECTIONS.items() if k],
+        directions=[
+            (metrics_table.ARROWS[k], text) for k, text in metrics_table.DIRECTIONS.items() if k
+        ],
         models=models,
         rows=_rows(run, models),
         retain_log=bool(run.config.get("retain_log")),
@@ -189,12 +195,12 @@ def build(run_dir: str | Path) -> Path:
 
 def _cell(scores: dict[str, Any], model: str, name: str) -> dict[str, Any]:
     value = scores.get(name)
-    known = measures.number(value) is not None
+    known = metrics_table.number(value) is not None
     return {
         "name": f"{model}.{name}",
         "model": model,
         "value": json.dumps(value) if known else None,
-        "text": measures.format_number(value),
+        "text": metrics_table.format_number(value),
     }
 
 
@@ -285,7 +291,7 @@ def _print(cols: Sequence[tables.Column], every: bool) -> None:
     console = Console(highlight=False)
     for table in tables.terminal(cols, console.width, main=not every):
         console.print(table)
-    console.print(measures.LEGEND)
+    console.print(metrics_table.LEGEND)
     if any(column.label.startswith("SMOKE") for column in cols):
         console.print(SMOKE, soft_wrap=True)
 

@@ -31,23 +31,16 @@ yourself; ``nnx.Optimizer.update(model, grads, constraint_grads=...)`` passes th
 import inspect
 import types
 
-from jaxlib_unlearn.optim import (
-    compressed,
-    hybrid,
-    matrices,
-    orthogonalize,
-    smoothing,
-    two_stream,
-    wrappers,
-)
-from jaxlib_unlearn.optim.compressed import (
+from jaxlib_unlearn.optim import combine, hybrid, matrices, orthogonalize, sharpness, sign, wrappers
+from jaxlib_unlearn.optim.combine import blur, pcgrad, weighted_sum
+from jaxlib_unlearn.optim.first_moments import keep_first_moments
+from jaxlib_unlearn.optim.hybrid import alternate, ends_on_zeroth_order, round_to_zeroth_order
+from jaxlib_unlearn.optim.sharpness import randomised_smoothing, sam
+from jaxlib_unlearn.optim.sign import (
     quantize_updates,
     scale_by_sign_momentum,
     sign_momentum,
 )
-from jaxlib_unlearn.optim.first_moments import keep_first_moments
-from jaxlib_unlearn.optim.hybrid import alternate, ends_on_zeroth_order, round_to_zeroth_order
-from jaxlib_unlearn.optim.smoothing import randomised_smoothing, sam
 from jaxlib_unlearn.optim.sophia import SOPHIA_STATIC_ARGS, scale_by_sophia, sophia
 from jaxlib_unlearn.optim.spectral.muon import MUON_STATIC_ARGS, MuonState, muon, scale_by_muon
 from jaxlib_unlearn.optim.spectral.post import Post, normuon
@@ -55,7 +48,6 @@ from jaxlib_unlearn.optim.spectral.sift import SIFT_STATIC_ARGS, scale_by_sift, 
 from jaxlib_unlearn.optim.spectral.sift_direction import SiftState
 from jaxlib_unlearn.optim.spectral.splitting import Split
 from jaxlib_unlearn.optim.spectral.teon import TEON_STATIC_ARGS, scale_by_teon, teon
-from jaxlib_unlearn.optim.two_stream import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
 from jaxlib_unlearn.optim.zeroth_order import methods
 from jaxlib_unlearn.optim.zeroth_order.bare import (
@@ -82,26 +74,26 @@ from jaxlib_unlearn.optim.zeroth_order.zo_muon import ZO_MUON_STATIC_ARGS, scale
 STATIC_ARGS: dict[str, tuple[str, ...]] = {
     "accumulate": wrappers.ACCUMULATE_STATIC_ARGS,
     "alternate": hybrid.ALTERNATE_STATIC_ARGS,
-    "blur": two_stream.BLUR_STATIC_ARGS,
+    "blur": combine.BLUR_STATIC_ARGS,
     "clip_streams": wrappers.CLIP_STREAMS_STATIC_ARGS,
     "finite": wrappers.FINITE_STATIC_ARGS,
     "hizoo": methods.HIZOO_STATIC_ARGS,
     "lozo": methods.LOZO_STATIC_ARGS,
     "mezo": methods.MEZO_STATIC_ARGS,
     "muon": MUON_STATIC_ARGS,
-    "pcgrad": two_stream.PCGRAD_STATIC_ARGS,
-    "quantize_updates": compressed.QUANTIZE_UPDATES_STATIC_ARGS,
+    "pcgrad": combine.PCGRAD_STATIC_ARGS,
+    "quantize_updates": sign.QUANTIZE_UPDATES_STATIC_ARGS,
     "rada_zo": methods.RADA_ZO_STATIC_ARGS,
-    "randomised_smoothing": smoothing.RANDOMISED_SMOOTHING_STATIC_ARGS,
-    "sam": smoothing.SAM_STATIC_ARGS,
+    "randomised_smoothing": sharpness.RANDOMISED_SMOOTHING_STATIC_ARGS,
+    "sam": sharpness.SAM_STATIC_ARGS,
     "sift": SIFT_STATIC_ARGS,
-    "sign_momentum": compressed.SIGN_MOMENTUM_STATIC_ARGS,
+    "sign_momentum": sign.SIGN_MOMENTUM_STATIC_ARGS,
     "sophia": SOPHIA_STATIC_ARGS,
     "sparse_mezo": methods.SPARSE_MEZO_STATIC_ARGS,
     "subspace_mezo": methods.SUBSPACE_MEZO_STATIC_ARGS,
     "subzero": methods.SUBZERO_STATIC_ARGS,
     "teon": TEON_STATIC_ARGS,
-    "weighted_sum": two_stream.WEIGHTED_SUM_STATIC_ARGS,
+    "weighted_sum": combine.WEIGHTED_SUM_STATIC_ARGS,
     "zo_muon": ZO_MUON_STATIC_ARGS,
 }
 """What ``optax.inject_hyperparams(factory, static_args=STATIC_ARGS[name])`` must not trace."""

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn.optim.arrays import concrete
+from jaxlib_unlearn.optim.combine import check_streams, remember
 from jaxlib_unlearn.optim.passing import passing_by
-from jaxlib_unlearn.optim.two_stream import check_streams, remember
 
 ACCUMULATE_STATIC_ARGS = ("tx", "k", "num_constraints", "dtype")
 """``static_args`` for ``optax.inject_hyperparams(accumulate, static_args=...)``."""
@@ -93,7 +93,7 @@ def accumulate(
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> from jaxlib_unlearn.optim.two_stream import weighted_sum
+        >>> from jaxlib_unlearn.optim.combine import weighted_sum
         >>> tx = accumulate(optax.chain(weighted_sum(), optax.sgd(1.0)), k=2)
         >>> state = tx.init(jnp.zeros(()))
         >>> for g, h in ((1.0, 10.0), (5.0, 1000.0)):
@@ -186,7 +186,7 @@ def finite(
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> from jaxlib_unlearn.optim.two_stream import weighted_sum
+        >>> from jaxlib_unlearn.optim.combine import weighted_sum
         >>> tx = finite(optax.chain(weighted_sum(), optax.sgd(1.0)))
         >>> g = jnp.ones(2)
         >>> updates, state = tx.update(g, tx.init(g), constraint_grads=g.at[0].set(jnp.nan))
@@ -268,7 +268,7 @@ def clip_streams(
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> from jaxlib_unlearn.optim.two_stream import weighted_sum
+        >>> from jaxlib_unlearn.optim.combine import weighted_sum
         >>> tx = clip_streams(1.0, weighted_sum())
         >>> forget, retain = jnp.array([3.0, 0.0]), jnp.array([0.0, 4.0])
         >>> tx.update(forget, tx.init(forget), constraint_grads=retain)[0].tolist()

@@ -32,7 +32,7 @@ import numpy as np
 import optax
 
 from jaxlib_unlearn.optim import matrices, orthogonalize
-from jaxlib_unlearn.optim.compressed import sign_momentum
+from jaxlib_unlearn.optim.sign import sign_momentum
 from jaxlib_unlearn.optim.sophia import sophia
 from jaxlib_unlearn.optim.spectral.muon import muon
 from jaxlib_unlearn.optim.spectral.sift import sift

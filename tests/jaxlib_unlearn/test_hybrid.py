@@ -16,7 +16,7 @@ from jaxlib_unlearn.optim.hybrid import (
     round_to_zeroth_order,
     zeroth_order_steps,
 )
-from jaxlib_unlearn.optim.smoothing import sam
+from jaxlib_unlearn.optim.sharpness import sam
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 

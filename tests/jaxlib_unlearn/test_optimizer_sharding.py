@@ -17,12 +17,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlib_unlearn.optim.compressed import sign_momentum
+from jaxlib_unlearn.optim.combine import blur
+from jaxlib_unlearn.optim.sign import sign_momentum
 from jaxlib_unlearn.optim.sophia import sophia
 from jaxlib_unlearn.optim.spectral.muon import muon
 from jaxlib_unlearn.optim.spectral.sift import sift
 from jaxlib_unlearn.optim.spectral.teon import teon
-from jaxlib_unlearn.optim.two_stream import blur
 from train.costs.collectives import collectives
 from train.runtime.sharding import path_str
 

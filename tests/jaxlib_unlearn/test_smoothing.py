@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_unlearn.optim import smoothing
-from jaxlib_unlearn.optim.smoothing import (
+from jaxlib_unlearn.optim import sharpness
+from jaxlib_unlearn.optim.combine import blur, blur_combine
+from jaxlib_unlearn.optim.sharpness import (
     randomised_smoothing,
     sam,
     sam_gradient,
     smoothed_gradient,
 )
-from jaxlib_unlearn.optim.two_stream import blur, blur_combine
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
@@ -206,10 +206,10 @@ def test_one_compilation_and_extra_arguments(tx):
 def test_hyperparameters_may_be_traced():
     params = random_tree(0)
     for make, static, options in (
-        (sam, smoothing.SAM_STATIC_ARGS, {"rho": 0.2}),
+        (sam, sharpness.SAM_STATIC_ARGS, {"rho": 0.2}),
         (
             randomised_smoothing,
-            smoothing.RANDOMISED_SMOOTHING_STATIC_ARGS,
+            sharpness.RANDOMISED_SMOOTHING_STATIC_ARGS,
             {"sigma": 0.2, "num_samples": 2, "seed": 3},
         ),
     ):

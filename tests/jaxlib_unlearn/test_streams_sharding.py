@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlib_unlearn.optim.compressed import quantize_updates, sign_momentum
+from jaxlib_unlearn.optim.combine import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.hybrid import alternate
-from jaxlib_unlearn.optim.smoothing import randomised_smoothing, sam
+from jaxlib_unlearn.optim.sharpness import randomised_smoothing, sam
+from jaxlib_unlearn.optim.sign import quantize_updates, sign_momentum
 from jaxlib_unlearn.optim.sophia import sophia
-from jaxlib_unlearn.optim.two_stream import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
 from train.costs.collectives import collectives
 

@@ -8,16 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_unlearn.optim import two_stream
-from jaxlib_unlearn.optim.two_stream import blur, blur_combine, pcgrad, weighted_sum
+from jaxlib_unlearn.optim import combine as combiners
+from jaxlib_unlearn.optim.combine import blur, blur_combine, pcgrad, weighted_sum
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
 COMBINERS = {
-    "blur": (blur, two_stream.BLUR_STATIC_ARGS, {"gamma": 0.5, "constraint_weight": 2.0}),
-    "pcgrad": (pcgrad, two_stream.PCGRAD_STATIC_ARGS, {"constraint_weight": 2.0}),
-    "weighted_sum": (weighted_sum, two_stream.WEIGHTED_SUM_STATIC_ARGS, {"weight": 2.0}),
+    "blur": (blur, combiners.BLUR_STATIC_ARGS, {"gamma": 0.5, "constraint_weight": 2.0}),
+    "pcgrad": (pcgrad, combiners.PCGRAD_STATIC_ARGS, {"constraint_weight": 2.0}),
+    "weighted_sum": (weighted_sum, combiners.WEIGHTED_SUM_STATIC_ARGS, {"weight": 2.0}),
 }
 
 
@@ -74,7 +74,7 @@ def pcgrad_loop(p, c):
 def test_values_of_the_card(tx, expected):
     updates, state = combine(tx, jnp.array([1.0, 2.0]), jnp.array([3.0, -1.0]))
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
-    if isinstance(state, two_stream.BlurStats):
+    if isinstance(state, combiners.BlurStats):
         xi = {3.8: 0.8, 3.7: 0.9, 6.6: 0.6}[expected[0]]
         scale = 2.0 if expected[0] == 6.6 else 1.0
         np.testing.assert_allclose(state, [scale, 5.0, 10.0 * scale**2, xi], rtol=1e-6)

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlib_unlearn.optim.combine import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.spectral.sift import scale_by_sift, sift
-from jaxlib_unlearn.optim.two_stream import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")

@@ -15,7 +15,7 @@ from models import policy
 from models.architectures import ALIASES, ARCHITECTURES, config_of
 from models.weights import find_smollm2
 from train import plan
-from train.costs import collectives, flops, hlo, programs, topology, work
+from train.costs import collectives, flops, hlo, hlo_flops, programs, topology
 from train.plan import PlanConfig, needed_bytes
 from train.presets import PRESETS
 from train.runtime import sharding
@@ -156,7 +156,7 @@ def test_the_walker_and_the_compiled_program_give_the_closed_form():
     wanted = closed_form(decoder.config, rows, 32, 16)
     assert flops.count_jaxpr(traced.jaxpr).flops == wanted
     compiled = traced.lower().compile()
-    assert 8 * work.device_flops(compiled).flops == wanted
+    assert 8 * hlo_flops.device_flops(compiled).flops == wanted
     assert compiled.cost_analysis()["flops"] < wanted / 8  # what we must not use
 
 
@@ -204,8 +204,8 @@ ENTRY %main (x: f32[8,8], i: s32[], a: bf16[512,64,1], b: bf16[32,128,64]) -> f3
 def test_products_in_the_text_of_a_tpu_program():
     """Batched products are convolutions in which all but one tap of a window meets padding."""
     projection = 2 * 512 * 64 * 32 * 128
-    assert work.device_flops(TPU_TEXT).flops == projection + 2 * 2 * 8**3
-    assert work.device_flops(TPU_TEXT, "optimizer").flops == 2 * 8**3
+    assert hlo_flops.device_flops(TPU_TEXT).flops == projection + 2 * 2 * 8**3
+    assert hlo_flops.device_flops(TPU_TEXT, "optimizer").flops == 2 * 8**3
 
 
 WINDOWED_TEXT = """HloModule jit_f, is_scheduled=true
@@ -241,11 +241,11 @@ ENTRY %main (c: (u32[], s32[], bf16[2,512,8,128,1])) -> (u32[], s32[], bf16[2,51
 def test_a_product_whose_operand_goes_round(step, trips):
     """The partitioner's own loop: two steps a trip, its axes listed in any order."""
     text = WINDOWED_TEXT.replace("constant(2)", f"constant({step})")
-    found = work.device_flops(text)
+    found = hlo_flops.device_flops(text)
     assert found.flops == trips * 2 * (2 * 512 * 8 * 128) * (2 * 512)
     assert not found.unknown_loops
     # A count that the text does not give is not guessed.
-    assert work.device_flops(
+    assert hlo_flops.device_flops(
         text.replace("add(%here, %two)", "multiply(%here, %two)")
     ).unknown_loops
 
@@ -255,7 +255,7 @@ def test_a_conditional_counts_as_its_dearest_branch():
         return jax.lax.switch(i, [lambda x: x @ x, lambda x: x @ x @ x, lambda x: x], x)
 
     text = jax.jit(fn).lower(jnp.int32(0), jnp.ones((16, 16))).compile()
-    assert work.device_flops(text).flops == 2 * 2 * 16**3
+    assert hlo_flops.device_flops(text).flops == 2 * 2 * 16**3
 
 
 def test_traffic_of_slices_and_updates_counts_the_slice():
@@ -266,7 +266,7 @@ def test_traffic_of_slices_and_updates_counts_the_slice():
 
     program = hlo.parse(jax.jit(fn).lower(jnp.ones((64, 1024))).compile())
     whole = 64 * 1024 * 4
-    assert 2 * whole <= work.device_bytes(program) < 6 * whole
+    assert 2 * whole <= hlo_flops.device_bytes(program) < 6 * whole
 
 
 # Plans

@@ -18,7 +18,7 @@ from scipy.stats import ks_2samp
 
 from jaxlib_unlearn.metrics import leak_at_k
 from train import report
-from train.reporting import measures, plots, runlogs, verdict
+from train.reporting import metrics_table, plots, runlogs, verdict
 
 EVIL = "<script>alert(1)</script> & \"quotes\" <img src=x onerror='go()'> \ud800 \x07"
 
@@ -518,10 +518,10 @@ def test_utility_of_fewer_parts_is_judged_and_shown_as_what_it_is(utility, state
         for model, flat in summary.items()
     }
     assert verdict.verdicts(summary)[1].state == state
-    metric = measures.describe("model_utility_of_3")
+    metric = metrics_table.describe("model_utility_of_3")
     assert metric.main and metric.better == "up" and metric.label == "Model utility, 3 parts"
     names = ["privleak", "model_utility_of_3", "world_facts_rouge"]
-    assert measures.ordered(names) == names[::-1]
+    assert metrics_table.ordered(names) == names[::-1]
 
 
 def test_verdict_says_when_the_test_has_no_power():

@@ -24,7 +24,7 @@ from models.decoder import Decoder, DecoderConfig
 from models.policy import DecoderPolicy, head_of
 from train import loop, pipeline
 from train.config import UnlearnConfig
-from train.costs.work import device_flops
+from train.costs.hlo_flops import device_flops
 from train.data.examples import Example
 from train.data.streams import Stream, batches_of, make_stream, pack_streams, with_references
 from train.evaluators.evaluation import Model

@@ -18,7 +18,7 @@ from models.decoder import Decoder, DecoderConfig
 from models.families import FAMILIES, from_hf
 from models.policy import DecoderPolicy
 from train.costs.flops import count
-from train.costs.work import device_flops
+from train.costs.hlo_flops import device_flops
 from train.runtime.sharding import (
     RULES,
     MeshConfig,

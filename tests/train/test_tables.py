@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train.reporting import measures, tables
+from train.reporting import metrics_table, tables
 
 
 def run(objective="asu", seed=0, output="a", p=0.01, rouge=0.3, digest=None, **config):
@@ -40,7 +40,7 @@ def test_runs_that_differ_by_seed_are_aggregated():
     cell = unlearned.cells["forget_rouge"]
     assert cell.mean == pytest.approx(np.mean(values), rel=1e-14)
     assert cell.sd == pytest.approx(np.std(values, ddof=1), rel=1e-14)
-    decades = unlearned.cells[measures.LOG10_P]
+    decades = unlearned.cells[metrics_table.LOG10_P]
     assert decades.mean == pytest.approx(np.mean(np.log10(ps)), rel=1e-14)
     assert decades.sd == pytest.approx(np.std(np.log10(ps), ddof=1), rel=1e-14)
 
@@ -140,13 +140,15 @@ def test_labels_are_not_markup():
     ],
 )  # fmt: skip
 def test_format_number(value, text):
-    assert measures.format_number(value) == text
+    assert metrics_table.format_number(value) == text
 
 
 def test_metric_table_is_complete_and_ordered():
-    assert len({m.name for m in measures.METRICS}) == len(measures.METRICS)
-    assert all(m.explain and m.better in measures.ARROWS for m in measures.METRICS)
-    names = measures.ordered(["zzz", "leak_at_16", "leak_at_2", "retain_rouge", "forget_rouge"])
+    assert len({m.name for m in metrics_table.METRICS}) == len(metrics_table.METRICS)
+    assert all(m.explain and m.better in metrics_table.ARROWS for m in metrics_table.METRICS)
+    names = metrics_table.ordered(
+        ["zzz", "leak_at_16", "leak_at_2", "retain_rouge", "forget_rouge"]
+    )
     assert names == ["forget_rouge", "retain_rouge", "leak_at_2", "leak_at_16", "zzz"]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlib_unlearn.metrics import text
 from train.data import authors
-from train.reporting.measures import number
+from train.reporting.metrics_table import number
 
 ENTRY = "forget_readability"
 METRIC, RULE = "forget_unreadable", "unreadable_rule"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.reporting import measures
-from train.reporting.about import command, facts, limitations
+from train.reporting import metrics_table
+from train.reporting.provenance import command, facts, limitations
 from train.reporting.runlogs import clean
 from train.reporting.tables import Run
 from train.reporting.verdict import verdicts
@@ -79,7 +79,7 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
 
     logs = logs or {}
     config, summary = run.config, run.summary
-    models = [m for m in measures.MODELS if m in summary]
+    models = [m for m in metrics_table.MODELS if m in summary]
     method = _section(config, "objective").get("name")
     title = f"{config.get('preset') or 'run'}: {method}, seed {config.get('seed')}"
     from_tofu = _section(config, "data").get("source") == "tofu"
@@ -104,12 +104,17 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
             [(one.question, f"{one.answer} ({one.state})", one.text) for one in found],
         )
     numbers = []
-    for name in measures.ordered(n for m in models for n in measures.metrics_of(summary[m])):
-        metric = measures.describe(name)
-        if metric.main and name != measures.LOG10_P:
-            shown = [measures.format_number(summary[m].get(name)) for m in models]
-            numbers.append((f"{metric.label} {measures.ARROWS[metric.better]}".strip(), *shown))
-    lines += ["", "## Numbers", "", *_table(("", *models), numbers), "", f"{measures.LEGEND}.", ""]
+    for name in metrics_table.ordered(
+        n for m in models for n in metrics_table.metrics_of(summary[m])
+    ):
+        metric = metrics_table.describe(name)
+        if metric.main and name != metrics_table.LOG10_P:
+            shown = [metrics_table.format_number(summary[m].get(name)) for m in models]
+            numbers.append(
+                (f"{metric.label} {metrics_table.ARROWS[metric.better]}".strip(), *shown)
+            )
+    lines += ["", "## Numbers", "", *_table(("", *models), numbers), ""]
+    lines += [f"{metrics_table.LEGEND}.", ""]
     lines += ["## Use", "", USE]
     told = run._replace(about={})  # minutes differ from one time to the next, the model does not
     lines += ["## How it was made", "", "```sh", clean(command(told), 4000), "```", ""]

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from train import report
-from train.reporting import measures, plots, tables
+from train.reporting import metrics_table, plots, tables
 from train.reporting.runlogs import clean
 from train.reporting.tables import Column, Run
 from train.reporting.verdict import SMOKE
@@ -17,18 +19,18 @@ from train.reporting.verdict import SMOKE
 # What is drawn against what, left to right and upwards; pairs that no run has are left out.
 PAIRS = (
     ("forget_rouge", "retain_rouge", "Forget against retain"),
-    (measures.LOG10_P, "model_utility", "Forget quality against model utility"),
+    (metrics_table.LOG10_P, "model_utility", "Forget quality against model utility"),
 )
 CAPTIONS = {
     "forget_rouge": "Runs to the left forget more, runs further up keep more. The oracle shows how "
     "far to the left is far enough: further left is no better.",
-    measures.LOG10_P: "To the right the KS test tells a model less well from the oracle; above "
-    "log10 0.05 = -1.3 it does not tell them apart. Further up more of the rest is kept.",
+    metrics_table.LOG10_P: "To the right the KS test tells a model less well from the oracle; "
+    "above log10 0.05 = -1.3 it does not tell them apart. Further up more of the rest is kept.",
 }
 SHOWN = (
     "forget_rouge",
     "forget_fact_recall",
-    measures.LOG10_P,
+    metrics_table.LOG10_P,
     "retain_rouge",
     "model_utility",
     "forget_unreadable",
@@ -58,7 +60,7 @@ def _utilities(runs: Sequence[Run]) -> list[str]:
 
 
 def _pairs(runs: Sequence[Run], model: str, x: str, y: str) -> list[tuple[float, float]]:
-    values = [measures.metrics_of(run.summary[model]) for run in runs if model in run.summary]
+    values = [metrics_table.metrics_of(run.summary[model]) for run in runs if model in run.summary]
     return [(v[x], v[y]) for v in values if x in v and y in v]
 
 
@@ -83,13 +85,12 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
         fixed = {model: _pairs(every, model, x, y) for model in ("original", "oracle")}
         figure = plots.scatter(points, {m: pairs for m, pairs in fixed.items() if pairs}, x, y)
         if figure is not None:
+            means = [(p.name, np.mean(p.values, axis=0)) for p in points if p.values]
+            show = metrics_table.format_number
             said = "; ".join(
-                f"{p.name} {measures.format_number(sum(v[0] for v in p.values) / len(p.values))} / "
-                f"{measures.format_number(sum(v[1] for v in p.values) / len(p.values))}"
-                for p in points
-                if p.values
+                f"{name} {show(float(a))} / {show(float(b))}" for name, (a, b) in means
             )
-            labels = [measures.describe(name).label for name in (x, y)]
+            labels = [metrics_table.describe(name).label for name in (x, y)]
             alt = f"{labels[0]} / {labels[1]}, means over seeds: {said}."
             caption = CAPTIONS[x] + " A large mark is the mean over an experiment's seeds."
             png = plots.png(figure, smoke + title)
@@ -98,7 +99,7 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
 
 
 def _row(column: Column, names: dict[str, str], shown: Sequence[str]) -> dict[str, Any]:
-    cells = [column.cells[n].text() if n in column.cells else measures.MISSING for n in shown]
+    cells = [column.cells[n].text() if n in column.cells else metrics_table.MISSING for n in shown]
     name = names.get(column.label, column.label)
     return {
         "name": clean(f"{name} · {column.model}" if name else column.model),
@@ -123,7 +124,7 @@ def page(runs: Sequence[Run]) -> str:
     names = {label: name for (label, _), name in zip(found, short, strict=True)}
     if len(found) == 1:  # its columns carry no label
         names |= dict.fromkeys(("", "SMOKE"), short[0])
-    heads = [measures.describe(n) for n in shown]
+    heads = [metrics_table.describe(n) for n in shown]
     smoke = any(run.config.get("smoke") for run in runs)
     return report.render(
         "comparison.html.j2",
@@ -133,14 +134,14 @@ def page(runs: Sequence[Run]) -> str:
         heads=[
             {
                 "label": m.label,
-                "arrow": measures.ARROWS[m.better],
-                "direction": measures.DIRECTIONS[m.better],
+                "arrow": metrics_table.ARROWS[m.better],
+                "direction": metrics_table.DIRECTIONS[m.better],
                 "explain": m.explain,
             }
             for m in heads
         ],
         rows=[_row(column, names, shown) for column in cols],
-        legend=measures.LEGEND,
+        legend=metrics_table.LEGEND,
         runs=[
             {
                 "name": name,

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from train.reporting import measures
+from train.reporting import metrics_table
 
 # Near the Okabe-Ito palette, which colour-blind readers can tell apart, and dark enough for lines.
 STYLES: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def series(steps: Sequence[dict[str, Any]], name: str) -> tuple[list[float], lis
         >>> series([{"step": 1, "loss": 2.0}, {"step": 2}], "loss")
         ([1], [2.0])
     """
-    pairs = [(row["step"], measures.number(row.get(name))) for row in steps]
+    pairs = [(row["step"], metrics_table.number(row.get(name))) for row in steps]
     kept = [(step, value) for step, value in pairs if value is not None]
     return [step for step, _ in kept], [value for _, value in kept]
 
@@ -117,7 +117,7 @@ def curves(steps: Sequence[dict[str, Any]], oracle: dict[str, Any] | None) -> Fi
         for part in ("forget", "retain"):
             x, y = series(steps, f"{part}_{quality}")
             ax.plot(x, y, label=part, linewidth=2, markersize=5, **STYLES[part])
-        level = measures.number((oracle or {}).get(f"forget_{quality}"))
+        level = metrics_table.number((oracle or {}).get(f"forget_{quality}"))
         if level is not None:
             style = {k: STYLES["oracle"][k] for k in ("color", "linestyle")}
             ax.axhline(level, linewidth=1.8, label="oracle, forget", **style)
@@ -154,9 +154,9 @@ def fact_recall(summary: dict[str, dict[str, Any]]) -> Figure | None:
         The figure, or None where no row said what its values are.
     """
     parts = ("forget", "retain")
-    models = [m for m in measures.MODELS if m in summary]
+    models = [m for m in metrics_table.MODELS if m in summary]
     values = {
-        (m, part): measures.number(summary[m].get(f"{part}_fact_recall"))
+        (m, part): metrics_table.number(summary[m].get(f"{part}_fact_recall"))
         for m in models
         for part in parts
     }
@@ -235,7 +235,7 @@ def scatter(
         label = f" {name}" if name.startswith("_") else name
         ax.plot([right], [up], linestyle="", markersize=9, label=label, **style)
     for name, setter in ((x, ax.set_xlabel), (y, ax.set_ylabel)):
-        metric = measures.describe(name)
+        metric = metrics_table.describe(name)
         arrow = {"up": " (higher is better)", "oracle": " (the oracle's is the goal)"}
         setter(metric.label + arrow.get(metric.better, ""), fontsize=FONT)
     ax.margins(0.08)
@@ -272,8 +272,8 @@ def leak(scores: dict[str, np.ndarray], summary: dict[str, dict[str, Any]]) -> F
     Returns:
         The figure, or None when no model was sampled.
     """
-    points = {m: measures.leak_ks(s) for m, s in summary.items() if m in STYLES}
-    models = [m for m in measures.MODELS if m in scores or points.get(m)]
+    points = {m: metrics_table.leak_ks(s) for m, s in summary.items() if m in STYLES}
+    models = [m for m in metrics_table.MODELS if m in scores or points.get(m)]
     if not models:
         return None
     figure, (ax,) = _figure([3.1])
@@ -282,7 +282,11 @@ def leak(scores: dict[str, np.ndarray], summary: dict[str, dict[str, Any]]) -> F
         style = dict(STYLES[model])
         marker = style.pop("marker")
         flat = summary.get(model, {})
-        ks = [k for k in points.get(model, []) if measures.number(flat[f"leak_at_{k}"]) is not None]
+        ks = [
+            k
+            for k in points.get(model, [])
+            if metrics_table.number(flat[f"leak_at_{k}"]) is not None
+        ]
         ys = [flat[f"leak_at_{k}"] for k in ks]
         x, y = leak_curve(scores[model]) if model in scores else (np.array(ks), np.array(ys))
         marks = {"markevery": [i for i, k in enumerate(x) if k in ks], "markersize": 6}
@@ -317,7 +321,7 @@ def truth_ratio(ratios: Ratios) -> Figure | None:
     Returns:
         The figure, or None without a single model's ratios.
     """
-    clean = {m: np.asarray(v, float) for m, v in ratios.values.items() if m in measures.MODELS}
+    clean = {m: np.asarray(v, float) for m, v in ratios.values.items() if m in metrics_table.MODELS}
     clean = {m: v[np.isfinite(v)] for m, v in clean.items()}
     clean = {m: np.maximum(v, 1e-12) for m, v in clean.items() if len(v)}
     if not clean:
@@ -326,7 +330,7 @@ def truth_ratio(ratios: Ratios) -> Figure | None:
     figure, (ax,) = _figure([3.5])
     pooled = np.concatenate(list(clean.values()))
     low, high = pooled.min() / 1.3, max(pooled.max(), 1.0) * 1.3
-    for model in measures.MODELS:
+    for model in metrics_table.MODELS:
         if model in clean:
             v = np.sort(clean[model])
             x = np.concatenate([[low], v, [high]])
@@ -345,9 +349,9 @@ def truth_ratio(ratios: Ratios) -> Figure | None:
         ax.plot([at, at], ends, color="black", linewidth=2.4, solid_capstyle="butt", zorder=5)
         ax.plot([at, at], ends, color="black", marker="_", markersize=9, linestyle="", zorder=5)
         distance = ends[1] - ends[0] if ratios.distance is None else ratios.distance
-        text = f"KS distance {measures.format_number(distance)}"
+        text = f"KS distance {metrics_table.format_number(distance)}"
         if ratios.p is not None:
-            text += f"\np {measures.format_number(ratios.p)}"
+            text += f"\np {metrics_table.format_number(ratios.p)}"
         # Bottom right: no distribution passes there, all end at 1.
         ax.annotate(
             text,

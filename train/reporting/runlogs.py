@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from train.evaluators.readability import judge
-from train.reporting import measures, tables
+from train.reporting import metrics_table, tables
 from train.reporting.tables import Run
 from train.runtime import files
 
@@ -100,7 +100,7 @@ def read_evals(run: Run) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: a log is there but unreadable.
     """
-    paths = {model: run.folder / "evals" / f"{model}.json" for model in measures.MODELS}
+    paths = {model: run.folder / "evals" / f"{model}.json" for model in metrics_table.MODELS}
     if not paths["oracle"].exists() and run.config.get("retain_log"):
         paths["oracle"] = Path(str(run.config["retain_log"]))
     for path in paths.values():
@@ -183,8 +183,8 @@ def samples(
                 if item and str(item.get("ground_truth", "")).strip() == str(truth).strip():
                     answers.append({
                         "model": model, "text": clean(item.get("generation", "")) or "(nothing)",
-                        "score": measures.format_number(item["rougeL_recall"])
-                        if measures.number(item.get("rougeL_recall")) is not None else "",
+                        "score": metrics_table.format_number(item["rougeL_recall"])
+                        if metrics_table.number(item.get("rougeL_recall")) is not None else "",
                         "unreadable": unreadable.get(model, {}).get(key, "")
                         if part == "forget" else "",
                     })  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxlib_unlearn import reading
 from jaxlib_unlearn.errors import UserError
-from train.reporting.measures import (
+from train.reporting.metrics_table import (
     ARROWS,
     LOG10_P,
     MISSING,

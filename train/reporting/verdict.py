@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from train.reporting.measures import format_number as show
-from train.reporting.measures import leak_ks, number, utility_name
+from train.reporting.metrics_table import format_number as show
+from train.reporting.metrics_table import leak_ks, number, utility_name
 
 FORGET_RATIO = 1.5
 KEPT, MOSTLY_KEPT = 0.95, 0.85

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlib_unlearn.optim.combine import check_streams, check_unspent
 from jaxlib_unlearn.optim.matrices import sharding_role
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
 from jaxlib_unlearn.optim.passing import passing_by
@@ -22,7 +23,6 @@ from jaxlib_unlearn.optim.spectral.fusion import BASES, JORDAN, MSIGNS, Method, 
 from jaxlib_unlearn.optim.spectral.localization import Candidates, find_candidates, limit_at
 from jaxlib_unlearn.optim.spectral.muon import Resolver, update_momentum
 from jaxlib_unlearn.optim.spectral.subspace import random_block
-from jaxlib_unlearn.optim.two_stream import check_streams, check_unspent
 
 
 class SiftState(NamedTuple):

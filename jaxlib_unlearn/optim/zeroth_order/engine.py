@@ -118,7 +118,7 @@ def zeroth_order(
         query_batch: evaluations at a time (activations grow with it); None for one.
         query_axis: mesh axis over which evaluations are shared out.
         trainable: path -> whether a leaf is perturbed and updated; None for all.
-        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``zeroth_order.leaves``.
+        matrices: ``MuonDimensionNumbers`` for all leaves; None for those of ``leaves``.
         layout: "in_out" or "out_in" kernels.
         factored: let ``layer_map`` hand out low-rank kernels as ``perturbations.Factored``.
         rng_impl: random bit generator; one that gives other numbers under ``vmap`` is refused.

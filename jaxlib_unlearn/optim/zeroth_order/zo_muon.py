@@ -137,7 +137,7 @@ def zo_muon(
             cost activations, not weights.
         query_axis: mesh axis over which evaluations are shared out.
         trainable: path -> whether a leaf is moved; None for all.
-        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``zeroth_order.leaves``.
+        matrices: ``MuonDimensionNumbers`` for all leaves; None for those of ``leaves``.
         layout: "in_out" or "out_in" kernels.
         factored: let ``layer_map`` hand out kernels as ``perturbations.Factored``.
         rng_impl: random bit generator.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from train.reporting import measures
+from train.reporting import metrics_table
 from train.reporting.runlogs import clean, items_of, leak_scores, truth_ratios
 from train.reporting.tables import Run
 
@@ -120,7 +120,7 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         rows.append(("Retain log in place of the oracle", str(config["retain_log"])))
     minutes = run.about.get("minutes")
     if isinstance(minutes, dict):
-        spent = [f"{name} {measures.format_number(float(m))}" for name, m in minutes.items()]
+        spent = [f"{name} {metrics_table.format_number(float(m))}" for name, m in minutes.items()]
         rows.append(("Minutes", ", ".join(spent)))
     versions = [f"{name} {run.about[name]}" for name in ("jax", "python") if name in run.about]
     if "device" in run.about:
