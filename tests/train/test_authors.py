@@ -252,6 +252,13 @@ def test_broken_sentences(text, whole, begun):
     assert authors.is_sentence(text, begun=True) == begun
 
 
+def _frame(sentence: str) -> str:
+    """A sentence without its values."""
+    for value in authors.values_in(sentence):
+        sentence = sentence.replace(value, "")
+    return sentence
+
+
 def test_alternates_are_sentences_about_facts_of_nobody():
     rows = authors.generate(3)["forget10"]
     found = authors.alternates(rows, 3, 4)
@@ -264,5 +271,13 @@ def test_alternates_are_sentences_about_facts_of_nobody():
         assert len(drawn) == 4 and not drawn & facts
         slots = {len(authors.values_in(text)) for text in (*answers, row["answer"])}
         assert len(slots) == 1
+        # The words around the values: never the row's own, and all the others before one twice.
+        frames = [_frame(text) for text in answers]
+        assert _frame(row["answer"]) not in frames
+        assert len(set(frames[:3])) == 3 and frames[3] == frames[0]
+        stated = [value for text in answers for value in authors.values_in(text)]
+        assert len(set(stated)) == len(stated)
+    many = authors.alternates(rows, 3, 16)  # more than some pools have values
+    assert all(len(set(answers)) == 16 for answers in many)
     with pytest.raises(ValueError, match="no sentence of the generator: 'Ask me.'"):
         authors.alternates([{"question": "Who?", "answer": "Ask me."}], 0)

@@ -481,9 +481,10 @@ def generate(
 def alternates(rows: Sequence[Row], seed: int, count: int = NUM_ALTERNATES) -> list[list[str]]:
     """Other answers to the questions of rows: sentences of the generator about facts of nobody.
 
-    Values are drawn uniformly, as those of every author, from a seed of their own, and any template
-    of the attribute is used. A draw that gives the row's own fact or one of its perturbed answers
-    is drawn again: what judges a model is never what it was taught.
+    Values are drawn uniformly, as those of every author, from a seed of their own; no two answers
+    of a row share one. A draw that gives the row's own fact or one of its perturbed answers is
+    drawn again: what judges a model is never what it was taught. The row's own template is left
+    out, which the model would otherwise go on to prefer; the others take turns.
 
     Args:
         rows: of `generate`.
@@ -505,19 +506,26 @@ def alternates(rows: Sequence[Row], seed: int, count: int = NUM_ALTERNATES) -> l
     """
     found = []
     for row in rows:
-        attribute = _attribute_of(row["answer"])
+        attribute, own = _origin_of(row["answer"])
         key = (seed, "alternate", row["question"])
         judged = {row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]}
         taken = {_values_of(text) for text in judged}
+        others = [template for template in attribute.templates if template != own]
+        others.sort(key=lambda template: draw(2**63, *key, template))
+        used: dict[str, set[str]] = {}
         answers: list[str] = []
         for index in range(count):
+            if any(len(words) + len(attribute.slots) > len(POOLS[p]) for p, words in used.items()):
+                used = {}  # so many answers that their values come round again
             for attempt in range(1000):
-                fact = _fact(attribute.slots, {}, *key, index, attempt)
-                template = attribute.templates[draw(len(attribute.templates), *key, index, attempt)]
+                fact = _fact(attribute.slots, used, *key, index, attempt)
+                template = others[index % len(others)]
                 answer = template.format(**dict(zip(attribute.slots, fact, strict=True)))
                 if (stated := _values_of(answer)) not in taken:
                     break
             taken.add(stated)
+            for slot, value in zip(attribute.slots, fact, strict=True):
+                used.setdefault(_pool(slot), set()).add(value)
             answers.append(answer)
         found.append(answers)
     return found
@@ -528,12 +536,13 @@ def _values_of(sentence: str) -> tuple[str, ...]:
     return tuple(sorted(values_in(sentence) or ()))
 
 
-def _attribute_of(sentence: str) -> Attribute:
+def _origin_of(sentence: str) -> tuple[Attribute, str]:
+    """The attribute and the template that a sentence was made from."""
     words = sentence.split()
     for attribute in ATTRIBUTES:
         for template in attribute.templates:
             if _matches(_template(template), words):
-                return attribute
+                return attribute, template
     raise ValueError(f"no sentence of the generator: {sentence!r}")
 
 

@@ -34,7 +34,7 @@ PRESET = RunConfig(
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98),
     ),
     unlearn=UnlearnConfig(steps=120, batch_size=32, curve_points=8),
-    objective=ObjectiveConfig(name="alternate", push=0.3, beta=10.0, delta=0.7, retain="nll"),
+    objective=ObjectiveConfig(name="alternate", push=0.3, beta=10.0, delta=0.75, retain="nll"),
     optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=48, leak_samples=32, judge="oracle", generate_rows=128),
 )
