@@ -141,9 +141,9 @@ def run(config: RunConfig) -> Path:
 
 
 def _run(config: RunConfig, held: contextlib.ExitStack) -> Path:
-    from train import pipeline, report
+    from train import pipeline
     from train.evaluators import evaluation
-    from train.reporting import card
+    from train.reporting import card, page, tables
     from train.reporting.tables import Run
 
     started = time.monotonic()
@@ -221,8 +221,8 @@ def _run(config: RunConfig, held: contextlib.ExitStack) -> Path:
         text = json.dumps(summary, indent=1)
         write_atomic(root / "summary.json", text)
         write_atomic(root / "summary.key", files.key_text(text))
-        report.build(root)
-        report.show(root)
+        page.build(root)
+        tables.show(tables.columns([tables.load_run(root)]))
         remote.send(root)
 
     distributed.of_first(tell)

@@ -19,6 +19,7 @@ from scipy.stats import ks_2samp
 from jaxlib_unlearn.metrics import leak_at_k
 from train import report
 from train.reporting import metrics_table, plots, runlogs, verdict
+from train.reporting import page as one_run
 
 EVIL = "<script>alert(1)</script> & \"quotes\" <img src=x onerror='go()'> \ud800 \x07"
 
@@ -171,7 +172,7 @@ def decode_png(data):
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "quickstart-seed0"
     summary = write_run(folder)
-    path = report.build(folder)
+    path = one_run.build(folder)
     return folder, summary, path.read_text(encoding="utf-8")
 
 
@@ -266,13 +267,13 @@ def test_broken_answers_are_marked(tmp_path):
         },
     }
     path.write_text(json.dumps(log))
-    page = report.build(tmp_path / "run").read_text(encoding="utf-8")
+    page = one_run.build(tmp_path / "run").read_text(encoding="utf-8")
     assert page.count("unreadable: fewer than 3 words") == runlogs.SAMPLES["forget"]
 
 
 def test_a_smoke_run_says_so_and_gives_no_verdict(tmp_path, capsys):
     write_run(tmp_path / "real")
-    report.build(tmp_path / "real")
+    one_run.build(tmp_path / "real")
     write_run(tmp_path / "run", smoke=True)
     assert report.main([str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
@@ -378,7 +379,7 @@ def test_no_printed_page_is_blank(built, tmp_path):
 
 def test_rebuild_gives_the_same_bytes_and_leaves_nothing(built):
     folder, _, text = built
-    assert report.build(folder).read_text(encoding="utf-8") == text
+    assert one_run.build(folder).read_text(encoding="utf-8") == text
     assert not list(folder.glob("*.part"))
 
 
@@ -388,7 +389,7 @@ def test_missing_pieces_are_named(tmp_path, gone):
     path = tmp_path / "run" / gone
     for file in path.glob("*") if path.is_dir() else [path]:
         file.unlink()
-    text = Page(report.build(tmp_path / "run").read_text(encoding="utf-8")).text
+    text = Page(one_run.build(tmp_path / "run").read_text(encoding="utf-8")).text
     assert ("No curves" if gone == "metrics.jsonl" else "No truth ratios") in text
 
 
@@ -396,7 +397,7 @@ def test_retain_log_in_place_of_the_oracle(tmp_path):
     write_run(tmp_path / "other", seed=1)
     log = tmp_path / "other" / "evals" / "oracle.json"
     write_run(tmp_path / "run", oracle=False, retain_log=str(log))
-    text = Page(report.build(tmp_path / "run").read_text(encoding="utf-8")).text
+    text = Page(one_run.build(tmp_path / "run").read_text(encoding="utf-8")).text
     assert "no oracle of its own; the retain log takes its place" in text
     run = runlogs.tables.load_run(tmp_path / "run")
     assert set(runlogs.read_evals(run)) == {"original", "oracle", "unlearned"}
@@ -409,7 +410,7 @@ def test_a_retain_log_of_the_older_form(tmp_path, shared):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"retain_log": str(log)}))
     logs = runlogs.read_evals(runlogs.tables.load_run(tmp_path / "run"))
     assert len(runlogs.truth_ratios(logs["oracle"])) == 300
-    text = Page(report.build(tmp_path / "run").read_text(encoding="utf-8")).text
+    text = Page(one_run.build(tmp_path / "run").read_text(encoding="utf-8")).text
     assert "oracle · ROUGE-L" not in text
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from train import report
 from train.reporting import metrics_table, plots, tables
+from train.reporting.page import Picture, embed, render
 from train.reporting.runlogs import clean
 from train.reporting.tables import Column, Run
 from train.reporting.verdict import SMOKE
@@ -64,7 +64,7 @@ def _pairs(runs: Sequence[Run], model: str, x: str, y: str) -> list[tuple[float,
     return [(v[x], v[y]) for v in values if x in v and y in v]
 
 
-def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> list[report.Picture]:
+def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> list[Picture]:
     """The scatter of every pair of metrics that the runs have.
 
     Args:
@@ -94,7 +94,7 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
             alt = f"{labels[0]} / {labels[1]}, means over seeds: {said}."
             caption = CAPTIONS[x] + " A large mark is the mean over an experiment's seeds."
             png = plots.png(figure, smoke + title)
-            made.append(report.Picture(x, title, alt, caption, "", png))
+            made.append(Picture(x, title, alt, caption, "", png))
     return made
 
 
@@ -126,11 +126,11 @@ def page(runs: Sequence[Run]) -> str:
         names |= dict.fromkeys(("", "SMOKE"), short[0])
     heads = [metrics_table.describe(n) for n in shown]
     smoke = any(run.config.get("smoke") for run in runs)
-    return report.render(
+    return render(
         "comparison.html.j2",
         title=f"{len(found)} experiments" if len(found) > 1 else short[0],
         smoke=SMOKE if smoke else "",
-        pictures=[report.embed(p, p.png) for p in pictures(found, short) if p.png],
+        pictures=[embed(p, p.png) for p in pictures(found, short) if p.png],
         heads=[
             {
                 "label": m.label,

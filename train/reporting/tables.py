@@ -15,6 +15,7 @@ from jaxlib_unlearn import reading
 from jaxlib_unlearn.errors import UserError
 from train.reporting.metrics_table import (
     ARROWS,
+    LEGEND,
     LOG10_P,
     MISSING,
     MODELS,
@@ -25,6 +26,7 @@ from train.reporting.metrics_table import (
     ordered,
 )
 from train.reporting.plain import plain
+from train.reporting.verdict import SMOKE
 from train.runtime import files
 
 if TYPE_CHECKING:
@@ -364,3 +366,20 @@ def to_latex(cols: Sequence[Column], main: bool = True) -> str:
                 row.append(rf"${_tex(format_number(cell.mean))} \pm {_tex(cell.spread())}$")
         lines.append(" & ".join(row) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def show(cols: Sequence[Column], every: bool = False) -> None:
+    """Print the tables on stdout, as wide as the terminal.
+
+    Args:
+        cols: of `columns`.
+        every: all metrics, not only the main ones.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in terminal(cols, console.width, main=not every):
+        console.print(table)
+    console.print(LEGEND)
+    if any(column.label.startswith("SMOKE") for column in cols):
+        console.print(SMOKE, soft_wrap=True)
