@@ -20,8 +20,8 @@ from models import bounds, gguf_layout
 from models.decoder import DecoderConfig
 from models.families import FAMILIES
 from models.layers import RopeScaling, rope_frequencies
+from models.stored import Stored
 from models.tokenizer import Tokenizer
-from models.weights import Stored
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from models import bounds, hub, safetensors_files
 from models.arrays import read_into
 from models.decoder import Decoder, DecoderConfig
 from models.families import SLOTS, from_hf
+from models.stored import Stored
 from models.tokenizer import Tokenizer, read_json
 
 DTYPES = {
@@ -73,18 +74,6 @@ class Loaded:
     def unembed(self) -> Callable[..., Any]:
         """`Decoder.unembed` of this configuration; parameters are its first argument."""
         return self.decoder.unembed
-
-
-class Stored(NamedTuple):
-    """A tensor of a file: its shape (out, in) and how to read its rows `first` to `last - 1`.
-
-    `kind` names its storage type, `order` says where it lies among the others.
-    """
-
-    shape: tuple[int, ...]
-    kind: str
-    read: Callable[[int, int], np.ndarray]
-    order: tuple[Any, ...] = ()
 
 
 def load(

@@ -123,3 +123,57 @@ def test_importing_is_light(package, heavy):
     assert done.returncode == 0, done.stderr
     loaded = next(line for line in done.stdout.splitlines() if line.startswith("loaded"))
     assert not set(heavy.split()) & set(loaded.split())
+
+
+MODULES = {
+    ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): path
+    for _, path in FILES
+}
+PROGRAMS = {"train.unlearn", "train.finetune", "train.evaluate", "train.export", "train.report"}
+PROGRAMS |= {"train.plan"}
+
+
+def imported(source: str) -> set[str]:
+    """Modules of the house that a source imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            module = node.module or ""
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else module for name in names}
+    return found & set(MODULES)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that import one another, by whatever way round."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            new = graph[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    behind = {name: reached(name) for name in graph}
+    groups = {frozenset(b for b in behind[a] if a in behind[b]) for a in graph if a in behind[a]}
+    return sorted(sorted(group) for group in groups)
+
+
+def test_no_circle_of_imports():
+    graph = {name: imported(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    assert circles(graph) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+def test_no_module_imports_a_program():
+    """A program is where a person starts: what two of them need lies in a module of its own."""
+    found = {
+        f"{name} imports {program}"
+        for name, path in MODULES.items()
+        for program in imported(path.read_text(encoding="utf-8")) & PROGRAMS
+    }
+    assert PROGRAMS <= set(MODULES) and not found

@@ -18,7 +18,7 @@ from models.bounds import LARGEST as LARGEST_SIZE
 from models.bounds import MOST_LAYERS
 from models.decoder import REMAT
 from models.weights import DTYPES
-from train import cli, optimizers
+from train import optimizers, suggest
 from train.config import EvaluateConfig, LoraConfig, RunConfig, TrainConfig, UnlearnConfig
 from train.data.examples import encode_prompt
 from train.evaluators.evaluation import Model, longest
@@ -124,13 +124,13 @@ def check_finetuning(stage: TrainConfig, mesh: Mesh) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> None:
     """Raise `UserError` for an unknown judge or question column."""
-    cli.check_choice("--evaluate.judge", config.judge, JUDGES)
-    cli.check_choice("--evaluate.leak-question", config.leak_question, QUESTIONS)
+    suggest.check_choice("--evaluate.judge", config.judge, JUDGES)
+    suggest.check_choice("--evaluate.leak-question", config.leak_question, QUESTIONS)
 
 
 def check_dtype(option: str, value: str) -> None:
     """Raise `UserError` for a dtype that weights cannot be exported in."""
-    cli.check_choice(option, value, tuple(DTYPES))
+    suggest.check_choice(option, value, tuple(DTYPES))
 
 
 def check_blocks(optimizer: OptimizerConfig, num_layers: int) -> None:
@@ -173,7 +173,7 @@ def check_lora(config: LoraConfig, optimizer: OptimizerConfig, params: Any = Non
         return
     known = lora.kernels(params)
     for name in config.targets:
-        _, (fan_in, fan_out) = cli.choose(name, known, "--lora.targets")
+        _, (fan_in, fan_out) = suggest.choose(name, known, "--lora.targets")
         if config.rank > min(fan_in, fan_out):
             raise UserError(
                 f"--lora.rank {config.rank} is larger than {name}'s matrices of this model "
@@ -207,8 +207,8 @@ def check_run(config: RunConfig) -> Mesh:
     check_lora(config.lora, config.optimizer)
     check_evaluate(config.evaluate)
     check_dtype("--export-dtype", config.export_dtype)
-    cli.check_choice("--model.dtype", config.model.dtype, COMPUTE)
-    cli.check_choice("--model.remat", config.model.remat, tuple(REMAT))
+    suggest.check_choice("--model.dtype", config.model.dtype, COMPUTE)
+    suggest.check_choice("--model.remat", config.model.remat, tuple(REMAT))
     reporters.check(reporters.chosen(config.report_to, config.tensorboard))
     if config.profile is not None:
         check_writable("--profile", config.profile)

@@ -36,8 +36,9 @@ class Option(typing.NamedTuple):
 def words() -> dict[str, tuple[str, ...]]:
     """The words an option can have, by the end of its name (the longest that fits counts)."""
     from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
-    from train import checks, optimizers, plan
+    from train import checks, optimizers
     from train.config import LoraConfig
+    from train.costs import PROGRAMS
     from train.runtime import reporters
     from train.tasks import task
 
@@ -61,7 +62,7 @@ def words() -> dict[str, tuple[str, ...]]:
         "evaluate.leak-question": checks.QUESTIONS,
         "export-dtype": tuple(checks.DTYPES),
         "report-to": tuple(reporters.REPORTERS),
-        "programs": plan.PROGRAMS,
+        "programs": PROGRAMS,
     }
 
 

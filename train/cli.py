@@ -20,12 +20,13 @@ import threading
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import one_line, read_json, reading, shortened_path
+from train import suggest
 from train.reporting.plain import plain
 from train.runtime import files
 
@@ -47,39 +48,6 @@ def option_names(cls: type, prefix: str = "") -> list[str]:
         else:
             names.append("--" + name)
     return names
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The known word closest to `word`; one that it abbreviates comes first.
-
-    Example:
-        >>> nearest("--optimizer.lr", ["--optimizer.rank", "--optimizer.learning-rate"])
-        '--optimizer.learning-rate'
-    """
-
-    def last(name: str) -> str:
-        return name.rpartition(".")[2].lstrip("-")
-
-    def initials(name: str) -> str:
-        return "".join(part[:1] for part in last(name).split("-"))
-
-    meant = [k for k in known if len(last(word)) > 1 and initials(k) == last(word)]
-    return difflib.get_close_matches(word, meant or known, 1, 0.0)[0]
-
-
-def choose(word: str, table: Mapping[str, Any], what: str) -> Any:
-    """`table[word]`, or a `UserError` that names the nearest entry and all of them."""
-    if word not in table:
-        raise UserError(
-            f"{what} {word!r} is unknown; did you mean {nearest(word, list(table))!r}? "
-            f"({', '.join(table)})"
-        )
-    return table[word]
-
-
-def check_choice(option: str, value: str, known: Sequence[str]) -> None:
-    """Raise `UserError` for a word that is none of `known`, naming the nearest."""
-    choose(value, dict.fromkeys(known), option)
 
 
 def check_options(cls: type, args: Sequence[str]) -> None:
@@ -124,7 +92,7 @@ def meant(name: str, value: str, known: Sequence[str]) -> str:
     if fits := [o for o in [*inside, *same] if value in words_of(o)]:
         return f"{fits[0]} {value}"  # --optimizer muon
     usual = [o for o in (f"--{word}.name", f"--{word}.path") if o in known]
-    return next(iter([*usual, *same, *inside, *alike]), None) or nearest(name, known)
+    return next(iter([*usual, *same, *inside, *alike]), None) or suggest.nearest(name, known)
 
 
 def option_value(args: Sequence[str], option: str) -> str | None:

@@ -21,7 +21,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
 from jaxlib_unlearn.optim import matrices
 from jaxlib_unlearn.optim.spectral.fusion import BASES
-from train import cli
+from train import suggest
 from train.runtime.sharding import path_str
 
 
@@ -353,7 +353,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         optax.linear_schedule(peak, 0.0, rest),
         optax.cosine_decay_schedule(peak, rest),
     )
-    after = cli.choose(config.schedule, dict(zip(SCHEDULES, forms, strict=True)), "schedule")
+    after = suggest.choose(config.schedule, dict(zip(SCHEDULES, forms, strict=True)), "schedule")
     if warm == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(peak / warm, peak, warm), after], [warm])
@@ -361,7 +361,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def check(config: OptimizerConfig) -> None:
     """Raise `UserError` for an unknown name or schedule, or numbers out of range."""
-    row = cli.choose(config.name, OPTIMIZERS, "optimizer")
+    row = suggest.choose(config.name, OPTIMIZERS, "optimizer")
     read = row.options(config)
     for field in fields(config):
         value = getattr(config, field.name)
@@ -379,16 +379,16 @@ def check(config: OptimizerConfig) -> None:
             f"--optimizer.clip-norm {config.clip_norm}: {config.name} has steps without a gradient "
             "to clip; leave it out"
         )
-    cli.check_choice("--optimizer.bases", config.bases, BASES)
-    cli.check_choice("--optimizer.state-dtype", config.state_dtype, DTYPES)
-    cli.check_choice("--optimizer.comm-dtype", config.comm_dtype, DTYPES)
+    suggest.check_choice("--optimizer.bases", config.bases, BASES)
+    suggest.check_choice("--optimizer.state-dtype", config.state_dtype, DTYPES)
+    suggest.check_choice("--optimizer.comm-dtype", config.comm_dtype, DTYPES)
     make_schedule(config, 1)
 
 
 def check_mesh(config: OptimizerConfig, mesh: Any) -> None:
     """Raise `UserError` for a query axis that the optimizer's evaluations do not divide over."""
     ways = mesh.shape.get("query", 1)
-    row = cli.choose(config.name, OPTIMIZERS, "optimizer")
+    row = suggest.choose(config.name, OPTIMIZERS, "optimizer")
     jobs = row.sides * (config.queries or row.queries)
     if ways > 1 and not jobs:
         raise UserError(
@@ -406,8 +406,8 @@ def check_pair(
     config: OptimizerConfig, combine: str, objective: Objective, options: ObjectiveConfig
 ) -> None:
     """Raise `UserError` for an optimizer, a combiner and an objective that do not go together."""
-    needs = cli.choose(config.name, OPTIMIZERS, "optimizer").needs
-    cli.choose(combine, COMBINERS, "--combine")
+    needs = suggest.choose(config.name, OPTIMIZERS, "optimizer").needs
+    suggest.choose(combine, COMBINERS, "--combine")
     if combine != "sum" and needs != "joint":
         why = {
             "split": "takes the two gradients itself",
@@ -467,7 +467,7 @@ def build(
     row, schedule = OPTIMIZERS[config.name], make_schedule(config, steps)
     more = (axis,) if row.sides else ()
     tx, needs = row.build(config, schedule, *more), row.needs
-    make_combiner = cli.choose(combine, COMBINERS, "--combine")
+    make_combiner = suggest.choose(combine, COMBINERS, "--combine")
     if make_combiner is not None:
         tx, needs = optax.chain(make_combiner(), tx), "split"
     if config.clip_norm is not None and needs == "split":

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import cli
+from train import cli, suggest
 from train.config import RunConfig
+from train.costs import PROGRAMS
 from train.costs.topology import GIB, Topology, check_topology, find_topology
 
-PROGRAMS = ("train", "score", "generate")
 # What a collective sends over the links of a chip in a group of n, in parts of its bytes.
 WIRE = {
     "all-gather": lambda n: (n - 1) / n,
@@ -72,7 +72,7 @@ def check(config: PlanConfig) -> None:
         raise UserError("give --topology, a TPU slice such as v5e:8x8, or cpu:8")
     check_topology(config.topology)
     for name in config.programs:
-        cli.check_choice("--programs", name, PROGRAMS)
+        suggest.check_choice("--programs", name, PROGRAMS)
     for option, size in (("--length", config.length), ("--labels", config.labels)):
         if size is not None and size < 1:
             raise UserError(f"{option} {size} must be at least 1")

@@ -21,7 +21,7 @@ from typing import Any
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from train import cli, optimizers
+from train import cli, optimizers, suggest
 from train.config import RunConfig, replace, to_json
 from train.optimizers import OPTIMIZERS, list_combiners, list_optimizers
 from train.presets import PRESETS
@@ -93,7 +93,7 @@ def read_arguments(
     elif argv[0].startswith("-"):
         raise UserError(f"the first argument is a preset ({', '.join(PRESETS)}), got {argv[0]!r}")
     else:
-        preset = cli.choose(argv[0], PRESETS, "preset")
+        preset = suggest.choose(argv[0], PRESETS, "preset")
         default, rest = preset.PRESET, argv[1:]
         prog, summary = f"{program} {argv[0]}", preset.SUMMARY
     name = cli.option_value(rest, "--objective.name")
@@ -125,7 +125,7 @@ def read_arguments(
 
 def with_optimizer(config: RunConfig, name: str, preset: Any) -> RunConfig:
     """The configuration with another optimizer: as the preset suits it, else its row's own rate."""
-    row = cli.choose(name, OPTIMIZERS, "optimizer")
+    row = suggest.choose(name, OPTIMIZERS, "optimizer")
     optimizer, changes = getattr(preset, "OPTIMIZERS", {}).get(row.name, (None, {}))
     if optimizer is None:
         optimizer = replace(config.optimizer, name=row.name)

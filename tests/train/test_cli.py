@@ -13,7 +13,7 @@ import pytest
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
-from train import cli
+from train import cli, suggest
 from train.choices import FIRST, options, words, words_of
 from train.config import RunConfig, replace, to_json
 from train.evaluate import EvaluateRun
@@ -118,10 +118,10 @@ def test_right_options_pass():
 
 
 def test_nearest_and_choose():
-    assert cli.nearest("quickstrt", list(PRESETS)) == "quickstart"
-    assert cli.nearest("zzz", list(PRESETS)) in PRESETS
-    assert cli.choose("a", {"a": 1}, "thing") == 1
-    fails(lambda: cli.choose("tofu", PRESETS, "preset"), "preset 'tofu'", "'tofu-smollm2'?")
+    assert suggest.nearest("quickstrt", list(PRESETS)) == "quickstart"
+    assert suggest.nearest("zzz", list(PRESETS)) in PRESETS
+    assert suggest.choose("a", {"a": 1}, "thing") == 1
+    fails(lambda: suggest.choose("tofu", PRESETS, "preset"), "preset 'tofu'", "'tofu-smollm2'?")
 
 
 def test_option_value():

@@ -16,6 +16,7 @@ from models import DecoderConfig
 from models.layers import RopeScaling
 from train import cli, pipeline, unlearn
 from train.config import RunConfig, replace
+from train.data import streams
 from train.data.examples import Example
 from train.presets import PRESETS
 from train.runtime import keys, sharding, stages
@@ -221,7 +222,8 @@ def test_every_field_of_the_model_is_in_the_keys_of_training(field, monkeypatch,
     }  # fmt: skip
     stage = [digest(keys.stage_inputs("sha", c, {}, **options)) for c in (ours, theirs)]
     stream = pipeline.make_stream([Example([1, 2, 3], 1)], 0)
-    cache = [digest(keys.reference_inputs("sha", c, "hidden", {}, stream)) for c in (ours, theirs)]
+    asked = ("hidden", {}, stream)
+    cache = [digest(streams.reference_inputs("sha", c, *asked)) for c in (ours, theirs)]
     assert stage[0] != stage[1] and cache[0] != cache[1]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import cli
+from train import suggest
 
 GIB = 2**30
 
@@ -103,7 +103,7 @@ def check_topology(name: str) -> tuple[str, str]:
         if not shape.isdigit() or int(shape) < 1:
             raise UserError(f"--topology {name}: give a number of devices, {kind}:8")
         return kind, shape
-    known = cli.choose(kind, SLICES | {"cpu": (), "gpu": ()}, "--topology")
+    known = suggest.choose(kind, SLICES | {"cpu": (), "gpu": ()}, "--topology")
     if shape not in known:
         raise UserError(
             f"--topology {name} does not exist; slices of {kind}: "

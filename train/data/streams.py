@@ -23,13 +23,14 @@ from jaxlib_unlearn.objectives import (
     reference_forward,
 )
 from models import arrays
-from models.decoder import Decoder
+from models.decoder import Decoder, DecoderConfig
 from models.policy import DecoderPolicy, spread, target_log_prob
+from train.config import to_json
 from train.data.batches import batch_shape, collate, make_buckets, paired_indices, training_indices
 from train.data.examples import Example
 from train.data.packing import Packing, balanced, collate_packed, fits, make_packing
 from train.runtime import distributed, files, residency
-from train.runtime.keys import reference_inputs
+from train.runtime.keys import VERSION
 from train.runtime.sharding import batch_ways, put_batch
 from train.runtime.stages import digest
 from train.runtime.tracking import progress, say
@@ -260,6 +261,28 @@ def _references(
             advance(len(chosen))
             distributed.stop_point()
     return found
+
+
+def reference_inputs(
+    start: str, model: DecoderConfig, kind: str, forward: Mapping[str, Any], stream: Stream
+) -> dict[str, Any]:
+    """Everything the frozen model's answers to a stream depend on, as JSON values.
+
+    Args:
+        start: sha256 of its parameters.
+        model: what they mean.
+        kind: which answers, `logps` or `hidden`.
+        forward: the options of its forward pass.
+        stream: the examples.
+    """
+    return {
+        "version": VERSION,
+        "params": start,
+        "model": to_json(model),
+        "kind": kind,
+        "forward": {name: value.tolist() for name, value in forward.items()},
+        "examples": [(e.tokens, e.num_prompt) for e in stream.examples],
+    }
 
 
 def with_references(

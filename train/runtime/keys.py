@@ -7,15 +7,12 @@ changes every field of the configurations of model and run and expects one or th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from models.decoder import DecoderConfig
 from train.config import LoraConfig, to_json
 from train.optimizers import OptimizerConfig
 from train.runtime.stages import digest
-
-if TYPE_CHECKING:
-    from train.data.streams import Stream
 
 # Raise it when the same inputs may give another result: what was stored is then not found.
 VERSION = 2
@@ -50,7 +47,7 @@ WHY_NOT = {
 def stage_inputs(
     start: str,
     model: DecoderConfig,
-    streams: Mapping[str, Stream],
+    streams: Mapping[str, Any],
     *,
     objective: Any,
     optimizer: OptimizerConfig,
@@ -94,25 +91,3 @@ def stage_inputs(
     if accumulate is not None:
         inputs["accumulate"] = accumulate
     return inputs
-
-
-def reference_inputs(
-    start: str, model: DecoderConfig, kind: str, forward: Mapping[str, Any], stream: Stream
-) -> dict[str, Any]:
-    """Everything the frozen model's answers to a stream depend on, as JSON values.
-
-    Args:
-        start: sha256 of its parameters.
-        model: what they mean.
-        kind: which answers, `logps` or `hidden`.
-        forward: the options of its forward pass.
-        stream: the examples.
-    """
-    return {
-        "version": VERSION,
-        "params": start,
-        "model": to_json(model),
-        "kind": kind,
-        "forward": {name: value.tolist() for name, value in forward.items()},
-        "examples": [(e.tokens, e.num_prompt) for e in stream.examples],
-    }

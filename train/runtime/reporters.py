@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
-from train import cli
+from train import suggest
 
 PROJECT = "jaxlib-unlearn"
 # What has no business in a log: addresses with a password, tokens, and keys by their usual form.
@@ -144,7 +144,7 @@ def chosen(report_to: str, tensorboard: bool = False) -> tuple[str, ...]:
     """
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
     for name in names:
-        cli.check_choice("--report-to", name, tuple(REPORTERS))
+        suggest.check_choice("--report-to", name, tuple(REPORTERS))
     return tuple(dict.fromkeys([*names, *["tensorboard"] * tensorboard]))
 
 

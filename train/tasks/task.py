@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from models.prompts import TAGS, PromptFormat, day_of
-from train import cli
+from train import suggest
 from train.config import DataConfig, RunConfig
 from train.data import authors, files, tofu
 from train.runtime.stages import digest
@@ -47,7 +47,7 @@ def prompt_format(data: DataConfig, prefix: str = "--data.") -> PromptFormat:
     Raises:
         UserError: an unknown template, a date written in another way, a file that cannot be used.
     """
-    cli.check_choice(f"{prefix}template", data.template, ("auto", *TAGS))
+    suggest.check_choice(f"{prefix}template", data.template, ("auto", *TAGS))
     try:
         day_of(data.template_date)
     except UserError as error:

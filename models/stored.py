@@ -1,0 +1,20 @@
+"""A tensor where it lies: in a safetensors file, a GGUF file, or several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Stored(NamedTuple):
+    """A tensor of a file: its shape (out, in) and how to read its rows `first` to `last - 1`.
+
+    `kind` names its storage type, `order` says where it lies among the others.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    read: Callable[[int, int], np.ndarray]
+    order: tuple[Any, ...] = ()
