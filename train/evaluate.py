@@ -105,11 +105,11 @@ def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     from jaxlib_unlearn.metrics import tofu
     from train import checks, pipeline
     from train.evaluators import evaluation
+    from train.evaluators.judging import compare_logs, evaluate_cached
     from train.runtime import distributed, files, remote, sharding
     from train.runtime.folder import lock, locked
     from train.runtime.stages import digest, write_atomic
     from train.tasks.task import load_task, prompt_format
-    from train.unlearn import compare_logs, evaluate_cached
 
     distributed.start(config.distributed)
     distributed.check_same({k: v for k, v in to_json(config).items() if k != "distributed"})

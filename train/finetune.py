@@ -82,11 +82,11 @@ def run(config: FinetuneRun) -> Path:
 def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
     from train import checks, optimizers, pipeline
     from train.data.tofu import check_rows, read_json
+    from train.exports import export_model
     from train.runtime import distributed, remote, sharding
     from train.runtime.folder import check_folder, enter_run, lock, locked
     from train.runtime.stages import digest, write_atomic
     from train.tasks.task import prompt_format
-    from train.unlearn import export_model
 
     distributed.start(config.distributed)
     identity = {**to_json(config), "output": None}

@@ -53,8 +53,8 @@ class PlanConfig(RunConfig):
 
 def main(argv: list[str]) -> None:
     """The program."""
+    from train.arguments import read_arguments
     from train.presets import PRESETS
-    from train.unlearn import read_arguments
 
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)

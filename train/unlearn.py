@@ -14,19 +14,19 @@ import contextlib
 import dataclasses
 import json
 import shlex
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from train import cli, optimizers, suggest
-from train.config import RunConfig, replace, to_json
+from train import cli
+from train.arguments import read_arguments
+from train.config import RunConfig, to_json
 from train.optimizers import OPTIMIZERS, list_combiners, list_optimizers
 from train.presets import PRESETS
-from train.runtime import distributed, files, remote, reporters, seal
-from train.runtime.folder import check_folder, enter_run, lock, locked
+from train.runtime import distributed, files, remote, reporters
+from train.runtime.folder import check_folder, enter_run, lock, locked, read_minutes, write_about
 from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import Tracker, say
 
@@ -62,9 +62,6 @@ def show_examples(argv: list[str]) -> None:
     print(f"python -m train.unlearn quickstart --data.forget {forget} --data.retain {retain}")
 
 
-OTHER_DATA = ("--data.forget", "--data.retain", "--data.path", "--data.source")
-
-
 def list_methods() -> list[str]:
     """Lines that name every objective, optimizer and combiner."""
     return [
@@ -77,63 +74,6 @@ def list_methods() -> list[str]:
     ]
 
 
-def read_arguments(
-    argv: list[str], cls: type[RunConfig] = RunConfig, program: str = "train.unlearn"
-) -> Any:
-    """The configuration of a command line: a preset, or `--config FILE`, with overrides.
-
-    `cls` may be a configuration with more options, those of another `program`.
-    """
-    if argv[0] == "--config":
-        if len(argv) < 2:
-            raise UserError("--config needs the config.json of a run")
-        default = cli.read_config(RunConfig, Path(argv[1]))
-        preset, rest = PRESETS.get(default.preset), argv[2:]
-        prog, summary = f"{program} --config FILE", f"rerun the configuration {argv[1]}"
-    elif argv[0].startswith("-"):
-        raise UserError(f"the first argument is a preset ({', '.join(PRESETS)}), got {argv[0]!r}")
-    else:
-        preset = suggest.choose(argv[0], PRESETS, "preset")
-        default, rest = preset.PRESET, argv[1:]
-        prog, summary = f"{program} {argv[0]}", preset.SUMMARY
-    name = cli.option_value(rest, "--objective.name")
-    if name is not None and name != default.objective.name:
-        # Options tuned for the objective at hand mean nothing to another one.
-        objective, _ = objectives.resolve(name)
-        suited = preset.OBJECTIVES if preset is not None else {}
-        default = replace(
-            default,
-            objective=suited.get(objective.name, objectives.ObjectiveConfig(objective.name)),
-        )
-    elif name is None and any(cli.option_value(rest, option) for option in OTHER_DATA):
-        # The preset's objective may need what its own data alone have.
-        default = replace(default, objective=getattr(preset, "OTHER_DATA", default.objective))
-    name = cli.option_value(rest, "--optimizer.name")
-    if name is not None and name != default.optimizer.name:
-        default = with_optimizer(default, name, preset)
-    other = any(cli.option_value(rest, m) for m in ("--model.path", "--stage.original"))
-    if other and preset is not None and default.objective in preset.OBJECTIVES.values():
-        # Blocks and temperatures tuned for the preset's model mean nothing to another one.
-        default = replace(default, objective=objectives.ObjectiveConfig(default.objective.name))
-    if "--smoke" in rest and preset is not None:
-        default = replace(default, smoke=True, **preset.SMOKE)
-        fitted = optimizers.fitted(default.optimizer, default.unlearn.steps or 1)
-        default = replace(default, optimizer=fitted)
-    fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
-    return cli.parse(cls, cls(**fields), rest, prog, summary)
-
-
-def with_optimizer(config: RunConfig, name: str, preset: Any) -> RunConfig:
-    """The configuration with another optimizer: as the preset suits it, else its row's own rate."""
-    row = suggest.choose(name, OPTIMIZERS, "optimizer")
-    optimizer, changes = getattr(preset, "OPTIMIZERS", {}).get(row.name, (None, {}))
-    if optimizer is None:
-        optimizer = replace(config.optimizer, name=row.name)
-        if row.learning_rate is not None:
-            optimizer = replace(optimizer, learning_rate=row.learning_rate)
-    return replace(config, optimizer=optimizer, **changes)
-
-
 def run(config: RunConfig) -> Path:
     """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
     with contextlib.ExitStack() as held:
@@ -143,6 +83,8 @@ def run(config: RunConfig) -> Path:
 def _run(config: RunConfig, held: contextlib.ExitStack) -> Path:
     from train import pipeline
     from train.evaluators import evaluation
+    from train.evaluators.judging import compare_logs, evaluate_cached, summarize
+    from train.exports import export_model
     from train.reporting import card, page, tables
     from train.reporting.tables import Run
 
@@ -341,171 +283,6 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     for name in ("distributed", "profile", "report_to"):
         del whole[name]
     return whole | {"optimizer": OPTIMIZERS[config.optimizer.name].options(config.optimizer)}
-
-
-def evaluation_inputs(
-    model: Any, task: Any, evaluate: Any, data: Any, judge: Any, seed: int
-) -> dict[str, Any]:
-    """Everything an evaluation depends on."""
-    from train.evaluators import evaluation
-
-    words = model.tokenizer
-    return {
-        "params": model.sha,
-        "model": to_json(model.decoder.config),
-        "tokenizer": digest([words.backend.to_str(), words.chat_template, words.eos_id]),
-        "format": words.format,
-        "task": task.digest(),
-        "evaluate": to_json(evaluate),
-        "judge": None if judge is None else [judge.sha, to_json(judge.decoder.config)],
-        "system_prompt": data.system_prompt,
-        "max_length": data.max_length,
-        "seed": seed,
-        "version": evaluation.VERSION,
-    }
-
-
-def evaluate_cached(
-    config: Any,
-    model: Any,
-    task: Any,
-    judge: Any,
-    root: Path,
-    mesh: Any,
-    name: str,
-    cache: Path | None = None,
-) -> Any:
-    """The per-item log of a model, from `evals/NAME.json` when that was made from the same.
-
-    `config` has `data`, `evaluate` and `seed`: that of a run, or of `train.evaluate`.
-    """
-    from train.evaluators import evaluation
-    from train.runtime.stages import json_stage
-
-    inputs = evaluation_inputs(model, task, config.evaluate, config.data, judge, config.seed)
-
-    def compute() -> Any:
-        return evaluation.evaluate_model(
-            model.at_hand(),
-            task,
-            config.evaluate,
-            system_prompt=config.data.system_prompt,
-            max_length=config.data.max_length,
-            mesh=mesh,
-            seed=config.seed,
-            name=name,
-            judge=None if judge is None else judge.at_hand(),
-        )
-
-    return json_stage(root / "evals" / f"{name}.json", inputs, compute, cache)
-
-
-def summarize(logs: dict[str, Any], people: dict[str, Any], retain_log: Any) -> dict[str, Any]:
-    """Flat metrics of every model, compared with the oracle's log or the one given."""
-    from train.evaluators import evaluation
-
-    reference = retain_log if retain_log is not None else logs.get("oracle")
-    return {name: evaluation.summarize(log, reference, people[name]) for name, log in logs.items()}
-
-
-def compare_logs(root: Path, logs: dict[str, Any], retain_log: Any) -> None:
-    """`privleak` in `evals/NAME.json` as in `summary.json`: against the oracle, judged later."""
-    from jaxlib_unlearn.metrics import tofu
-    from train.runtime.stages import amend_json
-
-    reference = retain_log if retain_log is not None else logs.get("oracle")
-    for name, log in logs.items():
-        amend_json(root / "evals" / f"{name}.json", tofu.with_reference(log, reference))
-
-
-def read_minutes(root: Path) -> dict[str, float]:
-    """Minutes a phase that earlier starts of the same run have spent."""
-    broken = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-    with contextlib.suppress(*broken, OverflowError):
-        about = json.loads((root / "run.json").read_text())
-        found = {str(name): float(spent) for name, spent in about["minutes"].items()}
-        return {name: spent for name, spent in found.items() if 0 <= spent < 1e9}
-    return {}
-
-
-def write_about(root: Path, minutes: dict[str, float], notes: list[str]) -> None:
-    """`run.json`: minutes a phase, notes, where it ran."""
-    import platform
-
-    import jax
-
-    about = {
-        "minutes": {k: round(v, 3) for k, v in minutes.items()},
-        "notes": notes,
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
-    write_atomic(root / "run.json", json.dumps(about, indent=1))
-    remote.send(root)
-
-
-def speaking(tokenizer: Any) -> Any:
-    """A tokenizer with its model's prompts as the chat template, where those are not its own."""
-    from train.data.examples import encode_qa, written_chat_template
-
-    if tokenizer.has_chat_template and tokenizer.format.tags is None:
-        return tokenizer
-    found = tokenizer.with_template(written_chat_template(tokenizer))
-    alone = tokenizer.formatted(tokenizer.format._replace(shots=()))
-    probe = {"question": "Who wrote it?", "answer": "Nobody did.", "max_length": 10**6}
-    same = all(
-        encode_qa(found, **probe, system_prompt=system)
-        == encode_qa(alone, **probe, system_prompt=system)
-        for system in (None, "Be brief.")
-    )
-    # A tokenizer may read the same text in another way behind a written-out special token.
-    return found if same else tokenizer
-
-
-def export_model(
-    model: Any, folder: Path, dtype: str, text: str | None = None, max_new_tokens: int | None = None
-) -> None:
-    """Export a model as an HF folder, unless the folder already holds it with the same card.
-
-    `text` is the card, None one that says where the model comes from; `max_new_tokens` is where
-    its answers end unless asked otherwise.
-    """
-    import models
-    from models.weights import Loaded
-    from train.reporting import card
-    from train.runtime.stages import digest
-
-    text = (
-        card.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text
-    )
-    made_from = f"{model.sha} {dtype} {digest([text, max_new_tokens])[:16]}"
-
-    home = remote.home(folder.parent)
-
-    def there() -> bool:
-        found = seal.read(folder)
-        if found is not None and found[0] == made_from and found[1]:
-            wrong = seal.damage(folder, None if home == folder.parent else home / folder.name)
-            if not wrong:
-                return True
-            say(f"{folder / wrong[0]} is damaged; exporting it again")
-        for stale in (folder, *folder.parent.glob(f".{folder.name}.*")):  # of a killed export
-            shutil.rmtree(stale, ignore_errors=True)
-        return False
-
-    if distributed.of_first(there):
-        return
-    loaded = Loaded(model.decoder.config, model.at_hand().params, speaking(model.tokenizer))
-    with distributed.together():
-        models.export(
-            loaded,
-            folder,
-            dtype=dtype,
-            max_new_tokens=max_new_tokens,
-            card=lambda written: card.with_digests(text, written),
-        )
-    distributed.of_first(lambda: seal.put(folder, made_from))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
 from train import cli, suggest
+from train.arguments import read_arguments
 from train.choices import FIRST, options, words, words_of
 from train.config import RunConfig, replace, to_json
 from train.evaluate import EvaluateRun
@@ -23,7 +24,6 @@ from train.loop import TrainingError
 from train.optimizers import COMBINERS, OPTIMIZERS, OptimizerConfig, make_schedule
 from train.plan import PlanConfig
 from train.presets import PRESETS
-from train.unlearn import read_arguments
 
 OPTION = re.compile(r"^  (--(?!no-)[\w.-]+)", re.MULTILINE)  # where help begins with one
 

@@ -29,12 +29,12 @@ from train.evaluators.evaluation import (
     leak_ks,
     score_rows,
 )
+from train.evaluators.judging import evaluation_inputs
 from train.reporting.verdict import verdicts
 from train.runtime import sharding
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.stages import digest, json_stage
 from train.tasks.task import Task
-from train.unlearn import evaluation_inputs
 
 LONGEST = 128
 CONFIG = EvaluateConfig(max_new_tokens=6, leak_samples=4, generate_rows=16)

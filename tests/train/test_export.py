@@ -16,7 +16,7 @@ from huggingface_hub import errors
 import models
 from models.prompts import TAGS, PromptFormat
 from models.tokenizer import Tokenizer
-from train import unlearn
+from train import exports
 from train.data.examples import encode_prompt, encode_qa, written_chat_template
 from train.reporting import card
 from train.reporting.tables import Run
@@ -53,7 +53,7 @@ def trained_words(begin=False):
 @pytest.mark.parametrize("tags", [None, "llama2"])
 def test_plain_prompts_are_the_same_tokens_as_a_chat_template(begin, system, tags):
     plain = trained_words(begin).formatted(PromptFormat(TAGS.get(tags)))
-    chat = unlearn.speaking(plain)
+    chat = exports.speaking(plain)
     assert chat.has_chat_template and not plain.has_chat_template
     options = {"system_prompt": system, "max_length": 99}
     for question, answer in (("Who wrote it?", "Nobody did."), ("Wo?\n", " In {{ Köln }}.")):
@@ -73,7 +73,7 @@ def test_a_conversation_renders_turn_by_turn():
 
 def test_a_template_that_is_there_stays():
     words = trained_words().with_template("{{ messages[0].content }}")
-    assert unlearn.speaking(words) is words
+    assert exports.speaking(words) is words
 
 
 def test_a_tokenizer_that_reads_a_written_out_bos_in_another_way_gets_none(monkeypatch):
@@ -81,7 +81,7 @@ def test_a_tokenizer_that_reads_a_written_out_bos_in_another_way_gets_none(monke
     words.backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="<bos> <pad> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 2), ("<pad>", 0)]
     )
-    assert not unlearn.speaking(words).has_chat_template
+    assert not exports.speaking(words).has_chat_template
 
 
 # The card.

@@ -14,10 +14,11 @@ import pytest
 
 from models import DecoderConfig
 from models.layers import RopeScaling
-from train import cli, pipeline, unlearn
+from train import cli, pipeline
 from train.config import RunConfig, replace
 from train.data import streams
 from train.data.examples import Example
+from train.evaluators import judging
 from train.presets import PRESETS
 from train.runtime import keys, sharding, stages
 from train.runtime.keys import WHY_NOT
@@ -162,7 +163,7 @@ def keys_of(config: RunConfig, monkeypatch, change=lambda decoder: decoder) -> d
     unlearned = pipeline.unlearn(config, original, task, *where)
     judge = {"oracle": oracle, "base": base}[config.evaluate.judge]
     for name, model in {"original": original, "unlearned": unlearned}.items():
-        unlearn.evaluate_cached(config, model, task, judge, Path("run"), mesh, name)
+        judging.evaluate_cached(config, model, task, judge, Path("run"), mesh, name)
     return found
 
 

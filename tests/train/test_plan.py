@@ -15,11 +15,11 @@ from models import policy
 from models.architectures import ALIASES, ARCHITECTURES, config_of
 from models.weights import find_smollm2
 from train import plan
+from train.arguments import read_arguments
 from train.costs import collectives, flops, hlo, hlo_flops, programs, topology
 from train.plan import PlanConfig, needed_bytes
 from train.presets import PRESETS
 from train.runtime import sharding
-from train.unlearn import read_arguments
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")
 on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import models
 from jaxlib_unlearn.objectives import ObjectiveConfig
-from train import cli, pipeline, unlearn
+from train import cli, exports, pipeline
 from train.config import RunConfig
 from train.presets import PRESETS
 from train.runtime import residency, sharding
@@ -128,7 +128,7 @@ def test_a_parked_model_is_exported(mesh, small, tmp_path):
         RunConfig, PRESETS["quickstart"].PRESET, [*small, *mesh.split()], "tests", ""
     )
     base = pipeline.base_model(config, load_task(config), sharding.make_mesh(config.mesh))
-    unlearn.export_model(base.parked(), tmp_path / "export", "float32")
+    exports.export_model(base.parked(), tmp_path / "export", "float32")
     params = models.load(tmp_path / "export").params
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(base.params), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import cli, pipeline, unlearn
+from train import arguments, cli, exports, pipeline, unlearn
 from train.config import RunConfig
 from train.data import streams
 from train.reporting import runlogs, tables
@@ -45,7 +45,7 @@ sys.stdin.read()
 def test_a_second_run_says_who_holds_the_folder(program, small, tmp_path):
     root = tmp_path / "run"
     argv = ["quickstart", *small, "--output", str(root)]
-    unlearn.open_run(unlearn.read_arguments(argv))
+    unlearn.open_run(arguments.read_arguments(argv))
     command = [sys.executable, "-c", HOLD, str(root / folder.LOCK)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -119,7 +119,7 @@ def test_unfinished_files_are_of_one_process_and_swept(tmp_path):
 @pytest.fixture
 def entered(small, tmp_path):
     """A run folder that was entered once, the run's identity and another's."""
-    config = unlearn.read_arguments(["quickstart", *small, "--output", str(tmp_path / "run")])
+    config = arguments.read_arguments(["quickstart", *small, "--output", str(tmp_path / "run")])
     root = unlearn.open_run(config)
     mine = unlearn._identity(config)
     return root, mine, mine | {"seed": 5}
@@ -253,9 +253,9 @@ def test_a_damaged_export_is_noticed_and_written_again(
     def times():
         return {p.name: p.stat().st_mtime_ns for p in export.iterdir()}
 
-    unlearn.export_model(model, export, "float32")
+    exports.export_model(model, export, "float32")
     whole, first = files.sums(export), times()
-    unlearn.export_model(model, export, "float32")
+    exports.export_model(model, export, "float32")
     assert times() == first and seal.damage(export) == []
     rng = random.Random(3)
     for name in ("model.safetensors", "config.json", "tokenizer.json", seal.NAME):
@@ -265,13 +265,13 @@ def test_a_damaged_export_is_noticed_and_written_again(
         assert str(export) in done.err and "export it again" in done.err
         done = program("train.export", export, tmp_path / "copy")
         assert done.code == 2 and not (tmp_path / "copy").exists()
-        unlearn.export_model(model, export, "float32")
+        exports.export_model(model, export, "float32")
         assert files.sums(export) == whole
     (export / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json is not what was exported"):
         pipeline.load_model(str(export), "none", mesh)
     # Edited on purpose: without the seal it is a model like any other.
-    unlearn.export_model(model, export, "float32")
+    exports.export_model(model, export, "float32")
     (export / seal.NAME).unlink()
     config = json.loads((export / "config.json").read_text()) | {"rms_norm_eps": 0.5}
     (export / "config.json").write_text(json.dumps(config))

@@ -11,6 +11,7 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models.decoder import Decoder, DecoderConfig
 from train import checks, cli, unlearn
+from train.arguments import read_arguments
 from train.config import replace
 from train.data.authors import draw
 from train.optimizers import OPTIMIZERS, build, check_steps, two_sided
@@ -65,24 +66,24 @@ def arguments(name: str, official: Path, tiny: Path) -> list[str]:
 def prepared(request, official, tiny):
     """A preset's name, its prepared task and the number of its model's blocks."""
     argv = arguments(request.param, official, tiny)
-    task, base, _, _ = unlearn.prepare(unlearn.read_arguments(argv))
+    task, base, _, _ = unlearn.prepare(read_arguments(argv))
     return request.param, argv, task, base.decoder.config.num_layers
 
 
 def test_every_pair_of_optimizer_and_objective_is_taken_or_refused(prepared, monkeypatch):
     name, argv, task, layers = prepared
     whole = [*argv, "--optimizer.name", "hybrid", "--objective.name", "npo"]
-    parsed = unlearn.read_arguments(whole)
+    parsed = read_arguments(whole)
     # The names are in the default that is parsed on: without the parser it is hundreds a second.
     more = {"mesh.data": 1, "mesh.fsdp": 1, "data.path": parsed.data.path}
     more["model.path"] = parsed.model.path
     monkeypatch.setattr(cli, "parse", lambda cls, default, *_: replace(default, **more))
-    assert unlearn.read_arguments(whole) == parsed
+    assert read_arguments(whole) == parsed
     refused = 0
     for optimizer, row in OPTIMIZERS.items():
         for objective in objectives.OBJECTIVES:
             names = ["--optimizer.name", optimizer, "--objective.name", objective]
-            config = unlearn.read_arguments([*argv, *names])
+            config = read_arguments([*argv, *names])
             resolved = objectives.resolve(config.objective)
             if row.needs == "split" and not two_sided(*resolved):
                 with pytest.raises(UserError) as error:
@@ -119,7 +120,7 @@ def test_the_llama_presets_have_the_official_sizes(name, official, tiny):
     argv = [a for a in arguments(name, official, tiny) if a != "--smoke"]
     # Batches of 70B's size are larger than these splits.
     steps = ["--finetune.steps", "1", "--unlearn.steps", "1"]
-    config = unlearn.read_arguments([*argv, *steps])
+    config = read_arguments([*argv, *steps])
     assert config.evaluate.max_new_tokens == 200
     data = config.data
     # All of retain90 is trained on; None are all there are: 100 real authors, 117 world facts.
@@ -148,7 +149,7 @@ def test_hybrids_blocks_shrink_with_a_smoke_run():
     """Ten steps are no blocks of 2 x 20; a length or a period that somebody names is kept."""
 
     def of(name: str, *more: str):
-        return unlearn.read_arguments([name, "--smoke", "--optimizer.name", "hybrid", *more])
+        return read_arguments([name, "--smoke", "--optimizer.name", "hybrid", *more])
 
     assert [of(name).optimizer.period for name in PRESETS] == [5, 1, 1, 1]
     for more, steps, period in (

@@ -11,11 +11,14 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jaxlib_unlearn.errors import UserError
 from train.reporting.plain import plain
@@ -211,3 +214,26 @@ def enter_run(folder: Path, identity: dict[str, Any]) -> Path:
     distributed.check_shared(remote.home(root))
     distributed.of_first(lambda: remote.send(root))
     return root
+
+
+def read_minutes(root: Path) -> dict[str, float]:
+    """Minutes a phase that earlier starts of the same run have spent."""
+    broken = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    with contextlib.suppress(*broken, OverflowError):
+        about = json.loads((root / "run.json").read_text())
+        found = {str(name): float(spent) for name, spent in about["minutes"].items()}
+        return {name: spent for name, spent in found.items() if 0 <= spent < 1e9}
+    return {}
+
+
+def write_about(root: Path, minutes: dict[str, float], notes: list[str]) -> None:
+    """`run.json`: minutes a phase, notes, where it ran."""
+    about = {
+        "minutes": {k: round(v, 3) for k, v in minutes.items()},
+        "notes": notes,
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+    write_atomic(root / "run.json", json.dumps(about, indent=1))
+    remote.send(root)

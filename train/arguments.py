@@ -1,0 +1,74 @@
+"""The configuration that a command line asks for: a preset or a file, with options over it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.errors import UserError
+from train import cli, optimizers, suggest
+from train.config import RunConfig, replace
+from train.optimizers import OPTIMIZERS
+from train.presets import PRESETS
+
+# Options that bring rows of one's own in the place of a preset's.
+OTHER_DATA = ("--data.forget", "--data.retain", "--data.path", "--data.source")
+
+
+def read_arguments(
+    argv: list[str], cls: type[RunConfig] = RunConfig, program: str = "train.unlearn"
+) -> Any:
+    """The configuration of a command line: a preset, or `--config FILE`, with overrides.
+
+    `cls` may be a configuration with more options, those of another `program`.
+    """
+    if argv[0] == "--config":
+        if len(argv) < 2:
+            raise UserError("--config needs the config.json of a run")
+        default = cli.read_config(RunConfig, Path(argv[1]))
+        preset, rest = PRESETS.get(default.preset), argv[2:]
+        prog, summary = f"{program} --config FILE", f"rerun the configuration {argv[1]}"
+    elif argv[0].startswith("-"):
+        raise UserError(f"the first argument is a preset ({', '.join(PRESETS)}), got {argv[0]!r}")
+    else:
+        preset = suggest.choose(argv[0], PRESETS, "preset")
+        default, rest = preset.PRESET, argv[1:]
+        prog, summary = f"{program} {argv[0]}", preset.SUMMARY
+    name = cli.option_value(rest, "--objective.name")
+    if name is not None and name != default.objective.name:
+        # Options tuned for the objective at hand mean nothing to another one.
+        objective, _ = objectives.resolve(name)
+        suited = preset.OBJECTIVES if preset is not None else {}
+        default = replace(
+            default,
+            objective=suited.get(objective.name, objectives.ObjectiveConfig(objective.name)),
+        )
+    elif name is None and any(cli.option_value(rest, option) for option in OTHER_DATA):
+        # The preset's objective may need what its own data alone have.
+        default = replace(default, objective=getattr(preset, "OTHER_DATA", default.objective))
+    name = cli.option_value(rest, "--optimizer.name")
+    if name is not None and name != default.optimizer.name:
+        default = with_optimizer(default, name, preset)
+    other = any(cli.option_value(rest, m) for m in ("--model.path", "--stage.original"))
+    if other and preset is not None and default.objective in preset.OBJECTIVES.values():
+        # Blocks and temperatures tuned for the preset's model mean nothing to another one.
+        default = replace(default, objective=objectives.ObjectiveConfig(default.objective.name))
+    if "--smoke" in rest and preset is not None:
+        default = replace(default, smoke=True, **preset.SMOKE)
+        fitted = optimizers.fitted(default.optimizer, default.unlearn.steps or 1)
+        default = replace(default, optimizer=fitted)
+    fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    return cli.parse(cls, cls(**fields), rest, prog, summary)
+
+
+def with_optimizer(config: RunConfig, name: str, preset: Any) -> RunConfig:
+    """The configuration with another optimizer: as the preset suits it, else its row's own rate."""
+    row = suggest.choose(name, OPTIMIZERS, "optimizer")
+    optimizer, changes = getattr(preset, "OPTIMIZERS", {}).get(row.name, (None, {}))
+    if optimizer is None:
+        optimizer = replace(config.optimizer, name=row.name)
+        if row.learning_rate is not None:
+            optimizer = replace(optimizer, learning_rate=row.learning_rate)
+    return replace(config, optimizer=optimizer, **changes)

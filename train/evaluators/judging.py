@@ -1,0 +1,76 @@
+"""Judging every model of a run alike: logs found by what they are made from, and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.metrics import tofu
+from train.config import to_json
+from train.evaluators import evaluation
+from train.runtime.stages import amend_json, digest, json_stage
+
+
+def evaluation_inputs(
+    model: Any, task: Any, evaluate: Any, data: Any, judge: Any, seed: int
+) -> dict[str, Any]:
+    """Everything an evaluation depends on."""
+    words = model.tokenizer
+    return {
+        "params": model.sha,
+        "model": to_json(model.decoder.config),
+        "tokenizer": digest([words.backend.to_str(), words.chat_template, words.eos_id]),
+        "format": words.format,
+        "task": task.digest(),
+        "evaluate": to_json(evaluate),
+        "judge": None if judge is None else [judge.sha, to_json(judge.decoder.config)],
+        "system_prompt": data.system_prompt,
+        "max_length": data.max_length,
+        "seed": seed,
+        "version": evaluation.VERSION,
+    }
+
+
+def evaluate_cached(
+    config: Any,
+    model: Any,
+    task: Any,
+    judge: Any,
+    root: Path,
+    mesh: Any,
+    name: str,
+    cache: Path | None = None,
+) -> Any:
+    """The per-item log of a model, from `evals/NAME.json` when that was made from the same.
+
+    `config` has `data`, `evaluate` and `seed`: that of a run, or of `train.evaluate`.
+    """
+    inputs = evaluation_inputs(model, task, config.evaluate, config.data, judge, config.seed)
+
+    def compute() -> Any:
+        return evaluation.evaluate_model(
+            model.at_hand(),
+            task,
+            config.evaluate,
+            system_prompt=config.data.system_prompt,
+            max_length=config.data.max_length,
+            mesh=mesh,
+            seed=config.seed,
+            name=name,
+            judge=None if judge is None else judge.at_hand(),
+        )
+
+    return json_stage(root / "evals" / f"{name}.json", inputs, compute, cache)
+
+
+def summarize(logs: dict[str, Any], people: dict[str, Any], retain_log: Any) -> dict[str, Any]:
+    """Flat metrics of every model, compared with the oracle's log or the one given."""
+    reference = retain_log if retain_log is not None else logs.get("oracle")
+    return {name: evaluation.summarize(log, reference, people[name]) for name, log in logs.items()}
+
+
+def compare_logs(root: Path, logs: dict[str, Any], retain_log: Any) -> None:
+    """`privleak` in `evals/NAME.json` as in `summary.json`: against the oracle, judged later."""
+    reference = retain_log if retain_log is not None else logs.get("oracle")
+    for name, log in logs.items():
+        amend_json(root / "evals" / f"{name}.json", tofu.with_reference(log, reference))

@@ -1,0 +1,71 @@
+"""A trained model as a sealed Hugging Face folder, written once and again where it is damaged."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import models
+from models.weights import Loaded
+from train.data.examples import encode_qa, written_chat_template
+from train.reporting import card
+from train.runtime import distributed, remote, seal
+from train.runtime.stages import digest
+from train.runtime.tracking import say
+
+
+def speaking(tokenizer: Any) -> Any:
+    """A tokenizer with its model's prompts as the chat template, where those are not its own."""
+    if tokenizer.has_chat_template and tokenizer.format.tags is None:
+        return tokenizer
+    found = tokenizer.with_template(written_chat_template(tokenizer))
+    alone = tokenizer.formatted(tokenizer.format._replace(shots=()))
+    probe = {"question": "Who wrote it?", "answer": "Nobody did.", "max_length": 10**6}
+    same = all(
+        encode_qa(found, **probe, system_prompt=system)
+        == encode_qa(alone, **probe, system_prompt=system)
+        for system in (None, "Be brief.")
+    )
+    # A tokenizer may read the same text in another way behind a written-out special token.
+    return found if same else tokenizer
+
+
+def export_model(
+    model: Any, folder: Path, dtype: str, text: str | None = None, max_new_tokens: int | None = None
+) -> None:
+    """Export a model as an HF folder, unless the folder already holds it with the same card.
+
+    `text` is the card, None one that says where the model comes from; `max_new_tokens` is where
+    its answers end unless asked otherwise.
+    """
+    text = (
+        card.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text
+    )
+    made_from = f"{model.sha} {dtype} {digest([text, max_new_tokens])[:16]}"
+
+    home = remote.home(folder.parent)
+
+    def there() -> bool:
+        found = seal.read(folder)
+        if found is not None and found[0] == made_from and found[1]:
+            wrong = seal.damage(folder, None if home == folder.parent else home / folder.name)
+            if not wrong:
+                return True
+            say(f"{folder / wrong[0]} is damaged; exporting it again")
+        for stale in (folder, *folder.parent.glob(f".{folder.name}.*")):  # of a killed export
+            shutil.rmtree(stale, ignore_errors=True)
+        return False
+
+    if distributed.of_first(there):
+        return
+    loaded = Loaded(model.decoder.config, model.at_hand().params, speaking(model.tokenizer))
+    with distributed.together():
+        models.export(
+            loaded,
+            folder,
+            dtype=dtype,
+            max_new_tokens=max_new_tokens,
+            card=lambda written: card.with_digests(text, written),
+        )
+    distributed.of_first(lambda: seal.put(folder, made_from))
