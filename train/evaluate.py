@@ -103,7 +103,7 @@ def run(config: EvaluateRun) -> dict[str, Any]:
 
 def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     from jaxlib_unlearn.metrics import tofu
-    from train import checks, pipeline
+    from train import base_models, checks
     from train.evaluators import evaluation
     from train.evaluators.judging import compare_logs, evaluate_cached
     from train.runtime import distributed, files, remote, sharding
@@ -129,13 +129,13 @@ def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
         retain = None if config.retain_log is None else tofu.load_log(config.retain_log)
         data = config.data
         layout = prompt_format(data)
-        pipeline.check_model(config.model)
+        base_models.check_model(config.model)
         task = load_task(RunConfig(seed=config.seed, data=data))
     distributed.check_same({"data": task.digest(), "few_shot": digest(layout.shots)})
-    model = pipeline.load_model(config.model, "none", mesh)
+    model = base_models.load_model(config.model, "none", mesh)
     model = model._replace(tokenizer=model.tokenizer.formatted(layout))
     if config.mask_all_pad_id_tokens:
-        model = pipeline.masking_pad_ids(model)
+        model = base_models.masking_pad_ids(model)
     task = checks.fit_task(task, model, config.evaluate, data.system_prompt, data.max_length)
     held.enter_context(locked(folder))
     distributed.of_first(lambda: create(root))

@@ -80,9 +80,10 @@ def run(config: FinetuneRun) -> Path:
 
 
 def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
-    from train import checks, optimizers, pipeline
+    from train import base_models, checks, optimizers, pipeline
     from train.data.tofu import check_rows, read_json
     from train.exports import export_model
+    from train.run import Run, num_steps
     from train.runtime import distributed, remote, sharding
     from train.runtime.folder import check_folder, enter_run, lock, locked
     from train.runtime.stages import digest, write_atomic
@@ -114,14 +115,15 @@ def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
             )
         rows = check_rows(read_json(path), ("question", "answer"), str(path))
     distributed.check_same({"rows": digest(rows)})
-    base = pipeline.load_model(config.model, ModelConfig().remat, mesh).parked()
+    base = base_models.load_model(config.model, ModelConfig().remat, mesh).parked()
     checks.check_blocks(config.train.optimizer, base.decoder.config.num_layers)
     base = base._replace(tokenizer=base.tokenizer.formatted(layout))
     rows = checks.fit_rows(rows, base, config.system_prompt, config.max_length, "rows")
-    pipeline.num_steps(config.train, len(rows), config.train.optimizer)
+    num_steps(config.train, len(rows), config.train.optimizer)
     held.enter_context(locked(config.output))
     root = enter_run(config.output, identity)
-    tuned = pipeline.finetune(settings, base, rows, "original", root, mesh, Tracker(root))
+    run = Run(root, mesh, config.seed, Tracker(root))
+    tuned = pipeline.finetune(run, settings, "original", base, rows)
     export_model(tuned, root / "export", config.export_dtype)
     summary = {"original": {"params_sha256": tuned.sha}}
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,6 +36,13 @@ def step_bytes(compiled: Any) -> int | None:
     return sum(parts) - memory.alias_size_in_bytes
 
 
+class Watch(NamedTuple):
+    """A look at what is trained: `look(params) -> scalars`, before each of `steps`."""
+
+    look: Callable[[Any], dict[str, float]]
+    steps: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Stage:
     """One training stage.
@@ -48,7 +55,7 @@ class Stage:
         optimizer: how a step is taken.
         combine: how the gradients of the two sides become one.
         accumulate: micro-batches a step.
-        curve: `params -> scalars`, called at `curve_steps`.
+        watch: looks at what is trained, on the way.
         checkpoints: folder for this stage's checkpoints.
         checkpoint_seconds: least time between two of them.
         bind: how what is trained becomes a model (`train.step.Trainable`).
@@ -65,8 +72,7 @@ class Stage:
     accumulate: int
     checkpoints: Path
     checkpoint_seconds: float
-    curve: Callable[[Any], dict[str, float]] | None = None
-    curve_steps: tuple[int, ...] = ()
+    watch: tuple[Watch, ...] = ()
     combine: str = "sum"
     bind: Bind = whole
     batch_size: int | None = None
@@ -199,6 +205,14 @@ def run(
             compiled[shapes] = made, {} if size is None else {"step_mib": round(size / 2**20, 3)}
         return compiled[shapes]
 
+    def looked(step: int, state: TrainState) -> dict[str, float]:
+        """What those who watch see before `step`."""
+        found: dict[str, float] = {}
+        for watch in stage.watch:
+            if step in watch.steps:
+                found |= watch.look(state.params)
+        return found
+
     def save(step: int) -> None:
         """Keep the state before `step`."""
         nonlocal saved_at
@@ -229,17 +243,16 @@ def run(
                 say(f"{stage.name}: stopped before step {step} of {stage.steps}")
                 raise distributed.Preempted
             run_step, look = program(state, batches)
-            if stage.curve is not None and step in stage.curve_steps:
-                look = look | stage.curve(state.params)
+            look = look | looked(step, state)
             distributed.unsaved(True)
             state, metrics = run_step(state, frozen, batches)
             pending = (step, metrics, look)
             advance(1, f"loss {loss:.4f}" if math.isfinite(loss) else "", sum(spent))
             spent.clear()
         loss = settle()
-    if stage.curve is not None and stage.steps in stage.curve_steps:
+    if last := looked(stage.steps, state):
         # One line more than steps: the look after the last one, beside its loss.
-        tracker.write(stage.name, stage.steps, {"loss": loss} | stage.curve(state.params))
+        tracker.write(stage.name, stage.steps, {"loss": loss} | last)
     return state.params
 
 

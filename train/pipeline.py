@@ -1,191 +1,187 @@
-"""The stages of a run as functions: base, original, oracle, unlearned (see `train/unlearn.py`)."""
+"""The parts of an unlearning run, in the order in which `train/unlearn.py` calls them."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-import zlib
+import json
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import Any, NamedTuple
 
 import models
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.metrics import tofu
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
-from models import Decoder, DecoderConfig, Tokenizer, bounds, lora
-from models.hub import check_source
-from models.policy import head_of
-from models.weights import find_smollm2
-from train import loop
-from train.config import LoraConfig, ModelConfig, RunConfig, TrainConfig, UnlearnConfig
+from train import base_models, checks
+from train.config import LoraConfig, RunConfig, to_json
 from train.data.examples import Encoded, encode_rows
-from train.data.streams import (
-    Stream,
-    batches_of,
-    make_stream,
-    needs_head,
-    pack_streams,
-    with_references,
-)
+from train.data.streams import Stream, make_stream
 from train.data.tofu import refusal_rows
-from train.evaluators.evaluation import Model, curve, longest
-from train.optimizers import OptimizerConfig, check_pair, check_steps
-from train.runtime import distributed, remote, residency, seal, sharding
-from train.runtime.checkpointing import params_sha256
-from train.runtime.keys import stage_inputs
-from train.runtime.stages import params_stage
+from train.evaluators.evaluation import Model, curve, longest, num_parameters
+from train.evaluators.judging import compare_logs, evaluate_cached, summarize
+from train.exports import export_model
+from train.optimizers import OPTIMIZERS
+from train.reporting import card, page, tables
+from train.run import Recipe, Run, Watch, num_steps, phase, started, train
+from train.runtime import distributed, files, remote, reporters
+from train.runtime.folder import check_folder, enter_run, lock, locked
+from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import Tracker, say
-from train.step import Trainable, all_of
-from train.tasks.task import Row, Task, alternate_rows, texts
+from train.tasks.task import Row, Task, alternate_rows, load_task, prompt_format
 
 CURVE_ROWS = 40
 
 
-def train_tokenizer(task: Task, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on the task's own texts."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, pre_tokenizers, trainers
-    from tokenizers import models as kinds
+class Opened(NamedTuple):
+    """An unlearning run at its start.
 
-    backend = Backend(kinds.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts(task), trainer)
-    return Tokenizer(
-        backend, eos_id=backend.token_to_id("<eos>"), pad_id=backend.token_to_id("<pad>")
-    )
+    Args:
+        run: its folder, which is held.
+        task: the rows that are forgotten, kept and asked.
+        base: the model before any training.
+        retain_log: the log of a retain-only model, in the place of an oracle.
+    """
+
+    run: Run
+    task: Task
+    base: Model
+    retain_log: Any
 
 
-def scratch_shape(m: ModelConfig, vocab_size: int, context: int) -> DecoderConfig:
-    """The shape of a model that starts from random weights.
+@contextlib.contextmanager
+def opened(config: RunConfig) -> Iterator[Opened]:
+    """Find everything that can be wrong, then make or enter the run folder, and hold it.
 
     Raises:
-        UserError: sizes that do not divide one another.
+        UserError: anything about the configuration, the data, the model or the folder.
     """
-    if m.hidden_size % m.num_heads or m.num_heads % m.num_kv_heads:
-        raise UserError(
-            f"--model.hidden-size {m.hidden_size}, --model.num-heads {m.num_heads} and "
-            f"--model.num-kv-heads {m.num_kv_heads} must divide one another in this order"
+    since = time.monotonic()
+    with contextlib.ExitStack() as held:
+        distributed.start(config.distributed)
+        task, base, mesh, retain_log = prepare(config, held)
+        base = base.parked()  # as every model while it waits: a step has the device to itself
+        held.enter_context(locked(run_folder(config)))
+        root = enter(config)
+        logs_to = reporters.chosen(config.report_to, config.tensorboard)
+        run = Run(
+            root,
+            mesh,
+            config.seed,
+            Tracker(root, logs_to, identity(config)),
+            config.stage.cache,
+            task.notes,
         )
-    if m.hidden_size // m.num_heads % 2:
-        raise UserError(
-            f"--model.hidden-size {m.hidden_size} over --model.num-heads {m.num_heads} gives "
-            "an odd head size, which rotary positions cannot split; use an even one"
-        )
-    return DecoderConfig(
-        vocab_size=-(-vocab_size // 64) * 64,
-        hidden_size=m.hidden_size,
-        intermediate_size=m.intermediate_size,
-        num_layers=m.num_layers,
-        num_heads=m.num_heads,
-        num_kv_heads=m.num_kv_heads,
-        head_dim=m.hidden_size // m.num_heads,
-        max_position_embeddings=context,
-        dtype=m.dtype,
-    )
+        size, where = num_parameters(base.params) / 1e6, remote.home(root)
+        say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {where}")
+        for note in task.notes:
+            say(f"  {note}")
+        yield Opened(started(run, since), task, base, retain_log)
 
 
-def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
-    """The model before any fine-tuning: random and tiny (`scratch`), or loaded.
+def prepare(
+    config: RunConfig, held: contextlib.ExitStack | None = None
+) -> tuple[Any, Any, Any, Any]:
+    """Everything that can be wrong, before the run folder exists: task, base model, mesh, log.
+
+    With `held`, a run folder that exists is locked: another run in it is noticed first.
 
     Raises:
-        UserError: nothing is found at the path.
+        UserError: anything about the configuration, the data or the model.
     """
-    m = config.model
-    if m.path == "scratch":
-        tokenizer = train_tokenizer(task, m.vocab_size)
-        shape = scratch_shape(m, tokenizer.vocab_size, config.data.max_length)
-        sharding.check_heads(mesh, m.num_heads)
-        decoder = Decoder(shape, m.remat)
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(decoder.shapes()))
-        bounds.check_memory(size, "--model.hidden-size and the other sizes", "make it smaller")
-        params = sharding.put_params(jax.jit(decoder.init)(jax.random.key(config.seed)), mesh)
-        model = Model(decoder, params, tokenizer, params_sha256(params))
-    else:
-        model = load_model(m.path, m.remat, mesh, m.dtype, m.revision, task.notes)
-    return masking_pad_ids(model) if m.mask_all_pad_id_tokens else model
-
-
-def masking_pad_ids(model: Model) -> Model:
-    """The model with every token that is its padding token left out of attention.
-
-    Raises:
-        UserError: the tokenizer has no padding token.
-    """
-    if model.tokenizer.pad_id is None:
-        raise UserError(
-            "--model.mask-all-pad-id-tokens: the tokenizer has no padding and no end token; leave "
-            "the option out"
-        )
-    shape = dataclasses.replace(model.decoder.config, unattended=model.tokenizer.pad_id)
-    return model._replace(decoder=dataclasses.replace(model.decoder, config=shape))
-
-
-def model_source(path: str) -> str | Path:
-    """What `models.load` takes for a `--model.path`: `smollm2` is the installed package's file.
-
-    Raises:
-        UserError: that package is not installed.
-    """
-    if path != "smollm2":
-        return path
-    found = find_smollm2()
-    if found is None:
-        raise UserError(
-            "SmolLM2 is not installed; run `make smollm2`, or give --model.path a folder or "
-            ".gguf file"
-        )
-    return found
-
-
-def check_model(path: str, revision: str | None = None) -> None:
-    """Raise `UserError` for a `--model.path` where nothing can be, before anything is read."""
-    if path != "scratch":
-        check_source(model_source(path), revision)
-    elif revision is not None:
-        raise UserError("--model.revision does not go with --model.path scratch; leave it out")
-
-
-def load_model(
-    path: str,
-    remat: str,
-    mesh: Any,
-    dtype: str = "float32",
-    revision: str | None = None,
-    notes: list[str] | None = None,
-) -> Model:
-    """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`, to compute in `dtype`.
-
-    Of a Hub id the commit is said, and added to `notes`.
-
-    Raises:
-        UserError: nothing is found at the path, an export there is damaged, or the mesh splits more
-            heads than there are.
-    """
-    distributed.of_first(lambda: seal.check(Path(path).expanduser()))
+    distributed.check_same(identity(config))
     with distributed.together():
-        loaded = models.load(
-            model_source(path),
-            revision=revision,
-            shardings=lambda name, shape: sharding.sharding_of(name, shape, mesh),
+        mesh = checks.check_run(config)
+        layout = prompt_format(config.data)
+        if config.retain_log is not None:
+            files.check_key(config.retain_log)  # where it is that of a run
+        retain_log = None if config.retain_log is None else tofu.load_log(config.retain_log)
+        if distributed.is_first():
+            folder = run_folder(config)
+            exists = check_folder(remote.mirror(folder), identity(config))
+            if exists and held is not None and not remote.is_remote(folder):
+                held.enter_context(lock(folder))
+        # The data may come from the Hub: a path with a typo in it need not wait for that.
+        if config.stage.original is not None and config.model.revision is not None:
+            raise UserError(
+                "--model.revision does not go with --stage.original, in whose place nothing else "
+                "is loaded; write --stage.original owner/name@revision"
+            )
+        base_models.check_model(config.stage.original or config.model.path, config.model.revision)
+        task = load_task(config)
+    distributed.check_same({"data": task.digest(), "few_shot": digest(layout.shots)})
+    with distributed.together():
+        return (*_fit(config, task, layout, mesh, retain_log), mesh, retain_log)
+
+
+def _fit(config: RunConfig, task: Any, layout: Any, mesh: Any, retain_log: Any) -> tuple[Any, Any]:
+    """The task as the base model can read it, and that model."""
+    if config.stage.original is not None:
+        base = base_models.load_model(
+            config.stage.original,
+            config.model.remat,
+            mesh,
+            config.model.dtype,
+            notes=task.notes,
         )
-        sharding.check_heads(mesh, loaded.decoder.config.num_heads)
-    if loaded.commit is not None:
-        note = f"model: {path} at commit {loaded.commit}"
-        say(note)
-        if notes is not None:
-            notes.append(note)
-    shape = dataclasses.replace(loaded.decoder.config, dtype=dtype)
-    decoder = dataclasses.replace(loaded.decoder, config=shape, remat=remat)
-    return Model(decoder, loaded.params, loaded.tokenizer, params_sha256(loaded.params))
+        if config.model.mask_all_pad_id_tokens:
+            base = base_models.masking_pad_ids(base)
+        if "holdout" in task.evaluation:
+            task.notes.append(
+                "The model came from outside. Where it was trained on the rows taken as "
+                "non-members, the membership metrics (privleak) mean nothing."
+            )
+    else:
+        base = base_models.base_model(config, task, mesh)
+    base = base._replace(tokenizer=base.tokenizer.formatted(layout))
+    checks.check_lora(config.lora, config.optimizer, base.params)
+    checks.check_blocks(config.optimizer, base.decoder.config.num_layers)
+    if config.stage.original is None:
+        checks.check_blocks(config.finetune.optimizer, base.decoder.config.num_layers)
+    data = config.data
+    task = checks.fit_task(task, base, config.evaluate, data.system_prompt, data.max_length)
+    check_stages(config, task, base.decoder.config.num_layers, retain_log)
+    return task, base
+
+
+def check_stages(config: RunConfig, task: Any, num_layers: int, retain_log: Any = None) -> None:
+    """Raise `UserError` for stages without a step, or that objective or optimizer cannot take."""
+    objective, options = objectives.resolve(config.objective)
+    objectives.reference_forward(objective, options, num_layers)
+    stream_rows(objective, task, config.seed)
+    both = len(task.forget) + len(task.retain)
+    if config.stage.original is None:
+        num_steps(config.finetune, both, config.finetune.optimizer)
+        if config.oracle and retain_log is None:
+            num_steps(config.finetune, len(task.retain), config.finetune.optimizer)
+    rows = both if "train" in objective.streams else len(task.forget)
+    num_steps(config.unlearn, rows, config.optimizer)
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a configuration writes."""
+    if config.output is not None:
+        return config.output
+    return Path("runs") / f"{config.preset}-seed{config.seed}{'-smoke' if config.smoke else ''}"
+
+
+def enter(config: RunConfig) -> Path:
+    """Create the run folder with its resolved configuration, or enter that of the same one."""
+    return enter_run(run_folder(config), identity(config))
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """What `config.json` holds: everything but where it runs, and where it and its sources lie.
+
+    Of the optimizer, what its row reads: the report and the tables of runs show no more.
+    """
+    stage = dataclasses.replace(config.stage, cache=None)
+    whole = to_json(dataclasses.replace(config, output=None, stage=stage))
+    for name in ("distributed", "profile", "report_to"):
+        del whole[name]
+    return whole | {"optimizer": OPTIMIZERS[config.optimizer.name].options(config.optimizer)}
 
 
 def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encoded:
@@ -207,48 +203,19 @@ def stream_of(model: Model, encoded: Encoded, batch_size: int) -> Stream:
     return make_stream(encoded.examples, model.tokenizer.pad_id or 0, batch_size=batch_size)
 
 
-def num_steps(config: TrainConfig | UnlearnConfig, rows: int, optimizer: OptimizerConfig) -> int:
-    """Optimizer steps of a stage.
-
-    Raises:
-        UserError: there is none, or the optimizer cannot take that many.
-    """
-    steps = (
-        config.steps
-        if config.steps is not None
-        else round(config.epochs * rows / config.batch_size)
-    )
-    if steps < 1:
-        raise UserError(f"a stage of {rows} rows has no step; raise its epochs or steps")
-    check_steps(optimizer, steps)
-    return steps
-
-
-def finetune(
-    config: RunConfig,
-    base: Model,
-    rows: list[Row],
-    name: str,
-    root: Path,
-    mesh: Any,
-    tracker: Tracker,
-) -> Model:
+def finetune(run: Run, config: RunConfig, name: str, base: Model, rows: list[Row]) -> Model:
     """Plain fine-tuning of `base`: the original (forget + retain) or the oracle (retain alone)."""
-    encoded = encode(base, rows, config, name)
-    return train_stage(
-        base,
-        streams={"train": stream_of(base, encoded, config.finetune.batch_size)},
-        objective=objectives.resolve(ObjectiveConfig("nll")),
-        stage=config.finetune,
-        optimizer=config.finetune.optimizer,
-        row_tokens=config.data.row_tokens,
-        name=name,
-        seed=config.seed,
-        root=root,
-        mesh=mesh,
-        tracker=tracker,
-        cache=config.stage.cache,
-    )
+    with phase(run, name):
+        encoded = encode(base, rows, config, name)
+        return train(
+            run,
+            name,
+            base,
+            objectives.resolve(ObjectiveConfig("nll")),
+            {"train": stream_of(base, encoded, config.finetune.batch_size)},
+            Recipe(config.finetune, config.finetune.optimizer, row_tokens=config.data.row_tokens),
+            shared=True,
+        )
 
 
 def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[Row]]:
@@ -267,53 +234,39 @@ def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[R
     return {name: rows[name]() for name in objective.streams}
 
 
-def unlearn(
-    config: RunConfig, original: Model, task: Task, root: Path, mesh: Any, tracker: Tracker
-) -> Model:
+def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
     """The unlearning stage: the objective's streams, its caches, its optimizer."""
     objective, options = objectives.resolve(config.objective)
     streams = {
         name: stream_of(original, encode(original, rows, config, name), config.unlearn.batch_size)
         for name, rows in stream_rows(objective, task, config.seed).items()
     }
-    return train_stage(
-        original,
-        streams=streams,
-        objective=(objective, options),
-        stage=config.unlearn,
-        optimizer=config.optimizer,
-        row_tokens=config.data.row_tokens,
-        name="unlearned",
-        seed=config.seed,
-        root=root,
-        mesh=mesh,
-        tracker=tracker,
-        watch=(task, config),
-        combine=config.combine,
-        adapters=config.lora,
-        profile=config.profile,
-    )
 
+    def look(model: Model) -> dict[str, float]:
+        data, tokens = config.data, config.evaluate.score_tokens
+        return curve(model, task, data.system_prompt, data.max_length, run.mesh, tokens, CURVE_ROWS)
 
-def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed: int) -> Trainable:
-    """What a stage trains: the parameters of a model, or adapters beside them.
-
-    Of a parked model only what a step reads is brought to the device: it and its copy that is
-    trained never lie there together.
-    """
-    params = start.params
-    if adapters is None or adapters.rank is None:
-        head = residency.at_hand(head_of(params)) if needs_head(row) else None
-        return all_of(params, head)
-    params = residency.at_hand(params)
-    options = {"scale": adapters.scale}
-    return Trainable(
-        lora.init(params, adapters.rank, adapters.targets, seed),
-        params,
-        functools.partial(lora.bind, **options),
-        lambda trainable: lora.view(trainable, params, **options),
-        lambda trainable: lora.merge(trainable, params, **options),
-    )
+    adapters = config.lora if config.lora.rank is not None else None
+    with phase(run, "unlearned"):
+        return train(
+            run,
+            "unlearned",
+            original,
+            (objective, options),
+            streams,
+            Recipe(
+                config.unlearn,
+                config.optimizer,
+                config.combine,
+                adapters,
+                config.data.row_tokens,
+                config.profile,
+            ),
+            watch=(Watch(look, config.unlearn.curve_points),),
+            keep=None
+            if adapters is None
+            else lambda trained: export_adapter(trained, adapters, config, run.folder),
+        )
 
 
 def export_adapter(trained: Any, adapters: LoraConfig, config: RunConfig, root: Path) -> None:
@@ -343,106 +296,57 @@ def export_adapter(trained: Any, adapters: LoraConfig, config: RunConfig, root: 
         )
 
 
-def train_stage(
-    start: Model,
-    *,
-    streams: dict[str, Stream],
-    objective: tuple[Objective, ObjectiveConfig],
-    stage: TrainConfig | UnlearnConfig,
-    optimizer: OptimizerConfig,
-    name: str,
-    seed: int,
-    root: Path,
-    mesh: Any,
-    tracker: Tracker,
-    row_tokens: int = 0,
-    watch: tuple[Task, RunConfig] | None = None,
-    cache: Path | None = None,
-    combine: str = "sum",
-    adapters: LoraConfig | None = None,
-    profile: Path | None = None,
-) -> Model:
-    """One stage of training: found by the digest of what it is made from, or computed."""
-    row, options = objective
-    objectives.check_accumulation(row, stage.accumulate)
-    check_pair(optimizer, combine, row, options)
-    sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
-    divides = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)
-    streams = pack_streams(streams, stage.batch_size, divides, row_tokens if row.packable else 0)
-    main = row.streams[0]
-    steps = num_steps(stage, len(streams[main].examples), optimizer)
-    # A stage's purpose keys its randomness: two stages of one seed see different orders.
-    stage_seed = seed * 2**32 + zlib.crc32(name.encode())
-    inputs = stage_inputs(
-        start.sha,
-        start.decoder.config,
-        streams,
-        objective=options,
-        optimizer=optimizer,
-        combine=combine,
-        steps=steps,
-        batch_size=stage.batch_size,
-        seed=stage_seed,
-        adapters=adapters,
-        accumulate=stage.accumulate if row.per_micro_batch else None,
-    )
+class Judged(NamedTuple):
+    """What was found out about the models of a run: per-item logs, and numbers."""
 
-    def look(params: Any) -> dict[str, float]:
-        assert watch is not None
-        task, config = watch
-        return curve(
-            start._replace(params=params),
-            task,
-            config.data.system_prompt,
-            config.data.max_length,
-            mesh,
-            config.evaluate.score_tokens,
-            CURVE_ROWS,
-        )
+    logs: dict[str, Any]
+    summary: dict[str, Any]
 
-    computed: list[str] = []
 
-    def compute(checkpoints: Path) -> Any:
-        computed.append(name)
-        with distributed.interruptible():
-            ready = with_references(
-                streams, row, options, start.decoder, start.params, start.sha, mesh, root
+def judge(run: Run, config: RunConfig, opened: Opened, found: Mapping[str, Model]) -> Judged:
+    """Judge all models alike; the oracle, or the log in its place, is what others are held to.
+
+    Args:
+        run: where the logs go.
+        config: how models are judged.
+        opened: the task, and the model before training.
+        found: models by their role; only what unlearning made is this run's alone.
+    """
+    fluent = {"oracle": found.get("oracle"), "base": opened.base}.get(config.evaluate.judge)
+    logs = {}
+    for name, model in found.items():
+        cache = None if name == "unlearned" else config.stage.cache
+        with phase(run, f"evaluate {name}"):
+            logs[name] = evaluate_cached(
+                config, model, opened.task, fluent, run.folder, run.mesh, name, cache
             )
-        training = trainable_of(start, row, adapters, seed)
-        plan = loop.Stage(
-            name=name,
-            steps=steps,
-            batches=batches_of(
-                ready,
-                main,
-                stage_seed,
-                stage.batch_size,
-                sharding.rows_here(mesh, stage.batch_size),
-            ),
-            batch_size=stage.batch_size,
-            objective=row,
-            options=options,
-            optimizer=optimizer,
-            accumulate=stage.accumulate,
-            checkpoints=checkpoints,
-            checkpoint_seconds=stage.checkpoint_seconds,
-            curve=None if watch is None else lambda trainable: look(training.view(trainable)),
-            curve_steps=loop.curve_steps(steps, stage.curve_points),
-            combine=combine,
-            bind=training.bind,
-            profile=profile,
-        )
-        trained = loop.run(plan, start.decoder, training.start, training.frozen, mesh, tracker)
-        if adapters is not None and adapters.rank is not None and watch is not None:
-            export_adapter(trained, adapters, watch[1], root)
-        return training.finish(trained)
+    summary = summarize(logs, dict(found), opened.retain_log)
+    distributed.of_first(lambda: compare_logs(run.folder, logs, opened.retain_log))
+    return Judged(logs, summary)
 
-    like = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        start.params,
-        sharding.param_shardings(start.params, mesh),
-    )
-    params, sha = params_stage(root, name, inputs, like, compute, cache)
-    if profile is not None and not computed:
-        say(f"--profile {profile}: nothing traced, stage {name} was done already")
-    return Model(start.decoder, params, start.tokenizer, sha)
+
+def export(run: Run, config: RunConfig, unlearned: Model, judged: Judged) -> None:
+    """`RUN/export`: the unlearned model, with a card that says how it was judged."""
+    done = tables.Run(run.folder, identity(config), judged.summary, notes=tuple(run.notes))
+    text, tokens = card.of_run(done, judged.logs), config.evaluate.max_new_tokens
+    with phase(run, "export"):
+        export_model(unlearned, run.folder / "export", config.export_dtype, text, tokens)
+
+
+def report(run: Run, judged: Judged) -> None:
+    """`summary.json`, the page and its pictures, and the table on the terminal."""
+
+    def write() -> None:
+        text = json.dumps(judged.summary, indent=1)
+        write_atomic(run.folder / "summary.json", text)
+        write_atomic(run.folder / "summary.key", files.key_text(text))
+        page.build(run.folder)
+        tables.show(tables.columns([tables.load_run(run.folder)]))
+        remote.send(run.folder)
+
+    distributed.of_first(write)
+    run.tracker.close(judged.summary)
+    where = remote.home(run.folder)
+    minutes = 0.0 if run.clock is None else run.clock.minutes["all"]
+    ends = f"model: {where / 'export'}   {minutes:.1f} minutes"
+    say(f"report: {where / 'report.html'}   {ends}")

@@ -65,7 +65,7 @@ def tiny(tmp_path_factory) -> Path:
     """The folder of a tiny random model with a tokenizer (2 blocks, context 96)."""
     import models
     from models.weights import Loaded
-    from train import cli, pipeline
+    from train import base_models, cli
     from train.config import RunConfig
     from train.presets import PRESETS
     from train.runtime import sharding
@@ -73,7 +73,7 @@ def tiny(tmp_path_factory) -> Path:
 
     options = [*SMALL, "--data.max-length", "96"]
     config = cli.parse(RunConfig, PRESETS["quickstart"].PRESET, options, "tests", "")
-    base = pipeline.base_model(config, load_task(config), sharding.make_mesh(config.mesh))
+    base = base_models.base_model(config, load_task(config), sharding.make_mesh(config.mesh))
     folder = tmp_path_factory.mktemp("model") / "tiny"
     models.export(Loaded(base.decoder.config, base.params, base.tokenizer), folder)
     return folder

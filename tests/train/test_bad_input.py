@@ -294,7 +294,7 @@ def test_some_prompts_longer_than_the_context(program, tofu, tofu_folder, tmp_pa
         program("train.unlearn", *tofu, "--output", tmp_path / "run")
     # What follows would be the same without the long rows: see the task that is trained on.
     from train.arguments import read_arguments
-    from train.unlearn import prepare
+    from train.pipeline import prepare
 
     task, _, _, _ = prepare(read_arguments([str(a) for a in tofu]))
     assert (len(task.forget), len(task.retain)) == (7, 12)
@@ -306,7 +306,7 @@ def test_some_prompts_longer_than_the_context(program, tofu, tofu_folder, tmp_pa
 
 def test_left_out_rows_are_counted_in_a_line(tofu, tofu_folder, capsys):
     from train.arguments import read_arguments
-    from train.unlearn import prepare
+    from train.pipeline import prepare
 
     long_row(tofu_folder / "forget01_perturbed.json")
     prepare(read_arguments([str(a) for a in tofu]))
@@ -465,7 +465,7 @@ def test_gguf_of_an_unsupported_quantisation(refused, tofu, tmp_path):
 @pytest.mark.parametrize("module", ["train.unlearn", "train.evaluate", "train.export"])
 def test_smollm2_not_installed(refused, monkeypatch, tofu, tmp_path, module):
     monkeypatch.setattr("models.weights.find_smollm2", lambda: None)
-    monkeypatch.setattr("train.pipeline.find_smollm2", lambda: None)
+    monkeypatch.setattr("train.base_models.find_smollm2", lambda: None)
     argv = {
         "train.unlearn": with_model(tofu, "smollm2"),
         "train.evaluate": ["smollm2", *tofu[1:3]],
@@ -480,11 +480,11 @@ def test_smollm2_not_installed(refused, monkeypatch, tofu, tmp_path, module):
 
 def test_output_folder_of_another_run(refused, small, tmp_path):
     from train.arguments import read_arguments
-    from train.unlearn import open_run
+    from train.pipeline import enter
 
     root = tmp_path / "there"
     config = read_arguments(["quickstart", *small, "--seed", "4", "--output", str(root)])
-    open_run(config)
+    enter(config)
     (root / "summary.json").write_text("{}")
     argv = ["quickstart", *small]
     line = refused("train.unlearn", *argv, "--seed", "5", parts=[root, "another run"], output=root)
@@ -517,14 +517,14 @@ def test_output_folder_that_is_something_else(refused, small, tmp_path):
 
 def test_empty_output_folders_are_welcome(small, tmp_path):
     from train.arguments import read_arguments
-    from train.unlearn import open_run
+    from train.pipeline import enter
 
     root = tmp_path / "new"
     root.mkdir()
     (root / "config.json.part").write_text("{")  # of a run killed in its first moment
     config = read_arguments(["quickstart", *small, "--output", str(root)])
     with folder.locked(root):
-        assert open_run(config) == root == open_run(config)
+        assert enter(config) == root == enter(config)
     assert sorted(p.name for p in root.iterdir()) == ["config.json", "config.key"]
     assert cli.read_config(RunConfig, root / "config.json").finetune == config.finetune
 

@@ -14,7 +14,7 @@ import pytest
 from models.decoder import Decoder, DecoderConfig
 from models.policy import score
 from models.prompts import TAGS, PromptFormat
-from train import pipeline
+from train import base_models
 from train.config import DataConfig, EvaluateConfig
 from train.data import authors
 from train.data.batches import collate, score_batches
@@ -66,7 +66,7 @@ def task():
 
 
 def make_model(task, seed, mesh=None):
-    tokenizer = pipeline.train_tokenizer(task, 320)
+    tokenizer = base_models.train_tokenizer(task, 320)
     sizes = (320, 32, 48, 2, 4, 2, 8)
     decoder = Decoder(DecoderConfig(*sizes, tie_embeddings=False, max_position_embeddings=256))
     draw = np.random.default_rng(seed)
@@ -386,7 +386,7 @@ def keys(model, task):
     forget = task.evaluation["forget"]
     yield "as it is", key()
     yield "parameters", key(model=model._replace(sha="other"))
-    words = pipeline.train_tokenizer(task, 300)
+    words = base_models.train_tokenizer(task, 300)
     yield "tokenizer", key(model=model._replace(tokenizer=words))
     formats = {
         "tags": PromptFormat(TAGS["llama2"]),

@@ -14,13 +14,14 @@ import pytest
 
 from models import DecoderConfig
 from models.layers import RopeScaling
-from train import cli, pipeline
+from train import base_models, cli, pipeline
 from train.config import RunConfig, replace
 from train.data import streams
 from train.data.examples import Example
 from train.evaluators import judging
 from train.presets import PRESETS
-from train.runtime import keys, sharding, stages
+from train.run import Run
+from train.runtime import keys, sharding
 from train.runtime.keys import WHY_NOT
 from train.runtime.stages import digest
 from train.tasks.task import load_task, prompt_format
@@ -111,7 +112,7 @@ def prepared(seed: int, data: Any, model: Any):
     task = load_task(config)
     few = {name: rows if name == "holdout" else rows[:4] for name, rows in task.evaluation.items()}
     task = task._replace(forget=task.forget[:8], retain=task.retain[:8], evaluation=few)
-    base = pipeline.base_model(config, task, sharding.make_mesh(config.mesh))
+    base = base_models.base_model(config, task, sharding.make_mesh(config.mesh))
     return task, base._replace(tokenizer=base.tokenizer.formatted(prompt_format(data)))
 
 
@@ -134,7 +135,7 @@ def start(small):
         lambda self, key: jax.tree.map(lambda x: jax.numpy.zeros(x.shape), self.shapes()),
     )
     patch.setattr(
-        pipeline, "params_sha256", lambda tree: digest(jax.tree.map(lambda x: x.shape, tree))
+        base_models, "params_sha256", lambda tree: digest(jax.tree.map(lambda x: x.shape, tree))
     )
     yield START
     patch.undo()
@@ -152,15 +153,15 @@ def keys_of(config: RunConfig, monkeypatch, change=lambda decoder: decoder) -> d
     def json_stage(path, inputs, compute, cache=None):
         found[f"evaluate {path.stem}"] = digest(inputs)
 
-    monkeypatch.setattr(pipeline, "params_stage", params_stage)
-    monkeypatch.setattr(stages, "json_stage", json_stage)
+    monkeypatch.setattr("train.run.params_stage", params_stage)
+    monkeypatch.setattr("train.evaluators.judging.json_stage", json_stage)
     task, base = prepared(config.seed, config.data, config.model)
     base = base._replace(decoder=change(base.decoder), sha=f"{base.sha} {config.seed}")
     mesh = sharding.make_mesh(config.mesh)
-    where = (Path("run"), mesh, None)
-    original = pipeline.finetune(config, base, task.forget + task.retain, "original", *where)
-    oracle = pipeline.finetune(config, base, task.retain, "oracle", *where)
-    unlearned = pipeline.unlearn(config, original, task, *where)
+    run = Run(Path("run"), mesh, config.seed, None, config.stage.cache)
+    original = pipeline.finetune(run, config, "original", base, task.forget + task.retain)
+    oracle = pipeline.finetune(run, config, "oracle", base, task.retain)
+    unlearned = pipeline.unlearn(run, config, original, task)
     judge = {"oracle": oracle, "base": base}[config.evaluate.judge]
     for name, model in {"original": original, "unlearned": unlearned}.items():
         judging.evaluate_cached(config, model, task, judge, Path("run"), mesh, name)
@@ -222,7 +223,7 @@ def test_every_field_of_the_model_is_in_the_keys_of_training(field, monkeypatch,
         "batch_size": 8, "seed": 0, "adapters": START.lora,
     }  # fmt: skip
     stage = [digest(keys.stage_inputs("sha", c, {}, **options)) for c in (ours, theirs)]
-    stream = pipeline.make_stream([Example([1, 2, 3], 1)], 0)
+    stream = streams.make_stream([Example([1, 2, 3], 1)], 0)
     asked = ("hidden", {}, stream)
     cache = [digest(streams.reference_inputs("sha", c, *asked)) for c in (ours, theirs)]
     assert stage[0] != stage[1] and cache[0] != cache[1]

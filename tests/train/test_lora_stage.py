@@ -15,11 +15,14 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import ObjectiveConfig
 from models.decoder import REMAT, Decoder, DecoderConfig
 from models.weights import load
-from train import checks, cli, pipeline
+from train import base_models, checks, cli, pipeline
+from train import run as runs
 from train.config import LoraConfig, RunConfig
+from train.evaluators import evaluation
 from train.evaluators.evaluation import Model
 from train.optimizers import OPTIMIZERS, OptimizerConfig, build
 from train.presets import PRESETS
+from train.run import Run
 from train.runtime import checkpointing, sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh, path_str
@@ -67,7 +70,7 @@ def setting(name="adamw", remat="none", sizes=(1, 1, 1), objective="graddiff", *
     base = sharding.put_params(decoder.init(jax.random.key(0)), mesh)
     row, options = objectives.resolve(ObjectiveConfig(objective))
     model = Model(decoder, base, None, "base")
-    training = pipeline.trainable_of(model, row, LoraConfig(4, 8.0), 0)
+    training = runs.trainable_of(model, row, LoraConfig(4, 8.0), 0)
     config = OptimizerConfig(name, 1e-2, "constant", 0.0, **more)
     tx, schedule, needs = build(config, STEPS)
     adapters = sharding.put_params(training.start, mesh)
@@ -187,12 +190,12 @@ def test_a_stage_continues_bit_equal(small_config, tmp_path, monkeypatch, capsys
     options = "--lora.rank 4 --unlearn.checkpoint-seconds 0".split()
     config = dataclasses.replace(small_config(*options), objective=ObjectiveConfig("npo"))
     task, mesh = load_task(config), sharding.make_mesh(config.mesh)
-    base = pipeline.base_model(config, task, mesh)
+    base = base_models.base_model(config, task, mesh)
     before = jax.device_get(base.params)
 
     def run(root):
         root.mkdir(exist_ok=True)
-        return pipeline.unlearn(config, base, task, root, mesh, Tracker(root))
+        return pipeline.unlearn(Run(root, mesh, config.seed, Tracker(root)), config, base, task)
 
     undisturbed = run(tmp_path / "one")
     real = Tracker.write
@@ -234,7 +237,7 @@ def test_a_stage_continues_bit_equal(small_config, tmp_path, monkeypatch, capsys
     looks = [row["forget_probability"] for row in rows if "forget_probability" in row]
     assert len(looks) == 3 and len(set(looks)) == 3
     # The look at the end is of what is handed back.
-    seen = pipeline.curve(
+    seen = evaluation.curve(
         again, task, None, config.data.max_length, mesh, config.evaluate.score_tokens, 40
     )
     assert seen["forget_probability"] == pytest.approx(looks[-1], rel=1e-4)

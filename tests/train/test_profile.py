@@ -6,13 +6,14 @@ import dataclasses
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import checks, cli, pipeline
+from train import base_models, checks, cli, pipeline
 from train.config import RunConfig
+from train.pipeline import identity as _identity
 from train.presets import PRESETS
+from train.run import Run
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks.task import load_task
-from train.unlearn import _identity
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +21,14 @@ def start(small):
     options = [*small, *"--unlearn.steps 6 --unlearn.curve-points 0".split()]
     config = cli.parse(RunConfig, PRESETS["quickstart"].PRESET, options, "tests", "")
     task, mesh = load_task(config), sharding.make_mesh(config.mesh)
-    return config, pipeline.base_model(config, task, mesh), task, mesh
+    return config, base_models.base_model(config, task, mesh), task, mesh
 
 
 def unlearn(start, root, **changes):
     config, base, task, mesh = start
     root.mkdir(exist_ok=True)
     config = dataclasses.replace(config, **changes)
-    return pipeline.unlearn(config, base, task, root, mesh, Tracker(root))
+    return pipeline.unlearn(Run(root, mesh, config.seed, Tracker(root)), config, base, task)
 
 
 def test_a_trace_and_the_same_model(start, tmp_path, capsys):

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from jaxlib_unlearn.metrics import tofu
-from train import pipeline, unlearn
+from train import base_models, pipeline, unlearn
 from train.config import replace
 from train.evaluators.evaluation import evaluate_model
 from train.presets import PRESETS
+from train.run import Run
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks.task import load_task
@@ -58,8 +59,10 @@ def test_oracle_cannot_be_told_from_a_reseeded_oracle(run):
     task = load_task(other)
     root = run / "reseeded"
     root.mkdir()
-    base = pipeline.base_model(other, task, mesh)
-    model = pipeline.finetune(other, base, task.retain, "oracle", root, mesh, Tracker(root))
+    base = base_models.base_model(other, task, mesh)
+    model = pipeline.finetune(
+        Run(root, mesh, other.seed, Tracker(root)), other, "oracle", base, task.retain
+    )
     only = task._replace(evaluation={"forget": task.evaluation["forget"]})
     log = evaluate_model(
         model,

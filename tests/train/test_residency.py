@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 import models
 from jaxlib_unlearn.objectives import ObjectiveConfig
-from train import cli, exports, pipeline
+from train import base_models, cli, exports, pipeline
 from train.config import RunConfig
 from train.presets import PRESETS
+from train.run import Run
 from train.runtime import residency, sharding
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker
@@ -81,7 +82,7 @@ def run(small, tmp_path, monkeypatch, objective, *options):
     )
     config = dataclasses.replace(config, objective=objective)
     task, mesh = load_task(config), sharding.make_mesh(config.mesh)
-    base = pipeline.base_model(config, task, mesh).parked()
+    base = base_models.base_model(config, task, mesh).parked()
     sizes = {n: sum(x.nbytes for x in jax.tree.leaves(t)) for n, t in base.params.items()}
     before, seen, real = on_device(), [], Tracker.write
 
@@ -91,7 +92,8 @@ def run(small, tmp_path, monkeypatch, objective, *options):
 
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "write", write)
-        result = pipeline.unlearn(config, base, task, tmp_path, mesh, Tracker(tmp_path))
+        run = Run(tmp_path, mesh, config.seed, Tracker(tmp_path))
+        result = pipeline.unlearn(run, config, base, task)
     assert all(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(base.params))
     assert all(x.sharding.memory_kind == "device" for x in jax.tree.leaves(result.params))
     assert len(seen) == 3
@@ -127,7 +129,7 @@ def test_a_parked_model_is_exported(mesh, small, tmp_path):
     config = cli.parse(
         RunConfig, PRESETS["quickstart"].PRESET, [*small, *mesh.split()], "tests", ""
     )
-    base = pipeline.base_model(config, load_task(config), sharding.make_mesh(config.mesh))
+    base = base_models.base_model(config, load_task(config), sharding.make_mesh(config.mesh))
     exports.export_model(base.parked(), tmp_path / "export", "float32")
     params = models.load(tmp_path / "export").params
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(base.params), strict=True):

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import pytest
 
-from train import cli, loop, pipeline
+from train import base_models, cli, loop, pipeline
 from train.config import RunConfig
 from train.presets import PRESETS
+from train.run import Run
 from train.runtime import checkpointing, sharding
 from train.runtime.tracking import Tracker
 from train.tasks.task import load_task
@@ -38,10 +39,10 @@ class Setting(NamedTuple):
 
     def run(self, name: str, root: Path) -> Any:
         root.mkdir(exist_ok=True)
-        arguments = (root, self.mesh, Tracker(root))
+        run = Run(root, self.mesh, self.config.seed, Tracker(root))
         if name == "unlearned":
-            return pipeline.unlearn(self.config, self.base, self.task, *arguments)
-        return pipeline.finetune(self.config, self.base, self.task.retain, name, *arguments)
+            return pipeline.unlearn(run, self.config, self.base, self.task)
+        return pipeline.finetune(run, self.config, name, self.base, self.task.retain)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def setting(small):
     ]
     config = cli.parse(RunConfig, PRESETS["quickstart"].PRESET, options, "tests", "")
     task, mesh = load_task(config), sharding.make_mesh(config.mesh)
-    return Setting(config, task, pipeline.base_model(config, task, mesh), mesh)
+    return Setting(config, task, base_models.base_model(config, task, mesh), mesh)
 
 
 @pytest.fixture(scope="module")

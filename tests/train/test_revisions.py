@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from train import pipeline
+from train import base_models
 from train.runtime import sharding
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -20,8 +20,8 @@ def test_the_commit_is_recorded(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1))
     notes: list[str] = []
-    pipeline.load_model("hub:owner/name", "none", mesh, revision="v1", notes=notes)
-    pipeline.load_model("owner/name@v2", "none", mesh)
+    base_models.load_model("hub:owner/name", "none", mesh, revision="v1", notes=notes)
+    base_models.load_model("owner/name@v2", "none", mesh)
     assert calls == [("owner/name", "v1"), ("owner/name", "v2")]
     assert notes == [f"model: hub:owner/name at commit {COMMIT}"]
     assert notes[0] in capsys.readouterr().err

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import arguments, cli, exports, pipeline, unlearn
+from train import arguments, base_models, cli, exports, pipeline
 from train.config import RunConfig
 from train.data import streams
 from train.reporting import runlogs, tables
@@ -45,7 +45,7 @@ sys.stdin.read()
 def test_a_second_run_says_who_holds_the_folder(program, small, tmp_path):
     root = tmp_path / "run"
     argv = ["quickstart", *small, "--output", str(root)]
-    unlearn.open_run(arguments.read_arguments(argv))
+    pipeline.enter(arguments.read_arguments(argv))
     command = [sys.executable, "-c", HOLD, str(root / folder.LOCK)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -120,8 +120,8 @@ def test_unfinished_files_are_of_one_process_and_swept(tmp_path):
 def entered(small, tmp_path):
     """A run folder that was entered once, the run's identity and another's."""
     config = arguments.read_arguments(["quickstart", *small, "--output", str(tmp_path / "run")])
-    root = unlearn.open_run(config)
-    mine = unlearn._identity(config)
+    root = pipeline.enter(config)
+    mine = pipeline.identity(config)
     return root, mine, mine | {"seed": 5}
 
 
@@ -247,7 +247,7 @@ def test_a_damaged_export_is_noticed_and_written_again(
     tiny, tmp_path, program, capsys, tofu_folder
 ):
     mesh = sharding.make_mesh(MeshConfig(1))
-    model = pipeline.load_model(str(tiny), "none", mesh)
+    model = base_models.load_model(str(tiny), "none", mesh)
     export = tmp_path / "run" / "export"
 
     def times():
@@ -269,13 +269,13 @@ def test_a_damaged_export_is_noticed_and_written_again(
         assert files.sums(export) == whole
     (export / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json is not what was exported"):
-        pipeline.load_model(str(export), "none", mesh)
+        base_models.load_model(str(export), "none", mesh)
     # Edited on purpose: without the seal it is a model like any other.
     exports.export_model(model, export, "float32")
     (export / seal.NAME).unlink()
     config = json.loads((export / "config.json").read_text()) | {"rms_norm_eps": 0.5}
     (export / "config.json").write_text(json.dumps(config))
-    assert pipeline.load_model(str(export), "none", mesh).decoder.config.norm_eps == 0.5
+    assert base_models.load_model(str(export), "none", mesh).decoder.config.norm_eps == 0.5
 
 
 # What is shown.

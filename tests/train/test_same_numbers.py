@@ -22,13 +22,14 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
 from models.decoder import Decoder, DecoderConfig
 from models.policy import DecoderPolicy, head_of
-from train import loop, pipeline
+from train import loop
 from train.config import UnlearnConfig
 from train.costs.hlo_flops import device_flops
 from train.data.examples import Example
 from train.data.streams import Stream, batches_of, make_stream, pack_streams, with_references
 from train.evaluators.evaluation import Model
 from train.optimizers import OPTIMIZERS, OptimizerConfig, build
+from train.run import Recipe, Run, train
 from train.runtime import sharding
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker
@@ -425,17 +426,13 @@ def test_micro_batches_deal_rows_in_turn():
 )
 def test_accumulation_refuses_what_does_not_add_up(config, start, plain, tmp_path):
     def stage(accumulate):
-        return pipeline.train_stage(
+        return train(
+            Run(tmp_path, mesh_of(3, 1, 1), 0, Tracker(tmp_path)),
+            "unlearned",
             Model(DECODER, start, None, "start"),
-            streams={name: plain[name] for name in ("forget", "retain")},
-            objective=objectives.resolve(config),
-            stage=UnlearnConfig(batch_size=4, accumulate=accumulate, steps=1),
-            optimizer=ADAMW,
-            name="unlearned",
-            seed=0,
-            root=tmp_path,
-            mesh=mesh_of(3, 1, 1),
-            tracker=Tracker(tmp_path),
+            objectives.resolve(config),
+            {name: plain[name] for name in ("forget", "retain")},
+            Recipe(UnlearnConfig(batch_size=4, accumulate=accumulate, steps=1), ADAMW),
         )
 
     with pytest.raises(UserError, match="cannot be split into 2 micro-batches") as error:

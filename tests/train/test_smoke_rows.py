@@ -10,7 +10,7 @@ import pytest
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models.decoder import Decoder, DecoderConfig
-from train import checks, cli, unlearn
+from train import checks, cli, pipeline
 from train.arguments import read_arguments
 from train.config import replace
 from train.data.authors import draw
@@ -66,7 +66,7 @@ def arguments(name: str, official: Path, tiny: Path) -> list[str]:
 def prepared(request, official, tiny):
     """A preset's name, its prepared task and the number of its model's blocks."""
     argv = arguments(request.param, official, tiny)
-    task, base, _, _ = unlearn.prepare(read_arguments(argv))
+    task, base, _, _ = pipeline.prepare(read_arguments(argv))
     return request.param, argv, task, base.decoder.config.num_layers
 
 
@@ -98,9 +98,9 @@ def test_every_pair_of_optimizer_and_objective_is_taken_or_refused(prepared, mon
                 with pytest.raises(
                     UserError, match="has none; give the rows a column 'alternate_a"
                 ):
-                    unlearn.check_stages(config, task, layers)
+                    pipeline.check_stages(config, task, layers)
                 continue
-            unlearn.check_stages(config, task, layers)
+            pipeline.check_stages(config, task, layers)
             assert (config.optimizer.name, config.objective.name) == (optimizer, objective)
         steps = config.unlearn.steps
         jax.eval_shape(build(config.optimizer, steps)[0].init, SHAPES)
@@ -128,7 +128,7 @@ def test_the_llama_presets_have_the_official_sizes(name, official, tiny):
     assert data.retain_rows is None
     assert (data.judged_retain_split, data.judged_retain_rows) == ("retain_perturbed", 400)
     assert (data.extra_rows, data.holdout_rows, data.forget_rows) == (None, 400, None)
-    task, _, _, _ = unlearn.prepare(config)
+    task, _, _, _ = pipeline.prepare(config)
     assert (len(task.forget), len(task.retain)) == (14, 20)
     sizes = {split: len(rows) for split, rows in task.evaluation.items()}
     assert sizes == {

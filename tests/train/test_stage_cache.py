@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import checks, cli, pipeline, unlearn
+from train import base_models, checks, cli, pipeline
 from train.config import RunConfig, StageConfig, replace
 from train.presets import PRESETS
+from train.run import Run
 from train.runtime import sharding, stages
 from train.runtime.tracking import Tracker
 from train.tasks.task import load_task
@@ -28,13 +29,12 @@ def files(root: Path) -> set[str]:
 def test_a_second_run_takes_the_original_from_the_cache(config, tmp_path, capsys):
     config = replace(config, **{"stage.cache": tmp_path / "cache"})
     task, mesh = load_task(config), sharding.make_mesh(config.mesh)
-    base = pipeline.base_model(config, task, mesh)
+    base = base_models.base_model(config, task, mesh)
 
     def original(root: Path, config: RunConfig = config) -> str:
         root.mkdir()
-        return pipeline.finetune(
-            config, base, task.retain, "original", root, mesh, Tracker(root)
-        ).sha
+        run = Run(root, mesh, config.seed, Tracker(root), config.stage.cache)
+        return pipeline.finetune(run, config, "original", base, task.retain).sha
 
     first = original(tmp_path / "one")
     assert "found" not in capsys.readouterr().err
@@ -49,10 +49,11 @@ def test_a_second_run_takes_the_original_from_the_cache(config, tmp_path, capsys
 def test_what_unlearning_makes_stays_in_the_run(config, tmp_path):
     config = replace(config, **{"stage.cache": tmp_path / "cache"})
     task, mesh = load_task(config), sharding.make_mesh(config.mesh)
-    base = pipeline.base_model(config, task, mesh)
+    base = base_models.base_model(config, task, mesh)
     root = tmp_path / "run"
     root.mkdir()
-    pipeline.unlearn(config, base, task, root, mesh, Tracker(root))
+    run = Run(root, mesh, config.seed, Tracker(root), config.stage.cache)
+    pipeline.unlearn(run, config, base, task)
     assert "stages" in files(root) and not (tmp_path / "cache").exists()
 
 
@@ -95,7 +96,7 @@ def test_of_two_runs_that_want_a_stage_one_waits(tmp_path, monkeypatch):
 
 def test_the_cache_is_no_part_of_what_a_run_is(config, tmp_path):
     cached = dataclasses.replace(config, stage=StageConfig(cache=tmp_path))
-    assert unlearn._identity(cached) == unlearn._identity(config)
+    assert pipeline.identity(cached) == pipeline.identity(config)
 
 
 def test_a_cache_that_is_a_file_is_refused(config, tmp_path):

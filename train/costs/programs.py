@@ -23,10 +23,10 @@ from models.architectures import config_of
 from models.decoder import Decoder
 from models.policy import head_of, score
 from train import checks, optimizers
+from train.base_models import scratch_shape
 from train.config import RunConfig
 from train.data.batches import collate
 from train.data.streams import REFERENCE_COLUMNS, needs_head
-from train.pipeline import scratch_shape
 from train.runtime import sharding
 from train.step import Bind, TrainState, compile_step, make_step, shaped, state_shapes, whole
 

@@ -75,6 +75,14 @@ class Stream:
     packing: Packing | None = None
     every_slot: bool = False
 
+    def identity(self) -> str:
+        """sha256 of the examples: of their lengths, of where answers begin, and of their tokens."""
+        sizes = np.array([[len(e.tokens), e.num_prompt] for e in self.examples], "<i8")
+        found = hashlib.sha256(sizes.tobytes())
+        for example in self.examples:
+            found.update(np.asarray(example.tokens, "<i4").tobytes())
+        return found.hexdigest()
+
     def order(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Where to take these rows from, so that those which share rows fill them evenly."""
         if self.packing is None:
@@ -281,7 +289,7 @@ def reference_inputs(
         "model": to_json(model),
         "kind": kind,
         "forward": {name: value.tolist() for name, value in forward.items()},
-        "examples": [(e.tokens, e.num_prompt) for e in stream.examples],
+        "examples": stream.identity(),
     }
 
 

@@ -12,10 +12,9 @@ from typing import Any
 from models.decoder import DecoderConfig
 from train.config import LoraConfig, to_json
 from train.optimizers import OptimizerConfig
-from train.runtime.stages import digest
 
 # Raise it when the same inputs may give another result: what was stored is then not found.
-VERSION = 2
+VERSION = 3
 
 _SAME = "the numbers do not depend on it (losses to 1e-6)"
 _WHERE = "says where a result goes or comes from; what is found there is checked by its digest"
@@ -63,7 +62,8 @@ def stage_inputs(
     Args:
         start: sha256 of the parameters before it.
         model: what they mean: how positions turn, what is computed in which dtype.
-        streams: its examples as tokens: prompts, cuts and templates are in them.
+        streams: those of its examples, `identity()` being that of their tokens: prompts, cuts and
+            templates are in them.
         objective: its resolved options.
         optimizer: all of its options.
         combine: how the gradients of the two sides become one.
@@ -73,12 +73,11 @@ def stage_inputs(
         adapters: what is trained in place of the parameters, if anything.
         accumulate: micro-batches, of an objective whose value depends on them.
     """
-    rows = {n: [[e.tokens, e.num_prompt] for e in s.examples] for n, s in streams.items()}
     inputs = {
         "version": VERSION,
         "start": start,
         "model": to_json(model),
-        "streams": digest(rows),
+        "streams": {name: stream.identity() for name, stream in streams.items()},
         "objective": to_json(objective),
         "optimizer": to_json(optimizer),
         "combine": combine,

@@ -1,0 +1,406 @@
+"""What a program holds while it runs, and the two ways in which it makes results.
+
+A `Run` is a record; functions do the work. `train` makes parameters by training, `compute` makes
+whatever is made otherwise: traces, merges, closed-form edits, attacks. Both are memoised: what was
+made from the same inputs is found, a killed run goes on, and nothing is made twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.objectives import Objective
+from models import lora
+from models.policy import head_of
+from train import loop
+from train.config import LoraConfig, TrainConfig, UnlearnConfig, to_json
+from train.data.streams import Stream, batches_of, needs_head, pack_streams, with_references
+from train.evaluators.evaluation import Model
+from train.optimizers import OptimizerConfig, check_pair, check_steps
+from train.runtime import checkpointing, distributed, remote, residency, sharding
+from train.runtime.folder import read_minutes, write_about
+from train.runtime.keys import stage_inputs
+from train.runtime.stages import digest, folder_of, json_stage, params_stage
+from train.runtime.tracking import Tracker, say
+from train.step import Trainable, all_of
+
+
+class Clock:
+    """Minutes that each phase of a run has taken, those of earlier starts of it included."""
+
+    def __init__(self, minutes: dict[str, float], started: float):
+        self.minutes, self.started = minutes, started
+        self.earlier = minutes.get("all", 0.0)
+
+    def add(self, phase: str, since: float) -> None:
+        """Count a phase that began at `since` (seconds of `time.monotonic`) and ends now."""
+        now = time.monotonic()
+        self.minutes[phase] = self.minutes.get(phase, 0.0) + (now - since) / 60
+        self.minutes["all"] = self.earlier + (now - self.started) / 60
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that is held, and what every stage in it needs.
+
+    Args:
+        folder: where the first process keeps its files: the run folder, or its local mirror.
+        mesh: the devices.
+        seed: everything random follows from it.
+        tracker: the log of steps.
+        cache: folder that runs share, for stages that are `shared`; None: there is none.
+        notes: what was noticed about the data and the model, for the report.
+        clock: minutes a phase; None: nobody asks.
+    """
+
+    folder: Path
+    mesh: Any
+    seed: int
+    tracker: Tracker
+    cache: Path | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+    clock: Clock | None = None
+
+
+def started(run: Run, since: float) -> Run:
+    """The run with a clock that goes on where an earlier start of it was stopped."""
+    return dataclasses.replace(run, clock=Clock(read_minutes(run.folder), since))
+
+
+@contextlib.contextmanager
+def phase(run: Run, name: str) -> Iterator[None]:
+    """A part of a run whose minutes `run.json` tells; behind it is a place to stop."""
+    since = time.monotonic()
+    yield
+    if run.clock is None:
+        return
+    clock = run.clock
+    clock.add(name, since)
+    distributed.of_first(lambda: write_about(run.folder, clock.minutes, run.notes))
+    distributed.stop_point()
+
+
+def seed_of(seed: int, purpose: str) -> int:
+    """The seed of one purpose in a run: two stages of one seed see different orders and draws.
+
+    Example:
+        >>> seed_of(1, "oracle") - seed_of(0, "oracle") == 2**32
+        True
+    """
+    return seed * 2**32 + zlib.crc32(purpose.encode())
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage is trained.
+
+    Args:
+        stage: steps, batches, micro-batches, checkpoints.
+        optimizer: how a step is taken.
+        combine: how the gradients of the two sides become one.
+        adapters: low-rank adapters in the place of the parameters; None: all parameters.
+        row_tokens: about how many tokens a row holds that short examples share; 0: none is shared.
+        profile: folder for a trace of a few steps.
+    """
+
+    stage: TrainConfig | UnlearnConfig
+    optimizer: OptimizerConfig
+    combine: str = "sum"
+    adapters: LoraConfig | None = None
+    row_tokens: int = 0
+    profile: Path | None = None
+
+
+class Watch(NamedTuple):
+    """A look at the model while it trains: `look(model) -> numbers`, at `points` + 1 steps."""
+
+    look: Callable[[Model], dict[str, float]]
+    points: int
+
+
+def num_steps(config: TrainConfig | UnlearnConfig, rows: int, optimizer: OptimizerConfig) -> int:
+    """Optimizer steps of a stage.
+
+    Raises:
+        UserError: there is none, or the optimizer cannot take that many.
+    """
+    steps = (
+        config.steps
+        if config.steps is not None
+        else round(config.epochs * rows / config.batch_size)
+    )
+    if steps < 1:
+        raise UserError(f"a stage of {rows} rows has no step; raise its epochs or steps")
+    check_steps(optimizer, steps)
+    return steps
+
+
+def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed: int) -> Trainable:
+    """What a stage trains: the parameters of a model, or adapters beside them.
+
+    Of a parked model only what a step reads is brought to the device: it and its copy that is
+    trained never lie there together.
+    """
+    params = start.params
+    if adapters is None or adapters.rank is None:
+        head = residency.at_hand(head_of(params)) if needs_head(row) else None
+        return all_of(params, head)
+    params = residency.at_hand(params)
+    options = {"scale": adapters.scale}
+    return Trainable(
+        lora.init(params, adapters.rank, adapters.targets, seed),
+        params,
+        functools.partial(lora.bind, **options),
+        lambda trainable: lora.view(trainable, params, **options),
+        lambda trainable: lora.merge(trainable, params, **options),
+    )
+
+
+def train(
+    run: Run,
+    name: str,
+    start: Model,
+    objective: tuple[Objective, Any],
+    streams: Mapping[str, Stream],
+    recipe: Recipe,
+    *,
+    reference: Model | None = None,
+    purpose: str | None = None,
+    watch: Sequence[Watch] = (),
+    shared: bool = False,
+    keep: Callable[[Any], None] | None = None,
+) -> Model:
+    """A stage of training: found by the digest of what it is made from, or computed.
+
+    Args:
+        run: where it is made and stored.
+        name: of the stage, in logs and file names.
+        start: the model it starts from.
+        objective: a row and its complete options (`objectives.resolve`).
+        streams: those that the row names.
+        recipe: how it is trained.
+        reference: the frozen model that the row asks; None: `start`.
+        purpose: keys its randomness; None: the name. Stages of one purpose see the same batches.
+        watch: looks at the model on the way; they change nothing.
+        shared: stored in the run's cache, where other runs find it.
+        keep: called with the tree that was trained, before it becomes plain parameters.
+
+    Raises:
+        UserError: parts that do not go together.
+    """
+    row, options = objective
+    stage, optimizer, adapters, mesh = recipe.stage, recipe.optimizer, recipe.adapters, run.mesh
+    frozen = start if reference is None else reference
+    objectives.check_accumulation(row, stage.accumulate)
+    check_pair(optimizer, recipe.combine, row, options)
+    sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
+    divides = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)
+    row_tokens = recipe.row_tokens if row.packable else 0
+    streams = pack_streams(streams, stage.batch_size, divides, row_tokens)
+    main = row.streams[0]
+    steps = num_steps(stage, len(streams[main].examples), optimizer)
+    seed = seed_of(run.seed, purpose or name)
+    inputs = stage_inputs(
+        start.sha,
+        start.decoder.config,
+        streams,
+        objective=options,
+        optimizer=optimizer,
+        combine=recipe.combine,
+        steps=steps,
+        batch_size=stage.batch_size,
+        seed=seed,
+        adapters=adapters,
+        accumulate=stage.accumulate if row.per_micro_batch else None,
+    )
+    if frozen.sha != start.sha:
+        inputs["reference"] = frozen.sha
+    computed: list[str] = []
+
+    def make(checkpoints: Path) -> Any:
+        computed.append(name)
+        with distributed.interruptible():
+            ready = with_references(
+                streams, row, options, frozen.decoder, frozen.params, frozen.sha, mesh, run.folder
+            )
+        training = trainable_of(start, row, adapters, run.seed)
+        here = sharding.rows_here(mesh, stage.batch_size)
+        plan = loop.Stage(
+            name=name,
+            steps=steps,
+            batches=batches_of(ready, main, seed, stage.batch_size, here),
+            batch_size=stage.batch_size,
+            objective=row,
+            options=options,
+            optimizer=optimizer,
+            accumulate=stage.accumulate,
+            checkpoints=checkpoints,
+            checkpoint_seconds=stage.checkpoint_seconds,
+            watch=tuple(
+                loop.Watch(
+                    lambda tree, look=look: look(start._replace(params=training.view(tree))),
+                    loop.curve_steps(steps, points),
+                )
+                for look, points in watch
+            ),
+            combine=recipe.combine,
+            bind=training.bind,
+            profile=recipe.profile,
+        )
+        trained = loop.run(plan, start.decoder, training.start, training.frozen, mesh, run.tracker)
+        if keep is not None:
+            keep(trained)
+        return training.finish(trained)
+
+    like = laid_out(start.params, mesh)
+    cache = run.cache if shared else None
+    params, sha = params_stage(run.folder, name, inputs, like, make, cache)
+    if recipe.profile is not None and not computed:
+        say(f"--profile {recipe.profile}: nothing traced, stage {name} was done already")
+    return start._replace(params=params, sha=sha)
+
+
+def laid_out(params: Any, mesh: Any) -> Any:
+    """Parameters as shapes that know where they lie on the mesh."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        params,
+        sharding.param_shardings(params, mesh),
+    )
+
+
+class Work(NamedTuple):
+    """What a function of `compute` is handed beside its inputs.
+
+    Args:
+        folder: for files of its own on the way; it is removed when the result is stored.
+        mesh: the devices.
+        key: of `jax.random`, for its randomness.
+        stop: to be called where the work may be interrupted.
+    """
+
+    folder: Path
+    mesh: Any
+    key: jax.Array
+    stop: Callable[[], None]
+
+
+def compute(
+    run: Run,
+    name: str,
+    make: Callable[..., Any],
+    *,
+    kind: str,
+    version: int,
+    like: Model | None = None,
+    shared: bool = False,
+    purpose: str | None = None,
+    **inputs: Any,
+) -> Any:
+    """A result that no training makes: found by what it is made from, or computed.
+
+    The key is `kind`, `version`, the seed of `purpose` and the digests of `inputs`. Of a kind's
+    function a small result should be pinned by a test, which fails where it changes and `version`
+    does not.
+
+    Args:
+        run: where it is made and stored.
+        name: of the result, in logs and file names.
+        make: a function of a module, `make(work, **inputs)`. What it depends on is in its inputs,
+            so no closure, partial or method is taken.
+        kind: what it does.
+        version: raised when the same inputs may give another result.
+        like: the result is parameters in the structure of this model's, of which a model is
+            returned; None: JSON values.
+        shared: stored in the run's cache, where other runs find it.
+        purpose: keys its randomness; None: the name.
+        inputs: models, streams, rows, dataclasses and plain values.
+
+    Raises:
+        TypeError: a `make` that is no function of a module, or an input that has no digest.
+
+    Example:
+        ``compute(run, "merged", merge, kind="merge", version=1, like=a, a=a, b=b, weight=0.5)``
+    """
+    module = inspect.getmodule(make)
+    if not inspect.isfunction(make) or getattr(module, make.__name__, None) is not make:
+        raise TypeError(
+            f"{name}: make must be a function of a module, got {make!r}; what it depends on goes "
+            "into inputs"
+        )
+    seed = seed_of(run.seed, purpose or name)
+    key = {
+        "kind": kind,
+        "version": version,
+        "seed": seed,
+        "inputs": {label: identity(value, f"{name}: {label}") for label, value in inputs.items()},
+    }
+    if like is not None:
+        key["like"] = digest([[str(x.shape), str(x.dtype)] for x in jax.tree.leaves(like.params)])
+
+    def call(folder: Path) -> Any:
+        work = Work(folder, run.mesh, jax.random.key(seed % 2**63), distributed.stop_point)
+        return make(work, **inputs)
+
+    cache = run.cache if shared else None
+    if like is not None:
+        params, sha = params_stage(
+            run.folder, name, key, laid_out(like.params, run.mesh), call, cache
+        )
+        return like._replace(params=params, sha=sha)
+    folder = folder_of(remote.home(run.folder), name, key)
+    place = remote.home(run.folder) / "checkpoints" / folder.name
+
+    def value() -> Any:
+        found = call(place)
+        checkpointing.remove(place)
+        return found
+
+    return json_stage(run.folder / "computed" / f"{name}.json", key, value, cache)
+
+
+def identity(value: Any, where: str = "input") -> Any:
+    """What a value is, in JSON: the same for the same, another for another.
+
+    Raises:
+        TypeError: nothing is known that tells it from others.
+
+    Example:
+        >>> identity({"rows": [{"question": "Who?"}], "weight": 0.5})
+        {'rows': [{'question': 'Who?'}], 'weight': 0.5}
+    """
+    if isinstance(value, Model):
+        words = value.tokenizer
+        said = None if words is None else [words.backend.to_str(), words.chat_template]
+        return {
+            "params": value.sha,
+            "model": to_json(value.decoder.config),
+            "words": digest(said),
+        }
+    if isinstance(value, Stream):
+        return {"stream": value.identity()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {type(value).__name__: to_json(value)}
+    if isinstance(value, Mapping):
+        return {str(k): identity(v, f"{where}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which has no digest; give models, streams, rows, "
+        "dataclasses and plain values"
+    )
