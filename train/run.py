@@ -341,19 +341,20 @@ def compute(
             f"{name}: make must be a function of a module, got {make!r}; what it depends on goes "
             "into inputs"
         )
-    seed = seed_of(run.seed, purpose or name)
+    whose = purpose or name
     key = {
         "kind": kind,
         "version": version,
-        "seed": seed,
+        "seed": seed_of(run.seed, whose),
         "inputs": {label: identity(value, f"{name}: {label}") for label, value in inputs.items()},
     }
     if like is not None:
         key["like"] = digest([[str(x.shape), str(x.dtype)] for x in jax.tree.leaves(like.params)])
 
     def call(folder: Path) -> Any:
-        work = Work(folder, run.mesh, jax.random.key(seed % 2**63), distributed.stop_point)
-        return make(work, **inputs)
+        # Folded in: a key's seed has 32 bits where 64-bit numbers are off.
+        random = jax.random.fold_in(jax.random.key(run.seed), zlib.crc32(whose.encode()))
+        return make(Work(folder, run.mesh, random, distributed.stop_point), **inputs)
 
     cache = run.cache if shared else None
     if like is not None:
