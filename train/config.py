@@ -43,6 +43,9 @@ class DataConfig:
             `llama2` ([INST]) or `question-answer`.
         template_date: today's date in chat templates that print one.
         few_shot: JSON file of answered questions that stand before every question.
+        alternates: other answers a forget question that are sampled from the model before it learns
+            the facts, for objectives that teach some, where the rows bring no `alternate_answer`;
+            0: none.
         forget: file of your own rows to forget (JSON, JSONL, CSV or parquet; a question and an
             answer are enough), in place of `source`; goes with `retain`.
         retain: file of your own rows to keep: all are trained on, the first `retain_rows` judged.
@@ -67,6 +70,7 @@ class DataConfig:
     template: str = "auto"
     template_date: str = DATE
     few_shot: Path | None = None
+    alternates: int = 3
     forget: Path | None = None
     retain: Path | None = None
 

@@ -16,6 +16,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import tofu
 from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
 from train import base_models, checks
+from train.alternates import with_alternates
 from train.config import LoraConfig, RunConfig, to_json
 from train.data.examples import Encoded, encode_rows
 from train.data.streams import Stream, make_stream
@@ -30,7 +31,7 @@ from train.runtime import distributed, files, remote, reporters
 from train.runtime.folder import check_folder, enter_run, lock, locked
 from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import Tracker, say
-from train.tasks.task import Row, Task, alternate_rows, load_task, prompt_format
+from train.tasks.task import ALTERNATES, Row, Task, alternate_rows, load_task, prompt_format
 
 CURVE_ROWS = 40
 
@@ -150,7 +151,10 @@ def check_stages(config: RunConfig, task: Any, num_layers: int, retain_log: Any 
     """Raise `UserError` for stages without a step, or that objective or optimizer cannot take."""
     objective, options = objectives.resolve(config.objective)
     objectives.reference_forward(objective, options, num_layers)
-    stream_rows(objective, task, config.seed)
+    if config.data.alternates and lacks_alternates(objective, task):
+        check_alternates(config)
+    else:
+        stream_rows(objective, task, config.seed)
     both = len(task.forget) + len(task.retain)
     if config.stage.original is None:
         num_steps(config.finetune, both, config.finetune.optimizer)
@@ -216,6 +220,46 @@ def finetune(run: Run, config: RunConfig, name: str, base: Model, rows: list[Row
             Recipe(config.finetune, config.finetune.optimizer, row_tokens=config.data.row_tokens),
             shared=True,
         )
+
+
+def lacks_alternates(objective: Objective, task: Task) -> bool:
+    """Whether an objective teaches other answers that the rows to forget do not bring."""
+    return "alternate" in objective.streams and not any(ALTERNATES in row for row in task.forget)
+
+
+def check_alternates(config: RunConfig) -> None:
+    """Raise `UserError` where there is no model to sample other answers from."""
+    outside = config.stage.original is not None
+    if outside or config.model.path == "scratch":
+        why = (
+            "the model of --stage.original knows the facts already"
+            if outside
+            else "a model from scratch has nothing to say yet"
+        )
+        raise UserError(
+            f"objective {config.objective.name!r} teaches other answers, which the forget rows do "
+            f"not bring, and {why}; give the rows a column {ALTERNATES!r} (a text, or a list of "
+            "texts), or choose another --objective.name"
+        )
+
+
+def find_alternates(run: Run, config: RunConfig, base: Model, task: Task) -> Task:
+    """The task, its forget rows with other answers where the objective needs them and has none."""
+    objective, _ = objectives.resolve(config.objective)
+    if not (config.data.alternates and lacks_alternates(objective, task)):
+        return task
+    with phase(run, "alternates"):
+        forget = with_alternates(
+            run,
+            base,
+            task.forget,
+            task.retain,
+            system_prompt=config.data.system_prompt,
+            count=config.data.alternates,
+            max_new_tokens=config.evaluate.max_new_tokens,
+            generate_rows=config.evaluate.generate_rows,
+        )
+    return task._replace(forget=forget)
 
 
 def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[Row]]:

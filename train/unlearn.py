@@ -88,7 +88,8 @@ def run(config: RunConfig) -> Path:
             )
 
         # 2. Forget.
-        found["unlearned"] = pipeline.unlearn(run, config, found["original"], task).parked()
+        forgets = pipeline.find_alternates(run, config, base, task)
+        found["unlearned"] = pipeline.unlearn(run, config, found["original"], forgets).parked()
 
         # 3. Judge all of them alike.
         judged = pipeline.judge(run, config, opened, found)

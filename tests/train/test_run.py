@@ -1,4 +1,4 @@
-"""What a program holds: results are computed once, by what they are made from, and phases add up."""
+"""What a program holds: results computed once, by what they are made from; phases that add up."""
 
 import dataclasses
 import functools

@@ -98,8 +98,7 @@ def test_every_pair_of_optimizer_and_objective_is_taken_or_refused(prepared, mon
                 with pytest.raises(
                     UserError, match="has none; give the rows a column 'alternate_a"
                 ):
-                    pipeline.check_stages(config, task, layers)
-                continue
+                    pipeline.check_stages(replace(config, **{"data.alternates": 0}), task, layers)
             pipeline.check_stages(config, task, layers)
             assert (config.optimizer.name, config.objective.name) == (optimizer, objective)
         steps = config.unlearn.steps

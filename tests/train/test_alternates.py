@@ -1,0 +1,121 @@
+"""Other answers to the questions to forget, sampled from the model before it learnt the facts."""
+
+import dataclasses
+
+import pytest
+
+import models
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.objectives import ObjectiveConfig
+from train import alternates, pipeline
+from train.config import DataConfig, RunConfig, replace
+from train.evaluators.evaluation import Answers, Model
+from train.run import Run
+from train.runtime import sharding
+from train.runtime.sharding import MeshConfig
+from train.runtime.tracking import Tracker
+from train.tasks.task import ALTERNATES, Task
+
+FORGET = [{"question": f"Who wrote book {i}?", "answer": f"Author {i} did."} for i in range(3)]
+RETAIN = [{"question": f"Who sang song {i}?", "answer": f"Singer {i} did."} for i in range(8)]
+CONFIG = RunConfig(
+    objective=ObjectiveConfig("alternate"),
+    data=DataConfig(alternates=2, max_length=96),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tiny) -> Model:
+    loaded = models.load(tiny)
+    shape = dataclasses.replace(loaded.decoder.config, max_position_embeddings=512)
+    decoder = dataclasses.replace(loaded.decoder, config=shape)
+    return Model(decoder, loaded.params, loaded.tokenizer, "sha")
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run(tmp_path, sharding.make_mesh(MeshConfig(data=1)), 0, Tracker(tmp_path))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the model was asked; it answers as `says` has it, then in whole sentences."""
+    calls = []
+
+    def answer_rows(model, rows, column, system, sampling, samples, key, size, mesh, label):
+        shots = model.tokenizer.format.shots
+        calls.append(([row[column] for row in rows], shots, samples, key))
+        turn = len(calls)
+        texts, ids = [], []
+        for row in rows:
+            cut = row["question"] == FORGET[1]["question"] and turn == 1
+            texts.append([f"So {turn} {i}" + ("" if cut else " it was.") for i in range(samples)])
+            ids.append([[1] * (sampling.max_new_tokens if cut else 3)] * samples)
+        return Answers(texts, ids)
+
+    monkeypatch.setattr(alternates, "answer_rows", answer_rows)
+    return calls
+
+
+def found(run, base, config=CONFIG, forget=FORGET):
+    task = Task(forget, RETAIN, {}, [], [])
+    small = replace(config, **{"evaluate.max_new_tokens": 4})
+    return pipeline.find_alternates(run, small, base, task).forget
+
+
+def test_whole_answers_in_the_manner_of_kept_rows(run, base, asked):
+    rows = found(run, base)
+    assert [row[ALTERNATES] for row in rows] == [
+        ["So 1 0 it was.", "So 1 1 it was."],
+        ["So 2 0 it was.", "So 2 1 it was."],  # all were cut at first: drawn again
+        ["So 1 0 it was.", "So 1 1 it was."],
+    ]
+    assert [len(questions) for questions, *_ in asked] == [3, 1]
+    kept = {(row["question"], row["answer"]) for row in RETAIN}
+    for _, shots, samples, _ in asked:
+        assert len(set(shots)) == alternates.SHOTS and set(shots) <= kept and samples == 4
+    assert (asked[0][3] != asked[1][3]).all()  # other draws in the second round
+    assert [{k: row[k] for k in ("question", "answer")} for row in rows] == FORGET
+    assert found(run, base) == rows and len(asked) == 2  # stored
+
+
+def test_another_seed_shows_other_rows(run, base, asked):
+    found(run, base)
+    found(dataclasses.replace(run, seed=1), base)
+    assert asked[0][1] != asked[2][1]
+
+
+def test_rows_that_bring_their_own_and_other_objectives_ask_nothing(run, base, asked):
+    own = [row | {ALTERNATES: ["Nobody did."]} for row in FORGET]
+    assert found(run, base, forget=own) == own
+    assert found(run, base, replace(CONFIG, objective=ObjectiveConfig("npo"))) == FORGET
+    assert found(run, base, replace(CONFIG, **{"data.alternates": 0})) == FORGET
+    assert asked == []
+
+
+def test_a_real_model_gives_texts_in_any_case(run, base):
+    """Random weights end no sentence: what was cut is taken then."""
+    rows = found(run, base, replace(CONFIG, **{"data.alternates": 1}), FORGET[:1])
+    assert len(rows[0][ALTERNATES]) == 1 and rows[0][ALTERNATES][0].strip()
+
+
+def test_a_context_too_short_for_what_is_shown(run, base):
+    shape = dataclasses.replace(base.decoder.config, max_position_embeddings=96)
+    short = base._replace(decoder=dataclasses.replace(base.decoder, config=shape))
+    with pytest.raises(UserError, match="context of 96 is too short; give the rows a column"):
+        found(run, short)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.path": "scratch"}, "from scratch has nothing to say yet"),
+        ({"stage.original": "folder"}, "--stage.original knows the facts already"),
+    ],
+)
+def test_no_model_to_sample_from(changes, words):
+    task = Task(FORGET, RETAIN, {}, [], [])
+    config = replace(CONFIG, **changes)
+    with pytest.raises(UserError, match=words):
+        pipeline.check_stages(config, task, 2)
+    pipeline.check_stages(replace(CONFIG, **{"model.path": "smollm2"}), task, 2)

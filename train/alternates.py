@@ -1,0 +1,143 @@
+"""Other answers to the questions to forget, sampled from the model before it learnt the facts.
+
+The model is shown answered questions of the rows to keep, so that it answers in their manner, and
+what it then says about the rest is made up: what an oracle's answers are like, at the price of some
+sampling in place of a training run. The true answers are never shown.
+
+AltPO (Mekala et al. 2024, arXiv 2409.13474) samples alternates from the model that knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxlib_unlearn.errors import UserError
+from models.generate import SamplingConfig
+from train.data.examples import encode_prompt
+from train.evaluators.evaluation import Answers, Model, answer_rows, longest
+from train.run import Run, Work, compute
+from train.tasks.task import ALTERNATES, Row
+
+VERSION = 1
+SHOTS = 6  # kept rows that stand before every question
+ROUNDS = 3  # of samples, for questions of which too few answers were whole
+FEWEST_WORDS = 3  # of a whole answer, as where answers are judged
+ENDS = ".!?\"')”’"
+
+
+def with_alternates(
+    run: Run, base: Model, forget: list[Row], retain: list[Row], **how: Any
+) -> list[Row]:
+    """The rows to forget with `count` other answers each, in the column `alternate_answer`.
+
+    Args:
+        run: where they are stored.
+        base: the model before it learnt the facts.
+        forget: rows without other answers.
+        retain: rows, some of which are shown.
+        how: `system_prompt`, `count`, `max_new_tokens`, `generate_rows` of `sample`.
+
+    Raises:
+        UserError: the prompts with what is shown do not fit into the model's context.
+    """
+    questions = [row["question"] for row in forget]
+    shown = [[row["question"], row["answer"]] for row in retain]
+    found = compute(
+        run,
+        "alternates",
+        sample,
+        kind="alternates",
+        version=VERSION,
+        model=base,
+        questions=questions,
+        kept=shown,
+        **how,
+    )
+    return [row | {ALTERNATES: texts} for row, texts in zip(forget, found, strict=True)]
+
+
+def sample(
+    work: Work,
+    model: Model,
+    questions: list[str],
+    kept: list[list[str]],
+    system_prompt: str | None,
+    count: int,
+    max_new_tokens: int,
+    generate_rows: int,
+) -> list[list[str]]:
+    """`count` answers to each question, whole ones first.
+
+    Twice as many are drawn as are wanted (temperature 1, nucleus 0.9), again where too few of them
+    ended by themselves. One that was cut is taken only where three rounds gave no other.
+    """
+    keys = jax.random.split(work.key, ROUNDS + 1)
+    shown = jax.random.permutation(keys[0], len(kept))[:SHOTS].tolist()
+    shots = tuple((kept[i][0], kept[i][1]) for i in shown)
+    words = model.tokenizer
+    model = model.at_hand()._replace(tokenizer=words.formatted(words.format._replace(shots=shots)))
+    rows = [{"question": question} for question in questions]
+    sampling = SamplingConfig(1.0, 0.9, 0, max_new_tokens)
+    _check_length(model, rows, system_prompt, max_new_tokens)
+    whole: list[list[str]] = [[] for _ in rows]
+    rest: list[list[str]] = [[] for _ in rows]
+    for turn in range(ROUNDS):
+        open_ = [i for i, texts in enumerate(whole) if len(texts) < count]
+        if not open_:
+            break
+        drawn = answer_rows(
+            model,
+            [rows[i] for i in open_],
+            "question",
+            system_prompt,
+            sampling,
+            2 * count,
+            keys[turn + 1],
+            generate_rows,
+            work.mesh,
+            "alternates",
+        )
+        sort(drawn, open_, max_new_tokens, whole, rest)
+    return [(good + cut)[:count] for good, cut in zip(whole, rest, strict=True)]
+
+
+def sort(
+    drawn: Answers,
+    places: Sequence[int],
+    limit: int,
+    whole: list[list[str]],
+    rest: list[list[str]],
+) -> None:
+    """Add new answers to those of their questions: whole ones, and others that say something.
+
+    Example:
+        >>> whole, rest = [[]], [[]]
+        >>> texts = [["She was born in Lima.", "She was born in", "", "She was born in Lima."]]
+        >>> sort(Answers(texts, [[[1] * 5, [1] * 8, [], [1] * 5]]), [0], 8, whole, rest)
+        >>> whole, rest
+        ([['She was born in Lima.']], [['She was born in']])
+    """
+    for place, texts, ids in zip(places, drawn.texts, drawn.ids, strict=True):
+        for text, tokens in zip(texts, ids, strict=True):
+            if not text.strip() or text in whole[place] or text in rest[place]:
+                continue
+            ended = len(tokens) < limit and text.rstrip()[-1] in ENDS
+            good = ended and len(text.split()) >= FEWEST_WORDS
+            (whole if good else rest)[place].append(text)
+
+
+def _check_length(
+    model: Model, rows: Sequence[Row], system_prompt: str | None, new_tokens: int
+) -> None:
+    context = longest(model, 10**9)
+    for row in rows:
+        size = len(encode_prompt(model.tokenizer, row["question"], system_prompt=system_prompt))
+        if size + new_tokens > context:
+            raise UserError(
+                f"--data.alternates: a question behind {SHOTS} shown rows has {size} tokens, and "
+                f"with {new_tokens} new ones the model's context of {context} is too short; give "
+                f"the rows a column {ALTERNATES!r}"
+            )
