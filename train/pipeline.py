@@ -29,7 +29,6 @@ from train.data.streams import (
     pack_streams,
     with_references,
 )
-from train.data.tofu import refusal_rows
 from train.evaluators.evaluation import Model, curve, longest
 from train.optimizers import OptimizerConfig, check_pair, check_steps
 from train.runtime import distributed, remote, residency, seal, sharding
@@ -38,7 +37,7 @@ from train.runtime.keys import stage_inputs
 from train.runtime.stages import params_stage
 from train.runtime.tracking import Tracker, say
 from train.step import Trainable, all_of
-from train.tasks.task import Row, Task, alternate_rows, texts
+from train.tasks.task import Row, Task, texts
 
 CURVE_ROWS = 40
 
@@ -257,14 +256,7 @@ def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[R
     Raises:
         UserError: the task has none for a stream.
     """
-    rows = {
-        "forget": lambda: task.forget,
-        "retain": lambda: task.retain,
-        "idk": lambda: refusal_rows(task.forget, task.refusals, seed),
-        "alternate": lambda: alternate_rows(task.forget),
-        "train": lambda: task.forget + task.retain,
-    }
-    return {name: rows[name]() for name in objective.streams}
+    return {name: task.stream(name, seed) for name in objective.streams}
 
 
 def unlearn(

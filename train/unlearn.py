@@ -84,6 +84,7 @@ def _run(config: RunConfig, held: contextlib.ExitStack) -> Path:
     from train import pipeline
     from train.evaluators import evaluation
     from train.evaluators.judging import compare_logs, evaluate_cached, summarize
+    from train.evaluators.roles import ROLES
     from train.exports import export_model
     from train.reporting import card, page, tables
     from train.reporting.tables import Run
@@ -104,11 +105,13 @@ def _run(config: RunConfig, held: contextlib.ExitStack) -> Path:
     minutes = read_minutes(root)  # of the same run before it was stopped, or run again
     earlier = minutes.get("all", 0.0)
 
+    judging = {"roles": ROLES._asdict(), "evaluators": list(task.evaluators)}
+
     def timed(name: str, since: float) -> None:
         now = time.monotonic()
         minutes[name] = minutes.get(name, 0.0) + (now - since) / 60
         minutes["all"] = earlier + (now - started) / 60
-        distributed.of_first(lambda: write_about(root, minutes, task.notes))
+        distributed.of_first(lambda: write_about(root, minutes, task.notes, judging))
         distributed.stop_point()
 
     # 1. The model that knows, and the model that never knew.
@@ -153,7 +156,9 @@ def _run(config: RunConfig, held: contextlib.ExitStack) -> Path:
 
     # 4. Hand it back.
     clock = time.monotonic()
-    done = Run(root, _identity(config), summary, notes=tuple(task.notes))
+    done = Run(
+        root, _identity(config), summary, notes=tuple(task.notes), evaluators=task.evaluators
+    )
     run_card = card.of_run(done, logs)
     tokens = config.evaluate.max_new_tokens
     export_model(unlearned, root / "export", config.export_dtype, run_card, tokens)
@@ -186,7 +191,8 @@ def prepare(
     """
     from jaxlib_unlearn.metrics import tofu
     from train import checks, pipeline
-    from train.tasks.task import load_task, prompt_format
+    from train.tasks import load_task
+    from train.tasks.task import prompt_format
 
     distributed.check_same(_identity(config))
     with distributed.together():

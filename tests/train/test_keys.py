@@ -23,7 +23,8 @@ from train.presets import PRESETS
 from train.runtime import keys, sharding, stages
 from train.runtime.keys import WHY_NOT
 from train.runtime.stages import digest
-from train.tasks.task import load_task, prompt_format
+from train.tasks import load_task
+from train.tasks.task import prompt_format
 
 # Another value where adding one or the next word will not do.
 OTHER: dict[str, Any] = {

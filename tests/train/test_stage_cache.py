@@ -12,7 +12,7 @@ from train.config import RunConfig, StageConfig, replace
 from train.presets import PRESETS
 from train.runtime import sharding, stages
 from train.runtime.tracking import Tracker
-from train.tasks.task import load_task
+from train.tasks import load_task
 
 
 @pytest.fixture(scope="module")
