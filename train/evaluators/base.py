@@ -15,7 +15,7 @@ from train.reporting.numbers import format_number, number
 
 Log = Mapping[str, Any]
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
-Named = TypeVar("Named", bound="Metric | Verdict | Picture")
+Named = TypeVar("Named", bound="Metric | Verdict | Picture | Definition")
 
 REFERENCE = "reference"  # the target of a metric that should be as the reference model's
 ARROWS = {"up": "↑", "down": "↓", "oracle": "≈", "zero": "→0", "": ""}
@@ -172,6 +172,14 @@ class Picture(NamedTuple):
     after: str = ""
 
 
+class Definition(NamedTuple):
+    """How a number is computed, for the end of the report (HTML); `after` as of a metric."""
+
+    name: str
+    text: str
+    after: str = ""
+
+
 class Pair(NamedTuple):
     """Two metrics against which runs are drawn: x to the right, y upwards."""
 
@@ -233,6 +241,7 @@ class Evaluator(NamedTuple):
         verdicts: questions of the report.
         pictures: of the report.
         pairs: what runs are compared by.
+        definitions: how its numbers are computed.
         version: in the key of cached logs; raise it when a number may change.
     """
 
@@ -245,6 +254,7 @@ class Evaluator(NamedTuple):
     verdicts: tuple[Verdict, ...] = ()
     pictures: tuple[Picture, ...] = ()
     pairs: tuple[Pair, ...] = ()
+    definitions: tuple[Definition, ...] = ()
     version: int = 1
 
 

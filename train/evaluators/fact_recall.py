@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from train.data import authors
-from train.evaluators.base import REFERENCE, Context, Evaluator, Metric, Picture, Results, Rows
+from train.evaluators.base import (
+    REFERENCE,
+    Context,
+    Definition,
+    Evaluator,
+    Metric,
+    Picture,
+    Results,
+    Rows,
+)
 
 SPLITS = ("forget", "retain")
 METRICS = (
@@ -58,4 +67,13 @@ PICTURE = Picture(
     "oracle, which never saw the facts to forget, gets some of them right by chance.",
     "No fact recall: only generated authors say which words of an answer are the fact.",
 )
-ROW = Evaluator("fact_recall", run, METRICS, pictures=(PICTURE,))
+DEFINITIONS = (
+    Definition(
+        "fact recall",
+        "Fact recall: share of the values of a fact (names, dates, words) that stand in the "
+        "greedy answer as whole words; mean over questions. Only rows of the author generator "
+        "say what their values are.",
+        after="nll",
+    ),
+)
+ROW = Evaluator("fact_recall", run, METRICS, pictures=(PICTURE,), definitions=DEFINITIONS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.evaluators.base import Context, Evaluator, Metric, Rows
+from train.evaluators.base import Context, Definition, Evaluator, Metric, Rows
 
 METRICS = (
     Metric("forget_oracle_nll", "Answer NLL (oracle)",
@@ -52,4 +52,17 @@ def summarize(log: Any, reference: Any) -> dict[str, Any]:
     return {name: log[name]["agg_value"] for name in names if name in log}
 
 
-ROW = Evaluator("fluency", run, METRICS, summarize)
+DEFINITIONS = (
+    Definition(
+        "nll",
+        "Answer NLL: mean negative log-likelihood per token, in nats, of a model's greedy "
+        "forget answers under the model named.",
+        after="membership",
+    ),
+    Definition(
+        "bigrams",
+        "Repeated bigrams: share of word pairs in a greedy forget answer that occurred before "
+        "in it.",
+    ),
+)
+ROW = Evaluator("fluency", run, METRICS, summarize, definitions=DEFINITIONS)

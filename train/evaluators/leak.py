@@ -8,6 +8,7 @@ from typing import Any
 from train.evaluators.base import (
     REFERENCE,
     Context,
+    Definition,
     Evaluator,
     Finding,
     Log,
@@ -132,6 +133,14 @@ PICTURE = Picture(
     "hides the facts from greedy decoding rises towards the original's line.",
     "No leak@k: no answers were sampled (--evaluate.leak-samples).",
 )
+DEFINITIONS = (
+    Definition(
+        "leak",
+        "leak@k: expectation of the best ROUGE-L recall among k sampled answers, unbiased from "
+        "all samples of a question; mean over questions.",
+        after="utility",
+    ),
+)
 ROW = Evaluator(
     "leak",
     run,
@@ -139,4 +148,5 @@ ROW = Evaluator(
     derive=derive,
     verdicts=(Verdict("leaks", leaks),),
     pictures=(PICTURE,),
+    definitions=DEFINITIONS,
 )

@@ -7,6 +7,7 @@ from typing import Any
 from train.evaluators.base import (
     REFERENCE,
     Context,
+    Definition,
     Evaluator,
     Finding,
     Log,
@@ -85,6 +86,19 @@ def _across(results: Results, name: str) -> str:
     return show(s.judged) + (f" ({', '.join(others)})" if others else "")
 
 
+DEFINITIONS = (
+    Definition(
+        "membership",
+        "Membership AUC: chance that an unseen answer looks less familiar than a forgotten one. "
+        "PrivLeak: that AUC (min-k) relative to the oracle's, in percent.",
+    ),
+)
 ROW = Evaluator(
-    "membership", run, METRICS, summarize, compare=compare, verdicts=(Verdict("member", member),)
+    "membership",
+    run,
+    METRICS,
+    summarize,
+    compare=compare,
+    verdicts=(Verdict("member", member),),
+    definitions=DEFINITIONS,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.evaluators.base import REFERENCE, Context, Evaluator, Metric, Rows
+from train.evaluators.base import REFERENCE, Context, Definition, Evaluator, Metric, Rows
 from train.evaluators.tofu import summarize
 
 METRICS = (
@@ -25,4 +25,12 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
     return tofu.memorization_log(context.scores("forget")["answers"])
 
 
-ROW = Evaluator("memorization", run, METRICS, summarize)
+DEFINITIONS = (
+    Definition(
+        "memorization",
+        "Extraction strength: 1 − k/n with k the shortest prefix of the true answer after which "
+        "every greedy token is right. Exact memorisation: share of tokens right under teacher "
+        "forcing.",
+    ),
+)
+ROW = Evaluator("memorization", run, METRICS, summarize, definitions=DEFINITIONS)

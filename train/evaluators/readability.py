@@ -14,7 +14,16 @@ import numpy as np
 
 from jaxlib_unlearn.metrics import text
 from train.data import authors
-from train.evaluators.base import Context, Evaluator, Finding, Metric, Results, Rows, Verdict
+from train.evaluators.base import (
+    Context,
+    Definition,
+    Evaluator,
+    Finding,
+    Metric,
+    Results,
+    Rows,
+    Verdict,
+)
 from train.evaluators.base import items_of as _items
 from train.reporting.numbers import format_number as show
 from train.reporting.numbers import number
@@ -194,10 +203,22 @@ def readable(results: Results) -> Finding:
     return Finding(question, "mixed", "partly", " ".join(parts))
 
 
+DEFINITIONS = (
+    Definition(
+        "unreadable",
+        "Unreadable answers: share of the greedy forget answers that are empty, cut or broken. "
+        "For generated authors: all that is no sentence of the generator, whatever its values. "
+        "Elsewhere, where the true answer has them: fewer than three words, or no end; and, "
+        "with an oracle, an NLL per token under the judge above the 99th percentile of the "
+        "oracle's own answers.",
+        after="fact recall",
+    ),
+)
 ROW = Evaluator(
     "readability",
     run,
     METRICS,
     derive=summarize,
     verdicts=(Verdict("readable", readable, after="kept"),),
+    definitions=DEFINITIONS,
 )

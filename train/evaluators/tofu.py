@@ -14,6 +14,7 @@ from train.evaluators import utility
 from train.evaluators.base import (
     REFERENCE,
     Context,
+    Definition,
     Evaluator,
     Finding,
     Log,
@@ -257,6 +258,31 @@ PAIRS = (
         "it does not tell them apart. Further up more of the rest is kept.",
     ),
 )
+DEFINITIONS = (
+    Definition(
+        "probability",
+        "Probability: exp of the mean log-probability of an answer's tokens, end token "
+        "included; mean over questions. On real authors and world facts it is divided by the "
+        "sum over the right and the wrong answers.",
+    ),
+    Definition(
+        "rouge",
+        "ROUGE-L: length of the longest common word sequence of the greedy answer and the true "
+        "one over the length of the true one (recall, stemmed).",
+    ),
+    Definition(
+        "truth ratio",
+        "Truth ratio of a question: R = exp(−mean loss of the wrong answers) / exp(−loss of the "
+        "reworded true answer), losses per token. On the forget set the mean of min(R, 1/R) is "
+        "reported, elsewhere the mean of max(0, 1 − R).",
+    ),
+    Definition(
+        "forget quality",
+        "Forget quality: p of the two-sided, two-sample Kolmogorov-Smirnov test between the "
+        "values R of a model and of the oracle; KS distance: its statistic. Decades are log10 "
+        "p.",
+    ),
+)
 ROW = Evaluator(
     "tofu",
     run,
@@ -269,4 +295,5 @@ ROW = Evaluator(
     ),
     pictures=(PICTURE,),
     pairs=PAIRS,
+    definitions=DEFINITIONS,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from train.evaluators.base import Context, Evaluator, Log, Metric, Rows
+from train.evaluators.base import Context, Definition, Evaluator, Log, Metric, Rows
 
 WORDS = "harmonic mean of probability, ROUGE-L and truth ratio outside the forget set"
 OFFICIAL = Metric("model_utility", "Model utility", WORDS, "up", main=True,
@@ -39,4 +39,14 @@ def name_in(scores: Iterable[str]) -> str:
     return next(names, OFFICIAL.name)
 
 
-ROW = Evaluator("utility", run, (OFFICIAL, OF_PARTS), summarize)
+DEFINITIONS = (
+    Definition(
+        "utility",
+        "Model utility: harmonic mean of probability, ROUGE-L and truth ratio on the retain, "
+        "real-author and world-fact questions; one zero makes it zero. Where not all nine parts "
+        "were measured it is called model utility of N parts, and published values are no "
+        "comparison.",
+        after="forget quality",
+    ),
+)
+ROW = Evaluator("utility", run, (OFFICIAL, OF_PARTS), summarize, definitions=DEFINITIONS)

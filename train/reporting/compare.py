@@ -72,12 +72,12 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
             plots.Point(name, _pairs([run.judged for run in members], x, y))
             for name, (_, members) in zip(names, found, strict=True)
         ]
-        fixed: dict[str, list[dict[str, Any]]] = {}
+        beside: dict[str, list[tuple[float, float]]] = {}
         for role in ("start", "reference"):
             for run in every:
                 model = getattr(run.roles, role)
-                fixed.setdefault(model, []).extend([run.summary[model]] * (model in run.summary))
-        beside = {model: _pairs(scores, x, y) for model, scores in fixed.items()}
+                if model in run.summary:
+                    beside.setdefault(model, []).extend(_pairs([run.summary[model]], x, y))
         figure = plots.scatter(
             points,
             {model: pairs for model, pairs in beside.items() if pairs},

@@ -123,6 +123,7 @@ def build(run_dir: str | Path) -> Path:
     roles, models = run.roles, run.models
     questions = len(truth_ratios(logs.get(roles.judged, {})))
     made = pictures(run, logs)
+    definitions = arranged(one for row in chosen(run.evaluators) for one in row.definitions)
     preset, seed = run.config.get("preset") or run.folder.name, run.config.get("seed")
     objective = run.config.get("objective")
     method = objective.get("name") if isinstance(objective, dict) else objective
@@ -148,6 +149,7 @@ def build(run_dir: str | Path) -> Path:
         facts=facts(run, logs),
         command=clean(command(run), 4000),
         config=clean(json.dumps(run.config, indent=2, ensure_ascii=False), 20000),
+        definitions=[one.text for one in definitions],
         limitations=limitations(run, logs),
     )
     for picture in made:

@@ -175,7 +175,8 @@ def fact_recall(summary: Mapping[str, Mapping[str, Any]], roles: Roles = ROLES) 
         The figure, or None where no row said what its values are.
     """
     parts = ("forget", "retain")
-    models = roles.order(summary)
+    known = {f"{part}_fact_recall" for part in parts}
+    models = [m for m in roles.order(summary) if m in roles or known & set(summary[m])]
     values = {
         (m, part): number(summary[m].get(f"{part}_fact_recall")) for m in models for part in parts
     }
