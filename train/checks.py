@@ -261,7 +261,7 @@ def fit_task(
         UserError: a split of which no row is left, or rows without the column that is asked.
     """
     column = evaluate.leak_question
-    if evaluate.leak_samples and not all(column in r for r in task.evaluation["forget"]):
+    if evaluate.leak_samples and not all(column in r for r in task.evaluation.get("forget", ())):
         raise UserError(
             f"--evaluate.leak-question {column}: forget rows without that column; add it or use "
             "question"

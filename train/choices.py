@@ -36,16 +36,15 @@ class Option(typing.NamedTuple):
 def words() -> dict[str, tuple[str, ...]]:
     """The words an option can have, by the end of its name (the longest that fits counts)."""
     from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
-    from train import checks, optimizers
+    from train import checks, optimizers, tasks
     from train.config import LoraConfig
     from train.costs import PROGRAMS
     from train.runtime import reporters
-    from train.tasks import task
 
     retain = typing.get_type_hints(ObjectiveConfig)["retain"]
     forms = dict.fromkeys(form for row in OBJECTIVES.values() for form in row.compat)
     return {
-        "data.source": task.SOURCES,
+        "data.source": tasks.sources(),
         "model.dtype": checks.COMPUTE,
         "model.remat": tuple(checks.REMAT),
         "objective.name": tuple(OBJECTIVES),

@@ -109,7 +109,8 @@ def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     from train.runtime import distributed, files, remote, sharding
     from train.runtime.folder import lock, locked
     from train.runtime.stages import digest, write_atomic
-    from train.tasks.task import load_task, prompt_format
+    from train.tasks import load_task
+    from train.tasks.task import prompt_format
 
     distributed.start(config.distributed)
     distributed.check_same({k: v for k, v in to_json(config).items() if k != "distributed"})

@@ -15,7 +15,8 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from train import cli
-from train.reporting import metrics_table, tables
+from train.evaluators.roles import ROLES
+from train.reporting import tables
 from train.runtime import hub, seal
 from train.runtime.tracking import say
 
@@ -73,7 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--dtype", default=None, help="float32, bfloat16 or float16 (default: as stored)"
     )
     parser.add_argument(
-        "--model", default="unlearned", choices=metrics_table.MODELS, help="which model of a run"
+        "--model", default="unlearned", choices=tuple(ROLES), help="which model of a run"
     )
     parser.add_argument("--push-to-hub", metavar="NAME", help="upload to this repository")
     parser.add_argument("--public", action="store_true", help="a new repository is public")

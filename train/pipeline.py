@@ -20,9 +20,9 @@ from train.alternates import with_alternates
 from train.config import LoraConfig, RunConfig, to_json
 from train.data.examples import Encoded, encode_rows
 from train.data.streams import Stream, make_stream
-from train.data.tofu import refusal_rows
 from train.evaluators.evaluation import Model, curve, longest, num_parameters
 from train.evaluators.judging import compare_logs, evaluate_cached, summarize
+from train.evaluators.roles import ROLES
 from train.exports import export_model
 from train.optimizers import OPTIMIZERS
 from train.reporting import card, page, tables
@@ -31,7 +31,8 @@ from train.runtime import distributed, files, remote, reporters
 from train.runtime.folder import check_folder, enter_run, lock, locked
 from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import Tracker, say
-from train.tasks.task import ALTERNATES, Row, Task, alternate_rows, load_task, prompt_format
+from train.tasks import load_task
+from train.tasks.task import ALTERNATES, Row, Task, prompt_format
 
 CURVE_ROWS = 40
 
@@ -74,6 +75,7 @@ def opened(config: RunConfig) -> Iterator[Opened]:
             Tracker(root, logs_to, identity(config)),
             config.stage.cache,
             task.notes,
+            about={"roles": ROLES._asdict(), "evaluators": list(task.evaluators)},
         )
         size, where = num_parameters(base.params) / 1e6, remote.home(root)
         say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {where}")
@@ -268,14 +270,7 @@ def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[R
     Raises:
         UserError: the task has none for a stream.
     """
-    rows = {
-        "forget": lambda: task.forget,
-        "retain": lambda: task.retain,
-        "idk": lambda: refusal_rows(task.forget, task.refusals, seed),
-        "alternate": lambda: alternate_rows(task.forget),
-        "train": lambda: task.forget + task.retain,
-    }
-    return {name: rows[name]() for name in objective.streams}
+    return {name: task.stream(name, seed) for name in objective.streams}
 
 
 def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
@@ -371,7 +366,13 @@ def judge(run: Run, config: RunConfig, opened: Opened, found: Mapping[str, Model
 
 def export(run: Run, config: RunConfig, unlearned: Model, judged: Judged) -> None:
     """`RUN/export`: the unlearned model, with a card that says how it was judged."""
-    done = tables.Run(run.folder, identity(config), judged.summary, notes=tuple(run.notes))
+    done = tables.Run(
+        run.folder,
+        identity(config),
+        judged.summary,
+        notes=tuple(run.notes),
+        evaluators=tuple(run.about["evaluators"]),
+    )
     text, tokens = card.of_run(done, judged.logs), config.evaluate.max_new_tokens
     with phase(run, "export"):
         export_model(unlearned, run.folder / "export", config.export_dtype, text, tokens)

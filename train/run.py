@@ -63,6 +63,7 @@ class Run:
         tracker: the log of steps.
         cache: folder that runs share, for stages that are `shared`; None: there is none.
         notes: what was noticed about the data and the model, for the report.
+        about: what else `run.json` says: the roles of the models, and how they are judged.
         clock: minutes a phase; None: nobody asks.
     """
 
@@ -72,6 +73,7 @@ class Run:
     tracker: Tracker
     cache: Path | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
     clock: Clock | None = None
 
 
@@ -89,7 +91,7 @@ def phase(run: Run, name: str) -> Iterator[None]:
         return
     clock = run.clock
     clock.add(name, since)
-    distributed.of_first(lambda: write_about(run.folder, clock.minutes, run.notes))
+    distributed.of_first(lambda: write_about(run.folder, clock.minutes, run.notes, run.about))
     distributed.stop_point()
 
 

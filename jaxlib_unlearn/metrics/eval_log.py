@@ -114,14 +114,36 @@ def parse_log(data: Any, source: str = "evaluation log") -> EvalLog:
         return log
 
 
+def _names() -> list[str]:
+    """Entries of EVAL.json that this project writes."""
+    tables = [f"{prefix}_{name}" for prefix in PREFIXES.values() for name in TABLES]
+    attacks = [f"mia_{attack}" for attack in likelihood.ATTACKS]
+    return [*tables, *map(truth_ratio_name, PREFIXES), *attacks, *WHOLE]
+
+
+def has_metrics(log: Mapping[str, Any]) -> bool:
+    """Whether a log has an entry that `parse_log` reads from EVAL.json.
+
+    Args:
+        log: the parsed JSON.
+
+    Returns:
+        False where `parse_log` would say that it is no evaluation log.
+
+    Example:
+        >>> has_metrics({"forget_Q_A_ROUGE": {}}), has_metrics({"my_metric": {}})
+        (True, False)
+    """
+    known = {*_names(), *OTHERS}
+    return any(name in known or name.startswith("mia_") for name in log)
+
+
 def _check_tables(data: Any, source: str) -> None:
     """Raise `UserError` for a metric that is misspelt by a letter, or that has no item at all."""
     if not isinstance(data, Mapping):
         return
-    tables = [*(f"{prefix}_{name}" for prefix in PREFIXES.values() for name in TABLES)]
     blocks = [*TOFU_BLOCKS.values(), *(f"{block}.json" for block in TOFU_BLOCKS.values())]
-    names = [*tables, *blocks, *map(truth_ratio_name, PREFIXES)]
-    names += [*(f"mia_{attack}" for attack in likelihood.ATTACKS), *WHOLE]
+    names = [*_names(), *blocks]
     check_spelling(data, names, source, "correct it, or evaluate the model again")
     for name, table in data.items():
         odd = name in names and name != "privleak" and not isinstance(table, Mapping | None)

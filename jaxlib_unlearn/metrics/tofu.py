@@ -257,18 +257,111 @@ def build_log(splits: Mapping[str, SplitScores]) -> dict[str, Any]:
         if split != "holdout":
             log |= _split_metrics(split, scores)
     if "forget" in splits:
-        answers = splits["forget"].answers
-        strength = [{"score": likelihood.extraction_strength(item)} for item in answers]
-        exact = [{"score": _or_none(likelihood.exact_memorization(item))} for item in answers]
-        log |= _metric("extraction_strength", strength, "score")
-        log |= _metric("exact_memorization", exact, "score")
+        log |= memorization_log(splits["forget"].answers)
         if "holdout" in splits:
-            log |= _attacks(answers, splits["holdout"].answers)
-    if log:
-        parsed = parse_log(log)
-        if parts := utility_components(parsed):
-            log[utility_name(len(parts))] = {"agg_value": model_utility(parsed)}
-    return log
+            log |= membership_log(splits["forget"].answers, splits["holdout"].answers)
+    return log | utility_log(log)
+
+
+def split_log(split: str, scores: SplitScores) -> dict[str, Any]:
+    """The part of `build_log` that one split gives: probability, ROUGE and truth ratio.
+
+    Args:
+        split: `forget`, `retain`, `real_authors` or `world_facts`.
+        scores: what was measured on it.
+
+    Returns:
+        {metric: {"agg_value": ..., "value_by_index": {"0": {...}}}}.
+
+    Raises:
+        UserError: the split is empty, or a log-probability of an item is not finite.
+        ValueError: lists of different lengths.
+
+    Example:
+        >>> one = np.zeros(2)
+        >>> scores = SplitScores([Scored(one, one == 0, one, one, "an answer")])
+        >>> split_log("retain", scores)["retain_Q_A_Prob"]["agg_value"]
+        1.0
+
+    TOFU, arXiv 2401.06121; OpenUnlearning, arXiv 2506.12618.
+    """
+    _check(split, scores)
+    return _split_metrics(split, scores)
+
+
+def memorization_log(answers: Sequence[Scored]) -> dict[str, Any]:
+    """The part of `build_log` on how much of the right answers a model knows by heart.
+
+    Args:
+        answers: the right answers of the forget set.
+
+    Returns:
+        `extraction_strength` and `exact_memorization`; items without label tokens are left out.
+
+    Example:
+        >>> one = np.ones(2)
+        >>> log = memorization_log([Scored(-one, one > 0, -one, one, "an answer")])
+        >>> log["exact_memorization"]["agg_value"]
+        1.0
+
+    OpenUnlearning, arXiv 2506.12618.
+    """
+    strength = [{"score": likelihood.extraction_strength(item)} for item in answers]
+    exact = [{"score": _or_none(likelihood.exact_memorization(item))} for item in answers]
+    log = _metric("extraction_strength", strength, "score")
+    return log | _metric("exact_memorization", exact, "score")
+
+
+def membership_log(members: Sequence[Scored], nonmembers: Sequence[Scored]) -> dict[str, Any]:
+    """The part of `build_log` on membership attacks: their areas, and `privleak` against 0.5.
+
+    Args:
+        members: answers of the forget set.
+        nonmembers: answers that no model was trained on.
+
+    Returns:
+        `mia_ATTACK` for every attack, and `privleak`.
+
+    Raises:
+        UserError: a side is empty, or a log-probability of an item is not finite.
+
+    Example:
+        >>> one = np.ones(2)
+        >>> known, strange = (Scored(-n * one, one > 0, -one, one, "x") for n in (1, 2))
+        >>> membership_log([known], [strange])["mia_loss"]["auc"]
+        1.0
+
+    MUSE, arXiv 2407.06460; OpenUnlearning, arXiv 2506.12618.
+    """
+    for split, answers in (("forget", members), ("holdout", nonmembers)):
+        _check(split, SplitScores(answers))
+    return _attacks(members, nonmembers)
+
+
+def utility_log(log: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `build_log` on model utility, from the parts of it that a log has.
+
+    Args:
+        log: as `build_log` returns it.
+
+    Returns:
+        {`utility_name`: {"agg_value": ...}}; empty where no part was measured.
+
+    Raises:
+        UserError: the log is no evaluation log.
+
+    Example:
+        >>> table = {"agg_value": 0.5, "value_by_index": {"0": {"prob": 0.5, "avg_loss": 0.7}}}
+        >>> utility_log({"retain_Q_A_Prob": table})
+        {'model_utility_of_1': {'agg_value': 0.5}}
+
+    TOFU, arXiv 2401.06121, model utility.
+    """
+    if not log:
+        return {}
+    parsed = parse_log(log)
+    parts = utility_components(parsed)
+    return {utility_name(len(parts)): {"agg_value": model_utility(parsed)}} if parts else {}
 
 
 def _split_metrics(split: str, scores: SplitScores) -> dict[str, Any]:

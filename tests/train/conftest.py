@@ -69,7 +69,7 @@ def tiny(tmp_path_factory) -> Path:
     from train.config import RunConfig
     from train.presets import PRESETS
     from train.runtime import sharding
-    from train.tasks.task import load_task
+    from train.tasks import load_task
 
     options = [*SMALL, "--data.max-length", "96"]
     config = cli.parse(RunConfig, PRESETS["quickstart"].PRESET, options, "tests", "")

@@ -11,7 +11,7 @@ from train import cli
 from train.config import RunConfig
 from train.presets import PRESETS
 from train.runtime import folder
-from train.tasks.task import load_task
+from train.tasks import load_task
 
 
 @pytest.fixture(autouse=True)

@@ -19,17 +19,17 @@ from train.config import DataConfig, EvaluateConfig
 from train.data import authors
 from train.data.batches import collate, score_batches
 from train.data.examples import Example, encode_prompt, encode_qa
-from train.evaluators import evaluation
+from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.evaluation import (
     Answers,
     Model,
     curve,
     evaluate_model,
     judge_nll,
-    leak_ks,
     score_rows,
 )
 from train.evaluators.judging import evaluation_inputs
+from train.evaluators.leak import leak_ks
 from train.reporting.verdict import verdicts
 from train.runtime import sharding
 from train.runtime.sharding import MeshConfig, make_mesh
@@ -407,6 +407,7 @@ def keys(model, task):
     yield "a non-member", key(task=changed(task, "holdout", "question"))
     yield "order", key(task=task._replace(evaluation={**task.evaluation, "forget": forget[::-1]}))
     fewer = {k: v for k, v in task.evaluation.items() if k != "holdout"}
+    yield "evaluators", key(task=task._replace(evaluators=task.evaluators[:-1]))
     yield "a split", key(task=task._replace(evaluation=fewer))
     for field in dataclasses.fields(CONFIG):
         value = getattr(CONFIG, field.name)
@@ -421,6 +422,12 @@ def test_cache_keys_change_with_everything_they_depend_on(model, task, monkeypat
     assert len(set(found.values())) == len(found), found
     monkeypatch.setattr(evaluation, "VERSION", evaluation.VERSION + 1)
     assert dict(keys(model, task))["as it is"] not in found.values()
+    monkeypatch.undo()
+    leak = EVALUATORS["leak"]
+    monkeypatch.setitem(EVALUATORS, "leak", leak._replace(version=leak.version + 1))
+    newer = dict(keys(model, task))
+    assert newer["as it is"] not in found.values()
+    assert newer["evaluators"] == found["evaluators"]  # without the one that changed
 
 
 def test_an_evaluation_is_computed_once_a_key(tmp_path):

@@ -24,7 +24,8 @@ from train.run import Run
 from train.runtime import keys, sharding
 from train.runtime.keys import WHY_NOT
 from train.runtime.stages import digest
-from train.tasks.task import load_task, prompt_format
+from train.tasks import load_task
+from train.tasks.task import prompt_format
 
 # Another value where adding one or the next word will not do.
 OTHER: dict[str, Any] = {

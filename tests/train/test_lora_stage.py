@@ -28,7 +28,7 @@ from train.runtime.checkpointing import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh, path_str
 from train.runtime.tracking import Tracker
 from train.step import compile_step, init_state, make_step
-from train.tasks.task import load_task
+from train.tasks import load_task
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
 

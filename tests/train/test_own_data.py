@@ -12,7 +12,7 @@ from train import cli
 from train.config import RunConfig, replace
 from train.data.files import COLUMNS, check_table, load_own, read_table, write_examples
 from train.presets import PRESETS
-from train.tasks.task import load_task
+from train.tasks import load_task
 
 ROWS = [{"question": f"question {i}?", "answer": f"answer {i}, and more."} for i in range(5)]
 OTHERS = [{"question": f"other {i}?", "answer": f"other answer {i}."} for i in range(5)]

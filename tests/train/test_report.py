@@ -18,6 +18,7 @@ from scipy.stats import ks_2samp
 
 from jaxlib_unlearn.metrics import leak_at_k
 from train import report
+from train.evaluators.tofu import truth_ratios
 from train.reporting import metrics_table, plots, runlogs, verdict
 from train.reporting import page as one_run
 
@@ -335,16 +336,17 @@ def test_comparison_takes_model_utility_by_the_name_it_has(tmp_path):
 def test_scatter_draws_every_run_its_mean_and_what_to_reach():
     points = [plots.Point("a", [(0.2, 0.9), (0.4, 0.7)]), plots.Point("b", [(0.5, 0.5)])]
     fixed = {"original": [(1.0, 1.0)], "oracle": [(0.3, 0.95), (0.1, 0.85)]}
-    (ax,) = plots.scatter(points, fixed, "forget_rouge", "retain_rouge").axes
+    x, y = map(metrics_table.describe, ("forget_rouge", "retain_rouge"))
+    (ax,) = plots.scatter(points, fixed, x, y).axes
     drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in ax.get_lines()}
     assert drawn["a"] == [(pytest.approx(0.3), pytest.approx(0.8))] and drawn["b"] == [(0.5, 0.5)]
     assert drawn["oracle"] == [(pytest.approx(0.2), pytest.approx(0.9))]
     assert [(0.2, 0.9), (0.4, 0.7)] in drawn.values()
     names = ["_under", "$x_{", "\u4e8b"]  # none of them is markup, or drops out
-    figure = plots.scatter([plots.Point(n, [(1, 1)]) for n in names], {}, "forget_rouge", "x")
+    figure = plots.scatter([plots.Point(n, [(1, 1)]) for n in names], {}, x, y)
     assert [t.get_text().strip() for t in figure.legends[0].get_texts()] == names
     assert plots.png(figure)
-    assert plots.scatter([plots.Point("a", [])], fixed, "forget_rouge", "retain_rouge") is None
+    assert plots.scatter([plots.Point("a", [])], fixed, x, y) is None
 
 
 def printed(page, folder):
@@ -409,7 +411,7 @@ def test_a_retain_log_of_the_older_form(tmp_path, shared):
     log = shared / "data" / "tofu_eval_logs" / "llama2-7b_retain90.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"retain_log": str(log)}))
     logs = runlogs.read_evals(runlogs.tables.load_run(tmp_path / "run"))
-    assert len(runlogs.truth_ratios(logs["oracle"])) == 300
+    assert len(truth_ratios(logs["oracle"])) == 300
     text = Page(one_run.build(tmp_path / "run").read_text(encoding="utf-8")).text
     assert "oracle · ROUGE-L" not in text
 

@@ -20,7 +20,7 @@ from train.run import Run
 from train.runtime import residency, sharding
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker
-from train.tasks.task import load_task
+from train.tasks import load_task
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
 

@@ -20,7 +20,7 @@ from train.presets import PRESETS
 from train.run import Run
 from train.runtime import checkpointing, sharding
 from train.runtime.tracking import Tracker
-from train.tasks.task import load_task
+from train.tasks import load_task
 
 STEPS = 8
 

@@ -1,4 +1,4 @@
-"""Judging one model: one fused scoring pass, one greedy pass, sampled answers for leak@k.
+"""Judging one model: what is asked of it, once each, and the log that its evaluators make of it.
 
 Every scored text comes from `score` (vocabulary only at labels); the answers to one question share
 its prompt. The result is a per-item log in the form of OpenUnlearning's EVAL.json.
@@ -6,29 +6,30 @@ its prompt. The result is a per-item log in the form of OpenUnlearning's EVAL.js
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxlib_unlearn.metrics import leak_at_k, text, tofu
 from jaxlib_unlearn.metrics.likelihood import Scored
 from models import Tokenizer, arrays
 from models.decoder import Decoder
 from models.generate import SamplingConfig, generate
 from models.policy import score
 from train.config import EvaluateConfig
-from train.data import authors
 from train.data.batches import score_batches
 from train.data.examples import Example, Group, encode_group, encode_prompt, encode_qa
-from train.evaluators import readability
+from train.evaluators import EVALUATORS, chosen
+from train.evaluators.base import Rows, means
 from train.runtime import distributed, residency
 from train.runtime.sharding import batch_sharding, batch_ways, put_batch
 from train.runtime.tracking import progress
 from train.tasks.task import Row, Task
 
-VERSION = 3  # part of every cache key: raise it when a number may change
+# Part of every cache key, with the evaluators' own: raise it when a number may change.
+VERSION = 3
 QUANTITIES = ("logp", "match", "mu", "var")
 
 
@@ -205,9 +206,85 @@ def judge_nll(
     return [(-values["logp"].astype(np.float64)).tolist() for values in scored]
 
 
-def leak_ks(samples: int) -> tuple[int, ...]:
-    """1, 2, 4, ... up to `samples`."""
-    return tuple(2**i for i in range(samples.bit_length()) if 2**i <= samples)
+@dataclass
+class Context:
+    """What the evaluators of one model share; see `base.Context`. Nothing is asked twice."""
+
+    model: Model
+    rows: Rows
+    config: EvaluateConfig
+    system_prompt: str | None
+    max_length: int
+    mesh: Any
+    seed: int
+    name: str
+    judge: Model | None = None
+    log: dict[str, Any] = field(default_factory=dict)
+    found: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, computed for the first evaluator that asks with this key."""
+        if key not in self.found:
+            self.found[key] = make()
+        return self.found[key]
+
+    def scores(self, split: str) -> dict[str, list[Any]]:
+        """`score_rows` of a split: one pass over all of its texts."""
+        return self.once(
+            ("scores", split),
+            lambda: score_rows(
+                self.model,
+                self.rows[split],
+                self.system_prompt,
+                self.max_length,
+                self.mesh,
+                self.config.score_tokens,
+                f"{self.name}: score {split}",
+            ),
+        )
+
+    def answers(
+        self,
+        split: str,
+        column: str = "question",
+        sampling: SamplingConfig | None = None,
+        num_samples: int = 1,
+    ) -> Answers:
+        """`answer_rows` of a split; greedy without `sampling`."""
+        greedy = SamplingConfig(max_new_tokens=self.config.max_new_tokens)
+        what = "answer" if sampling is None else "sample"
+        return self.once(
+            ("answers", split, column, sampling, num_samples),
+            lambda: answer_rows(
+                self.model,
+                self.rows[split],
+                column,
+                self.system_prompt,
+                sampling or greedy,
+                num_samples,
+                self.seed,
+                self.config.generate_rows,
+                self.mesh,
+                f"{self.name}: {what} {split}",
+            ),
+        )
+
+    def judged(self, split: str) -> list[list[float]]:
+        """`judge_nll` of a split's greedy answers."""
+        if self.judge is None:
+            raise ValueError("no judge in this evaluation")
+        judge, answers = self.judge, self.answers(split)
+        return self.once(
+            ("judged", split),
+            lambda: judge_nll(
+                judge,
+                self.rows[split],
+                answers,
+                self.system_prompt,
+                self.mesh,
+                self.config.score_tokens,
+            ),
+        )
 
 
 def evaluate_model(
@@ -222,11 +299,11 @@ def evaluate_model(
     name: str,
     judge: Model | None = None,
 ) -> dict[str, Any]:
-    """The per-item log of a model on every split of a task.
+    """The per-item log of a model: what every evaluator of the task adds, in the table's order.
 
     Args:
         model: who is judged.
-        task: its `evaluation` splits.
+        task: its `evaluation` splits and its `evaluators`.
         config: sampling and batch sizes.
         system_prompt: of the chat template.
         max_length: longest example in tokens.
@@ -236,168 +313,48 @@ def evaluate_model(
         judge: model whose NLL of the greedy forget answers is measured; None: left out.
 
     Returns:
-        A dict as `metrics.tofu.build_log` makes, with `leak_at_k`, `repeated_bigram_rate`,
-        `forget_readability`, `forget_{config.judge}_nll` and, of rows whose facts are known,
-        `forget_fact_recall` and `retain_fact_recall` added.
+        {entry: {"agg_value": ..., "value_by_index": {"0": {...}}}}.
+
+    Raises:
+        ValueError: an evaluator that the table lacks, or one that writes another's entry.
     """
-    max_length = longest(model, max_length)
-    greedy = SamplingConfig(max_new_tokens=config.max_new_tokens)
-    splits: dict[str, tofu.SplitScores] = {}
-    forget_answers: Answers | None = None
-    added: dict[str, Any] = {}
-    for split, rows in task.evaluation.items():
-        scored = score_rows(
-            model,
-            rows,
-            system_prompt,
-            max_length,
-            mesh,
-            config.score_tokens,
-            f"{name}: score {split}",
-        )
-        if split == "holdout":
-            splits[split] = tofu.SplitScores(scored["answers"])
-            continue
-        answers = answer_rows(
-            model,
-            rows,
-            "question",
-            system_prompt,
-            greedy,
-            1,
-            seed,
-            config.generate_rows,
-            mesh,
-            f"{name}: answer {split}",
-        )
-        if split == "forget":
-            forget_answers = answers
-            added |= _readable(rows, answers, scored["answers"], model, config.max_new_tokens)
-        if split in ("forget", "retain"):
-            added |= _facts(split, rows, answers)
-        splits[split] = tofu.SplitScores(
-            scored["answers"],
-            scored.get("paraphrased"),
-            scored.get("perturbed"),
-            [texts[0] for texts in answers.texts],
-            [row["answer"] for row in rows],
-            answers.prompts,
-        )
-    log = tofu.build_log(splits) | added
-    if forget_answers is not None:
-        log |= _fluency(task, forget_answers, judge, system_prompt, mesh, config)
-        if config.leak_samples:
-            log |= _leak(model, task, config, system_prompt, mesh, seed, name)
-    return log
-
-
-def _readable(
-    rows: Sequence[Row], answers: Answers, truths: Sequence[Scored], model: Model, limit: int
-) -> dict[str, Any]:
-    # A model without an end-of-text token is never done; its answers are not held for cut.
-    ends = model.tokenizer.eos_id is not None
-    entry = readability.log_entry(
-        [texts[0] for texts in answers.texts],
-        [row["answer"] for row in rows],
-        [ends and len(ids[0]) >= limit for ids in answers.ids],
-        [len(truth.logp) - 1 > limit for truth in truths],  # all but the end of the text
-    )
-    return {readability.ENTRY: entry}
-
-
-def _facts(split: str, rows: Sequence[Row], answers: Answers) -> dict[str, Any]:
-    """Which values of its fact each answer holds; only generated rows say what their fact is."""
-    items = {}
-    for i, (row, texts) in enumerate(zip(rows, answers.texts, strict=True)):
-        if values := authors.values_in(row["answer"]):
-            items[str(i)] = {"score": text.fact_recall(texts[0], values), "values": list(values)}
-    if not items:
-        return {}
-    mean = float(np.mean([item["score"] for item in items.values()]))
-    return {f"{split}_fact_recall": {"agg_value": mean, "value_by_index": items}}
-
-
-def _fluency(
-    task: Task,
-    answers: Answers,
-    judge: Model | None,
-    system_prompt: Any,
-    mesh: Any,
-    config: EvaluateConfig,
-):
-    rates = [text.repeated_bigram_rate([texts[0]]) for texts in answers.texts]
-    log: dict[str, Any] = {
-        "repeated_bigram_rate": {
-            "agg_value": float(np.mean(rates)),
-            "value_by_index": {str(i): {"score": float(r)} for i, r in enumerate(rates)},
-        }
-    }
-    if judge is not None:
-        losses = judge_nll(
-            judge, task.evaluation["forget"], answers, system_prompt, mesh, config.score_tokens
-        )
-        log[f"forget_{config.judge}_nll"] = {
-            "agg_value": float(np.mean([x for item in losses for x in item])),
-            "value_by_index": {
-                str(i): {"avg_loss": float(np.mean(item)), "tokens": len(item)}
-                for i, item in enumerate(losses)
-            },
-        }
-    return log
-
-
-def _leak(
-    model: Model,
-    task: Task,
-    config: EvaluateConfig,
-    system_prompt: Any,
-    mesh: Any,
-    seed: int,
-    name: str,
-):
-    sampling = SamplingConfig(config.leak_temperature, config.leak_top_p, 0, config.max_new_tokens)
-    rows = task.evaluation["forget"]
-    answers = answer_rows(
+    if unknown := set(task.evaluators) - set(EVALUATORS):
+        raise ValueError(f"unknown evaluators {sorted(unknown)}; known: {list(EVALUATORS)}")
+    context = Context(
         model,
-        rows,
-        config.leak_question,
+        task.evaluation,
+        config,
         system_prompt,
-        sampling,
-        config.leak_samples,
-        seed,
-        config.generate_rows,
+        longest(model, max_length),
         mesh,
-        f"{name}: sample forget",
+        seed,
+        name,
+        judge,
     )
-    scores = [
-        [text.rouge(answer, row["answer"])["rougeL_recall"] for answer in texts]
-        for texts, row in zip(answers.texts, rows, strict=True)
-    ]
-    ks = leak_ks(config.leak_samples)
-    return {
-        "leak_at_k": {
-            "agg_value": {str(k): float(np.mean(leak_at_k(np.array(scores), k))) for k in ks},
-            "value_by_index": {
-                str(i): {"scores": s, "generations": texts}
-                for i, (s, texts) in enumerate(zip(scores, answers.texts, strict=True))
-            },
-        }
-    }
+    for row in chosen(task.evaluators):
+        added = row.run(model, task.evaluation, context)
+        if twice := set(added) & set(context.log):
+            raise ValueError(f"evaluator {row.name} writes {sorted(twice)}, which is there already")
+        context.log |= added
+    return context.log
 
 
 def summarize(log: Mapping[str, Any], retain_log: Any, model: Model) -> dict[str, Any]:
-    """The flat metrics of a log with leak@k and fluency, and the parameters' number and sha256.
+    """The flat metrics of a log by its evaluators, and the parameters' number and sha256.
 
-    `retain_log` is the oracle's, or one in its place.
+    `retain_log` is the reference model's, or one in its place. Every row of the table reads what it
+    finds: what was not measured is not there.
     """
-    flat: dict[str, Any] = dict(tofu.summarize(log, retain_log))
-    facts = [f"{split}_fact_recall" for split in ("forget", "retain")]
-    for name in (*facts, "repeated_bigram_rate", "forget_oracle_nll", "forget_base_nll"):
-        if name in log:
-            flat[name] = log[name]["agg_value"]
-    flat |= readability.summarize(log, retain_log)
-    for k, value in log.get("leak_at_k", {"agg_value": {}})["agg_value"].items():
-        flat[f"leak_at_{k}"] = value
+    flat: dict[str, Any] = {}
+    shared = set()
+    for row in EVALUATORS.values():
+        if row.summarize is None:
+            flat |= means(log, row.metrics)
+        elif row.summarize not in shared:  # several rows may have one reader
+            shared.add(row.summarize)
+            flat |= row.summarize(log, retain_log)
+    for row in EVALUATORS.values():
+        flat |= {} if row.derive is None else row.derive(log, retain_log)
     flat["num_parameters"] = num_parameters(model.params)
     flat["params_sha256"] = model.sha
     return flat
@@ -415,7 +372,7 @@ def curve(
     """A quick look: mean answer probability on the first `limit` rows of forget and of retain."""
     max_length = longest(model, max_length)
     values = {}
-    for split in ("forget", "retain"):
+    for split in (s for s in ("forget", "retain") if s in task.evaluation):
         rows = task.evaluation[split][:limit]
         items = [
             encode_qa(

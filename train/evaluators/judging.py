@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxlib_unlearn.metrics import tofu
 from train.config import to_json
-from train.evaluators import evaluation
+from train.evaluators import EVALUATORS, chosen, evaluation
+from train.evaluators.roles import ROLES, Roles
 from train.runtime.stages import amend_json, digest, json_stage
 
 
@@ -28,6 +28,7 @@ def evaluation_inputs(
         "max_length": data.max_length,
         "seed": seed,
         "version": evaluation.VERSION,
+        "evaluators": [[row.name, row.version] for row in chosen(task.evaluators)],
     }
 
 
@@ -63,14 +64,18 @@ def evaluate_cached(
     return json_stage(root / "evals" / f"{name}.json", inputs, compute, cache)
 
 
-def summarize(logs: dict[str, Any], people: dict[str, Any], retain_log: Any) -> dict[str, Any]:
-    """Flat metrics of every model, compared with the oracle's log or the one given."""
-    reference = retain_log if retain_log is not None else logs.get("oracle")
-    return {name: evaluation.summarize(log, reference, people[name]) for name, log in logs.items()}
+def summarize(
+    logs: dict[str, Any], models: dict[str, Any], retain_log: Any, roles: Roles = ROLES
+) -> dict[str, Any]:
+    """Flat metrics of every model, compared with the log of the reference or the one given."""
+    reference = retain_log if retain_log is not None else logs.get(roles.reference)
+    return {name: evaluation.summarize(log, reference, models[name]) for name, log in logs.items()}
 
 
-def compare_logs(root: Path, logs: dict[str, Any], retain_log: Any) -> None:
-    """`privleak` in `evals/NAME.json` as in `summary.json`: against the oracle, judged later."""
-    reference = retain_log if retain_log is not None else logs.get("oracle")
+def compare_logs(root: Path, logs: dict[str, Any], retain_log: Any, roles: Roles = ROLES) -> None:
+    """The logs in `evals/` with what compares them with the reference, which is judged later."""
+    reference = retain_log if retain_log is not None else logs.get(roles.reference)
     for name, log in logs.items():
-        amend_json(root / "evals" / f"{name}.json", tofu.with_reference(log, reference))
+        for row in EVALUATORS.values():
+            log = log if row.compare is None else row.compare(log, reference)
+        amend_json(root / "evals" / f"{name}.json", log)

@@ -14,14 +14,55 @@ import numpy as np
 
 from jaxlib_unlearn.metrics import text
 from train.data import authors
-from train.reporting.metrics_table import number
+from train.evaluators.base import (
+    Context,
+    Definition,
+    Evaluator,
+    Finding,
+    Metric,
+    Results,
+    Rows,
+    Verdict,
+)
+from train.evaluators.base import items_of as _items
+from train.reporting.numbers import format_number as show
+from train.reporting.numbers import number
 
 ENTRY = "forget_readability"
 METRIC, RULE = "forget_unreadable", "unreadable_rule"
 NLLS = ("forget_oracle_nll", "forget_base_nll")
+UNREADABLE, BROKEN = 0.10, 0.25
+REPEATED = 0.05
+# Which model judges the answers, and how many nats a token they may cost above the oracle's own.
+JUDGES = {
+    "forget_oracle_nll": ("the oracle", 2.0),
+    "forget_base_nll": ("the model before fine-tuning", 1.0),
+}
+METRICS = (
+    Metric(METRIC, "Unreadable answers",
+           "share of its forget answers that are empty, cut or broken text",
+           "down", main=True, compare=6),
+)  # fmt: skip
 PERCENTILE = 99
 NO_TEMPLATE = "no sentence of the generator"
 TOO_COSTLY = f"NLL above the {PERCENTILE}th percentile of the oracle's answers"
+
+
+def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+    """The greedy forget answers by their texts alone."""
+    if "forget" not in rows:
+        return {}
+    limit = context.config.max_new_tokens
+    truths, answers = context.scores("forget")["answers"], context.answers("forget")
+    # A model without an end-of-text token is never done; its answers are not held for cut.
+    ends = model.tokenizer.eos_id is not None
+    entry = log_entry(
+        [texts[0] for texts in answers.texts],
+        [row["answer"] for row in rows["forget"]],
+        [ends and len(ids[0]) >= limit for ids in answers.ids],
+        [len(truth.logp) - 1 > limit for truth in truths],  # all but the end of the text
+    )
+    return {ENTRY: entry}
 
 
 class Judged(NamedTuple):
@@ -81,14 +122,6 @@ def log_entry(
     }
 
 
-def _items(log: Any, name: str) -> dict[str, Mapping[str, Any]]:
-    entry = log.get(name) if isinstance(log, Mapping) else None
-    items = entry.get("value_by_index") if isinstance(entry, Mapping) else None
-    if not isinstance(items, Mapping):
-        return {}
-    return {str(key): item for key, item in items.items() if isinstance(item, Mapping)}
-
-
 def _nll(log: Any, name: str) -> dict[str, float]:
     values = {key: number(item.get("avg_loss")) for key, item in _items(log, name).items()}
     return {key: value for key, value in values.items() if value is not None}
@@ -132,3 +165,60 @@ def summarize(log: Mapping[str, Any], reference: Any = None) -> dict[str, Any]:
     """`forget_unreadable`, and in words which tests it counts; empty where it was not measured."""
     judged = judge(log, reference)
     return {} if judged is None else {METRIC: judged.rate, RULE: judged.rule}
+
+
+def readable(results: Results) -> Finding:
+    """The share that is not readable, repetition, and what the answers cost the judge."""
+    question = "Are its answers readable?"
+    counted, rate = results.scores(METRIC), results.scores("repeated_bigram_rate")
+    checks, parts = [], []
+    if counted.judged is not None:
+        rule = str(results.judged.get(RULE) or "empty, cut or broken text")
+        words = f"{100 * counted.judged:.1f} % of its forget answers are unreadable ({rule})"
+        if counted.reference is not None:
+            words += f", {100 * counted.reference:.1f} % of the oracle's"
+        parts.append(f"{words}; the limit is {100 * UNREADABLE:.0f} %.")
+    if rate.judged is not None:
+        checks.append(rate.judged <= REPEATED)
+        parts.append(
+            f"{100 * rate.judged:.1f} % of the word pairs in its forget answers repeat "
+            f"(limit {100 * REPEATED:.0f} %)."
+        )
+    for name, (judge, gap) in JUDGES.items():
+        nll = results.scores(name)
+        if nll.judged is None:
+            continue
+        words = f"Under {judge} its answers cost {show(nll.judged)} nats a token"
+        if nll.reference is not None:
+            checks.append(nll.judged - nll.reference <= gap)
+            words += f", the oracle's own {show(nll.reference)} (limit: {gap} more)"
+        parts.append(words + ".")
+    if counted.judged is None:
+        parts.append("Empty, cut and broken answers were not counted in this run.")
+        return Finding(question, "unknown", "not judged", " ".join(parts))
+    if counted.judged >= BROKEN or (checks and not any(checks)):
+        return Finding(question, "bad", "broken", " ".join(parts))
+    if counted.judged < UNREADABLE and all(checks):
+        return Finding(question, "good", "readable", " ".join(parts))
+    return Finding(question, "mixed", "partly", " ".join(parts))
+
+
+DEFINITIONS = (
+    Definition(
+        "unreadable",
+        "Unreadable answers: share of the greedy forget answers that are empty, cut or broken. "
+        "For generated authors: all that is no sentence of the generator, whatever its values. "
+        "Elsewhere, where the true answer has them: fewer than three words, or no end; and, "
+        "with an oracle, an NLL per token under the judge above the 99th percentile of the "
+        "oracle's own answers.",
+        after="fact recall",
+    ),
+)
+ROW = Evaluator(
+    "readability",
+    run,
+    METRICS,
+    derive=summarize,
+    verdicts=(Verdict("readable", readable, after="kept"),),
+    definitions=DEFINITIONS,
+)

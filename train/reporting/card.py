@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train import tasks
+from train.evaluators.tofu import truth_ratios
 from train.reporting import metrics_table
 from train.reporting.provenance import command, facts, limitations
 from train.reporting.runlogs import clean
@@ -75,18 +77,14 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
         run: configuration and summary; the same run gives the same text.
         logs: per-item logs by model, for the number of questions.
     """
-    from train.reporting.runlogs import truth_ratios
-
     logs = logs or {}
     config, summary = run.config, run.summary
-    models = [m for m in metrics_table.MODELS if m in summary]
+    models = [m for m in run.roles if m in summary]
     method = _section(config, "objective").get("name")
     title = f"{config.get('preset') or 'run'}: {method}, seed {config.get('seed')}"
-    from_tofu = _section(config, "data").get("source") == "tofu"
-    published = from_tofu and not _section(config, "data").get("path")
     smoke = bool(config.get("smoke"))
     lines = [
-        *_front(("unlearning", str(method)), _base(config), "locuslab/TOFU" if published else None),
+        *_front(("unlearning", str(method)), _base(config), tasks.hub_id(config)),
         f"# {'SMOKE RUN: ' if smoke else ''}{cell(title)}",
         "",
         "A language model from which a part of what it knew was unlearned. `original` is the model "
@@ -98,7 +96,8 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
     if smoke:
         lines.append("A smoke run: steps and samples are cut, so there is no verdict.")
     else:
-        found = verdicts(summary, len(truth_ratios(logs.get("unlearned", {}))))
+        questions = len(truth_ratios(logs.get(run.roles.judged, {})))
+        found = verdicts(summary, questions, roles=run.roles, evaluators=run.evaluators)
         lines += _table(
             ("question", "answer", "how it was judged"),
             [(one.question, f"{one.answer} ({one.state})", one.text) for one in found],
@@ -108,11 +107,9 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
         n for m in models for n in metrics_table.metrics_of(summary[m])
     ):
         metric = metrics_table.describe(name)
-        if metric.main and name != metrics_table.LOG10_P:
+        if metric.main and not metric.log10_of:
             shown = [metrics_table.format_number(summary[m].get(name)) for m in models]
-            numbers.append(
-                (f"{metric.label} {metrics_table.ARROWS[metric.better]}".strip(), *shown)
-            )
+            numbers.append((f"{metric.label} {metric.arrow}".strip(), *shown))
     lines += ["", "## Numbers", "", *_table(("", *models), numbers), ""]
     lines += [f"{metrics_table.LEGEND}.", ""]
     lines += ["## Use", "", USE]

@@ -10,32 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from train.evaluators import chosen
+from train.evaluators.base import Pair
 from train.reporting import metrics_table, plots, tables
-from train.reporting.page import Picture, embed, render
+from train.reporting.page import Drawn, embed, render
 from train.reporting.runlogs import clean
 from train.reporting.tables import Column, Run
 from train.reporting.verdict import SMOKE
 
-# What is drawn against what, left to right and upwards; pairs that no run has are left out.
-PAIRS = (
-    ("forget_rouge", "retain_rouge", "Forget against retain"),
-    (metrics_table.LOG10_P, "model_utility", "Forget quality against model utility"),
-)
-CAPTIONS = {
-    "forget_rouge": "Runs to the left forget more, runs further up keep more. The oracle shows how "
-    "far to the left is far enough: further left is no better.",
-    metrics_table.LOG10_P: "To the right the KS test tells a model less well from the oracle; "
-    "above log10 0.05 = -1.3 it does not tell them apart. Further up more of the rest is kept.",
-}
-SHOWN = (
-    "forget_rouge",
-    "forget_fact_recall",
-    metrics_table.LOG10_P,
-    "retain_rouge",
-    "model_utility",
-    "forget_unreadable",
-    "privleak",
-)
 LONGEST = 24
 
 
@@ -53,18 +35,29 @@ def short_names(labels: Sequence[str]) -> list[str]:
     ]
 
 
-def _utilities(runs: Sequence[Run]) -> list[str]:
-    """The names that model utility has in the runs: of fewer than nine parts it has its own."""
-    found = {n for run in runs for n in run.summary["unlearned"] if n.startswith("model_utility")}
-    return sorted(found)
+def _measured(runs: Sequence[Run]) -> set[str]:
+    """The metrics of the models that the runs are about."""
+    return {name for run in runs for name in metrics_table.metrics_of(run.judged)}
 
 
-def _pairs(runs: Sequence[Run], model: str, x: str, y: str) -> list[tuple[float, float]]:
-    values = [metrics_table.metrics_of(run.summary[model]) for run in runs if model in run.summary]
+def _pairs(found: Sequence[dict[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
+    values = [metrics_table.metrics_of(scores) for scores in found]
     return [(v[x], v[y]) for v in values if x in v and y in v]
 
 
-def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> list[Picture]:
+def _drawn(runs: Sequence[Run]) -> list[Pair]:
+    """What is drawn against what: the pairs of the runs' evaluators, under the names they have."""
+    rows = chosen(name for run in runs for name in run.evaluators)
+    names = _measured(runs)
+    return [
+        pair._replace(x=x, y=y)
+        for pair in (pair for row in rows for pair in row.pairs)
+        for x in metrics_table.variants(pair.x, names)
+        for y in metrics_table.variants(pair.y, names)
+    ]
+
+
+def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> list[Drawn]:
     """The scatter of every pair of metrics that the runs have.
 
     Args:
@@ -74,16 +67,24 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
     every = [run for _, members in found for run in members]
     smoke = "SMOKE: " if any(run.config.get("smoke") for run in every) else ""
     made = []
-    pairs = [pair for pair in PAIRS if pair[1] != "model_utility"]
-    for name in _utilities(every):
-        pairs += [(x, name, title) for x, y, title in PAIRS if y == "model_utility"]
-    for x, y, title in pairs:
+    for x, y, title, caption in _drawn(every):
         points = [
-            plots.Point(name, _pairs(members, "unlearned", x, y))
+            plots.Point(name, _pairs([run.judged for run in members], x, y))
             for name, (_, members) in zip(names, found, strict=True)
         ]
-        fixed = {model: _pairs(every, model, x, y) for model in ("original", "oracle")}
-        figure = plots.scatter(points, {m: pairs for m, pairs in fixed.items() if pairs}, x, y)
+        beside: dict[str, list[tuple[float, float]]] = {}
+        for role in ("start", "reference"):
+            for run in every:
+                model = getattr(run.roles, role)
+                if model in run.summary:
+                    beside.setdefault(model, []).extend(_pairs([run.summary[model]], x, y))
+        figure = plots.scatter(
+            points,
+            {model: pairs for model, pairs in beside.items() if pairs},
+            metrics_table.describe(x),
+            metrics_table.describe(y),
+            every[0].roles,
+        )
         if figure is not None:
             means = [(p.name, np.mean(p.values, axis=0)) for p in points if p.values]
             show = metrics_table.format_number
@@ -92,9 +93,9 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
             )
             labels = [metrics_table.describe(name).label for name in (x, y)]
             alt = f"{labels[0]} / {labels[1]}, means over seeds: {said}."
-            caption = CAPTIONS[x] + " A large mark is the mean over an experiment's seeds."
+            words = caption + " A large mark is the mean over an experiment's seeds."
             png = plots.png(figure, smoke + title)
-            made.append(Picture(x, title, alt, caption, "", png))
+            made.append(Drawn(x, title, alt, words, "", png))
     return made
 
 
@@ -105,7 +106,6 @@ def _row(column: Column, names: dict[str, str], shown: Sequence[str]) -> dict[st
         "name": clean(f"{name} · {column.model}" if name else column.model),
         "n": column.n,
         "cells": cells,
-        "unlearned": column.model == "unlearned",
     }
 
 
@@ -119,8 +119,9 @@ def page(runs: Sequence[Run]) -> str:
     labels = [clean(label, 200) for label, _ in found]
     short = short_names(labels)
     cols = tables.columns(runs)
-    wanted = [n for name in SHOWN for n in (_utilities(runs) if "utility" in name else [name])]
-    shown = [n for n in wanted if any(n in column.cells for column in cols)]
+    measured = {name for column in cols for name in column.cells}
+    wanted = sorted((m for m in metrics_table.metrics() if m.compare), key=lambda m: m.compare)
+    shown = [n for m in wanted for n in metrics_table.variants(m.name, measured)]
     names = {label: name for (label, _), name in zip(found, short, strict=True)}
     if len(found) == 1:  # its columns carry no label
         names |= dict.fromkeys(("", "SMOKE"), short[0])
@@ -134,9 +135,9 @@ def page(runs: Sequence[Run]) -> str:
         heads=[
             {
                 "label": m.label,
-                "arrow": metrics_table.ARROWS[m.better],
+                "arrow": m.arrow,
                 "direction": metrics_table.DIRECTIONS[m.better],
-                "explain": m.explain,
+                "explain": m.words,
             }
             for m in heads
         ],

@@ -10,23 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
+from train.evaluators import chosen
+from train.evaluators.base import Picture, Results, arranged
+from train.evaluators.tofu import truth_ratios
 from train.reporting import metrics_table, tables
 from train.reporting.plain import shown
 from train.reporting.provenance import command, facts, limitations
-from train.reporting.runlogs import (
-    clean,
-    leak_scores,
-    read_evals,
-    read_steps,
-    samples,
-    truth_ratios,
-)
+from train.reporting.runlogs import clean, read_evals, read_steps, samples
 from train.reporting.tables import Run
 from train.reporting.verdict import SMOKE, verdicts
 from train.runtime import files
 
 
-class Picture(NamedTuple):
+class Drawn(NamedTuple):
     """A picture of the page; without PNG bytes (not enough data) `missing` says why."""
 
     name: str
@@ -37,72 +33,44 @@ class Picture(NamedTuple):
     png: bytes | None
 
 
-def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Picture]:
-    """curves.png, facts.png, leak.png and truth_ratio.png of a run."""
-    import numpy as np
+def curves(run: Run) -> Picture:
+    """The picture of the steps: what a run logs while it trains, whatever judges it."""
+    logged = read_steps(run.folder / "metrics.jsonl", _say)
+    steps = [r for r in logged if r["stage"] == run.roles.judged]
 
+    def draw(results: Results) -> Any:
+        from train.reporting import plots
+
+        return plots.curves(steps, run.summary.get(run.roles.reference), run.roles)
+
+    return Picture(
+        "curves.png",
+        "While it unlearns",
+        draw,
+        lambda results: (
+            f"Lines over {len(steps)} logged unlearning steps. At the end, forget "
+            f"ROUGE-L: {results.across('forget_rouge')}; retain ROUGE-L: "
+            f"{results.across('retain_rouge')}."
+        ),
+        "Forget and retain while unlearning. The forget line should come down to the oracle's "
+        "level, the retain line should stay up.",
+        f"No curves: metrics.jsonl has no steps of the stage {run.roles.judged!r}.",
+    )
+
+
+def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Drawn]:
+    """The pictures of a run: its steps, and what its evaluators draw."""
     from train.reporting import plots
 
-    s, show = run.summary, metrics_table.format_number
-    logged = read_steps(run.folder / "metrics.jsonl", _say)
-    steps = [r for r in logged if r["stage"] == "unlearned"]
-    scores = {m: np.asarray(leak_scores(log), float) for m, log in logs.items() if leak_scores(log)}
-    values = {m: np.asarray(truth_ratios(log)) for m, log in logs.items() if truth_ratios(log)}
-    distance, p = (
-        metrics_table.number(s["unlearned"].get(n)) for n in ("forget_ks", "forget_quality")
-    )
-
-    def across(name: str) -> str:
-        pairs = [(m, s[m].get(name)) for m in metrics_table.MODELS if m in s]
-        return ", ".join(f"{m} {show(v)}" for m, v in pairs if metrics_table.number(v) is not None)
-
-    ks = metrics_table.leak_ks(s["unlearned"])
-    at_k = across(f"leak_at_{ks[-1]}") if ks else ""
-    made = (
-        (
-            "curves.png",
-            "While it unlearns",
-            plots.curves(steps, s.get("oracle")),
-            f"Lines over {len(steps)} logged unlearning steps. At the end, forget ROUGE-L: "
-            f"{across('forget_rouge')}; retain ROUGE-L: {across('retain_rouge')}.",
-            "Forget and retain while unlearning. The forget line should come down to the oracle's "
-            "level, the retain line should stay up.",
-            "No curves: metrics.jsonl has no steps of the stage 'unlearned'.",
-        ),
-        (
-            "facts.png",
-            "Fact recall",
-            plots.fact_recall(s),
-            f"Bars, a pair a model. Facts to forget: {across('forget_fact_recall')}; facts to "
-            f"keep: {across('retain_fact_recall')}.",
-            "How many of the true values (names, dates, words) stand in the greedy answers. The "
-            "oracle, which never saw the facts to forget, gets some of them right by chance.",
-            "No fact recall: only generated authors say which words of an answer are the fact.",
-        ),
-        (
-            "leak.png",
-            "Leak under sampling",
-            plots.leak(scores, s),
-            "leak@k over k, a line a model" + (f"; at k = {ks[-1]}: {at_k}." if ks else "."),
-            "leak@k: the best of k sampled answers, scored against the truth. A model that only "
-            "hides the facts from greedy decoding rises towards the original's line.",
-            "No leak@k: no answers were sampled (--evaluate.leak-samples).",
-        ),
-        (
-            "truth_ratio.png",
-            "Truth ratios of the facts to forget",
-            plots.truth_ratio(plots.Ratios(values, distance, p)),
-            "Cumulative distributions of the truth ratio on the forget questions. KS distance to "
-            f"the oracle: {across('forget_ks')}.",
-            "Truth ratios on the forget questions. The test behind forget quality asks whether the "
-            "unlearned line and the oracle's could be one; the black bar is the KS distance.",
-            "No truth ratios in evals/.",
-        ),
-    )
+    results = Results(run.summary, logs, run.roles)
+    rows = arranged(picture for row in chosen(run.evaluators) for picture in row.pictures)
     smoke = "SMOKE: " if run.config.get("smoke") else ""
-    return [
-        Picture(n, t, alt, c, no, f and plots.png(f, smoke + t)) for n, t, f, alt, c, no in made
-    ]
+    made = []
+    for row in (curves(run), *rows):
+        figure = row.draw(results)
+        png = figure and plots.png(figure, smoke + row.title)
+        made.append(Drawn(row.name, row.title, row.alt(results), row.caption, row.missing, png))
+    return made
 
 
 def _say(message: str) -> None:
@@ -121,16 +89,16 @@ def _rows(run: Run, models: Sequence[str]) -> list[dict[str, Any]]:
     for name in metrics_table.ordered(
         n for m in models for n in metrics_table.metrics_of(run.summary[m])
     ):
-        if name == metrics_table.LOG10_P:  # the same number again
-            continue
         metric = metrics_table.describe(name)
+        if metric.log10_of:  # the same number again
+            continue
         head, _, tail = metric.label.rpartition(" ")
         rows.append(
             {
                 "head": head,
                 "tail": tail,
-                "explain": metric.explain,
-                "arrow": metrics_table.ARROWS[metric.better],
+                "explain": metric.words,
+                "arrow": metric.arrow,
                 "direction": metrics_table.DIRECTIONS[metric.better],
                 "cells": [_cell(run.summary[m], m, name) for m in models],
             }
@@ -152,33 +120,36 @@ def build(run_dir: str | Path) -> Path:
     """
     run = tables.load_run(run_dir)
     logs = read_evals(run)
-    models = [m for m in metrics_table.MODELS if m in run.summary]
-    models += sorted(set(run.summary) - set(models))
+    roles, models = run.roles, run.models
+    questions = len(truth_ratios(logs.get(roles.judged, {})))
     made = pictures(run, logs)
+    definitions = arranged(one for row in chosen(run.evaluators) for one in row.definitions)
     preset, seed = run.config.get("preset") or run.folder.name, run.config.get("seed")
     objective = run.config.get("objective")
     method = objective.get("name") if isinstance(objective, dict) else objective
     smoke = bool(run.config.get("smoke"))
-    own_oracle = logs.get("oracle") if "oracle" in run.summary else None
+    own_reference = logs.get(roles.reference) if roles.reference in run.summary else None
     page = render(
         "report.html.j2",
         smoke=SMOKE if smoke else "",
         title=f"{preset}, {method}, seed {seed}" if method else f"{preset}, seed {seed}",
         lead="A model that knows a set of facts was made to forget a part of them. Below: whether "
         "it forgot, what it kept, and how that was measured.",
-        verdicts=verdicts(run.summary, len(truth_ratios(logs.get("unlearned", {}))), smoke),
+        verdicts=verdicts(run.summary, questions, smoke, roles, run.evaluators),
         directions=[
             (metrics_table.ARROWS[k], text) for k, text in metrics_table.DIRECTIONS.items() if k
         ],
         models=models,
+        reference=roles.reference,
         rows=_rows(run, models),
         retain_log=bool(run.config.get("retain_log")),
         pictures=[embed(p, p.png) for p in made if p.png],
         no_pictures=[p.missing for p in made if not p.png],
-        samples=samples(logs, own_oracle),
+        samples=samples(logs, own_reference, roles),
         facts=facts(run, logs),
         command=clean(command(run), 4000),
         config=clean(json.dumps(run.config, indent=2, ensure_ascii=False), 20000),
+        definitions=[one.text for one in definitions],
         limitations=limitations(run, logs),
     )
     for picture in made:
@@ -212,7 +183,7 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def embed(picture: Picture, png: bytes) -> dict[str, Any]:
+def embed(picture: Drawn, png: bytes) -> dict[str, Any]:
     """A picture as the templates take it."""
     width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
     data = base64.b64encode(png).decode("ascii")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,18 +17,35 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from train.reporting import metrics_table
+from train.evaluators.base import Metric
+from train.evaluators.roles import ROLES, Roles
+from train.reporting.numbers import format_number, number
 
 # Near the Okabe-Ito palette, which colour-blind readers can tell apart, and dark enough for lines.
 STYLES: dict[str, dict[str, Any]] = {
-    "original": {"color": "#404040", "linestyle": (0, (5, 2)), "marker": "s"},
-    "oracle": {"color": "#0072B2", "linestyle": (0, (1, 1.2)), "marker": "^"},
-    "unlearned": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
+    "start": {"color": "#404040", "linestyle": (0, (5, 2)), "marker": "s"},
+    "reference": {"color": "#0072B2", "linestyle": (0, (1, 1.2)), "marker": "^"},
+    "judged": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
     "forget": {"color": "#A0287A", "linestyle": "-", "marker": "o"},
     "retain": {"color": "#007F5F", "linestyle": (0, (5, 2)), "marker": "s"},
 }
+# Of the models without a role (`attacked:…`), in turn.
+FURTHER: tuple[dict[str, Any], ...] = (
+    {"color": "#8C6D00", "linestyle": (0, (5, 1, 1, 1)), "marker": "v"},
+    {"color": "#5B3FA8", "linestyle": (0, (3, 1)), "marker": "D"},
+    {"color": "#B0413E", "linestyle": (0, (1, 2.4)), "marker": "P"},
+    {"color": "#007F5F", "linestyle": (0, (7, 2, 1, 2)), "marker": "X"},
+)
 FONT = 11
 WIDTH = 5.0
+
+
+def styles(models: Sequence[str], roles: Roles) -> dict[str, dict[str, Any]]:
+    """How each model is drawn: by its role, the others one after the other."""
+    named = dict(zip(roles, ("start", "reference", "judged"), strict=True))
+    others = [model for model in models if model not in named]
+    further = {model: FURTHER[i % len(FURTHER)] for i, model in enumerate(others)}
+    return {m: STYLES[named[m]] if m in named else further[m] for m in models}
 
 
 class Ratios(NamedTuple):
@@ -89,17 +106,20 @@ def series(steps: Sequence[dict[str, Any]], name: str) -> tuple[list[float], lis
         >>> series([{"step": 1, "loss": 2.0}, {"step": 2}], "loss")
         ([1], [2.0])
     """
-    pairs = [(row["step"], metrics_table.number(row.get(name))) for row in steps]
+    pairs = [(row["step"], number(row.get(name))) for row in steps]
     kept = [(step, value) for step, value in pairs if value is not None]
     return [step for step, _ in kept], [value for _, value in kept]
 
 
-def curves(steps: Sequence[dict[str, Any]], oracle: dict[str, Any] | None) -> Figure | None:
+def curves(
+    steps: Sequence[dict[str, Any]], reference: dict[str, Any] | None, roles: Roles = ROLES
+) -> Figure | None:
     """Forget and retain over the steps of the unlearning stage: ROUGE-L above, losses below.
 
     Args:
         steps: the stage's lines of `metrics.jsonl`.
-        oracle: the oracle's flat metrics, drawn as a level to reach.
+        reference: the reference model's flat metrics, drawn as a level to reach.
+        roles: which model is which.
 
     Returns:
         The figure, or None when nothing was logged.
@@ -117,10 +137,10 @@ def curves(steps: Sequence[dict[str, Any]], oracle: dict[str, Any] | None) -> Fi
         for part in ("forget", "retain"):
             x, y = series(steps, f"{part}_{quality}")
             ax.plot(x, y, label=part, linewidth=2, markersize=5, **STYLES[part])
-        level = metrics_table.number((oracle or {}).get(f"forget_{quality}"))
+        level = number((reference or {}).get(f"forget_{quality}"))
         if level is not None:
-            style = {k: STYLES["oracle"][k] for k in ("color", "linestyle")}
-            ax.axhline(level, linewidth=1.8, label="oracle, forget", **style)
+            style = {k: STYLES["reference"][k] for k in ("color", "linestyle")}
+            ax.axhline(level, linewidth=1.8, label=f"{roles.reference}, forget", **style)
         ax.set_ylim(-0.03, 1.05)
         label = "ROUGE-L recall" if quality == "rouge" else "probability"
         ax.set_ylabel(label, fontsize=FONT)
@@ -130,7 +150,7 @@ def curves(steps: Sequence[dict[str, Any]], oracle: dict[str, Any] | None) -> Fi
         for name in names:
             x, y = series(steps, name)
             part = name.removesuffix("_loss")
-            style: dict[str, Any] = dict(STYLES.get(part, STYLES["unlearned"]))
+            style: dict[str, Any] = dict(STYLES.get(part, STYLES["judged"]))
             style["marker"] = "o" if len(x) == 1 else None
             ax.plot(x, y, linewidth=1.8, label=f"{part} loss" if part != name else "loss", **style)
         ax.set_ylabel("training loss", fontsize=FONT)
@@ -144,21 +164,21 @@ def curves(steps: Sequence[dict[str, Any]], oracle: dict[str, Any] | None) -> Fi
     return figure
 
 
-def fact_recall(summary: dict[str, dict[str, Any]]) -> Figure | None:
+def fact_recall(summary: Mapping[str, Mapping[str, Any]], roles: Roles = ROLES) -> Figure | None:
     """Share of the true values in each model's answers, facts to forget and facts to keep.
 
     Args:
         summary: flat metrics by model.
+        roles: which model is which.
 
     Returns:
         The figure, or None where no row said what its values are.
     """
     parts = ("forget", "retain")
-    models = [m for m in metrics_table.MODELS if m in summary]
+    known = {f"{part}_fact_recall" for part in parts}
+    models = [m for m in roles.order(summary) if m in roles or known & set(summary[m])]
     values = {
-        (m, part): metrics_table.number(summary[m].get(f"{part}_fact_recall"))
-        for m in models
-        for part in parts
+        (m, part): number(summary[m].get(f"{part}_fact_recall")) for m in models for part in parts
     }
     if all(value is None for value in values.values()):
         return None
@@ -196,15 +216,20 @@ MARKERS = ("o", "^", "D", "v", "P", "X", "*")
 
 
 def scatter(
-    points: Sequence[Point], fixed: dict[str, list[tuple[float, float]]], x: str, y: str
+    points: Sequence[Point],
+    fixed: dict[str, list[tuple[float, float]]],
+    x: Metric,
+    y: Metric,
+    roles: Roles = ROLES,
 ) -> Figure | None:
     """Runs in the plane of two metrics: a small mark a run, a large one the mean over its seeds.
 
     Args:
         points: the unlearned models, an experiment each.
         fixed: original and oracle, drawn hollow as what to leave and what to reach.
-        x: name of the metric across.
-        y: name of the metric up.
+        x: the metric across.
+        y: the metric up.
+        roles: which model is which.
 
     Returns:
         The figure, or None when no run has both metrics.
@@ -218,7 +243,7 @@ def scatter(
         if pairs:
             right, up = np.mean(pairs, axis=0)
             ax.plot(
-                [right], [up], linestyle="", marker="s" if model == "original" else "h",
+                [right], [up], linestyle="", marker="s" if model == roles.start else "h",
                 markersize=10,
                 markerfacecolor="none", markeredgecolor="#404040", markeredgewidth=1.6, label=model,
             )  # fmt: skip
@@ -234,8 +259,7 @@ def scatter(
         # Matplotlib leaves labels out of the legend that begin with an underscore.
         label = f" {name}" if name.startswith("_") else name
         ax.plot([right], [up], linestyle="", markersize=9, label=label, **style)
-    for name, setter in ((x, ax.set_xlabel), (y, ax.set_ylabel)):
-        metric = metrics_table.describe(name)
+    for metric, setter in ((x, ax.set_xlabel), (y, ax.set_ylabel)):
         arrow = {"up": " (higher is better)", "oracle": " (the oracle's is the goal)"}
         setter(metric.label + arrow.get(metric.better, ""), fontsize=FONT)
     ax.margins(0.08)
@@ -262,32 +286,29 @@ def leak_curve(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array(ks), leak_at_k(scores, ks).mean(axis=0)
 
 
-def leak(scores: dict[str, np.ndarray], summary: dict[str, dict[str, Any]]) -> Figure | None:
+def leak(
+    scores: dict[str, np.ndarray], points: dict[str, dict[int, float]], roles: Roles = ROLES
+) -> Figure | None:
     """leak@k over k, a line a model; marks are the values in `summary.json`.
 
     Args:
         scores: per model (prompts, n) in [0, 1].
-        summary: flat metrics by model.
+        points: per model {k: leak@k}.
+        roles: which model is which.
 
     Returns:
         The figure, or None when no model was sampled.
     """
-    points = {m: metrics_table.leak_ks(s) for m, s in summary.items() if m in STYLES}
-    models = [m for m in metrics_table.MODELS if m in scores or points.get(m)]
+    models = roles.order({*scores, *(m for m, values in points.items() if values)})
     if not models:
         return None
     figure, (ax,) = _figure([3.1])
     ticks: set[int] = set()
-    for model in models:
-        style = dict(STYLES[model])
+    for model, known in styles(models, roles).items():
+        style = dict(known)
         marker = style.pop("marker")
-        flat = summary.get(model, {})
-        ks = [
-            k
-            for k in points.get(model, [])
-            if metrics_table.number(flat[f"leak_at_{k}"]) is not None
-        ]
-        ys = [flat[f"leak_at_{k}"] for k in ks]
+        ks = list(points.get(model, {}))
+        ys = list(points.get(model, {}).values())
         x, y = leak_curve(scores[model]) if model in scores else (np.array(ks), np.array(ys))
         marks = {"markevery": [i for i, k in enumerate(x) if k in ks], "markersize": 6}
         ax.plot(x, y, linewidth=2, label=model, marker=marker, **marks, **style)
@@ -312,16 +333,17 @@ def ecdf(values: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.sort(values), x, side="right") / len(values)
 
 
-def truth_ratio(ratios: Ratios) -> Figure | None:
-    """Empirical distributions of the truth ratio, marked where unlearned and oracle differ most.
+def truth_ratio(ratios: Ratios, roles: Roles = ROLES) -> Figure | None:
+    """Empirical distributions of the truth ratio, marked where judged and reference differ most.
 
     Args:
         ratios: per-item R by model; R < 1: the right answer is the likelier one.
+        roles: which model is which.
 
     Returns:
         The figure, or None without a single model's ratios.
     """
-    clean = {m: np.asarray(v, float) for m, v in ratios.values.items() if m in metrics_table.MODELS}
+    clean = {m: np.asarray(ratios.values[m], float) for m in roles.order(ratios.values)}
     clean = {m: v[np.isfinite(v)] for m, v in clean.items()}
     clean = {m: np.maximum(v, 1e-12) for m, v in clean.items() if len(v)}
     if not clean:
@@ -330,16 +352,15 @@ def truth_ratio(ratios: Ratios) -> Figure | None:
     figure, (ax,) = _figure([3.5])
     pooled = np.concatenate(list(clean.values()))
     low, high = pooled.min() / 1.3, max(pooled.max(), 1.0) * 1.3
-    for model in metrics_table.MODELS:
-        if model in clean:
-            v = np.sort(clean[model])
-            x = np.concatenate([[low], v, [high]])
-            y = np.concatenate([[0.0], np.arange(1, len(v) + 1) / len(v), [1.0]])
-            style = {k: STYLES[model][k] for k in ("color", "linestyle")}
-            ax.step(x, y, where="post", linewidth=2, label=model, **style)
+    for model, known in styles(list(clean), roles).items():
+        v = np.sort(clean[model])
+        x = np.concatenate([[low], v, [high]])
+        y = np.concatenate([[0.0], np.arange(1, len(v) + 1) / len(v), [1.0]])
+        style = {k: known[k] for k in ("color", "linestyle")}
+        ax.step(x, y, where="post", linewidth=2, label=model, **style)
     ax.axvline(1.0, color="#888888", linewidth=1)
-    if "unlearned" in clean and "oracle" in clean:
-        u, o = clean["unlearned"], clean["oracle"]
+    if roles.judged in clean and roles.reference in clean:
+        u, o = clean[roles.judged], clean[roles.reference]
         x = np.sort(np.concatenate([u, o]))
         a, b = ecdf(u, x), ecdf(o, x)
         i = int(np.argmax(np.abs(a - b)))
@@ -349,9 +370,9 @@ def truth_ratio(ratios: Ratios) -> Figure | None:
         ax.plot([at, at], ends, color="black", linewidth=2.4, solid_capstyle="butt", zorder=5)
         ax.plot([at, at], ends, color="black", marker="_", markersize=9, linestyle="", zorder=5)
         distance = ends[1] - ends[0] if ratios.distance is None else ratios.distance
-        text = f"KS distance {metrics_table.format_number(distance)}"
+        text = f"KS distance {format_number(distance)}"
         if ratios.p is not None:
-            text += f"\np {metrics_table.format_number(ratios.p)}"
+            text += f"\np {format_number(ratios.p)}"
         # Bottom right: no distribution passes there, all end at 1.
         ax.annotate(
             text,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from train.reporting import metrics_table
-from train.reporting.runlogs import clean, items_of, leak_scores, truth_ratios
+from train.evaluators.base import items_of
+from train.evaluators.leak import leak_scores
+from train.evaluators.tofu import truth_ratios
+from train.reporting.numbers import format_number
+from train.reporting.runlogs import clean
 from train.reporting.tables import Run
 
 # Options the command on the page repeats; the whole configuration stands below it.
@@ -48,7 +51,7 @@ def _options(section: Any) -> str:
 
 
 def _size(run: Run) -> int | None:
-    for scores in (run.summary["unlearned"], run.config):
+    for scores in (run.judged, run.config):
         if isinstance(scores.get("num_parameters"), int):
             return scores["num_parameters"]
     return None
@@ -79,7 +82,7 @@ def _model(run: Run) -> str:
 def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """What was run, as name and text."""
     config, data = run.config, run.config.get("data")
-    log = logs.get("unlearned", {})
+    log = logs.get(run.roles.judged, {})
     counts = []
     for part, prefix in (
         ("forget", "forget"),
@@ -116,11 +119,11 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         rows.append(("Trained", what))
     if config.get("combine", "sum") != "sum":
         rows.append(("Two sides' gradients", str(config["combine"])))
-    if not run.summary.get("oracle") and config.get("retain_log"):
+    if not run.summary.get(run.roles.reference) and config.get("retain_log"):
         rows.append(("Retain log in place of the oracle", str(config["retain_log"])))
     minutes = run.about.get("minutes")
     if isinstance(minutes, dict):
-        spent = [f"{name} {metrics_table.format_number(float(m))}" for name, m in minutes.items()]
+        spent = [f"{name} {format_number(float(m))}" for name, m in minutes.items()]
         rows.append(("Minutes", ", ".join(spent)))
     versions = [f"{name} {run.about[name]}" for name in ("jax", "python") if name in run.about]
     if "device" in run.about:
@@ -133,7 +136,7 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 
 def limitations(run: Run, logs: dict[str, dict[str, Any]]) -> list[str]:
     """What the numbers do not say, and the run's own notes."""
-    n = len(truth_ratios(logs.get("unlearned", {})))
+    n = len(truth_ratios(logs.get(run.roles.judged, {})))
     out = []
     if run.config.get("smoke"):
         out.append(

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
+from train.evaluators.base import items_of
 from train.evaluators.readability import judge
-from train.reporting import metrics_table, tables
+from train.evaluators.roles import ROLES, Roles
+from train.reporting import tables
+from train.reporting.numbers import format_number
+from train.reporting.numbers import number as finite
 from train.reporting.tables import Run
 from train.runtime import files
 
@@ -87,46 +91,21 @@ def read_steps(path: Path, say: Callable[[str], None] = print) -> list[dict[str,
     return list(rows.values())
 
 
-def items_of(log: dict[str, Any], metric: str) -> dict[str, dict[str, Any]]:
-    """The per-item results of a metric by item index; empty when it was not computed."""
-    entry = log.get(metric)
-    items = entry.get("value_by_index") if isinstance(entry, dict) else None
-    return {k: v for k, v in (items or {}).items() if isinstance(v, dict)}
-
-
 def read_evals(run: Run) -> dict[str, dict[str, Any]]:
-    """Per-item logs by model; the retain log stands in for an oracle that was not trained.
+    """Per-item logs by model; the retain log stands in for a reference that was not trained.
 
     Raises:
         UserError: a log is there but unreadable.
     """
-    paths = {model: run.folder / "evals" / f"{model}.json" for model in metrics_table.MODELS}
-    if not paths["oracle"].exists() and run.config.get("retain_log"):
-        paths["oracle"] = Path(str(run.config["retain_log"]))
+    models = run.roles.order({*run.roles, *run.summary})
+    paths = {model: run.folder / "evals" / f"{model}.json" for model in models}
+    reference = run.roles.reference
+    if not paths[reference].exists() and run.config.get("retain_log"):
+        paths[reference] = Path(str(run.config["retain_log"]))
     for path in paths.values():
         files.check_key(path)
     found = {m: tables.read_json(p) for m, p in paths.items() if p.is_file()}
     return {m: log for m, log in found.items() if isinstance(log, dict)}
-
-
-def truth_ratios(log: dict[str, Any]) -> list[float]:
-    """The values R of the forget questions; empty when they were not measured.
-
-    Raises:
-        UserError: the log is no evaluation log.
-    """
-    from jaxlib_unlearn.metrics.eval_log import parse_log
-
-    items = parse_log(log, "evals").items if log else {}
-    return [float(value) for value in items.get("forget_truth_ratio", ())]
-
-
-def leak_scores(log: dict[str, Any]) -> list[list[float]]:
-    """Scores of the sampled answers, a row a question, cut to the shortest row."""
-    inner = log["leak"] if isinstance(log.get("leak"), dict) else log
-    rows = [v["scores"] for v in items_of(inner, "leak_at_k").values() if v.get("scores")]
-    n = min((len(row) for row in rows), default=0)
-    return [row[:n] for row in rows]
 
 
 def question_of(prompt: str) -> str:
@@ -159,18 +138,20 @@ def clean(text: Any, limit: int = 700) -> str:
 
 
 def samples(
-    logs: dict[str, dict[str, Any]], oracle: dict[str, Any] | None = None
+    logs: dict[str, dict[str, Any]],
+    reference: dict[str, Any] | None = None,
+    roles: Roles = ROLES,
 ) -> list[dict[str, Any]]:
     """Questions at even distances through each split, with every model's greedy answer.
 
-    `oracle` is the log that sets the limits of readability, where the run has one of its own.
+    `reference` is the log that sets the limits of readability, where the run has one of its own.
     """
     out = []
-    judged = {m: judge(log, oracle) for m, log in logs.items()}
+    judged = {m: judge(log, reference) for m, log in logs.items()}
     unreadable = {m: found.reasons for m, found in judged.items() if found is not None}
     for part, count in SAMPLES.items():
         by_model = {m: items_of(log, f"{part}_Q_A_ROUGE") for m, log in logs.items()}
-        items = by_model.get("unlearned", {})
+        items = by_model.get(roles.judged, {})
         keys = list(items)
         keys = [keys[int((i + 0.5) * len(keys) / count)] for i in range(count)] if keys else []
         entries = []
@@ -183,8 +164,8 @@ def samples(
                 if item and str(item.get("ground_truth", "")).strip() == str(truth).strip():
                     answers.append({
                         "model": model, "text": clean(item.get("generation", "")) or "(nothing)",
-                        "score": metrics_table.format_number(item["rougeL_recall"])
-                        if metrics_table.number(item.get("rougeL_recall")) is not None else "",
+                        "score": format_number(item["rougeL_recall"])
+                        if finite(item.get("rougeL_recall")) is not None else "",
                         "unreadable": unreadable.get(model, {}).get(key, "")
                         if part == "forget" else "",
                     })  # fmt: skip

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxlib_unlearn import reading
 from jaxlib_unlearn.errors import UserError
+from train.evaluators import QUESTION_ANSWERING
+from train.evaluators.roles import ROLES, Roles, roles_of
 from train.reporting.metrics_table import (
-    ARROWS,
     LEGEND,
-    LOG10_P,
     MISSING,
-    MODELS,
     describe,
     format_number,
-    leak_ks,
     metrics_of,
     ordered,
 )
@@ -40,13 +38,28 @@ INCIDENTAL = {
 
 
 class Run(NamedTuple):
-    """A finished run folder: `config.json`, `summary.json` by model, `run.json` where it is."""
+    """A finished run folder: `config.json`, `summary.json` by model, `run.json` where it is.
+
+    `roles` says which of its models is which, `evaluators` how they were judged.
+    """
 
     folder: Path
     config: dict[str, Any]
     summary: dict[str, dict[str, Any]]
     about: dict[str, Any] = {}
     notes: tuple[str, ...] = ()
+    roles: Roles = ROLES
+    evaluators: tuple[str, ...] = QUESTION_ANSWERING
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """Flat metrics of the model that the run is about."""
+        return self.summary[self.roles.judged]
+
+    @property
+    def models(self) -> list[str]:
+        """All models of the run, in reading order."""
+        return self.roles.order(self.summary)
 
 
 def read_json(path: Path) -> Any:
@@ -93,9 +106,16 @@ def load_run(folder: str | Path) -> Run:
         for model, scores in summary.items()
         if isinstance(scores, dict)
     }
-    if "unlearned" not in summary:
-        raise UserError(f"{folder / 'summary.json'} has no model 'unlearned'; finish the run first")
-    return Run(folder, config, summary, about, tuple(notes))
+    roles = roles_of(about.get("roles"))
+    if roles.judged not in summary:
+        raise UserError(
+            f"{folder / 'summary.json'} has no model {roles.judged!r}; finish the run first"
+        )
+    judged_by = about.get("evaluators")
+    if not isinstance(judged_by, list):  # of a run before it was written down
+        judged_by = QUESTION_ANSWERING
+    evaluators = tuple(name for name in judged_by if isinstance(name, str))
+    return Run(folder, config, summary, about, tuple(notes), roles, evaluators)
 
 
 def _about(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -218,8 +238,8 @@ def columns(runs: Sequence[Run]) -> list[Column]:
     out: list[Column] = []
     for label, members in found:
         smoke = "SMOKE" if members[0].config.get("smoke") else ""
-        extra = {m for run in members for m in run.summary} - set(MODELS)
-        for model in (*MODELS, *sorted(extra)):
+        roles = members[0].roles
+        for model in roles.order(m for run in members for m in run.summary):
             have = [run for run in members if model in run.summary]
             if not have:
                 continue
@@ -232,7 +252,7 @@ def columns(runs: Sequence[Run]) -> list[Column]:
             digests = [str(run.summary[model].get("params_sha256") or "") for run in have]
             digests = tuple(sorted(digests)) if all(digests) else ()
             column = Column(label if len(found) > 1 else smoke, model, seeds, cells, digests)
-            shared = digests and model != "unlearned"
+            shared = digests and model != roles.judged
             same = [c for c in out if shared and c[1:] == column[1:]]
             if same:
                 out[out.index(same[0])] = same[0]._replace(label=smoke)
@@ -243,17 +263,20 @@ def columns(runs: Sequence[Run]) -> list[Column]:
 
 def _rows(cols: Sequence[Column], main: bool) -> list[str]:
     names = ordered(name for column in cols for name in column.cells)
-    if main:
-        ks = leak_ks(dict.fromkeys(names))
-        kept = {f"leak_at_{k}" for k in (ks[:1] + ks[-1:])}
-        names = [
-            n for n in names if describe(n).main and (not n.startswith("leak_at_") or n in kept)
-        ]
-        if all(column.n == 1 for column in cols):
-            names = [n for n in names if n != LOG10_P]
-        else:  # a mean of p over seeds says nothing; its decades do
-            names = [n for n in names if n != "forget_quality"]
-    return names
+    if not main:
+        return names
+    known = {name: describe(name) for name in names}
+    ends = {m.family: [n for n in names if known[n].family == m.family] for m in known.values()}
+    logs = {m.name: m.log10_of for m in known.values() if m.log10_of}
+    # A mean of p over seeds says nothing; its decades do.
+    hidden = set(logs if all(column.n == 1 for column in cols) else logs.values())
+    return [
+        n
+        for n in names
+        if known[n].main
+        and n not in hidden
+        and (not known[n].ends or n in (ends[known[n].family][0], ends[known[n].family][-1]))
+    ]
 
 
 def terminal(cols: Sequence[Column], width: int = 80, main: bool = True) -> list[Table]:
@@ -296,7 +319,7 @@ def terminal(cols: Sequence[Column], width: int = 80, main: bool = True) -> list
         for r, name in enumerate(names):
             metric = describe(name)
             # As `Text`: what looks like rich's markup in a name is part of the name.
-            label = Text(f"{metric.label} {ARROWS[metric.better]}".strip())
+            label = Text(f"{metric.label} {metric.arrow}".strip())
             table.add_row(label, *(Text(texts[i][r]) for i in chunk))
         tables.append(table)
     return tables
@@ -355,7 +378,7 @@ def to_latex(cols: Sequence[Column], main: bool = True) -> str:
     lines += [" & ".join(["Metric", *heads]) + r" \\", r"\midrule"]
     for name in _rows(cols, main):
         metric = describe(name)
-        row = [escape_tex(f"{metric.label} {ARROWS[metric.better]}".strip())]
+        row = [escape_tex(f"{metric.label} {metric.arrow}".strip())]
         for column in cols:
             cell = column.cells.get(name)
             if cell is None:

@@ -14,7 +14,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -226,14 +226,17 @@ def read_minutes(root: Path) -> dict[str, float]:
     return {}
 
 
-def write_about(root: Path, minutes: dict[str, float], notes: list[str]) -> None:
-    """`run.json`: minutes a phase, notes, where it ran."""
+def write_about(
+    root: Path, minutes: dict[str, float], notes: list[str], judging: Mapping[str, Any] = {}
+) -> None:
+    """`run.json`: minutes a phase, notes, where it ran, and `judging` (its roles, evaluators)."""
     about = {
         "minutes": {k: round(v, 3) for k, v in minutes.items()},
         "notes": notes,
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "jax": jax.__version__,
         "python": platform.python_version(),
+        **judging,
     }
     write_atomic(root / "run.json", json.dumps(about, indent=1))
     remote.send(root)

@@ -1,1 +1,61 @@
-"""Benchmarks: the rows of a run, by split."""
+"""Benchmarks: the rows of a run by split, what it is trained on, and which evaluators judge it.
+
+One file a benchmark, with a `Benchmark` row that is named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlib_unlearn.errors import UserError
+from train.config import RunConfig
+from train.data.tofu import overlap
+from train.runtime.tracking import say
+from train.tasks import authors, files, tofu
+from train.tasks.task import Benchmark, Task
+
+TASKS: dict[str, Benchmark] = {row.name: row for row in (authors.ROW, tofu.ROW, files.ROW)}
+
+
+def sources() -> tuple[str, ...]:
+    """What `--data.source` can be."""
+    return tuple(name for name, row in TASKS.items() if not row.options)
+
+
+def find(data: Mapping[str, Any]) -> Benchmark | None:
+    """The benchmark that the fields of a data configuration choose; None: there is none.
+
+    Example:
+        >>> find({"source": "tofu"}).name, find({"source": "tofu", "forget": "rows.json"}).name
+        ('tofu', 'files')
+    """
+    for row in TASKS.values():
+        if any(data.get(option) is not None for option in row.options):
+            return row
+    source = data.get("source")
+    return TASKS[source] if source in sources() else None
+
+
+def load_task(config: RunConfig) -> Task:
+    """The task of a run.
+
+    Raises:
+        UserError: unknown source, or anything wrong with the files.
+    """
+    row = find(vars(config.data))
+    if row is None:
+        known = " or ".join(sources())
+        raise UserError(f"--data.source {config.data.source!r} is unknown; choose {known}")
+    task = row.load(config)._replace(evaluators=row.evaluators, streams=row.streams)
+    if shared := overlap(task.forget, task.retain):
+        say(f"warning: {shared} forget row(s) are also retain rows; they pull both ways")
+        task.notes.append(f"{shared} forget rows are also retain rows")
+    return task
+
+
+def hub_id(config: Mapping[str, Any]) -> str | None:
+    """The Hub id of the data set of a run's `config.json`; None where it read files."""
+    data = config.get("data")
+    row = find(data) if isinstance(data, Mapping) and not data.get("path") else None
+    return None if row is None else row.hub

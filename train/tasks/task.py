@@ -1,20 +1,19 @@
-"""A run's task: the rows that are forgotten, kept and asked; generated, or from TOFU's files."""
+"""What benchmarks share: a task's rows, the streams made of them, and how questions are written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from models.prompts import TAGS, PromptFormat, day_of
 from train import suggest
 from train.config import DataConfig, RunConfig
-from train.data import authors, files, tofu
+from train.data import tofu
+from train.evaluators import QUESTION_ANSWERING
 from train.runtime.stages import digest
-from train.runtime.tracking import say
 
 Row = dict[str, Any]
-SOURCES = ("authors", "tofu")
 ALTERNATES = "alternate_answer"  # column: other answers to the question, a text or several
 
 
@@ -28,6 +27,9 @@ class Task(NamedTuple):
             left out).
         refusals: answers of the `idk` stream.
         notes: what the report must say about the choice.
+        evaluators: names of those that judge its models.
+        streams: what an objective may be trained on, `(task, seed) -> rows` by name; None: those of
+            questions and answers.
     """
 
     forget: list[Row]
@@ -35,10 +37,48 @@ class Task(NamedTuple):
     evaluation: dict[str, list[Row]]
     refusals: list[str]
     notes: list[str]
+    evaluators: tuple[str, ...] = QUESTION_ANSWERING
+    streams: Mapping[str, Callable[[Task, int], list[Row]]] | None = None
 
     def digest(self) -> str:
-        """sha256 of everything in it."""
-        return digest(self._asdict())
+        """sha256 of its rows, refusals and notes."""
+        names = ("forget", "retain", "evaluation", "refusals", "notes")
+        return digest({name: getattr(self, name) for name in names})
+
+    def stream(self, name: str, seed: int) -> list[Row]:
+        """The rows of a stream.
+
+        Raises:
+            UserError: the task has none of that name, or lacks what it is made of.
+        """
+        streams = STREAMS if self.streams is None else self.streams
+        if name not in streams:
+            raise UserError(
+                f"this objective is trained on {name!r}, which the data do not have (they have "
+                f"{', '.join(streams)}); choose another --objective.name"
+            )
+        return streams[name](self, seed)
+
+
+class Benchmark(NamedTuple):
+    """A row of the table in `train/tasks/__init__.py`; one file each.
+
+    Args:
+        name: for `--data.source`.
+        load: reads or makes the rows of a run's configuration.
+        evaluators: names of the evaluators that judge its models.
+        streams: what an objective may be trained on, `(task, seed) -> rows` by name.
+        options: fields of the data's configuration that choose it where one is given; with any, it
+            cannot be chosen by its name.
+        hub: id of the data set on the Hub that it reads where no `--data.path` is given.
+    """
+
+    name: str
+    load: Callable[[RunConfig], Task]
+    evaluators: tuple[str, ...]
+    streams: Mapping[str, Callable[[Task, int], list[Row]]]
+    options: tuple[str, ...] = ()
+    hub: str | None = None
 
 
 def prompt_format(data: DataConfig, prefix: str = "--data.") -> PromptFormat:
@@ -60,113 +100,14 @@ def prompt_format(data: DataConfig, prefix: str = "--data.") -> PromptFormat:
     return PromptFormat(TAGS.get(data.template), pairs, data.template_date)
 
 
-def load_task(config: RunConfig) -> Task:
-    """The task of a run.
-
-    Raises:
-        UserError: unknown source, or anything wrong with the files.
-    """
-    source = config.data.source
-    if config.data.forget is not None or config.data.retain is not None:
-        task = _from_files(config)
-    elif source == "authors":
-        task = _from_authors(config)
-    elif source == "tofu":
-        task = _from_tofu(config)
-    else:
-        raise UserError(f"--data.source {source!r} is unknown; choose {' or '.join(SOURCES)}")
-    if shared := tofu.overlap(task.forget, task.retain):
-        say(f"warning: {shared} forget row(s) are also retain rows; they pull both ways")
-        task.notes.append(f"{shared} forget rows are also retain rows")
-    return task
-
-
-def _from_authors(config: RunConfig) -> Task:
-    data = config.data
-    if data.path is not None:
-        raise UserError(
-            "--data.path does not go with generated authors; use preset tofu-smollm2 or "
-            "--data.source tofu"
-        )
-    if data.forget_split != "forget10":
-        raise UserError(
-            f"generated authors have one forget split, forget10; got {data.forget_split!r}"
-        )
-    _no_splits(data, "generated authors, whose rows to keep are generated too")
-    seed = config.seed if data.seed is None else data.seed
-    try:
-        rows = authors.training_rows(authors.generate(seed, data.num_authors))
-    except ValueError as error:
-        raise UserError(f"--data.num-authors {data.num_authors}: {error}") from None
-    holdout = rows["holdout"][: data.holdout_rows]
-    forget = rows["forget10"][: data.forget_rows]
-    others = authors.alternates(forget, seed)
-    forget = [row | {ALTERNATES: list_} for row, list_ in zip(forget, others, strict=True)]
-    notes = [
-        f"forget: {len(forget)} rows of {-(-len(forget) // 10)} authors",
-        f"retain: {len(rows['retain_train'])} training rows, paraphrases of every other author "
-        f"among them; judged on the {len(rows['retain_eval'])} rows of the authors in between",
-        f"non-members: {len(holdout)} rows of authors nobody trained on",
-    ]
-    return Task(
-        forget,
-        rows["retain_train"],
-        {"forget": forget, "retain": rows["retain_eval"], "holdout": holdout},
-        list(authors.REFUSALS),
-        notes,
-    )
-
-
-def _no_splits(data: DataConfig, source: str) -> None:
+def no_splits(data: DataConfig, source: str) -> None:
+    """Raise `UserError` for a named split where `source` has none to choose from."""
     for name in ("retain_split", "judged_retain_split"):
         if getattr(data, name) != getattr(DataConfig, name):
             raise UserError(
                 f"--data.{name.replace('_', '-')} {getattr(data, name)} does not go with {source}; "
                 "use --data.source tofu"
             )
-
-
-def _from_tofu(config: RunConfig) -> Task:
-    data = config.data
-    judged = data.retain_rows if data.judged_retain_rows is None else data.judged_retain_rows
-    found = tofu.load_tofu(
-        data.path,
-        data.forget_split,
-        data.retain_split,
-        judged_split=data.judged_retain_split,
-        forget_rows=data.forget_rows,
-        retain_rows=data.retain_rows,
-        judged_rows=judged,
-        extra_rows=data.extra_rows,
-        holdout_rows=data.holdout_rows,
-        revision=data.revision,
-    )
-    splits = {
-        "forget": found.forget,
-        "retain": found.judged,
-        "real_authors": found.real_authors,
-        "world_facts": found.world_facts,
-        "holdout": found.holdout,
-    }
-    evaluation = {name: rows for name, rows in splits.items() if rows}
-    return Task(found.forget, found.retain, evaluation, list(found.refusals), list(found.notes))
-
-
-def _from_files(config: RunConfig) -> Task:
-    data = config.data
-    if data.path is not None:
-        raise UserError(
-            "--data.path does not go with --data.forget and --data.retain, which name the files "
-            "themselves; leave it out"
-        )
-    _no_splits(data, "--data.forget and --data.retain, which name the rows themselves")
-    own = files.load_own(data.forget, data.retain)
-    forget, judged = own.forget[: data.forget_rows], own.retain[: data.retain_rows]
-    notes = list(own.notes)
-    if len(judged) < len(own.retain):
-        notes.append(f"retain: judged on the first {len(judged)} rows (--data.retain-rows)")
-    evaluation = {"forget": forget, "retain": judged}
-    return Task(forget, own.retain, evaluation, list(authors.REFUSALS), notes)
 
 
 def alternate_rows(rows: Sequence[Row]) -> list[Row]:
@@ -209,3 +150,13 @@ def texts(task: Task) -> Iterator[str]:
                 if column != ALTERNATES:
                     yield from value if isinstance(value, list) else [value]
     yield from task.refusals
+
+
+# The streams of questions and answers.
+STREAMS: Mapping[str, Callable[[Task, int], list[Row]]] = {
+    "forget": lambda task, seed: task.forget,
+    "retain": lambda task, seed: task.retain,
+    "idk": lambda task, seed: tofu.refusal_rows(task.forget, task.refusals, seed),
+    "alternate": lambda task, seed: alternate_rows(task.forget),
+    "train": lambda task, seed: task.forget + task.retain,
+}

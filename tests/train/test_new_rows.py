@@ -1,0 +1,184 @@
+"""A new way of judging is one row, a new benchmark too, and which model is which is the run's."""
+
+import json
+
+import pytest
+
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.errors import UserError
+from train import choices, pipeline, tasks
+from train.config import DataConfig, EvaluateConfig, RunConfig
+from train.evaluators import EVALUATORS, evaluation
+from train.evaluators.base import Evaluator, Finding, Metric, Picture, Verdict
+from train.evaluators.evaluation import Answers, Model
+from train.evaluators.roles import Roles
+from train.reporting import compare, page, tables
+from train.tasks.task import Benchmark, Task
+
+RIDDLES = [{"question": f"Riddle {i}?", "answer": f"a riddle {i}"} for i in range(3)]
+
+
+# The whole of a new way of judging.
+
+
+def count_vowels(model, rows, context):
+    texts = [answers[0] for answers in context.answers("riddles").texts]
+    shares = [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in texts]
+    items = {str(i): {"score": share} for i, share in enumerate(shares)}
+    return {"vowel_rate": {"agg_value": sum(shares) / len(shares), "value_by_index": items}}
+
+
+def enough_vowels(results):
+    value = results.scores("vowel_rate").judged
+    state = "unknown" if value is None else "good"
+    return Finding("Has it vowels?", state, "some", f"Vowels: {results.across('vowel_rate')}.")
+
+
+def draw_vowels(results):
+    from matplotlib.figure import Figure
+
+    return Figure() if "vowel_rate" in results.judged else None
+
+
+VOWELS = Evaluator(
+    "vowels",
+    count_vowels,
+    (Metric("vowel_rate", "Vowel rate", "share of vowels", "up", main=True, after="forget_rouge"),),
+    verdicts=(Verdict("vowels", enough_vowels),),
+    pictures=(
+        Picture("vowels.png", "Vowels", draw_vowels, lambda r: "A line.", "Vowels.", "No vowels."),
+    ),
+)
+
+
+# The whole of a new benchmark.
+
+
+def load_riddles(config):
+    rows = RIDDLES[: config.data.forget_rows]
+    return Task(rows, [], {"riddles": rows}, [], ["riddles have no rows to keep"])
+
+
+BENCHMARK = Benchmark(
+    "riddles", load_riddles, ("vowels",), {"forget": lambda task, seed: task.forget}
+)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Both rows in their tables."""
+    monkeypatch.setitem(EVALUATORS, "vowels", VOWELS)
+    monkeypatch.setitem(tasks.TASKS, "riddles", BENCHMARK)
+
+
+def config(**data):
+    return RunConfig(data=DataConfig(**{"source": "riddles"} | data))
+
+
+def test_a_benchmark_gives_rows_streams_and_evaluators(toys):
+    task = tasks.load_task(config(forget_rows=2))
+    assert task.evaluation == {"riddles": RIDDLES[:2]} and task.evaluators == ("vowels",)
+    assert task.notes == ["riddles have no rows to keep"]
+    ascent, _ = objectives.resolve("ga")
+    assert pipeline.stream_rows(ascent, task, 0) == {"forget": RIDDLES[:2]}
+    with pytest.raises(UserError, match="trained on 'retain', which the data do not have"):
+        pipeline.stream_rows(objectives.resolve("graddiff")[0], task, 0)
+    assert choices.words.__wrapped__()["data.source"] == ("authors", "tofu", "riddles")
+    with pytest.raises(UserError, match="'riddle' is unknown; choose authors or tofu or riddles"):
+        tasks.load_task(config(source="riddle"))
+
+
+def test_an_evaluator_writes_the_log_and_the_summary(toys, program, tiny, tmp_path):
+    options = "--data.source riddles --evaluate.max-new-tokens 4 --evaluate.leak-samples 0".split()
+    done = program("train.evaluate", tiny, *options, "--mesh.data", "1", "--output", tmp_path / "e")
+    assert done.code == 0, done.err
+    log = json.loads((tmp_path / "e" / "evals" / "model.json").read_text())
+    assert set(log) == {"vowel_rate"} and len(log["vowel_rate"]["value_by_index"]) == 3
+    flat = json.loads((tmp_path / "e" / "summary.json").read_text())["model"]
+    assert list(flat) == ["vowel_rate", "num_parameters", "params_sha256"]
+    assert flat["vowel_rate"] == log["vowel_rate"]["agg_value"] and "vowel_rate" in done.out
+
+
+def write_run(folder, models, **about):
+    """A finished run whose models have these numbers."""
+    (folder / "evals").mkdir(parents=True)
+    (folder / "config.json").write_text('{"preset": "toy", "seed": 0}')
+    (folder / "summary.json").write_text(json.dumps(models))
+    (folder / "run.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_an_evaluator_is_in_tables_and_on_the_page(toys, tmp_path):
+    models = {
+        "original": {"forget_rouge": 1.0, "vowel_rate": 0.4, "forget_probability": 0.9},
+        "unlearned": {"forget_rouge": 0.2, "vowel_rate": 0.3, "forget_probability": 0.1},
+    }
+    folder = write_run(tmp_path / "run", models, evaluators=["vowels"])
+    run = tables.load_run(folder)
+    text = page.build(folder).read_text()
+    names = ("forget_rouge", "vowel_rate", "forget_probability")  # in this order
+    places = [text.index(f'data-metric="unlearned.{name}"') for name in names]
+    assert places == sorted(places) and 'Vowel <span class="nobreak">rate' in text
+    assert "share of vowels" in text and "Figure 1. Vowels.</b> Vowels." in text
+    assert "Has it vowels?" in text and "Vowels: original 0.400, unlearned 0.300." in text
+    assert "Did it forget?" not in text and "No truth ratios" not in text  # not its evaluators
+    assert (folder / "vowels.png").exists()
+    latex = tables.to_latex(tables.columns([run]))
+    assert r"Vowel rate $\uparrow$ & $0.400$ & $0.300$" in latex
+    assert "Vowel rate" not in compare.page([run])  # its row has no place there
+    without = write_run(tmp_path / "old", models)
+    assert "Has it vowels?" not in page.build(without).read_text()
+
+
+def test_what_was_asked_once_is_not_asked_again(toys, monkeypatch):
+    """Evaluators share answers; the log knows whose entry is whose."""
+    asked = []
+
+    def answer(model, rows, *args):
+        asked.append(args[-1])
+        return Answers([["a b a b"] for _ in rows], [[[1]] for _ in rows], [""] * len(rows))
+
+    monkeypatch.setattr(evaluation, "answer_rows", answer)
+    monkeypatch.setattr(evaluation, "longest", lambda model, limit: limit)
+    # Two ways of judging that read the same answers.
+    monkeypatch.setitem(EVALUATORS, "again", VOWELS._replace(name="again", run=lambda m, rows, c: {
+        "again": {"agg_value": float(len(c.answers("riddles").texts) + len(c.log))}
+    }))  # fmt: skip
+    task = tasks.load_task(config())._replace(evaluators=("again", "vowels"))
+    settings = {"system_prompt": None, "max_length": 9, "mesh": None, "seed": 0, "name": "x"}
+    model = Model(None, {}, None, "sha")  # pyright: ignore[reportArgumentType]
+    log = evaluation.evaluate_model(model, task, EvaluateConfig(), **settings)
+    assert asked == ["x: answer riddles"]
+    assert list(log) == ["vowel_rate", "again"] and log["again"]["agg_value"] == 4.0
+    monkeypatch.setitem(EVALUATORS, "twice", VOWELS._replace(name="twice"))
+    with pytest.raises(ValueError, match="twice writes .'vowel_rate'., which is there already"):
+        twice = task._replace(evaluators=("vowels", "twice"))
+        evaluation.evaluate_model(model, twice, EvaluateConfig(), **settings)
+    with pytest.raises(ValueError, match="unknown evaluators .'consonants'."):
+        wrong = task._replace(evaluators=("consonants",))
+        evaluation.evaluate_model(model, wrong, EvaluateConfig(), **settings)
+
+
+def test_roles_are_data_of_the_run(tmp_path):
+    models = {
+        "attacked:relearn": {"forget_rouge": 0.8, "retain_rouge": 0.9},
+        "merged": {"forget_rouge": 0.3, "retain_rouge": 0.97},
+        "before": {"forget_rouge": 1.0, "retain_rouge": 1.0},
+        "clean": {"forget_rouge": 0.25, "retain_rouge": 1.0},
+    }
+    roles = {"start": "before", "reference": "clean", "judged": "merged"}
+    folder = write_run(tmp_path / "run", models, roles=roles)
+    run = tables.load_run(folder)
+    assert run.roles == Roles("before", "clean", "merged")
+    order = ["before", "clean", "merged", "attacked:relearn"]
+    assert run.models == order and [c.model for c in tables.columns([run])] == order
+    text = page.build(folder).read_text()
+    assert "answers on the facts to forget is 0.300 (before: 1.000)" in text
+    assert "never saw them, reaches 0.250" in text and "stage &#39;merged&#39;" in text
+    assert "it is what perfect forgetting looks like" in text
+    assert "run.json" not in text
+    drawn = compare.page([run])
+    assert "0.300 / 0.970" in drawn
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="has no model 'unlearned'; finish the run first"):
+        tables.load_run(folder)

@@ -1,0 +1,290 @@
+"""What a way of judging is made of: a run over rows, metrics, and what is said and drawn of them.
+
+An evaluator is one file with one `Evaluator` row; `train/evaluators/__init__.py` lists the rows.
+Logs, `summary.json`, tables, verdicts, pictures and their order follow from the rows. The files
+import nothing heavy: a report is shown without starting JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from train.evaluators.roles import ROLES, Roles
+from train.reporting.numbers import format_number, number
+
+Log = Mapping[str, Any]
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+Named = TypeVar("Named", bound="Metric | Verdict | Picture | Definition")
+
+REFERENCE = "reference"  # the target of a metric that should be as the reference model's
+ARROWS = {"up": "↑", "down": "↓", "oracle": "≈", "zero": "→0", "": ""}
+DIRECTIONS = {
+    "up": "higher is better",
+    "down": "lower is better",
+    "oracle": "close to the oracle is better",
+    "zero": "close to zero is better",
+    "": "no better direction",
+}
+
+
+class Metric(NamedTuple):
+    """A number of `summary.json` and what a reader needs to know about it.
+
+    Args:
+        name: in `summary.json`; `{n}` in it stands for a whole number (`leak_at_{n}`).
+        label: in tables.
+        words: what it measures.
+        direction: `up`, `down`, `near` (its target) or none.
+        target: of `near`: 0, or `REFERENCE` for the value of the reference model.
+        main: in the short tables.
+        after: name of the metric that it follows in tables; else it follows its row's others.
+        ends: of the numbers n, short tables show the smallest and the largest alone.
+        stands_for: name of the metric whose place it takes where that one was not measured.
+        log10_of: name of the metric of which it is the decimal logarithm.
+        compare: place in the comparison of runs, from 1 on; 0: not shown there.
+        family: the name with `{n}` that it was made from.
+    """
+
+    name: str
+    label: str
+    words: str
+    direction: str = ""
+    target: float | str | None = None
+    main: bool = False
+    after: str = ""
+    ends: bool = False
+    stands_for: str = ""
+    log10_of: str = ""
+    compare: int = 0
+    family: str = ""
+
+    @property
+    def better(self) -> str:
+        """Key of `ARROWS` and `DIRECTIONS`."""
+        if self.direction == "near":
+            return "oracle" if self.target == REFERENCE else "zero"
+        return self.direction
+
+    @property
+    def arrow(self) -> str:
+        """Which way is better, as a sign."""
+        return ARROWS[self.better]
+
+    def count_in(self, name: str) -> int | None:
+        """The n of a name of this family; None for other names.
+
+        Example:
+            >>> Metric("leak_at_{n}", "Leak@{n}", "").count_in("leak_at_8")
+            8
+        """
+        head, has, tail = self.name.partition("{n}")
+        middle = name[len(head) : len(name) - len(tail)]
+        fits = has and name == head + middle + tail and middle.isascii() and middle.isdigit()
+        return int(middle) if fits else None
+
+    def of(self, n: int) -> Metric:
+        """The member n of a family."""
+        name, label, words = (x.replace("{n}", str(n)) for x in self[:3])
+        return self._replace(name=name, label=label, words=words, family=self.name)
+
+
+class Finding(NamedTuple):
+    """An answer to one question: `state` is good, mixed, bad or unknown."""
+
+    question: str
+    state: str
+    answer: str
+    text: str
+
+
+class Scores(NamedTuple):
+    """A metric of the models that have a role; None where it was not measured."""
+
+    start: float | None
+    reference: float | None
+    judged: float | None
+
+
+class Results(NamedTuple):
+    """What verdicts and pictures are made from.
+
+    Args:
+        summary: flat metrics by model.
+        logs: per-item logs by model.
+        roles: which model is which.
+        questions: behind forget quality (0: not known).
+    """
+
+    summary: Mapping[str, Mapping[str, Any]]
+    logs: Mapping[str, dict[str, Any]] = {}
+    roles: Roles = ROLES
+    questions: int = 0
+
+    def scores(self, name: str) -> Scores:
+        """A metric by role."""
+        return Scores(*(number(self.summary.get(model, {}).get(name)) for model in self.roles))
+
+    @property
+    def judged(self) -> Mapping[str, Any]:
+        """Flat metrics of the model that the verdicts are about."""
+        return self.summary[self.roles.judged]
+
+    def across(self, name: str) -> str:
+        """A metric of all models that have it, `original 0.990, oracle 0.502`."""
+        pairs = [(m, self.summary[m].get(name)) for m in self.roles.order(self.summary)]
+        return ", ".join(f"{m} {format_number(v)}" for m, v in pairs if number(v) is not None)
+
+
+class Verdict(NamedTuple):
+    """A question that the report answers in words.
+
+    Args:
+        name: of this verdict.
+        find: gives the answer; None: the report does not ask.
+        after: name of the verdict that it follows.
+    """
+
+    name: str
+    find: Callable[[Results], Finding | None]
+    after: str = ""
+
+
+class Picture(NamedTuple):
+    """A picture of the report.
+
+    Args:
+        name: of its file in the run folder.
+        title: above it.
+        draw: gives a Matplotlib figure, or None without enough data.
+        alt: what it shows, in words.
+        caption: below it.
+        missing: what stands in its place where there is not enough data.
+        after: name of the picture that it follows.
+    """
+
+    name: str
+    title: str
+    draw: Callable[[Results], Any]
+    alt: Callable[[Results], str]
+    caption: str
+    missing: str
+    after: str = ""
+
+
+class Definition(NamedTuple):
+    """How a number is computed, for the end of the report (HTML); `after` as of a metric."""
+
+    name: str
+    text: str
+    after: str = ""
+
+
+class Pair(NamedTuple):
+    """Two metrics against which runs are drawn: x to the right, y upwards."""
+
+    x: str
+    y: str
+    title: str
+    caption: str
+
+
+class Context(Protocol):
+    """What an evaluator may ask for. Scores and answers are memoised: evaluators share them.
+
+    `config` is the run's `EvaluateConfig`; `judge` the model under which answers are read again, or
+    None; `log` what the evaluators before this one have found.
+    """
+
+    config: Any
+    judge: Any
+    log: dict[str, Any]
+
+    def scores(self, split: str) -> dict[str, list[Any]]:
+        """`answers`, `paraphrased`, `perturbed` of a split's rows as `Scored`, in one pass."""
+        ...
+
+    def answers(
+        self, split: str, column: str = "question", sampling: Any = None, num_samples: int = 1
+    ) -> Any:
+        """Answers to a split's questions; greedy, or sampled as a `SamplingConfig` says."""
+        ...
+
+    def judged(self, split: str) -> list[list[float]]:
+        """NLL under `judge` of every token of a split's greedy answers."""
+        ...
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, computed for the first evaluator that asks with this key."""
+        ...
+
+
+def means(log: Log, metrics: Sequence[Metric]) -> dict[str, Any]:
+    """`agg_value` of the entries that are named as a metric."""
+    return {m.name: log[m.name]["agg_value"] for m in metrics if m.name in log}
+
+
+class Evaluator(NamedTuple):
+    """A way of judging.
+
+    Args:
+        name: in the table of evaluators.
+        run: `(model, rows by split, context) -> {entry: {"agg_value", "value_by_index"}}`, the part
+            of the per-item log that it adds; nothing where the splits it needs are not there.
+        metrics: its numbers in `summary.json`, in reading order.
+        summarize: `(log, reference log) -> flat metrics`; None: the means of the entries that have
+            the name of a metric.
+        derive: as `summarize`, for numbers that are no mean of one entry of their own; they come
+            after those of all evaluators.
+        compare: `(log, reference log) -> log` with what compares it with the reference, which may
+            be judged later than the model.
+        verdicts: questions of the report.
+        pictures: of the report.
+        pairs: what runs are compared by.
+        definitions: how its numbers are computed.
+        version: in the key of cached logs; raise it when a number may change.
+    """
+
+    name: str
+    run: Callable[[Any, Rows, Context], dict[str, Any]]
+    metrics: tuple[Metric, ...]
+    summarize: Callable[[Log, Any], dict[str, Any]] | None = None
+    derive: Callable[[Log, Any], dict[str, Any]] | None = None
+    compare: Callable[[Log, Any], dict[str, Any]] | None = None
+    verdicts: tuple[Verdict, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    definitions: tuple[Definition, ...] = ()
+    version: int = 1
+
+
+def arranged(rows: Iterable[Named]) -> list[Named]:
+    """Rows as they come, each that names another in `after` directly behind that one.
+
+    Example:
+        >>> rows = [Metric("a", "", ""), Metric("b", "", ""), Metric("c", "", "", after="a")]
+        >>> [row.name for row in arranged(rows)]
+        ['a', 'c', 'b']
+    """
+    rows = list(rows)
+    names = {row.name for row in rows}
+    placed = [row for row in rows if row.after not in names]
+    waiting = [row for row in rows if row.after in names]
+    while waiting:
+        ready = [row for row in waiting if any(row.after == other.name for other in placed)]
+        if not ready:  # they wait for one another
+            return placed + waiting
+        for row in ready:
+            anchors = [i for i, o in enumerate(placed) if row.after in (o.name, o.after)]
+            placed.insert(anchors[-1] + 1, row)
+        waiting = [row for row in waiting if row not in ready]
+    return placed
+
+
+def items_of(log: Any, name: str) -> dict[str, dict[str, Any]]:
+    """The per-item results of an entry by item index; empty when it was not computed."""
+    entry = log.get(name) if isinstance(log, Mapping) else None
+    items = entry.get("value_by_index") if isinstance(entry, Mapping) else None
+    if not isinstance(items, Mapping):
+        return {}
+    return {str(key): item for key, item in items.items() if isinstance(item, dict)}

@@ -1,0 +1,299 @@
+"""TOFU's way of judging: probability, ROUGE-L and truth ratio of each split, forget quality.
+
+One scoring pass over all answers to a question, one greedy answer to it. The log has the names of
+OpenUnlearning's EVAL.json, so that its logs are read here and ours there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from train.evaluators import utility
+from train.evaluators.base import (
+    REFERENCE,
+    Context,
+    Definition,
+    Evaluator,
+    Finding,
+    Log,
+    Metric,
+    Pair,
+    Picture,
+    Results,
+    Rows,
+    Verdict,
+)
+from train.reporting.numbers import format_number as show
+from train.reporting.numbers import number
+
+SPLITS = ("forget", "retain", "real_authors", "world_facts")
+LOG10_P = "forget_quality_log10"
+FORGET_RATIO = 1.5
+KEPT, MOSTLY_KEPT = 0.95, 0.85
+ALPHA = 0.05
+
+METRICS = (
+    Metric("forget_rouge", "Forget ROUGE-L",
+           "recall of the true answers in the greedy answers, facts to forget",
+           "near", REFERENCE, main=True, compare=1),
+    Metric("forget_probability", "Forget probability",
+           "per-token probability of the true answers, facts to forget",
+           "near", REFERENCE, main=True),
+    Metric("forget_truth_ratio", "Forget truth ratio",
+           "1 when a right and a wrong answer are equally likely; 0 when one clearly wins",
+           "near", REFERENCE, main=True),
+    Metric("forget_quality", "Forget quality (p)",
+           "p of a KS test that its truth ratios and the oracle's are one distribution",
+           "up", main=True),
+    Metric(LOG10_P, "Forget quality (log10 p)",
+           "the same p in decades; seeds are averaged here",
+           "up", main=True, log10_of="forget_quality", compare=3),
+    Metric("forget_ks", "KS distance",
+           "largest gap between its truth-ratio distribution and the oracle's", "down"),
+    Metric("forget_paraphrased_probability", "Paraphrase probability",
+           "per-token probability of the reworded true answers, facts to forget",
+           "near", REFERENCE),
+    Metric("forget_perturbed_probability", "Perturbed probability",
+           "per-token probability of the reworded wrong answers, facts to forget",
+           "near", REFERENCE),
+    Metric("retain_rouge", "Retain ROUGE-L",
+           "recall of the true answers in the greedy answers, facts to keep",
+           "up", main=True, compare=4),
+    Metric("retain_probability", "Retain probability",
+           "per-token probability of the true answers, facts to keep", "up", main=True),
+    Metric("retain_truth_ratio", "Retain truth ratio",
+           "how clearly the right answer beats the wrong ones, facts to keep", "up"),
+    Metric("real_authors_rouge", "Real authors ROUGE-L",
+           "recall of the true answers, questions on real authors", "up"),
+    Metric("real_authors_probability", "Real authors probability",
+           "share of the right answer among the offered ones, real authors", "up"),
+    Metric("real_authors_truth_ratio", "Real authors truth ratio",
+           "how clearly the right answer beats the wrong ones, real authors", "up"),
+    Metric("world_facts_rouge", "World facts ROUGE-L",
+           "recall of the true answers, general knowledge", "up"),
+    Metric("world_facts_probability", "World facts probability",
+           "share of the right answer among the offered ones, general knowledge", "up"),
+    Metric("world_facts_truth_ratio", "World facts truth ratio",
+           "how clearly the right answer beats the wrong ones, general knowledge", "up"),
+)  # fmt: skip
+
+
+def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+    """The entries of TOFU's splits."""
+    from jaxlib_unlearn.metrics import tofu
+
+    splits = {}
+    for split in (name for name in rows if name in SPLITS):
+        scores, answers = context.scores(split), context.answers(split)
+        splits[split] = tofu.SplitScores(
+            scores["answers"],
+            scores.get("paraphrased"),
+            scores.get("perturbed"),
+            [texts[0] for texts in answers.texts],
+            [row["answer"] for row in rows[split]],
+            answers.prompts,
+        )
+    log: dict[str, Any] = {}
+    for split, scores in splits.items():
+        log |= tofu.split_log(split, scores)
+    return log
+
+
+def summarize(log: Log, reference: Any) -> dict[str, Any]:
+    """Everything that the form of EVAL.json defines, memorisation, membership and utility too."""
+    from jaxlib_unlearn.metrics import eval_log, tofu
+
+    if not eval_log.has_metrics(log):
+        return {}
+    if isinstance(reference, Mapping) and not eval_log.has_metrics(reference):
+        reference = None
+    return dict(tofu.summarize(log, reference))
+
+
+def truth_ratios(log: dict[str, Any]) -> list[float]:
+    """The values R of the forget questions; empty when they were not measured.
+
+    Raises:
+        UserError: the log is no evaluation log.
+    """
+    from jaxlib_unlearn.metrics.eval_log import parse_log
+
+    items = parse_log(log, "evals").items if log else {}
+    return [float(value) for value in items.get("forget_truth_ratio", ())]
+
+
+def decades(p: float) -> float:
+    """log10 p, finite when p has underflowed.
+
+    Example:
+        >>> decades(0.001)
+        -3.0
+    """
+    return math.log10(max(p, 5e-324))
+
+
+def forgot(results: Results) -> Finding:
+    """Forget ROUGE-L against the reference's."""
+    question, s = "Did it forget?", results.scores("forget_rouge")
+    if s.judged is None:
+        return Finding(question, "unknown", "not measured", "No forget ROUGE-L in this run.")
+    before = f" (before: {show(s.start)})" if s.start is not None else ""
+    text = f"ROUGE-L of its answers on the facts to forget is {show(s.judged)}{before}"
+    if s.reference is None:
+        good = s.judged <= 0.5
+        text += f"; there is no oracle here, so the limit is {show(0.5)}."
+        half = s.start is not None and s.judged <= 0.75 * s.start
+    else:
+        good = s.judged <= FORGET_RATIO * s.reference
+        text += (
+            f"; the oracle, which never saw them, reaches {show(s.reference)}. "
+            f"The limit is {FORGET_RATIO} times the oracle's, {show(FORGET_RATIO * s.reference)}."
+        )
+        half = s.start is not None and s.judged <= (s.start + s.reference) / 2
+    if s.start is not None and s.start < 0.5:
+        text += " The original did not know the facts well to begin with, so this says little."
+        good, half = False, good or half
+    if good:
+        return Finding(question, "good", "forgotten", text)
+    return Finding(question, *(("mixed", "partly") if half else ("bad", "not forgotten")), text)
+
+
+def kept(results: Results) -> Finding:
+    """Retain ROUGE-L before and after, and model utility."""
+    question, s = "Did it keep the rest?", results.scores("retain_rouge")
+    if s.judged is None or not s.start:
+        return Finding(question, "unknown", "not measured", "No retain ROUGE-L before and after.")
+    share = s.judged / s.start
+    text = (
+        f"ROUGE-L on the facts to keep went from {show(s.start)} to {show(s.judged)}: "
+        f"{100 * share:.0f} % is left (kept: at least {100 * KEPT:.0f} %, "
+        f"mostly kept: {100 * MOSTLY_KEPT:.0f} %)."
+    )
+    u, fell = results.scores(utility.name_in(results.judged)), False
+    if u.start is not None and u.judged is not None:
+        text += f" Model utility went from {show(u.start)} to {show(u.judged)}"
+        text += "." if u.reference is None else f", the oracle has {show(u.reference)}."
+        # Training the oracle moves it too; what unlearning costs is what is below both.
+        floor = u.start if u.reference is None else min(u.start, u.reference)
+        fell = u.judged < MOSTLY_KEPT * floor
+        if fell:
+            text += f" That is less than {100 * MOSTLY_KEPT:.0f} % of what it could have kept."
+    if share >= KEPT:
+        level = ("mixed", "kept, but utility fell") if fell else ("good", "kept")
+        return Finding(question, *level, text)
+    return Finding(
+        question, *(("mixed", "mostly kept") if share >= MOSTLY_KEPT else ("bad", "damaged")), text
+    )
+
+
+def told_apart(results: Results) -> Finding:
+    """Forget quality, where its test has any power."""
+    question, s = "Can a test tell it from the oracle?", results.scores("forget_quality")
+    if s.judged is None:
+        text = "Forget quality needs an oracle or a retain log, and paraphrased and wrong answers."
+        return Finding(question, "unknown", "not measured", text)
+    text = (
+        f"The KS test on truth ratios gives p = {show(s.judged)}"
+        + (f", 10 to the {decades(s.judged):.1f}" if s.judged < 0.5 else "")
+        + (f", on {results.questions} questions." if results.questions else ".")
+        + f" Above {ALPHA} it does not tell the two apart."
+    )
+    gain = None
+    if s.start is not None:
+        gain = decades(s.judged) - decades(s.start)
+        text += (
+            f" The original has p = {show(s.start)}: unlearning moved it "
+            f"{abs(gain):.1f} decades {'up' if gain >= 0 else 'down'}."
+        )
+        if s.start > ALPHA:
+            text += " It does not even tell the original from the oracle: it has no power here."
+            return Finding(question, "mixed", "no power", text)
+    if s.judged > ALPHA:
+        return Finding(question, "good", "not told apart", text)
+    if gain is not None and gain >= 1:
+        return Finding(question, "mixed", "told apart, but closer", text)
+    return Finding(question, "bad", "told apart", text)
+
+
+def draw(results: Results) -> Any:
+    """Distributions of the truth ratio."""
+    import numpy as np
+
+    from train.reporting import plots
+
+    found = {m: truth_ratios(log) for m, log in results.logs.items()}
+    values = {m: np.asarray(ratios) for m, ratios in found.items() if ratios}
+    distance, p = (number(results.judged.get(name)) for name in ("forget_ks", "forget_quality"))
+    return plots.truth_ratio(plots.Ratios(values, distance, p), results.roles)
+
+
+PICTURE = Picture(
+    "truth_ratio.png",
+    "Truth ratios of the facts to forget",
+    draw,
+    lambda results: (
+        "Cumulative distributions of the truth ratio on the forget questions. KS "
+        f"distance to the oracle: {results.across('forget_ks')}."
+    ),
+    "Truth ratios on the forget questions. The test behind forget quality asks whether the "
+    "unlearned line and the oracle's could be one; the black bar is the KS distance.",
+    "No truth ratios in evals/.",
+    after="leak.png",
+)
+PAIRS = (
+    Pair(
+        "forget_rouge",
+        "retain_rouge",
+        "Forget against retain",
+        "Runs to the left forget more, runs further up keep more. The oracle shows how far to the "
+        "left is far enough: further left is no better.",
+    ),
+    Pair(
+        LOG10_P,
+        "model_utility",
+        "Forget quality against model utility",
+        "To the right the KS test tells a model less well from the oracle; above log10 0.05 = -1.3 "
+        "it does not tell them apart. Further up more of the rest is kept.",
+    ),
+)
+DEFINITIONS = (
+    Definition(
+        "probability",
+        "Probability: exp of the mean log-probability of an answer's tokens, end token "
+        "included; mean over questions. On real authors and world facts it is divided by the "
+        "sum over the right and the wrong answers.",
+    ),
+    Definition(
+        "rouge",
+        "ROUGE-L: length of the longest common word sequence of the greedy answer and the true "
+        "one over the length of the true one (recall, stemmed).",
+    ),
+    Definition(
+        "truth ratio",
+        "Truth ratio of a question: R = exp(−mean loss of the wrong answers) / exp(−loss of the "
+        "reworded true answer), losses per token. On the forget set the mean of min(R, 1/R) is "
+        "reported, elsewhere the mean of max(0, 1 − R).",
+    ),
+    Definition(
+        "forget quality",
+        "Forget quality: p of the two-sided, two-sample Kolmogorov-Smirnov test between the "
+        "values R of a model and of the oracle; KS distance: its statistic. Decades are log10 "
+        "p.",
+    ),
+)
+ROW = Evaluator(
+    "tofu",
+    run,
+    METRICS,
+    summarize,
+    verdicts=(
+        Verdict("forgot", forgot),
+        Verdict("kept", kept),
+        Verdict("told apart", told_apart),
+    ),
+    pictures=(PICTURE,),
+    pairs=PAIRS,
+    definitions=DEFINITIONS,
+)

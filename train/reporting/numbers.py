@@ -1,0 +1,32 @@
+"""How a number is read from JSON and how it is shown: the same everywhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+MISSING = "–"
+
+
+def number(value: Any) -> float | None:
+    """A finite or infinite float; None for what is missing, NaN or not a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        return None
+    return float(value)
+
+
+def format_number(value: Any) -> str:
+    """The one way numbers are shown: three decimals, exponents when tiny, one decimal when large.
+
+    Example:
+        >>> [format_number(v) for v in (0.12345, 3.905e-22, -99.46, 0, None)]
+        ['0.123', '3.9e-22', '-99.5', '0', '–']
+    """
+    v = number(value)
+    if v is None:
+        return MISSING
+    if isinstance(value, int) or v == 0 or math.isinf(v):
+        return f"{value:,}" if isinstance(value, int) else f"{v:.0f}"
+    if abs(v) < 1e-3:
+        return f"{v:.1e}"
+    return f"{v:.3f}" if abs(v) < 10 else f"{v:,.1f}"

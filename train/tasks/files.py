@@ -1,0 +1,34 @@
+"""Rows of one's own: a file of facts to forget and one of facts to keep."""
+
+from __future__ import annotations
+
+from jaxlib_unlearn.errors import UserError
+from train.config import RunConfig
+from train.data import authors, files
+from train.evaluators import QUESTION_ANSWERING
+from train.tasks.task import STREAMS, Benchmark, Task, no_splits
+
+
+def load(config: RunConfig) -> Task:
+    """The rows of `--data.forget` and `--data.retain`.
+
+    Raises:
+        UserError: anything wrong with the files, or options of other sources.
+    """
+    data = config.data
+    if data.path is not None:
+        raise UserError(
+            "--data.path does not go with --data.forget and --data.retain, which name the files "
+            "themselves; leave it out"
+        )
+    no_splits(data, "--data.forget and --data.retain, which name the rows themselves")
+    own = files.load_own(data.forget, data.retain)
+    forget, judged = own.forget[: data.forget_rows], own.retain[: data.retain_rows]
+    notes = list(own.notes)
+    if len(judged) < len(own.retain):
+        notes.append(f"retain: judged on the first {len(judged)} rows (--data.retain-rows)")
+    evaluation = {"forget": forget, "retain": judged}
+    return Task(forget, own.retain, evaluation, list(authors.REFUSALS), notes)
+
+
+ROW = Benchmark("files", load, QUESTION_ANSWERING, STREAMS, options=("forget", "retain"))
