@@ -13,7 +13,7 @@ import jax
 import models
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
+from jaxlib_unlearn.objectives import Objective
 from models import Decoder, DecoderConfig, Tokenizer, bounds, lora
 from models.hub import check_source
 from models.policy import head_of
@@ -31,7 +31,7 @@ from train.data.streams import (
 )
 from train.data.tofu import refusal_rows
 from train.evaluators.evaluation import Model, curve, longest
-from train.optimizers import OptimizerConfig, check_pair, check_steps
+from train.optimizers import Options, check_pair, check_steps
 from train.runtime import distributed, remote, residency, seal, sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.keys import stage_inputs
@@ -207,7 +207,7 @@ def stream_of(model: Model, encoded: Encoded, batch_size: int) -> Stream:
     return make_stream(encoded.examples, model.tokenizer.pad_id or 0, batch_size=batch_size)
 
 
-def num_steps(config: TrainConfig | UnlearnConfig, rows: int, optimizer: OptimizerConfig) -> int:
+def num_steps(config: TrainConfig | UnlearnConfig, rows: int, optimizer: Options) -> int:
     """Optimizer steps of a stage.
 
     Raises:
@@ -238,7 +238,7 @@ def finetune(
     return train_stage(
         base,
         streams={"train": stream_of(base, encoded, config.finetune.batch_size)},
-        objective=objectives.resolve(ObjectiveConfig("nll")),
+        objective=objectives.resolve("nll"),
         stage=config.finetune,
         optimizer=config.finetune.optimizer,
         row_tokens=config.data.row_tokens,
@@ -347,9 +347,9 @@ def train_stage(
     start: Model,
     *,
     streams: dict[str, Stream],
-    objective: tuple[Objective, ObjectiveConfig],
+    objective: tuple[Objective, Any],
     stage: TrainConfig | UnlearnConfig,
-    optimizer: OptimizerConfig,
+    optimizer: Options,
     name: str,
     seed: int,
     root: Path,

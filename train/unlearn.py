@@ -23,7 +23,7 @@ from jaxlib_unlearn.errors import UserError
 from train import cli
 from train.arguments import read_arguments
 from train.config import RunConfig, to_json
-from train.optimizers import OPTIMIZERS, list_combiners, list_optimizers
+from train.optimizers import list_combiners, list_optimizers
 from train.presets import PRESETS
 from train.runtime import distributed, files, remote, reporters
 from train.runtime.folder import check_folder, enter_run, lock, locked, read_minutes, write_about
@@ -274,15 +274,12 @@ def open_run(config: RunConfig) -> Path:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    """What `config.json` holds: everything but where it runs, and where it and its sources lie.
-
-    Of the optimizer, what its row reads: the report and the tables of runs show no more.
-    """
+    """What `config.json` holds: everything but where it runs, and where it and its sources lie."""
     stage = dataclasses.replace(config.stage, cache=None)
     whole = to_json(dataclasses.replace(config, output=None, stage=stage))
     for name in ("distributed", "profile", "report_to"):
         del whole[name]
-    return whole | {"optimizer": OPTIMIZERS[config.optimizer.name].options(config.optimizer)}
+    return whole
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from typing import Any
 
 from models.decoder import DecoderConfig
 from train.config import LoraConfig, to_json
-from train.optimizers import OptimizerConfig
+from train.optimizers import Options
 from train.runtime.stages import digest
 
 # Raise it when the same inputs may give another result: what was stored is then not found.
-VERSION = 2
+VERSION = 3
 
 _SAME = "the numbers do not depend on it (losses to 1e-6)"
 _WHERE = "says where a result goes or comes from; what is found there is checked by its digest"
@@ -50,7 +50,7 @@ def stage_inputs(
     streams: Mapping[str, Any],
     *,
     objective: Any,
-    optimizer: OptimizerConfig,
+    optimizer: Options,
     combine: str,
     steps: int,
     batch_size: int,
@@ -65,7 +65,7 @@ def stage_inputs(
         model: what they mean: how positions turn, what is computed in which dtype.
         streams: its examples as tokens: prompts, cuts and templates are in them.
         objective: its resolved options.
-        optimizer: all of its options.
+        optimizer: its options.
         combine: how the gradients of the two sides become one.
         steps: optimizer steps; the schedule hangs on their number.
         batch_size: global rows of a stream in a step.

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 from jaxlib_unlearn.errors import UserError
 from models.prompts import TAGS, PromptFormat, day_of
 from train import suggest
-from train.config import DataConfig, RunConfig
+from train.config import SOURCES, DataConfig, RunConfig
 from train.data import authors, files, tofu
 from train.runtime.stages import digest
 from train.runtime.tracking import say
 
 Row = dict[str, Any]
-SOURCES = ("authors", "tofu")
 ALTERNATES = "alternate_answer"  # column: other answers to the question, a text or several
 
 
