@@ -43,7 +43,7 @@ def read_arguments(
         suited = preset.OBJECTIVES if preset is not None else {}
         default = replace(
             default,
-            objective=suited.get(objective.name, objectives.ObjectiveConfig(objective.name)),
+            objective=suited.get(objective.name, objectives.options_of(objective.name)),
         )
     elif name is None and any(cli.option_value(rest, option) for option in OTHER_DATA):
         # The preset's objective may need what its own data alone have.
@@ -54,7 +54,7 @@ def read_arguments(
     other = any(cli.option_value(rest, m) for m in ("--model.path", "--stage.original"))
     if other and preset is not None and default.objective in preset.OBJECTIVES.values():
         # Blocks and temperatures tuned for the preset's model mean nothing to another one.
-        default = replace(default, objective=objectives.ObjectiveConfig(default.objective.name))
+        default = replace(default, objective=objectives.options_of(default.objective.name))
     if "--smoke" in rest and preset is not None:
         default = replace(default, smoke=True, **preset.SMOKE)
         fitted = optimizers.fitted(default.optimizer, default.unlearn.steps or 1)
@@ -68,7 +68,7 @@ def with_optimizer(config: RunConfig, name: str, preset: Any) -> RunConfig:
     row = suggest.choose(name, OPTIMIZERS, "optimizer")
     optimizer, changes = getattr(preset, "OPTIMIZERS", {}).get(row.name, (None, {}))
     if optimizer is None:
-        optimizer = replace(config.optimizer, name=row.name)
+        optimizer = optimizers.other(config.optimizer, row.name)
         if row.learning_rate is not None:
             optimizer = replace(optimizer, learning_rate=row.learning_rate)
     return replace(config, optimizer=optimizer, **changes)

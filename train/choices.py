@@ -1,17 +1,19 @@
-"""What `--help` shows: the options people use first, and the words an option can have.
+"""What `--help` shows of the options: those people use first, their texts and their words.
 
-The words come from the tables that check them, so that neither can say something else.
+All of it comes from the fields that the values are checked against, of the rows in use.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import re
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
+
+from jaxlib_unlearn.options import words_of
+from train.rows import rows_of
 
 # In the order of a first run: what is forgotten, from what model, how, and where it goes.
 FIRST = (
@@ -23,68 +25,26 @@ FIRST = (
 
 
 class Option(typing.NamedTuple):
-    """An option: its name on the command line, type, default, text, and where it stands."""
+    """An option: its name on the command line, type, default, text, group, and what words it takes.
+
+    Without words it takes numbers, paths or free text.
+    """
 
     name: str
     kind: Any
     default: Any
     text: str
     group: str
-
-
-@functools.cache
-def words() -> dict[str, tuple[str, ...]]:
-    """The words an option can have, by the end of its name (the longest that fits counts)."""
-    from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
-    from train import checks, optimizers, tasks
-    from train.config import LoraConfig
-    from train.costs import PROGRAMS
-    from train.runtime import reporters
-
-    retain = typing.get_type_hints(ObjectiveConfig)["retain"]
-    forms = dict.fromkeys(form for row in OBJECTIVES.values() for form in row.compat)
-    return {
-        "data.source": tasks.sources(),
-        "model.dtype": checks.COMPUTE,
-        "model.remat": tuple(checks.REMAT),
-        "objective.name": tuple(OBJECTIVES),
-        "objective.retain": typing.get_args(typing.get_args(retain)[0]),
-        "objective.compat": tuple(forms),
-        "optimizer.name": tuple(optimizers.OPTIMIZERS),
-        "optimizer.schedule": optimizers.SCHEDULES,
-        "optimizer.bases": optimizers.BASES,
-        "optimizer.state-dtype": optimizers.DTYPES,
-        "optimizer.comm-dtype": optimizers.DTYPES,
-        "combine": tuple(optimizers.COMBINERS),
-        "lora.targets": LoraConfig().targets,
-        "evaluate.judge": checks.JUDGES,
-        "evaluate.leak-question": checks.QUESTIONS,
-        "export-dtype": tuple(checks.DTYPES),
-        "report-to": tuple(reporters.REPORTERS),
-        "programs": PROGRAMS,
-    }
-
-
-def words_of(name: str) -> tuple[str, ...]:
-    """The words of one option; none: it takes numbers, paths or free text.
-
-    Example:
-        >>> words_of("--finetune.optimizer.schedule")
-        ('constant', 'linear', 'cosine')
-    """
-    known, plain = words(), name.removeprefix("--")
-    while plain not in known and "." in plain:
-        plain = plain.partition(".")[2]
-    return known.get(plain, ())
+    words: tuple[str, ...] = ()
 
 
 def texts(cls: type) -> dict[str, str]:
-    """What the docstring of a class says about its arguments.
+    """What the docstring of a class says about its arguments, for fields that do not say it.
 
     Example:
-        >>> from train.config import StageConfig
-        >>> texts(StageConfig)["original"]
-        'a model (HF folder or GGUF) that already knows the facts.'
+        >>> from train.runtime.sharding import MeshConfig
+        >>> texts(MeshConfig)["fsdp"]
+        'devices that split parameters and the batch.'
     """
     _, _, block = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")
     block, _, _ = block.partition("\n\n")
@@ -93,17 +53,53 @@ def texts(cls: type) -> dict[str, str]:
 
 
 def options(cls: type, default: Any, prefix: str = "") -> Iterator[Option]:
-    """Every option of a configuration, with the defaults of one of its values."""
+    """Every option of a configuration, with the defaults of one of its values, for its rows."""
     hints, said = typing.get_type_hints(cls), {}
     for base in reversed(cls.__mro__):
         said |= texts(base)
     for field in dataclasses.fields(cls):
-        kind, value = hints[field.name], getattr(default, field.name)
+        kind, value, rows = hints[field.name], getattr(default, field.name), rows_of(field)
         name = f"{prefix}{field.name}".replace("_", "-")
-        if dataclasses.is_dataclass(kind):
+        if rows is not None:
+            for option in options(type(value), value, name + "."):
+                words = tuple(rows.table) if option.name == f"--{name}.name" else option.words
+                yield option._replace(words=words)
+        elif dataclasses.is_dataclass(kind):
             yield from options(typing.cast(type, kind), value, name + ".")
         else:
-            yield Option(f"--{name}", kind, value, said.get(field.name, ""), prefix.rstrip("."))
+            text = field.metadata.get("doc") or said.get(field.name, "")
+            group = prefix.rstrip(".")
+            yield Option(f"--{name}", kind, value, text, group, _words(f"--{name}", field))
+
+
+def known_words(cls: type, prefix: str = "--") -> dict[str, tuple[str, ...]]:
+    """Every option of a configuration, of all rows, and the words it takes.
+
+    Example:
+        >>> from train.config import RunConfig
+        >>> known_words(RunConfig)["--finetune.optimizer.schedule"]
+        ('constant', 'linear', 'cosine')
+    """
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        name, kind, rows = prefix + field.name.replace("_", "-"), hints[field.name], rows_of(field)
+        if rows is not None:
+            words = rows.words().items()
+            found |= {f"{name}.{option.replace('_', '-')}": known for option, known in words}
+        elif dataclasses.is_dataclass(kind):
+            found |= known_words(typing.cast(type, kind), name + ".")
+        else:
+            found[name] = _words(name, field)
+    return found
+
+
+def _words(name: str, field: dataclasses.Field) -> tuple[str, ...]:
+    """The words an option takes; those of benchmarks are in their table, which needs all this."""
+    if name != "--data.source":
+        return words_of(field)
+    from train import tasks
+
+    return tasks.sources()
 
 
 def grouped(cls: type, default: Any) -> type:
@@ -136,7 +132,7 @@ def grouped(cls: type, default: Any) -> type:
 
 def _metavar(option: Option) -> str | None:
     """`{a,b}` for an option that is one of some words; None: tyro's own for its type."""
-    known = words_of(option.name)
+    known = option.words
     if not known:
         return None
     several = " ..." if typing.get_origin(option.kind) is tuple else ""

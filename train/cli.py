@@ -20,14 +20,17 @@ import threading
 import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import one_line, read_json, reading, shortened_path
 from train import suggest
+from train.choices import FIRST, grouped, known_words, options
+from train.config import replace
 from train.reporting.plain import plain
+from train.rows import places, rows_of
 from train.runtime import files
 
 # A full or protected disk is no fault of the program, wherever it shows.
@@ -37,22 +40,16 @@ UNWRITABLE = (
 )
 
 
-def option_names(cls: type, prefix: str = "") -> list[str]:
-    """Every `--a.b-c` option of a configuration dataclass."""
-    names = []
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        name = f"{prefix}{item.name}".replace("_", "-")
-        if dataclasses.is_dataclass(hints[item.name]):
-            names += option_names(typing.cast(type, hints[item.name]), name + ".")
-        else:
-            names.append("--" + name)
-    return names
+def option_names(cls: type, default: Any = None) -> list[str]:
+    """Every `--a.b-c` option of a configuration: of all rows, or of those that `default` has."""
+    if default is None:
+        return list(known_words(cls))
+    return [option.name for option in options(cls, default)]
 
 
 def check_options(cls: type, args: Sequence[str]) -> None:
     """Raise `UserError` for an option that `cls` does not have, naming the nearest one."""
-    known = option_names(cls)
+    known = known_words(cls)
     for arg, following in itertools.zip_longest(args, args[1:]):
         if not arg.startswith("--") or arg == "--help":
             continue
@@ -67,17 +64,41 @@ def check_options(cls: type, args: Sequence[str]) -> None:
             raise UserError(f"option {name} is unknown; did you mean {right}? (--help lists all)")
 
 
-def meant(name: str, value: str, known: Sequence[str]) -> str:
-    """The option of `known` that was meant, whatever group it stands in, and its value if a word.
+def with_rows(config: Any, args: Sequence[str]) -> Any:
+    """The configuration with the rows that `--objective.name` and the like name.
+
+    Raises:
+        UserError: a name that is unknown, or an option of another row.
+    """
+    for place, rows, chosen in list(places(config)):
+        prefix = f"--{place.replace('_', '-')}."
+        name = option_value(args, prefix + "name")
+        if name is not None and name != chosen.name:
+            chosen = rows.other(chosen, name)
+            config = replace(config, **{place: chosen})
+        own = {field.name for field in dataclasses.fields(chosen)}
+        for option in rows.words():
+            value = option_value(args, prefix + option.replace("_", "-"))
+            if option not in own and value is not None:
+                raise rows.refusal(rows.table[chosen.name], option, value, prefix)
+    return config
+
+
+def meant(name: str, value: str, known: Mapping[str, Sequence[str]]) -> str:
+    """The option that was meant, whatever group it stands in, and its value if a word.
+
+    Args:
+        name: what was written.
+        value: what stood behind it.
+        known: the options there are, and the words that each takes.
 
     Example:
-        >>> meant("--optimizer", "muon", ["--seed", "--optimizer.name", "--optimizer.rank"])
+        >>> known = {"--seed": (), "--optimizer.name": ("adamw", "muon"), "--optimizer.rank": ()}
+        >>> meant("--optimizer", "muon", known)
         '--optimizer.name muon'
-        >>> meant("--batch-size", "4", ["--seed", "--unlearn.batch-size"])
+        >>> meant("--batch-size", "4", {"--seed": (), "--unlearn.batch-size": ()})
         '--unlearn.batch-size'
     """
-    from train.choices import FIRST, words_of
-
     order = {option: i for i, option in enumerate(FIRST)}
     first = sorted(known, key=lambda o: (order.get(o, len(order)), o.startswith("--finetune.")))
     groups = {o[2:].partition(".")[0] for o in known if "." in o}
@@ -87,12 +108,13 @@ def meant(name: str, value: str, known: Sequence[str]) -> str:
     inside = [o for o in first if o.startswith(f"--{word}.")]
     same = [o for o in first if o.rpartition(".")[2].lstrip("-") == word]
     alike = [o for o in first if len(word) > 2 and o.rpartition(".")[2].startswith(word)]
-    if word != "none" and (told := [o for o in first if word in words_of(o)]):
+    if word != "none" and (told := [o for o in first if word in known[o]]):
         return f"{told[0]} {word}"  # --muon
-    if fits := [o for o in [*inside, *same] if value in words_of(o)]:
+    if fits := [o for o in [*inside, *same] if value in known[o]]:
         return f"{fits[0]} {value}"  # --optimizer muon
     usual = [o for o in (f"--{word}.name", f"--{word}.path") if o in known]
-    return next(iter([*usual, *same, *inside, *alike]), None) or suggest.nearest(name, known)
+    found = next(iter([*usual, *same, *inside, *alike]), None)
+    return found or suggest.nearest(name, list(known))
 
 
 def option_value(args: Sequence[str], option: str) -> str | None:
@@ -109,17 +131,23 @@ def parse(cls: type, default: Any, args: Sequence[str], prog: str, summary: str)
     import tyro
 
     if "--help" in args or "-h" in args:
-        from train.choices import grouped
-
+        default = with_rows(default, args)
         tyro.cli(grouped(cls, default), args=["--help"], prog=prog, description=summary)
     check_options(cls, args)
+    default = with_rows(default, args)
     caught = io.StringIO()
     try:
         with contextlib.redirect_stderr(caught), contextlib.redirect_stdout(caught):
-            return tyro.cli(cls, default=default, args=list(args), prog=prog, description=summary)
+            found = tyro.cli(cls, default=default, args=list(args), prog=prog, description=summary)
     except SystemExit as stop:
         complaint = _complaint(caught.getvalue())[:240]
         raise UserError(f"{complaint} (--help lists all options)") from stop
+    for place, _, chosen in places(found):
+        wanted = next(value.name for at, _, value in places(default) if at == place)
+        if chosen.name != wanted:
+            option = f"--{place.replace('_', '-')}.name"
+            raise UserError(f"{option} is {wanted} and {chosen.name}; give it once")
+    return found
 
 
 def _complaint(printed: str) -> str:
@@ -152,7 +180,13 @@ def from_json(cls: Any, value: Any, name: str = "") -> Any:
                 "another version"
             )
         prefix = f"{name}." if name else ""
-        entries = {k: from_json(hints[k], v, prefix + k) for k, v in value.items()}
+        entries = {}
+        for field in dataclasses.fields(typing.cast(Any, cls)):
+            if field.name in value:
+                kind, entry, rows = hints[field.name], value[field.name], rows_of(field)
+                if rows is not None and isinstance(entry, dict):
+                    kind, entry = rows.read(entry, field.default.name, f"--{prefix}{field.name}.")
+                entries[field.name] = from_json(kind, entry, prefix + field.name)
         return typing.cast(Any, cls)(**entries)
     union = typing.get_origin(cls) in (typing.Union, types.UnionType)
     for kind in typing.get_args(cls) if union else (cls,):

@@ -1,159 +1,210 @@
-"""The configuration of a run: frozen dataclasses, overridden on the command line by tyro."""
+"""The configuration of a run: frozen dataclasses, overridden on the command line by tyro.
+
+What an option is, may be and is called in `--help` stands in its field. The fields of the objective
+and of the optimizers are those of the rows in use, see `rows`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxlib_unlearn.objectives import ObjectiveConfig
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.options import MOST, option
+from models.bounds import MOST_LAYERS
+from models.decoder import REMAT
 from models.prompts import DATE
-from train.optimizers import OptimizerConfig
+from models.weights import DTYPES
+from train import optimizers
+from train.optimizer_options import AdamW
+from train.rows import Rows, chosen, rows_of
+from train.runtime import reporters
 from train.runtime.distributed import DistributedConfig
 from train.runtime.sharding import MeshConfig
+
+COMPUTE = ("float32", "bfloat16")
+JUDGES = ("oracle", "base")
+QUESTIONS = ("question", "paraphrased_question")
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+OBJECTIVE = Rows(
+    objectives.OBJECTIVES,
+    objectives.options_of,
+    # Options tuned for one objective mean nothing to another.
+    lambda options, name: objectives.options_of(name),
+    lambda row, option, value, prefix: objectives.not_used(row, option),
+)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is forgotten, kept and asked.
+    """What is forgotten, kept and asked."""
 
-    Args:
-        source: `authors` (generated in the run) or `tofu`.
-        path: folder with TOFU's JSON files; None: the Hub id locuslab/TOFU.
-        revision: commit, branch or tag of the Hub's data set; None: the newest. The run notes the
-            commit.
-        forget_split: name of the split to forget, or a JSON file with `question` and `answer`.
-        retain_rows: how many rows of `retain_split` are kept and trained on; None: all.
-        extra_rows: how many real-author and world-fact rows are evaluated; None: all.
-        holdout_rows: how many untrained rows serve as non-members.
-        num_authors: authors made by the generator (quickstart).
-        seed: seed of the generator; None: the run's seed.
-        system_prompt: system message of the chat template; None: the template's own default.
-        max_length: longest tokenised example; longer ones are cut and counted.
-        row_tokens: short training examples share rows of about that many tokens, behind what their
-            prompts begin with; 0: a row each. The losses are the same.
-        forget_rows: how many rows of the forget split are used, from the first on; None: all.
-        retain_split: name of the split that is kept and trained on (`retain90`), or a JSON file.
-        judged_retain_split: name of the split, or a JSON file, on which keeping is judged.
-        judged_retain_rows: how many of its rows; None: as many as `retain_rows`.
-        template: how questions are written: `auto` (the tokenizer's chat template, or "Question:"
-            and "Answer:" where there is none), or tags of OpenUnlearning for models without one:
-            `llama2` ([INST]) or `question-answer`.
-        template_date: today's date in chat templates that print one.
-        few_shot: JSON file of answered questions that stand before every question.
-        alternates: other answers a forget question that are sampled from the model before it learns
-            the facts, for objectives that teach some, where the rows bring no `alternate_answer`;
-            0: none.
-        forget: file of your own rows to forget (JSON, JSONL, CSV or parquet; a question and an
-            answer are enough), in place of `source`; goes with `retain`.
-        retain: file of your own rows to keep: all are trained on, the first `retain_rows` judged.
-    """
-
-    source: str = "tofu"
-    path: Path | None = None
-    revision: str | None = None
-    forget_split: str = "forget01"
-    retain_rows: int | None = 100
-    extra_rows: int | None = 50
-    holdout_rows: int = 40
-    num_authors: int = 40
-    seed: int | None = None
-    system_prompt: str | None = None
-    max_length: int = 512
-    row_tokens: int = 320
-    forget_rows: int | None = None
-    retain_split: str = "retain_perturbed"
-    judged_retain_split: str = "retain_perturbed"
-    judged_retain_rows: int | None = None
-    template: str = "auto"
-    template_date: str = DATE
-    few_shot: Path | None = None
-    alternates: int = 3
-    forget: Path | None = None
-    retain: Path | None = None
+    source: str = option("tofu", "`authors` (generated in the run) or `tofu`.")
+    path: Path | None = option(
+        None, "folder with TOFU's JSON files; None: the Hub id locuslab/TOFU."
+    )
+    revision: str | None = option(
+        None,
+        "commit, branch or tag of the Hub's data set; None: the newest. The run notes the commit.",
+    )
+    forget_split: str = option(
+        "forget01", "name of the split to forget, or a JSON file with `question` and `answer`."
+    )
+    retain_rows: int | None = option(
+        100, "how many rows of `retain_split` are kept and trained on; None: all.", low=1
+    )
+    extra_rows: int | None = option(
+        50, "how many real-author and world-fact rows are evaluated; None: all.", low=0
+    )
+    holdout_rows: int = option(40, "how many untrained rows serve as non-members.", low=0)
+    num_authors: int = option(40, "authors made by the generator (quickstart).", low=1)
+    seed: int | None = option(
+        None, "seed of the generator; None: the run's seed.", low=0, high=MOST
+    )
+    system_prompt: str | None = option(
+        None, "system message of the chat template; None: the template's own default."
+    )
+    max_length: int = option(
+        512, "longest tokenised example; longer ones are cut and counted.", low=2
+    )
+    row_tokens: int = option(
+        320,
+        "short training examples share rows of about that many tokens, behind what their prompts "
+        "begin with; 0: a row each. The losses are the same.",
+        low=0,
+    )
+    forget_rows: int | None = option(
+        None, "how many rows of the forget split are used, from the first on; None: all.", low=1
+    )
+    retain_split: str = option(
+        "retain_perturbed",
+        "name of the split that is kept and trained on (`retain90`), or a JSON file.",
+    )
+    judged_retain_split: str = option(
+        "retain_perturbed", "name of the split, or a JSON file, on which keeping is judged."
+    )
+    judged_retain_rows: int | None = option(
+        None, "how many of its rows; None: as many as `retain_rows`.", low=1
+    )
+    template: str = option(
+        "auto",
+        'how questions are written: `auto` (the tokenizer\'s chat template, or "Question:" and '
+        '"Answer:" where there is none), or tags of OpenUnlearning for models without one: '
+        "`llama2` ([INST]) or `question-answer`.",
+    )
+    template_date: str = option(DATE, "today's date in chat templates that print one.")
+    few_shot: Path | None = option(
+        None, "JSON file of answered questions that stand before every question."
+    )
+    alternates: int = option(
+        3,
+        "other answers a forget question that are sampled from the model before it learns the "
+        "facts, for objectives that teach some, where the rows bring no `alternate_answer`; 0: "
+        "none.",
+        low=0,
+    )
+    forget: Path | None = option(
+        None,
+        "file of your own rows to forget (JSON, JSONL, CSV or parquet; a question and an answer "
+        "are enough), in place of `source`; goes with `retain`.",
+    )
+    retain: Path | None = option(
+        None, "file of your own rows to keep: all are trained on, the first `retain_rows` judged."
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model to start from.
+    """The model to start from."""
 
-    Args:
-        path: an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch`
-            (random weights). `owner/name` is a Hub id where no such path exists, `hub:owner/name`
-            always.
-        revision: commit, branch or tag of a Hub id; None: the newest. The run notes the commit.
-        vocab_size: of the tokenizer trained in the run (from scratch only), as the sizes below.
-        hidden_size: width of the residual stream.
-        intermediate_size: width inside an MLP.
-        num_layers: blocks.
-        num_heads: attention heads.
-        num_kv_heads: heads of keys and values, shared by groups of attention heads.
-        dtype: what the model computes in, `float32` or `bfloat16`; its parameters stay float32.
-        remat: what the backward pass recomputes: `none`, `dots` (all but the projections: half of
-            the temporaries for hardly more work, which where memory is slow is less time) or `full`
-            (whole blocks: a quarter, for a quarter more work).
-        mask_all_pad_id_tokens: no token attends to one whose id is the padding token's, wherever it
-            stands, as in OpenUnlearning: with Llama-3's templates to no end of a turn. For
-            comparison with its numbers; training, scoring and generation alike.
-    """
-
-    path: str = "smollm2"
-    revision: str | None = None
-    vocab_size: int = 1024
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    dtype: str = "float32"
-    remat: str = "dots"
-    mask_all_pad_id_tokens: bool = False
+    path: str = option(
+        "smollm2",
+        "an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch` "
+        "(random weights). `owner/name` is a Hub id where no such path exists, `hub:owner/name` "
+        "always.",
+    )
+    revision: str | None = option(
+        None, "commit, branch or tag of a Hub id; None: the newest. The run notes the commit."
+    )
+    vocab_size: int = option(
+        1024,
+        "of the tokenizer trained in the run (from scratch only), as the sizes below.",
+        low=1,
+        high=2**20,
+    )
+    hidden_size: int = option(128, "width of the residual stream.", low=1)
+    intermediate_size: int = option(384, "width inside an MLP.", low=1)
+    num_layers: int = option(4, "blocks.", low=1, high=MOST_LAYERS)
+    num_heads: int = option(4, "attention heads.", low=1)
+    num_kv_heads: int = option(
+        2, "heads of keys and values, shared by groups of attention heads.", low=1
+    )
+    dtype: str = option(
+        "float32",
+        "what the model computes in, `float32` or `bfloat16`; its parameters stay float32.",
+        choices=COMPUTE,
+    )
+    remat: str = option(
+        "dots",
+        "what the backward pass recomputes: `none`, `dots` (all but the projections: half of the "
+        "temporaries for hardly more work, which where memory is slow is less time) or `full` "
+        "(whole blocks: a quarter, for a quarter more work).",
+        choices=tuple(REMAT),
+    )
+    mask_all_pad_id_tokens: bool = option(
+        False,
+        "no token attends to one whose id is the padding token's, wherever it stands, as in "
+        "OpenUnlearning: with Llama-3's templates to no end of a turn. For comparison with its "
+        "numbers; training, scoring and generation alike.",
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training stage.
+    """One training stage."""
 
-    Args:
-        epochs: passes over the stage's main stream (ignored when `steps` is given).
-        steps: optimizer steps; None: from `epochs`.
-        batch_size: global rows of each stream in a step.
-        accumulate: micro-batches a step is split into; the numbers do not depend on it.
-        optimizer: how a step is taken.
-        curve_points: evaluations of forget and retain along the stage (0: none).
-        checkpoint_seconds: least time between two checkpoints.
-    """
-
-    epochs: float = 10.0
-    steps: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    optimizer: OptimizerConfig = OptimizerConfig()
-    curve_points: int = 0
-    checkpoint_seconds: float = 120.0
+    epochs: float = option(
+        10.0,
+        "passes over the stage's main stream (ignored when `steps` is given).",
+        low=0,
+        high=1e9,
+    )
+    steps: int | None = option(None, "optimizer steps; None: from `epochs`.", low=1)
+    batch_size: int = option(8, "global rows of each stream in a step.", low=1)
+    accumulate: int = option(
+        1, "micro-batches a step is split into; the numbers do not depend on it.", low=1
+    )
+    optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW())
+    curve_points: int = option(
+        0, "evaluations of forget and retain along the stage (0: none).", low=0
+    )
+    checkpoint_seconds: float = option(
+        120.0, "least time between two checkpoints.", low=0, high=math.inf
+    )
 
 
 @dataclass(frozen=True)
 class UnlearnConfig:
-    """The unlearning stage; its optimizer is `--optimizer.*`, its objective `--objective.*`.
+    """The unlearning stage; its optimizer is `--optimizer.*`, its objective `--objective.*`."""
 
-    Args:
-        epochs: passes over the rows to forget (ignored when `steps` is given).
-        steps: optimizer steps; None: from `epochs`.
-        batch_size: global rows of each stream in a step.
-        accumulate: micro-batches a step is split into; the numbers do not depend on it.
-        curve_points: evaluations of forget and retain along the stage (0: none).
-        checkpoint_seconds: least time between two checkpoints.
-    """
-
-    epochs: float = 5.0
-    steps: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    curve_points: int = 5
-    checkpoint_seconds: float = 120.0
+    epochs: float = option(
+        5.0, "passes over the rows to forget (ignored when `steps` is given).", low=0, high=1e9
+    )
+    steps: int | None = option(None, "optimizer steps; None: from `epochs`.", low=1)
+    batch_size: int = option(8, "global rows of each stream in a step.", low=1)
+    accumulate: int = option(
+        1, "micro-batches a step is split into; the numbers do not depend on it.", low=1
+    )
+    curve_points: int = option(
+        5, "evaluations of forget and retain along the stage (0: none).", low=0
+    )
+    checkpoint_seconds: float = option(
+        120.0, "least time between two checkpoints.", low=0, high=math.inf
+    )
 
 
 @dataclass(frozen=True)
@@ -162,16 +213,17 @@ class LoraConfig:
 
     The model is frozen, the optimizer sees the adapters alone, and what is judged and exported is
     the model with the adapters merged into it.
-
-    Args:
-        rank: r of the adapters; None: no adapters, every parameter is trained.
-        alpha: the adapters' term is multiplied by alpha / rank; None: the rank, so by 1.
-        targets: kernels that get one, by name.
     """
 
-    rank: int | None = None
-    alpha: float | None = None
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    rank: int | None = option(
+        None, "r of the adapters; None: no adapters, every parameter is trained.", low=1
+    )
+    alpha: float | None = option(
+        None,
+        "the adapters' term is multiplied by alpha / rank; None: the rank, so by 1.",
+        low=1e-30,
+    )
+    targets: tuple[str, ...] = option(TARGETS, "kernels that get one, by name.", words=TARGETS)
 
     @property
     def scale(self) -> float:
@@ -181,88 +233,84 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Start from results that exist.
+    """Start from results that exist."""
 
-    Args:
-        original: a model (HF folder or GGUF) that already knows the facts.
-        cache: folder (or `gs://…`) that runs share: an original or oracle made from the same
-            inputs, and its evaluation, are taken from there, or put there for the next run.
-    """
-
-    original: str | None = None
-    cache: Path | None = None
+    original: str | None = option(None, "a model (HF folder or GGUF) that already knows the facts.")
+    cache: Path | None = option(
+        None,
+        "folder (or `gs://…`) that runs share: an original or oracle made from the same inputs, "
+        "and its evaluation, are taken from there, or put there for the next run.",
+    )
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How models are judged.
+    """How models are judged."""
 
-    Args:
-        max_new_tokens: greedy answers are cut there.
-        leak_samples: sampled answers a forget question, for leak@k (0: none).
-        leak_temperature: their sampling temperature.
-        leak_top_p: their nucleus mass.
-        leak_question: `question` or `paraphrased_question`.
-        score_tokens: rows times length of one scoring batch.
-        generate_rows: rows decoded at once.
-        judge: whose NLL of the greedy forget answers measures fluency: `oracle` or `base` (before
-            fine-tuning).
-    """
-
-    max_new_tokens: int = 64
-    leak_samples: int = 16
-    leak_temperature: float = 1.0
-    leak_top_p: float = 1.0
-    leak_question: str = "question"
-    score_tokens: int = 4096
-    generate_rows: int = 64
-    judge: str = "oracle"
+    max_new_tokens: int = option(64, "greedy answers are cut there.", low=1)
+    leak_samples: int = option(
+        16, "sampled answers a forget question, for leak@k (0: none).", low=0
+    )
+    leak_temperature: float = option(1.0, "their sampling temperature.", low=0, high=1e9)
+    leak_top_p: float = option(1.0, "their nucleus mass.", low=1e-9, high=1)
+    leak_question: str = option(
+        "question", "`question` or `paraphrased_question`.", choices=QUESTIONS
+    )
+    score_tokens: int = option(4096, "rows times length of one scoring batch.", low=1)
+    generate_rows: int = option(64, "rows decoded at once.", low=1)
+    judge: str = option(
+        "oracle",
+        "whose NLL of the greedy forget answers measures fluency: `oracle` or `base` (before "
+        "fine-tuning).",
+        choices=JUDGES,
+    )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One unlearning run: original, oracle, unlearned, evaluated, reported, exported.
+    """One unlearning run: original, oracle, unlearned, evaluated, reported, exported."""
 
-    Args:
-        preset: name of the preset this configuration started from.
-        seed: everything random follows from it.
-        smoke: few steps and samples through the same code, for a first look.
-        output: run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`).
-        combine: how the gradients of the forget and the retain side become one: sum, blur, pcgrad.
-        retain_log: per-item log (OpenUnlearning EVAL.json or ours) of a retain-only model; skips
-            the oracle.
-        oracle: train the retain-only model (forget quality needs it, unless `retain_log` is given).
-        export_dtype: dtype of the exported weights.
-        tensorboard: the same as `report_to` tensorboard.
-        profile: folder for a trace of a few unlearning steps, which TensorBoard, XProf and Perfetto
-            show; None: no trace.
-        distributed: the processes of the run, where it has several.
-        report_to: logs that get the numbers too, with commas between them: tensorboard, wandb,
-            trackio.
-    """
-
-    preset: str = ""
-    seed: int = 0
-    smoke: bool = False
-    output: Path | None = None
+    preset: str = option("", "name of the preset this configuration started from.")
+    seed: int = option(0, "everything random follows from it.", low=0, high=MOST)
+    smoke: bool = option(False, "few steps and samples through the same code, for a first look.")
+    output: Path | None = option(
+        None, "run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`)."
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     stage: StageConfig = StageConfig()
-    retain_log: Path | None = None
-    oracle: bool = True
+    retain_log: Path | None = option(
+        None,
+        "per-item log (OpenUnlearning EVAL.json or ours) of a retain-only model; skips the oracle.",
+    )
+    oracle: bool = option(
+        True, "train the retain-only model (forget quality needs it, unless `retain_log` is given)."
+    )
     finetune: TrainConfig = TrainConfig()
     unlearn: UnlearnConfig = UnlearnConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    combine: str = "sum"
+    objective: objectives.Options = chosen(OBJECTIVE, objectives.options_of("graddiff"))
+    optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW())
+    combine: str = option(
+        "sum",
+        "how the gradients of the forget and the retain side become one: sum, blur, pcgrad.",
+        words=tuple(optimizers.COMBINERS),
+    )
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    export_dtype: str = "float32"
-    tensorboard: bool = False
-    profile: Path | None = None
+    export_dtype: str = option("float32", "dtype of the exported weights.", choices=tuple(DTYPES))
+    tensorboard: bool = option(False, "the same as `report_to` tensorboard.")
+    profile: Path | None = option(
+        None,
+        "folder for a trace of a few unlearning steps, which TensorBoard, XProf and Perfetto "
+        "show; None: no trace.",
+    )
     distributed: DistributedConfig = DistributedConfig()
-    report_to: str = ""
+    report_to: str = option(
+        "",
+        "logs that get the numbers too, with commas between them: tensorboard, wandb, trackio.",
+        words=tuple(reporters.REPORTERS),
+    )
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -271,9 +319,16 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def replace(config: Any, **changes: Any) -> Any:
-    """`dataclasses.replace` with dotted names, `replace(c, **{"evaluate.leak_samples": 4})`."""
+    """`dataclasses.replace` with dotted names, `replace(c, **{"evaluate.leak_samples": 4})`.
+
+    Another name of an objective or optimizer brings the options of that row.
+    """
     for name, value in changes.items():
         head, _, rest = name.partition(".")
-        value = replace(getattr(config, head), **{rest: value}) if rest else value
+        if rest:
+            inner = getattr(config, head)
+            rows = next(rows_of(f) for f in dataclasses.fields(config) if f.name == head)
+            named = rows is not None and rest == "name" and value != inner.name
+            value = rows.other(inner, value) if named else replace(inner, **{rest: value})
         config = dataclasses.replace(config, **{head: value})
     return config

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.options import MOST, option
 from train import cli
 from train.config import DataConfig, EvaluateConfig, RunConfig, replace, to_json
 from train.presets import tofu_smollm2
@@ -29,7 +30,6 @@ class EvaluateRun:
 
     Args:
         model: set by the first argument.
-        seed: of the sampled answers (and of generated data).
         smoke: few rows and samples, for a first look.
         output: where `summary.json` and `evals/` go; None: `runs/evaluate-NAME`.
         retain_log: per-item log of a retain-only model, for forget quality and privleak.
@@ -41,7 +41,7 @@ class EvaluateRun:
     """
 
     model: str = ""
-    seed: int = 0
+    seed: int = option(0, "of the sampled answers (and of generated data).", low=0, high=MOST)
     smoke: bool = False
     output: Path | None = None
     retain_log: Path | None = None
@@ -116,7 +116,6 @@ def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     distributed.check_same({k: v for k, v in to_json(config).items() if k != "distributed"})
     with distributed.together():
         checks.check_numbers(config)
-        checks.check_evaluate(config.evaluate)
         mesh = sharding.make_mesh(config.mesh)
         folder = config.output or Path("runs") / f"evaluate-{Path(config.model).name}"
         remote.check(folder, "--output")

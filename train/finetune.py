@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.options import MOST, option
 from models.prompts import DATE
 from train import cli
 from train.config import ModelConfig, RunConfig, TrainConfig, replace, to_json
-from train.optimizers import OptimizerConfig
+from train.optimizer_options import AdamW
 from train.runtime.distributed import DistributedConfig
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker, say
@@ -27,13 +28,11 @@ class FinetuneRun:
     Args:
         model: set by the first argument: HF folder, `.gguf` file, Hub id or `smollm2`.
         rows: set by the second: JSON lines or a JSON list with `question` and `answer`.
-        seed: order of the rows.
         smoke: a few steps, for a first look.
         output: run folder; the model goes to `export/` in it.
         system_prompt: system message of the chat template.
         template: how questions are written, as `--data.template` of train.unlearn.
         template_date: today's date in chat templates that print one.
-        max_length: longest example in tokens.
         export_dtype: dtype of the exported weights.
         train: the stage.
         mesh: devices.
@@ -42,16 +41,16 @@ class FinetuneRun:
 
     model: str = ""
     rows: str = ""
-    seed: int = 0
+    seed: int = option(0, "order of the rows.", low=0, high=MOST)
     smoke: bool = False
     output: Path = Path("runs/finetune")
     system_prompt: str | None = None
     template: str = "auto"
     template_date: str = DATE
-    max_length: int = 512
+    max_length: int = option(512, "longest example in tokens.", low=2)
     export_dtype: str = "float32"
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=5, optimizer=OptimizerConfig(learning_rate=1e-5))
+        default_factory=lambda: TrainConfig(epochs=5, optimizer=AdamW(learning_rate=1e-5))
     )
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()

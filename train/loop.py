@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxlib_unlearn.objectives import Objective
 from models.decoder import Decoder
-from train.optimizers import OptimizerConfig, build
+from train.optimizers import Options, build
 from train.runtime import checkpointing, distributed, remote, residency, sharding
 from train.runtime.tracking import Tracker, progress, say
 from train.step import Bind, TrainState, compile_step, init_state, make_step, whole
@@ -68,7 +68,7 @@ class Stage:
     batches: Callable[[int], HostBatches]
     objective: Objective
     options: Any
-    optimizer: OptimizerConfig
+    optimizer: Options
     accumulate: int
     checkpoints: Path
     checkpoint_seconds: float

@@ -1,322 +1,31 @@
-"""The optimizer table: how each row is built and what it needs from the step.
+"""Optimizers by name: their options, schedules and combiners, and what goes together.
 
-A row's `needs` is `joint`, one gradient of the weighted sum of the objective's terms; `split`, the
-gradients of its forget and of its retain side; `value`, the loss as a function and no gradient;
-`lazy`, both as functions. A combiner turns two gradients into one and fits `joint` rows only.
+The rows are in `optimizer_rows`, with what each needs from the step. A combiner turns two gradients
+into one and fits `joint` rows only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from typing import Any
 
-import jax
 import optax
-import optax.contrib
 
-from jaxlib_unlearn import optim
+from jaxlib_unlearn import optim, options
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
-from jaxlib_unlearn.optim import matrices
-from jaxlib_unlearn.optim.spectral.fusion import BASES
+from jaxlib_unlearn.objectives import Objective
 from train import suggest
-from train.runtime.sharding import path_str
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How a step is taken.
-
-    Args:
-        name: a row of the table: adamw, muon, optax-muon, teon, sift, sophia, sign, mezo, zo-muon,
-            hybrid.
-        learning_rate: peak; one value serves the matrices of muon, teon and sift and AdamW's rest.
-        schedule: `constant`, `linear` or `cosine` (the last two decay to 0).
-        warmup: fraction of the steps of linear warm-up.
-        weight_decay: decoupled; not on norms and biases (muon, teon, sift: on matrices alone).
-        b1: first-moment decay of AdamW and Sophia, momentum of sign.
-        b2: second-moment decay of AdamW and Sophia.
-        eps: AdamW's epsilon.
-        momentum: of muon, teon and sift.
-        clip_norm: clip the global gradient norm; None: no clipping.
-        rank: of SIFT's bases (None: 256, at most half the matrix) or ZO-Muon's subspace (None: 64).
-        bases: how SIFT finds them: `subspace` (iterated from the last step's) or `svd` (exact).
-        threshold: SIFT fuses a matrix where the cosine of its two momenta lies below.
-        group_size: consecutive blocks that TEON orthogonalises together.
-        queries: perturbations of a zeroth-order step (None: mezo and hybrid 1, zo-muon 4).
-        perturbation: their size.
-        refresh: steps that ZO-Muon keeps a subspace for.
-        vector_rate: ZO-Muon's learning rate of norms and biases, constant.
-        period: steps of one kind before hybrid turns to the other kind.
-        state_dtype: of first moments and momenta (AdamW's, hybrid's AdamW's, Sophia's, sign's, and
-            those of muon, teon and sift): float32 or bfloat16, half their bytes. A step changes
-            them by 5 to 10 %, and bfloat16 tells 0.4 % apart (decays of 0.99 would leave them up to
-            a fifth short of a steady gradient). Second moments stay float32: with b2 0.999 one of
-            bfloat16 would never fall, as 0.1 % of it rounds to nothing.
-        comm_dtype: of muon and teon: what matrices are rounded to on the way to the devices that
-            orthogonalise them, and directions on the way back: float32 or bfloat16, half the bytes
-            and the temporary memory of those collectives. On one device, too, so that a run does
-            not depend on how many there are.
-        zo_learning_rate: peak of hybrid's zeroth-order steps; None: `learning_rate`.
-    """
-
-    name: str = "adamw"
-    learning_rate: float = 1e-5
-    schedule: str = "linear"
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    momentum: float = 0.95
-    clip_norm: float | None = None
-    rank: int | None = None
-    bases: str = "subspace"
-    threshold: float = 0.0
-    group_size: int = 2
-    queries: int | None = None
-    perturbation: float = 1e-3
-    refresh: int = 100
-    vector_rate: float = 1e-7
-    period: int = 20
-    zo_learning_rate: float | None = None
-    state_dtype: str = "float32"
-    comm_dtype: str = "float32"
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """A row: `build(config, schedule) -> optax transformation`, and what the step must hand it.
-
-    `uses` names the options it reads, beside the learning rate's. `learning_rate` is where to start
-    when a preset says nothing; None: AdamW's will do. A zeroth-order row makes `queries` a step
-    where none are given, of `sides` evaluations each, and its `build` also takes the mesh axis that
-    shares them.
-    """
-
-    name: str
-    build: Callable[..., optax.GradientTransformationExtraArgs]
-    needs: str
-    uses: tuple[str, ...]
-    summary: str
-    learning_rate: float | None = None
-    queries: int = 0
-    sides: int = 0
-
-    def options(self, config: OptimizerConfig) -> dict[str, Any]:
-        """What of `config` this row reads, in the order of the fields."""
-        shared = ("name", "learning_rate", "schedule", "warmup", "weight_decay", "clip_norm")
-        names = [f.name for f in fields(config)]
-        return {n: getattr(config, n) for n in names if n in shared + self.uses}
-
-
-def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: everything but norm scales and biases."""
-
-    def decays(path, _):
-        return not path_str(path).endswith(("scale", "bias"))
-
-    return jax.tree_util.tree_map_with_path(decays, params)
-
-
-def _plain_adamw(c: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    tx = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decay_mask)
-    return optim.keep_first_moments(tx, c.state_dtype)
-
-
-def _adamw(c: OptimizerConfig, schedule: optax.Schedule):
-    return optax.with_extra_args_support(_plain_adamw(c, schedule))
-
-
-def _with_matrices(make: Callable[..., Any], **options: Any):
-    """Muon, TEON or SIFT: matrices move with AdamW's typical RMS, the rest is AdamW's."""
-
-    def build(c: OptimizerConfig, schedule: optax.Schedule):
-        more = {name: value(c) for name, value in options.items()}
-        return make(
-            schedule,
-            beta=c.momentum,
-            shape_scale="match_rms",
-            weight_decay=c.weight_decay,
-            adam_b1=c.b1,
-            adam_b2=c.b2,
-            adam_eps=c.eps,
-            mu_dtype=c.state_dtype,
-            **more,
-        )
-
-    return build
-
-
-def _comm_dtype(c: OptimizerConfig) -> str | None:
-    return None if c.comm_dtype == "float32" else c.comm_dtype
-
-
-def _optax_muon(c: OptimizerConfig, schedule: optax.Schedule):
-    """The peer, told which leaves are matrices: left alone it takes scanned ones for vectors."""
-
-    def dimensions(params: Any) -> Any:
-        leaves = [
-            None if axes is None else optax.contrib.MuonDimensionNumbers(axes.fan_in, axes.fan_out)
-            for axes in matrices.resolve(params)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-    tx = optax.contrib.muon(
-        schedule,
-        beta=c.momentum,
-        weight_decay=c.weight_decay,
-        adam_b1=c.b1,
-        adam_b2=c.b2,
-        eps=c.eps,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=dimensions,
-    )
-    return optax.with_extra_args_support(tx)
-
-
-def _sophia(c: OptimizerConfig, schedule: optax.Schedule):
-    more = {"weight_decay": c.weight_decay, "mask": decay_mask, "mu_dtype": c.state_dtype}
-    return optim.sophia(schedule, b1=c.b1, b2=c.b2, **more)
-
-
-def _sign(c: OptimizerConfig, schedule: optax.Schedule):
-    more = {"weight_decay": c.weight_decay, "mask": decay_mask, "mu_dtype": c.state_dtype}
-    return optim.sign_momentum(schedule, beta=c.b1, **more)
-
-
-def _mezo(c: OptimizerConfig, schedule: optax.Schedule, axis: str | None):
-    return optim.mezo(
-        schedule,
-        num_queries=c.queries or OPTIMIZERS[c.name].queries,
-        eps=c.perturbation,
-        query_axis=axis,
-        weight_decay=c.weight_decay,
-    )
-
-
-def _zo_muon(c: OptimizerConfig, schedule: optax.Schedule, axis: str | None):
-    return optim.zo_muon(
-        schedule,
-        num_queries=c.queries or OPTIMIZERS[c.name].queries,
-        query_axis=axis,
-        rank=c.rank or 64,
-        eps=c.perturbation,
-        refresh_every=c.refresh,
-        aux_learning_rate=c.vector_rate,
-        weight_decay=c.weight_decay,
-    )
-
-
-def _hybrid(c: OptimizerConfig, schedule: optax.Schedule, axis: str | None):
-    """Both halves follow the run's schedule, although each counts its own steps alone."""
-    ratio = 1.0 if c.zo_learning_rate is None else c.zo_learning_rate / c.learning_rate
-
-    def at(phase: int, factor: float) -> optax.Schedule:
-        def rate(count):
-            step = (2 * (count // c.period) + phase) * c.period + count % c.period
-            return factor * schedule(step)
-
-        return rate
-
-    first = _plain_adamw(c, at(0, 1.0))
-    zeroth = optim.rada_zo(
-        at(1, ratio),
-        num_queries=c.queries or OPTIMIZERS[c.name].queries,
-        eps=c.perturbation,
-        query_axis=axis,
-        weight_decay=c.weight_decay,
-    )
-    return optim.alternate(first, zeroth, c.period)
-
-
-_ADAM = ("b1", "b2", "eps", "state_dtype")
-DTYPES = ("float32", "bfloat16")
-SCHEDULES = ("constant", "linear", "cosine")
-_ZEROTH = ("queries", "perturbation")
-
-OPTIMIZERS: dict[str, Optimizer] = {
-    row.name: row
-    for row in (
-        Optimizer("adamw", _adamw, "joint", _ADAM, "Adam with decoupled weight decay"),
-        Optimizer(
-            "muon",
-            _with_matrices(optim.muon, comm_dtype=_comm_dtype),
-            "joint",
-            ("momentum", "comm_dtype", *_ADAM),
-            "orthogonalised momentum for matrices, AdamW for the rest",
-        ),
-        Optimizer(
-            "optax-muon",
-            _optax_muon,
-            "joint",
-            ("momentum", "b1", "b2", "eps"),
-            "optax.contrib.muon, leaf by leaf: what ours is measured against",
-        ),
-        Optimizer(
-            "teon",
-            _with_matrices(optim.teon, group_size=lambda c: c.group_size, comm_dtype=_comm_dtype),
-            "joint",
-            ("momentum", "group_size", "comm_dtype", *_ADAM),
-            "Muon with q, k and v of neighbouring blocks orthogonalised together",
-        ),
-        Optimizer(
-            "sift",
-            _with_matrices(
-                optim.sift,
-                rank=lambda c: c.rank or 256,
-                bases=lambda c: c.bases,
-                threshold=lambda c: c.threshold,
-            ),
-            "split",
-            ("momentum", "rank", "bases", "threshold", *_ADAM),
-            "Muon that fuses the two sides' subspaces where their momenta conflict",
-        ),
-        Optimizer(
-            "sophia",
-            _sophia,
-            "joint",
-            ("b1", "b2", "state_dtype"),
-            "clipped diagonal second-order steps",
-        ),
-        Optimizer(
-            "sign",
-            _sign,
-            "joint",
-            ("b1", "state_dtype"),
-            "sign of the momentum, one bit a parameter",
-        ),
-        Optimizer("mezo", _mezo, "value", _ZEROTH, "zeroth order, dense perturbations", 1e-7, 1, 2),
-        Optimizer(
-            "zo-muon",
-            _zo_muon,
-            "value",
-            ("rank", "refresh", "vector_rate", *_ZEROTH),
-            "zeroth order in a subspace, orthogonalised",
-            1e-2,
-            queries=4,
-            sides=1,
-        ),
-        Optimizer(
-            "hybrid",
-            _hybrid,
-            "lazy",
-            ("period", "zo_learning_rate", *_ZEROTH, *_ADAM),
-            "AdamW and adaptive zeroth order in turn",
-            queries=1,
-            sides=2,
-        ),
-    )
-}
+from train.optimizer_options import SCHEDULES, Options
+from train.optimizer_rows import OPTIMIZERS
+from train.rows import Rows
 
 COMBINERS: dict[str, Callable[[], optax.GradientTransformationExtraArgs] | None] = {
     "sum": None,
     "blur": optim.blur,
     "pcgrad": optim.pcgrad,
 }
-
 
 SEES = {
     "joint": "one gradient",
@@ -344,7 +53,7 @@ def _summary(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").splitlines()[0].partition(": ")[2].rstrip(".")
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def make_schedule(config: Options, steps: int) -> optax.Schedule:
     """Learning rate over `steps`: linear warm-up, then constant, linear or cosine decay to 0."""
     warm = min(steps - 1, round(config.warmup * steps)) if steps > 1 else 0
     peak, rest = config.learning_rate, max(1, steps - warm)
@@ -353,43 +62,74 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         optax.linear_schedule(peak, 0.0, rest),
         optax.cosine_decay_schedule(peak, rest),
     )
-    after = suggest.choose(config.schedule, dict(zip(SCHEDULES, forms, strict=True)), "schedule")
+    after = dict(zip(SCHEDULES, forms, strict=True))[config.schedule]
     if warm == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(peak / warm, peak, warm), after], [warm])
 
 
-def check(config: OptimizerConfig) -> None:
-    """Raise `UserError` for an unknown name or schedule, or numbers out of range."""
+def options_of(name: str, /, **given: Any) -> Any:
+    """The options of an optimizer by its name: an instance of `OPTIMIZERS[name].options`.
+
+    Args:
+        name: a row.
+        given: options of the row; None: the row's default.
+
+    Raises:
+        UserError: an unknown name, or an option that the row does not read.
+
+    Example:
+        >>> options_of("sift", rank=8).rank
+        8
+    """
+    row = suggest.choose(name, OPTIMIZERS, "optimizer")
+    known = {field.name for field in fields(row.options)}
+    for option in (given := {k: v for k, v in given.items() if v is not None}):
+        if option not in known:
+            raise not_read(row, option, given[option])
+    return row.options(**given)
+
+
+def other(config: Options, name: str) -> Any:
+    """The options of another optimizer that read what these were set to, where it reads it at all.
+
+    Example:
+        >>> other(options_of("muon", learning_rate=0.5, momentum=0.9), "adamw").learning_rate
+        0.5
+    """
+    row = suggest.choose(name, OPTIMIZERS, "optimizer")
+    known = {field.name for field in fields(row.options)} - {"name"}
+    kept = {k: v for k, v in options.given(config).items() if k in known}
+    return row.options(**kept)
+
+
+def not_read(row: Any, option: str, value: Any, prefix: str = "--optimizer.") -> UserError:
+    """The error for an option of another row."""
+    return UserError(
+        f"{prefix}{option.replace('_', '-')} {value}: {row.name} does not read it; "
+        f"its own are {', '.join(n.replace('_', '-') for n in row.own)}"
+    )
+
+
+ROWS = Rows(OPTIMIZERS, options_of, other, not_read)
+
+
+def check(config: Options) -> None:
+    """Raise `UserError` for an unknown name, an unknown word, or numbers out of range."""
     row = suggest.choose(config.name, OPTIMIZERS, "optimizer")
-    read = row.options(config)
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in read and value != field.default:
-            raise UserError(
-                f"--optimizer.{field.name.replace('_', '-')} {value}: {row.name} does not read it; "
-                f"its own are {', '.join(n.replace('_', '-') for n in row.uses)}"
-            )
-    if not config.learning_rate > 0:
-        raise UserError(f"--optimizer.learning-rate {config.learning_rate} must be positive")
-    if not 0 <= config.warmup <= 1:
-        raise UserError(f"--optimizer.warmup {config.warmup} is a share of the steps, 0 to 1")
+    options.check(config, lambda name: f"--optimizer.{name.replace('_', '-')}")
     if config.clip_norm is not None and row.needs in ("value", "lazy"):
         raise UserError(
             f"--optimizer.clip-norm {config.clip_norm}: {config.name} has steps without a gradient "
             "to clip; leave it out"
         )
-    suggest.check_choice("--optimizer.bases", config.bases, BASES)
-    suggest.check_choice("--optimizer.state-dtype", config.state_dtype, DTYPES)
-    suggest.check_choice("--optimizer.comm-dtype", config.comm_dtype, DTYPES)
-    make_schedule(config, 1)
 
 
-def check_mesh(config: OptimizerConfig, mesh: Any) -> None:
+def check_mesh(config: Options, mesh: Any) -> None:
     """Raise `UserError` for a query axis that the optimizer's evaluations do not divide over."""
     ways = mesh.shape.get("query", 1)
     row = suggest.choose(config.name, OPTIMIZERS, "optimizer")
-    jobs = row.sides * (config.queries or row.queries)
+    jobs = row.sides * getattr(config, "queries", 0)
     if ways > 1 and not jobs:
         raise UserError(
             f"--mesh.query {ways}: {row.name} has no zeroth-order evaluations to share out; use "
@@ -402,9 +142,7 @@ def check_mesh(config: OptimizerConfig, mesh: Any) -> None:
         )
 
 
-def check_pair(
-    config: OptimizerConfig, combine: str, objective: Objective, options: ObjectiveConfig
-) -> None:
+def check_pair(config: Options, combine: str, objective: Objective, settings: Any) -> None:
     """Raise `UserError` for an optimizer, a combiner and an objective that do not go together."""
     needs = suggest.choose(config.name, OPTIMIZERS, "optimizer").needs
     suggest.choose(combine, COMBINERS, "--combine")
@@ -418,7 +156,7 @@ def check_pair(
             f"--combine {combine} does not go with optimizer {config.name}, which {why}; use "
             "--combine sum"
         )
-    if (combine != "sum" or needs == "split") and not two_sided(objective, options):
+    if (combine != "sum" or needs == "split") and not two_sided(objective, settings):
         what = f"--combine {combine}" if combine != "sum" else f"optimizer {config.name}"
         raise UserError(
             f"{what} needs a forget and a retain side; objective {objective.name} here has one: "
@@ -426,38 +164,32 @@ def check_pair(
         )
 
 
-def two_sided(objective: Objective, options: ObjectiveConfig) -> bool:
-    """Whether the objective's terms have a forget and a retain side."""
-    retain = options.retain not in (None, "none")
+def two_sided(objective: Objective, settings: Any) -> bool:
+    """Whether the objective's terms have a forget and a retain side, with its options."""
+    retain = getattr(settings, "retain", None) not in (None, "none")
     return retain and "retain" in objective.streams and len(objective.streams) > 1
 
 
-def check_steps(config: OptimizerConfig, steps: int) -> None:
-    """Raise `UserError` for a hybrid run that would not end on a zeroth-order block."""
-    if config.name == "hybrid" and not optim.ends_on_zeroth_order(steps, config.period):
-        near = optim.round_to_zeroth_order(steps, config.period)
-        raise UserError(
-            f"hybrid ends on its zeroth-order steps: {steps} steps are not blocks of 2 x "
-            f"{config.period}; use {near} steps or another --optimizer.period"
-        )
+def check_steps(config: Options, steps: int) -> None:
+    """Raise `UserError` for a number of steps that the optimizer cannot take."""
+    check_row = OPTIMIZERS[config.name].check_steps
+    if check_row is not None:
+        check_row(config, steps)
 
 
-def fitted(config: OptimizerConfig, steps: int) -> OptimizerConfig:
+def fitted(config: Options, steps: int) -> Any:
     """The options with which a shortened run of `steps` is taken: hybrid's blocks shrink with it.
 
     Example:
-        >>> fitted(OptimizerConfig(name="hybrid", period=20), 10).period
+        >>> fitted(options_of("hybrid", period=20), 10).period
         5
     """
-    if config.name != "hybrid":
-        return config
-    periods = range(min(config.period, max(1, steps // 2)), 0, -1)
-    fits = (n for n in periods if optim.ends_on_zeroth_order(steps, n))
-    return replace(config, period=next(fits, config.period))
+    shortened = OPTIMIZERS[config.name].shortened
+    return config if shortened is None else shortened(config, steps)
 
 
 def build(
-    config: OptimizerConfig, steps: int, combine: str = "sum", axis: str | None = None
+    config: Options, steps: int, combine: str = "sum", axis: str | None = None
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule, str]:
     """The transformation of `config` over `steps`, its schedule, and what the step must hand it.
 

@@ -14,7 +14,7 @@ import models
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import tofu
-from jaxlib_unlearn.objectives import Objective, ObjectiveConfig
+from jaxlib_unlearn.objectives import Objective
 from train import base_models, checks
 from train.alternates import with_alternates
 from train.config import LoraConfig, RunConfig, to_json
@@ -24,7 +24,6 @@ from train.evaluators.evaluation import Model, curve, longest, num_parameters
 from train.evaluators.judging import compare_logs, evaluate_cached, summarize
 from train.evaluators.roles import ROLES
 from train.exports import export_model
-from train.optimizers import OPTIMIZERS
 from train.reporting import card, page, tables
 from train.run import Recipe, Run, Watch, num_steps, phase, started, train
 from train.runtime import distributed, files, remote, reporters
@@ -179,15 +178,12 @@ def enter(config: RunConfig) -> Path:
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """What `config.json` holds: everything but where it runs, and where it and its sources lie.
-
-    Of the optimizer, what its row reads: the report and the tables of runs show no more.
-    """
+    """What `config.json` holds: everything but where it runs, and where it and its sources lie."""
     stage = dataclasses.replace(config.stage, cache=None)
     whole = to_json(dataclasses.replace(config, output=None, stage=stage))
     for name in ("distributed", "profile", "report_to"):
         del whole[name]
-    return whole | {"optimizer": OPTIMIZERS[config.optimizer.name].options(config.optimizer)}
+    return whole
 
 
 def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encoded:
@@ -217,7 +213,7 @@ def finetune(run: Run, config: RunConfig, name: str, base: Model, rows: list[Row
             run,
             name,
             base,
-            objectives.resolve(ObjectiveConfig("nll")),
+            objectives.resolve("nll"),
             {"train": stream_of(base, encoded, config.finetune.batch_size)},
             Recipe(config.finetune, config.finetune.optimizer, row_tokens=config.data.row_tokens),
             shared=True,

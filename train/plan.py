@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.options import option
 from train import cli, suggest
 from train.config import RunConfig
 from train.costs import PROGRAMS
@@ -40,14 +41,15 @@ class PlanConfig(RunConfig):
         topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
         length: padded tokens a row; None: `data.max_length`.
         labels: padded labels a row; None: `length`.
-        programs: which programs to compile: train, score, generate.
         json: print one JSON object and nothing else.
     """
 
     topology: str = ""
     length: int | None = None
     labels: int | None = None
-    programs: tuple[str, ...] = PROGRAMS
+    programs: tuple[str, ...] = option(
+        PROGRAMS, "which programs to compile: train, score, generate.", words=PROGRAMS
+    )
     json: bool = False
 
 
@@ -73,9 +75,9 @@ def check(config: PlanConfig) -> None:
     check_topology(config.topology)
     for name in config.programs:
         suggest.check_choice("--programs", name, PROGRAMS)
-    for option, size in (("--length", config.length), ("--labels", config.labels)):
+    for name, size in (("--length", config.length), ("--labels", config.labels)):
         if size is not None and size < 1:
-            raise UserError(f"{option} {size} must be at least 1")
+            raise UserError(f"{name} {size} must be at least 1")
     if (config.labels or 1) > (config.length or config.data.max_length):
         raise UserError(f"--labels {config.labels} are more than the tokens of a row")
 
@@ -272,7 +274,6 @@ def argument_bytes(args: Any) -> int:
 def knobs(config: PlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
     """What is left to turn when something does not fit, the cheapest first."""
     from models.decoder import REMAT
-    from train.optimizers import OPTIMIZERS
     from train.runtime.sharding import batch_ways
 
     out = []
@@ -288,9 +289,8 @@ def knobs(config: PlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
             out.append(f"--mesh.data 1 --mesh.fsdp {ways}")
         if config.model.dtype == "float32":
             out.append("--model.dtype bfloat16")
-        if "state_dtype" in OPTIMIZERS[config.optimizer.name].uses:
-            if config.optimizer.state_dtype == "float32":
-                out.append("--optimizer.state-dtype bfloat16")
+        if getattr(config.optimizer, "state_dtype", None) == "float32":
+            out.append("--optimizer.state-dtype bfloat16")
         if config.lora.rank is None:
             out.append("--lora.rank 16")
         out.append("a larger --topology")

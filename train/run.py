@@ -29,7 +29,7 @@ from train import loop
 from train.config import LoraConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.streams import Stream, batches_of, needs_head, pack_streams, with_references
 from train.evaluators.evaluation import Model
-from train.optimizers import OptimizerConfig, check_pair, check_steps
+from train.optimizers import Options, check_pair, check_steps
 from train.runtime import checkpointing, distributed, remote, residency, sharding
 from train.runtime.folder import read_minutes, write_about
 from train.runtime.keys import stage_inputs
@@ -119,7 +119,7 @@ class Recipe:
     """
 
     stage: TrainConfig | UnlearnConfig
-    optimizer: OptimizerConfig
+    optimizer: Options
     combine: str = "sum"
     adapters: LoraConfig | None = None
     row_tokens: int = 0
@@ -133,7 +133,7 @@ class Watch(NamedTuple):
     points: int
 
 
-def num_steps(config: TrainConfig | UnlearnConfig, rows: int, optimizer: OptimizerConfig) -> int:
+def num_steps(config: TrainConfig | UnlearnConfig, rows: int, optimizer: Options) -> int:
     """Optimizer steps of a stage.
 
     Raises:

@@ -1,14 +1,15 @@
 """Unlearning methods as rows: losses bound to streams of batches.
 
-``resolve(ObjectiveConfig("asu"))`` gives a row and its options; ``row.loss(policy, batches,
-options)`` gives the terms; ``combine(terms, weights, options)`` the scalar to differentiate.
+``resolve("npo", beta=0.2)`` gives a row and its options, an instance of the row's own dataclass;
+``row.loss(policy, batches, options)`` gives the terms; ``combine(terms, weights, options)`` the
+scalar to differentiate.
 """
 
 from jaxlib_unlearn.objectives.base import (
     Batch,
     Compat,
     Objective,
-    ObjectiveConfig,
+    Options,
     Policy,
     Terms,
     at_every_slot,
@@ -19,7 +20,14 @@ from jaxlib_unlearn.objectives.base import (
 )
 from jaxlib_unlearn.objectives.policy import ApplyPolicy, batch_from_labels, policy_from_apply
 from jaxlib_unlearn.objectives.smoothing import attention_temperatures, reference_forward
-from jaxlib_unlearn.objectives.table import OBJECTIVES, describe, list_objectives, resolve
+from jaxlib_unlearn.objectives.table import (
+    OBJECTIVES,
+    describe,
+    list_objectives,
+    not_used,
+    options_of,
+    resolve,
+)
 
 __all__ = [
     "OBJECTIVES",
@@ -27,7 +35,7 @@ __all__ = [
     "Batch",
     "Compat",
     "Objective",
-    "ObjectiveConfig",
+    "Options",
     "Policy",
     "Terms",
     "at_every_slot",
@@ -38,6 +46,8 @@ __all__ = [
     "combine",
     "describe",
     "list_objectives",
+    "not_used",
+    "options_of",
     "policy_from_apply",
     "reference_forward",
     "resolve",

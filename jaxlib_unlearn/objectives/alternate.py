@@ -5,6 +5,7 @@ keeps the sentence and replaces the fact; SimNPO's loss on the true answers, whi
 ``delta`` nats a token, makes sure that they do not stay beside the new ones.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 from jaxlib_unlearn import losses
@@ -13,21 +14,54 @@ from jaxlib_unlearn.objectives.base import (
     Batch,
     Compat,
     Objective,
-    ObjectiveConfig,
     Policy,
+    Sided,
     Terms,
+    forms,
+    named,
     nll_term,
-    number,
     retain_terms,
 )
 from jaxlib_unlearn.objectives.gradient import QA
-from jaxlib_unlearn.objectives.preference import dpo_between, push_term
+from jaxlib_unlearn.objectives.preference import (
+    DPO,
+    Pushed,
+    dpo_between,
+    inverse_temperature,
+    margin,
+    push_term,
+    pushes,
+)
+
+_ALTPO_COMPAT = {
+    "no_factor": Compat("without the factor 2/beta (TOFU's DPO)", additive=True),
+    **SHARED_COMPAT,
+}
 
 
-def alternate(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+@dataclasses.dataclass(frozen=True)
+class Alternate(Pushed, Sided):
+    """Options of ``alternate``."""
+
+    name: str = named("alternate")
+    compat: str | None = forms(SHARED_COMPAT)
+    push: float = pushes(0.3)
+    beta: float = inverse_temperature(10.0)
+    delta: float = margin(0.75)
+
+
+@dataclasses.dataclass(frozen=True)
+class AltPO(DPO):
+    """Options of ``altpo``."""
+
+    name: str = named("altpo")
+    compat: str | None = forms(_ALTPO_COMPAT)
+
+
+def alternate(policy: Policy, batches: Mapping[str, Batch], options: Alternate) -> Terms:
     """``L = f [NLL(alternate) + push SimNPO(forget)] + r R(retain)``."""
     terms = {"forget_alternate": nll_term(policy, batches["alternate"])}
-    if number(options, "push"):
+    if options.push:
         batch = batches["forget"]
         mask = batch["target_mask"]
         sums = losses.row_sums(policy.log_probs(batch), mask)
@@ -35,7 +69,7 @@ def alternate(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveCo
     return terms | retain_terms(policy, batches, options)
 
 
-def altpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+def altpo(policy: Policy, batches: Mapping[str, Batch], options: AltPO) -> Terms:
     """``L = f DPO(alternate over forget answer) + r R(retain)``; rows paired by position."""
     forget = dpo_between(policy, batches["alternate"], batches["forget"], options)
     return {"forget": forget} | retain_terms(policy, batches, options)
@@ -43,7 +77,6 @@ def altpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig
 
 _STREAMS = ("forget", "alternate", "retain")
 _COLUMNS = {"forget": QA, "alternate": ("question", "alternate_answer"), "retain": QA}
-_WEIGHTS = {"retain": "nll", "forget_weight": 1.0, "retain_weight": 1.0}
 
 ROWS = (
     Objective(
@@ -55,7 +88,7 @@ ROWS = (
         forward={},
         additive=True,
         paper="ours; alternates: Mekala et al. 2024, arXiv 2409.13474",
-        defaults=_WEIGHTS | {"push": 0.3, "beta": 10.0, "delta": 0.75},
+        options=Alternate,
         summary="teach other answers, and push the true ones down to delta nats a token",
         compat=SHARED_COMPAT,
         only_with={"beta": "push", "delta": "push"},
@@ -69,11 +102,8 @@ ROWS = (
         forward={},
         additive=True,
         paper="Mekala et al. 2024, arXiv 2409.13474",
-        defaults=_WEIGHTS | {"beta": 0.1},
+        options=AltPO,
         summary="prefer another answer to the forget answer",
-        compat={
-            "no_factor": Compat("without the factor 2/beta (TOFU's DPO)", additive=True),
-            **SHARED_COMPAT,
-        },
+        compat=_ALTPO_COMPAT,
     ),
 )

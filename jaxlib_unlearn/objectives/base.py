@@ -2,14 +2,15 @@
 
 A row (:class:`Objective`) says which streams it reads, which data columns and which quantities of
 the frozen model it needs, and gives ``loss(policy, batches, options) -> {term: (sum, weight)}``.
-Data checks, caches, ``--list`` and error messages derive from the row. What a person may set is an
-:class:`ObjectiveConfig`; ``objectives.resolve`` turns it into a row and complete options.
+Data checks, caches, ``--list`` and error messages derive from the row. What a person may set is the
+row's own dataclass, a subclass of :class:`Options`; ``objectives.resolve`` gives both.
 
 A *term* is named after its side, the part before the first underscore: ``forget``, ``forget_idk``,
 ``retain``, ``train``. Sides carry the coefficients, and split optimizers take one gradient a side.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jaxlib_unlearn import losses
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.losses import Term
+from jaxlib_unlearn.options import defaults, option
 
 Batch = Mapping[str, Any]
 Terms = dict[str, Term]
@@ -46,35 +48,49 @@ class Policy(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """What a person may set; None means the objective's own default.
+Retain = Literal["nll", "kl", "none"]
 
-    Args:
-        name: a row of ``OBJECTIVES``.
-        retain: loss on the retain stream.
-        beta: inverse temperature of NPO, SimNPO, DPO and ASU's push.
-        delta: margin of SimNPO and ASU's push, nats per token.
-        temperature: ASU's attention temperature of the forget teacher.
-        layers: block indices that ASU smooths; None = all.
-        push: ASU: how many times SimNPO's loss is added on the forget side; 0 = plain ASU.
-        contrast: ASU: how much further the teacher lowers what smoothing made less likely.
-        forget_weight: coefficient of the forget side.
-        retain_weight: coefficient of the retain side.
-        compat: a published variant of the loss, by name.
+
+def named(name: str) -> Any:
+    """The field ``name`` of a row's options."""
+    return option(name, "the method; --list says what each of them does.")
+
+
+def forms(compat: Mapping[str, "Compat"]) -> Any:
+    """The field ``compat`` of a row's options."""
+    return option(None, "a published variant of the loss, by name.", words=tuple(compat))
+
+
+def weight(side: str, default: float) -> Any:
+    """A field that holds the coefficient of a side."""
+    doc = f"coefficient of the {side} side."
+    return option(default, doc, low=0, wanted="0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every objective's options have; a row's own are a subclass of it.
+
+    ``retain``, ``forget_weight`` and ``retain_weight`` (see :class:`Sided`) mean the same in every
+    row that has them; the other fields are the row's alone.
     """
 
-    name: str = "graddiff"
-    retain: Literal["nll", "kl", "none"] | None = None
-    beta: float | None = None
-    delta: float | None = None
-    temperature: float | None = None
-    layers: tuple[int, ...] | None = None
-    push: float | None = None
-    contrast: float | None = None
-    forget_weight: float | None = None
-    retain_weight: float | None = None
-    compat: str | None = None
+    name: str = named("")
+    compat: str | None = option(None, "a published variant of the loss, by name.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sided(Options):
+    """Options of an objective with a forget and a retain side."""
+
+    retain: Retain | None = option(
+        None,
+        "loss on the retain stream; None: nll, or the one that compat is a form of.",
+        choices=typing.get_args(Retain),
+        none="nll",
+    )
+    forget_weight: float = weight("forget", 1.0)
+    retain_weight: float = weight("retain", 1.0)
 
 
 class Compat(NamedTuple):
@@ -139,25 +155,36 @@ class Objective:
         per_micro_batch: each micro-batch's terms are divided by its own weights and averaged, so
             that the value depends on the split; else by those of the whole batch.
         paper: citation.
-        defaults: option -> default value. Its keys are the options the row uses.
+        options: the dataclass of what a person may set, see ``jaxlib_unlearn.options``.
         summary: one line for ``--list``.
         compat: published variants by name.
         only_with: option -> the option without which (at 0) it does nothing.
+        also_cached: ``also_cached(options) -> {stream: quantity}``: what the options given need of
+            the frozen model in place of what ``reference`` says.
+        check: ``check(options)`` raises ``UserError`` for what no field's range can say.
     """
 
     name: str
-    loss: Callable[[Policy, Mapping[str, Batch], ObjectiveConfig], Terms]
+    loss: Callable[[Policy, Mapping[str, Batch], Any], Terms]
     streams: tuple[str, ...]
     columns: Mapping[str, tuple[str, ...]]
     reference: Mapping[str, str]
     forward: Mapping[str, tuple[str, ...]]
     additive: bool
     paper: str
-    defaults: Mapping[str, Any]
+    options: type[Options]
     summary: str = ""
     compat: Mapping[str, Compat] = dataclasses.field(default_factory=dict)
     only_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
     per_micro_batch: bool = False
+    also_cached: Callable[[Any], Mapping[str, str]] | None = None
+    check: Callable[[Any], None] | None = None
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The row's own options and their defaults: all but its name and its form."""
+        own = defaults(self.options)
+        return {name: own[name] for name in own if name not in ("name", "compat")}
 
     @property
     def packable(self) -> bool:
@@ -175,21 +202,20 @@ def side_of(term: str) -> str:
     return term.split("_", 1)[0]
 
 
-def coefficient(term: str, options: ObjectiveConfig) -> float:
-    """The factor of a term in the total: its side's weight, 1 where none is set.
+def coefficient(term: str, options: Options) -> float:
+    """The factor of a term in the total: its side's weight, 1 where the options have none.
 
     Example:
-        >>> coefficient("retain", ObjectiveConfig(retain_weight=2.0))
+        >>> coefficient("retain", Sided(retain_weight=2.0))
         2.0
     """
-    weight = {"forget": options.forget_weight, "retain": options.retain_weight}.get(side_of(term))
-    return 1.0 if weight is None else weight
+    return getattr(options, f"{side_of(term)}_weight", 1.0)
 
 
 def combine(
     terms: Terms,
     weights: Mapping[str, Any] | None,
-    options: ObjectiveConfig,
+    options: Options,
     side: str | None = None,
 ) -> jax.Array:
     """The scalar to differentiate: ``sum_t coef_t * sum_t / weight_t``.
@@ -211,9 +237,9 @@ def combine(
 
     Example:
         >>> terms = {"forget": (jnp.array(-6.0), 3.0), "retain": (jnp.array(8.0), 2.0)}
-        >>> combine(terms, None, ObjectiveConfig(retain_weight=0.5)).item()
+        >>> combine(terms, None, Sided(retain_weight=0.5)).item()
         0.0
-        >>> combine(terms, {"forget": 6.0, "retain": 2.0}, ObjectiveConfig(), side="forget").item()
+        >>> combine(terms, {"forget": 6.0, "retain": 2.0}, Sided(), side="forget").item()
         -1.0
     """
     chosen = [name for name in sorted(terms) if side in (None, side_of(name))]
@@ -225,18 +251,6 @@ def combine(
         weight = jnp.asarray(own if weights is None else weights[name])
         parts.append(coefficient(name, options) * total / jnp.where(weight > 0, weight, 1))
     return sum(parts[1:], parts[0])
-
-
-def number(options: ObjectiveConfig, name: str) -> float:
-    """A numeric option that the row uses; ``resolve`` has filled it in.
-
-    Raises:
-        ValueError: it is None, so the options did not come from ``resolve``.
-    """
-    value = getattr(options, name)
-    if value is None:
-        raise ValueError(f"option {name} is not set; pass the options that resolve() returned")
-    return value
 
 
 def nll_term(policy: Policy, batch: Batch) -> Term:
@@ -287,7 +301,7 @@ def at_every_slot(batch: Batch) -> Batch:
     }
 
 
-def retain_terms(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+def retain_terms(policy: Policy, batches: Mapping[str, Batch], options: Sided) -> Terms:
     """The retain side: NLL, KL to the frozen model, or nothing, by ``options.retain``.
 
     KL is a mean over labels; ``RETAIN_KL`` has the published other ones.

@@ -1,5 +1,6 @@
 """Likelihood objectives: fine-tuning, gradient ascent, GradDiff (and KL-min), IDK."""
 
+import dataclasses
 from collections.abc import Mapping
 
 from jaxlib_unlearn import losses
@@ -9,34 +10,79 @@ from jaxlib_unlearn.objectives.base import (
     Batch,
     Compat,
     Objective,
-    ObjectiveConfig,
+    Options,
     Policy,
+    Sided,
     Terms,
+    forms,
+    named,
     nll_term,
     retain_terms,
+    weight,
 )
 
 QA = ("question", "answer")
+_IDK_COMPAT = {
+    "tofu_concat": Compat(
+        "one token mean over refusals and retain answers",
+        additive=True,
+        drops=("retain", "retain_weight"),
+    ),
+    **SHARED_COMPAT,
+}
 
 
-def fine_tune(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+@dataclasses.dataclass(frozen=True)
+class NLL(Options):
+    """Options of ``nll``."""
+
+    name: str = named("nll")
+    compat: str | None = forms(MEAN_OF_MEANS)
+
+
+@dataclasses.dataclass(frozen=True)
+class GA(Options):
+    """Options of ``ga``."""
+
+    name: str = named("ga")
+    compat: str | None = forms(MEAN_OF_MEANS)
+    forget_weight: float = weight("forget", 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradDiff(Sided):
+    """Options of ``graddiff``."""
+
+    name: str = named("graddiff")
+    compat: str | None = forms(SHARED_COMPAT)
+
+
+@dataclasses.dataclass(frozen=True)
+class IDK(Sided):
+    """Options of ``idk``."""
+
+    name: str = named("idk")
+    compat: str | None = forms(_IDK_COMPAT)
+
+
+def fine_tune(policy: Policy, batches: Mapping[str, Batch], options: NLL) -> Terms:
     """``L = NLL(train)``."""
     del options
     return {"train": nll_term(policy, batches["train"])}
 
 
-def ascent(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+def ascent(policy: Policy, batches: Mapping[str, Batch], options: Options) -> Terms:
     """``L = -NLL(forget)``."""
     del options
     return {"forget": losses.negate(nll_term(policy, batches["forget"]))}
 
 
-def graddiff(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+def graddiff(policy: Policy, batches: Mapping[str, Batch], options: GradDiff) -> Terms:
     """``L = -f NLL(forget) + r R(retain)``; R is NLL (GradDiff) or KL (KL-min)."""
     return ascent(policy, batches, options) | retain_terms(policy, batches, options)
 
 
-def idk(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+def idk(policy: Policy, batches: Mapping[str, Batch], options: IDK) -> Terms:
     """``L = f NLL(refusal) + r R(retain)``, or one token mean over both (``tofu_concat``)."""
     refusal = nll_term(policy, batches["idk"])
     retain = retain_terms(policy, batches, options)
@@ -55,7 +101,7 @@ ROWS = (
         forward={},
         additive=True,
         paper="-",
-        defaults={},
+        options=NLL,
         summary="plain fine-tuning on one stream",
         compat=MEAN_OF_MEANS,
     ),
@@ -68,7 +114,7 @@ ROWS = (
         forward={},
         additive=True,
         paper="Jang et al. 2022, arXiv 2210.01504",
-        defaults={"forget_weight": 1.0},
+        options=GA,
         summary="gradient ascent on forget answers; diverges if left alone",
         compat=MEAN_OF_MEANS,
     ),
@@ -81,7 +127,7 @@ ROWS = (
         forward={},
         additive=True,
         paper="Liu et al. 2022, arXiv 2203.12817; Maini et al. 2024, arXiv 2401.06121",
-        defaults={"retain": "nll", "forget_weight": 1.0, "retain_weight": 1.0},
+        options=GradDiff,
         summary="gradient ascent plus a retain loss (KL-min with retain=kl)",
         compat=SHARED_COMPAT,
     ),
@@ -94,15 +140,8 @@ ROWS = (
         forward={},
         additive=True,
         paper="Maini et al. 2024, arXiv 2401.06121",
-        defaults={"retain": "nll", "forget_weight": 1.0, "retain_weight": 1.0},
+        options=IDK,
         summary="learn to answer forget questions with a refusal",
-        compat={
-            "tofu_concat": Compat(
-                "one token mean over refusals and retain answers",
-                additive=True,
-                drops=("retain", "retain_weight"),
-            ),
-            **SHARED_COMPAT,
-        },
+        compat=_IDK_COMPAT,
     ),
 )

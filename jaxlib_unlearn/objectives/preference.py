@@ -1,6 +1,8 @@
 """Preference objectives: NPO, SimNPO, DPO against refusals."""
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -11,13 +13,92 @@ from jaxlib_unlearn.objectives.base import (
     Batch,
     Compat,
     Objective,
-    ObjectiveConfig,
+    Options,
     Policy,
+    Sided,
     Terms,
-    number,
+    forms,
+    named,
     retain_terms,
+    weight,
 )
 from jaxlib_unlearn.objectives.gradient import QA
+from jaxlib_unlearn.options import option
+
+_NPO_COMPAT = {
+    "batch_mean": Compat("log-sigmoid of the batch mean (BLUR)", additive=False),
+    "token_mean": Compat("of the token-mean log-ratio (WMDP code)", additive=False),
+    "raw_logits": Compat(
+        "on raw logits at the labels (MUSE)", additive=True, reference={"forget": "hidden"}
+    ),
+    **SHARED_COMPAT,
+}
+_SIMNPO_COMPAT = {
+    "token_mean": Compat("log-sigmoid of the batch's token mean (WMDP)", additive=False),
+    "raw_logits": Compat("on raw logits at the labels (MUSE)", additive=True),
+    **SHARED_COMPAT,
+}
+_DPO_COMPAT = {
+    "no_factor": Compat("without the factor 2/beta (TOFU)", additive=True),
+    **SHARED_COMPAT,
+}
+
+
+def inverse_temperature(default: float) -> Any:
+    """The field ``beta`` of a row's options."""
+    return option(default, "inverse temperature of the log-sigmoid.", above=0)
+
+
+def margin(default: float) -> Any:
+    """The field ``delta`` of a row's options."""
+    return option(default, "margin of SimNPO's loss, nats per token.")
+
+
+def pushes(default: float) -> Any:
+    """The field ``push`` of a row's options."""
+    doc = "how many times SimNPO's loss is added on the forget side; 0: not at all."
+    return option(default, doc, low=0, wanted="0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class NPO(Sided):
+    """Options of ``npo``."""
+
+    name: str = named("npo")
+    compat: str | None = forms(_NPO_COMPAT)
+    beta: float = inverse_temperature(0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SimNPO(Sided):
+    """Options of ``simnpo``: the authors' TOFU forget10 setting.
+
+    What they call gamma multiplies the forget loss.
+    """
+
+    name: str = named("simnpo")
+    compat: str | None = forms(_SIMNPO_COMPAT)
+    forget_weight: float = weight("forget", 0.125)
+    beta: float = inverse_temperature(4.5)
+    delta: float = margin(0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DPO(Sided):
+    """Options of ``dpo``."""
+
+    name: str = named("dpo")
+    compat: str | None = forms(_DPO_COMPAT)
+    beta: float = inverse_temperature(0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pushed:
+    """Those of a row that adds SimNPO's loss to a loss of its own; goes before :class:`Sided`."""
+
+    push: float = pushes(0.0)
+    beta: float = inverse_temperature(1.0)
+    delta: float = margin(-0.25)
 
 
 def _sums(policy: Policy, batch: Batch) -> jax.Array:
@@ -28,14 +109,14 @@ def _ref_sums(batch: Batch) -> jax.Array:
     return losses.row_sums(batch["ref_log_probs"], batch["target_mask"])
 
 
-def _own(options: ObjectiveConfig) -> str | None:
+def _own(options: Options) -> str | None:
     """The compat form where it is one of the forget loss."""
     return None if options.compat in SHARED_COMPAT else options.compat
 
 
-def npo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+def npo(policy: Policy, batches: Mapping[str, Batch], options: NPO) -> Terms:
     """``L = f NPO(forget) + r R(retain)``."""
-    batch, beta = batches["forget"], number(options, "beta")
+    batch, beta = batches["forget"], options.beta
     mask = batch["target_mask"]
     if options.compat == "raw_logits":
         values = policy.reduce_logits(
@@ -55,28 +136,28 @@ def npo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) 
     return {"forget": forget} | retain_terms(policy, batches, options)
 
 
-def push_term(sums: jax.Array, mask: jax.Array, options: ObjectiveConfig) -> Term:
+def push_term(sums: jax.Array, mask: jax.Array, options: Pushed) -> Term:
     """``options.push`` times SimNPO's loss, for rows whose log-probabilities sum to ``sums``."""
     total, rows = _simnpo(sums, mask, options, None)
-    return number(options, "push") * total, rows
+    return options.push * total, rows
 
 
-def _simnpo(sums: jax.Array, mask: jax.Array, options: ObjectiveConfig, compat: str | None) -> Term:
+def _simnpo(sums: jax.Array, mask: jax.Array, options: SimNPO | Pushed, compat: str | None) -> Term:
     return losses.simnpo(
         sums,
         losses.row_lengths(mask, sums.dtype),
         losses.labelled_rows(mask),
-        beta=number(options, "beta"),
-        delta=number(options, "delta"),
+        beta=options.beta,
+        delta=options.delta,
         compat=compat,
     )
 
 
-def simnpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+def simnpo(policy: Policy, batches: Mapping[str, Batch], options: SimNPO) -> Terms:
     """``L = f SimNPO(forget) + r R(retain)``."""
     batch = batches["forget"]
     if options.compat == "raw_logits":
-        beta, delta = number(options, "beta"), number(options, "delta")
+        beta, delta = options.beta, options.delta
         values = policy.reduce_logits(
             batch, lambda z, _: losses.simnpo_raw_logits(z, beta=beta, delta=delta)
         )
@@ -86,7 +167,7 @@ def simnpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfi
     return {"forget": forget} | retain_terms(policy, batches, options)
 
 
-def dpo_between(policy: Policy, chosen: Batch, rejected: Batch, options: ObjectiveConfig) -> Term:
+def dpo_between(policy: Policy, chosen: Batch, rejected: Batch, options: DPO) -> Term:
     """DPO's loss over two streams whose rows are paired by position."""
     # A pair needs both sides: a row padded in one stream does not count.
     both = losses.labelled_rows(chosen["target_mask"]) & losses.labelled_rows(
@@ -98,12 +179,12 @@ def dpo_between(policy: Policy, chosen: Batch, rejected: Batch, options: Objecti
         _ref_sums(chosen),
         _ref_sums(rejected),
         both,
-        beta=number(options, "beta"),
+        beta=options.beta,
         compat=_own(options),
     )
 
 
-def dpo(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+def dpo(policy: Policy, batches: Mapping[str, Batch], options: DPO) -> Terms:
     """``L = f DPO(refusal over forget answer) + r R(retain)``."""
     forget = dpo_between(policy, batches["idk"], batches["forget"], options)
     return {"forget": forget} | retain_terms(policy, batches, options)
@@ -119,16 +200,9 @@ ROWS = (
         forward={},
         additive=True,
         paper="Zhang et al. 2024, arXiv 2404.05868",
-        defaults={"retain": "nll", "beta": 0.1, "forget_weight": 1.0, "retain_weight": 1.0},
+        options=NPO,
         summary="negative preference: gradient ascent that stops at what is forgotten",
-        compat={
-            "batch_mean": Compat("log-sigmoid of the batch mean (BLUR)", additive=False),
-            "token_mean": Compat("of the token-mean log-ratio (WMDP code)", additive=False),
-            "raw_logits": Compat(
-                "on raw logits at the labels (MUSE)", additive=True, reference={"forget": "hidden"}
-            ),
-            **SHARED_COMPAT,
-        },
+        compat=_NPO_COMPAT,
     ),
     Objective(
         name="simnpo",
@@ -139,20 +213,9 @@ ROWS = (
         forward={},
         additive=True,
         paper="Fan et al. 2024, arXiv 2410.07163",
-        # The authors' TOFU forget10 setting; what they call gamma multiplies the forget loss.
-        defaults={
-            "retain": "nll",
-            "beta": 4.5,
-            "delta": 0.0,
-            "forget_weight": 0.125,
-            "retain_weight": 1.0,
-        },
+        options=SimNPO,
         summary="NPO without a reference model, normalised by length",
-        compat={
-            "token_mean": Compat("log-sigmoid of the batch's token mean (WMDP)", additive=False),
-            "raw_logits": Compat("on raw logits at the labels (MUSE)", additive=True),
-            **SHARED_COMPAT,
-        },
+        compat=_SIMNPO_COMPAT,
     ),
     Objective(
         name="dpo",
@@ -163,11 +226,8 @@ ROWS = (
         forward={},
         additive=True,
         paper="Rafailov et al. 2023, arXiv 2305.18290; Zhang et al. 2024, arXiv 2404.05868",
-        defaults={"retain": "nll", "beta": 0.1, "forget_weight": 1.0, "retain_weight": 1.0},
+        options=DPO,
         summary="prefer a refusal to the forget answer",
-        compat={
-            "no_factor": Compat("without the factor 2/beta (TOFU)", additive=True),
-            **SHARED_COMPAT,
-        },
+        compat=_DPO_COMPAT,
     ),
 )

@@ -10,7 +10,9 @@ loss on the answers: the KL holds the sentence, the push moves the fact. ``contr
 teacher where smoothing already did.
 """
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,16 +25,75 @@ from jaxlib_unlearn.objectives.base import (
     Batch,
     Compat,
     Objective,
-    ObjectiveConfig,
     Policy,
+    Sided,
     Terms,
+    forms,
+    named,
     nll_term,
-    number,
     reference_kl,
     retain_terms,
+    weight,
 )
 from jaxlib_unlearn.objectives.gradient import QA
-from jaxlib_unlearn.objectives.preference import push_term
+from jaxlib_unlearn.objectives.preference import Pushed, push_term
+from jaxlib_unlearn.options import option
+
+_COMPAT = {
+    "token_mean": Compat("token mean instead of sequence mean (MUSE)", additive=True),
+    **SHARED_COMPAT,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Smoothed(Sided):
+    """Options of a row whose teacher is the frozen model with smoothed attention."""
+
+    forget_weight: float = weight("forget", 0.1)
+    temperature: float = option(2.3, "attention temperature of the forget teacher.", above=0)
+    layers: tuple[int, ...] | None = option(
+        None, "indices of the blocks that are smoothed; None: all.", none="all"
+    )
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class ASU(Pushed, Smoothed):
+    """Options of ``asu``."""
+
+    name: str = named("asu")
+    compat: str | None = forms(_COMPAT)
+    contrast: float = option(
+        0.0,
+        "how much further the teacher lowers what smoothing made less likely.",
+        low=0,
+        wanted="0 or more",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ASUIDK(Smoothed):
+    """Options of ``asu_idk``."""
+
+    name: str = named("asu_idk")
+    compat: str | None = forms(_COMPAT)
+
+
+def check_layers(options: Smoothed) -> None:
+    """Raise ``UserError`` for an empty list of blocks, or one that holds no index."""
+    if options.layers == ():
+        raise UserError(
+            f"objective {options.name!r}: layers is empty, so the teacher would be the original "
+            "model; name blocks, or leave layers out for all"
+        )
+    for layer in options.layers or ():
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise UserError(
+                f"objective {options.name!r}: layers holds {layer!r}; it takes block indices from 0"
+            )
 
 
 def _distil(policy: Policy, batch: Batch, compat: str | None, skip_first: bool) -> Term:
@@ -44,9 +105,9 @@ def _distil(policy: Policy, batch: Batch, compat: str | None, skip_first: bool) 
     return reduce(values, mask)
 
 
-def _distil_and_push(policy: Policy, batch: Batch, options: ObjectiveConfig) -> Terms:
+def _distil_and_push(policy: Policy, batch: Batch, options: ASU) -> Terms:
     """ASU's forget terms with ``push`` or ``contrast``: one vocabulary product for both."""
-    amount, push = number(options, "contrast"), number(options, "push")
+    amount, push = options.contrast, options.push
     mask = batch["target_mask"]
 
     def values(logits: jax.Array, *rest: jax.Array) -> dict[str, jax.Array]:
@@ -63,7 +124,7 @@ def _distil_and_push(policy: Policy, batch: Batch, options: ObjectiveConfig) -> 
     return terms
 
 
-def asu(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+def asu(policy: Policy, batches: Mapping[str, Batch], options: ASU) -> Terms:
     """``L = f [KL(smoothed teacher || model) + push SimNPO](forget) + r R(retain)``."""
     batch = batches["forget"]
     if options.push or options.contrast:
@@ -73,14 +134,14 @@ def asu(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) 
     return forget | retain_terms(policy, batches, options)
 
 
-def asu_idk(policy: Policy, batches: Mapping[str, Batch], options: ObjectiveConfig) -> Terms:
+def asu_idk(policy: Policy, batches: Mapping[str, Batch], options: ASUIDK) -> Terms:
     """ASU plus ``f NLL(refusal)``; the first answer token is left to the refusal."""
     forget = _distil(policy, batches["forget"], options.compat, skip_first=True)
     terms = {"forget": forget, "forget_idk": nll_term(policy, batches["idk"])}
     return terms | retain_terms(policy, batches, options)
 
 
-def attention_temperatures(options: ObjectiveConfig, num_layers: int) -> np.ndarray:
+def attention_temperatures(options: Smoothed, num_layers: int) -> np.ndarray:
     """The teacher's attention temperature per block: ``temperature`` on ``layers``, 1 elsewhere.
 
     Args:
@@ -95,7 +156,7 @@ def attention_temperatures(options: ObjectiveConfig, num_layers: int) -> np.ndar
             model does not have.
 
     Example:
-        >>> attention_temperatures(ObjectiveConfig("asu", temperature=2.0, layers=(1,)), 3).tolist()
+        >>> attention_temperatures(ASU(temperature=2.0, layers=(1,)), 3).tolist()
         [1.0, 2.0, 1.0]
     """
     layers = tuple(range(num_layers)) if options.layers is None else tuple(options.layers)
@@ -111,12 +172,12 @@ def attention_temperatures(options: ObjectiveConfig, num_layers: int) -> np.ndar
                 f"{num_layers - 1}"
             )
     result = np.ones(num_layers, np.float32)
-    result[list(layers)] = number(options, "temperature")
+    result[list(layers)] = options.temperature
     return result
 
 
 def reference_forward(
-    objective: Objective, options: ObjectiveConfig, num_layers: int
+    objective: Objective, options: Any, num_layers: int
 ) -> dict[str, dict[str, np.ndarray]]:
     """Keyword arguments of ``forward`` for the cached reference of each stream.
 
@@ -144,18 +205,6 @@ def reference_forward(
 
 
 _PAPER = "Zare Zade et al. 2026, arXiv 2603.01285"
-_DEFAULTS = {
-    "retain": "nll",
-    "temperature": 2.3,
-    "layers": None,
-    "forget_weight": 0.1,
-    "retain_weight": 1.0,
-}
-_PUSH = {"push": 0.0, "contrast": 0.0, "beta": 1.0, "delta": -0.25}
-_COMPAT = {
-    "token_mean": Compat("token mean instead of sequence mean (MUSE)", additive=True),
-    **SHARED_COMPAT,
-}
 
 ROWS = (
     Objective(
@@ -167,10 +216,12 @@ ROWS = (
         forward={"forget": ("attention_temperature",)},
         additive=True,
         paper=_PAPER,
-        defaults=_DEFAULTS | _PUSH,
+        options=ASU,
         summary="distil the frozen model with smoothed attention: fluent, fact-free answers",
         compat=_COMPAT,
         only_with={"beta": "push", "delta": "push"},
+        also_cached=lambda options: {"forget": "hidden_pair"} if options.contrast else {},
+        check=check_layers,
     ),
     Objective(
         name="asu_idk",
@@ -181,8 +232,9 @@ ROWS = (
         forward={"forget": ("attention_temperature",)},
         additive=True,
         paper=_PAPER,
-        defaults=_DEFAULTS,
+        options=ASUIDK,
         summary="ASU and refusals, the first answer token left to the refusal",
         compat=_COMPAT,
+        check=check_layers,
     ),
 )

@@ -2,20 +2,18 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxlib_unlearn import options as fields
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import alternate, gradient, preference, smoothing
-from jaxlib_unlearn.objectives.base import Objective, ObjectiveConfig
+from jaxlib_unlearn.objectives.base import Compat, Objective, Options
 
 OBJECTIVES: dict[str, Objective] = {
     row.name: row for row in (*gradient.ROWS, *preference.ROWS, *alternate.ROWS, *smoothing.ROWS)
 }
 """Every objective by name. A new method is one more row."""
-
-RETAIN_CHOICES = ("nll", "kl", "none")
 
 
 def _nearest(word: object, names: Iterable[str]) -> str:
@@ -24,40 +22,127 @@ def _nearest(word: object, names: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(names)}"
 
 
-def _check_number(name: str, option: str, value: Any) -> None:
-    positive = option in ("beta", "temperature")
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    not_negative = option.endswith("weight") or option in ("push", "contrast")
-    bad_sign = number and ((positive and value <= 0) or (not_negative and value < 0))
-    if not number or not math.isfinite(value) or bad_sign:
-        wanted = "greater than 0" if positive else "a finite number"
-        wanted = "0 or more" if not_negative else wanted
-        raise UserError(f"objective {name!r}: {option} is {value!r}; it must be {wanted}")
+def options_of(name: str, table: Mapping[str, Objective] | None = None, /, **given: Any) -> Any:
+    """The options of an objective by its name.
+
+    Args:
+        name: a row.
+        table: rows to choose from; None = ``OBJECTIVES``.
+        given: options of the row; None = the row's default.
+
+    Returns:
+        An instance of the row's own dataclass, ``OBJECTIVES[name].options``.
+
+    Raises:
+        UserError: an unknown name (naming the nearest), or an option that the row does not use.
+
+    Example:
+        >>> options_of("npo", beta=0.2).beta
+        0.2
+    """
+    row = _row(name, table)
+    for option in (given := {k: v for k, v in given.items() if v is not None}):
+        if option not in (*row.defaults, "compat"):
+            raise not_used(row, option)
+    return row.options(**given)
 
 
-def _check_layers(name: str, layers: Any) -> tuple[int, ...]:
-    layers = tuple(layers)
-    if not layers:
-        raise UserError(
-            f"objective {name!r}: layers is empty, so the teacher would be the original model; "
-            "name blocks, or leave layers out for all"
-        )
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+def not_used(row: Objective, option: str) -> UserError:
+    """The error for an option of another row."""
+    takes = ", ".join(row.defaults) or "no options"
+    return UserError(f"objective {row.name!r} does not use {option}; it takes {takes}")
+
+
+def _row(name: str, table: Mapping[str, Objective] | None) -> Objective:
+    table = OBJECTIVES if table is None else table
+    if name not in table:
+        raise UserError(f"unknown objective {name!r}; {_nearest(name, table)}")
+    return table[name]
+
+
+def resolve(
+    options: Options | str, table: Mapping[str, Objective] | None = None, /, **given: Any
+) -> tuple[Objective, Any]:
+    """The row a person asked for, and its options, checked.
+
+    Args:
+        options: an instance of a row's options, or a row's name.
+        table: rows to choose from; None = ``OBJECTIVES``.
+        given: beside a name, options of that row.
+
+    Returns:
+        The row with streams, columns, reference and additivity as the options make them (no retain
+        stream with ``retain="none"``, a cache on it with ``"kl"``), and the options with what
+        follows from ``compat`` filled in.
+
+    Raises:
+        UserError: unknown name (naming the nearest), an option the objective does not use, an empty
+            layer list, a value out of range, an unknown compat form.
+
+    Example:
+        >>> row, options = resolve("npo", retain="kl")
+        >>> (row.reference, options.beta)
+        ({'forget': 'logps', 'retain': 'hidden'}, 0.1)
+        >>> resolve(OBJECTIVES["npo"].options(beta=0.2))[1].beta
+        0.2
+    """
+    if isinstance(options, str):
+        options = options_of(options, table, **given)
+    elif given:
+        raise TypeError("options beside an instance; give a name and options, or change those")
+    row = _row(options.name, table)
+    if not isinstance(options, row.options):
+        raise TypeError(f"objective {row.name!r} takes {row.options.__name__}, got {options!r}")
+    form = _form(row, options.compat)
+    options = _with_form(row, options, form)
+    fields.check(options, f"objective {row.name!r}: {{}}".format)
+    if row.check is not None:
+        row.check(options)
+    for option, other in row.only_with.items():
+        if not getattr(options, other) and option in fields.given(options):
             raise UserError(
-                f"objective {name!r}: layers holds {layer!r}; it takes block indices from 0"
+                f"objective {row.name!r} uses {option} only with {other}; set {other} above 0, or "
+                f"leave {option} out"
             )
-    return layers
+    return _specialise(row, options, form), options
 
 
-def _specialise(
-    row: Objective, retain: str | None, compat: str | None, contrast: float | None
-) -> Objective:
+def _form(row: Objective, compat: str | None) -> Compat | None:
+    if compat is None:
+        return None
+    if compat not in row.compat:
+        hint = _nearest(compat, row.compat) if row.compat else "it has none; leave compat out"
+        raise UserError(f"objective {row.name!r} has no compat form {compat!r}; {hint}")
+    return row.compat[compat]
+
+
+def _with_form(row: Objective, options: Options, form: Compat | None) -> Options:
+    """The options with those that follow from the published form, or from there being none."""
+    given, compat = fields.given(options), options.compat
+    drops = () if form is None else form.drops
+    for option in drops:
+        if option in given:
+            raise UserError(
+                f"objective {row.name!r} with compat {compat!r} does not use {option}; leave it out"
+            )
+    sets = dict(form.sets or {}) if form is not None else {}
+    for option, value in sets.items():
+        if given.get(option, value) != value:
+            raise UserError(
+                f"objective {row.name!r}: compat {compat!r} is a form of {option}={value}, not of "
+                f"{given[option]}; leave {option} out, or compat"
+            )
+    if "retain" in row.defaults and "retain" not in (*given, *drops):
+        sets.setdefault("retain", "nll")
+    return dataclasses.replace(options, **sets)
+
+
+def _specialise(row: Objective, options: Any, form: Compat | None) -> Objective:
     """The row as the chosen options make it: streams, caches and additivity."""
     streams, reference, additive = row.streams, dict(row.reference), row.additive
-    form = None if compat is None else row.compat[compat]
-    if contrast:
-        reference["forget"] = "hidden_pair"
+    retain = getattr(options, "retain", None)
+    if row.also_cached is not None:
+        reference |= row.also_cached(options)
     if retain == "kl":
         reference["retain"] = "hidden"
     elif retain == "none":
@@ -75,82 +160,6 @@ def _specialise(
         additive=additive,
         per_micro_batch=form is not None and form.per_micro_batch,
     )
-
-
-def resolve(
-    config: ObjectiveConfig | str, table: Mapping[str, Objective] | None = None
-) -> tuple[Objective, ObjectiveConfig]:
-    """The row a person asked for, and complete options.
-
-    Args:
-        config: an :class:`ObjectiveConfig`, or just a name.
-        table: rows to choose from; None = ``OBJECTIVES``.
-
-    Returns:
-        The row with streams, columns, reference and additivity as the options make them (no retain
-        stream with ``retain="none"``, a cache on it with ``"kl"``), and the config with every
-        option that the row uses filled in.
-
-    Raises:
-        UserError: unknown name (naming the nearest), an option the objective does not use, an empty
-            layer list, a value out of range, an unknown compat form.
-
-    Example:
-        >>> row, options = resolve(ObjectiveConfig("npo", retain="kl"))
-        >>> (row.reference, options.beta)
-        ({'forget': 'logps', 'retain': 'hidden'}, 0.1)
-    """
-    table = OBJECTIVES if table is None else table
-    config = ObjectiveConfig(config) if isinstance(config, str) else config
-    if config.name not in table:
-        raise UserError(f"unknown objective {config.name!r}; {_nearest(config.name, table)}")
-    row = table[config.name]
-    given = {
-        field.name: value
-        for field in dataclasses.fields(config)
-        if field.name != "name" and (value := getattr(config, field.name)) is not None
-    }
-    compat = given.pop("compat", None)
-    if compat is not None and compat not in row.compat:
-        hint = _nearest(compat, row.compat) if row.compat else "it has none; leave compat out"
-        raise UserError(f"objective {row.name!r} has no compat form {compat!r}; {hint}")
-    drops = () if compat is None else row.compat[compat].drops
-    for option in given:
-        if option not in row.defaults:
-            takes = ", ".join(row.defaults) or "no options"
-            raise UserError(f"objective {row.name!r} does not use {option}; it takes {takes}")
-        if option in drops:
-            raise UserError(
-                f"objective {row.name!r} with compat {compat!r} does not use {option}; leave it out"
-            )
-    values = {key: value for key, value in row.defaults.items() if key not in drops} | given
-    for option, value in (compat and row.compat[compat].sets or {}).items():
-        if given.get(option, value) != value:
-            raise UserError(
-                f"objective {row.name!r}: compat {compat!r} is a form of {option}={value}, not of "
-                f"{given[option]}; leave {option} out, or compat"
-            )
-        values[option] = value
-    for option, value in values.items():
-        if option == "retain":
-            if value not in RETAIN_CHOICES:
-                hint = _nearest(value, RETAIN_CHOICES)
-                raise UserError(f"objective {row.name!r}: unknown retain {value!r}; {hint}")
-        elif option == "layers":
-            values[option] = None if value is None else _check_layers(row.name, value)
-        else:
-            _check_number(row.name, option, value)
-    for option, other in row.only_with.items():
-        if values[other]:
-            continue
-        if option in given:
-            raise UserError(
-                f"objective {row.name!r} uses {option} only with {other}; set {other} above 0, or "
-                f"leave {option} out"
-            )
-        del values[option]
-    options = ObjectiveConfig(name=row.name, compat=compat, **values)
-    return _specialise(row, options.retain, compat, options.contrast), options
 
 
 def describe(objective: Objective | str) -> str:
@@ -172,8 +181,9 @@ def describe(objective: Objective | str) -> str:
         for stream, kind in row.reference.items()
     )
     options = ", ".join(
-        f"{key}={'all' if key == 'layers' and value is None else value}"
-        for key, value in row.defaults.items()
+        f"{field.name}={field.metadata['none'] if field.default is None else field.default}"
+        for field in dataclasses.fields(row.options)
+        if field.name in row.defaults
     )
     lines = [
         f"{row.name}: {row.summary}",

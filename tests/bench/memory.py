@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_unlearn.objectives import ObjectiveConfig, resolve
+from jaxlib_unlearn.objectives import options_of as objective_of
+from jaxlib_unlearn.objectives import resolve
 from models import lora
 from models.decoder import REMAT, Decoder, DecoderConfig
 from train.costs.flops import flops
 from train.loop import step_bytes
-from train.optimizers import OPTIMIZERS, OptimizerConfig, build
+from train.optimizers import OPTIMIZERS, build
+from train.optimizers import options_of as optimizer_of
 from train.step import Losses, TrainState, make_step, whole
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -85,9 +87,11 @@ def cost(config: DecoderConfig, rows: int, length: int, knobs: Knobs) -> Cost:
     if knobs.rank is not None:
         frozen, bind = trained, functools.partial(lora.bind, scale=1.0)
         trained = jax.eval_shape(lambda: lora.init(frozen, knobs.rank, list(lora.kernels(frozen))))
-    objective, options = resolve(ObjectiveConfig("graddiff", retain="nll"))
+    objective, options = resolve(objective_of("graddiff", retain="nll"))
     batches = {name: batch(rows, length) for name in objective.streams}
-    optimizer = OptimizerConfig(knobs.optimizer, state_dtype=knobs.state_dtype)
+    reads = "state_dtype" in OPTIMIZERS[knobs.optimizer].own
+    more = {"state_dtype": knobs.state_dtype} if reads else {}
+    optimizer = optimizer_of(knobs.optimizer, **more)
     tx, schedule, needs = build(optimizer, 100)
     step = make_step(decoder, objective, options, tx, schedule, needs=needs, bind=bind)
 

@@ -39,7 +39,7 @@ import models
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import likelihood as metrics
-from jaxlib_unlearn.objectives import ObjectiveConfig
+from jaxlib_unlearn.objectives import options_of as objective_of
 from models.generate import SamplingConfig, generate
 from train import optimizers
 from train.config import DataConfig, EvaluateConfig, ModelConfig
@@ -48,7 +48,7 @@ from train.data.streams import Stream, batches_of, make_stream, pack_streams, wi
 from train.data.tofu import read_json
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model, longest, score_items, score_rows
-from train.optimizers import OptimizerConfig
+from train.optimizers import options_of as optimizer_of
 from train.pipeline import load_model
 from train.runtime import hugepages, residency, sharding
 from train.step import compile_step, init_state, make_step
@@ -208,7 +208,7 @@ def training_steps(streams: Mapping[str, Stream]) -> Iterator[tuple[Any, int, An
 
 
 def trainer(
-    bench: Bench, streams: Mapping[str, Stream], objective: Any, config: OptimizerConfig
+    bench: Bench, streams: Mapping[str, Stream], objective: Any, config: Any
 ) -> Callable[[int], Turn]:
     """`step -> Turn` as `train.loop` takes it: rows collated, put on the device, one update."""
     model, mesh = bench.model, bench.mesh
@@ -231,9 +231,11 @@ def trainer(
     return run
 
 
-def plain(name: str, learning_rate: float, **options: Any) -> OptimizerConfig:
+def plain(name: str, learning_rate: float, **options: Any) -> Any:
     """An optimizer at a constant learning rate."""
-    return OptimizerConfig(name, learning_rate, schedule="constant", warmup=0.0, **options)
+    return optimizer_of(
+        name, learning_rate=learning_rate, schedule="constant", warmup=0.0, **options
+    )
 
 
 ADAMW = plain("adamw", 1e-5, clip_norm=1.0)
@@ -245,7 +247,7 @@ def same_loss(ours: Mapping[str, float], theirs: float) -> None:
 
 def npo_side(bench: Bench, forget_rows: int) -> tuple[dict[str, Stream], Any]:
     """The streams of NPO with the reference cached, and the objective with its options."""
-    objective, options = objectives.resolve(ObjectiveConfig("npo", retain="nll"))
+    objective, options = objectives.resolve(objective_of("npo", retain="nll"))
     some = {
         "forget": encode(bench, "forget10", forget_rows),
         "retain": encode(bench, "retain90", RETAIN_ROWS),
@@ -393,7 +395,7 @@ def likelihood(bench: Bench) -> Result:
     return Result([counts, row(f"{work}, s", peer, *seconds, 2.0)])
 
 
-def zeroth(bench: Bench, config: OptimizerConfig, data: Mapping[str, Any]) -> tuple[float, float]:
+def zeroth(bench: Bench, config: Any, data: Mapping[str, Any]) -> tuple[float, float]:
     """Steps of a zeroth-order optimizer on one batch.
 
     The loss at the first point is the same. Later ones depend on the directions drawn: on MeZO's

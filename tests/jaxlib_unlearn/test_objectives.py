@@ -3,6 +3,7 @@
 A new objective is one `Case` with its loop.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +16,8 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig, batch_from_labels, combine
+from jaxlib_unlearn.objectives import OBJECTIVES, batch_from_labels, combine, options_of
+from jaxlib_unlearn.options import option
 
 V, D, LAYERS, T = 9, 4, 2, 7
 # Labels per row. Row 2 is padding in forget and idk, row 3 has no refusal: DPO must skip both.
@@ -208,7 +210,7 @@ def asu_tokens(rows):
 
 
 class Case(NamedTuple):
-    config: ObjectiveConfig
+    config: objectives.Options
     oracle: Callable  # {stream: rows of Labels} -> {term: (sum, weight)}
 
 
@@ -217,7 +219,7 @@ SHARED = ("mean_of_means", "kl_all_positions", "kl_sequence_mean")
 
 
 def case(oracle, name, **options):
-    return Case(ObjectiveConfig(name, **options), oracle)
+    return Case(options_of(name, **options), oracle)
 
 
 def with_nll(forget):
@@ -376,7 +378,7 @@ def prepare(world, config, batches=None):
 def loops(world, config):
     _, options = objectives.resolve(config)
     temperature = None
-    if options.temperature is not None:
+    if hasattr(options, "temperature"):
         temperature = objectives.attention_temperatures(options, LAYERS)
     streams = {}
     for stream, batch in world.batches.items():
@@ -406,7 +408,7 @@ class Compiled(NamedTuple):
     """A case compiled once: `run(params, batches=..., weights=...) -> total, terms, gradients`."""
 
     row: objectives.Objective
-    options: ObjectiveConfig
+    options: objectives.Options
     batches: dict
     weights: dict
     weights_program: str
@@ -593,9 +595,9 @@ def test_shared_forms_change_what_they_name_in_every_row(name, form, world):
     if form not in OBJECTIVES[name].compat:
         assert "retain" not in OBJECTIVES[name].streams and form != "mean_of_means"
         return
-    config = ObjectiveConfig(name, compat=form)
+    config = options_of(name, compat=form)
     row, options, batches = prepare(world, config)
-    plain = ObjectiveConfig(name, retain="kl" if form.startswith("kl") else None)
+    plain = options_of(name, retain="kl" if form.startswith("kl") else None)
     same = terms_of(*prepare(world, plain), world.params)
     got = terms_of(row, options, batches, world.params)
     if form.startswith("kl"):
@@ -615,7 +617,7 @@ def test_float32_model_gives_float32_terms(world):
     with jax.enable_x64(False):
         for low in (jnp.float32, jnp.bfloat16):
             small = jax.tree.map(lambda x, d=low: jnp.asarray(x, d), world.params)
-            terms = terms_of(*prepare(world, ObjectiveConfig("graddiff")), small)
+            terms = terms_of(*prepare(world, options_of("graddiff")), small)
             assert {x.dtype for term in terms.values() for x in term} == {jnp.dtype("float32")}
 
 
@@ -624,7 +626,7 @@ def test_float32_model_gives_float32_terms(world):
 
 @pytest.mark.parametrize("name", ["asu", "graddiff"])
 def test_at_the_reference_kl_terms_vanish(name, world):
-    config = ObjectiveConfig(name, retain="kl", temperature=1.0 if name == "asu" else None)
+    config = options_of(name, retain="kl", temperature=1.0 if name == "asu" else None)
     row, options, batches = prepare(world, config)
     side = "forget" if name == "asu" else "retain"
 
@@ -643,8 +645,8 @@ def test_graddiff_without_one_side_is_the_other_method(world, compiled):
         ((0.0, 1.0), "nll", train),
         ((1.0, 0.0), "ga", {"forget": batches["forget"]}),
     ):
-        options = ObjectiveConfig(
-            "graddiff", "nll", forget_weight=weights[0], retain_weight=weights[1]
+        options = options_of(
+            "graddiff", retain="nll", forget_weight=weights[0], retain_weight=weights[1]
         )
         got = combine(terms_of(row, options, batches, world.params), None, options)
         alone, alone_options = objectives.resolve(other)
@@ -674,7 +676,7 @@ def test_a_batch_without_labels_adds_nothing(name, compiled, world):
 
 def test_npo_and_dpo_at_the_reference(world):
     for name, beta in (("npo", 0.1), ("npo", 1.3), ("dpo", 0.1), ("dpo", 1.3)):
-        row, options, batches = prepare(world, ObjectiveConfig(name, retain="none", beta=beta))
+        row, options, batches = prepare(world, options_of(name, retain="none", beta=beta))
         terms = terms_of(row, options, batches, world.ref)
         np.testing.assert_allclose(
             terms["forget"][0] / terms["forget"][1], 2 / beta * math.log(2), rtol=1e-12
@@ -724,7 +726,7 @@ def facts():
         labels = np.where(np.arange(4) == 3, tokens, -100)
         batch = {k: jnp.asarray(v) for k, v in batch_from_labels(tokens, labels).items()}
         start = init(jax.random.key(3), 26, 16, 4)
-        original, _ = fit(start, ObjectiveConfig("nll"), {"train": batch}, 300, 1e-2)
+        original, _ = fit(start, options_of("nll"), {"train": batch}, 300, 1e-2)
         assert mean_nll(original, batch) < 0.05
         return Facts(original, batch)
 
@@ -733,7 +735,7 @@ def facts():
 def test_asu_moves_a_memorising_model_to_its_smoothed_teacher(retain, facts):
     """Forget NLL rises to the teacher's level and stays; retain NLL stays where it was."""
     with jax.enable_x64(False):
-        config = ObjectiveConfig("asu", retain=retain, temperature=8.0, forget_weight=1.0)
+        config = options_of("asu", retain=retain, temperature=8.0, forget_weight=1.0)
         row, options = objectives.resolve(config)
         hot = objectives.attention_temperatures(options, LAYERS)
         batches = {"forget": facts.rows(slice(0, 4), hot), "retain": facts.rows(slice(4, None))}
@@ -748,7 +750,7 @@ def test_asu_moves_a_memorising_model_to_its_smoothed_teacher(retain, facts):
 def test_gradient_ascent_diverges_where_asu_does_not(facts):
     with jax.enable_x64(False):
         forget = facts.rows(slice(0, 4))
-        _, losses = fit(facts.original, ObjectiveConfig("ga"), {"forget": forget}, 300, 3e-3)
+        _, losses = fit(facts.original, options_of("ga"), {"forget": forget}, 300, 3e-3)
         assert float(losses[-1]) < -10
 
 
@@ -756,44 +758,45 @@ def test_gradient_ascent_diverges_where_asu_does_not(facts):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("name", "given", "message"),
     [
-        (ObjectiveConfig("grad_diff"), "unknown objective 'grad_diff'; did you mean 'graddiff'?"),
-        (ObjectiveConfig("simpo"), "did you mean 'simnpo'?"),
-        (ObjectiveConfig("zzz"), "unknown objective 'zzz'; use one of nll, ga, graddiff"),
-        (ObjectiveConfig("asu", layers=()), "layers is empty"),
-        (ObjectiveConfig("asu", layers=(0, -1)), "layers holds -1"),
-        (ObjectiveConfig("ga", beta=0.1), "objective 'ga' does not use beta; it takes forget_w"),
-        (ObjectiveConfig("ga", retain="kl"), "does not use retain; it takes forget_weight"),
-        (ObjectiveConfig("nll", forget_weight=1.0), "it takes no options"),
-        (ObjectiveConfig("npo", temperature=2.0), "does not use temperature"),
-        (ObjectiveConfig("npo", beta=0.0), "beta is 0.0; it must be greater than 0"),
-        (ObjectiveConfig("npo", beta=float("nan")), "beta is nan"),
-        (ObjectiveConfig("asu", temperature=-1.0), "temperature is -1.0"),
-        (ObjectiveConfig("asu", push=-1.0), "push is -1.0; it must be 0 or more"),
-        (ObjectiveConfig("asu", contrast=-0.5), "contrast is -0.5; it must be 0 or more"),
-        (ObjectiveConfig("asu", beta=2.0), "uses beta only with push; set push above 0"),
-        (ObjectiveConfig("asu_idk", push=1.0), "does not use push"),
-        (ObjectiveConfig("graddiff", retain_weight=-1.0), "it must be 0 or more"),
-        (ObjectiveConfig("graddiff", retain="kll"), "did you mean 'kl'?"),  # type: ignore
-        (ObjectiveConfig("npo", compat="batchmean"), "did you mean 'batch_mean'?"),
-        (ObjectiveConfig("ga", compat="batch_mean"), "did you mean 'mean_of_means'?"),
+        ("grad_diff", {}, "unknown objective 'grad_diff'; did you mean 'graddiff'?"),
+        ("simpo", {}, "did you mean 'simnpo'?"),
+        ("zzz", {}, "unknown objective 'zzz'; use one of nll, ga, graddiff"),
+        ("asu", {"layers": ()}, "layers is empty"),
+        ("asu", {"layers": (0, -1)}, "layers holds -1"),
+        ("ga", {"beta": 0.1}, "objective 'ga' does not use beta; it takes forget_w"),
+        ("ga", {"retain": "kl"}, "does not use retain; it takes forget_weight"),
+        ("nll", {"forget_weight": 1.0}, "it takes no options"),
+        ("npo", {"temperature": 2.0}, "does not use temperature"),
+        ("npo", {"beta": 0.0}, "beta is 0.0; it must be greater than 0"),
+        ("npo", {"beta": float("nan")}, "beta is nan"),
+        ("asu", {"temperature": -1.0}, "temperature is -1.0"),
+        ("asu", {"push": -1.0}, "push is -1.0; it must be 0 or more"),
+        ("asu", {"contrast": -0.5}, "contrast is -0.5; it must be 0 or more"),
+        ("asu", {"beta": 2.0}, "uses beta only with push; set push above 0"),
+        ("asu_idk", {"push": 1.0}, "does not use push"),
+        ("graddiff", {"retain_weight": -1.0}, "it must be 0 or more"),
+        ("graddiff", {"retain": "kll"}, "did you mean 'kl'?"),
+        ("npo", {"compat": "batchmean"}, "did you mean 'batch_mean'?"),
+        ("ga", {"compat": "batch_mean"}, "did you mean 'mean_of_means'?"),
         (
-            ObjectiveConfig("npo", compat="kl_sequence_mean", retain="nll"),
+            "npo",
+            {"compat": "kl_sequence_mean", "retain": "nll"},
             "compat 'kl_sequence_mean' is a form of retain=kl, not of nll; leave retain out",
         ),
-        (ObjectiveConfig("idk", compat="tofu_concat", retain="kl"), "does not use retain"),
+        ("idk", {"compat": "tofu_concat", "retain": "kl"}, "does not use retain"),
     ],
 )
-def test_bad_options_end_in_one_line(config, message):
+def test_bad_options_end_in_one_line(name, given, message):
     with pytest.raises(UserError) as error:
-        objectives.resolve(config)
+        objectives.resolve(name, **given)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_resolve_fills_in_and_specialises():
-    row, options = objectives.resolve(ObjectiveConfig("asu", retain="kl", layers=[1, 0]))  # type: ignore
-    assert options == ObjectiveConfig(
+    row, options = objectives.resolve(options_of("asu", retain="kl", layers=[1, 0]))
+    assert options == options_of(
         "asu",
         retain="kl",
         temperature=2.3,
@@ -804,19 +807,19 @@ def test_resolve_fills_in_and_specialises():
         retain_weight=1.0,
     )
     assert objectives.resolve(options)[1] == options
-    pushed = objectives.resolve(ObjectiveConfig("asu", push=1.0, contrast=2.0))
+    pushed = objectives.resolve(options_of("asu", push=1.0, contrast=2.0))
     assert pushed[0].reference == {"forget": "hidden_pair"}
     assert (pushed[1].beta, pushed[1].delta) == (1.0, -0.25)
     assert row.reference == {"forget": "hidden", "retain": "hidden"}
-    assert objectives.resolve(ObjectiveConfig("npo", retain="none"))[0].streams == ("forget",)
-    raw, _ = objectives.resolve(ObjectiveConfig("npo", compat="raw_logits"))
+    assert objectives.resolve(options_of("npo", retain="none"))[0].streams == ("forget",)
+    raw, _ = objectives.resolve(options_of("npo", compat="raw_logits"))
     assert raw.reference == {"forget": "hidden"} and raw.additive
-    assert not objectives.resolve(ObjectiveConfig("npo", compat="batch_mean"))[0].additive
+    assert not objectives.resolve(options_of("npo", compat="batch_mean"))[0].additive
     assert OBJECTIVES["asu"].reference == {"forget": "hidden"}  # the table is left as it was
 
 
 def test_reference_forward_smooths_the_forget_stream_only():
-    row, options = objectives.resolve(ObjectiveConfig("asu", retain="kl", layers=(2,)))
+    row, options = objectives.resolve(options_of("asu", retain="kl", layers=(2,)))
     got = objectives.reference_forward(row, options, 4)
     assert got["retain"] == {}
     np.testing.assert_allclose(got["forget"]["attention_temperature"], [1, 1, 2.3, 1], rtol=1e-6)
@@ -824,22 +827,35 @@ def test_reference_forward_smooths_the_forget_stream_only():
     with pytest.raises(UserError, match="block 2; the model has blocks 0 to 1"):
         objectives.attention_temperatures(options, 2)
     with pytest.raises(UserError, match="empty"):
-        objectives.attention_temperatures(ObjectiveConfig("asu", layers=()), 2)
+        objectives.attention_temperatures(options_of("asu", layers=()), 2)
 
 
 def test_a_row_of_your_own():
     def loss(policy, batches, options):
         return {"forget": (jnp.sum(policy.log_probs(batches["forget"])), jnp.array(1.0))}
 
+    @dataclasses.dataclass(frozen=True)
+    class Mine(objectives.Options):
+        name: str = "mine"
+        beta: float = option(0.2, "how much", above=0)
+
     mine = objectives.Objective(
         name="mine", loss=loss, streams=("forget",), columns={"forget": ("text",)}, reference={},
-        forward={}, additive=True, paper="-", defaults={"beta": 0.2}, summary="mine",
+        forward={}, additive=True, paper="-", options=Mine, summary="mine",
     )  # fmt: skip
     table = {**OBJECTIVES, "mine": mine}
     row, options = objectives.resolve("mine", table)
     assert options.beta == 0.2 and row.streams == ("forget",)
     assert "mine" in objectives.list_objectives(table)[-1]
-    assert "text" in objectives.describe(row)
+    assert "text" in objectives.describe(row) and "beta=0.2" in objectives.describe(row)
+    with pytest.raises(UserError, match="objective 'mine': beta is -1; it must be greater than 0"):
+        objectives.resolve("mine", table, beta=-1)
+    with pytest.raises(UserError, match="does not use delta; it takes beta"):
+        objectives.resolve("mine", table, delta=1.0)
+    with pytest.raises(TypeError, match="takes Mine"):
+        objectives.resolve(dataclasses.replace(options_of("npo"), name="mine"), table)
+    with pytest.raises(TypeError, match="beside an instance"):
+        objectives.resolve(Mine(), table, beta=0.3)
 
 
 def test_the_list_names_every_row():
@@ -867,7 +883,7 @@ def test_policy_reads_the_right_slots(world):
 
 
 def test_policy_uses_a_reference_function_or_says_what_is_missing(world):
-    row, options, batches = prepare(world, ObjectiveConfig("graddiff", retain="kl"))
+    row, options, batches = prepare(world, options_of("graddiff", retain="kl"))
     want = terms_of(row, options, batches, world.params)
     bare = {s: {k: v for k, v in b.items() if k != "ref_logits"} for s, b in batches.items()}
     got = terms_of(row, options, bare, world.params, lambda batch: apply(world.ref, batch))

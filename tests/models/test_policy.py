@@ -10,7 +10,7 @@ import pytest
 from jax.extend import core
 
 from jaxlib_unlearn import objectives
-from jaxlib_unlearn.objectives import ObjectiveConfig
+from jaxlib_unlearn.objectives import options_of as objective_of
 from models import policy
 from models.decoder import Decoder, DecoderConfig
 from models.policy import DecoderPolicy, head_of, label_chunk, score, target_log_prob
@@ -290,7 +290,7 @@ def slots_with_logits(fn, *args):
 
 def training(name, accumulate=1, **options):
     """Loss and gradient of an objective on batches with all caches, and its arguments."""
-    row, config = objectives.resolve(ObjectiveConfig(name, **options))
+    row, config = objectives.resolve(objective_of(name, **options))
     params = sharp(TIED, 0)
     plain = device(collate(examples_of(), range(ROWS), LENGTH, WIDTH))
     plain["ref_log_probs"] = jnp.zeros((ROWS, WIDTH))

@@ -6,7 +6,7 @@ import pytest
 
 import models
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import ObjectiveConfig
+from jaxlib_unlearn.objectives import options_of
 from train import alternates, pipeline
 from train.config import DataConfig, RunConfig, replace
 from train.evaluators.evaluation import Answers, Model
@@ -19,7 +19,7 @@ from train.tasks.task import ALTERNATES, Task
 FORGET = [{"question": f"Who wrote book {i}?", "answer": f"Author {i} did."} for i in range(3)]
 RETAIN = [{"question": f"Who sang song {i}?", "answer": f"Singer {i} did."} for i in range(8)]
 CONFIG = RunConfig(
-    objective=ObjectiveConfig("alternate"),
+    objective=options_of("alternate"),
     data=DataConfig(alternates=2, max_length=96),
 )
 
@@ -88,7 +88,7 @@ def test_another_seed_shows_other_rows(run, base, asked):
 def test_rows_that_bring_their_own_and_other_objectives_ask_nothing(run, base, asked):
     own = [row | {ALTERNATES: ["Nobody did."]} for row in FORGET]
     assert found(run, base, forget=own) == own
-    assert found(run, base, replace(CONFIG, objective=ObjectiveConfig("npo"))) == FORGET
+    assert found(run, base, replace(CONFIG, objective=options_of("npo"))) == FORGET
     assert found(run, base, replace(CONFIG, **{"data.alternates": 0})) == FORGET
     assert asked == []
 

@@ -12,23 +12,29 @@ from pathlib import Path
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
+from jaxlib_unlearn.objectives import OBJECTIVES
+from jaxlib_unlearn.objectives import options_of as objective_of
 from train import cli, suggest
 from train.arguments import read_arguments
-from train.choices import FIRST, options, words, words_of
-from train.config import RunConfig, replace, to_json
+from train.choices import FIRST, known_words, options
+from train.config import OBJECTIVE, RunConfig, replace, to_json
 from train.evaluate import EvaluateRun
 from train.evaluate import read_arguments as evaluation_of
 from train.finetune import FinetuneRun
 from train.loop import TrainingError
-from train.optimizers import COMBINERS, OPTIMIZERS, OptimizerConfig, make_schedule
+from train.optimizers import COMBINERS, OPTIMIZERS, make_schedule, other
+from train.optimizers import ROWS as OPTIMIZER
+from train.optimizers import options_of as optimizer_of
 from train.plan import PlanConfig
 from train.presets import PRESETS
 
 OPTION = re.compile(r"^  (--(?!no-)[\w.-]+)", re.MULTILINE)  # where help begins with one
 
 
-def parse(*args, default=PRESETS["quickstart"].PRESET):
+QUICKSTART = PRESETS["quickstart"].PRESET
+
+
+def parse(*args, default=QUICKSTART):
     return cli.parse(RunConfig, default, list(args), "train.unlearn", "summary")
 
 
@@ -134,13 +140,14 @@ def test_option_value():
 
 
 def test_overrides():
+    asu = replace(QUICKSTART, objective=objective_of("asu"))
     config = parse(
-        *"--objective.layers 1 2 --seed 5 --output out/x --finetune.steps 7 --mesh.tp 2".split(),
+        *"--objective.push 0.5 --seed 5 --output out/x --finetune.steps 7 --mesh.tp 2".split(),
         *"--finetune.optimizer.learning-rate 1e-3 --data.system-prompt".split(),
         "Be kind.",
         *"--no-oracle --tensorboard --model.remat dots --data.path=some/where".split(),
     )
-    assert config.objective.layers == (1, 2) and config.seed == 5
+    assert config.objective.push == 0.5 and config.seed == 5
     assert config.output == Path("out/x") and config.data.path == Path("some/where")
     assert config.finetune.steps == 7 and config.finetune.optimizer.learning_rate == 1e-3
     assert config.data.system_prompt == "Be kind."
@@ -149,9 +156,12 @@ def test_overrides():
     # What was not named stays.
     default = PRESETS["quickstart"].PRESET
     assert config.unlearn == default.unlearn and config.evaluate == default.evaluate
-    again = parse("--finetune.steps", "None", "--objective.layers", "None", default=config)
-    assert again.finetune.steps is None and again.objective.layers is None
-    assert parse("--objective.layers").objective.layers == ()
+    again = parse("--finetune.steps", "None", "--objective.retain", "None", default=config)
+    assert again.finetune.steps is None and again.objective.retain is None
+    smooth = parse("--objective.layers", "1", "2", default=asu)
+    assert smooth.objective.layers == (1, 2)
+    assert parse("--objective.layers", "None", default=smooth).objective.layers is None
+    assert parse("--objective.layers", default=asu).objective.layers == ()
     assert parse("--data.forget_split", "x").data.forget_split == "x"
     assert parse() == default
     own = parse("--data.forget", "a.csv", "--data.retain=b.jsonl", "--report-to", "wandb,trackio")
@@ -166,7 +176,7 @@ def test_overrides():
         (["--seed"], ["--seed", "Missing"]),
         (["--finetune.epochs", "many"], ["--finetune.epochs", "'many'"]),
         (["--objective.retain", "foo"], ["--objective.retain", "'foo'", "nll"]),
-        (["--objective.layers", "1", "x"], ["--objective.layers"]),
+        (["--objective.name", "asu", "--objective.layers", "1", "x"], ["--objective.layers"]),
         (["stray"], ["stray"]),
         (["-x"], ["-x"]),
         (["--smoke", "maybe"], ["maybe"]),
@@ -183,9 +193,12 @@ def test_configuration_survives_json(name):
     config = replace(
         preset,
         output=Path("x"),
-        **{"data.path": Path("a/b"), "objective.layers": (0, 3), "finetune.steps": 9, "seed": 4},
+        **{"data.path": Path("a/b"), "objective.retain": "kl", "finetune.steps": 9, "seed": 4},
     )
-    for one in (preset, config, RunConfig()):
+    layers = replace(preset, objective=objective_of("asu", layers=(0, 3)))
+    rows = [replace(preset, **{"objective.name": n}) for n in OBJECTIVES]
+    rows += [replace(preset, **{"finetune.optimizer.name": n}) for n in OPTIMIZERS]
+    for one in (preset, config, layers, *rows, RunConfig()):
         text = json.dumps(to_json(one))
         assert cli.from_json(RunConfig, json.loads(text)) == one
     for cls in (EvaluateRun, FinetuneRun):
@@ -204,9 +217,12 @@ def test_configuration_survives_json(name):
         ({"smoke": 1}, "smoke"),
         ({"data": 3}, "data"),
         ({"data": {"path": 3}}, "data.path"),
-        ({"objective": {"layers": 3}}, "objective.layers"),
-        ({"objective": {"layers": ["1"]}}, "objective.layers"),
+        ({"objective": {"name": "asu", "layers": 3}}, "objective.layers"),
+        ({"objective": {"name": "asu", "layers": ["1"]}}, "objective.layers"),
         ({"objective": {"retain": "foo"}}, "objective.retain"),
+        ({"objective": {"name": ["npo"]}}, "objective.name"),
+        ({"objective": "npo"}, "objective must be a JSON object"),
+        ({"optimizer": {"name": None}}, "optimizer.name"),
         ({"finetune": {"optimizer": {"b2": "x"}}}, "finetune.optimizer.b2"),
     ],
 )
@@ -229,7 +245,7 @@ def test_configuration_file_that_does_not_read(tmp_path):
 
 
 def test_rerun_of_a_configuration(tmp_path):
-    first = read_arguments(["quickstart", "--seed", "3", "--objective.layers", "0"])
+    first = read_arguments(["quickstart", "--seed", "3", "--objective.push", "0"])
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_json(first)))
     assert read_arguments(["--config", str(path)]) == first
@@ -238,7 +254,7 @@ def test_rerun_of_a_configuration(tmp_path):
     smoke = read_arguments(["--config", str(path), "--smoke"])
     assert smoke.smoke and smoke.finetune.steps == PRESETS["quickstart"].SMOKE["finetune.steps"]
     other = read_arguments(["--config", str(path), "--objective.name", "npo"])
-    assert other.objective == ObjectiveConfig("npo")
+    assert other.objective == objective_of("npo")
     fails(lambda: read_arguments(["--config", str(path), "--sed", "4"]), "--seed")
 
 
@@ -251,8 +267,8 @@ def test_another_objective_drops_the_presets_tuning(preset, name):
         assert config.objective == default.objective
     else:
         known = getattr(PRESETS[preset], "OBJECTIVES", {})
-        assert config.objective == known.get(name, ObjectiveConfig(name))
-        assert config.objective.temperature is None or "temperature" in OBJECTIVES[name].defaults
+        assert config.objective == known.get(name, objective_of(name))
+        assert type(config.objective) is OBJECTIVES[name].options
     assert config.optimizer == default.optimizer and config.data == default.data
     # Options on the command line win, in either order.
     weight = read_arguments([preset, f"--objective.name={name}"]).objective
@@ -273,7 +289,7 @@ def test_another_optimizer_brings_the_presets_options_for_it(preset, name):
     elif OPTIMIZERS[name].learning_rate is not None:
         assert config.optimizer.learning_rate == OPTIMIZERS[name].learning_rate
     else:
-        assert config.optimizer == replace(default.optimizer, name=name)
+        assert config.optimizer == other(default.optimizer, name)
     # Options on the command line win.
     rate = read_arguments([preset, "--optimizer.name", name, "--optimizer.learning-rate", "0.5"])
     assert rate.optimizer == replace(config.optimizer, learning_rate=0.5)
@@ -285,12 +301,12 @@ def test_another_model_drops_the_presets_tuning(option, more):
     assert PRESETS["tofu-smollm2"].PRESET.objective.layers
     for name in PRESETS if more else ["tofu-smollm2"]:
         config = read_arguments([name, option, "folder", *more])
-        assert config.objective == ObjectiveConfig("asu")
+        assert config.objective == objective_of("asu")
 
 
 def test_options_beside_another_objective_count():
     config = read_arguments(["quickstart", "--objective.beta", "0.3", "--objective.name", "npo"])
-    assert config.objective == ObjectiveConfig("npo", beta=0.3)
+    assert config.objective == objective_of("npo", beta=0.3)
     fails(lambda: read_arguments(["quickstart", "--objective.name", "npoo"]), "'npo'")
 
 
@@ -357,21 +373,36 @@ def narrow(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("argv", "cls"),
+    ("argv", "cls", "default"),
     [
-        ("train.unlearn quickstart", RunConfig),
-        ("train.finetune", FinetuneRun),
-        ("train.evaluate", EvaluateRun),
-        ("train.plan quickstart", PlanConfig),
+        ("train.unlearn quickstart", RunConfig, QUICKSTART),
+        (
+            "train.unlearn quickstart --objective.name npo --optimizer.name zo-muon",
+            RunConfig,
+            replace(QUICKSTART, **{"objective.name": "npo", "optimizer.name": "zo-muon"}),
+        ),
+        ("train.finetune", FinetuneRun, FinetuneRun()),
+        ("train.evaluate", EvaluateRun, EvaluateRun()),
+        ("train.plan quickstart", PlanConfig, PlanConfig(**vars(QUICKSTART))),
     ],
 )
-def test_help_names_every_option_once_and_says_something_about_it(program, narrow, argv, cls):
+def test_help_names_every_option_once_and_says_something_about_it(
+    program, narrow, argv, cls, default
+):
     done = program(*argv.split(), "--help")
     assert done.code == 0 and done.err == ""
     shown = OPTION.findall(done.out)
-    assert sorted(shown) == sorted(cli.option_names(cls))
-    silent = [o.name for o in options(cls, cls()) if not o.text]
+    assert sorted(shown) == sorted(cli.option_names(cls, default))
+    assert set(shown) <= set(cli.option_names(cls))
+    silent = [o.name for o in options(cls, default) if not o.text]
     assert silent == []
+
+
+def test_every_row_says_something_about_every_option():
+    for rows in (OBJECTIVE, OPTIMIZER):
+        for row in rows.table.values():
+            fields = dataclasses.fields(row.options)
+            assert all(field.metadata["doc"] for field in fields), row.name
 
 
 def test_help_begins_with_the_options_used_first(program, narrow):
@@ -386,20 +417,108 @@ def test_help_begins_with_the_options_used_first(program, narrow):
 
 def test_help_lists_the_words_of_an_option(program, narrow):
     flat = " ".join(program("train.unlearn", "quickstart", "--help").out.split())
-    for name, known in words().items():
-        for option in [o for o in cli.option_names(RunConfig) if o.endswith(name)]:
-            assert f"{option} {{{','.join(known)}}}" in flat.replace(", ", ","), option
+    listed = {o.name: o.words for o in options(RunConfig, QUICKSTART) if o.words}
+    for name, known in listed.items():
+        assert f"{name} {{{','.join(known)}}}" in flat.replace(", ", ","), name
     assert "--objective.retain {nll,kl,none}|None" in flat
+    assert set(listed) == set(
+        "--data.source --model.dtype --model.remat --objective.name --objective.retain "
+        "--objective.compat --optimizer.name --optimizer.schedule --optimizer.state-dtype "
+        "--finetune.optimizer.name --finetune.optimizer.schedule "
+        "--finetune.optimizer.state-dtype --combine --lora.targets --evaluate.judge "
+        "--evaluate.leak-question --export-dtype --report-to".split()
+    )
+    for name, known in {
+        "--objective.name": OBJECTIVES,
+        "--optimizer.name": OPTIMIZERS,
+        "--finetune.optimizer.name": OPTIMIZERS,
+        "--combine": COMBINERS,
+        "--objective.compat": OBJECTIVES[QUICKSTART.objective.name].compat,
+    }.items():
+        assert listed[name] == tuple(known)
 
 
-def test_words_belong_to_the_end_of_a_name():
-    assert words_of("--finetune.optimizer.schedule") == words_of("--optimizer.schedule")
-    assert words_of("--seed") == words_of("--data.path") == ()
-    # Those that no table checks: each is accepted.
-    for word in words_of("--optimizer.schedule"):
-        make_schedule(OptimizerConfig(schedule=word), 3)
-    for word in words_of("--objective.retain"):
+def test_the_words_of_an_option_are_those_of_every_row():
+    known = known_words(RunConfig)
+    assert known["--finetune.optimizer.schedule"] == known["--optimizer.schedule"]
+    assert known["--seed"] == known["--data.path"] == ()
+    assert known["--optimizer.bases"] and known["--optimizer.comm-dtype"]
+    forms = {form for row in OBJECTIVES.values() for form in row.compat}
+    assert set(known["--objective.compat"]) == forms
+    # Each is accepted.
+    for word in known["--optimizer.schedule"]:
+        make_schedule(optimizer_of("adamw", schedule=word), 3)
+    for word in known["--objective.retain"]:
         assert parse("--objective.retain", word).objective.retain == word
+
+
+# The options of the rows in use.
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--optimizer.rank 8", "--optimizer.rank 8: adamw does not read it; its own are b1, b2"),
+        ("--optimizer.rank=8", "--optimizer.rank 8: adamw does not read it"),
+        ("--finetune.optimizer.group_size 2", "--finetune.optimizer.group-size 2: adamw does not"),
+        ("--optimizer.name muon --optimizer.rank 8", "muon does not read it; its own are momentum"),
+        ("--objective.temperature 3", "objective 'alternate' does not use temperature; it takes"),
+        ("--objective.delta 1 --objective.name npo", "objective 'npo' does not use delta"),
+        ("--objective.name nll --objective.beta 1", "'nll' does not use beta; it takes no options"),
+        ("--optimizer.name muom", "optimizer 'muom' is unknown; did you mean 'muon'?"),
+        ("--objective.name npo --objective.name asu", "--objective.name is npo and asu; give it"),
+        ("--objective.name npoo", "unknown objective 'npoo'; did you mean 'npo'?"),
+    ],
+)
+def test_an_option_of_another_row_is_refused(args, message):
+    fails(lambda: parse(*args.split()), message)
+
+
+def test_the_names_on_the_command_line_choose_the_options():
+    config = parse(
+        *"--optimizer.rank 8 --optimizer.name=sift --finetune.optimizer.name teon".split(),
+        *"--finetune.optimizer.group-size 4 --objective.name asu --objective.layers 1".split(),
+    )
+    assert config.optimizer == replace(other(QUICKSTART.optimizer, "sift"), rank=8)
+    assert config.finetune.optimizer.group_size == 4
+    assert config.finetune.optimizer.learning_rate == QUICKSTART.finetune.optimizer.learning_rate
+    assert config.objective == objective_of("asu", layers=(1,))
+
+
+# What earlier versions wrote: the options of every row, None or a default where they were not set.
+FLAT_OBJECTIVE = dict.fromkeys(
+    "retain beta delta temperature layers push contrast forget_weight retain_weight compat".split()
+)
+FLAT_OPTIMIZER = {
+    "learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.05, "weight_decay": 0.0, "b1": 0.9,
+    "b2": 0.98, "eps": 1e-8, "momentum": 0.95, "clip_norm": None, "rank": None,
+    "bases": "subspace", "threshold": 0.0, "group_size": 2, "queries": None, "perturbation": 1e-3,
+    "refresh": 100, "vector_rate": 1e-7, "period": 20, "zo_learning_rate": None,
+    "state_dtype": "float32", "comm_dtype": "float32",
+}  # fmt: skip
+
+
+def test_files_of_an_earlier_version_are_read(tmp_path):
+    path = tmp_path / "config.json"
+
+    def read(objective, optimizer):
+        old = to_json(QUICKSTART) | {"objective": FLAT_OBJECTIVE | objective}
+        old["finetune"] = old["finetune"] | {"optimizer": FLAT_OPTIMIZER | {"name": "adamw"}}
+        path.write_text(json.dumps(old | {"optimizer": FLAT_OPTIMIZER | optimizer}))
+        return cli.read_config(RunConfig, path)
+
+    flat = read({"name": "asu", "temperature": 3.0, "layers": [1]}, {"name": "sift", "rank": 9})
+    assert flat.objective == objective_of("asu", temperature=3.0, layers=(1,))
+    assert flat.finetune == QUICKSTART.finetune
+    tuned = {"learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.05, "b2": 0.98}
+    assert flat.optimizer == optimizer_of("sift", rank=9, **tuned)
+    assert cli.from_json(RunConfig, json.loads(json.dumps(to_json(flat)))) == flat
+    muon = read({"name": "npo"}, {"name": "muon"})
+    assert (muon.objective, muon.optimizer) == (objective_of("npo"), optimizer_of("muon", **tuned))
+    fails(lambda: read({"name": "npo", "delta": 0.5}, {"name": "muon"}), "'npo' does not use delta")
+    fails(lambda: read({"name": "npo"}, {"name": "muon", "rank": 8}), "muon does not read it")
+    fails(lambda: read({"name": "npoo"}, {"name": "muon"}), "did you mean 'npo'")
+    fails(lambda: read({"name": "npo", "gamma": 1.0}, {"name": "muon"}), "unknown entry 'gamma'")
 
 
 def test_help_explains_the_options(program):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn import objectives
-from jaxlib_unlearn.objectives import ObjectiveConfig
+from jaxlib_unlearn.objectives import options_of as objective_of
 from models.decoder import Decoder, DecoderConfig
-from train.optimizers import COMBINERS, OPTIMIZERS, OptimizerConfig, build
+from train.optimizers import COMBINERS, OPTIMIZERS, build
+from train.optimizers import options_of as optimizer_of
 from train.step import Losses, TrainState, make_step
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
@@ -34,9 +35,9 @@ def size(tree):
 
 
 def compiled(name, combine="sum", accumulate=1, objective="graddiff"):
-    row, options = objectives.resolve(ObjectiveConfig(objective))
+    row, options = objectives.resolve(objective_of(objective))
     more = {"period": 1} if name == "hybrid" else {}
-    tx, schedule, needs = build(OptimizerConfig(name, **more), 10, combine)
+    tx, schedule, needs = build(optimizer_of(name, **more), 10, combine)
     step = make_step(DECODER, row, options, tx, schedule, accumulate, needs)
     opt_state = jax.eval_shape(tx.init, PARAMS)
     state = TrainState(PARAMS, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
@@ -100,7 +101,7 @@ def test_the_check_sees_a_copy():
 
 def test_two_gradients_cost_one_forward_pass_each():
     """The metrics of a side come from its own pass: nobody runs the other side's for them."""
-    row, options = objectives.resolve(ObjectiveConfig("graddiff"))
+    row, options = objectives.resolve(objective_of("graddiff"))
     batches = shapes(row.streams)
 
     def gradients(sides):
@@ -122,7 +123,7 @@ def test_two_gradients_cost_one_forward_pass_each():
 
 
 def test_metrics_do_not_depend_on_how_gradients_are_asked_for():
-    row, options = objectives.resolve(ObjectiveConfig("graddiff"))
+    row, options = objectives.resolve(objective_of("graddiff"))
     draw = np.random.default_rng(0)
     batches = jax.tree.map(
         lambda x: draw.integers(0, 4, x.shape).astype(x.dtype), shapes(row.streams)

@@ -15,10 +15,11 @@ import pytest
 from models import DecoderConfig
 from models.layers import RopeScaling
 from train import base_models, cli, pipeline
-from train.config import RunConfig, replace
+from train.config import OBJECTIVE, RunConfig, replace
 from train.data import streams
 from train.data.examples import Example
 from train.evaluators import judging
+from train.optimizers import ROWS as OPTIMIZER
 from train.presets import PRESETS
 from train.run import Run
 from train.runtime import keys, sharding
@@ -188,8 +189,6 @@ def test_every_field_of_the_run_is_in_a_key(monkeypatch):
         if reason(name) and name.partition(".")[0] in ("mesh", "distributed"):
             continue  # needs devices and processes: tests of the same numbers change these
         config = replace(START, **{name: other})
-        if name == "objective.name":
-            config = replace(config, objective=type(START.objective)(other))
         base = known
         if name.endswith(".epochs"):  # of them the number of steps is made where none is given
             given = {name.replace("epochs", "steps"): None}
@@ -204,6 +203,33 @@ def test_every_field_of_the_run_is_in_a_key(monkeypatch):
     assert not wrong, "a reason is given, and still it is in a key"
     assert set(unchanged) == {n for n, v in OTHER.items() if v is None}
     assert all(any(reason(n) == why for n, _ in leaves(START)) for why in WHY_NOT.values())
+
+
+@pytest.mark.parametrize("rows", [OBJECTIVE, OPTIMIZER], ids=["objective", "optimizer"])
+def test_every_option_of_every_row_is_in_the_key_of_training(rows):
+    """Those of the rows in use are tried above; here each row's own, at the stage that reads it."""
+    kind = "objective" if rows is OBJECTIVE else "optimizer"
+    _, base = prepared(START.seed, START.data, START.model)
+    rest = {
+        "objective": START.objective, "optimizer": START.optimizer, "combine": "sum", "steps": 4,
+        "batch_size": 8, "seed": 0, "adapters": START.lora,
+    }  # fmt: skip
+
+    def key(options):
+        more = rest | {kind: options}
+        return digest(keys.stage_inputs("sha", base.decoder.config, {}, **more))
+
+    found = {}
+    for name, row in rows.table.items():
+        options = row.options()
+        found[name] = key(options)
+        for field in dataclasses.fields(options):
+            if field.name in ("name", "compat"):
+                continue
+            other = another(f"{kind}.{field.name}", getattr(options, field.name))
+            changed = dataclasses.replace(options, **{field.name: other})
+            assert key(changed) != found[name], f"{name} {field.name}"
+    assert len(set(found.values())) == len(rows.table)
 
 
 # A field of the model as the training stages see it: the same weights, other conventions.

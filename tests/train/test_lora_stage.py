@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import ObjectiveConfig
+from jaxlib_unlearn.objectives import options_of as objective_of
 from models.decoder import REMAT, Decoder, DecoderConfig
 from models.weights import load
 from train import base_models, checks, cli, pipeline
@@ -20,7 +20,8 @@ from train import run as runs
 from train.config import LoraConfig, RunConfig
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model
-from train.optimizers import OPTIMIZERS, OptimizerConfig, build
+from train.optimizers import OPTIMIZERS, build
+from train.optimizers import options_of as optimizer_of
 from train.presets import PRESETS
 from train.run import Run
 from train.runtime import checkpointing, sharding
@@ -68,10 +69,10 @@ def setting(name="adamw", remat="none", sizes=(1, 1, 1), objective="graddiff", *
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
     decoder = Decoder(CONFIG, remat)
     base = sharding.put_params(decoder.init(jax.random.key(0)), mesh)
-    row, options = objectives.resolve(ObjectiveConfig(objective))
+    row, options = objectives.resolve(objective_of(objective))
     model = Model(decoder, base, None, "base")
     training = runs.trainable_of(model, row, LoraConfig(4, 8.0), 0)
-    config = OptimizerConfig(name, 1e-2, "constant", 0.0, **more)
+    config = optimizer_of(name, learning_rate=1e-2, schedule="constant", warmup=0.0, **more)
     tx, schedule, needs = build(config, STEPS)
     adapters = sharding.put_params(training.start, mesh)
     state, shardings = init_state(adapters, tx, mesh)
@@ -188,7 +189,7 @@ class Stopped(Exception):
 def test_a_stage_continues_bit_equal(small_config, tmp_path, monkeypatch, capsys):
     """NPO with a cached reference, stopped after its second step."""
     options = "--lora.rank 4 --unlearn.checkpoint-seconds 0".split()
-    config = dataclasses.replace(small_config(*options), objective=ObjectiveConfig("npo"))
+    config = dataclasses.replace(small_config(*options), objective=objective_of("npo"))
     task, mesh = load_task(config), sharding.make_mesh(config.mesh)
     base = base_models.base_model(config, task, mesh)
     before = jax.device_get(base.params)
@@ -291,8 +292,8 @@ def test_a_model_without_the_target_is_refused():
     params = jax.tree.map(lambda x: x, DECODER.shapes())
     del params["layers"]["mlp"]["gate"]
     with pytest.raises(UserError, match="--lora.targets 'gate' is unknown.*q, v, down, up"):
-        checks.check_lora(LoraConfig(2), OptimizerConfig(), params)
-    checks.check_lora(LoraConfig(2, targets=("q", "up")), OptimizerConfig(), params)
+        checks.check_lora(LoraConfig(2), optimizer_of("adamw"), params)
+    checks.check_lora(LoraConfig(2, targets=("q", "up")), optimizer_of("adamw"), params)
 
 
 def test_scale():

@@ -19,14 +19,16 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn import objectives
-from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
+from jaxlib_unlearn.objectives import OBJECTIVES
+from jaxlib_unlearn.objectives import options_of as objective_of
 from models import arrays
 from models.decoder import Decoder, DecoderConfig
 from models.generate import SamplingConfig, generate
 from models.policy import head_of
 from train.data.examples import Example
 from train.data.streams import batches_of, make_stream, with_references
-from train.optimizers import OPTIMIZERS, OptimizerConfig, build
+from train.optimizers import OPTIMIZERS, build
+from train.optimizers import options_of as optimizer_of
 from train.runtime import checkpointing, distributed, sharding
 from train.runtime.digests import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh
@@ -91,7 +93,7 @@ def numbers(which: str, folder: Path) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {"digest": np.array(params_sha256(params))}
     names, optimizers = SETS[which]
     for name in names:
-        row, options = objectives.resolve(ObjectiveConfig(name))
+        row, options = objectives.resolve(objective_of(name))
         ready = with_references(
             streams_of(row.streams), row, options, DECODER, params, "start", mesh, folder
         )
@@ -119,7 +121,7 @@ def numbers(which: str, folder: Path) -> dict[str, np.ndarray]:
             made = jax.tree.map(lambda x: 0.01 * draw.standard_normal(x.shape, np.float32), shapes)
             return sharding.put_params(made, mesh)
 
-        tx = build(OptimizerConfig(name, 1e-2), 3)[0]
+        tx = build(optimizer_of(name, learning_rate=1e-2), 3)[0]
         state, shardings = init_state(params, tx, mesh)
         update = jax.jit(tx.update, out_shardings=(shardings.params, shardings.opt_state))
         split = OPTIMIZERS[name].needs == "split"

@@ -11,20 +11,22 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import ObjectiveConfig
+from jaxlib_unlearn.objectives import options_of as objective_of
 from models.decoder import Decoder, DecoderConfig
 from train.checks import check_blocks
+from train.optimizer_options import Options
+from train.optimizer_rows import decay_mask
 from train.optimizers import (
     COMBINERS,
     OPTIMIZERS,
-    OptimizerConfig,
     build,
     check,
     check_pair,
     check_steps,
-    decay_mask,
     make_schedule,
+    other,
 )
+from train.optimizers import options_of as optimizer_of
 from train.runtime.sharding import path_str
 
 PEAK = 3e-4
@@ -35,7 +37,7 @@ EVERY_LEAF = DecoderConfig(
 
 
 def rates(schedule, steps, warmup):
-    config = OptimizerConfig(learning_rate=PEAK, schedule=schedule, warmup=warmup)
+    config = optimizer_of("adamw", learning_rate=PEAK, schedule=schedule, warmup=warmup)
     made = make_schedule(config, steps)
     return np.array([float(made(step)) for step in range(steps)]) / PEAK
 
@@ -115,7 +117,9 @@ WITH_GRADIENT = [name for name, row in OPTIMIZERS.items() if row.needs in ("join
 @pytest.mark.parametrize("name", WITH_GRADIENT)
 def test_decay_is_decoupled_and_masked(name, params):
     """With no gradient at all a step is `-lr * decay * parameter`, or nothing."""
-    config = OptimizerConfig(name, 0.01, "constant", 0.0, weight_decay=0.1)
+    config = optimizer_of(
+        name, learning_rate=0.01, schedule="constant", warmup=0.0, weight_decay=0.1
+    )
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = one_step(config, params, zeros)
     mask = decay_mask(params)
@@ -130,7 +134,9 @@ def test_decay_is_decoupled_and_masked(name, params):
 
 def test_adamw_is_adam(few):
     """Two steps of the update rule, written out, with every number that can be set."""
-    config = OptimizerConfig("adamw", 0.01, "linear", 0.0, b1=0.8, b2=0.95, eps=1e-3)
+    config = optimizer_of(
+        "adamw", learning_rate=0.01, schedule="linear", warmup=0.0, b1=0.8, b2=0.95, eps=1e-3
+    )
     tx, schedule, needs = build(config, 4)
     assert needs == "joint"
     state, m, v = tx.init(few), 0.0, 0.0
@@ -149,7 +155,7 @@ def test_adamw_is_adam(few):
 @pytest.mark.parametrize(("size", "layers", "fits"), [(2, 2, True), (3, 2, False), (1, 1, True)])
 def test_a_group_of_blocks_fits_the_model(size, layers, fits):
     """One line before any compute; without it the optimizer itself refuses."""
-    config = OptimizerConfig("teon", group_size=size)
+    config = optimizer_of("teon", group_size=size)
     shapes = Decoder(dataclasses.replace(EVERY_LEAF, num_layers=layers)).shapes()
     if fits:
         check_blocks(config, layers)
@@ -159,7 +165,7 @@ def test_a_group_of_blocks_fits_the_model(size, layers, fits):
         check_blocks(config, layers)
     with pytest.raises(ValueError, match="finds no group"):
         jax.eval_shape(build(config, 1)[0].init, shapes)
-    check_blocks(dataclasses.replace(config, name="muon"), layers)
+    check_blocks(optimizer_of("muon"), layers)
 
 
 def test_a_group_that_the_model_lacks_is_one_line_before_any_compute(program, small, tmp_path):
@@ -175,7 +181,9 @@ def test_matrices_move_as_far_as_adamw(name, params):
     """One learning rate serves both parts: RMS 0.2 on kernels, sign steps of AdamW elsewhere."""
     draw = np.random.default_rng(0)
     grads = jax.tree.map(lambda x: draw.standard_normal(x.shape, np.float32), params)
-    updates, _ = one_step(OptimizerConfig(name, 0.01, "constant", 0.0), params, grads)
+    updates, _ = one_step(
+        optimizer_of(name, learning_rate=0.01, schedule="constant", warmup=0.0), params, grads
+    )
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
         leaf_name, rms = path_str(path), float(np.sqrt(np.mean(np.square(leaf)))) / 0.01
         if leaf_name.startswith("layers") and leaf_name.endswith("kernel"):
@@ -188,7 +196,7 @@ def test_matrices_move_as_far_as_adamw(name, params):
 def test_clip_norm_scales_the_gradient_first(name, few):
     grads = jax.tree.map(np.ones_like, few)
     size = float(optax.tree.norm(grads))
-    config = OptimizerConfig(name, 0.01, clip_norm=size / 4)
+    config = optimizer_of(name, learning_rate=0.01, clip_norm=size / 4)
     _, clipped = one_step(config, few, grads)
     _, plain = one_step(dataclasses.replace(config, clip_norm=None), few, grads)
     moments = [
@@ -203,21 +211,33 @@ def test_clip_norm_scales_the_gradient_first(name, few):
 def test_extra_arguments_are_swallowed(few):
     extra = {"value": 1.0, "unknown": None}
     for name in WITH_GRADIENT:
-        tx, _, needs = build(OptimizerConfig(name, clip_norm=1.0), 2)
+        tx, _, needs = build(optimizer_of(name, clip_norm=1.0), 2)
         both = extra | ({"constraint_grads": few} if needs == "split" else {})
         jax.eval_shape(lambda x, t=tx, e=both: t.update(x, t.init(x), x, **e), few)
 
 
 def test_table_is_consistent():
-    known = {field.name for field in dataclasses.fields(OptimizerConfig)}
-    for name, row in OPTIMIZERS.items():
-        assert row.name == name and row.summary and set(row.uses) <= known
-        assert row.needs in ("joint", "split", "value", "lazy")
-        assert row.options(OptimizerConfig(name))["name"] == name
-        check(OptimizerConfig(name))
-    used = set().union(*(row.uses for row in OPTIMIZERS.values()))
     shared = {"name", "learning_rate", "schedule", "warmup", "weight_decay", "clip_norm"}
-    assert used | shared == known
+    assert {field.name for field in dataclasses.fields(Options)} == shared
+    for name, row in OPTIMIZERS.items():
+        assert row.name == name == row.options().name and row.summary
+        assert row.needs in ("joint", "split", "value", "lazy")
+        fields = dataclasses.fields(row.options)
+        assert {field.name for field in fields} == shared | set(row.own) and row.own
+        assert all(field.metadata["doc"] for field in fields)
+        assert (row.sides > 0) == ("queries" in row.own) == (row.needs in ("value", "lazy"))
+        check(optimizer_of(name))
+
+
+def test_another_optimizer_keeps_what_it_reads():
+    tuned = optimizer_of("sift", learning_rate=0.5, schedule="cosine", momentum=0.8, rank=7)
+    assert other(tuned, "muon") == optimizer_of(
+        "muon", learning_rate=0.5, schedule="cosine", momentum=0.8
+    )
+    assert other(tuned, "zo-muon").rank == 7
+    assert other(optimizer_of("sift"), "zo-muon") == optimizer_of("zo-muon")  # no default of sift's
+    with pytest.raises(UserError, match="did you mean 'adamw'"):
+        other(tuned, "adam")
 
 
 # Which optimizer, combiner and objective go together.
@@ -225,20 +245,20 @@ def test_table_is_consistent():
 
 def refusal(name, combine, objective=None):
     """The message that refuses a pair, or None."""
-    row, options = objectives.resolve(objective or ObjectiveConfig("graddiff"))
+    row, options = objectives.resolve(objective or objective_of("graddiff"))
     try:
-        check_pair(OptimizerConfig(name), combine, row, options)
+        check_pair(optimizer_of(name), combine, row, options)
     except UserError as error:
         assert "\n" not in str(error)
         return str(error)
 
 
 def test_an_option_that_is_not_read_is_refused():
-    check(OptimizerConfig("sift", rank=8))
+    check(optimizer_of("sift", rank=8))
     with pytest.raises(UserError, match=r"--optimizer.rank 8: muon does not read it; .* momentum"):
-        check(OptimizerConfig("muon", rank=8))
+        check(optimizer_of("muon", rank=8))
     with pytest.raises(UserError, match=r"--optimizer.group-size 3: adamw"):
-        check(OptimizerConfig("adamw", group_size=3))
+        check(optimizer_of("adamw", group_size=3))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -247,7 +267,7 @@ def test_pairs(name, combine):
     message = refusal(name, combine)
     if OPTIMIZERS[name].needs == "joint" or combine == "sum":
         assert message is None
-        assert build(OptimizerConfig(name), 2, combine)[2] == (
+        assert build(optimizer_of(name), 2, combine)[2] == (
             OPTIMIZERS[name].needs if combine == "sum" else "split"
         )
     else:
@@ -255,7 +275,7 @@ def test_pairs(name, combine):
 
 
 @pytest.mark.parametrize(
-    "objective", [ObjectiveConfig("ga"), ObjectiveConfig("npo", retain="none")], ids=["ga", "npo"]
+    "objective", [objective_of("ga"), objective_of("npo", retain="none")], ids=["ga", "npo"]
 )
 def test_two_sides_are_needed(objective):
     assert "a forget and a retain side" in (refusal("sift", "sum", objective) or "")
@@ -269,7 +289,7 @@ def test_combiners_see_both_sides(few):
     rng = np.random.default_rng(0)
     primary = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), few)
     constraint = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), few)
-    config = OptimizerConfig("sign", 1.0, "constant", 0.0, b1=0.0)
+    config = optimizer_of("sign", learning_rate=1.0, schedule="constant", warmup=0.0, b1=0.0)
     found = {}
     for combine in COMBINERS:
         tx, _, needs = build(config, 2, combine)
@@ -288,15 +308,17 @@ def test_combiners_see_both_sides(few):
 
 
 def test_hybrid_ends_on_zeroth_order():
-    check_steps(OptimizerConfig("hybrid", period=20), 120)
-    check_steps(OptimizerConfig("adamw", period=20), 7)
+    check_steps(optimizer_of("hybrid", period=20), 120)
+    check_steps(optimizer_of("adamw"), 7)
     with pytest.raises(UserError, match="use 160 steps"):
-        check_steps(OptimizerConfig("hybrid", period=20), 121)
+        check_steps(optimizer_of("hybrid", period=20), 121)
 
 
 def test_hybrid_follows_the_schedule_of_the_run(few):
     """Each half counts its own steps, and still moves at the rate of the run's step."""
-    config = OptimizerConfig("hybrid", 0.1, "linear", 0.0, b1=0.0, b2=0.0, period=2)
+    config = optimizer_of(
+        "hybrid", learning_rate=0.1, schedule="linear", warmup=0.0, b1=0.0, b2=0.0, period=2
+    )
     tx, schedule, needs = build(config, 8)
     state, rates = tx.init(few), []
     ones = jax.tree.map(np.ones_like, few)
@@ -312,7 +334,9 @@ def test_hybrid_follows_the_schedule_of_the_run(few):
 
 def test_both_halves_of_hybrid_decay(params):
     """A zeroth-order step that finds no slope still decays: all but norms and biases."""
-    config = OptimizerConfig("hybrid", 0.01, "constant", 0.0, weight_decay=0.1, period=1)
+    config = optimizer_of(
+        "hybrid", learning_rate=0.01, schedule="constant", warmup=0.0, weight_decay=0.1, period=1
+    )
     tx, _, _ = build(config, 2)
     state = tx.init(params)._replace(count=jnp.int32(1))
     extra = {"value_fn": lambda p: jnp.float32(0.0), "coeffs": jnp.zeros(1)}
@@ -330,7 +354,7 @@ def test_both_halves_of_hybrid_decay(params):
 def test_clipping_needs_gradients():
     for name in ("mezo", "zo-muon", "hybrid"):
         with pytest.raises(UserError, match="--optimizer.clip-norm"):
-            check(OptimizerConfig(name, clip_norm=1.0))
+            check(optimizer_of(name, clip_norm=1.0))
 
 
 @pytest.mark.parametrize(
@@ -341,18 +365,23 @@ def test_clipping_needs_gradients():
         ({"name": ""}, "optimizer '' is unknown; did you mean"),
         ({"schedule": "cosin"}, "schedule 'cosin' is unknown; did you mean 'cosine'?"),
         ({"schedule": "lin"}, "schedule 'lin' is unknown; did you mean 'linear'?"),
-        ({"learning_rate": 0.0}, "--optimizer.learning-rate 0.0 must be positive"),
+        ({"learning_rate": 0.0}, "--optimizer.learning-rate is 0.0; it must be positive"),
         ({"learning_rate": -1.0}, "must be positive"),
         ({"learning_rate": math.nan}, "must be positive"),
-        ({"warmup": 1.5}, "--optimizer.warmup 1.5 is a share of the steps, 0 to 1"),
-        ({"warmup": -0.1}, "is a share of the steps"),
+        ({"warmup": 1.5}, "--optimizer.warmup is 1.5; it must be from 0 to 1"),
+        ({"warmup": -0.1}, "it must be from 0 to 1"),
         ({"name": "muon", "comm_dtype": "bf16"}, "--optimizer.comm-dtype 'bf16' is unknown"),
         ({"comm_dtype": "bfloat16"}, "--optimizer.comm-dtype bfloat16: adamw does not read it"),
+        ({"name": "sift", "rank": 0}, "--optimizer.rank is 0; it must be at least 1"),
+        ({"name": "hybrid", "zo_learning_rate": 0.0}, "zo-learning-rate is 0.0; it must be posi"),
     ],
 )
 def test_bad_options_are_told_in_one_line(changes, message):
-    config = dataclasses.replace(OptimizerConfig(), **changes)
-    for call in (lambda: check(config), lambda: build(config, 10)):
+    def config():
+        named = {"name": "adamw"} | changes
+        return optimizer_of(named.pop("name"), **named)
+
+    for call in (lambda: check(config()), lambda: build(config(), 10)):
         with pytest.raises(UserError) as error:
             call()
         assert message in str(error.value) and "\n" not in str(error.value)

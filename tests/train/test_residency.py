@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import models
-from jaxlib_unlearn.objectives import ObjectiveConfig
+from jaxlib_unlearn.objectives import options_of as objective_of
 from train import base_models, cli, exports, pipeline
 from train.config import RunConfig
 from train.presets import PRESETS
@@ -103,9 +103,9 @@ def run(small, tmp_path, monkeypatch, objective, *options):
 @pytest.mark.parametrize(
     ("objective", "frozen"),
     [
-        (ObjectiveConfig("npo"), 0),  # its reference is a column of the batches
+        (objective_of("npo"), 0),  # its reference is a column of the batches
         pytest.param(  # hidden states, which the frozen head unembeds
-            ObjectiveConfig("graddiff", retain="kl"), 1, marks=pytest.mark.slow
+            objective_of("graddiff", retain="kl"), 1, marks=pytest.mark.slow
         ),
     ],
     ids=["npo", "kl"],
@@ -118,7 +118,7 @@ def test_one_model_beside_its_optimizer_state(objective, frozen, small, tmp_path
 
 
 def test_adapters_beside_one_model(small, tmp_path, monkeypatch):
-    seen = run(small, tmp_path, monkeypatch, ObjectiveConfig("npo"), "--lora.rank", "2")
+    seen = run(small, tmp_path, monkeypatch, objective_of("npo"), "--lora.rank", "2")
     for size in seen.steps:
         assert seen.model < size < 1.5 * seen.model
 

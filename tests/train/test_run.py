@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn import objectives
-from jaxlib_unlearn.objectives import ObjectiveConfig
 from models import Decoder, DecoderConfig
 from train import run as runs
 from train.config import UnlearnConfig
 from train.data.examples import Example
 from train.data.streams import make_stream
 from train.evaluators.evaluation import Model
-from train.optimizers import OptimizerConfig
+from train.optimizers import options_of
 from train.run import Clock, Recipe, Run, Work, compute, identity, seed_of
 from train.runtime import sharding
 from train.runtime.checkpointing import params_sha256
@@ -171,8 +170,8 @@ def test_purpose_and_reference_of_a_stage(run, models):
         name: make_stream([Example(rng.integers(1, 64, 6).tolist(), 3) for _ in range(8)], 0)
         for name in ("forget", "retain")
     }
-    row = objectives.resolve(ObjectiveConfig("npo"))
-    recipe = Recipe(UnlearnConfig(batch_size=2, steps=3), OptimizerConfig(learning_rate=1e-2))
+    row = objectives.resolve("npo")
+    recipe = Recipe(UnlearnConfig(batch_size=2, steps=3), options_of("adamw", learning_rate=1e-2))
 
     def trained(name, **options):
         return runs.train(run, name, a, row, streams, recipe, **options).sha

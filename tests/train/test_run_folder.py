@@ -181,6 +181,25 @@ def test_a_run_folder_of_an_earlier_version_is_entered(entered):
     assert (root / "config.json").read_bytes() == before and (root / "config.key").exists()
 
 
+def test_a_run_that_an_earlier_version_began_is_refused(entered):
+    """It wrote the options of all rows; what it had finished is not found under today's keys."""
+    root, mine, _ = entered
+    (root / "config.key").unlink()
+    mine = mine | {"objective": {"name": "npo", "beta": 0.1}, "mesh": None}
+    flat = {**mine, "objective": {"name": "npo", "beta": None, "temperature": None}}
+    (root / "config.json").write_text(json.dumps(flat))
+    with pytest.raises(UserError, match="begun by another version.*give another --output") as error:
+        folder.check_folder(root, mine)
+    assert "\n" not in str(error.value)
+    nested = {"finetune": {"optimizer": {"name": "adamw", "b1": 0.9}}}
+    (root / "config.json").write_text(json.dumps({"finetune": {"optimizer": {"name": "adamw"}}}))
+    with pytest.raises(UserError, match="begun by another version"):
+        folder.check_folder(root, nested)
+    (root / "config.json").write_text(json.dumps({**flat, "objective": {"name": "asu"}}))
+    with pytest.raises(UserError, match="another run's config"):
+        folder.check_folder(root, mine)
+
+
 # Logs and caches.
 
 

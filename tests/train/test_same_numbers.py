@@ -19,16 +19,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import OBJECTIVES, ObjectiveConfig
+from jaxlib_unlearn.objectives import OBJECTIVES
+from jaxlib_unlearn.objectives import options_of as objective_of
 from models.decoder import Decoder, DecoderConfig
 from models.policy import DecoderPolicy, head_of
-from train import loop
+from train import loop, optimizers
 from train.config import UnlearnConfig
 from train.costs.hlo_flops import device_flops
 from train.data.examples import Example
 from train.data.streams import Stream, batches_of, make_stream, pack_streams, with_references
 from train.evaluators.evaluation import Model
-from train.optimizers import OPTIMIZERS, OptimizerConfig, build
+from train.optimizers import OPTIMIZERS, build
 from train.run import Recipe, Run, train
 from train.runtime import sharding
 from train.runtime.sharding import MeshConfig, make_mesh
@@ -38,7 +39,7 @@ from train.step import Losses, compile_step, init_state, make_step, split_batch
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
 STEPS, ROWS, SEED = 6, 16, 3
 ALTERNATES = 3  # answers a forget question
-ADAMW = OptimizerConfig("adamw", 2e-3)
+ADAMW = optimizers.options_of("adamw", learning_rate=2e-3)
 
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
@@ -128,7 +129,7 @@ class Seen(NamedTuple):
 def run_stage(name, sizes, accumulate, start, plain, folder):
     """Six steps through the pieces of the program; the first gradient is AdamW's first moment."""
     mesh = mesh_of(*sizes)
-    row, options = objectives.resolve(ObjectiveConfig(name))
+    row, options = objectives.resolve(objective_of(name))
     params = sharding.put_params(start, mesh)
     streams = {stream: plain[stream] for stream in row.streams}
     ready = with_references(streams, row, options, DECODER, params, "start", mesh, folder)
@@ -240,10 +241,10 @@ def test_alternates_of_a_question_take_turns(plain):
 
 
 CONFIGS = [
-    *(ObjectiveConfig(name) for name in OBJECTIVES),
-    ObjectiveConfig("graddiff", retain="kl", forget_weight=0.3, retain_weight=2.0),
-    ObjectiveConfig("idk", compat="tofu_concat"),
-    ObjectiveConfig("asu", push=1.0, contrast=1.0),
+    *(objective_of(name) for name in OBJECTIVES),
+    objective_of("graddiff", retain="kl", forget_weight=0.3, retain_weight=2.0),
+    objective_of("idk", compat="tofu_concat"),
+    objective_of("asu", push=1.0, contrast=1.0),
 ]
 
 
@@ -290,7 +291,7 @@ def test_every_objective_has_the_same_gradient(config, start, plain):
     """
     metrics, gradient = gradient_of(config, (1, 1, 1), 1, start, plain)
     assert all(np.isfinite(value) for value in metrics.values())
-    alone = [((1, 1, 1), 2, 1), ((2, 2, 2), 1, 1)] if config == ObjectiveConfig("asu") else []
+    alone = [((1, 1, 1), 2, 1), ((2, 2, 2), 1, 1)] if config == objective_of("asu") else []
     for sizes, accumulate, together in [((2, 2, 2), 2, 2), *alone]:
         other, grads = gradient_of(config, sizes, accumulate, start, plain, together)
         assert distance(grads, gradient) <= 1e-6, (sizes, accumulate, together)
@@ -325,7 +326,7 @@ def label_values(batch, params, ref=None):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1)])
 def test_mean_of_means_is_that_of_the_micro_batches(sizes, start, plain):
     """GradDiff: the mean over four micro-batches of each one's token means, on any mesh."""
-    config = ObjectiveConfig("graddiff", retain_weight=2.0, compat="mean_of_means")
+    config = objective_of("graddiff", retain_weight=2.0, compat="mean_of_means")
     metrics, gradient = gradient_of(config, sizes, 4, start, plain)
     row, options = objectives.resolve(config)
     host = batches_of({n: plain[n] for n in row.streams}, "forget", SEED, ROWS)(0)
@@ -357,7 +358,7 @@ def test_mean_of_means_is_that_of_the_micro_batches(sizes, start, plain):
 
 def test_retain_kl_over_all_positions_in_training(start, plain, tmp_path):
     """References are cached at every slot; the mean is over B x T, padding too."""
-    row, options = objectives.resolve(ObjectiveConfig("graddiff", compat="kl_all_positions"))
+    row, options = objectives.resolve(objective_of("graddiff", compat="kl_all_positions"))
     mesh = mesh_of(2, 2, 1)
     other = jax.tree.map(lambda x: 0.9 * x, start)
     streams = {name: plain[name] for name in row.streams}
@@ -383,7 +384,7 @@ def test_retain_kl_over_all_positions_in_training(start, plain, tmp_path):
 
 def test_one_forward_pass_for_all_streams(start, plain):
     """Of all sides together a step goes through the blocks once and back; of each alone, twice."""
-    row, options = objectives.resolve(ObjectiveConfig("npo", retain="nll"))
+    row, options = objectives.resolve(objective_of("npo", retain="nll"))
     host = batches_of({n: plain[n] for n in row.streams}, "forget", SEED, ROWS)(0)
     for batch in host.values():
         batch["ref_log_probs"] = np.zeros_like(batch["target_mask"])
@@ -417,7 +418,7 @@ def test_micro_batches_deal_rows_in_turn():
 @pytest.mark.parametrize(
     "config",
     [
-        ObjectiveConfig(name, compat=compat)
+        objective_of(name, compat=compat)
         for name, row in OBJECTIVES.items()
         for compat, form in row.compat.items()
         if not form.additive
@@ -467,7 +468,8 @@ def optimizer_of(name):
     """A row over three steps; hybrid turns at every step."""
     gradients = OPTIMIZERS[name].needs in ("joint", "split")
     more = {"clip_norm": 1.0} if gradients else {"period": 1} if name == "hybrid" else {}
-    return build(OptimizerConfig(name, 1e-2, weight_decay=0.1, **more), 3)[0]
+    options = optimizers.options_of(name, learning_rate=1e-2, weight_decay=0.1, **more)
+    return build(options, 3)[0]
 
 
 def handed(name, grads, step):
@@ -477,7 +479,7 @@ def handed(name, grads, step):
         return grads[step], {}
     if needs == "split":
         return grads[step], {"constraint_grads": grads[(step + 1) % len(grads)]}
-    count = OPTIMIZERS[name].queries
+    count = OPTIMIZERS[name].options().queries
     coeffs = jnp.linspace(-1.0, 2.0, count + step)[:count]
     return grads[step] if needs == "lazy" else None, {"coeffs": coeffs}
 
@@ -524,7 +526,7 @@ def test_devices_share_the_evaluations_of_queries(name, jobs, start, plain):
 
     def one_step(*sizes):
         mesh = mesh_of(*sizes)
-        config = OptimizerConfig(name, 1e-2, queries=4, perturbation=1e-2)
+        config = optimizers.options_of(name, learning_rate=1e-2, queries=4, perturbation=1e-2)
         tx, schedule, needs = build(config, 2, "sum", sharding.query_axis(mesh))
         step = make_step(DECODER, *objectives.resolve("nll"), tx, schedule, 1, needs)
         state, shardings = init_state(sharding.put_params(start, mesh), tx, mesh)
@@ -580,7 +582,7 @@ def test_optimizer_state_is_split_like_its_parameters(name, start, fixed):
 
 def test_weights_first_costs_no_forward(start, plain):
     """The compiled step does no more than `value_and_grad` of the loss, which has one forward."""
-    row, options = objectives.resolve(ObjectiveConfig("ga"))
+    row, options = objectives.resolve(objective_of("ga"))
     host = batches_of({"forget": plain["forget"]}, "forget", SEED, 4)(0)
 
     def loss(params, batches):
@@ -617,7 +619,7 @@ def test_weights_first_costs_no_forward(start, plain):
 
 def test_step_donates_its_state_and_compiles_once_a_shape(start, plain):
     mesh = mesh_of(2, 2, 2)
-    row, options = objectives.resolve(ObjectiveConfig("nll"))
+    row, options = objectives.resolve(objective_of("nll"))
     tx, schedule, _ = build(ADAMW, STEPS)
     params = sharding.put_params(start, mesh)
     state, shardings = init_state(params, tx, mesh)
@@ -646,7 +648,7 @@ def test_a_stage_does_not_consume_what_it_starts_from(start, plain, tmp_path):
     """The original model is still there after it was unlearned from (zero steps suffice)."""
     mesh = mesh_of(1, 2, 1)
     params = sharding.put_params(start, mesh)
-    row, options = objectives.resolve(ObjectiveConfig("nll"))
+    row, options = objectives.resolve(objective_of("nll"))
     batches = batches_of({"train": plain["train"]}, "train", SEED, ROWS)
     stage = loop.Stage("nll", 0, batches, row, options, ADAMW, 1, tmp_path / "c", 1e9)
     after = loop.run(stage, DECODER, params, None, mesh, Tracker(tmp_path))

@@ -18,7 +18,6 @@ import numpy as np
 
 from jaxlib_unlearn.objectives import (
     Objective,
-    ObjectiveConfig,
     at_every_slot,
     reference_forward,
 )
@@ -296,7 +295,7 @@ def reference_inputs(
 def with_references(
     streams: Mapping[str, Stream],
     objective: Objective,
-    config: ObjectiveConfig,
+    config: Any,
     decoder: Decoder,
     params: Any,
     params_sha: str,

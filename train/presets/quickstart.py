@@ -5,7 +5,7 @@
 No download, no data file, no accelerator.
 """
 
-from jaxlib_unlearn.objectives import ObjectiveConfig
+from jaxlib_unlearn.objectives import options_of
 from train.config import (
     DataConfig,
     EvaluateConfig,
@@ -15,7 +15,8 @@ from train.config import (
     UnlearnConfig,
     replace,
 )
-from train.optimizers import OptimizerConfig
+from train.optimizer_options import AdamW
+from train.optimizers import other
 
 SUMMARY = (
     "a tiny model learns 40 fictitious authors and forgets 4 of them (no download, minutes on a "
@@ -31,16 +32,16 @@ PRESET = RunConfig(
     finetune=TrainConfig(
         epochs=40,
         batch_size=32,
-        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98),
+        optimizer=AdamW(learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98),
     ),
     unlearn=UnlearnConfig(steps=120, batch_size=32, curve_points=8),
-    objective=ObjectiveConfig(name="alternate", push=0.3, beta=10.0, delta=0.75, retain="nll"),
-    optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup=0.1),
+    objective=options_of("alternate", push=0.3, beta=10.0, delta=0.75, retain="nll"),
+    optimizer=AdamW(learning_rate=5e-4, schedule="cosine", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=48, leak_samples=32, judge="oracle", generate_rows=128),
 )
 
 # For rows that bring no other answers. Its text is broken in three answers of ten.
-OTHER_DATA = ObjectiveConfig(name="asu", temperature=10.0, retain="nll", forget_weight=1.0)
+OTHER_DATA = options_of("asu", temperature=10.0, retain="nll", forget_weight=1.0)
 
 # Options that suit this preset, by objective; others start from their own defaults.
 # Alternates: three a question keep the model as unsure between wrong values as the oracle is (with
@@ -51,7 +52,7 @@ OTHER_DATA = ObjectiveConfig(name="asu", temperature=10.0, retain="nll", forget_
 OBJECTIVES = {
     "alternate": PRESET.objective,
     "asu": OTHER_DATA,
-    "simnpo": ObjectiveConfig(name="simnpo", beta=1.0, delta=-0.25, retain="nll"),
+    "simnpo": options_of("simnpo", beta=1.0, delta=-0.25, retain="nll"),
 }
 
 # By optimizer: its options, and what else changes. A step that sees only values of the loss knows
@@ -59,17 +60,17 @@ OBJECTIVES = {
 # (MeZO with one query a step diverges from 3e-4 on and moves nothing in 600 steps at 1e-4; ZO-Muon
 # at 3e-2 forgets as much as the others and loses more than half of what was to be kept.)
 OPTIMIZERS = {
-    "sophia": (replace(PRESET.optimizer, name="sophia", learning_rate=1e-4), {}),
-    "sign": (replace(PRESET.optimizer, name="sign", learning_rate=1e-4), {}),
+    "sophia": (replace(other(PRESET.optimizer, "sophia"), learning_rate=1e-4), {}),
+    "sign": (replace(other(PRESET.optimizer, "sign"), learning_rate=1e-4), {}),
     "mezo": (
-        replace(PRESET.optimizer, name="mezo", learning_rate=3e-4, queries=4),
+        replace(other(PRESET.optimizer, "mezo"), learning_rate=3e-4, queries=4),
         {"unlearn.steps": 600},
     ),
     "zo-muon": (
-        replace(PRESET.optimizer, name="zo-muon", learning_rate=1.5e-2, vector_rate=1e-4),
+        replace(other(PRESET.optimizer, "zo-muon"), learning_rate=1.5e-2, vector_rate=1e-4),
         {"unlearn.steps": 600},
     ),
-    "hybrid": (replace(PRESET.optimizer, name="hybrid", zo_learning_rate=2e-5), {}),
+    "hybrid": (replace(other(PRESET.optimizer, "hybrid"), zo_learning_rate=2e-5), {}),
 }
 
 SMOKE = {

@@ -6,7 +6,7 @@
 The weights are gated on the Hub: accept their licence and log in, or give --model.path a folder.
 """
 
-from jaxlib_unlearn.objectives import ObjectiveConfig
+from jaxlib_unlearn.objectives import options_of
 from train.config import (
     DataConfig,
     EvaluateConfig,
@@ -16,7 +16,8 @@ from train.config import (
     UnlearnConfig,
     replace,
 )
-from train.optimizers import OptimizerConfig
+from train.optimizer_options import AdamW
+from train.optimizers import other
 from train.runtime.sharding import MeshConfig
 
 SUMMARY = "Llama-3-8B learns TOFU and forgets a tenth of it with NPO (a TPU slice or GPUs)"
@@ -40,11 +41,11 @@ PRESET = RunConfig(
     finetune=TrainConfig(
         epochs=5,
         batch_size=64,
-        optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup=0.1),
+        optimizer=AdamW(learning_rate=1e-5, schedule="linear", warmup=0.1),
     ),
     unlearn=UnlearnConfig(epochs=10, batch_size=64),
-    objective=ObjectiveConfig(name="npo", retain="nll"),
-    optimizer=OptimizerConfig(learning_rate=1e-5, schedule="linear", warmup=0.1),
+    objective=options_of("npo", retain="nll"),
+    optimizer=AdamW(learning_rate=1e-5, schedule="linear", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=200, score_tokens=65536, generate_rows=256),
     export_dtype="bfloat16",
 )
@@ -53,7 +54,7 @@ OBJECTIVES = {"npo": PRESET.objective}
 
 # Their products are bfloat16 on accelerators in any case.
 OPTIMIZERS = {
-    name: (replace(PRESET.optimizer, name=name, comm_dtype="bfloat16"), {})
+    name: (replace(other(PRESET.optimizer, name), comm_dtype="bfloat16"), {})
     for name in ("muon", "teon")
 }
 

@@ -6,7 +6,7 @@
 DIR holds TOFU's JSON files; without it they come from the Hub id locuslab/TOFU.
 """
 
-from jaxlib_unlearn.objectives import ObjectiveConfig
+from jaxlib_unlearn.objectives import options_of
 from train.config import (
     DataConfig,
     EvaluateConfig,
@@ -15,7 +15,7 @@ from train.config import (
     TrainConfig,
     UnlearnConfig,
 )
-from train.optimizers import OptimizerConfig
+from train.optimizer_options import AdamW
 
 SUMMARY = "SmolLM2-135M learns a part of TOFU and forgets forget01 (about an hour on two cores)"
 
@@ -33,16 +33,14 @@ PRESET = RunConfig(
     finetune=TrainConfig(
         epochs=5,
         batch_size=4,
-        optimizer=OptimizerConfig(
-            learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0
-        ),
+        optimizer=AdamW(learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0),
     ),
     unlearn=UnlearnConfig(epochs=6, batch_size=8, curve_points=3),
     # Smoothing the first blocks breaks the text before the facts; the middle ones hold the facts.
-    objective=ObjectiveConfig(
-        name="asu", temperature=5.0, layers=tuple(range(8, 20)), retain="nll", forget_weight=0.2
+    objective=options_of(
+        "asu", temperature=5.0, layers=tuple(range(8, 20)), retain="nll", forget_weight=0.2
     ),
-    optimizer=OptimizerConfig(learning_rate=1e-4, schedule="linear", warmup=0.1),
+    optimizer=AdamW(learning_rate=1e-4, schedule="linear", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=72, leak_samples=16, judge="base"),
 )
 

@@ -173,9 +173,25 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
             f"{path} does not read; give another --output, or delete this one file: then the run's "
             "own options write it again, and what is stored is kept"
         )
+    if _of_another_version(there, wanted):
+        raise UserError(
+            f"{remote.home(root)} was begun by another version, whose options are not written as "
+            "these are; finish it with that version, or give another --output"
+        )
     raise UserError(
         f"{remote.home(root)} holds another run's config ({difference}); give another --output"
     )
+
+
+def _of_another_version(there: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether an objective or optimizer of one name has other options in two configurations."""
+    for key, ours in wanted.items():
+        theirs = there.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            same = "name" in ours and ours["name"] == theirs.get("name")
+            if same and set(ours) != set(theirs) or _of_another_version(theirs, ours):
+                return True
+    return False
 
 
 def enter_folder(root: Path, wanted: dict[str, Any]) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from models.decoder import DecoderConfig
 from train.config import LoraConfig, to_json
-from train.optimizers import OptimizerConfig
+from train.optimizers import Options
 
 # Raise it when the same inputs may give another result: what was stored is then not found.
 VERSION = 3
@@ -49,7 +49,7 @@ def stage_inputs(
     streams: Mapping[str, Any],
     *,
     objective: Any,
-    optimizer: OptimizerConfig,
+    optimizer: Options,
     combine: str,
     steps: int,
     batch_size: int,
@@ -65,7 +65,7 @@ def stage_inputs(
         streams: those of its examples, `identity()` being that of their tokens: prompts, cuts and
             templates are in them.
         objective: its resolved options.
-        optimizer: all of its options.
+        optimizer: its options.
         combine: how the gradients of the two sides become one.
         steps: optimizer steps; the schedule hangs on their number.
         batch_size: global rows of a stream in a step.

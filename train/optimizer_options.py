@@ -1,0 +1,211 @@
+"""What a person may set of each optimizer: a dataclass a row of `optimizer_rows`.
+
+Fields of one name mean the same in every row that has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlib_unlearn.optim.spectral.fusion import BASES
+from jaxlib_unlearn.options import option
+
+DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def named(name: str) -> Any:
+    """The field `name` of a row's options."""
+    return option(name, "the optimizer; --list says what each of them does.")
+
+
+def rate(default: float) -> Any:
+    """The field `learning_rate` of a row's options: where it starts when a preset says nothing."""
+    doc = "peak; one value serves the matrices of muon, teon and sift and AdamW's rest."
+    return option(default, doc, above=0, wanted="positive")
+
+
+def decay(default: float, doc: str) -> Any:
+    """A decay, up to 1 and without it.
+
+    A mean with decay 1 never takes up a gradient, and dividing it by 1 - 1^t gives no number.
+    """
+    return option(default, doc, low=0, below=1)
+
+
+def state_dtype() -> Any:
+    """The field `state_dtype` of a row's options.
+
+    A step changes a first moment by 5 to 10 %, and bfloat16 tells 0.4 % apart (decays of 0.99 would
+    leave it up to a fifth short of a steady gradient). Second moments stay float32: with b2 0.999
+    one of bfloat16 would never fall, as 0.1 % of it rounds to nothing.
+    """
+    doc = "of first moments and momenta: float32, or bfloat16, half their bytes."
+    return option("float32", doc, choices=DTYPES)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every optimizer's options have; a row's own are a subclass of it."""
+
+    name: str = named("")
+    learning_rate: float = rate(1e-5)
+    schedule: str = option(
+        "linear", "of the learning rate; the last two decay to 0.", choices=SCHEDULES
+    )
+    warmup: float = option(0.1, "fraction of the steps of linear warm-up.", low=0, high=1)
+    weight_decay: float = option(
+        0.0, "decoupled; not on norms and biases (muon, teon, sift: on matrices alone).", low=0
+    )
+    clip_norm: float | None = option(
+        None, "clip the global gradient norm; None: no clipping.", low=0
+    )
+
+
+@dataclass(frozen=True)
+class Adam:
+    """AdamW's numbers, of the rows that use it for all parameters or for some."""
+
+    b1: float = decay(0.9, "first-moment decay of AdamW.")
+    b2: float = decay(0.999, "second-moment decay of AdamW.")
+    # Adam divides 0 by it where a gradient was never anything else.
+    eps: float = option(1e-8, "AdamW's epsilon.", low=1e-30)
+    state_dtype: str = state_dtype()
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Of the rows that orthogonalise a momentum."""
+
+    momentum: float = decay(0.95, "momentum of the matrices.")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Of the rows that send matrices to the devices that orthogonalise them."""
+
+    comm_dtype: str = option(
+        "float32",
+        "what matrices are rounded to on the way to the devices that orthogonalise them, and "
+        "directions on the way back: float32, or bfloat16, half the bytes and the temporary memory "
+        "of those collectives. On one device, too, so that a run does not depend on how many there "
+        "are.",
+        choices=DTYPES,
+    )
+
+
+def queries(default: int) -> Any:
+    """The field `queries` of a zeroth-order row's options."""
+    return option(default, "perturbations of a zeroth-order step.", low=1)
+
+
+def perturbation() -> Any:
+    """The field `perturbation` of a zeroth-order row's options."""
+    return option(1e-3, "size of a perturbation.", low=1e-12)
+
+
+@dataclass(frozen=True)
+class AdamW(Adam, Options):
+    """Options of `adamw`."""
+
+    name: str = named("adamw")
+
+
+@dataclass(frozen=True)
+class Muon(Adam, Sent, Momentum, Options):
+    """Options of `muon`."""
+
+    name: str = named("muon")
+
+
+@dataclass(frozen=True)
+class OptaxMuon(Momentum, Options):
+    """Options of `optax-muon`."""
+
+    name: str = named("optax-muon")
+    b1: float = decay(0.9, "first-moment decay of AdamW.")
+    b2: float = decay(0.999, "second-moment decay of AdamW.")
+    eps: float = option(1e-8, "AdamW's epsilon.", low=1e-30)
+
+
+@dataclass(frozen=True)
+class Teon(Adam, Sent, Momentum, Options):
+    """Options of `teon`."""
+
+    name: str = named("teon")
+    group_size: int = option(2, "consecutive blocks that are orthogonalised together.", low=1)
+
+
+@dataclass(frozen=True)
+class Sift(Adam, Momentum, Options):
+    """Options of `sift`."""
+
+    name: str = named("sift")
+    rank: int = option(256, "of the bases; at most half the matrix.", low=1)
+    bases: str = option(
+        "subspace",
+        "how they are found: iterated from the last step's, or exactly.",
+        choices=BASES,
+    )
+    threshold: float = option(
+        0.0, "a matrix is fused where the cosine of its two momenta lies below."
+    )
+
+
+@dataclass(frozen=True)
+class Sophia(Options):
+    """Options of `sophia`."""
+
+    name: str = named("sophia")
+    b1: float = decay(0.9, "first-moment decay.")
+    b2: float = decay(0.999, "second-moment decay.")
+    state_dtype: str = state_dtype()
+
+
+@dataclass(frozen=True)
+class Sign(Options):
+    """Options of `sign`."""
+
+    name: str = named("sign")
+    b1: float = decay(0.9, "momentum.")
+    state_dtype: str = state_dtype()
+
+
+@dataclass(frozen=True)
+class MeZO(Options):
+    """Options of `mezo`."""
+
+    name: str = named("mezo")
+    learning_rate: float = rate(1e-7)
+    queries: int = queries(1)
+    perturbation: float = perturbation()
+
+
+@dataclass(frozen=True)
+class ZOMuon(Options):
+    """Options of `zo-muon`."""
+
+    name: str = named("zo-muon")
+    learning_rate: float = rate(1e-2)
+    rank: int = option(64, "of the subspace.", low=1)
+    refresh: int = option(100, "steps that a subspace is kept for.", low=1)
+    vector_rate: float = option(1e-7, "learning rate of norms and biases, constant.", low=0)
+    queries: int = queries(4)
+    perturbation: float = perturbation()
+
+
+@dataclass(frozen=True)
+class Hybrid(Adam, Options):
+    """Options of `hybrid`."""
+
+    name: str = named("hybrid")
+    period: int = option(20, "steps of one kind before it turns to the other kind.", low=1)
+    zo_learning_rate: float | None = option(
+        None,
+        "peak of the zeroth-order steps; None: `learning_rate`.",
+        above=0,
+        wanted="positive",
+    )
+    queries: int = queries(1)
+    perturbation: float = perturbation()

@@ -1,0 +1,306 @@
+"""The optimizer rows: how each is built from its options, and what it needs from the step.
+
+A row's `needs` is `joint`, one gradient of the weighted sum of the objective's terms; `split`, the
+gradients of its forget and of its retain side; `value`, the loss as a function and no gradient;
+`lazy`, both as functions. Another optimizer is one more dataclass of options, function and
+row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+
+from jaxlib_unlearn import optim
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.optim import matrices
+from train.optimizer_options import (
+    AdamW,
+    Hybrid,
+    MeZO,
+    Muon,
+    OptaxMuon,
+    Options,
+    Sent,
+    Sift,
+    Sign,
+    Sophia,
+    Teon,
+    ZOMuon,
+)
+from train.runtime.sharding import path_str
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A row: its options, `build(options, schedule) -> optax transformation`, and what it needs.
+
+    Args:
+        name: as given to `--optimizer.name`.
+        options: the dataclass of what a person may set.
+        build: the transformation; a zeroth-order row's also takes the mesh axis that shares its
+            evaluations.
+        needs: what the step must hand it.
+        summary: a line for `--list`.
+        sides: evaluations a query of a zeroth-order row; 0: it has none.
+        check_blocks: `check_blocks(options, num_layers)` raises `UserError` for a model that it
+            cannot train with these options.
+        check_rank: `check_rank(rank)` raises `UserError` for adapters that it cannot train.
+        check_steps: `check_steps(options, steps)` raises `UserError` for a number of steps that it
+            cannot take.
+        shortened: the options with which a shortened run of `steps` is taken.
+    """
+
+    name: str
+    options: type[Options]
+    build: Callable[..., optax.GradientTransformationExtraArgs]
+    needs: str
+    summary: str
+    sides: int = 0
+    check_blocks: Callable[[Any, int], None] | None = None
+    check_rank: Callable[[int], None] | None = None
+    check_steps: Callable[[Any, int], None] | None = None
+    shortened: Callable[[Any, int], Any] | None = None
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The options that not every row has."""
+        shared = {field.name for field in dataclasses.fields(Options)}
+        names = [field.name for field in dataclasses.fields(self.options)]
+        return tuple(name for name in names if name not in shared)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Where to start when a preset says nothing; None: AdamW's will do."""
+        default = self.options().learning_rate
+        return None if default == AdamW().learning_rate else default
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: everything but norm scales and biases."""
+
+    def decays(path, _):
+        return not path_str(path).endswith(("scale", "bias"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _plain_adamw(c: AdamW | Hybrid, schedule: optax.Schedule) -> optax.GradientTransformation:
+    tx = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decay_mask)
+    return optim.keep_first_moments(tx, c.state_dtype)
+
+
+def _adamw(c: AdamW, schedule: optax.Schedule):
+    return optax.with_extra_args_support(_plain_adamw(c, schedule))
+
+
+def _with_matrices(make: Callable[..., Any], **options: Any):
+    """Muon, TEON or SIFT: matrices move with AdamW's typical RMS, the rest is AdamW's."""
+
+    def build(c: Any, schedule: optax.Schedule):
+        more = {name: value(c) for name, value in options.items()}
+        return make(
+            schedule,
+            beta=c.momentum,
+            shape_scale="match_rms",
+            weight_decay=c.weight_decay,
+            adam_b1=c.b1,
+            adam_b2=c.b2,
+            adam_eps=c.eps,
+            mu_dtype=c.state_dtype,
+            **more,
+        )
+
+    return build
+
+
+def _comm_dtype(c: Sent) -> str | None:
+    return None if c.comm_dtype == "float32" else c.comm_dtype
+
+
+def _optax_muon(c: OptaxMuon, schedule: optax.Schedule):
+    """The peer, told which leaves are matrices: left alone it takes scanned ones for vectors."""
+
+    def dimensions(params: Any) -> Any:
+        leaves = [
+            None if axes is None else optax.contrib.MuonDimensionNumbers(axes.fan_in, axes.fan_out)
+            for axes in matrices.resolve(params)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    tx = optax.contrib.muon(
+        schedule,
+        beta=c.momentum,
+        weight_decay=c.weight_decay,
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        eps=c.eps,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=dimensions,
+    )
+    return optax.with_extra_args_support(tx)
+
+
+def _sophia(c: Sophia, schedule: optax.Schedule):
+    more = {"weight_decay": c.weight_decay, "mask": decay_mask, "mu_dtype": c.state_dtype}
+    return optim.sophia(schedule, b1=c.b1, b2=c.b2, **more)
+
+
+def _sign(c: Sign, schedule: optax.Schedule):
+    more = {"weight_decay": c.weight_decay, "mask": decay_mask, "mu_dtype": c.state_dtype}
+    return optim.sign_momentum(schedule, beta=c.b1, **more)
+
+
+def _mezo(c: MeZO, schedule: optax.Schedule, axis: str | None):
+    return optim.mezo(
+        schedule,
+        num_queries=c.queries,
+        eps=c.perturbation,
+        query_axis=axis,
+        weight_decay=c.weight_decay,
+    )
+
+
+def _zo_muon(c: ZOMuon, schedule: optax.Schedule, axis: str | None):
+    return optim.zo_muon(
+        schedule,
+        num_queries=c.queries,
+        query_axis=axis,
+        rank=c.rank,
+        eps=c.perturbation,
+        refresh_every=c.refresh,
+        aux_learning_rate=c.vector_rate,
+        weight_decay=c.weight_decay,
+    )
+
+
+def _hybrid(c: Hybrid, schedule: optax.Schedule, axis: str | None):
+    """Both halves follow the run's schedule, although each counts its own steps alone."""
+    ratio = 1.0 if c.zo_learning_rate is None else c.zo_learning_rate / c.learning_rate
+
+    def at(phase: int, factor: float) -> optax.Schedule:
+        def rate(count):
+            step = (2 * (count // c.period) + phase) * c.period + count % c.period
+            return factor * schedule(step)
+
+        return rate
+
+    first = _plain_adamw(c, at(0, 1.0))
+    zeroth = optim.rada_zo(
+        at(1, ratio),
+        num_queries=c.queries,
+        eps=c.perturbation,
+        query_axis=axis,
+        weight_decay=c.weight_decay,
+    )
+    return optim.alternate(first, zeroth, c.period)
+
+
+def _blocks_of_teon(c: Teon, num_layers: int) -> None:
+    if c.group_size > max(1, num_layers):
+        raise UserError(
+            f"--optimizer.group-size {c.group_size}: the model has {num_layers} block(s), so teon "
+            f"would group none; use at most {num_layers}, or --optimizer.name muon"
+        )
+
+
+def _no_adapters_for_teon(rank: int) -> None:
+    raise UserError(
+        "--lora.rank does not go with optimizer teon, which orthogonalises one projection of "
+        "neighbouring blocks together: the columns of two blocks' adapters have nothing in "
+        "common; use --optimizer.name muon"
+    )
+
+
+def _rank_for_sift(rank: int) -> None:
+    if rank < 2:
+        raise UserError(
+            "--lora.rank 1 does not go with optimizer sift, which keeps a direction of each of two "
+            "momenta in a matrix; use --lora.rank 2 or more"
+        )
+
+
+def _steps_of_hybrid(c: Hybrid, steps: int) -> None:
+    if not optim.ends_on_zeroth_order(steps, c.period):
+        near = optim.round_to_zeroth_order(steps, c.period)
+        raise UserError(
+            f"hybrid ends on its zeroth-order steps: {steps} steps are not blocks of 2 x "
+            f"{c.period}; use {near} steps or another --optimizer.period"
+        )
+
+
+def _short_hybrid(c: Hybrid, steps: int) -> Hybrid:
+    periods = range(min(c.period, max(1, steps // 2)), 0, -1)
+    fits = (n for n in periods if optim.ends_on_zeroth_order(steps, n))
+    return dataclasses.replace(c, period=next(fits, c.period))
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    row.name: row
+    for row in (
+        Optimizer("adamw", AdamW, _adamw, "joint", "Adam with decoupled weight decay"),
+        Optimizer(
+            "muon",
+            Muon,
+            _with_matrices(optim.muon, comm_dtype=_comm_dtype),
+            "joint",
+            "orthogonalised momentum for matrices, AdamW for the rest",
+        ),
+        Optimizer(
+            "optax-muon",
+            OptaxMuon,
+            _optax_muon,
+            "joint",
+            "optax.contrib.muon, leaf by leaf: what ours is measured against",
+        ),
+        Optimizer(
+            "teon",
+            Teon,
+            _with_matrices(optim.teon, group_size=lambda c: c.group_size, comm_dtype=_comm_dtype),
+            "joint",
+            "Muon with q, k and v of neighbouring blocks orthogonalised together",
+            check_blocks=_blocks_of_teon,
+            check_rank=_no_adapters_for_teon,
+        ),
+        Optimizer(
+            "sift",
+            Sift,
+            _with_matrices(
+                optim.sift,
+                rank=lambda c: c.rank,
+                bases=lambda c: c.bases,
+                threshold=lambda c: c.threshold,
+            ),
+            "split",
+            "Muon that fuses the two sides' subspaces where their momenta conflict",
+            check_rank=_rank_for_sift,
+        ),
+        Optimizer("sophia", Sophia, _sophia, "joint", "clipped diagonal second-order steps"),
+        Optimizer("sign", Sign, _sign, "joint", "sign of the momentum, one bit a parameter"),
+        Optimizer("mezo", MeZO, _mezo, "value", "zeroth order, dense perturbations", sides=2),
+        Optimizer(
+            "zo-muon",
+            ZOMuon,
+            _zo_muon,
+            "value",
+            "zeroth order in a subspace, orthogonalised",
+            sides=1,
+        ),
+        Optimizer(
+            "hybrid",
+            Hybrid,
+            _hybrid,
+            "lazy",
+            "AdamW and adaptive zeroth order in turn",
+            sides=2,
+            check_steps=_steps_of_hybrid,
+            shortened=_short_hybrid,
+        ),
+    )
+}

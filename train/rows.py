@@ -1,0 +1,89 @@
+"""Fields of a configuration whose type follows from a name: `--objective.name`, `--optimizer.name`.
+
+A table has a row for each name, and each row its own dataclass of options. Whoever reads options,
+from a command line or a file, first reads the name and then takes that row's dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.options import option, words_of
+
+
+class Rows(NamedTuple):
+    """A table that a field of a configuration chooses from.
+
+    Args:
+        table: rows by name; a row's `options` is a dataclass with a field `name`.
+        options_of: `options_of(name, **given)`: a row's options.
+        other: `other(options, name)`: the options of the row of that name, in place of these.
+        refusal: `refusal(row, option, value, prefix)`: the error for an option of another row.
+    """
+
+    table: Mapping[str, Any]
+    options_of: Callable[..., Any]
+    other: Callable[[Any, str], Any]
+    refusal: Callable[[Any, str, Any, str], UserError]
+
+    def words(self) -> dict[str, tuple[str, ...]]:
+        """The options of all rows, each with the words that it may be in any of them."""
+        found: dict[str, tuple[str, ...]] = {"name": tuple(self.table)}
+        for row in self.table.values():
+            for field in dataclasses.fields(row.options):
+                both = (*found.get(field.name, ()), *words_of(field))
+                found[field.name] = tuple(dict.fromkeys(both))
+        return found
+
+    def read(
+        self, entries: Mapping[str, Any], default: str, prefix: str
+    ) -> tuple[type, dict[str, Any]]:
+        """The dataclass that a file's entries are of, and those of them that are its own.
+
+        Earlier versions wrote the options of all rows: those of others are left out where they were
+        not set (None, or their default), and None where a row has a number of its own.
+
+        Raises:
+            UserError: an unknown name, or an option of another row that was set.
+        """
+        named = entries.get("name", default)
+        options = self.options_of(named if isinstance(named, str) else default)
+        row, own = self.table[options.name], {f.name for f in dataclasses.fields(options)}
+        every = self.words()
+        found = {}
+        for name, value in entries.items():
+            if name in own:
+                if value is not None or getattr(options, name) is None:
+                    found[name] = value
+            elif name not in every:
+                found[name] = value  # refused as what no version has written
+            elif value is not None and value not in self._defaults(name):
+                raise self.refusal(row, name, value, prefix)
+        return type(options), found
+
+    def _defaults(self, name: str) -> list[Any]:
+        rows = [dataclasses.fields(row.options) for row in self.table.values()]
+        return [field.default for fields in rows for field in fields if field.name == name]
+
+
+def chosen(rows: Rows, default: Any) -> Any:
+    """A field of a configuration that holds the options of one row of a table."""
+    return option(default, "", rows=rows)
+
+
+def rows_of(field: dataclasses.Field) -> Rows | None:
+    """The table that a field chooses from; None: its type is what it says."""
+    return field.metadata.get("rows")
+
+
+def places(config: Any, prefix: str = "") -> Iterator[tuple[str, Rows, Any]]:
+    """Dotted name, table and value of every such field of a configuration, nested ones too."""
+    for field in dataclasses.fields(config):
+        value, rows = getattr(config, field.name), rows_of(field)
+        if rows is not None:
+            yield prefix + field.name, rows, value
+        elif dataclasses.is_dataclass(value):
+            yield from places(value, f"{prefix}{field.name}.")
