@@ -78,7 +78,9 @@ def sample(
     shown = jax.random.permutation(keys[0], len(kept))[:SHOTS].tolist()
     shots = tuple((kept[i][0], kept[i][1]) for i in shown)
     words = model.tokenizer
-    model = model.at_hand()._replace(tokenizer=words.formatted(words.format._replace(shots=shots)))
+    model = model.to_device()._replace(
+        tokenizer=words.formatted(words.format._replace(shots=shots))
+    )
     rows = [{"question": question} for question in questions]
     sampling = SamplingConfig(1.0, 0.9, 0, max_new_tokens)
     _check_length(model, rows, system_prompt, max_new_tokens)

@@ -59,7 +59,7 @@ def export_model(
 
     if distributed.of_first(there):
         return
-    loaded = Loaded(model.decoder.config, model.at_hand().params, speaking(model.tokenizer))
+    loaded = Loaded(model.decoder.config, model.to_device().params, speaking(model.tokenizer))
     with distributed.together():
         models.export(
             loaded,

@@ -114,7 +114,7 @@ def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
             )
         rows = check_rows(read_json(path), ("question", "answer"), str(path))
     distributed.check_same({"rows": digest(rows)})
-    base = base_models.load_model(config.model, ModelConfig().remat, mesh).parked()
+    base = base_models.load_model(config.model, ModelConfig().remat, mesh).to_host()
     checks.check_blocks(config.train.optimizer, base.decoder.config.num_layers)
     base = base._replace(tokenizer=base.tokenizer.formatted(layout))
     rows = checks.fit_rows(rows, base, config.system_prompt, config.max_length, "rows")

@@ -128,7 +128,7 @@ def curve_steps(steps: int, points: int) -> tuple[int, ...]:
 def run(
     stage: Stage, decoder: Decoder, params: Any, frozen: Any, mesh: Any, tracker: Tracker
 ) -> Any:
-    """Train from `params` (not consumed, parked ones stay parked) and return the final parameters.
+    """Train from `params`, which stay where and as they are, and return the final parameters.
 
     Metrics are read one step late, so the host prepares the next batch while the device works. A
     checkpoint is written only once every loss before it was seen to be finite, every

@@ -63,7 +63,7 @@ def opened(config: RunConfig) -> Iterator[Opened]:
     with contextlib.ExitStack() as held:
         distributed.start(config.distributed)
         task, base, mesh, retain_log = prepare(config, held)
-        base = base.parked()  # as every model while it waits: a step has the device to itself
+        base = base.to_host()  # as every model while it waits: a step has the device to itself
         held.enter_context(locked(run_folder(config)))
         root = enter(config)
         logs_to = reporters.chosen(config.report_to, config.tensorboard)

@@ -153,14 +153,14 @@ def num_steps(config: TrainConfig | UnlearnConfig, rows: int, optimizer: Options
 def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed: int) -> Trainable:
     """What a stage trains: the parameters of a model, or adapters beside them.
 
-    Of a parked model only what a step reads is brought to the device: it and its copy that is
-    trained never lie there together.
+    Of a model in host memory only what a step reads is brought to the device: the model and the
+    copy that is trained are never there together.
     """
     params = start.params
     if adapters is None or adapters.rank is None:
-        head = residency.at_hand(head_of(params)) if needs_head(row) else None
+        head = residency.to_device(head_of(params)) if needs_head(row) else None
         return all_of(params, head)
-    params = residency.at_hand(params)
+    params = residency.to_device(params)
     options = {"scale": adapters.scale}
     return Trainable(
         lora.init(params, adapters.rank, adapters.targets, seed),

@@ -78,9 +78,9 @@ def run(config: RunConfig) -> Path:
         knows = task.forget + task.retain
         found["original"] = base
         if config.stage.original is None:
-            found["original"] = pipeline.finetune(run, config, "original", base, knows).parked()
+            found["original"] = pipeline.finetune(run, config, "original", base, knows).to_host()
         if config.oracle and retain_log is None and config.stage.original is None:
-            found["oracle"] = pipeline.finetune(run, config, "oracle", base, task.retain).parked()
+            found["oracle"] = pipeline.finetune(run, config, "oracle", base, task.retain).to_host()
         elif config.oracle and retain_log is None:
             say(
                 "oracle: trained from the same start is not possible with --stage.original; give "
@@ -89,7 +89,7 @@ def run(config: RunConfig) -> Path:
 
         # 2. Forget.
         forgets = pipeline.find_alternates(run, config, base, task)
-        found["unlearned"] = pipeline.unlearn(run, config, found["original"], forgets).parked()
+        found["unlearned"] = pipeline.unlearn(run, config, found["original"], forgets).to_host()
 
         # 3. Judge all of them alike.
         judged = pipeline.judge(run, config, opened, found)

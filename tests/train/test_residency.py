@@ -29,16 +29,16 @@ def pointers(x):
     return {shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards}
 
 
-def test_parked_and_back():
+def test_to_the_host_and_back():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     where = NamedSharding(mesh, P(None, "fsdp", "tp"))
     x = jax.device_put(np.arange(64.0, dtype=np.float32).reshape(4, 4, 4), where)
     tree = {"a": x, "b": np.ones(3)}
-    away = residency.parked(tree)
+    away = residency.to_host(tree)
     assert away["a"].sharding.memory_kind == "pinned_host" and away["b"] is tree["b"]
     assert away["a"].sharding.spec == where.spec and not pointers(away["a"]) & pointers(x)
-    assert residency.parked(away)["a"] is away["a"] and residency.at_hand(tree)["a"] is x
-    back = residency.at_hand(away)["a"]
+    assert residency.to_host(away)["a"] is away["a"] and residency.to_device(tree)["a"] is x
+    back = residency.to_device(away)["a"]
     assert back.sharding == where and np.array_equal(back, x)
     for source in (x, away["a"]):
         copy = residency.fresh(source, where)
@@ -48,7 +48,7 @@ def test_parked_and_back():
 
 def test_donating_a_fresh_copy_leaves_what_it_was_made_from():
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for x in (jnp.ones((64, 64)), residency.parked(jnp.ones((64, 64)))):
+    for x in (jnp.ones((64, 64)), residency.to_host(jnp.ones((64, 64)))):
         copy = residency.fresh(x, where)
         jax.jit(lambda x: 2 * x, donate_argnums=0)(copy)
         assert copy.is_deleted() and np.asarray(x).max() == 1.0
@@ -72,7 +72,7 @@ def on_device():
 
 
 def run(small, tmp_path, monkeypatch, objective, *options):
-    """Unlearn from a parked model; look at device memory whenever a step is logged."""
+    """Unlearn from a model in host memory; look at device memory whenever a step is logged."""
     more = (
         "--unlearn.steps 3 --unlearn.curve-points 0 --model.num-layers 12 --model.hidden-size 64 "
         "--model.intermediate-size 512"
@@ -82,7 +82,7 @@ def run(small, tmp_path, monkeypatch, objective, *options):
     )
     config = dataclasses.replace(config, objective=objective)
     task, mesh = load_task(config), sharding.make_mesh(config.mesh)
-    base = base_models.base_model(config, task, mesh).parked()
+    base = base_models.base_model(config, task, mesh).to_host()
     sizes = {n: sum(x.nbytes for x in jax.tree.leaves(t)) for n, t in base.params.items()}
     before, seen, real = on_device(), [], Tracker.write
 
@@ -124,13 +124,13 @@ def test_adapters_beside_one_model(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", ["--mesh.data 1", "--mesh.data 1 --mesh.fsdp 2 --mesh.tp 2"])
-def test_a_parked_model_is_exported(mesh, small, tmp_path):
+def test_a_model_in_host_memory_is_exported(mesh, small, tmp_path):
     """On one device and on several: layers are cut from what lies in host memory."""
     config = cli.parse(
         RunConfig, PRESETS["quickstart"].PRESET, [*small, *mesh.split()], "tests", ""
     )
     base = base_models.base_model(config, load_task(config), sharding.make_mesh(config.mesh))
-    exports.export_model(base.parked(), tmp_path / "export", "float32")
+    exports.export_model(base.to_host(), tmp_path / "export", "float32")
     params = models.load(tmp_path / "export").params
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(base.params), strict=True):
         np.testing.assert_array_equal(a, b)

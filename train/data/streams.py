@@ -323,10 +323,10 @@ def with_references(
             path = folder / "caches" / f"{name}-{quantity}-{digest(inputs)[:16]}.npz"
             values = _shared(path, len(stream.examples))
             if values is None:
-                at_hand = residency.at_hand(params)
+                on_device = residency.to_device(params)
                 label = f"reference {name}"
                 values = _references(
-                    decoder, at_hand, stream, quantity, forward, mesh, label, slots
+                    decoder, on_device, stream, quantity, forward, mesh, label, slots
                 )
                 distributed.of_first(lambda path=path, values=values: _write(path, values))
             columns[column] = values

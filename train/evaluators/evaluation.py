@@ -41,13 +41,13 @@ class Model(NamedTuple):
     tokenizer: Tokenizer
     sha: str
 
-    def parked(self) -> Model:
+    def to_host(self) -> Model:
         """The model in host memory, where it waits until it is needed."""
-        return self._replace(params=residency.parked(self.params))
+        return self._replace(params=residency.to_host(self.params))
 
-    def at_hand(self) -> Model:
+    def to_device(self) -> Model:
         """The model in device memory."""
-        return self._replace(params=residency.at_hand(self.params))
+        return self._replace(params=residency.to_device(self.params))
 
 
 def num_parameters(params: Any) -> int:

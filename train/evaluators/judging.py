@@ -50,7 +50,7 @@ def evaluate_cached(
 
     def compute() -> Any:
         return evaluation.evaluate_model(
-            model.at_hand(),
+            model.to_device(),
             task,
             config.evaluate,
             system_prompt=config.data.system_prompt,
@@ -58,7 +58,7 @@ def evaluate_cached(
             mesh=mesh,
             seed=config.seed,
             name=name,
-            judge=None if judge is None else judge.at_hand(),
+            judge=None if judge is None else judge.to_device(),
         )
 
     return json_stage(root / "evals" / f"{name}.json", inputs, compute, cache)

@@ -1,9 +1,9 @@
 """Where models wait: in host memory, out of the way of steps and scores.
 
 A run knows several models (base, original, oracle, unlearned) and works with one or two at a time.
-The others are parked: every device's shard lies in the memory of its host, laid out as before, so
-this needs no gathering and works for any number of processes. A stage that starts from a parked
-model makes the one copy on the device that it trains.
+The others wait in host memory: every shard of a device in the memory of its host, laid out as
+before, so nothing is gathered and any number of processes can do it. A stage that starts from a
+model on the host makes the one copy on the device that it trains.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HOST = "pinned_host"
 DEVICE = "device"
 
 
-def parked(params: Any) -> Any:
+def to_host(params: Any) -> Any:
     """Arrays in host memory, shard by shard; the device's are freed with their last reference.
 
     Args:
@@ -27,13 +27,13 @@ def parked(params: Any) -> Any:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> parked(jnp.ones(2)).sharding.memory_kind
+        >>> to_host(jnp.ones(2)).sharding.memory_kind
         'pinned_host'
     """
     return _moved(params, HOST)
 
 
-def at_hand(params: Any) -> Any:
+def to_device(params: Any) -> Any:
     """Arrays in device memory; those that are there already are handed on as they are.
 
     Args:
@@ -44,7 +44,7 @@ def at_hand(params: Any) -> Any:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> at_hand(parked(jnp.ones(2))).sharding.memory_kind
+        >>> to_device(to_host(jnp.ones(2))).sharding.memory_kind
         'device'
     """
     return _moved(params, DEVICE)
@@ -54,7 +54,7 @@ def fresh(params: Any, shardings: Any) -> Any:
     """A copy on the device that may be donated, from arrays wherever they lie.
 
     Args:
-        params: a tree of arrays, parked or not.
+        params: a tree of arrays, on host or device.
         shardings: of the copy, a tree of the same structure.
 
     Returns:
