@@ -36,7 +36,7 @@ class Metric(NamedTuple):
         label: in tables.
         words: what it measures.
         direction: `up`, `down`, `near` (its target) or none.
-        target: of `near`: 0, or `REFERENCE` for the value of the reference model.
+        target: of `near`: a number, or `REFERENCE` for the value of the reference model.
         main: in the short tables.
         after: name of the metric that it follows in tables; else it follows its row's others.
         ends: of the numbers n, short tables show the smallest and the largest alone.
@@ -61,15 +61,25 @@ class Metric(NamedTuple):
 
     @property
     def better(self) -> str:
-        """Key of `ARROWS` and `DIRECTIONS`."""
-        if self.direction == "near":
-            return "oracle" if self.target == REFERENCE else "zero"
-        return self.direction
+        """Key of `ARROWS` and `DIRECTIONS`; `near` for a target that has no sign of its own."""
+        if self.direction != "near":
+            return self.direction
+        return {REFERENCE: "oracle", 0: "zero"}.get(self.target or 0, "near")
 
     @property
     def arrow(self) -> str:
-        """Which way is better, as a sign."""
-        return ARROWS[self.better]
+        """Which way is better, as a sign.
+
+        Example:
+            >>> [Metric("a", "A", "", "near", target).arrow for target in (REFERENCE, 0, 0.5)]
+            ['≈', '→0', '→0.5']
+        """
+        return ARROWS.get(self.better, f"→{self.target}")
+
+    @property
+    def aim(self) -> str:
+        """Which way is better, in words."""
+        return DIRECTIONS.get(self.better, f"close to {self.target} is better")
 
     def count_in(self, name: str) -> int | None:
         """The n of a name of this family; None for other names.

@@ -136,7 +136,7 @@ def page(runs: Sequence[Run]) -> str:
             {
                 "label": m.label,
                 "arrow": m.arrow,
-                "direction": metrics_table.DIRECTIONS[m.better],
+                "direction": m.aim,
                 "explain": m.words,
             }
             for m in heads

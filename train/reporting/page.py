@@ -99,7 +99,7 @@ def _rows(run: Run, models: Sequence[str]) -> list[dict[str, Any]]:
                 "tail": tail,
                 "explain": metric.words,
                 "arrow": metric.arrow,
-                "direction": metrics_table.DIRECTIONS[metric.better],
+                "direction": metric.aim,
                 "cells": [_cell(run.summary[m], m, name) for m in models],
             }
         )
