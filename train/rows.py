@@ -56,7 +56,7 @@ class Rows(NamedTuple):
         found = {}
         for name, value in entries.items():
             if name in own:
-                if value is not None or getattr(options, name) is None:
+                if value is not None or getattr(options, name) is None or name == "name":
                     found[name] = value
             elif name not in every:
                 found[name] = value  # refused as what no version has written
