@@ -63,7 +63,7 @@ def export(
         The folder.
 
     Raises:
-        UserError: the folder holds something that is no earlier export, or the family or dtype
+        UserError: the folder holds something that is not an earlier export, or the family or dtype
             cannot be written.
     """
     folder = Path(folder).expanduser().absolute()
@@ -174,7 +174,7 @@ def export_adapter(
         The folder.
 
     Raises:
-        UserError: the folder holds something that is no earlier export of adapters.
+        UserError: the folder holds something that is not an earlier export of adapters.
 
     Paper: Hu et al., arXiv:2106.09685, section 4.1.
     """

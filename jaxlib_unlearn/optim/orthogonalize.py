@@ -2,7 +2,7 @@ r"""Orthogonalisers: builders of functions that replace a matrix by its polar fa
 
 Every builder returns a pure function ``(..., r, c) -> (..., r, c)``. With :math:`X = U \Sigma V^T`
 it returns (an approximation of) :math:`U V^T`; leading axes are a batch. Coefficients are Python
-floats, fixed when the function is built, so nothing of them enters an optimizer's state.
+floats, fixed when the function is built, so they do not enter an optimizer's state.
 
 The iterations apply odd polynomials :math:`\sigma \mapsto a\sigma + b\sigma^3 + c\sigma^5` to the
 singular values and need matrix products only:
@@ -10,8 +10,8 @@ singular values and need matrix products only:
 .. math::
     A = X X^H, \qquad X \leftarrow a X + (b A + c A^2) X
 
-CPUs take matrices one by one (a batch spills the caches and runs at 0.6 to 0.9 of the speed), wide
-ones by their Gram matrices, which float32 products there can afford.
+On CPUs matrices are processed one by one (a batch spills the caches and runs at 0.6 to 0.9 of the
+speed), wide ones through their Gram matrices, for which float32 is accurate enough.
 
 A table of coefficients belongs to one normaliser (how the singular values are brought below one
 first); the two are kept together in :class:`Table` and never mixed.
@@ -30,7 +30,7 @@ from jaxlib_unlearn.optim.arrays import adjoint, matrix_by_matrix, polar_factor,
 
 Orthogonalizer = Callable[[jax.Array], jax.Array]
 _BLOCK_ROWS = 512  # least rows of a block of a product whose result is Hermitian
-_MOST_BLOCKS = 8  # more would save less than the ninth part of the rest
+_MOST_BLOCKS = 8  # more would save less than a ninth of the rest
 Row = tuple[float, float, float]
 
 
@@ -40,7 +40,7 @@ class Table(NamedTuple):
     Args:
         rows: one ``(a, b, c)`` a step.
         margin: the input is divided by ``margin`` times its Frobenius norm.
-        tail: the row that may follow the last one for ever, or None if the length is fixed.
+        tail: the row to repeat after the last one, or None if the length is fixed.
         steps: how many steps the table is published for.
         preconditioner: "frobenius" or "aol" (rows scaled by inverse roots of the Gram's row sums).
         narrow: whether 16-bit products are safe; if not, they are done in float32.
@@ -115,7 +115,7 @@ TABLES: dict[str, Table] = {
             (3.2866, -2.4647, 0.5074),
             (2.2737, -1.6447, 0.4162),
         ),
-        # Values sit at the edge of what the next polynomial contracts: bfloat16 diverges (5e11).
+        # Values reach the edge of what the next polynomial contracts: bfloat16 diverges (5e11).
         narrow=False,
     ),
     # The corrected table. The one before it changes the sign of large singular values.
@@ -171,7 +171,7 @@ def newton_schulz(
 
     Raises:
         ValueError: an unknown table, a number of steps the table does not have, or a first
-            polynomial that is not positive on (0, 1] (it would turn the gradient's sign).
+            polynomial that is not positive on (0, 1] (it would flip the gradient's sign).
 
     Example:
         >>> import jax.numpy as jnp
@@ -197,7 +197,7 @@ def polar_express(steps: int = 5, dtype: jax.typing.DTypeLike | None = None) -> 
         (a_t, b_t, c_t) = \arg\min \max_{\sigma \in [\ell_t, u_t]} |1 - p(\sigma)|
 
     Args:
-        steps: number of steps, any positive number (after the seventh the row is the limit's).
+        steps: number of steps, any positive number (rows after the seventh are the limit).
         dtype: dtype of the matrix products; None keeps the input's.
 
     Returns:
@@ -287,7 +287,7 @@ def svd() -> Orthogonalizer:
 
 
 def by_name(given: Orthogonalizer | str | None, default: str = "newton_schulz") -> Orthogonalizer:
-    """What an argument ``orthogonalize=`` says.
+    """The function that an argument ``orthogonalize=`` stands for.
 
     Args:
         given: a function ``(..., r, c) -> (..., r, c)``; or a name: "newton_schulz",
@@ -388,7 +388,7 @@ def _precondition_aol(x: jax.Array) -> jax.Array:
 
 
 def symmetric_product(left: jax.Array, right: jax.Array) -> jax.Array:
-    r"""``left @ right`` where the result is known to be Hermitian: little more than one triangle.
+    r"""``left @ right`` for a result known to be Hermitian: computes little more than one triangle.
 
     .. math::
         S_{ij} = A_i B_j \text{ for } j \le i, \qquad S_{ij} = S_{ji}^H \text{ for } j > i
@@ -436,7 +436,7 @@ def _compute_dtype(original, dtype, table: Table):
 
 
 def _wide_way(by_platform: Orthogonalizer, batch: Orthogonalizer, x: jax.Array) -> jax.Array:
-    """An iteration on the orientation with rows <= columns; `batch` where a loop may not be."""
+    """An iteration on the orientation with rows <= columns; `batch` where a loop is impossible."""
     original = x.dtype
     x, turned = _wide(x)
     mesh = jax.typeof(x).sharding.mesh
@@ -447,7 +447,7 @@ def _wide_way(by_platform: Orthogonalizer, batch: Orthogonalizer, x: jax.Array) 
 
 
 def _iterate_on_cpu(x, *, rows: tuple[Row, ...], table: Table, dtype) -> jax.Array:
-    """The cheaper way in float32, which bears the square of a rounding error as 16 bits do not."""
+    """The cheaper method in float32, which tolerates squared rounding errors; 16 bits do not."""
     small, large = x.shape[-2:]
     exact = jnp.finfo(_compute_dtype(x.dtype, dtype, table)).bits >= 32
     if not exact or table.preconditioner != "frobenius" or large < 2 * small or len(rows) < 3:

@@ -63,7 +63,7 @@ def scale_by_sophia(
             wider: squares of small gradients vanish in 16 bits.
 
     Returns:
-        A transformation whose state is a :class:`SophiaState`. For real parameters.
+        A transformation whose state is a :class:`SophiaState`. Real parameters only.
 
     Raises:
         ValueError: an unknown form or a number out of range.

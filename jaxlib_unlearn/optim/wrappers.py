@@ -87,8 +87,8 @@ def accumulate(
         A transformation whose state is an :class:`AccumulateState`.
 
     Raises:
-        ValueError: a bad argument; at ``update``, no gradient, streams of different structure, or a
-            function (``value_fn``, ``grad_fn``): it knows the last micro-batch only, and the mean
+        ValueError: a bad argument; at ``update``, no gradient, gradients of different structure, or
+            a function (``value_fn``, ``grad_fn``): it knows the last micro-batch only, and the mean
             of k zeroth-order estimates is one estimate with k times the queries.
 
     Example:
@@ -264,7 +264,7 @@ def clip_streams(
         (and with "joint" no less) it is ``optax.clip_by_global_norm``.
 
     Raises:
-        ValueError: a bad argument; at ``update``, no gradient or streams of different structure.
+        ValueError: a bad argument; at ``update``, no gradient or gradients of different structure.
 
     Example:
         >>> import jax.numpy as jnp, optax

@@ -49,7 +49,7 @@ def map_matrices(
             the (conjugate) transpose. The same object at every call, or eager calls recompile.
         leaves: arrays of rank >= 2.
         axes: how each leaf is a stack of matrices.
-        roles: one word a leaf; leaves with different words never share a bucket. It matters where
+        roles: one word per leaf; leaves with different words never share a bucket. It matters where
             types do not show shardings (Auto axes): see ``matrices.sharding_role``.
 
     Returns:
@@ -78,7 +78,7 @@ def map_stacks(
     """The general form: several arrays a leaf, neighbours that belong together, numbers beside.
 
     Args:
-        fns: one function a leaf; leaves with different functions never share a bucket. It is
+        fns: one function per leaf; leaves with different functions never share a bucket. It is
             called as ``fn(*stacks)`` with one ``(n, r, c)`` a stream and returns ``(n, r, c)``;
             with ``extras`` as ``fn(*stacks, extra)``, and returns ``((n, r, c), aux)``.
         streams: for every leaf a tuple of arrays, all of one shape, dtype and sharding (a gradient
@@ -87,7 +87,7 @@ def map_stacks(
         roles: as in :func:`map_matrices`.
         together: for every leaf, how many consecutive matrices of its stack must meet in one call
             (its number of matrices is a multiple of it); 1 if absent.
-        extras: for every leaf a tree of arrays ``(n, ...)``, one entry a matrix, replicated.
+        extras: for every leaf a tree of arrays ``(n, ...)``, one entry per matrix, replicated.
 
     Returns:
         The results, arrays like the first stream, and for every leaf the tree of ``aux`` arrays

@@ -97,7 +97,7 @@ def orthogonalize_tree(
     Args:
         orthogonalize: ``(n, r, c) -> (n, r, c)``.
         tree: arrays.
-        axes: one entry a leaf; leaves with None pass unchanged.
+        axes: one entry per leaf; leaves with None pass unchanged.
         factor: ``(in, out) ->`` the number to multiply by.
         split: leaves to cut first, by path.
         post: what follows the orthogonalisation, per part.
@@ -173,7 +173,7 @@ def _in_float32(orthogonalize: Orthogonalizer) -> Orthogonalizer:
 
 
 def init_post(tree: Any, axes: list[MatrixAxes | None], split: Splits | None, post: Post | None):
-    """The state of ``post``: a tuple with one entry a part, in tree order; () without it.
+    """The state of ``post``: a tuple with one entry per part, in tree order; () without it.
 
     Also where a split that does not fit a leaf is told.
 

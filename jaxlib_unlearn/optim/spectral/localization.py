@@ -22,7 +22,7 @@ class Candidates(NamedTuple):
         path: of the leaf, as text.
         shape: of the leaf.
         axes: how it is a stack of matrices; None if it is none.
-        allowed: ``(n,)`` bool, one entry a matrix; None if none may be fused.
+        allowed: ``(n,)`` bool, one entry per matrix; None if none may be fused.
     """
 
     path: str
@@ -48,12 +48,12 @@ def find_candidates(
 
     Args:
         tree: arrays or shapes.
-        axes: one entry a leaf, as from ``matrices.resolve``.
+        axes: one entry per leaf, as from ``matrices.resolve``.
         spatial_mask: None for all; a function of the path's text; or a tree (prefixes allowed).
             It says a bool, or an array of bools shaped like the leaf's stack axes.
 
     Returns:
-        One entry a leaf.
+        One entry per leaf.
 
     Raises:
         ValueError: the mask says something else.

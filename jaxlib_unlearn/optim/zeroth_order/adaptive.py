@@ -36,13 +36,13 @@ def hizoo(
     Args:
         learning_rate: eta, a number or a schedule.
         smoothing: alpha. H starts at one, in float32: in half precision it could not move.
-        num_queries: q, directions averaged a step.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:
@@ -127,14 +127,14 @@ def rada_zo(
             afterwards both factors would leave the first step as long as without).
         directions: "sphere", over all parameters at once, with the factor d and the radius eps
             sqrt(d); or "gaussian".
-        num_queries: q, directions averaged a step.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:

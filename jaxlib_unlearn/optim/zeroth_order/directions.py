@@ -35,8 +35,8 @@ class Draws(NamedTuple):
     Args:
         key: of purpose QUERY and the step.
         mask_key: of purpose MASK and the step.
-        bases: one entry a leaf (stacked leaves: with the layer axis in front).
-        moments: one entry a leaf, arrays like the leaf.
+        bases: one entry per leaf (stacked leaves: with the layer axis in front).
+        moments: one entry per leaf, arrays like the leaf.
         scales: ``(q,)`` what the directions are multiplied by, or None for one.
     """
 

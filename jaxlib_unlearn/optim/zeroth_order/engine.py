@@ -116,7 +116,7 @@ def zeroth_order(
         weight_decay: lambda, for matrices whose name does not say norm, bias or scale.
         seed: of all draws.
         query_batch: evaluations at a time (activations grow with it); None for one.
-        query_axis: mesh axis over which evaluations are shared out.
+        query_axis: mesh axis over which evaluations are split.
         trainable: path -> whether a leaf is perturbed and updated; None for all.
         matrices: ``MuonDimensionNumbers`` for all leaves; None for those of ``leaves``.
         layout: "in_out" or "out_in" kernels.

@@ -49,7 +49,7 @@ def estimate(
         value: the loss at theta, if the caller has it.
         curvature: also :math:`|f_+ + f_- - 2 f_0| / (2 \epsilon^2)`; "central" only.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out; only scalars cross it.
+        query_axis: mesh axis over which evaluations are split; only scalars cross it.
         dtype: of the offsets.
 
     Returns:

@@ -52,7 +52,7 @@ class Layout(NamedTuple):
     """A parameter tree as a zeroth-order optimizer sees it.
 
     Args:
-        leaves: one entry a leaf.
+        leaves: one entry per leaf.
         outer: positions of the leaves that are not stacked.
         stacks: consecutive stacks of one prefix count their layers on.
     """

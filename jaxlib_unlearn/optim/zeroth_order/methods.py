@@ -82,14 +82,14 @@ def mezo(
 
     Args:
         learning_rate: eta, a number or a schedule.
-        num_queries: q, directions averaged a step.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:
@@ -151,14 +151,14 @@ def sparse_mezo(
             this share or one minus it.
         mask: "step" for a new mask every step (as public code), "static" for one. It is random, not
             by magnitude as in the paper.
-        num_queries: q, directions averaged a step.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:
@@ -222,14 +222,14 @@ def lozo(
         refresh_every: steps between two draws of V.
         divide_vectors: divide the estimate for vectors by r too, as public code does; it is biased
             then.
-        num_queries: q, directions averaged a step.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:
@@ -290,14 +290,14 @@ def subzero(
         learning_rate: eta, a number or a schedule.
         rank: r.
         refresh_every: steps between two draws of U and V.
-        num_queries: q, directions averaged a step.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:
@@ -357,18 +357,18 @@ def subspace_mezo(
 
     Args:
         learning_rate: eta, a number or a schedule of matrices.
-        rank: r; the smaller side of a matrix bounds it.
+        rank: r; at most the smaller side of a matrix.
         refresh_every: steps between two draws of P.
         aux_learning_rate: eta of vectors; None for ``learning_rate``. P is not rescaled:
             matrices need about out / r times MeZO's rate.
-        num_queries: q, directions averaged a step.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:

@@ -121,7 +121,7 @@ def zo_muon(
     Args:
         learning_rate: eta of matrices (every leaf with two axes or more, embeddings included).
         num_queries: q; a step evaluates the loss q + 1 times.
-        rank: r; the smaller side of a matrix bounds it. At least 64 for orthogonalisation to help.
+        rank: r; at most the smaller side of a matrix. At least 64 for orthogonalisation to help.
         eps: epsilon.
         refresh_every: P is drawn at steps 0, T, 2 T, ...
         estimator: "forward", "central" (2 q evaluations) or "jvp".
@@ -135,8 +135,8 @@ def zo_muon(
         seed: of all draws.
         query_batch: evaluations at a time; None for one. With ``layered_value_fn`` more of them
             cost activations, not weights.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         matrices: ``MuonDimensionNumbers`` for all leaves; None for those of ``leaves``.
         layout: "in_out" or "out_in" kernels.
         factored: let ``layer_map`` hand out kernels as ``perturbations.Factored``.
