@@ -128,7 +128,7 @@ def has_metrics(log: Mapping[str, Any]) -> bool:
         log: the parsed JSON.
 
     Returns:
-        False where `parse_log` would say that it is not an evaluation log.
+        False if `parse_log` would say that it is not an evaluation log.
 
     Example:
         >>> has_metrics({"forget_Q_A_ROUGE": {}}), has_metrics({"my_metric": {}})

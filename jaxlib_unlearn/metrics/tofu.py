@@ -265,7 +265,7 @@ def build_log(splits: Mapping[str, SplitScores]) -> dict[str, Any]:
 
 
 def split_log(split: str, scores: SplitScores) -> dict[str, Any]:
-    """The part of `build_log` that one split gives: probability, ROUGE and truth ratio.
+    """The part of `build_log` for one split: probability, ROUGE and truth ratio.
 
     Args:
         split: `forget`, `retain`, `real_authors` or `world_facts`.
@@ -291,7 +291,7 @@ def split_log(split: str, scores: SplitScores) -> dict[str, Any]:
 
 
 def memorization_log(answers: Sequence[Scored]) -> dict[str, Any]:
-    """The part of `build_log` on how much of the right answers a model knows by heart.
+    """The part of `build_log` on how far a model has memorised the right answers.
 
     Args:
         answers: the right answers of the forget set.
@@ -314,7 +314,7 @@ def memorization_log(answers: Sequence[Scored]) -> dict[str, Any]:
 
 
 def membership_log(members: Sequence[Scored], nonmembers: Sequence[Scored]) -> dict[str, Any]:
-    """The part of `build_log` on membership attacks: their areas, and `privleak` against 0.5.
+    """The part of `build_log` on membership attacks: their AUCs, and `privleak` against 0.5.
 
     Args:
         members: answers of the forget set.
@@ -324,7 +324,7 @@ def membership_log(members: Sequence[Scored], nonmembers: Sequence[Scored]) -> d
         `mia_ATTACK` for every attack, and `privleak`.
 
     Raises:
-        UserError: a side is empty, or a log-probability of an item is not finite.
+        UserError: a list is empty, or a log-probability of an item is not finite.
 
     Example:
         >>> one = np.ones(2)
@@ -340,13 +340,13 @@ def membership_log(members: Sequence[Scored], nonmembers: Sequence[Scored]) -> d
 
 
 def utility_log(log: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `build_log` on model utility, from the parts of it that a log has.
+    """The part of `build_log` on model utility, from the components that a log has.
 
     Args:
         log: as `build_log` returns it.
 
     Returns:
-        {`utility_name`: {"agg_value": ...}}; empty where no part was measured.
+        {`utility_name`: {"agg_value": ...}}; empty where no component was measured.
 
     Raises:
         UserError: the log is not an evaluation log.

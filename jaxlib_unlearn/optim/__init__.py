@@ -10,8 +10,8 @@ attributes as usual.
   ``weighted_sum`` in front of any other.
 - Zeroth order (``value_fn``): ``mezo``, ``sparse_mezo``, ``lozo``, ``subzero``, ``hizoo``,
   ``subspace_mezo``, ``zo_muon``, ``rada_zo``.
-- Grades (``value_fn``, ``grad_fn``): ``sign_momentum``, ``quantize_updates``, ``sophia``; ``sam``,
-  ``randomised_smoothing``; ``alternate``.
+- Optimizer grade, smoothing (``value_fn``, ``grad_fn``): ``sign_momentum``, ``quantize_updates``,
+  ``sophia``; ``sam``, ``randomised_smoothing``; ``alternate``.
 - Wrappers: ``accumulate``, ``finite``, ``clip_streams``.
 
 Each is a ``GradientTransformationExtraArgs``. Arguments that ``optax.inject_hyperparams`` must not

@@ -154,10 +154,10 @@ def newton_schulz(
         X \leftarrow X / \|X\|_F, \qquad
         X \leftarrow a_t X + (b_t A + c_t A^2) X, \quad A = X X^H, \quad t = 1 \dots T
 
-    on the orientation with fewer rows than columns; on CPUs and in float32, matrices twice as wide
-    as high as in :func:`gram_newton_schulz` with a restart every three steps. Norms are summed in
-    float32 (float64 for float64) after a division by the largest entry, so neither tiny nor huge
-    gradients are lost and no epsilon is needed; zeros stay zeros.
+    on the orientation with fewer rows than columns; on CPUs and in float32, matrices at least twice
+    as wide as tall as in :func:`gram_newton_schulz` with a restart every three steps. Norms are
+    summed in float32 (float64 for float64) after a division by the largest entry, so neither tiny
+    nor huge gradients are lost and no epsilon is needed; zeros stay zeros.
 
     Args:
         coeffs: a name in ``TABLES``, one row ``(a, b, c)`` to repeat, or rows. Rows given by hand

@@ -65,7 +65,7 @@ def cut(
         path: for the message.
 
     Returns:
-        Equal blocks are one part whose stack has an axis more; sizes are one part each.
+        Equal blocks are one part with one more stack axis; given sizes make one part each.
 
     Raises:
         ValueError: the sizes do not fit.

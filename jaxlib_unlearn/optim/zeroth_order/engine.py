@@ -59,7 +59,7 @@ class ZOState(NamedTuple):
         proj: number -> tree like the parameters, None where there is nothing; the arrays that a
             family keeps for some steps.
         value: () the loss of the last step.
-        coeffs: ``(q,)`` of the last step; (seed, all coeffs) replay a run.
+        coeffs: ``(q,)`` of the last step; the seed and the coefficients of all steps replay a run.
         moments: name -> tree like the parameters; empty for most methods.
     """
 
@@ -109,7 +109,7 @@ def zeroth_order(
         num_queries: q.
         eps: epsilon, the step along a direction.
         estimator: "forward", "central" or "jvp".
-        refresh_every: steps between two draws of what the family keeps.
+        refresh_every: steps between two draws of the arrays that the family keeps.
         rule: what is done with the estimate; None for nothing.
         reshape_core: a function of matrices applied to the mean core of low-rank families.
         aux_learning_rate: eta for vectors; None for ``learning_rate``.
@@ -118,7 +118,7 @@ def zeroth_order(
         query_batch: evaluations at a time (activations grow with it); None for one.
         query_axis: mesh axis over which evaluations are split.
         trainable: path -> whether a leaf is perturbed and updated; None for all.
-        matrices: ``MuonDimensionNumbers`` for all leaves; None for those of ``leaves``.
+        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``leaves``.
         layout: "in_out" or "out_in" kernels.
         factored: let ``layer_map`` hand out low-rank kernels as ``perturbations.Factored``.
         rng_impl: random bit generator; one that gives other numbers under ``vmap`` is refused.
@@ -308,7 +308,7 @@ def scale_by_zeroth_order(family: Family, **options: Any) -> optax.GradientTrans
 
 
 def _by_number(structure: Any, bases: Any) -> dict[str, Any]:
-    """A tuple of arrays a leaf as trees like the parameters, which survive ``nnx.State``."""
+    """Tuples of arrays, one per leaf, as trees like the parameters, which survive ``nnx.State``."""
     return {
         str(i): jax.tree.unflatten(structure, [b[i] if i < len(b) else None for b in bases])
         for i in range(max(map(len, bases)))
