@@ -9,7 +9,7 @@ Each method of a choice has its own dataclass, with fields made by :func:`option
 
     check(NPO(beta=0.0), "npo: {}".format)  # npo: beta is 0.0; it must be greater than 0
 
-Rules between several fields stay beside the method they belong to.
+Rules between several fields stay with the method they belong to.
 """
 
 import dataclasses

@@ -103,7 +103,7 @@ def unfinished(answer: str, reference: str, cut: bool = False, may_be_cut: bool 
         answer: the generated answer.
         reference: the right answer.
         cut: generation stopped at its limit, not at an end of the text.
-        may_be_cut: the reference itself is longer than that limit, so a cut is no fault.
+        may_be_cut: the reference itself is longer than that limit, so a cut is accepted.
 
     Returns:
         The reason, or "" for a complete answer.

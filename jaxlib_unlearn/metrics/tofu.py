@@ -53,7 +53,7 @@ def forget_quality(log: Log, retain_log: Log) -> privacy.KSTest:
         retain_log: of the model trained without the forget set, on the same items.
 
     Returns:
-        `KSTest(statistic, p_value)`; p = 1: the two models cannot be told apart, p near 0: they
+        `KSTest(statistic, p_value)`; p = 1: the two models cannot be distinguished, p near 0: they
         can.
 
     Raises:

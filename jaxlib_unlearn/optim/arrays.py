@@ -132,7 +132,7 @@ def cholesky_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         A^H A + \epsilon I = L L^H, \quad Q = A L^{-H}, \quad R = L^H \qquad
         \text{three times, on columns of unit length}
 
-    Householder QR on a TPU goes column by column and takes a minute to compile; this needs matrix
+    Householder QR on a TPU works column by column and takes a minute to compile; this needs matrix
     products and one small factorisation. The shift keeps it finite for dependent columns: zero
     columns stay zero, dependent ones come out shorter than one.
 

@@ -339,7 +339,7 @@ _SPENT: dict[int, tuple[weakref.ref, weakref.ref, str]] = {}
 def remember(direction: Any, constraint: Any, why: str) -> None:
     """Records a direction made with a constraint gradient that later links still receive unchanged.
 
-    ``optax.chain`` hands the same extra arguments to every link. A later one that takes two
+    ``optax.chain`` passes the same extra arguments to every link. A later one that takes two
     gradients would count the second again, or use it unclipped: :func:`check_unspent` raises there.
 
     Args:

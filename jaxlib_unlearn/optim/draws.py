@@ -60,7 +60,7 @@ def normal(
 def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     first, second = threefry(jax.random.key_data(key), jnp.zeros(shape, jnp.uint32), _count(shape))
     bits = first ^ second
-    # 23 bits behind the exponent of one: [1, 2), then (-1, 1).
+    # 23 mantissa bits with the exponent of one: [1, 2), then (-1, 1).
     one = jax.lax.bitcast_convert_type((bits >> np.uint32(9)) | np.uint32(0x3F800000), jnp.float32)
     low = np.nextafter(np.float32(-1), np.float32(0))
     uniform = jnp.maximum(low, (one - 1) * (np.float32(1) - low) + low)

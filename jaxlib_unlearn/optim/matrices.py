@@ -41,7 +41,7 @@ Specs = Any
 """Which leaves are matrices: None for the rules of ``optim.rules``; or a word or
 ``optax.contrib.MuonDimensionNumbers`` (or None, for adamw) per leaf or subtree; or a function of
 the parameters that returns such a tree. The words are "rules", and "all_2d": the rules, but two
-axes (behind those of stacks) make a matrix where the name of a leaf says nothing."""
+axes (after those of stacks) make a matrix where the name of a leaf says nothing."""
 
 _WORDS = ("rules", "all_2d")
 # Notes that optimizers make about leaves while `describe` reads the shapes of their state.

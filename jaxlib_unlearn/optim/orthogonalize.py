@@ -38,7 +38,7 @@ class Table(NamedTuple):
     """Coefficients of an iteration and the normaliser they were made for.
 
     Args:
-        rows: one ``(a, b, c)`` a step.
+        rows: one ``(a, b, c)`` per step.
         margin: the input is divided by ``margin`` times its Frobenius norm.
         tail: the row to repeat after the last one, or None if the length is fixed.
         steps: how many steps the table is published for.
@@ -160,8 +160,9 @@ def newton_schulz(
     nor huge gradients are lost and no epsilon is needed; zeros stay zeros.
 
     Args:
-        coeffs: a name in ``TABLES``, one row ``(a, b, c)`` to repeat, or rows. Rows given by hand
-            are used behind a plain Frobenius normaliser, and their number is the number of steps.
+        coeffs: a name in ``TABLES``, one row ``(a, b, c)`` to repeat, or rows. Rows given as
+            numbers are used after a plain Frobenius normaliser, and their number is the number of
+            steps.
         steps: number of steps; None for the number the table was published for (5 for "jordan").
             Tables without a repeatable last row have one length only.
         dtype: dtype of the matrix products (``jnp.bfloat16`` halves memory); None for the input's.
@@ -331,7 +332,7 @@ def _built(name: str) -> Orthogonalizer:
 
 
 def _rows(coeffs, steps: int | None) -> tuple[Table, tuple[Row, ...]]:
-    """The table and its coefficients, one row a step."""
+    """The table and its coefficients, one row per step."""
     if isinstance(coeffs, str):
         if coeffs not in TABLES:
             raise ValueError(f"unknown coefficients {coeffs!r}; known: {', '.join(TABLES)}")
@@ -465,7 +466,7 @@ def _iterate(x, *, rows: tuple[Row, ...], table: Table, dtype) -> jax.Array:
         return row[0] * x + _polynomial(symmetric_product(x, adjoint(x)), row) @ x
 
     if x.shape[-2] >= 2 * _BLOCK_ROWS and all(c for _, _, c in rows):
-        # Products of many blocks compile once, not once a step.
+        # Products of many blocks compile once, not once per step.
         return jax.lax.scan(lambda x, row: (step(x, row), None), x, jnp.asarray(rows, x.dtype))[0]
     for row in rows:
         x = step(x, row)

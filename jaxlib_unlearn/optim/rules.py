@@ -111,7 +111,7 @@ def place(
         text: where the leaf is.
         shape: its shape.
         layout: "in_out" or "out_in".
-        all_2d: treat two axes (behind those of stacks) as a matrix where the name says nothing.
+        all_2d: treat two axes (after those of stacks) as a matrix where the name says nothing.
 
     Returns:
         The axes and the rule in words.

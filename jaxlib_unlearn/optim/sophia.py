@@ -8,7 +8,7 @@ form                    momentum                           direction
 ======================  =================================  =====================================
 
 Both: h <- b2 h + (1 - b2) g * g at every step, from the gradient the step has anyway, and no bias
-correction. SOUL's code averages the same gradient into the momentum twice a step, which is one
+correction. SOUL's code averages the same gradient into the momentum twice per step, which is one
 average with b1^2. "soul" is the default: the published numbers come from it.
 """
 

@@ -77,7 +77,7 @@ def accumulate(
 
     Args:
         tx: the transformation that takes the step, with one gradient or several.
-        k: calls a step, static.
+        k: calls per step, static.
         num_constraints: trees in ``constraint_grads``: 1, a tree like the parameters; more, a tuple
             of them; 0 saves the memory where ``tx`` takes one gradient. (With 1 and no
             ``constraint_grads`` at ``update``, ``tx`` gets none.)
@@ -250,8 +250,8 @@ def clip_streams(
     inner transformation only adds the two, the result is the same. Two large gradients that cancel
     are not clipped by it; "joint" bounds each of them by tau.
 
-    ``optax.chain`` hands the *same* extra arguments to all its members, so a link of a chain cannot
-    clip ``constraint_grads`` for the next one: give the next one as ``inner``,
+    ``optax.chain`` passes the *same* extra arguments to all its members, so a link of a chain
+    cannot clip ``constraint_grads`` for the next one: give the next one as ``inner``,
     ``clip_streams(1.0, sift(1e-3))``. Without ``inner`` this clips the primary gradient by the
     common factor and leaves ``constraint_grads`` unclipped: enough where what follows has one
     gradient; a next link of ours that takes two raises.

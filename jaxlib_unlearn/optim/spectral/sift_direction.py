@@ -103,7 +103,7 @@ def sift_direction(
                 return optax.MaskedNode()
             shape = (leaf.side, method.rank_of(streams, leaf.side))
             dtype = jnp.promote_types(p.dtype, jnp.float32)
-            # The same columns for every stream: equal matrices then have equal bases.
+            # The same columns for every gradient: equal matrices then have equal bases.
             block = random_block(seed, leaf.path, 0, (*leaf.stack, 1, *shape), dtype)
             return jnp.repeat(block, streams, axis=-3)
 

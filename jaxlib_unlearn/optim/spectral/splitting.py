@@ -1,6 +1,6 @@
-"""Matrices that a model keeps in one leaf but that act apart: attention heads, fused q, k and v.
+"""Matrices that share a leaf but act separately: attention heads, fused q, k and v.
 
-A fused ``(in, 3 in)`` projection is three matrices and a query projection one matrix a head;
+A fused ``(in, 3 in)`` projection is three matrices and a query projection one matrix per head;
 orthogonalising them as one mixes what the model never mixes. A :class:`Split` says where to cut.
 """
 

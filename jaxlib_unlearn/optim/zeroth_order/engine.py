@@ -13,7 +13,7 @@ perturbed model at a time unless ``query_batch`` asks for more.
 Three things to know. The difference of two losses is small: compute the loss in float32 (a bfloat16
 loss of 0.7 is rounded by 0.004, which is 4 in the coefficient at eps 1e-3). Nothing is perturbed in
 place, so parameters do not drift. A step is often below the spacing of bfloat16 parameters (31 % of
-the entries of a 2048 x 2048 matrix move at all): keep float32 master weights.
+the entries of a 2048 x 2048 matrix change at all): keep float32 master weights.
 """
 
 from typing import Any, NamedTuple
@@ -120,7 +120,7 @@ def zeroth_order(
         trainable: path -> whether a leaf is perturbed and updated; None for all.
         matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``leaves``.
         layout: "in_out" or "out_in" kernels.
-        factored: let ``layer_map`` hand out low-rank kernels as ``perturbations.Factored``.
+        factored: let ``layer_map`` return low-rank kernels as ``perturbations.Factored``.
         rng_impl: random bit generator; one that gives other numbers under ``vmap`` is refused.
 
     Returns:

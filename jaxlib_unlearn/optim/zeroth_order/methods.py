@@ -147,8 +147,8 @@ def sparse_mezo(
 
     Args:
         learning_rate: eta, a number or a schedule.
-        keep: share of the entries that move. Public codes disagree on whether their "sparsity" is
-            this share or one minus it.
+        keep: share of the entries that are perturbed. Public implementations disagree on whether
+            their "sparsity" is this share or one minus it.
         mask: "step" for a new mask every step (as in public code), "static" for one. It is random,
             not by magnitude as in the paper.
         num_queries: q, directions averaged per step.
@@ -357,7 +357,7 @@ def subspace_mezo(
 
     Args:
         learning_rate: eta of matrices, a number or a schedule.
-        rank: r; at most the smaller side of a matrix.
+        rank: r, capped at the smaller side of a matrix.
         refresh_every: steps between two draws of P.
         aux_learning_rate: eta of vectors; None for ``learning_rate``. P is not rescaled:
             matrices need about out / r times MeZO's rate.

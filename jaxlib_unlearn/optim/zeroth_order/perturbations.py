@@ -175,7 +175,7 @@ def uvt(rank: int, divide_vectors: bool = False) -> Family:
     The estimate is divided by the rank, which makes it unbiased.
 
     Args:
-        rank: r; at most the smaller side of a matrix.
+        rank: r, capped at the smaller side of a matrix.
         divide_vectors: divide the estimate for vectors too, as public code does (which biases it).
     """
     _check_rank(rank)
@@ -199,7 +199,7 @@ def uzv(rank: int) -> Family:
     r"""Low rank, both bases kept: :math:`\sqrt{mn} / r \; V Z U^T` (SubZero, arXiv:2410.08989).
 
     Args:
-        rank: r; at most the smaller side of a matrix.
+        rank: r, capped at the smaller side of a matrix.
     """
     _check_rank(rank)
 
@@ -224,7 +224,7 @@ def subspace(rank: int) -> Family:
     r"""Inside the span of a random orthonormal P on the output side: :math:`u P^T` (ZO-Muon).
 
     Args:
-        rank: r; at most the smaller side of a matrix.
+        rank: r, capped at the smaller side of a matrix.
     """
     _check_rank(rank)
     return Family(

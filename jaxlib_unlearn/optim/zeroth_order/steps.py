@@ -18,7 +18,7 @@ class Rule(NamedTuple):
         moments: name -> initial value.
         apply: ``(g, h, moments, count) -> (direction, moments)`` with the estimate g, the mean h of
             ``curvature_i Z_i^2`` (or None) and the number of this step, from 1.
-        curvature: whether h is needed (one more evaluation of the loss a step).
+        curvature: whether h is needed (one more evaluation of the loss per step).
     """
 
     moments: Mapping[str, float]

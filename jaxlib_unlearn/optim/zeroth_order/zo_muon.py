@@ -121,7 +121,7 @@ def zo_muon(
     Args:
         learning_rate: eta of matrices (every leaf with two axes or more, embeddings included).
         num_queries: q; a step evaluates the loss q + 1 times.
-        rank: r; at most the smaller side of a matrix. At least 64 for orthogonalisation to help.
+        rank: r, capped at the smaller side of a matrix. At least 64 for orthogonalisation to help.
         eps: epsilon.
         refresh_every: P is drawn at steps 0, T, 2 T, ...
         estimator: "forward", "central" (2 q evaluations) or "jvp".
@@ -139,7 +139,7 @@ def zo_muon(
         trainable: path -> whether a leaf is trained; None for all.
         matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``leaves``.
         layout: "in_out" or "out_in" kernels.
-        factored: let ``layer_map`` hand out kernels as ``perturbations.Factored``.
+        factored: let ``layer_map`` return kernels as ``perturbations.Factored``.
         rng_impl: random bit generator.
 
     Returns:
