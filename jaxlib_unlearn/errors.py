@@ -1,4 +1,4 @@
-"""The one exception for mistakes in what a person gave us."""
+"""The exception for mistakes in what the user supplied."""
 
 
 class UserError(ValueError):

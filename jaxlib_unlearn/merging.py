@@ -1,7 +1,7 @@
 r"""One-shot merging of task matrices without interference between their singular subspaces.
 
-A task matrix is what a fine-tuning changed: trained minus original weights. Added up, tasks disturb
-each other where their leading singular vectors overlap on both sides; merging replaces the stacked
+A task matrix is the change made by fine-tuning: trained minus original weights. Added up, tasks
+interfere where their leading singular vectors overlap on both sides; merging replaces the stacked
 vectors by their nearest orthonormal ones first. ``optim.sift`` carries the same idea into every
 step of training.
 """
@@ -22,7 +22,7 @@ def merge(
     *,
     tol: jax.typing.ArrayLike = 1e-5,
 ) -> jax.Array:
-    r"""The sum of task matrices after their singular vectors were made orthonormal to each other.
+    r"""The sum of task matrices, their singular vectors first made orthonormal to each other.
 
     .. math::
         T_i \approx U_i S_i V_i^H, \qquad
@@ -33,9 +33,9 @@ def merge(
 
     Args:
         task_matrices: a sequence of T matrices ``(..., m, n)`` or one array ``(T, ..., m, n)``;
-            axes between are a batch (layers, say).
-        rank: vectors kept of each task; None for ``min(m, n) // T``, which is also the most that
-            is used, because more columns than rows cannot be orthonormal.
+            axes in between are batch axes (layers, for example).
+        rank: vectors kept of each task; None for ``min(m, n) // T``, which is also the maximum,
+            because more columns than rows cannot be orthonormal.
         tol: eigenvalues of the Gram matrices up to this are dropped: directions shared by tasks
             (or opposed in them) up to rounding.
 
@@ -62,7 +62,7 @@ def merge(
 def interference(
     task_matrices: jax.Array | Sequence[jax.Array], rank: int | None = None, normalize: bool = False
 ) -> jax.Array:
-    r"""How much task matrices disturb each other when added: singular task interference (STI).
+    r"""How much task matrices interfere when added: singular task interference (STI).
 
     .. math::
         \mathrm{STI} = \left\| (\hat U^H \hat U - I)\, \Sigma\, (\hat V^H \hat V - I) \right\|_1,

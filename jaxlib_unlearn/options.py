@@ -1,7 +1,7 @@
-"""Options that know what they may be: frozen dataclasses with documentation and ranges a field.
+"""Options as frozen dataclasses whose fields carry their documentation, range and choices.
 
-Who offers a choice of methods writes a dataclass for each, its fields made by :func:`option`. What
-a value may be, ``--help`` and the error messages all derive from the fields::
+Each method of a choice has its own dataclass, with fields made by :func:`option`. Allowed values,
+``--help`` and error messages all derive from the fields::
 
     @dataclass(frozen=True)
     class NPO:
@@ -9,7 +9,7 @@ a value may be, ``--help`` and the error messages all derive from the fields::
 
     check(NPO(beta=0.0), "npo: {}".format)  # npo: beta is 0.0; it must be greater than 0
 
-Rules between several fields stay beside the method they belong to.
+Rules between several fields stay with the method they belong to.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 
-LARGEST = 3.4028234663852886e38  # of float32: steps are float32, what is larger is infinite there
+LARGEST = 3.4028234663852886e38  # of float32, in which steps are computed
 MOST = 2**31 - 1  # of int32
 
 
@@ -38,20 +38,20 @@ def option(
     none: str = "",
     **more: Any,
 ) -> Any:
-    """A dataclass field that says what it may be.
+    """A dataclass field with its documentation and allowed values.
 
     Args:
         default: its default.
         doc: a sentence for ``--help``.
         low: the lowest value.
-        high: the highest value; infinity: infinity itself is a value, too.
+        high: the highest value; infinity: infinity itself is allowed too.
         above: values are greater than this.
         below: values are less than this.
-        wanted: how a message says what is allowed; "": made of the bounds.
-        choices: the words it may be.
-        words: words that ``--help`` shows and :func:`check` leaves alone: those of a value that may
-            be several of them, or that are checked where it is read.
-        none: what None stands for, in a word.
+        wanted: what is allowed, for messages; "": derived from the bounds.
+        choices: the allowed words.
+        words: words that ``--help`` shows but :func:`check` ignores, for values that combine
+            several words or are checked where they are read.
+        none: one word for what None means.
         more: further metadata.
 
     Returns:
@@ -78,10 +78,10 @@ def check(options: Any, name: Callable[[str], str] = str) -> None:
 
     Args:
         options: an instance of a dataclass.
-        name: what a message calls a field.
+        name: a field's name in messages.
 
     Raises:
-        UserError: a word that is no choice, a number out of range, not finite, or too large for
+        UserError: a word that is not a choice, a number out of range, not finite, or too large for
             float32 or int32.
 
     Example:
@@ -98,7 +98,7 @@ def check(options: Any, name: Callable[[str], str] = str) -> None:
 
 
 def check_value(field: dataclasses.Field, value: Any, name: str) -> None:
-    """As :func:`check`, one field's value; None is left to the field's type."""
+    """:func:`check` for one field's value; None is left to the field's type."""
     if value is None:
         return
     choices = field.metadata.get("choices")
@@ -139,7 +139,7 @@ def check_number(value: Any, name: str, infinite: bool = False) -> None:
 
 
 def _wanted(field: dataclasses.Field, given: dict[str, float]) -> str:
-    """What a number may be, in words."""
+    """The allowed numbers, in words."""
     if field.metadata.get("wanted"):
         return field.metadata["wanted"]
     if "above" in given:
@@ -177,5 +177,5 @@ def given(options: Any) -> dict[str, Any]:
 
 
 def words_of(field: dataclasses.Field) -> tuple[str, ...]:
-    """The words that a field may be, or be made of; none: it takes numbers, paths or free text."""
+    """The words that a field takes or combines; empty if it takes numbers, paths or free text."""
     return tuple(field.metadata.get("choices") or field.metadata.get("words") or ())

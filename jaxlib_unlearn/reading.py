@@ -1,7 +1,7 @@
-"""Files that others wrote: whatever is wrong with one becomes a `UserError` of one line.
+"""Reading files of any origin: whatever is wrong with one becomes a one-line `UserError`.
 
 Every reader of the project goes through `reading`, so that a wrong encoding, nesting, type or key
-is the same kind of answer wherever it shows, and nothing is read that is no file or too large.
+gives the same kind of message everywhere, and nothing is read that is not a file or is too large.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DAMAGE = (
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether an exception speaks of the input, panics of Rust libraries among them."""
+    """Whether an exception is about the input; this includes panics of Rust libraries."""
     kind = type(error)
     return isinstance(error, DAMAGE) or kind is Exception or kind.__name__ == "PanicException"
 
@@ -94,17 +94,17 @@ def reading(
 
 
 def exists(path: Path, advice: str = "give another path") -> bool:
-    """`path.exists()`; a path that cannot be looked at (too long, no permission) is an error.
+    """`path.exists()`; a path that cannot be examined (too long, no permission) is an error.
 
     Raises:
-        UserError: it cannot be looked at.
+        UserError: it cannot be examined.
     """
     with reading(shortened_path(path), advice, "cannot be looked at"):
         return path.exists()
 
 
 def shortened_path(path: object, limit: int = 200) -> str:
-    """A path as a message shows it: its end where it is very long.
+    """A path as messages show it: only its end where it is very long.
 
     Example:
         >>> shortened_path("a" * 300, 9)
@@ -135,7 +135,7 @@ def read_text(
         The text, line ends as `\\n`.
 
     Raises:
-        UserError: not there, not a regular file, too large, or not text.
+        UserError: missing, not a regular file, too large, or not text.
     """
     where = shortened_path(path)
     with reading(where, advice, what):
@@ -152,7 +152,7 @@ def read_text(
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value; stricter than `json.loads`, so that nothing gets lost in silence.
+    """A JSON value; stricter than `json.loads`, so that nothing is lost silently.
 
     Args:
         text: the whole text.
@@ -161,8 +161,8 @@ def parse_json(text: str) -> Any:
         The value. NaN and Infinity are read, as Python writes them.
 
     Raises:
-        ValueError: no JSON, too long, nested too deeply, an integer of more than 40 digits, or an
-            object with a key twice.
+        ValueError: not JSON, too long, nested too deeply, an integer of more than 40 digits, or an
+            object with a duplicate key.
 
     Example:
         >>> parse_json('{"a": 1, "a": 2}')
@@ -207,9 +207,9 @@ def read_json(path: Any, advice: str = "get it anew", *, what: str = "not readab
 def check_spelling(
     given: Iterable[str], known: Collection[str], where: object, advice: str
 ) -> None:
-    """Raise `UserError` for an unknown name that is a letter off a known one that is absent.
+    """Raise `UserError` for an unknown name that is one letter off a known, absent one.
 
-    Such a name would be passed over, and a default or nothing take the place of what it holds.
+    Such a name would be ignored, and a default or nothing used in place of its value.
 
     Args:
         given: names found in a file.
@@ -233,7 +233,7 @@ def check_spelling(
 
 
 def _a_letter_off(one: str, other: str) -> bool:
-    """Whether two words differ by one letter, changed, lost or added."""
+    """Whether two words differ by one letter, changed, removed or added."""
     if abs(len(one) - len(other)) > 1:
         return False
     same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), -1)
@@ -247,7 +247,7 @@ def number(value: Any) -> float:
     """A JSON number as a float.
 
     Raises:
-        TypeError: it is none; true and false are none.
+        TypeError: it is not a number; true and false are not.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{one_line(repr(value), 40)} is no number")

@@ -1,6 +1,6 @@
 """Shapes of published models by Hub id, for programs that plan a run without its weights.
 
-Each entry is what the model's `config.json` says; a test holds SmolLM2's to the packaged file.
+Each entry is what the model's `config.json` says; a test compares SmolLM2's with the packaged file.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def config_of(source: str) -> DecoderConfig:
         A `DecoderConfig` with `dtype` float32.
 
     Raises:
-        UserError: neither a known id nor a folder with a `config.json` that reads.
+        UserError: neither a known id nor a folder with a readable `config.json`.
 
     Example:
         >>> config_of("meta-llama/Meta-Llama-3-8B-Instruct").num_kv_heads

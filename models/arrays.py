@@ -1,7 +1,7 @@
-"""Values between hosts and devices, on one process or on many that share an array.
+"""Copies between host and devices, in one process or in several that share an array.
 
-A process can only read the parts of an array that its own devices hold. `put` reads a host value
-where this process needs it; `host` brings the whole value to every process.
+A process can only read the parts of an array that its own devices hold. `put` copies the parts of a
+host value that this process needs; `host` brings the whole value to every process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Read = Callable[[tuple[slice, ...]], np.ndarray]
 def put(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """A host value as a global array; all processes hold the same value.
 
-    Unlike `jax.device_put` this asks nothing of the other processes, so that one of them may fail
-    without the others waiting for it.
+    Unlike `jax.device_put` this does not communicate with the other processes, so one of them may
+    fail without the others waiting for it.
 
     Args:
         value: the whole array, on every process.

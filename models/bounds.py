@@ -1,4 +1,4 @@
-"""Sizes that a file or an option claims, held against what can be, before anything is computed."""
+"""Plausibility checks of the sizes that a file or option claims, before anything is computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxlib_unlearn.errors import UserError
 LARGEST = 2**31 - 1
 MOST_LAYERS = 10_000
 LARGEST_FLOAT = 1e15
-# By the last part of the names that files give them.
+# Limits by the last part of the names used in files.
 MOST = {
     **dict.fromkeys(("num_hidden_layers", "block_count"), MOST_LAYERS),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_rms_epsilon"), 1.0),
@@ -18,7 +18,7 @@ MOST = {
 
 
 def check_size(name: str, value: int | float, where: str) -> None:
-    """Raise `UserError` for a size of a model that no model has.
+    """Raise `UserError` for an implausible size of a model.
 
     Example:
         >>> check_size("num_hidden_layers", 10**6, "config.json")
@@ -35,7 +35,7 @@ def check_size(name: str, value: int | float, where: str) -> None:
 
 
 def host_memory() -> int | None:
-    """Bytes of memory that this process may use; None where the system does not say.
+    """Bytes of memory that this process may use; None if unknown.
 
     The machine's, or that of its control group where that is less.
     """
@@ -53,7 +53,7 @@ def host_memory() -> int | None:
 
 
 def check_memory(needed: int, where: str, advice: str) -> None:
-    """Raise `UserError` when `needed` bytes cannot be in this host's memory.
+    """Raise `UserError` when `needed` bytes do not fit in this host's memory.
 
     Args:
         needed: bytes.

@@ -1,10 +1,10 @@
-"""Chat templates of models that others made, rendered in a process of their own.
+"""Chat templates of third-party models, rendered in a separate process.
 
-Jinja's sandbox keeps a template from running code, but neither nested loops nor `10 ** 10 ** 8`
-ever end in it, and nothing inside one process stops a call of C code. So one worker process
+Jinja's sandbox keeps a template from running code, but nested loops or `10 ** 10 ** 8` can run in
+it forever, and nothing inside a process can stop a call into C code. So one worker process
 (`chat_worker.py`) renders for all tokenizers: it is started at the first template (a tenth of a
 second), capped in memory, killed by the kernel after a second of processor time for one text, and
-started anew by the next one.
+restarted by the next one.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _Worker:
 
 
 _lock = threading.Lock()
-_workers: list[_Worker] = []  # one at most of this process; a forked child leaves its parent's be
+_workers: list[_Worker] = []  # one at most per process; a forked child leaves its parent's alone
 
 
 @atexit.register
@@ -142,7 +142,7 @@ def render(source: str, scope: Mapping[str, Any], today: datetime.datetime | Non
         worker = _workers[0]
         try:
             answer = worker.ask(key, source, request)
-        except BaseException as error:  # whatever came between, this pipe holds half an answer
+        except BaseException as error:  # whatever happened, this pipe may hold half an answer
             _workers.remove(worker)
             code = worker.stop()
             if not isinstance(error, (_Ended, TimeoutError)):

@@ -1,8 +1,8 @@
 """The program that renders chat templates, in a process that may be killed (`chat_templates`).
 
 It imports the standard library and Jinja alone: it is started as a file, with the folder of Jinja
-as its argument. A line in is a request, a line out its answer, both JSON. A sandbox keeps a
-template from running code; that it takes neither time nor memory without end is the kernel's work.
+as its argument. Every input line is a request and every output line its answer, both JSON. A
+sandbox keeps a template from running code; the kernel limits its time and memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what the assistant said; for rendering it is a bracket."""
+        """`{% generation %}` marks what the assistant said; for rendering it only groups."""
 
         tags = {"generation"}
 
@@ -38,7 +38,7 @@ def environment() -> Any:
         raise TemplateError(message)
 
     def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-        # Jinja's own filter escapes HTML, which no chat template means.
+        # Jinja's own filter escapes HTML, which no chat template expects.
         return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
     found = ImmutableSandboxedEnvironment(
@@ -46,13 +46,13 @@ def environment() -> Any:
     )
     found.filters["tojson"] = to_json
     found.globals["raise_exception"] = raise_exception
-    # One text for one conversation: nothing that a template may read is drawn.
+    # A conversation always gives the same text: templates get no random functions.
     del found.globals["lipsum"], found.filters["random"]
     return found
 
 
 def render(template: Any, scope: dict[str, Any], now: str) -> dict[str, str]:
-    """The answer to a request: a text, or what the template had against it."""
+    """The answer to a request: a text, or the template's error."""
     clock = datetime.datetime.fromisoformat(now)
     size, pieces = 0, []
     for piece in template.generate(strftime_now=clock.strftime, **scope):
@@ -64,7 +64,7 @@ def render(template: Any, scope: dict[str, Any], now: str) -> dict[str, str]:
 
 
 def limit_memory() -> None:
-    """Cap the address space where the system knows how."""
+    """Cap the address space where the system supports it."""
     try:
         import resource
 
@@ -74,7 +74,7 @@ def limit_memory() -> None:
 
 
 def limit_time(seconds: float) -> None:
-    """Have the kernel kill this process after `seconds` of its processor time; 0: no more.
+    """Have the kernel kill this process after `seconds` of its processor time; 0: no limit.
 
     The signal's default action is what ends a single call of C code that never returns.
     """

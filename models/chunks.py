@@ -1,4 +1,4 @@
-"""In which chunks the samples of prompts are decoded: few sizes, side by side where they share."""
+"""How samples of prompts are split into chunks for decoding: few sizes, shared prompts together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Plan(NamedTuple):
 
     Args:
         rows: of a chunk, decoded at once.
-        beside: rows of one prompt that lie side by side in it; 1: in any order.
+        beside: adjacent rows of one prompt in a chunk; 1: in any order.
         prefilled: prompts read at once; their samples fill chunks.
     """
 
@@ -38,12 +38,12 @@ def bucket(length: int, buckets: Sequence[int] | None = None) -> int:
 
 
 def _few(even: int) -> int:
-    """At least that many, of few sizes: each is a compilation."""
+    """A size of at least that many, out of few sizes: each one is compiled."""
     return bucket(even) if even > 8 else 1 << (even - 1).bit_length()
 
 
 def _even(count: int, most: int) -> int:
-    """The size of as few chunks as there can be, when they are equal."""
+    """The size of equal chunks, as few as possible."""
     return -(-count // -(-count // most))
 
 
@@ -54,10 +54,10 @@ def _up(count: int, multiple: int) -> int:
 def make_plan(
     prompts: int, samples: int, most: int, slots: int, width: int, room: int, shards: int
 ) -> Plan:
-    """How to decode so many samples of so many prompts.
+    """How to decode a number of samples of each of a number of prompts.
 
     Samples of a prompt share its keys and values where a chunk holds all of them, or many of one
-    prompt; where they cannot be dealt out evenly to the devices each row has a copy.
+    prompt; where they cannot be split evenly over the devices each row has a copy.
 
     Args:
         prompts: their number.
@@ -88,7 +88,7 @@ def make_plan(
     jobs = prompts * samples
     most = max(min(most, slots // (width + room)) // shards, 1) * shards
     size = min(most, _up(_few(_even(jobs, most)), shards))
-    # So many prompts that their samples fill chunks.
+    # As many prompts as it takes to fill whole chunks with their samples.
     return Plan(size, 1, _up(min(size // math.gcd(size, samples), prompts), shards))
 
 

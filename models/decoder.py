@@ -35,8 +35,8 @@ Params = Mapping[str, Any]
 LayerMap = Callable[[Any, jax.Array], Any]
 
 # What the forward pass keeps of a block for the backward pass: a policy of `jax.checkpoint`, None
-# for no checkpoint. `dots` names what projections return instead of asking for products without
-# batch axes: a product inside one (the factors of an adapter) is then not kept beside it.
+# for no checkpoint. `dots` keeps the named outputs of projections, not all products without batch
+# axes: a product inside a projection (the factors of an adapter) is then not kept as well.
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names(LINEAR),
@@ -49,7 +49,7 @@ class DecoderConfig:
     """Shape and conventions of a decoder; families (`models.families`) differ only in these.
 
     `unattended` is a token id that no query sees (it sees others): published code that masks every
-    padding id masks the ends of turns with it, where the two are one token.
+    padding id also masks the ends of turns where both are the same token.
     """
 
     vocab_size: int
@@ -91,7 +91,7 @@ class Decoder:
             kept); `full`, whole blocks (their inputs alone are kept).
 
     Raises:
-        ValueError: no such row.
+        ValueError: unknown `remat`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -200,17 +200,18 @@ class Decoder:
             params: the parameter tree; `params["layers"]` is one stack or a tuple of consecutive
                 stacks.
             tokens: int32 `(B, T)`.
-            positions: int32 `(B, T)`, default `0..T-1` (behind a cache: its index onwards).
+            positions: int32 `(B, T)`, default `0..T-1` (with a cache: from its index on).
             segment_ids: int32 `(B, T)`, default 1. 0 is padding; `group + 65536 * leaf` otherwise:
                 a token sees earlier tokens of its group in leaf 0 (a shared prefix) and in its own
-                leaf. Negative: it sees what the positive one does, and no token sees it.
+                leaf. A token with a negative id sees what the positive one does, and no token sees
+                it.
             attention_temperature: divides the attention scores; a traced scalar or `(L,)`, so a
                 sweep compiles once.
             layer_map: `(layer_params, index) -> layer_params`, applied inside the scan body to one
                 layer at a time.
             cache: from `init_cache`; new tokens go to slots `[index, index + T)`, the update is
-                `collected["cache"]`. Under `"prompt"` it may hold another cache, read only, of R
-                rows before them: each for the next B / R of the rows.
+                `collected["cache"]`. Under `"prompt"` it may hold another, read-only cache, of R
+                prompts: each is shared by B / R consecutive rows.
             hidden_at: static block indices whose output (residual stream) is collected under
                 `collected["hidden"]`.
             depth: static; stop after this many blocks.
@@ -322,7 +323,7 @@ class Decoder:
 def segments_of(layers: Any, cuts: set[int], depth: int):
     """Yield `(first, last, stack)` between all cuts and stack borders below `depth`.
 
-    A stack without a cut inside is handed on as it is, not sliced.
+    A stack without a cut inside is yielded as it is, not sliced.
     """
     stacks = layers if isinstance(layers, tuple) else (layers,)
     begin = 0

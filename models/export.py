@@ -1,7 +1,7 @@
 """A model as a Hugging Face folder that transformers, vLLM and llama.cpp's converter read.
 
-Everything is written into a sibling folder that is renamed at the end, so a folder with the asked
-name is always whole.
+Everything is written into a sibling folder that is renamed at the end, so a folder with the
+requested name is always complete.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def export(
         folder: created; an earlier export there is replaced.
         dtype: of the tensors: float32, bfloat16 or float16; None keeps that of the parameters.
         shard_bytes: a file holds at most this much, unless one tensor is larger.
-        max_new_tokens: where generation stops unless asked otherwise; None: left to the reader.
+        max_new_tokens: the default length limit of generation; None: not written.
         card: what README.md says, given a folder with all other files; None: no such file.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the folder holds something that is no earlier export, or the family or dtype
+        UserError: the folder holds something that is not an earlier export, or the family or dtype
             cannot be written.
     """
     folder = Path(folder).expanduser().absolute()
@@ -97,7 +97,7 @@ def _write(
     generation: dict[str, Any],
     card: Callable[[Path], str] | None,
 ) -> None:
-    """The files, in a sibling folder that takes its place once it is whole."""
+    """The files, in a sibling folder that takes its place once it is complete."""
     _check_replaceable(folder, _exporter, WRITTEN)
     raw |= {"dtype": dtype, "torch_dtype": dtype, "exporter": EXPORTER}
     for key in ("bos", "eos", "pad"):
@@ -115,7 +115,7 @@ def _write(
 
 
 def _generation(tokenizer: Tokenizer, max_new_tokens: int | None) -> dict[str, Any]:
-    """generation_config.json: greedy, as models are judged, and how an answer ends."""
+    """generation_config.json: greedy, as in evaluation, and how an answer ends."""
     values = {f"{key}_token_id": getattr(tokenizer, f"{key}_id") for key in ("bos", "eos", "pad")}
     values |= {"do_sample": False, "max_new_tokens": max_new_tokens}
     return {key: value for key, value in values.items() if value is not None}
@@ -126,9 +126,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
-    """A folder that is whole or not there: filled under another name, then renamed."""
+    """A folder that is complete or absent: filled under another name, then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # The prefix stays short of the longest file name.
+    # A short prefix keeps the name below the longest that file systems allow.
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:64]}.", dir=folder.parent))
     try:
         fill(temporary)
@@ -167,14 +167,14 @@ def export_adapter(
         folder: created; an earlier export of adapters there is replaced.
         rank: r.
         alpha: numerator of the term's scale.
-        base: where the model that they belong to is: a folder or Hub id.
+        base: the model that they belong to: a folder or Hub id.
         card: what README.md says; None: no such file.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the folder holds something that is no earlier export of adapters.
+        UserError: the folder holds something that is not an earlier export of adapters.
 
     Paper: Hu et al., arXiv:2106.09685, section 4.1.
     """
@@ -226,7 +226,8 @@ def _exporter(folder: Path) -> Any:
 
 
 def _adapter_exporter(folder: Path) -> Any:
-    # PEFT warns of a key that it does not know, and itself writes three times as many.
+    # PEFT warns about unknown keys, so no marker can be written; PEFT itself writes three times as
+    # many keys.
     found = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
     return EXPORTER if set(found) == set(ADAPTER_KEYS) else None
 
@@ -257,7 +258,7 @@ def _check_replaceable(
 
 
 def _swap(temporary: Path, folder: Path) -> None:
-    """Put the finished folder in place; an earlier one steps aside, and back on failure."""
+    """Put the finished folder in place; an earlier one is moved aside, and restored on failure."""
     if not folder.exists():
         temporary.rename(folder)
         return
@@ -321,7 +322,7 @@ def _write_tensors(
     total = 0
 
     def write(shard: dict[str, np.ndarray]) -> None:
-        # The shards' number is part of their names and not known yet.
+        # The number of shards is part of their names and not known yet.
         path = folder / f"shard-{len(files)}.safetensors"
         save_file(shard, path, metadata={"format": "pt"})
         files.append(path)

@@ -28,8 +28,8 @@ class Family:
     Args:
         architecture: the class name transformers expects under `architectures`.
         defaults: what transformers assumes for a key that `config.json` leaves out.
-        biases: `none`, `qkv`, or what `attention_bias` says (`attention`), with `mlp_bias` too
-            (`config`).
+        biases: `none`; `qkv`; `attention`: as `attention_bias` says; `config`: as `attention_bias`
+            and `mlp_bias` say.
         windows: sliding window of `none`, `all` blocks, or `some` (`use_sliding_window` decides).
         qk_norm: whether queries and keys are normalised per head.
     """
@@ -195,7 +195,7 @@ def _window(family: Family, raw: Mapping[str, Any], layers: int, where: str) -> 
     return _number(raw, "sliding_window", int, where)
 
 
-# What `from_hf` reads: a key that is a letter off one of these would give way to a default.
+# What `from_hf` reads: a key that is one letter off one of these would be replaced by a default.
 KEYS = (
     *("model_type", "quantization_config", "hidden_act", "num_attention_heads", "hidden_size"),
     *("num_hidden_layers", "num_key_value_heads", "head_dim", "rms_norm_eps", "attention_bias"),
@@ -217,8 +217,8 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         A `DecoderConfig` with `dtype` float32.
 
     Raises:
-        UserError: unknown `model_type`, a feature the decoder lacks, a missing or odd value, or a
-            key that is misspelt by a letter.
+        UserError: unknown `model_type`, a feature the decoder lacks, a missing or invalid value, or
+            a key that is misspelt by one letter.
 
     Example:
         >>> raw = {"model_type": "llama", "vocab_size": 32, "hidden_size": 8, "head_dim": 4,
@@ -300,7 +300,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     RoPE is written in both styles, so that transformers 4 and 5 read it.
 
     Raises:
-        UserError: the family cannot say what the configuration says (`from_hf` would differ).
+        UserError: the family cannot express the configuration (`from_hf` would differ).
     """
     if config.family not in FAMILIES:
         raise UserError(
@@ -343,7 +343,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     if family.windows == "some":
         raw["use_sliding_window"] = config.sliding_window is not None
         raw["max_window_layers"] = 0 if config.sliding_window is not None else config.num_layers
-    # How a model is run, which no file says.
+    # Settings of how a model is run, which no file holds.
     back = dataclasses.replace(from_hf(raw), dtype=config.dtype, unattended=config.unattended)
     names = [field.name for field in dataclasses.fields(config)]
     lost = [name for name in names if getattr(config, name) != getattr(back, name)]

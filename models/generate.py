@@ -1,9 +1,9 @@
 """Answers from a decoder: one prefill per prompt, then one `lax.while_loop` for a chunk of rows.
 
 Every draw is keyed by (seed, purpose, row id, sample id, step), so a sample belongs to its row:
-batch-mates, padding, batch size and order change its logits by float32 rounding only. The
-key-value cache is allocated once per chunk, donated, and updated in place. Samples of one prompt
-lie side by side and read its keys and values together, from where prefill put them.
+other rows of the batch, padding, batch size and order change its logits by float32 rounding only.
+The key-value cache is allocated once per chunk, donated, and updated in place. Samples of one
+prompt are adjacent rows and share its keys and values, read from where prefill stored them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from models.sampling import SamplingConfig, row_keys, sample_tokens
 __all__ = ["SamplingConfig", "generate", "row_keys", "sample_tokens"]
 
 CACHE_BYTES = 2**30  # largest key-value cache of one chunk of rows
-SEGMENT = 16  # steps between two looks from the host: progress, dropping finished rows
-COMPACT_FLOPS = 1e11  # saved by dropping finished rows, to be worth another compilation
+SEGMENT = 16  # steps between two checks by the host: progress, dropping finished rows
+COMPACT_FLOPS = 1e11  # that dropping finished rows must save to be worth another compilation
 Answer = tuple[Any, list[int]]
 
 
@@ -131,7 +131,7 @@ def _begin(
 
 
 def _append(rows: Rows, logits: jax.Array, draw: Draw, top_k: int, greedy: bool) -> Rows:
-    """The next token of every row that goes on; a stop token ends its row and is not stored."""
+    """The next token of every unfinished row; a stop token ends its row and is not stored."""
     keys = jax.vmap(lambda key: jax.random.fold_in(key, rows.step))(draw.keys)
     token = sample_tokens(logits, keys, draw.temperature, draw.top_p, top_k=top_k, greedy=greedy)
     done = rows.done | jnp.any(token[:, None] == draw.stops, -1)
@@ -157,7 +157,8 @@ def advance(
 ) -> Rows:
     """Decode until step `until`, or until every row is done.
 
-    `prompt` is the cache of what all rows, or so many of them one after another, begin with.
+    `prompt` is the cache of one prompt for all rows, or of several, each for as many consecutive
+    rows.
     """
 
     def go_on(rows):
@@ -181,9 +182,9 @@ def advance(
 def _select(
     rows: Rows, draw: Draw, prompt: Any, which: jax.Array, count: jax.Array
 ) -> tuple[Rows, Draw, Any]:
-    """The rows `which` alone; those from number `count` on are padding.
+    """Only the rows `which`; those from number `count` on are padding.
 
-    What is left of the rows of several prompts no longer lies side by side: each gets its prompt.
+    The remaining rows of several prompts are no longer adjacent: each gets a copy of its prompt.
     """
     tokens, lengths, last, done = (jnp.take(x, which, 0) for x in rows[1:5])
     done |= jnp.arange(which.shape[0]) >= count
@@ -241,7 +242,7 @@ def generate(
 
     Args:
         decoder: the model.
-        params: its parameters, used where they lie.
+        params: its parameters, used where they are.
         prompts: token ids; prefilled once each, sorted by length and left-padded to a bucket.
         sampling: how tokens are chosen; greedy answers are computed once and repeated.
         stop_ids: tokens that end an answer.
@@ -250,16 +251,16 @@ def generate(
         row_ids: what a prompt's draws are keyed by; default its index.
         num_samples: answers per prompt.
         batch_size: rows decoded at once, at most.
-        prompt_buckets: lengths to pad prompts to; default two to an octave.
+        prompt_buckets: lengths to pad prompts to; default two for every power of two.
         cache_bytes: bound on the key-value cache of the rows decoded at once.
         sharding: of the batch's leading axis, on a mesh with axes `data` and `fsdp`.
-        progress: called with a number of answers whenever so many more are finished.
+        progress: called with the number of newly finished answers.
 
     Returns:
         `answers[prompt][sample]`: at most `max_new_tokens` ids (fewer where the context ends).
 
     Raises:
-        ValueError: an empty prompt, one that fills the context, or counts that do not fit.
+        ValueError: an empty prompt, one that fills the context, or inconsistent counts.
 
     Example:
         >>> from models.decoder import DecoderConfig
@@ -368,7 +369,7 @@ def _finish(
     `pending` are rows with their owners; others are padding.
 
     When half of the rows are done, and what that saves is worth another compilation, the others
-    go on in a batch of half the size.
+    continue in a batch of half the size.
     """
     max_new = rows.tokens.shape[1]
     size = sum(x.size for x in jax.tree.leaves(params))

@@ -1,7 +1,7 @@
 """GGUF files: configuration from the metadata, tensors dequantised one at a time.
 
 llama.cpp stores the q and k rows of architecture `llama` for rotary pairs `(2i, 2i+1)`; ours, like
-Hugging Face's, are `(i, i + D/2)`, so those rows are put back.
+Hugging Face's, are `(i, i + D/2)`, so those rows are reordered.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def values(path: Path, tensor: gguf_layout.Tensor) -> np.ndarray:
     """A tensor's values, float32 where it is quantised."""
     import gguf
 
-    with np.errstate(all="ignore"):  # a scale that is no number shows in the values
+    with np.errstate(all="ignore"):  # a scale that is NaN shows in the values
         data = gguf_layout.read_bytes(path, tensor)
         return gguf.quants.dequantize(data, tensor.kind).reshape(tensor.shape)
 
@@ -89,12 +89,12 @@ def config_of(
 
     Args:
         metadata: all key-value pairs.
-        names: of the tensors, which tell what is tied and what has biases.
+        names: of the tensors, which show what is tied and what has biases.
         factors: the tensor `rope_freqs.weight`, `(head_dim / 2,)`: divisors of the frequencies.
         where: how error messages name the file.
 
     Raises:
-        UserError: a value is missing or odd, or a feature the decoder lacks.
+        UserError: a value is missing or invalid, or a feature the decoder lacks.
     """
     arch = str(metadata["general.architecture"])
 
@@ -159,7 +159,7 @@ def _scaling(
         raise UserError(
             f"{where}: rope scaling {kind!r} is not supported; supported: none, linear, llama3"
         )
-    factor = number(metadata.get(f"{arch}.rope.scaling.factor", 0.0))  # 0: none, as llama.cpp
+    factor = number(metadata.get(f"{arch}.rope.scaling.factor", 0.0))  # 0: none, as in llama.cpp
     if not 0 <= factor < math.inf:
         raise UserError(f"{where}: {arch}.rope.scaling.factor is {factor}; download it again")
     if kind == "linear" and factor > 0:

@@ -1,8 +1,8 @@
-"""The header of a GGUF file, each count and length of it held against the bytes that are there.
+"""The header of a GGUF file, with every count and length checked against the file's size.
 
-The reader of the package `gguf` follows what a header claims: a damaged one makes it loop for ever,
+The reader of the package `gguf` follows what a header claims: a damaged one makes it loop forever,
 or map a tensor over its neighbour; and it takes 20 us for each item of a list, 3 s for a vocabulary
-of 49152. Here the tensors must lie one behind the other up to the end of the file.
+of 49152. Here the tensors must follow one another up to the end of the file.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 
 VERSIONS = (2, 3)
 STRING, ARRAY, BOOL = 8, 9, 7
-# Value type -> how NumPy calls it.
+# Value type -> NumPy's name for it.
 KINDS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", BOOL: "?"}
 KINDS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 LONGEST_NAME = 65535
-# Each becomes an object of Python: the largest vocabularies have a million tokens and merges.
+# Each becomes a Python object: the largest vocabularies have a million tokens and merges.
 MOST_KEYS, MOST_TENSORS, MOST_ITEMS = 2**16, 2**18, 2**22
 MOST_DIMENSIONS = 4
 ALIGNMENTS = [2**n for n in range(17)]
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file: its rows are its last axis in memory, as NumPy has it.
+    """A tensor of a file, in NumPy's order of axes: rows run along the last one.
 
     Args:
         name: of the tensor.
@@ -85,7 +85,7 @@ class _Header:
         return self.values(inner, count, what)
 
     def values(self, kind: int, count: int, what: str) -> list[Any]:
-        """Numbers or truth values, one behind the other."""
+        """Consecutive numbers or booleans."""
         if kind not in KINDS:
             raise ValueError(f"{what} has values of the unknown type {kind}")
         dtype = np.dtype(KINDS[kind])
@@ -97,16 +97,16 @@ class _Header:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """The metadata of a GGUF file, and where its tensors lie.
+    """The metadata of a GGUF file, and where its tensors are.
 
     Args:
         path: the file.
 
     Returns:
-        Values by key, and the tensors in the order in which they lie.
+        Values by key, and the tensors in file order.
 
     Raises:
-        ValueError: a count, length or type that cannot be, a name twice, or tensors that overlap,
+        ValueError: an impossible count, length or type, a duplicate name, or tensors that overlap,
             leave gaps or do not end where the file does.
         OSError: it cannot be read.
     """
@@ -182,7 +182,7 @@ def _contiguous(tensors: list[Tensor], start: int, alignment: int, size: int) ->
             )
         end = tensor.offset + tensor.size
         padded = -(-end // alignment) * alignment
-    # Some writers fill up behind the last tensor too.
+    # Some writers pad after the last tensor too.
     if tensors and size not in (start + end, start + padded):
         raise ValueError(f"it has {size} bytes, its tensors end at {start + end}")
     return [tensor._replace(offset=start + tensor.offset) for tensor in tensors]

@@ -23,25 +23,25 @@ T = TypeVar("T")
 
 
 def local(name: str) -> Path:
-    """A name as a path of this machine."""
+    """A name as a local path."""
     with reading(shortened_path(name), "give another path", "cannot be a path"):
         return Path(name).expanduser()
 
 
 def is_here(name: str) -> bool:
-    """Whether a name is a path that exists; what says `hub:` never is."""
+    """Whether a name is a path that exists; a name with `hub:` never is."""
     return not name.startswith("hub:") and exists(local(name))
 
 
 def check_source(source: str | Path, revision: str | None = None) -> None:
-    """Raise `UserError` for a model that is nowhere; nothing of it is read.
+    """Raise `UserError` for a model that cannot be found; none of its files is read.
 
     Args:
         source: as `models.load` takes it.
         revision: commit, branch or tag of a Hub id.
 
     Raises:
-        UserError: neither here nor at the Hub, or a revision of what is no Hub id.
+        UserError: neither here nor at the Hub, or a revision of something that is not a Hub id.
     """
     name = str(source)
     check_revision(source, revision)
@@ -63,7 +63,7 @@ def check_source(source: str | Path, revision: str | None = None) -> None:
 
 
 def check_revision(source: str | Path, revision: str | None) -> None:
-    """Raise `UserError` for a revision of what is no Hub id, or for two different ones."""
+    """Raise `UserError` for a revision without a Hub id, or for two different ones."""
     if revision is None:
         return
     name = str(source)
@@ -78,7 +78,7 @@ def check_revision(source: str | Path, revision: str | None) -> None:
 
 
 def parts(name: str) -> tuple[bool, str, str | None]:
-    """Whether a Hub id says `hub:`, its repository, and its revision.
+    """Whether a Hub id starts with `hub:`, its repository, and its revision.
 
     Raises:
         UserError: the name can only be a path, and nothing is there.
@@ -100,7 +100,7 @@ def download(name: str, revision: str | None = None) -> Path:
     """The folder into which a Hub id was downloaded; it is named after its commit.
 
     Raises:
-        UserError: the name is no id, or the Hub gave nothing.
+        UserError: the name is not an id, or the Hub gave nothing.
     """
     _, repository, given = parts(name)
 
@@ -118,7 +118,7 @@ def download(name: str, revision: str | None = None) -> Path:
 
 
 def _ask(name: str, question: Callable[[], T]) -> T:
-    """An answer of the Hub, or a `UserError`: what its client raises shares no base class."""
+    """An answer of the Hub, or a `UserError`: its client's exceptions share no base class."""
     try:
         return question()
     except Exception as error:
@@ -130,7 +130,7 @@ def _ask(name: str, question: Callable[[], T]) -> T:
 
 
 def _near(name: str) -> str:
-    """A hint at what lies there under a similar name."""
+    """A hint at a file or folder with a similar name."""
     path = Path(name.removeprefix("hub:"))
     try:
         there = [item.name for item in path.expanduser().parent.iterdir()]

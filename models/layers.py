@@ -26,8 +26,8 @@ LINEAR = "linear"  # what a `Linear` returns, to policies of `jax.checkpoint`
 
 
 class KeyValues(NamedTuple):
-    """Keys and values `(R, S, K, D)`, R dividing the rows B of queries and K their heads; R = B:
-    each row its own, else B / R rows one after another share some. `mask`: bool `(B, 1, T, S)`;
+    """Keys and values `(R, S, K, D)`; R divides the rows B of queries and K their heads. With R = B
+    each row has its own, otherwise B / R consecutive rows share one. `mask`: bool `(B, 1, T, S)`;
     `causal`: S = T, and no query sees a later key."""
 
     k: jax.Array
@@ -94,10 +94,10 @@ def visible(
     """Which key each query sees, bool `(B, 1, T, S)`.
 
     `query` and `key` are `(slots (T,), segment_ids (B, T), positions (B, T))`. A key is visible
-    when it lies at the query's slot or before, belongs to the same group, is not padding (segment
-    0), and is either in the group's shared prefix (leaf 0) or in the query's own leaf; with a
-    sliding window also fewer than `window` positions back. A negative segment reads like the
-    positive one, and is read by none.
+    when it is at the query's slot or before, belongs to the same group, is not padding (segment 0),
+    and is either in the group's shared prefix (leaf 0) or in the query's own leaf; with a sliding
+    window also fewer than `window` positions back. A token in a negative segment sees what it would
+    in the positive one, and no query sees it.
     """
     q_slot, q_segment, q_position = query
     k_slot, k_segment, k_position = key
@@ -113,7 +113,7 @@ def visible(
 
 
 def _gathered(x: jax.Array, rows: int) -> jax.Array:
-    """Rows that share keys as one: `(B, K, n, D)` to `(rows, K, B / rows n, D)`."""
+    """Rows that share keys joined into one: `(B, K, n, D)` to `(rows, K, B / rows n, D)`."""
     batch, groups, _, size = x.shape
     if rows == batch:
         return x
@@ -131,13 +131,13 @@ def _apart(x: jax.Array, batch: int) -> jax.Array:
 
 
 def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
-    """Grouped-query attention, `softmax(scale q k^T) v` over the keys that masks show.
+    """Grouped-query attention, `softmax(scale q k^T) v` over the visible keys.
 
-    Two products a kv head, with the queries of its group as one long axis, and the sum of the
-    exponentials divided out of the result: half the time of the general routine on a CPU, where
-    what lies between the products is bound by memory. Keys that several rows have in common (the
-    prompt of many samples) are read once for all of them. Where keys are causal, queries go in
-    blocks, each with the keys up to its end: of four blocks' products three eighths are left out.
+    Two products per kv head, with the queries of its group as one long axis, and the sum of the
+    exponentials divided out of the result: half the time of the general routine on a CPU, where the
+    work between the products is memory-bound. Keys that several rows share (the prompt of many
+    samples) are read once for all of them. Where keys are causal, queries go in blocks, each with
+    the keys up to its end: with four blocks three eighths of the products are skipped.
 
     Args:
         q: `(B, T, H, D)`.
@@ -145,7 +145,7 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
         scale: of the scores; they and the softmax are float32.
 
     Returns:
-        `(B, T, H, D)` in the dtype of `q`. A query that sees nothing gets the mean of the values
+        `(B, T, H, D)` in the dtype of `q`. A query that sees no key gets the mean of all values
         that it is multiplied with.
 
     Example:
@@ -166,7 +166,7 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
 
 
 def causal_blocks(length: int) -> list[tuple[int, int]]:
-    """`(first, end)` of up to four blocks of about as many queries, some 64 at least.
+    """`(first, end)` of up to four blocks of about equal size, each of about 64 queries or more.
 
     Example:
         >>> causal_blocks(150)
@@ -193,7 +193,7 @@ def _attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array
         some = jnp.einsum(
             "bkmd,bskd->bkms", _gathered(wide, len(k)), k, preferred_element_type=jnp.float32
         )
-        # Added, not selected: there is nothing to mask on the way back.
+        # Added, not selected: there is nothing to mask in the backward pass.
         hidden = jnp.where(part.mask, 0.0, -1e30)[:, :, None]
         some = _apart(some, batch).reshape(batch, count, -1, length, k.shape[1]) + hidden
         scores.append(some.reshape(batch, count, -1, k.shape[1]))
@@ -217,7 +217,7 @@ def _attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array
 
 
 def _batch_axes(like: jax.Array) -> tuple[Any, tuple[str, ...]]:
-    """The mesh that `like` lives on, and those of its axes that split the batch if they are Auto.
+    """The mesh that `like` is on, and those of its axes that split the batch if they are Auto.
 
     Others may be Manual: a zeroth-order step's evaluations run inside a `shard_map` over queries.
     """
@@ -232,10 +232,10 @@ def _auto_size(mesh: Any, axis: str) -> int:
 
 
 def batch_sharded(x: jax.Array, like: jax.Array, axis: int = 0, whole: bool = True) -> jax.Array:
-    """Constrain an axis, the leading one, to the batch axes of the mesh that `like` lives on.
+    """Constrain an axis (by default the first) to the batch axes of the mesh that `like` is on.
 
-    The others stay whole, or (`whole=False`) as the partitioner finds best. Without it that may
-    carry a table's sharding into the activations and rematerialise.
+    The others stay whole, or (`whole=False`) as the partitioner finds best. Without the constraint
+    the partitioner may carry a table's sharding into the activations and rematerialise.
     """
     mesh, axes = _batch_axes(like)
     if not axes:
@@ -246,20 +246,20 @@ def batch_sharded(x: jax.Array, like: jax.Array, axis: int = 0, whole: bool = Tr
 
 
 def batch_ways(like: jax.Array) -> int:
-    """Over how many devices the mesh that `like` lives on splits a batch."""
+    """Over how many devices the mesh that `like` is on splits a batch."""
     mesh, axes = _batch_axes(like)
     return math.prod(mesh.shape[a] for a in axes)
 
 
 def tensor_ways(like: jax.Array) -> int:
-    """Over how many tensor-parallel devices the mesh that `like` lives on splits a layer."""
+    """Over how many tensor-parallel devices the mesh that `like` is on splits a layer."""
     return _auto_size(jax.typeof(like).sharding.mesh, "tp")
 
 
 def padded_over_tp(x: jax.Array, axis: int) -> jax.Array:
-    """An axis that tensor-parallel devices cannot share evenly, with zeros behind it so they can.
+    """An axis that tensor-parallel devices cannot share evenly, padded with zeros so that they can.
 
-    In the program alone: no parameter is padded, so no optimizer, file or noise sees it.
+    Only inside the program: no parameter is padded, so no optimizer, file or noise sees it.
     """
     missing = -x.shape[axis] % tensor_ways(x)
     if not missing:

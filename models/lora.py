@@ -4,10 +4,10 @@ r"""LoRA: a low-rank term beside frozen kernels, as a trainable tree of its own.
     y = x W + \frac{\alpha}{r}\, (x A)\, B, \qquad A\,(\mathrm{in}, r),\; B\,(r, \mathrm{out})
 
 The adapters of a stack are `{"layers": {"attn": {"q": {"lora_a": {"kernel": (L, in, r)}, "lora_b":
-{"kernel": (L, r, out)}}}}}`: kernels by name, so that every optimizer sees matrices. `bind` hands
+{"kernel": (L, r, out)}}}}}`: kernels by name, so that every optimizer sees matrices. `bind` passes
 them to the decoder's scan beside the frozen layers and lets a layer map apply them to one layer at
 a time, factor by factor: neither `W + A B` nor a gradient of `W` ever exists. B starts at zero, so
-adapters as they start are the frozen model: references need no second one.
+the model with its initial adapters is the frozen model: a reference needs no second model.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def adapt(layer: Any, adapters: Any, scale: float) -> Any:
         scale: alpha / r.
 
     Returns:
-        The layer; its arrays are those that came in.
+        The layer; its arrays are not copied.
     """
     if set(adapters) == {"lora_a", "lora_b"}:
         a, b = (_dense(adapters[name]["kernel"]) for name in ("lora_a", "lora_b"))
@@ -140,7 +140,7 @@ def bind(
     *,
     scale: float,
 ) -> tuple[dict[str, Any], LayerMap]:
-    """Frozen parameters and adapters as what `Decoder.forward` takes.
+    """Frozen parameters and adapters in the form that `Decoder.forward` takes.
 
     Args:
         adapters: from `init`; what is differentiated or perturbed.

@@ -1,4 +1,4 @@
-"""What objectives and metrics ask of a decoder: values at the labels alone.
+"""What objectives and metrics ask of a decoder: values at the labels only.
 
 Hidden states are gathered at the label slots first, `(B, W, d)`; the vocabulary projection then
 runs over chunks of `W` inside a scan whose body is rematerialised. So no `(batch, seq, vocab)`
@@ -24,7 +24,7 @@ LOGITS_BYTES = 256 * 2**20  # largest logits array of one chunk, float32, on one
 def label_chunk(rows: int, width: int, vocab: int) -> int:
     """The largest divisor of `width` whose float32 logits stay within `LOGITS_BYTES` (at least 1).
 
-    They are `(rows, chunk, vocab)`.
+    The logits are `(rows, chunk, vocab)`.
     """
     limit = max(1, LOGITS_BYTES // (4 * rows * vocab))
     return max(d for d in range(1, width + 1) if width % d == 0 and d <= limit)
@@ -61,7 +61,8 @@ def label_states(
     """Final hidden states where labels are predicted, as `at_labels` returns them.
 
     One forward pass, which takes `options`, for all batches (their rows have one length): on a mesh
-    the weights travel once. Rows alternate between the batches, so that each stays on its device.
+    the weights are communicated once. Rows alternate between the batches, so that each stays on its
+    device.
     """
 
     def joined(name):
@@ -84,9 +85,9 @@ def at_labels(hidden: jax.Array, batch: Batch) -> jax.Array:
 
 
 def gather(batch: Batch, x: jax.Array) -> jax.Array:
-    """A label column `(B, W, ...)`; where examples share rows, what is a label of it `(R, N, ...)`.
+    """A label column `(B, W, ...)`; where examples share rows, its labels alone, `(R, N, ...)`.
 
-    The N labels of a row lie side by side, without the padding of every example.
+    The N labels of a row are adjacent, without the padding of every example.
     """
     if (source := batch.get("label_source")) is None:
         return x
@@ -95,7 +96,7 @@ def gather(batch: Batch, x: jax.Array) -> jax.Array:
 
 
 def spread(batch: Batch, x: jax.Array) -> jax.Array:
-    """The way back: `(R, N, ...)` to `(B, W, ...)`, with some value where no label is."""
+    """The inverse of `gather`: `(R, N, ...)` to `(B, W, ...)`, with any value where no label is."""
     if (place := batch.get("label_place")) is None:
         return x
     index = place.reshape(x.shape[0], -1, *[1] * (x.ndim - 2))
@@ -111,8 +112,8 @@ class DecoderPolicy:
         params: its parameters (differentiated).
         frozen: the reference's unembedding parameters, used with `batch["ref_hidden"]`.
         options: keyword options of `forward` for every call.
-        known: batches whose hidden states at the labels are computed already, with them.
-        head: what `unembed` reads, if not of `params`: `head_copies` of them.
+        known: batches with their hidden states at the labels, where these are computed already.
+        head: what `unembed` reads in place of `params`: their `head_copies`.
     """
 
     decoder: Decoder
@@ -172,9 +173,10 @@ def head_of(params: Mapping[str, Any]) -> dict[str, Any]:
 def head_copies(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     """What `unembed` reads, on a mesh once for every group of rows that a device has.
 
-    The values are those of `dtype`, and so is what travels to make the copies, once. Gradients of
-    copies are a device's own: label chunks and streams add theirs up there, and the sum over the
-    devices is taken once. (That of one array would be summed over them at each of its uses.)
+    Values are rounded to `dtype`, in which they are sent once to make the copies. The gradient of a
+    copy stays on its device: contributions of label chunks and batches add up there, and the sum
+    over devices is taken once. (The gradient of a single array would be summed over devices at each
+    of its uses.)
     """
 
     def copies(kernel):

@@ -1,4 +1,4 @@
-"""How a conversation is written for a model, beside its own chat template: tags, shots, a date."""
+"""How a conversation is written for a model, besides its own chat template: tags, shots, a date."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ TAGS = {
 
 
 class PromptFormat(NamedTuple):
-    """What a tokenizer's prompts depend on beside its chat template.
+    """What a tokenizer's prompts depend on besides its chat template.
 
     Args:
-        tags: written around questions and answers in place of the chat template; None: that, or
-            "Question: ...\\nAnswer: ..." where a tokenizer has none.
-        shots: answered questions that stand before every question.
+        tags: written around questions and answers in place of the chat template; None: the
+            template, or "Question: ...\\nAnswer: ..." where a tokenizer has none.
+        shots: answered questions that precede every question.
         date: what a chat template gets as `date_string` and from `strftime_now`.
     """
 
@@ -66,7 +66,7 @@ def day_of(date: str) -> datetime.datetime:
         date: such as "10 Apr 2025".
 
     Raises:
-        UserError: the date is written in another way.
+        UserError: the date has another form.
 
     Example:
         >>> day_of("10 Apr 2025").strftime("%Y-%m-%d")

@@ -1,7 +1,7 @@
-"""Safetensors files read in parts: a header says where in the file each tensor lies.
+"""Safetensors files read in parts: a header says where in the file each tensor is.
 
 Nothing is mapped into memory and no tensor is read whole unless it is asked for, so a process that
-needs a slice of the rows reads those rows alone. Files may lie in a bucket.
+needs a slice of the rows reads those rows alone. Files may be in a bucket.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read_header(path: Any) -> dict[str, tuple[str, tuple[int, ...], int]]:
         path: a local path, or a bucket path of `etils.epath`.
 
     Returns:
-        The table, in the order in which the tensors lie in the file.
+        The table, in file order.
 
     Raises:
         ValueError: the file is truncated or damaged.
@@ -90,8 +90,8 @@ def read_rows(
         kind: storage type, one of `KINDS`.
         shape: of the whole tensor, one axis at least.
         offset: where it starts in the file.
-        first: of the rows.
-        last: one past them.
+        first: the first row.
+        last: one past the last row.
 
     Returns:
         `(last - first, *shape[1:])`, in the storage type.
@@ -110,7 +110,7 @@ def read_rows(
 
 
 def _whole(value: Any) -> int:
-    """A whole number; floats, texts and truth values are none."""
+    """A whole number; floats, strings and booleans are not."""
     if type(value) is not int:
         raise TypeError(f"{value!r} is no whole number")
     return value

@@ -1,4 +1,4 @@
-"""How the next token is drawn: temperature, then top-k, then top-p, with a key of the row's own.
+"""How the next token is drawn: temperature, then top-k, then top-p, with the row's own key.
 
 Nothing sorts the vocabulary, and a traced temperature or top-p compiles once for a sweep.
 """
@@ -81,7 +81,7 @@ def _fold(base: jax.Array, rows: jax.Array, samples: jax.Array) -> jax.Array:
 
 
 def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
-    """Set to -inf what lies outside the nucleus of each row of logits `(B, V)`, without sorting.
+    """Set to -inf everything outside the nucleus of each row of logits `(B, V)`, without sorting.
 
     Token v stays iff the mass of strictly likelier tokens, `sum_{u: p_u > p_v} p_u`, is below
     `top_p`. The smallest probability kept is found by bisection over float32 bit patterns (31
@@ -136,15 +136,15 @@ def sample_tokens(
     top_k: int = 0,
     greedy: bool = False,
 ) -> jax.Array:
-    """One token a row: temperature, then top-k, then top-p, then a draw with the row's own key.
+    """One token per row: temperature, then top-k, then top-p, then a draw with the row's own key.
 
     Args:
         logits: `(B, V)`; all is computed in float32.
         keys: `(B,)` keys.
         temperature: divides the logits; traced.
-        top_p: keep tokens whose likelier ones (of those top-k left) have less mass; traced.
+        top_p: keep a token while those likelier (among the top-k) have less mass; traced.
         top_k: static; 0 keeps all.
-        greedy: static; argmax, and nothing else is looked at.
+        greedy: static; argmax, and all else is ignored.
 
     Returns:
         int32 `(B,)`.

@@ -1,4 +1,4 @@
-"""A tensor where it lies: in a safetensors file, a GGUF file, or several of them."""
+"""A tensor in storage: in a safetensors file, a GGUF file, or several of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 class Stored(NamedTuple):
     """A tensor of a file: its shape (out, in) and how to read its rows `first` to `last - 1`.
 
-    `kind` names its storage type, `order` says where it lies among the others.
+    `kind` names its storage type, `order` is its place among the others.
     """
 
     shape: tuple[int, ...]

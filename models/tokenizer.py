@@ -21,9 +21,9 @@ from models import chat_templates
 from models.prompts import PromptFormat, day_of
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-# What a tokenizer_config.json says about where it came from, or that would run code.
+# Keys of tokenizer_config.json about its origin, or that would run code.
 DROPPED = ("chat_template", "auto_map", "name_or_path", "is_local", "local_files_only", "backend")
-# Special tokens that some models have beside those, a letter off one of them.
+# Further special tokens of some models, one letter off one of those.
 OTHERS = tuple(f"{name}_token" for name in "eot eom eod eop eoi boi bot bop sos".split())
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types of GGUF
 NO_TOKEN = (-1, 2**32 - 1)  # how some files write that there is no such token
@@ -31,7 +31,7 @@ LARGEST = 2**28  # bytes of a tokenizer.json; the largest published ones have 35
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file; `why` tells what the file is for when it is missing."""
+    """A JSON object from a file; `why` says what the file is for if it is missing."""
     with reading.reading(path, what="cannot be looked at"):
         there = path.is_file()
     if not there:
@@ -137,8 +137,8 @@ class Tokenizer:
         Args:
             messages: `{"role": ..., "content": ...}` each.
             add_generation_prompt: end with the opening of an assistant's turn.
-            variables: what the template may read besides. `date_string` and `strftime_now` are of
-                the day `self.format.date`, never the clock's: texts do not differ from day to day.
+            variables: further names for the template. `date_string` and `strftime_now` give the day
+                `self.format.date`, never the clock's: texts do not differ from day to day.
 
         Raises:
             UserError: there is no template, it refuses the messages, or it takes too long.
@@ -319,7 +319,7 @@ class Tokenizer:
 
 # Longest run of digits that stays together, by the name GGUF gives the pre-tokenizer; 0: the
 # splitting of GPT-2. `smollm` is read as GPT-2's, as transformers reads it (llama.cpp and the
-# published tokenizer also cut every digit off before).
+# published tokenizer also split off every digit first).
 PRE_TOKENIZERS = {
     "default": 0,
     "gpt-2": 0,
@@ -333,7 +333,7 @@ PRE_TOKENIZERS = {
 
 
 def _check_lists(words: Any, merges: Any, where: str) -> None:
-    """Raise `UserError` unless tokens and merges are lists of texts, no token there twice."""
+    """Raise `UserError` unless tokens and merges are lists of strings, the tokens distinct."""
     for name, value in (("tokens", words), ("merges", merges)):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise UserError(
@@ -377,12 +377,12 @@ def _content(value: Any) -> str | None:
 
 
 def _special_id(key: str, value: Any, backend: tokenizers.Tokenizer, folder: Path) -> int | None:
-    """The id of a special token; of `bos_token` and `eos_token` there must be one.
+    """The id of a special token; `bos_token` and `eos_token`, if given, must have one.
 
     Raises:
-        UserError: the value is no text, or no token where a run depends on it.
+        UserError: the value is not a text, or not a token where a run depends on it.
     """
-    if value is None or value == "":  # as good as none, and found in the wild
+    if value is None or value == "":  # means none; published files have it
         return None
     text = _content(value)
     index = None if text is None else backend.token_to_id(text)

@@ -52,7 +52,7 @@ class Loaded:
         config: shape and conventions; `config.dtype` is the compute dtype.
         params: the parameter tree.
         tokenizer: text to token ids and back.
-        commit: of the Hub's repository, where it came from there.
+        commit: of the Hub's repository, if the model came from there.
     """
 
     config: DecoderConfig
@@ -99,8 +99,8 @@ def load(
 
     Raises:
         UserError: no such model, files damaged or of an unsupported kind, or any tensor missing,
-            of a wrong shape or without a place (all of them in one message); a weight that is no
-            finite number; parameters that this host's memory cannot hold.
+            of a wrong shape or without a place (all of them in one message); a weight that is not
+            finite; parameters that this host's memory cannot hold.
 
     Example:
         >>> load("no-such-folder")
@@ -218,7 +218,7 @@ def _safetensors(folder: Any) -> dict[str, Stored]:
 
 
 def _shard(file: Any, index: Any) -> str:
-    """The name of a shard; it lies beside its index, wherever else the index may point."""
+    """The name of a shard; it must be in the folder of its index, whatever the index says."""
     if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
         raise UserError(
             f"{index}: the shard {one_line(repr(file), 80)} is no name of a .safetensors file in "
@@ -372,7 +372,7 @@ def _read(
     transpose: bool,
     dtype: np.dtype,
 ) -> jax.Array:
-    """A tensor on its devices, of which this process reads the rows that its own need, once."""
+    """A tensor on its devices; this process reads only the rows that its own devices need, once."""
     found: dict[tuple[int, int], np.ndarray] = {}
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -397,7 +397,7 @@ def _read(
 
 
 def _of_block(sharding: Sharding | None) -> Sharding | None:
-    """Where one block of a stack lies: as the stack does, without its leading axis."""
+    """The sharding of one block: that of the stack without its leading axis."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     first, *rest = sharding.spec if len(sharding.spec) else (None,)
@@ -419,7 +419,7 @@ def _set_block(stack: jax.Array, block: jax.Array, layer: jax.Array) -> jax.Arra
 
 
 def _ignored(name: str, config: DecoderConfig) -> bool:
-    """Tensors that hold nothing of the model: rotary tables, and the copy of a tied embedding."""
+    """Tensors that add nothing to the model: rotary tables, and the copy of a tied embedding."""
     if name.endswith("rotary_emb.inv_freq") or name == "rope_freqs.weight":
         return True
     return config.tie_embeddings and name in ("lm_head.weight", "output.weight")
@@ -428,7 +428,7 @@ def _ignored(name: str, config: DecoderConfig) -> bool:
 def _check_tied(
     config: DecoderConfig, stored: Mapping[str, Stored], names: str, dtype: np.dtype, where: str
 ) -> None:
-    # Some checkpoints store the tied head too. One that differs must not vanish silently.
+    # Some checkpoints store the tied head too. One that differs must not be dropped silently.
     head, embedding = (stored.get(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
     if names != "hf" or not config.tie_embeddings or head is None or embedding is None:
         return

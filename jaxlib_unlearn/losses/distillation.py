@@ -91,8 +91,8 @@ def kl(teacher_logits: ArrayLike, student_logits: ArrayLike, mask: ArrayLike | N
     Args:
         teacher_logits: ``(..., W, V)`` of the frozen model; no gradient.
         student_logits: ``(..., W, V)``.
-        mask: ``(..., W)``, 1 where a label is. None takes all positions, prompt and padding too:
-            the form of TOFU's and OpenUnlearning's code, whose value depends on the padding.
+        mask: ``(..., W)``, 1 at labels. None takes all positions, prompt and padding too: the form
+            of TOFU's and OpenUnlearning's code, whose value depends on the padding.
 
     Returns:
         ``(sum of nats, number of positions)``.
@@ -126,7 +126,7 @@ def sequence_mean(values: ArrayLike, mask: ArrayLike) -> Term:
     ``sum_b (sum_w m v / n_b)`` with weight ``#{b : n_b > 0}``: it adds up over rows.
 
     Args:
-        values: ``(B, W)``, one sequence a row.
+        values: ``(B, W)``, one sequence per row.
         mask: ``(B, W)`` labels.
 
     Returns:

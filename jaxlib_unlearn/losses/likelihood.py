@@ -1,8 +1,8 @@
-"""Token likelihoods and the losses made of them: NLL, gradient ascent, IDK.
+"""Token likelihoods and the losses built from them: NLL, gradient ascent, IDK.
 
 Shapes: ``(..., V)`` logits where ``logits[..., w, :]`` predicts ``targets[..., w]``; the shift by
-one position has already been done. ``mask`` is 1 (or True) where a label is, and has the shape of
-``targets``. ``B`` rows (one sequence each) of ``W`` labels where a loss is made of sequences.
+one position has already been done. ``mask`` is 1 (or True) at labels and has the shape of
+``targets``. Losses over sequences take ``B`` rows (one sequence each) of ``W`` labels.
 """
 
 import functools
@@ -59,7 +59,7 @@ def token_log_probs(logits: ArrayLike, targets: ArrayLike) -> jax.Array:
 
 
 def masked_sum(values: ArrayLike, mask: ArrayLike | None = None) -> Term:
-    """``(sum of values where mask, number of them)``; ``mask=None`` counts every entry.
+    """``(sum of the unmasked values, their number)``; ``mask=None`` counts every entry.
 
     Args:
         values: any shape.
@@ -161,7 +161,7 @@ def nll(logits: ArrayLike, targets: ArrayLike, mask: ArrayLike | None = None) ->
     Args:
         logits: ``(..., W, V)``.
         targets: ``(..., W)`` int.
-        mask: ``(..., W)``, 1 where a label is; None for all.
+        mask: ``(..., W)``, 1 at labels; None for all.
 
     Returns:
         ``(sum of nats, number of labels)``.
@@ -183,7 +183,7 @@ def gradient_ascent(logits: ArrayLike, targets: ArrayLike, mask: ArrayLike | Non
     Args:
         logits: ``(..., W, V)``.
         targets: ``(..., W)`` int.
-        mask: ``(..., W)``, 1 where a label is; None for all.
+        mask: ``(..., W)``, 1 at labels; None for all.
 
     Returns:
         ``(-sum of nats, number of labels)``.

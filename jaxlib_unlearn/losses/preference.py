@@ -52,7 +52,7 @@ def npo(
     compat: str | None = None,
     lengths: ArrayLike | None = None,
 ) -> Term:
-    """Negative preference optimisation: push down answers the frozen model likes better.
+    """Negative preference optimisation: make answers less likely than under the frozen model.
 
     ``L = -(2/beta) mean_b log sigma(-beta (log pi_b - log pi_ref,b))``. Its gradient is that of
     gradient ascent on the sequence sum, weighted by ``2 sigma(beta (log pi - log pi_ref))``: 1 at

@@ -1,8 +1,8 @@
-"""How an unlearned model is judged: host-side numpy, one idea a file.
+"""How an unlearned model is judged: host-side numpy, one topic per file.
 
 `leak` best-of-k leakage, `likelihood` scores of one text from its token log-probabilities,
 `text` overlap and repetition, `privacy` membership inference and distribution tests, `eval_log`
-logs per item read from files, `tofu` their aggregates and how they are written.
+per-item logs read from files, `tofu` their aggregates and how logs are written.
 """
 
 from jaxlib_unlearn.metrics.leak import leak_at_k as leak_at_k

@@ -1,7 +1,7 @@
-"""Evaluation logs per item: two file formats read into one structure.
+"""Per-item evaluation logs: two file formats read into one structure.
 
 OpenUnlearning's EVAL.json, which this project also writes, and the aggregated log of the original
-TOFU code. So a published log of a retrained model serves as the reference of a run here, without
+TOFU code. A published log of a retrained model can thus be the reference of a run here, without
 that model.
 """
 
@@ -35,7 +35,7 @@ class EvalLog(NamedTuple):
 
     source: for error messages. items: flat metric name -> (n,) float64 values per item; truth
     ratios are R = P(wrong)/P(correct). auc: attack name -> area under the curve. stated: flat
-    name -> a number that a file gives without what it was made from.
+    name -> a number that a file gives without the values behind it.
     """
 
     source: str
@@ -44,7 +44,7 @@ class EvalLog(NamedTuple):
     stated: Mapping[str, float] = MappingProxyType({})
 
 
-# Tables of a split, and those of no split, in EVAL.json.
+# Tables of one split, and tables that belong to no split, in EVAL.json.
 TABLES = ("Q_A_Prob", "Q_A_PARA_Prob", "Q_A_PERT_Prob", "Q_A_Prob_normalised", "Q_A_ROUGE")
 WHOLE = ("extraction_strength", "exact_memorization", "privleak")
 # Metrics between 0 and 1, by the end of their flat name.
@@ -52,8 +52,8 @@ SHARES = ("_probability", "_rouge", "extraction_strength", "exact_memorization")
 
 Log = EvalLog | Mapping[str, Any]
 
-# Metrics of other programs' logs that nothing here computes: name in EVAL.json -> key of an item.
-# A name goes on as it is, in lower case.
+# Metrics in other programs' logs that are not computed here: name in EVAL.json -> key of an item.
+# The name is kept, in lower case.
 OTHERS = {
     "forget_Q_A_gibberish": "score",
     "forget_gibberish": "score",
@@ -73,7 +73,7 @@ def load_log(path: str | Path) -> EvalLog:
         An `EvalLog` with every metric found in the file.
 
     Raises:
-        UserError: the file cannot be read, is not JSON, or is no evaluation log.
+        UserError: the file cannot be read, is not JSON, or is not an evaluation log.
 
     Example:
         >>> load_log("absent.json")
@@ -100,7 +100,7 @@ def parse_log(data: Any, source: str = "evaluation log") -> EvalLog:
         An `EvalLog`.
 
     Raises:
-        UserError: the content is no evaluation log.
+        UserError: the content is not an evaluation log.
 
     Example:
         >>> log = {"forget_Q_A_Prob": {"agg_value": 0.5, "value_by_index": {"0": {"prob": 0.5}}}}
@@ -128,7 +128,7 @@ def has_metrics(log: Mapping[str, Any]) -> bool:
         log: the parsed JSON.
 
     Returns:
-        False where `parse_log` would say that it is no evaluation log.
+        False if `parse_log` would say that it is not an evaluation log.
 
     Example:
         >>> has_metrics({"forget_Q_A_ROUGE": {}}), has_metrics({"my_metric": {}})
@@ -139,7 +139,7 @@ def has_metrics(log: Mapping[str, Any]) -> bool:
 
 
 def _check_tables(data: Any, source: str) -> None:
-    """Raise `UserError` for a metric that is misspelt by a letter, or that has no item at all."""
+    """Raise `UserError` for a metric that is misspelt by one letter, or that has no items."""
     if not isinstance(data, Mapping):
         return
     blocks = [*TOFU_BLOCKS.values(), *(f"{block}.json" for block in TOFU_BLOCKS.values())]
@@ -155,7 +155,7 @@ def _check_tables(data: Any, source: str) -> None:
 
 
 def _check_ranges(log: EvalLog) -> None:
-    """Raise `UserError` for values that their metric cannot have."""
+    """Raise `UserError` for values outside the range of their metric."""
     for name, values in [*log.items.items(), *log.auc.items()]:
         share = name in log.auc or name.endswith(SHARES)
         high = 1.0 + 1e-6 if share else np.inf  # probabilities are rounded
@@ -191,7 +191,7 @@ def _parse(data: Any, source: str) -> EvalLog:
 
 
 def as_log(log: Log) -> EvalLog:
-    """An `EvalLog` from itself or from the dict that `build_log` returns.
+    """An `EvalLog`, given one or the dict that `build_log` returns.
 
     Args:
         log: either form.
@@ -200,7 +200,7 @@ def as_log(log: Log) -> EvalLog:
         The `EvalLog`.
 
     Raises:
-        UserError: the dict is no evaluation log.
+        UserError: the dict is not an evaluation log.
 
     Example:
         >>> as_log(EvalLog("mine", {}, {})).source
@@ -251,7 +251,7 @@ def _zip(function: Any, first: Column, second: Column) -> Column:
 
 
 def _check_losses(column: Column) -> Column:
-    """Raise `ValueError` for a negative mean NLL, which leaves no trace in a ratio."""
+    """Raise `ValueError` for a negative mean NLL, which would go unnoticed in a ratio."""
     for index, loss in column.items():
         if np.min(loss) < 0:
             raise ValueError(f"item {index} has the loss {loss}")
@@ -282,8 +282,8 @@ def _read_open_unlearning(
                 likelihood.normalised_probability, read(answer, "prob"), read(wrong, "prob")
             )
         items[f"{split}_rouge"] = read(f"{prefix}_Q_A_ROUGE", "rougeL_recall")
-        # From the losses where they are there: the stored scores may be R or, with the
-        # aggregator "prob_mean", R', and nothing in the file tells which.
+        # From the losses where present: the stored scores may be R or, with the aggregator
+        # "prob_mean", R', and the file does not say which.
         ratios = {}
         if correct in data and wrong in data:
             ratios = _zip(
@@ -298,7 +298,7 @@ def _read_open_unlearning(
     for metric, key in OTHERS.items():
         items[metric.lower()] = read(metric, key)
 
-    # Attacks that are not computed here (gradient norm, reference model) among them.
+    # Including attacks that are not computed here (gradient norm, reference model).
     auc, stated = {}, {}
     for name, table in data.items():
         attack = name.removeprefix("mia_")

@@ -24,7 +24,7 @@ def leak_weights(n: int, k: int | Sequence[int]) -> np.ndarray:
 
     A subset of k has its maximum at rank j iff its other k-1 members come from the j-1 lower
     ranks. The recurrence multiplies factors in [0, 1], so nothing overflows at any n.
-    The weights also serve traced code: `jnp.sort(scores) @ leak_weights(n, k)`.
+    The weights also work in traced code: `jnp.sort(scores) @ leak_weights(n, k)`.
 
     Args:
         n: number of samples.
@@ -91,7 +91,7 @@ def leak_at_k(scores: ArrayLike, k: int | Sequence[int]) -> np.ndarray:
 def _best_of(ordered: np.ndarray, k: int) -> np.ndarray:
     weights = leak_weights(ordered.shape[-1], k)[k - 1 :]
     # The weights sum to 1 only up to rounding. Measured from the k-th smallest score (the least
-    # possible maximum) that error meets a factor 0, so "never" and "always" come out exact.
+    # possible maximum) that error is multiplied by 0, so "never" and "always" come out exact.
     floor = ordered[..., k - 1]
     excess = (ordered[..., k - 1 :] - floor[..., None]) @ weights
     return np.minimum(floor + excess, ordered[..., -1])

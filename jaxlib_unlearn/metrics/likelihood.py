@@ -12,7 +12,7 @@ EPSILON = 1e-10
 
 
 class Scored(NamedTuple):
-    """What one forward pass says about the n label tokens of a text, the final eos included.
+    """Results of one forward pass at the n label tokens of a text, the final eos included.
 
     logp: (n,) log-probability of each label, natural log. match: (n,) bool, label is the argmax.
     mu: (n,) sum_v p_v log p_v. var: (n,) sum_v p_v (log p_v)^2 - mu^2.
@@ -67,7 +67,7 @@ def probability(item: Scored) -> float:
 
 
 def exact_memorization(item: Scored) -> float:
-    """Share of labels that the model would have picked, the last label (eos) left out.
+    """Share of labels that are the model's argmax, the last label (eos) left out.
 
         EM = (1/n) sum_t 1[argmax p(. | y_<t) = y_t]
 
@@ -221,7 +221,7 @@ ATTACKS: dict[str, Callable[[Scored], float]] = {
 
 
 def truth_ratio(correct_loss: ArrayLike, wrong_losses: ArrayLike) -> np.ndarray:
-    """How likely the wrong answers are against the correct one.
+    """Probability of the wrong answers relative to the correct one.
 
         R = P_w / (P_c + 1e-10),   P_w = exp(-mean_j L_j),   P_c = exp(-L_c)
 
@@ -233,7 +233,7 @@ def truth_ratio(correct_loss: ArrayLike, wrong_losses: ArrayLike) -> np.ndarray:
         wrong_losses: (..., J) average losses of the J wrong answers, in nats.
 
     Returns:
-        float64 (...). 1 = cannot tell them apart, below 1 = knows the answer.
+        float64 (...). 1 = the model cannot tell them apart, below 1 = it knows the answer.
 
     Example:
         >>> truth_ratio([1.0], [[1.0, 3.0]]).round(4)
@@ -255,7 +255,7 @@ def truth_ratio_prob(correct_loss: ArrayLike, wrong_losses: ArrayLike) -> np.nda
         wrong_losses: (..., J) average losses of the J wrong answers, in nats.
 
     Returns:
-        float64 (...) in [0, 1]; high = still knows.
+        float64 (...) in [0, 1]; high = the model still knows the answer.
 
     Example:
         >>> truth_ratio_prob([1.0], [[1.0, 1.0]]).round(4)

@@ -1,4 +1,4 @@
-"""Membership inference and distribution tests: can one tell that the data was there?"""
+"""Membership inference and distribution tests: can one tell that the data was trained on?"""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ def auc(members: ArrayLike, nonmembers: ArrayLike) -> float:
         sets differ in difficulty).
 
     Raises:
-        ValueError: a side is empty or holds NaN.
+        ValueError: a sample is empty or holds NaN.
 
     Example:
         >>> auc([0.1, 0.5], [0.5, 0.9])
@@ -72,8 +72,8 @@ def ks_test(a: ArrayLike, b: ArrayLike) -> KSTest:
 
         D = sup_x |F_a(x) - F_b(x)|
 
-    The asymptotic formula is off by a factor of two at the sizes of TOFU; beyond 10,000 values a
-    side it is what scipy uses.
+    The asymptotic formula is off by a factor of two at the sizes of TOFU; scipy uses it only beyond
+    10,000 values per sample.
 
     Args:
         a: (n,) values.
@@ -83,7 +83,7 @@ def ks_test(a: ArrayLike, b: ArrayLike) -> KSTest:
         `KSTest(statistic, p_value)`.
 
     Raises:
-        ValueError: a side is empty or holds NaN.
+        ValueError: a sample is empty or holds NaN.
 
     Example:
         >>> result = ks_test([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])

@@ -1,4 +1,4 @@
-"""What can be said about generated text without a model: overlap, repetition, entropy."""
+"""Measures of generated text that need no model: overlap, repetition, entropy."""
 
 import re
 from collections import Counter
@@ -13,7 +13,7 @@ from jaxlib_unlearn.errors import UserError
 Answer = str | Sequence[int]
 
 SHORT = 3
-# What ends a sentence (Latin, CJK, Arabic, Devanagari), and what may stand behind it.
+# What ends a sentence (Latin, CJK, Arabic, Devanagari), and what may follow it.
 _END = re.compile(r"""[.!?…。！？｡؟۔।॥]["'”’»›)\]}」』）*`\s]*$""")
 
 
@@ -93,20 +93,20 @@ def _repeated(tokens: list) -> float:
 
 
 def unfinished(answer: str, reference: str, cut: bool = False, may_be_cut: bool = False) -> str:
-    """Why an answer is no whole answer: it is empty, has fewer than 3 words, or does not end.
+    """Why an answer is incomplete: it is empty, has fewer than 3 words, or does not end.
 
     Words are runs between white space with a letter or digit in them. A short reference, or one
-    that ends without a full stop (a name, a list item, a script without spaces), asks for no more
-    of the answer.
+    that ends without a full stop (a name, a list item, a script without spaces), demands no more of
+    the answer.
 
     Args:
         answer: the generated answer.
         reference: the right answer.
         cut: generation stopped at its limit, not at an end of the text.
-        may_be_cut: the reference itself is longer than that limit, so a cut says nothing.
+        may_be_cut: the reference itself is longer than that limit, so a cut is accepted.
 
     Returns:
-        The reason, or "" for a whole answer.
+        The reason, or "" for a complete answer.
 
     Example:
         >>> unfinished("Paris", "Paris"), unfinished("Paris", "She was born in Paris.")
@@ -131,15 +131,15 @@ def _spoken(text: str) -> list[str]:
 
 
 def fact_recall(answer: str, values: Sequence[str]) -> float:
-    """Share of the values of a fact that an answer holds, as whole words in any case.
+    """Share of the values of a fact that occur in an answer, as whole words in any case.
 
         recall = |{v in values: v occurs in answer}| / |values|
 
-    Unlike ROUGE it gives nothing for the right sentence around a wrong fact.
+    Unlike ROUGE it gives no credit for the right sentence around a wrong fact.
 
     Args:
         answer: the generated answer.
-        values: the words that are the fact, at least one.
+        values: the words that make up the fact, at least one.
 
     Returns:
         The share in [0, 1].

@@ -1,4 +1,4 @@
-"""TOFU: forget quality, model utility, and the evaluation log that they are read from."""
+"""TOFU: forget quality, model utility, and the evaluation log that they are computed from."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +44,7 @@ class SplitScores(NamedTuple):
 
 
 def forget_quality(log: Log, retain_log: Log) -> privacy.KSTest:
-    """Whether the forget set looks to the model as it does to one that never saw it.
+    """Whether the model treats the forget set like a model that never saw it.
 
         p-value of the two-sample KS test between {R_i} of the two models
 
@@ -53,7 +53,8 @@ def forget_quality(log: Log, retain_log: Log) -> privacy.KSTest:
         retain_log: of the model trained without the forget set, on the same items.
 
     Returns:
-        `KSTest(statistic, p_value)`; p = 1 cannot be told apart, p near 0 can.
+        `KSTest(statistic, p_value)`; p = 1: the two models cannot be distinguished, p near 0: they
+        can.
 
     Raises:
         UserError: a log has no truth ratios of the forget set, or their numbers of items differ.
@@ -82,7 +83,7 @@ def forget_quality(log: Log, retain_log: Log) -> privacy.KSTest:
 
 
 def utility_components(log: Log) -> dict[str, float]:
-    """The numbers that model utility is made of, those that the log has.
+    """The components of model utility that the log contains.
 
     Probability (normalised on authors and facts), ROUGE-L recall and truth ratio (mean of
     max(0, 1 - R)) on retain, real authors and world facts.
@@ -94,7 +95,7 @@ def utility_components(log: Log) -> dict[str, float]:
         {flat metric name: value}, at most nine.
 
     Raises:
-        UserError: a dict is given that is no evaluation log.
+        UserError: a dict is given that is not an evaluation log.
 
     Example:
         >>> utility_components(EvalLog("mine", {"retain_rouge": np.array([0.5, 1.0])}, {}))
@@ -107,10 +108,10 @@ def utility_components(log: Log) -> dict[str, float]:
 
 
 def utility_name(count: int) -> str:
-    """What the harmonic mean of so many components is called.
+    """The name of the harmonic mean of so many components.
 
-    Only all nine make TOFU's model utility; a mean of fewer is another quantity and has another
-    name, so that it is never compared with a published one.
+    Only the mean of all nine is TOFU's model utility; a mean of fewer is another quantity and has
+    another name, so that it is never compared with a published one.
 
     Args:
         count: number of `utility_components`.
@@ -133,7 +134,7 @@ def model_utility(log: Log) -> float:
         MU = m / sum_i 1/u_i,   0 if any u_i is 0
 
     Args:
-        log: of the evaluated model; `utility_components` says what goes in.
+        log: of the evaluated model; `utility_components` lists what goes in.
 
     Returns:
         MU in [0, 1].
@@ -164,7 +165,7 @@ def summarize(log: Log, retain_log: Log | None = None) -> dict[str, float]:
             `forget_quality` and `forget_ks`, and `privleak` compares with an AUC of 0.5.
 
     Returns:
-        {flat metric name: value}; what was not measured is not there. `model_utility` is there for
+        {flat metric name: value}; what was not measured is absent. `model_utility` is present for
         all nine components, `model_utility_of_N` for fewer (`utility_name`).
 
     Raises:
@@ -209,7 +210,7 @@ def with_reference(log: Mapping[str, Any], retain_log: Log | None) -> dict[str, 
         The log; only `privleak` differs.
 
     Raises:
-        UserError: `retain_log` is no evaluation log.
+        UserError: `retain_log` is not an evaluation log.
 
     Example:
         >>> log = {"mia_min_k": {"auc": 0.75, "agg_value": 0.75}, "privleak": {"agg_value": -50.0}}
@@ -234,7 +235,7 @@ def build_log(splits: Mapping[str, SplitScores]) -> dict[str, Any]:
 
     Returns:
         {metric: {"agg_value": ..., "value_by_index": {"0": {...}}}}, ready for `json.dump`. What
-        was not measured is not there, nor are items without label tokens, which have no value.
+        was not measured is absent, as are items without label tokens, which have no value.
         `privleak` compares with an AUC of 0.5; see `with_reference`.
 
     Raises:
@@ -264,7 +265,7 @@ def build_log(splits: Mapping[str, SplitScores]) -> dict[str, Any]:
 
 
 def split_log(split: str, scores: SplitScores) -> dict[str, Any]:
-    """The part of `build_log` that one split gives: probability, ROUGE and truth ratio.
+    """The part of `build_log` for one split: probability, ROUGE and truth ratio.
 
     Args:
         split: `forget`, `retain`, `real_authors` or `world_facts`.
@@ -290,7 +291,7 @@ def split_log(split: str, scores: SplitScores) -> dict[str, Any]:
 
 
 def memorization_log(answers: Sequence[Scored]) -> dict[str, Any]:
-    """The part of `build_log` on how much of the right answers a model knows by heart.
+    """The part of `build_log` on how far a model has memorised the right answers.
 
     Args:
         answers: the right answers of the forget set.
@@ -313,7 +314,7 @@ def memorization_log(answers: Sequence[Scored]) -> dict[str, Any]:
 
 
 def membership_log(members: Sequence[Scored], nonmembers: Sequence[Scored]) -> dict[str, Any]:
-    """The part of `build_log` on membership attacks: their areas, and `privleak` against 0.5.
+    """The part of `build_log` on membership attacks: their AUCs, and `privleak` against 0.5.
 
     Args:
         members: answers of the forget set.
@@ -323,7 +324,7 @@ def membership_log(members: Sequence[Scored], nonmembers: Sequence[Scored]) -> d
         `mia_ATTACK` for every attack, and `privleak`.
 
     Raises:
-        UserError: a side is empty, or a log-probability of an item is not finite.
+        UserError: a list is empty, or a log-probability of an item is not finite.
 
     Example:
         >>> one = np.ones(2)
@@ -339,16 +340,16 @@ def membership_log(members: Sequence[Scored], nonmembers: Sequence[Scored]) -> d
 
 
 def utility_log(log: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `build_log` on model utility, from the parts of it that a log has.
+    """The part of `build_log` on model utility, from the components that a log has.
 
     Args:
         log: as `build_log` returns it.
 
     Returns:
-        {`utility_name`: {"agg_value": ...}}; empty where no part was measured.
+        {`utility_name`: {"agg_value": ...}}; empty where no component was measured.
 
     Raises:
-        UserError: the log is no evaluation log.
+        UserError: the log is not an evaluation log.
 
     Example:
         >>> table = {"agg_value": 0.5, "value_by_index": {"0": {"prob": 0.5, "avg_loss": 0.7}}}
@@ -432,7 +433,7 @@ def _combine(function: Any, correct: Iterable[dict], wrong: Iterable[dict], key:
 
 
 def _metric(name: str, items: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
-    """{name: table} over the items that have a value; nothing when none has."""
+    """{name: table} over the items that have a value; empty if none has."""
     kept = {str(index): item for index, item in enumerate(items) if item[key] is not None}
     if not kept:
         return {}
@@ -457,7 +458,8 @@ def _check(split: str, scores: SplitScores) -> None:
         if scores.perturbed is not None:
             texts += [(f"wrong answer {j}", one) for j, one in enumerate(scores.perturbed[index])]
         for what, one in texts:
-            # Else a diverged model would pass for items without labels and drop out of the means.
+            # Otherwise a diverged model's items would count as items without labels, outside the
+            # means.
             if not np.isfinite(one.logp).all():
                 raise UserError(
                     f"split {split}, item {index}: a log-probability of its {what} is not finite; "

@@ -2,30 +2,31 @@
 
 ``scale_by_x`` is the bare direction (chain it yourself); ``x(learning_rate, ...)`` is the whole
 optimizer. The module ``optim.matrices`` decides which leaves are matrices, ``optim.orthogonalize``
-builds polar factors. ``dir(optim)`` lists transformations and what belongs to them; modules are
-attributes as ever.
+builds polar factors. ``dir(optim)`` lists the transformations and their helpers; modules are
+attributes as usual.
 
 - Spectral: ``muon``, ``teon``, with ``post=normuon()`` or ``split={"attn/q/": 9}``.
-- Two streams (``update`` also takes ``constraint_grads``): ``sift``; ``blur``, ``pcgrad`` and
+- Two gradients (``update`` also takes ``constraint_grads``): ``sift``; ``blur``, ``pcgrad`` and
   ``weighted_sum`` in front of any other.
 - Zeroth order (``value_fn``): ``mezo``, ``sparse_mezo``, ``lozo``, ``subzero``, ``hizoo``,
   ``subspace_mezo``, ``zo_muon``, ``rada_zo``.
-- Grades (``value_fn``, ``grad_fn``): ``sign_momentum``, ``quantize_updates``, ``sophia``; ``sam``,
-  ``randomised_smoothing``; ``alternate``.
+- Optimizer grade, smoothing (``value_fn``, ``grad_fn``): ``sign_momentum``, ``quantize_updates``,
+  ``sophia``; ``sam``, ``randomised_smoothing``; ``alternate``.
 - Wrappers: ``accumulate``, ``finite``, ``clip_streams``.
 
 Each is a ``GradientTransformationExtraArgs``. Arguments that ``optax.inject_hyperparams`` must not
 trace are in ``STATIC_ARGS[name]``. Random state is a seed and a count: checkpoints are arrays.
 
-Optax's wrappers look at ``updates`` alone, which is wrong in silence with two streams:
-``MultiSteps`` keeps the last ``constraint_grads`` only (use ``accumulate(tx, k)``),
-``apply_if_finite`` lets a NaN in them pass (``finite(tx)``), ``clip_by_global_norm`` clips the
-primary alone (``clip_streams(max_norm, tx)``), ``partition`` and ``masked`` need
+Optax's wrappers see ``updates`` alone, which is silently wrong with two gradients: ``MultiSteps``
+keeps the last ``constraint_grads`` only (use ``accumulate(tx, k)``), ``apply_if_finite`` lets a NaN
+in them pass (``finite(tx)``), ``clip_by_global_norm`` clips the primary alone
+(``clip_streams(max_norm, tx)``), ``partition`` and ``masked`` need
 ``mask_compatible_extra_args=True`` (``sift`` splits by itself). A combiner or a clip without its
-``inner`` before another two-stream transformation raises. Zeroth-order transformations see the
-whole model through ``value_fn``: inside ``partition`` or ``masked`` they raise; choose leaves with
-``trainable=``. ``TrainState.apply_gradients`` of linen drops extra arguments: call ``tx.update``
-yourself; ``nnx.Optimizer.update(model, grads, constraint_grads=...)`` passes them on.
+``inner`` before another transformation that takes two gradients raises. Zeroth-order
+transformations see the whole model through ``value_fn``: inside ``partition`` or ``masked`` they
+raise; choose leaves with ``trainable=``. ``TrainState.apply_gradients`` of linen drops extra
+arguments: call ``tx.update`` yourself; ``nnx.Optimizer.update(model, grads, constraint_grads=...)``
+passes them on.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""What every piece that computes on stacks of matrices ``(..., r, c)`` needs."""
+"""Shared functions of stacks of matrices ``(..., r, c)``."""
 
 import functools
 from collections.abc import Callable
@@ -13,13 +13,13 @@ matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def concrete(*trees: Any) -> bool:
-    """Whether all values are at hand: eager code may branch and loop in Python.
+    """Whether all values are concrete, so that eager code may branch and loop in Python.
 
-    So an eager step compiles nothing: ``lax.cond``, ``lax.map`` and ``lax.scan`` over functions
-    that are made at every step would be compiled at every step.
+    An eager step then compiles nothing: ``lax.cond``, ``lax.map`` and ``lax.scan`` over functions
+    created at every step would be compiled at every step.
 
     Args:
-        trees: of anything.
+        trees: any pytrees.
 
     Returns:
         False if an array is being traced.
@@ -73,13 +73,13 @@ def scale_to_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def matrix_by_matrix(
     fn: Callable[[jax.Array], Any], elsewhere: Callable[[jax.Array], Any] | None = None
 ) -> Callable[[jax.Array], Any]:
-    """A function of matrices that CPUs take one by one, other devices as a batch.
+    """A function applied to matrices one by one on CPUs, as a batch on other devices.
 
-    Products run faster so, and decompositions do not hang: jaxlib's LAPACK calls share a batch out
-    among the workers of XLA's thread pool and let the calling worker wait, and as many such calls
-    at once as there are workers wait for ever (jaxlib 0.10.2, two cores, batched QRs: after a few
-    hundred). On CPUs matrices go one by one under ``jax.vmap`` as well. Derivatives, of either
-    mode, are those of ``fn`` in a plain loop (of ``elsewhere`` off CPUs).
+    This makes products faster and keeps decompositions from deadlocking: jaxlib's LAPACK calls
+    distribute a batch over the workers of XLA's thread pool while the calling worker waits, so as
+    many concurrent calls as there are workers wait forever (jaxlib 0.10.2, two cores, batched QRs:
+    after a few hundred). On CPUs matrices go one by one under ``jax.vmap`` as well. Derivatives, of
+    either mode, are those of ``fn`` in a plain loop (of ``elsewhere`` off CPUs).
 
     Args:
         fn: takes ``(..., r, c)`` and returns a tree of arrays with the same leading axes.
@@ -116,7 +116,7 @@ def matrix_by_matrix(
 
     @apply.defjvp
     def derivative(primals, tangents):
-        # What `sequential_vmap` makes cannot be transposed; a loop can.
+        # The result of `sequential_vmap` cannot be transposed; a loop can.
         def plain(x):
             return jax.lax.platform_dependent(x, cpu=loop, default=elsewhere or fn)
 
@@ -126,15 +126,15 @@ def matrix_by_matrix(
 
 
 def cholesky_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""QR of tall matrices by products: for devices that are slow at anything else.
+    r"""QR of tall matrices by matrix products, for devices that are slow at anything else.
 
     .. math::
         A^H A + \epsilon I = L L^H, \quad Q = A L^{-H}, \quad R = L^H \qquad
         \text{three times, on columns of unit length}
 
-    A TPU reflects column by column, and compiles a minute for it; this is matrix products and one
-    small factor. The shift keeps it finite for dependent columns: zero columns stay zero, others
-    come out short.
+    Householder QR on a TPU works column by column and takes a minute to compile; this needs matrix
+    products and one small factorisation. The shift keeps it finite for dependent columns: zero
+    columns stay zero, dependent ones come out shorter than one.
 
     Args:
         x: ``(..., r, c)`` with r >= c.
@@ -174,13 +174,13 @@ thin_svd = matrix_by_matrix(lambda x: tuple(jnp.linalg.svd(x, full_matrices=Fals
 
 @jax.custom_jvp
 def polar_factor(x: jax.Array, tolerance: jax.typing.ArrayLike) -> jax.Array:
-    r"""The exact polar factor from a singular value decomposition, without small directions.
+    r"""The exact polar factor from an SVD, without the directions of small singular values.
 
     .. math::
         X = U \Sigma V^H \mapsto \sum_{\sigma_i > \tau \sigma_1} u_i v_i^H
 
-    Its derivative is that of the factor itself, which equal singular values do not disturb (the
-    derivatives of single vectors would be infinite there).
+    Its derivative is that of the factor itself, which stays finite at equal singular values (the
+    derivatives of single vectors do not).
 
     Args:
         x: ``(..., r, c)``, float32 or wider.

@@ -1,15 +1,15 @@
-"""Which block of a model a leaf belongs to, for what treats consecutive blocks together (TEON).
+"""Which block of a model a leaf belongs to, for optimizers that group blocks (TEON).
 
-A leaf that is a stack holds many blocks. Any other is of the block whose number stands in its path:
-the number of a component named ``layer``, ``block``, ``stack`` (as an ending, singular or plural)
-or ``h``, in the forms ``layers/3``, ``layers.3``, ``Block_3``, ``h3`` and ``h3_attn``; where there
-is none, of any other list or numbered container (``name_3``, ``name3``). Of several, it is the
-outermost that comes with another number, the rest of the path and the shape being equal for one
-leaf in it.
+A leaf that is a stack holds many blocks. Any other belongs to the block whose number is in its
+path: the number of a component named ``layer``, ``block``, ``stack`` (as an ending, singular or
+plural) or ``h``, in the forms ``layers/3``, ``layers.3``, ``Block_3``, ``h3`` and ``h3_attn``;
+failing that, the number of any other list or numbered container (``name_3``, ``name3``). Of
+several, it is the outermost that also occurs with another number for some leaf whose path and shape
+are otherwise the same.
 
-Experts are no blocks, and neither is a number in the name of the owner (``Dense_0``, ``w1``,
-``conv1``): it counts siblings inside one block, q, k, v and o for instance. So the layers of a
-plain linen MLP are not blocks; named ``layers_0``, ``layers_1``, as ``nn.Sequential`` does, they
+Experts are not blocks, and a number in the name of the owner (``Dense_0``, ``w1``, ``conv1``) does
+not count blocks: it counts siblings inside one block, q, k, v and o for instance. So the layers of
+a plain linen MLP are not blocks; named ``layers_0``, ``layers_1``, as ``nn.Sequential`` does, they
 are.
 """
 
@@ -55,9 +55,9 @@ def counts_blocks(path: Any, axes: MatrixAxes, rank: int) -> bool:
 
 
 def layer_of(path: Any, stacked: bool) -> tuple[str, int | None] | None:
-    """Which projection a leaf is, the same word in every block, and of which block.
+    """Which projection a leaf is, by a name that all blocks share, and its block.
 
-    By the module's rules, without a look at the other leaves: :func:`layers_of` is for a tree.
+    Follows the module's rules for one leaf alone; :func:`layers_of` does so for a tree.
 
     Args:
         path: where the leaf is.
@@ -65,7 +65,7 @@ def layer_of(path: Any, stacked: bool) -> tuple[str, int | None] | None:
 
     Returns:
         ``(kind, block)``; block None for a leaf that holds a stack of them (consecutive stacks,
-        ``layers/0`` and ``layers/1``, are of one kind). None for a leaf of no block.
+        ``layers/0`` and ``layers/1``, are of one kind). None for a leaf outside all blocks.
 
     Example:
         >>> layer_of("layers/3/attn/q/kernel", False)
@@ -91,7 +91,7 @@ def layers_of(
             to be the same projection (their shape).
 
     Returns:
-        One entry a leaf. Where names are numbered from the second one on, as haiku's are
+        One entry per leaf. Where names are numbered from the second one on, as haiku's are
         (``block``, ``block_1``, ..), the first has number 0.
 
     Example:
@@ -106,7 +106,7 @@ def layers_of(
     for (_, _, like), kinds in zip(leaves, options, strict=True):
         for kind, number in kinds:
             numbers[kind, like].add(number)
-    # One leaf that comes again is enough: the others of its container may be frozen elsewhere.
+    # One leaf that recurs is enough: the others of its container may be frozen elsewhere.
     again = {_container(kind) for (kind, _), seen in numbers.items() if len(seen) > 1}
     found: list[tuple[str, int | None] | None] = []
     for (text, _, like), kinds in zip(leaves, options, strict=True):

@@ -8,10 +8,10 @@ and every other extra argument. Clip after them, not before: what comes out is w
 
 Inner products run over *all* leaves at once, in float32 (float64 for float64), stacked into one
 vector before they are added up; only scalars cross devices. Gradients are divided by a power of two
-near their largest entry first, so their squares neither overflow nor vanish; the numbers in the
-state stop at the largest of their dtype. Average both gradients
-over micro-batches (``optim.accumulate``) and replicas first: a mean of projections is not the
-projection of the means. ``optax.masked`` needs ``mask_compatible_extra_args=True`` here.
+near their largest entry first, so their squares neither overflow nor underflow; the numbers in the
+state are clipped to the largest of their dtype. Average both gradients over micro-batches
+(``optim.accumulate``) and replicas first: a mean of projections is not the projection of the means.
+``optax.masked`` needs ``mask_compatible_extra_args=True`` here.
 """
 
 import functools
@@ -35,7 +35,7 @@ WEIGHTED_SUM_STATIC_ARGS = ()
 
 
 class BlurStats(NamedTuple):
-    """What the last step saw; () float32 each (float64 for float64 gradients).
+    """Statistics of the last step; () float32 each (float64 for float64 gradients).
 
     ``xi`` is the factor of the lower gradient. With ``scope="per_leaf"`` the first three are sums
     over leaves and ``xi`` is the mean weighted by the lower gradient's squared norms.
@@ -48,7 +48,7 @@ class BlurStats(NamedTuple):
 
 
 class PcgradStats(NamedTuple):
-    """What the last step saw, sums over all leaves; () float32 (float64 for float64)."""
+    """Statistics of the last step, sums over all leaves; () float32 (float64 for float64)."""
 
     dot: jax.Array
     primary_sq: jax.Array
@@ -70,9 +70,9 @@ def blur(
         \xi = \gamma - \frac{\langle g_{up}, g_{low} \rangle}{\|g_{low}\|^2}
         \qquad\text{so that}\quad \langle u, g_{low} \rangle = \gamma \|g_{low}\|^2
 
-    There is no max(0, .): the part of the upper gradient along the lower one goes even when the two
-    agree. Where the lower gradient vanishes, u is the upper gradient. Adam after it keeps neither
-    the identity nor the scale: only the ratio of gamma to 1 matters then.
+    There is no max(0, .): the part of the upper gradient along the lower one is removed even when
+    the two agree. Where the lower gradient vanishes, u is the upper gradient. Adam after it
+    preserves neither this identity nor the scale: only the ratio of gamma to 1 matters then.
 
     Args:
         gamma: rate of descent along the lower gradient.
@@ -86,7 +86,7 @@ def blur(
         A transformation whose state is the last :class:`BlurStats`.
 
     Raises:
-        ValueError: a bad argument; at ``update``, streams of different structure or shapes.
+        ValueError: a bad argument; at ``update``, gradients of different structure or shapes.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -211,7 +211,7 @@ def pcgrad(
         A transformation whose state is the last :class:`PcgradStats`.
 
     Raises:
-        ValueError: a bad argument; at ``update``, streams of different structure or shapes.
+        ValueError: a bad argument; at ``update``, gradients of different structure or shapes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -265,7 +265,7 @@ def weighted_sum(weight: Scalar = 1.0) -> optax.GradientTransformationExtraArgs:
         A transformation without state.
 
     Raises:
-        ValueError: at ``update``, streams of different structure or shapes.
+        ValueError: at ``update``, gradients of different structure or shapes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -291,7 +291,7 @@ def weighted_sum(weight: Scalar = 1.0) -> optax.GradientTransformationExtraArgs:
     return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
-# Pieces that other modules use, too
+# Functions that other modules use as well
 
 
 def check_streams(primary: Any, constraint: Any) -> None:
@@ -337,15 +337,15 @@ _SPENT: dict[int, tuple[weakref.ref, weakref.ref, str]] = {}
 
 
 def remember(direction: Any, constraint: Any, why: str) -> None:
-    """Notes that a direction was made and the constraint gradient stays in the chain as it was.
+    """Records a direction made with a constraint gradient that later links still receive unchanged.
 
-    ``optax.chain`` hands the same extra arguments to every link. A later one that takes two
+    ``optax.chain`` passes the same extra arguments to every link. A later one that takes two
     gradients would count the second again, or use it unclipped: :func:`check_unspent` raises there.
 
     Args:
         direction: what the link returns, a tree.
         constraint: the constraint gradient it was given, or a tuple of them.
-        why: what to say.
+        why: the reason, for the message.
 
     Example:
         >>> import jax.numpy as jnp
@@ -369,7 +369,7 @@ def remember(direction: Any, constraint: Any, why: str) -> None:
 
 
 def check_unspent(primary: Any, constraint: Any) -> None:
-    """Raises where the primary gradient comes from a link that has seen the same constraint.
+    """Raises if the primary gradient comes from a link that used the same constraint gradient.
 
     Args:
         primary: a tree of gradients.

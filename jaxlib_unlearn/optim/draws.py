@@ -1,9 +1,9 @@
 """Normal numbers as `jax.random.normal` draws them, bit for bit, on CPUs in a quarter of the time.
 
 JAX lowers its generator on CPUs to loops that pass over whole arrays in memory, round by round.
-Here the twenty rounds are written out, so that XLA makes one loop over the elements of them, of the
-way from bits to normal numbers and of what is added to a parameter: no array of numbers is kept.
-A zeroth-order step draws every direction three times: on a CPU that was most of its time.
+Here the twenty rounds are written out, so that XLA fuses them, the conversion of bits to normal
+numbers and the addition to a parameter into one loop: no array of random numbers is stored. A
+zeroth-order step draws every direction three times: on a CPU that was most of its time.
 """
 
 import functools
@@ -27,9 +27,9 @@ def normal(
     """Standard normal numbers: what ``jax.random.normal`` returns for the same arguments.
 
     Args:
-        key: a typed key. Other generators than threefry are JAX's own matter.
+        key: a typed key. Generators other than threefry are left to JAX.
         shape: of the result.
-        dtype: of the result. Other dtypes than float32 are JAX's own matter.
+        dtype: of the result. Dtypes other than float32 are left to JAX.
         out_sharding: as in ``jax.random.normal``, on meshes with Explicit axes.
 
     Returns:
@@ -60,7 +60,7 @@ def normal(
 def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     first, second = threefry(jax.random.key_data(key), jnp.zeros(shape, jnp.uint32), _count(shape))
     bits = first ^ second
-    # 23 bits behind the exponent of one: [1, 2), then (-1, 1).
+    # 23 mantissa bits with the exponent of one: [1, 2), then (-1, 1).
     one = jax.lax.bitcast_convert_type((bits >> np.uint32(9)) | np.uint32(0x3F800000), jnp.float32)
     low = np.nextafter(np.float32(-1), np.float32(0))
     uniform = jnp.maximum(low, (one - 1) * (np.float32(1) - low) + low)
@@ -77,7 +77,7 @@ def _count(shape: tuple[int, ...]) -> jax.Array:
 
 
 def threefry(key: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds of a pair of words at a time.
+    """Threefry-2x32 with 20 rounds, applied to pairs of words.
 
     Args:
         key: ``(2,)`` uint32.

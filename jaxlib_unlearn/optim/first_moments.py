@@ -1,9 +1,9 @@
 r"""First moments in a narrower dtype than the gradients, without a narrower decay.
 
-A moment of bfloat16 times a Python number is a product in bfloat16, and the number is rounded to
-it: 0.9 becomes 0.898, which makes :math:`m \leftarrow \beta m + (1 - \beta) g` settle at 0.985 of
-the gradient; 0.99 becomes 0.988 (0.85 of the gradient), and 0.999 becomes 1 (no end). So moments
-are widened before they are touched, and rounded once, when they are put away.
+A bfloat16 moment times a Python number is computed in bfloat16, so the number is rounded too: 0.9
+becomes 0.898, which makes :math:`m \leftarrow \beta m + (1 - \beta) g` settle at 0.985 of the
+gradient; 0.99 becomes 0.988 (0.85 of the gradient), and 0.999 becomes 1 (the moment grows without
+limit). So moments are widened before use and rounded once, when they are stored.
 """
 
 from typing import Any
@@ -43,13 +43,13 @@ def keep_first_moments(
     .. math::
         m_t = \mathrm{round}\left( \beta\, m_{t-1} + (1 - \beta)\, g_t \right)
 
-    What ``optax.adamw(..., mu_dtype=dtype)`` says, but with :math:`\beta` as it was given: Optax
+    The effect of ``optax.adamw(..., mu_dtype=dtype)``, but with :math:`\beta` as given: Optax
     rounds it to ``dtype`` as well. Only fields named ``mu`` are kept so. Second moments are not: a
-    step changes them by less than bfloat16 can tell (0.001 of them at b2 = 0.999).
+    step changes them by less than bfloat16 resolves (0.001 of them at b2 = 0.999).
 
     Args:
         tx: any transformation with its moments in NamedTuple fields ``mu``, e.g. ``optax.adamw``.
-        dtype: e.g. ``jnp.bfloat16``; None hands ``tx`` on as it is.
+        dtype: e.g. ``jnp.bfloat16``; None returns ``tx`` unchanged.
 
     Returns:
         A transformation with the state of ``tx``; its updates have the gradients' dtypes.

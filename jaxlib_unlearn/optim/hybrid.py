@@ -1,4 +1,4 @@
-"""First-order and zeroth-order steps in turn (hybrid FO-ZO)."""
+"""Alternating first-order and zeroth-order steps (hybrid FO-ZO)."""
 
 from typing import Any, NamedTuple
 
@@ -33,20 +33,21 @@ def alternate(
 
     ``update(updates, state, params, *, value_fn, grad_fn=None)``. With ``grad_fn(params) ->
     gradients`` the gradient is computed inside the first-order branch of a ``lax.cond``, and
-    ``updates`` is ignored (pass None): a zeroth-order step pays no backward pass. Without it
-    ``updates`` is the gradient, which the caller paid for at every step. (Under ``jax.vmap`` over
+    ``updates`` is ignored (pass None): a zeroth-order step runs no backward pass. Without it
+    ``updates`` is the gradient, which the caller computes at every step. (Under ``jax.vmap`` over
     ``count`` both branches run.)
 
     ``value_fn`` (or ``layered_value_fn``) goes to the zeroth-order part, ``grad_fn`` to the
-    first-order one (``sam`` may be in there), every other extra argument to both. Learning rates
+    first-order one (which may contain ``sam``), every other extra argument to both. Learning rates
     belong to the parts; their schedules count their own steps. Both states persist: memory is the
     sum of the two.
 
     Args:
         first_order: a whole optimizer (with its learning rate), e.g. ``optax.adamw(1e-5)``.
         zeroth_order: another one that takes ``value_fn``.
-        period: N, static. The paper found the result insensitive to it and used 20 and 20. Let the
-            number of steps be :func:`round_to_zeroth_order`'s: the robustness comes from the end.
+        period: N, static. The paper found the result insensitive to it and used 20 and 20. Round
+            the number of steps with :func:`round_to_zeroth_order`: the robustness comes from ending
+            on zeroth order.
 
     Returns:
         A transformation whose state is an :class:`AlternateState`; updates have the parameters'
@@ -141,7 +142,7 @@ def ends_on_zeroth_order(steps: int, period: int = 20) -> bool:
 
 
 def round_to_zeroth_order(steps: int, period: int = 20) -> int:
-    """The least number of steps, but not less than asked for, that ends on zeroth order.
+    """The smallest number of steps, at least those asked for, that ends on zeroth order.
 
     Args:
         steps: number of steps asked for.

@@ -1,10 +1,10 @@
 """Which leaves are matrices, and which of their axes are stack, in and out.
 
-Decided once, by path and rank; every optimizer for matrices asks here. Leaves that are not matrices
+Decided once, by path and rank, for every optimizer of matrices. Leaves that are not matrices
 (embeddings, heads, norms, biases, scales, routers, short convolutions, vectors) go to AdamW. A leaf
 of rank >= 2 that the rules cannot place is an error which names its path: orthogonalising a stack
-of biases, or a matrix along the wrong axes, is silent otherwise. ``optim.rules`` has the table,
-``optim.blocks`` which block of a model a leaf belongs to.
+of biases, or a matrix along the wrong axes, would otherwise go unnoticed. ``optim.rules`` has the
+table; ``optim.blocks`` finds the block that a leaf belongs to.
 """
 
 import contextvars
@@ -41,17 +41,17 @@ Specs = Any
 """Which leaves are matrices: None for the rules of ``optim.rules``; or a word or
 ``optax.contrib.MuonDimensionNumbers`` (or None, for adamw) per leaf or subtree; or a function of
 the parameters that returns such a tree. The words are "rules", and "all_2d": the rules, but two
-axes (behind those of stacks) make a matrix where the name of a leaf says nothing."""
+axes (after those of stacks) make a matrix where the name of a leaf says nothing."""
 
 _WORDS = ("rules", "all_2d")
-# What optimizers say about leaves while `describe` reads the shapes of their state.
+# Notes that optimizers make about leaves while `describe` reads the shapes of their state.
 _notes: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
     "notes", default=None
 )
 
 
 def matrix_axes(path: Any, leaf: Any, *, layout: str = "in_out") -> MatrixAxes | None:
-    """Axes of the matrices in a leaf, or None if AdamW should have it.
+    """Axes of the matrices in a leaf, or None if the leaf is for AdamW.
 
     Args:
         path: where the leaf is (text or a key path).
@@ -113,13 +113,13 @@ def resolve(tree: Any, matrices: Specs = None, layout: str = "in_out") -> list[M
         tree: parameters, gradients or shapes.
         matrices: None for the rules of :func:`matrix_axes`; "all_2d" for these and, where the name
             of a leaf says nothing, two axes for a matrix (``wq``, ``theta``); else a tree (or a
-            prefix of one) of ``optax.contrib.MuonDimensionNumbers``, None where AdamW goes, and
-            "rules" or "all_2d" where these shall decide, or a function of the tree that returns
-            one: ``{"encoder": "rules", "classifier": None}``.
-        layout: as in :func:`matrix_axes`; ``MuonDimensionNumbers`` say it themselves.
+            prefix of one) of ``optax.contrib.MuonDimensionNumbers``, None for AdamW, and "rules" or
+            "all_2d" where these should decide, or a function of the tree that returns one:
+            ``{"encoder": "rules", "classifier": None}``.
+        layout: as in :func:`matrix_axes`; ``MuonDimensionNumbers`` do not depend on it.
 
     Returns:
-        One entry a leaf: the axes, or None.
+        One entry per leaf: the axes, or None.
 
     Raises:
         ValueError: an ambiguous leaf, an unknown word, or dimension numbers that do not fit one.
@@ -140,7 +140,7 @@ def resolve(tree: Any, matrices: Specs = None, layout: str = "in_out") -> list[M
 def _decide(
     tree: Any, matrices: Specs, layout: str
 ) -> list[tuple[MatrixAxes | None, str] | ValueError]:
-    """For every leaf its axes and why, or the error that it deserves."""
+    """For every leaf its axes and the rule, or the error that it raises."""
     flat = [(path_str(p), x) for p, x in jax.tree_util.tree_leaves_with_path(tree)]
     specs = "rules" if matrices is None else matrices(tree) if callable(matrices) else matrices
 
@@ -199,15 +199,15 @@ def describe(
 
     Args:
         params: parameters (arrays or shapes).
-        tx: an Optax transformation: adds what it really keeps for each leaf, read from the shapes
-            of its state (nothing is computed), and their bytes; for ``optim.teon`` also which
-            blocks each leaf is grouped with, of those that it is given: a frozen or masked leaf
-            leaves the others of its group alone.
+        tx: an Optax transformation: adds what it actually stores for each leaf, read from the
+            shapes of its state (nothing is computed), and their bytes; for ``optim.teon`` also
+            which blocks each leaf is grouped with, among the leaves that it is given: a frozen or
+            masked leaf leaves the rest of its group ungrouped.
         matrices: as in :func:`resolve`.
         layout: as in :func:`matrix_axes`.
 
     Returns:
-        One line a leaf. Leaves that no rule places say so instead of raising.
+        One line per leaf. Leaves that no rule places say so instead of raising.
 
     Raises:
         ValueError: ``tx`` itself refuses the parameters.
@@ -255,7 +255,7 @@ def describe(
 
 
 def note(path: str, text: str) -> None:
-    """Says in the group column of :func:`describe` what an optimizer does with a leaf.
+    """Shows in the group column of :func:`describe` what an optimizer does with a leaf.
 
     For transformations, to be called by ``init``; does nothing outside ``describe``.
 
@@ -278,7 +278,7 @@ def _state_of(params: Any, tx: Any) -> tuple[dict[str, str], dict[str, str]]:
     notes: dict[str, str] = {}
     token = _notes.set(notes)
     try:
-        # A function of its own: JAX does not run the same one twice for the same shapes.
+        # A new function every time: JAX does not trace the same one twice for the same shapes.
         state = jax.eval_shape(lambda shapes: tx.init(shapes), shapes)
     finally:
         _notes.reset(token)
@@ -307,7 +307,7 @@ def _state_of(params: Any, tx: Any) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _owner(state: Any, path: Any) -> tuple[str, str]:
-    """The innermost NamedTuple on a path that is a state, and the field it is left by."""
+    """The innermost state NamedTuple on a path, and the field through which the path leaves it."""
     found, node = ("", ""), state
     for key in path:
         if hasattr(key, "name"):

@@ -2,7 +2,7 @@ r"""Orthogonalisers: builders of functions that replace a matrix by its polar fa
 
 Every builder returns a pure function ``(..., r, c) -> (..., r, c)``. With :math:`X = U \Sigma V^T`
 it returns (an approximation of) :math:`U V^T`; leading axes are a batch. Coefficients are Python
-floats, fixed when the function is built, so nothing of them enters an optimizer's state.
+floats, fixed when the function is built, so they do not enter an optimizer's state.
 
 The iterations apply odd polynomials :math:`\sigma \mapsto a\sigma + b\sigma^3 + c\sigma^5` to the
 singular values and need matrix products only:
@@ -10,8 +10,8 @@ singular values and need matrix products only:
 .. math::
     A = X X^H, \qquad X \leftarrow a X + (b A + c A^2) X
 
-CPUs take matrices one by one (a batch spills the caches and runs at 0.6 to 0.9 of the speed), wide
-ones by their Gram matrices, which float32 products there can afford.
+On CPUs matrices are processed one by one (a batch spills the caches and runs at 0.6 to 0.9 of the
+speed), wide ones through their Gram matrices, for which float32 is accurate enough.
 
 A table of coefficients belongs to one normaliser (how the singular values are brought below one
 first); the two are kept together in :class:`Table` and never mixed.
@@ -30,7 +30,7 @@ from jaxlib_unlearn.optim.arrays import adjoint, matrix_by_matrix, polar_factor,
 
 Orthogonalizer = Callable[[jax.Array], jax.Array]
 _BLOCK_ROWS = 512  # least rows of a block of a product whose result is Hermitian
-_MOST_BLOCKS = 8  # more would save less than the ninth part of the rest
+_MOST_BLOCKS = 8  # more would save less than a ninth of the rest
 Row = tuple[float, float, float]
 
 
@@ -38,9 +38,9 @@ class Table(NamedTuple):
     """Coefficients of an iteration and the normaliser they were made for.
 
     Args:
-        rows: one ``(a, b, c)`` a step.
+        rows: one ``(a, b, c)`` per step.
         margin: the input is divided by ``margin`` times its Frobenius norm.
-        tail: the row that may follow the last one for ever, or None if the length is fixed.
+        tail: the row to repeat after the last one, or None if the length is fixed.
         steps: how many steps the table is published for.
         preconditioner: "frobenius" or "aol" (rows scaled by inverse roots of the Gram's row sums).
         narrow: whether 16-bit products are safe; if not, they are done in float32.
@@ -115,7 +115,7 @@ TABLES: dict[str, Table] = {
             (3.2866, -2.4647, 0.5074),
             (2.2737, -1.6447, 0.4162),
         ),
-        # Values sit at the edge of what the next polynomial contracts: bfloat16 diverges (5e11).
+        # Values reach the edge of what the next polynomial contracts: bfloat16 diverges (5e11).
         narrow=False,
     ),
     # The corrected table. The one before it changes the sign of large singular values.
@@ -154,14 +154,15 @@ def newton_schulz(
         X \leftarrow X / \|X\|_F, \qquad
         X \leftarrow a_t X + (b_t A + c_t A^2) X, \quad A = X X^H, \quad t = 1 \dots T
 
-    on the orientation with fewer rows than columns; on CPUs and in float32, matrices twice as wide
-    as high as in :func:`gram_newton_schulz` with a restart every three steps. Norms are summed in
-    float32 (float64 for float64) after a division by the largest entry, so neither tiny nor huge
-    gradients are lost and no epsilon is needed; zeros stay zeros.
+    on the orientation with fewer rows than columns; on CPUs and in float32, matrices at least twice
+    as wide as tall as in :func:`gram_newton_schulz` with a restart every three steps. Norms are
+    summed in float32 (float64 for float64) after a division by the largest entry, so neither tiny
+    nor huge gradients are lost and no epsilon is needed; zeros stay zeros.
 
     Args:
-        coeffs: a name in ``TABLES``, one row ``(a, b, c)`` to repeat, or rows. Rows given by hand
-            are used behind a plain Frobenius normaliser, and their number is the number of steps.
+        coeffs: a name in ``TABLES``, one row ``(a, b, c)`` to repeat, or rows. Rows given as
+            numbers are used after a plain Frobenius normaliser, and their number is the number of
+            steps.
         steps: number of steps; None for the number the table was published for (5 for "jordan").
             Tables without a repeatable last row have one length only.
         dtype: dtype of the matrix products (``jnp.bfloat16`` halves memory); None for the input's.
@@ -171,7 +172,7 @@ def newton_schulz(
 
     Raises:
         ValueError: an unknown table, a number of steps the table does not have, or a first
-            polynomial that is not positive on (0, 1] (it would turn the gradient's sign).
+            polynomial that is not positive on (0, 1] (it would flip the gradient's sign).
 
     Example:
         >>> import jax.numpy as jnp
@@ -197,7 +198,7 @@ def polar_express(steps: int = 5, dtype: jax.typing.DTypeLike | None = None) -> 
         (a_t, b_t, c_t) = \arg\min \max_{\sigma \in [\ell_t, u_t]} |1 - p(\sigma)|
 
     Args:
-        steps: number of steps, any positive number (after the seventh the row is the limit's).
+        steps: number of steps, any positive number (rows after the seventh are the limit).
         dtype: dtype of the matrix products; None keeps the input's.
 
     Returns:
@@ -287,7 +288,7 @@ def svd() -> Orthogonalizer:
 
 
 def by_name(given: Orthogonalizer | str | None, default: str = "newton_schulz") -> Orthogonalizer:
-    """What an argument ``orthogonalize=`` says.
+    """The function that an argument ``orthogonalize=`` stands for.
 
     Args:
         given: a function ``(..., r, c) -> (..., r, c)``; or a name: "newton_schulz",
@@ -331,7 +332,7 @@ def _built(name: str) -> Orthogonalizer:
 
 
 def _rows(coeffs, steps: int | None) -> tuple[Table, tuple[Row, ...]]:
-    """The table and its coefficients, one row a step."""
+    """The table and its coefficients, one row per step."""
     if isinstance(coeffs, str):
         if coeffs not in TABLES:
             raise ValueError(f"unknown coefficients {coeffs!r}; known: {', '.join(TABLES)}")
@@ -388,7 +389,7 @@ def _precondition_aol(x: jax.Array) -> jax.Array:
 
 
 def symmetric_product(left: jax.Array, right: jax.Array) -> jax.Array:
-    r"""``left @ right`` where the result is known to be Hermitian: little more than one triangle.
+    r"""``left @ right`` for a result known to be Hermitian: computes little more than one triangle.
 
     .. math::
         S_{ij} = A_i B_j \text{ for } j \le i, \qquad S_{ij} = S_{ji}^H \text{ for } j > i
@@ -436,7 +437,7 @@ def _compute_dtype(original, dtype, table: Table):
 
 
 def _wide_way(by_platform: Orthogonalizer, batch: Orthogonalizer, x: jax.Array) -> jax.Array:
-    """An iteration on the orientation with rows <= columns; `batch` where a loop may not be."""
+    """An iteration on the orientation with rows <= columns; `batch` where a loop is impossible."""
     original = x.dtype
     x, turned = _wide(x)
     mesh = jax.typeof(x).sharding.mesh
@@ -447,7 +448,7 @@ def _wide_way(by_platform: Orthogonalizer, batch: Orthogonalizer, x: jax.Array) 
 
 
 def _iterate_on_cpu(x, *, rows: tuple[Row, ...], table: Table, dtype) -> jax.Array:
-    """The cheaper way in float32, which bears the square of a rounding error as 16 bits do not."""
+    """The cheaper method in float32, which tolerates squared rounding errors; 16 bits do not."""
     small, large = x.shape[-2:]
     exact = jnp.finfo(_compute_dtype(x.dtype, dtype, table)).bits >= 32
     if not exact or table.preconditioner != "frobenius" or large < 2 * small or len(rows) < 3:
@@ -465,7 +466,7 @@ def _iterate(x, *, rows: tuple[Row, ...], table: Table, dtype) -> jax.Array:
         return row[0] * x + _polynomial(symmetric_product(x, adjoint(x)), row) @ x
 
     if x.shape[-2] >= 2 * _BLOCK_ROWS and all(c for _, _, c in rows):
-        # Products of many blocks compile once, not once a step.
+        # Products of many blocks compile once, not once per step.
         return jax.lax.scan(lambda x, row: (step(x, row), None), x, jnp.asarray(rows, x.dtype))[0]
     for row in rows:
         x = step(x, row)

@@ -1,4 +1,4 @@
-"""Leaves that no optimizer moves: integers, keys and empty arrays pass every transformation by."""
+"""Leaves that no optimizer updates: integers, keys and empty arrays bypass every transformation."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ _FUNCTIONS_OF_PARAMS = ("value_fn", "grad_fn", "layered_value_fn")
 
 
 class Passed(NamedTuple):
-    """What stands in a tree for a leaf that passes by: a node without leaves."""
+    """Placeholder in a tree for a leaf that bypasses: a node without leaves."""
 
 
 def passing_by(
@@ -20,7 +20,7 @@ def passing_by(
 
     ``tx`` sees :class:`Passed` in their places, in parameters, gradients and extra arguments that
     are trees like them; functions of the parameters (``value_fn``, ``grad_fn``) see all of them.
-    Their updates are returned as they came; zeros for ``float0``, which is what
+    Updates of the hidden leaves are returned as they came; zeros for ``float0``, which is what
     ``jax.grad(..., allow_int=True)`` gives for integers, and where there are no updates.
 
     Args:
@@ -55,7 +55,7 @@ def passing_by(
 
         def extra(name: str, value: Any) -> Any:
             if name in _FUNCTIONS_OF_PARAMS and value is not None:
-                # A gradient is a tree like the parameters, a value is none.
+                # A gradient is a tree like the parameters, a value is not.
                 return lambda part, *more: hide(value(_shown(part, params, passing), *more))
             if isinstance(value, tuple) and not hasattr(value, "_fields"):
                 return hide(value) if _alike(value, like) else tuple(map(hide, value))
@@ -71,7 +71,7 @@ def passing_by(
 
 
 def moves(x: Any) -> bool:
-    """Whether an optimizer has anything to do with an array or shape.
+    """Whether an optimizer updates an array or shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,7 +92,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _hidden(tree: Any, passing: list[bool]) -> Any:
-    """The tree with :class:`Passed` for leaves that pass."""
+    """The tree with :class:`Passed` for leaves that bypass."""
     leaves, structure = jax.tree.flatten(tree)
     if not any(passing):
         return tree
@@ -101,7 +101,7 @@ def _hidden(tree: Any, passing: list[bool]) -> Any:
 
 
 def _shown(part: Any, whole: Any, passing: list[bool]) -> Any:
-    """The inverse: leaves that pass from ``whole``, the others from ``part``."""
+    """The inverse: leaves that bypass come from ``whole``, the others from ``part``."""
     rest = iter(jax.tree.leaves(part))
     leaves, structure = jax.tree.flatten(whole)
     return jax.tree.unflatten(

@@ -15,9 +15,9 @@ anything else                                           ValueError
 
 Components of a path are separated by "/" or ".". The owner is the last named component that is not
 ``kernel``, ``weight``, ``w`` or ``value``: a dense layer inside ``PreNormBlock_0`` or ``score`` is
-a matrix. An error, too, is a matrix below ``head``, ``embed``, ``router`` and the like
+a matrix. Also errors: a matrix below ``head``, ``embed``, ``router`` and the like
 (``lm_head/Dense_0/kernel``: a hidden layer or the output?), an owner that says both
-(``embed_proj``), and neighbours in a stack that agree on the second axis and not on the first.
+(``embed_proj``), and neighbours in a stack that agree on the second axis but not on the first.
 """
 
 import math
@@ -56,17 +56,17 @@ _ADAMW_OWNER = re.compile(
     r"|gamma|beta)$",
     re.IGNORECASE,
 )
-# As the last word of an owner that says embed or norm as well, it leaves open which of the two.
+# The last word of an owner that also says embed or norm leaves open which of the two it is.
 _MATRIX_WORD = re.compile(
     r"(dense|linear|proj|projection|mlp|fc|ffn|attn|attention)(_?\d+)?$", re.IGNORECASE
 )
-# Containers whose matrices are as likely looked up or predicted with as hidden ones.
+# Containers whose matrices may be embeddings or heads as well as hidden ones.
 _ADAMW_ABOVE = re.compile(
     r"^(patch|token|tok|pos|position|word|input|un)?_?embed(s|ders?|dings?)?(_?\d+)?$"
     r"|^(wte|wpe|lm_?head|head|logits|classifier|cls|router|gating|codebook)$",
     re.IGNORECASE,
 )
-# Below these, what is no matrix by its rank (a convolution of patches) is no question.
+# Below these, a leaf whose rank is not a matrix's (a patch convolution) is not ambiguous.
 _ADAMW_ABOVE_OTHERS = re.compile(r"embed|router|conv_?1d|rotary|codebook", re.IGNORECASE)
 _ADAMW_NAME = re.compile(r"(^|_)(bias(es)?|scales?|gains?|temperature|b)$", re.IGNORECASE)
 _MATRIX_NAME = re.compile(
@@ -111,7 +111,7 @@ def place(
         text: where the leaf is.
         shape: its shape.
         layout: "in_out" or "out_in".
-        all_2d: take two axes (behind those of stacks) for a matrix where the name says nothing.
+        all_2d: treat two axes (after those of stacks) as a matrix where the name says nothing.
 
     Returns:
         The axes and the rule in words.
@@ -192,17 +192,17 @@ def _axes(parts: list[str], rank: int, layout: str) -> MatrixAxes | None:
 def place_all(
     leaves: Sequence[tuple[str, tuple[int, ...]]], layout: str, all_2d: Sequence[bool]
 ) -> list[tuple[MatrixAxes | None, str] | ValueError]:
-    """:func:`place` for all leaves of a tree, with what only their neighbours can tell.
+    """:func:`place` for all leaves of a tree, with the check that needs their neighbours.
 
     Args:
         leaves: where each leaf is, and its shape.
         layout: as in :func:`place`.
-        all_2d: as in :func:`place`, one entry a leaf.
+        all_2d: as in :func:`place`, one entry per leaf.
 
     Returns:
-        For every leaf what :func:`place` returns, or the error that it raises. An error are also
-        matrices of one parent, stacked, which agree on their second axis and not on the first:
-        layers are stacked along the second one there (MaxText does so).
+        For every leaf what :func:`place` returns, or the error that it raises. Stacked matrices of
+        one parent that agree on their second axis but not on the first are an error too: their
+        layers are stacked along the second (as in MaxText).
 
     Example:
         >>> maxtext = [("layers/mlp/wi/kernel", (8, 3, 16)), ("layers/mlp/wo/kernel", (16, 3, 8))]
@@ -235,7 +235,7 @@ def place_all(
 
 
 def refused_bare(text: str) -> bool:
-    """Whether a name says that a leaf of rank >= 2 is no stack of matrices.
+    """Whether a name says that a leaf of rank >= 2 is not a stack of matrices.
 
     Example:
         >>> refused_bare("layers/norm"), refused_bare("layers/q"), refused_bare("PreNorm_0/w")
@@ -260,7 +260,7 @@ def sharding_role(path: Any) -> str:
 
     Tensor parallelism shards the first kind on its input, the second on its output. Where a mesh
     hides the real sharding (Auto axes under ``jit``), this tells apart square matrices that must
-    not share a bucket. An adapter has the role of the kernel it stands beside.
+    not share a bucket. An adapter has the role of the kernel it belongs to.
 
     Args:
         path: where the leaf is.
@@ -289,7 +289,7 @@ def split_path(text: str) -> list[str]:
 
 
 def owner_at(parts: list[str]) -> int:
-    """Where the module, or bare parameter, is named that a leaf belongs to; -1 if nowhere."""
+    """Index of the part that names a leaf's module, or a bare parameter; -1 if there is none."""
     for i in reversed(range(len(parts))):
         nameless = not parts[i] or parts[i].isdigit()
         if not (nameless or _OWNED.match(parts[i]) or parts[i:] == ["value"]):
@@ -298,7 +298,7 @@ def owner_at(parts: list[str]) -> int:
 
 
 def _name(parts: list[str]) -> str:
-    """The last component that is a name; an item of a list is called after its list."""
+    """The last component that is a name; an item of a list is named after its list."""
     names = [part for part in parts if part and not part.isdigit()]
     return names[-1] if names else ""
 
@@ -307,7 +307,7 @@ def stack_depth(parts: list[str], rank: int) -> int:
     """How many leading axes count matrices.
 
     A container such as ``layers`` adds one axis. Followed by a number it is either a list of
-    layers (no axis) or a tuple of consecutive stacks (one axis): the rank tells, except for
+    layers (no axis) or a tuple of consecutive stacks (one axis): the rank decides, except for
     DenseGeneral's kernels, which exist in lists only.
 
     Example:

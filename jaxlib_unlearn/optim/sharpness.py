@@ -1,10 +1,10 @@
 """Gradients of a smoothed loss: at the worst nearby point (SAM), or averaged over random ones.
 
-Both need the gradient *function*, ``grad_fn(params) -> tree``, and come twice: as a function that
-returns the gradient, and as a transformation to chain before an optimizer, which replaces the
+Both need the gradient *function*, ``grad_fn(params) -> tree``, and come in two forms: as a function
+that returns the gradient, and as a transformation to chain before an optimizer, which replaces the
 incoming updates. In unlearning they smooth the forget loss alone: chain them before a combiner,
 ``optax.chain(sam(0.01), blur(), optax.adamw(1e-5))`` with ``grad_fn`` of the forget loss; the
-constraint gradient passes by untouched.
+constraint gradient is left unchanged.
 
 Perturbations are computed in float32 and rounded to the parameters' dtype: in bfloat16 a
 perturbation below 1/256 of a parameter does nothing.
@@ -56,7 +56,8 @@ def sam_gradient(
         g = \nabla \ell \left( \theta + \rho \frac{a}{\|a\|_2} \right), \qquad
         a = \nabla \ell(\theta)
 
-    with one norm over all leaves. Where it is zero there is no direction: the plain gradient.
+    with one norm over all leaves. Where it is zero there is no direction, and g is the plain
+    gradient.
 
     Args:
         grad_fn: ``params -> tree`` like ``params``.
@@ -87,8 +88,8 @@ def sam(rho: jax.typing.ArrayLike = 0.05) -> optax.GradientTransformationExtraAr
         g = \nabla \ell \left( \theta + \rho \, a / \|a\|_2 \right)
 
     ``update(updates, state, params, *, grad_fn)``: ``updates`` is the gradient at ``params`` and
-    gives the direction of ascent; with None it is computed, so both cost two gradients in all. The
-    batch behind ``grad_fn`` is the one behind ``updates``.
+    gives the direction of ascent; with None it is computed, so both cost two gradients in all.
+    ``grad_fn`` must use the batch that ``updates`` was computed on.
 
     Args:
         rho: the distance in parameter space, one global 2-norm. The default is Foret's;
@@ -208,13 +209,13 @@ def randomised_smoothing(
     .. math::
         g = \frac{1}{n} \sum_{k=1}^n \nabla \ell(\theta + \sigma z_k), \qquad z_k \sim N(0, I)
 
-    ``update(updates, state, params, *, grad_fn)``; ``updates`` may be None, and gives nothing but
-    the dtypes otherwise.
+    ``update(updates, state, params, *, grad_fn)``; ``updates`` may be None; otherwise only its
+    dtypes are used.
 
     Args:
         sigma: standard deviation of the perturbation (WMDP: 1e-4).
         num_samples: n, static.
-        seed: of the noise, uint32; it lies in the state.
+        seed: of the noise, uint32; kept in the state.
 
     Returns:
         A transformation whose state is a :class:`RandomisedSmoothingState`.

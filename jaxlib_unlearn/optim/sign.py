@@ -87,7 +87,7 @@ def sign_momentum(
     .. math::
         \theta \leftarrow \theta - \eta \left( \mathrm{sign}(m_t) + \lambda \theta \right)
 
-    Adam's learning rate is a fair start, SGD's is far too large.
+    Adam's learning rate is a good first guess, SGD's is far too large.
 
     Args:
         learning_rate: eta, a number or a schedule.
@@ -127,17 +127,18 @@ def quantize_updates(bits: int) -> optax.GradientTransformationExtraArgs:
         Q(m; N) = s \, \mathrm{round}(m / s), \quad s = \frac{\max |m|}{2^{N-1} - 1}
         \quad (N > 1), \qquad Q(m; 1) = \mathrm{sign}(m)
 
-    What is rounded is the direction: chain it after ``optax.scale_by_adam`` and before the learning
-    rate. The paper does not give the form for N > 1; this one is ours. A tensor is one layer's:
-    leading layer axes (below ``layers``, ``blocks``, .., as in ``optim.matrices``) have a scale
-    each, so a stacked model rounds like an unstacked one. Complex tensors are rounded by their real
-    and imaginary parts.
+    It rounds the direction: chain it after ``optax.scale_by_adam`` and before the learning rate.
+    The paper does not give the form for N > 1; this one is ours. A tensor is one layer's: leading
+    layer axes (below ``layers``, ``blocks``, .., as in ``optim.matrices``) have a scale each, so a
+    stacked model rounds like an unstacked one. Complex tensors are rounded by their real and
+    imaginary parts.
 
     Args:
         bits: N, static, 1 to 53.
 
     Returns:
-        A transformation without state. Not finite in a tensor: NaN for that tensor.
+        A transformation without state. With more than one bit a tensor that is not finite becomes
+        NaN.
 
     Raises:
         ValueError: ``bits`` is not a whole number from 1 to 53.

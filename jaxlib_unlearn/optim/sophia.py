@@ -8,7 +8,7 @@ form                    momentum                           direction
 ======================  =================================  =====================================
 
 Both: h <- b2 h + (1 - b2) g * g at every step, from the gradient the step has anyway, and no bias
-correction. SOUL's code averages the same gradient into the momentum twice a step, which is one
+correction. SOUL's code averages the same gradient into the momentum twice per step, which is one
 average with b1^2. "soul" is the default: the published numbers come from it.
 """
 
@@ -63,7 +63,7 @@ def scale_by_sophia(
             wider: squares of small gradients vanish in 16 bits.
 
     Returns:
-        A transformation whose state is a :class:`SophiaState`. For real parameters.
+        A transformation whose state is a :class:`SophiaState`. Real parameters only.
 
     Raises:
         ValueError: an unknown form or a number out of range.

@@ -1,4 +1,4 @@
-"""Arguments as ``optax.contrib.muon`` spells them: a TypeError that says how ours are called."""
+"""Arguments as ``optax.contrib.muon`` spells them: a TypeError that names ours."""
 
 import functools
 import inspect
@@ -43,11 +43,11 @@ OURS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "weight_dimension_numbers": (("matrices", "matrices= takes the same objects"), ("", _WHOLE)),
 }
-"""What only Optax spells so; ours, by the argument that a factory has for it ("" for any)."""
+"""Optax's own spellings, and ours by the argument that a factory has for it ("" for any)."""
 
 
 def with_optax_spellings(factory: Callable[P, R]) -> Callable[P, R]:
-    """A factory whose TypeError for an argument of Optax's names ours.
+    """A factory whose TypeError for one of Optax's arguments names ours.
 
     Its signature stays what it is, for ``optax.inject_hyperparams`` and for readers.
 

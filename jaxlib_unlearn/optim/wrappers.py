@@ -1,10 +1,10 @@
 """Accumulate, skip and clip, for transformations that take two gradients.
 
-Optax's wrappers look at ``updates`` alone. Around ``update(primary, state, params, *,
-constraint_grads)`` they are silently wrong: ``optax.MultiSteps`` hands on the last constraint
+Optax's wrappers see ``updates`` alone. Around ``update(primary, state, params, *,
+constraint_grads)`` they are silently wrong: ``optax.MultiSteps`` passes on the last constraint
 gradient instead of the mean, ``optax.apply_if_finite`` lets a NaN in it pass, and
-``optax.clip_by_global_norm`` clips the primary gradient and not the other. These do both. They
-wrap transformations with one gradient as well.
+``optax.clip_by_global_norm`` clips the primary gradient and not the other. The wrappers here handle
+both gradients, and transformations with one as well.
 
 Nest them as ``finite(accumulate(clip_streams(1.0, sift(1e-3)), k=4))``: finite outermost, so that
 one bad micro-batch is left out of the mean; clipping innermost, on the mean.
@@ -31,7 +31,7 @@ CLIP_STREAMS_STATIC_ARGS = ("inner", "norm")
 class AccumulateState(NamedTuple):
     """Sums over the calls since the last step.
 
-    ``constraint_sum`` has one tree like the parameters for every constraint stream.
+    ``constraint_sum`` has one tree like the parameters for every constraint gradient.
     """
 
     count: jax.Array  # () int32, calls since the last step, below k
@@ -41,7 +41,7 @@ class AccumulateState(NamedTuple):
 
 
 class FiniteState(NamedTuple):
-    """What was skipped so far; names as in ``optax.ApplyIfFiniteState``."""
+    """What has been skipped so far; names as in ``optax.ApplyIfFiniteState``."""
 
     count: jax.Array  # () int32, calls
     notfinite_count: jax.Array  # () int32, consecutive ones up to now
@@ -72,12 +72,12 @@ def accumulate(
         \bar g_c = \frac{1}{k} \sum_{i=1}^k g_c^{(i)}
 
     The other k - 1 calls return zeros and leave the inner state as it is. Every call has the same
-    weight: micro-batches of unequal weight belong into a sum before the optimizer. Other extra
-    arguments reach ``tx`` at the k-th call, with that call's value.
+    weight: sum micro-batches of unequal weight before the optimizer. Other extra arguments reach
+    ``tx`` at the k-th call, with that call's value.
 
     Args:
-        tx: what takes the step, with one gradient or several.
-        k: calls a step, static.
+        tx: the transformation that takes the step, with one gradient or several.
+        k: calls per step, static.
         num_constraints: trees in ``constraint_grads``: 1, a tree like the parameters; more, a tuple
             of them; 0 saves the memory where ``tx`` takes one gradient. (With 1 and no
             ``constraint_grads`` at ``update``, ``tx`` gets none.)
@@ -87,8 +87,8 @@ def accumulate(
         A transformation whose state is an :class:`AccumulateState`.
 
     Raises:
-        ValueError: a bad argument; at ``update``, no gradient, streams of different structure, or a
-            function (``value_fn``, ``grad_fn``): it knows the last micro-batch only, and the mean
+        ValueError: a bad argument; at ``update``, no gradient, gradients of different structure, or
+            a function (``value_fn``, ``grad_fn``): it sees the last micro-batch only, and the mean
             of k zeroth-order estimates is one estimate with k times the queries.
 
     Example:
@@ -169,14 +169,15 @@ def finite(
 ) -> optax.GradientTransformationExtraArgs:
     """Skips a step where anything is not finite: zero updates, inner state as it was.
 
-    Looked at are the primary gradient, ``constraint_grads``, the resulting updates, and what became
-    not finite in the inner state (a moment that overflowed, the value a zeroth-order optimizer
-    keeps). What was infinite in the state before, such as a best value not yet found, is no error.
+    Checked are the primary gradient, ``constraint_grads``, the resulting updates, and what became
+    non-finite in the inner state (a moment that overflowed, the value a zeroth-order optimizer
+    keeps). What was infinite in the state before, such as a best value not yet found, is not an
+    error.
 
     Args:
-        tx: what takes the step: with one gradient or several, or ``value_fn``.
+        tx: the transformation that takes the step, with one gradient or several, or ``value_fn``.
         max_consecutive_errors: after so many skipped in a row the next is let through, so that the
-            run breaks where one can see it (as in ``optax.apply_if_finite``); None: never.
+            run fails visibly (as in ``optax.apply_if_finite``); None: never.
 
     Returns:
         A transformation whose state is a :class:`FiniteState`: log ``total_notfinite``.
@@ -198,7 +199,7 @@ def finite(
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
-        # A buffer each: what is one array three times cannot be donated.
+        # Separate buffers: one array used three times cannot be donated.
         count, in_a_row, total = (jnp.zeros([], jnp.int32) for _ in range(3))
         return FiniteState(count, in_a_row, total, jnp.asarray(True), inner.init(params))
 
@@ -220,7 +221,8 @@ def finite(
         taken = good
         if max_consecutive_errors is not None:
             taken = good | (in_a_row > max_consecutive_errors)
-        # Both are at hand: a select costs less than a branch that would hide the step from XLA.
+        # Both are computed already: a select costs less than a branch that would hide the step from
+        # XLA.
         new = jax.tree.map(lambda u: jnp.where(taken, u, jnp.zeros_like(u)), new)
         inner_state = jax.tree.map(lambda n, o: jnp.where(taken, n, o), new_state, old)
         total = jnp.where(good, state.total_notfinite, increment(state.total_notfinite))
@@ -236,7 +238,7 @@ def clip_streams(
     *,
     norm: str = "sum",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales both gradients by one factor, so that their angle and their ratio stay.
+    r"""Scales both gradients by one factor, so that their angle and ratio are kept.
 
     .. math::
         g_p \leftarrow c\, g_p, \quad g_c \leftarrow c\, g_c, \qquad
@@ -245,26 +247,26 @@ def clip_streams(
         \sqrt{\|g_p\|^2 + \|g_c\|^2} & \text{"joint"} \end{cases}
 
     "sum" is ``optax.clip_by_global_norm`` on the gradient of the sum of the losses: wherever the
-    inner transformation only adds the two, nothing changes against clipping that. Two large
-    gradients that cancel are not clipped by it; "joint" bounds each of them by tau.
+    inner transformation only adds the two, the result is the same. Two large gradients that cancel
+    are not clipped by it; "joint" bounds each of them by tau.
 
-    ``optax.chain`` hands the *same* extra arguments to all its members, so a link of a chain cannot
-    clip ``constraint_grads`` for the next one: give the next one as ``inner``,
+    ``optax.chain`` passes the *same* extra arguments to all its members, so a link of a chain
+    cannot clip ``constraint_grads`` for the next one: give the next one as ``inner``,
     ``clip_streams(1.0, sift(1e-3))``. Without ``inner`` this clips the primary gradient by the
     common factor and leaves ``constraint_grads`` unclipped: enough where what follows has one
     gradient; a next link of ours that takes two raises.
 
     Args:
         max_norm: tau.
-        inner: what receives the clipped gradients; None for nothing.
+        inner: the transformation that receives the clipped gradients, or None.
         norm: "sum" or "joint".
 
     Returns:
         A transformation whose state is a :class:`ClipStreamsState`. Without ``constraint_grads``
-        (and with "joint" no less) it is ``optax.clip_by_global_norm``.
+        (with "joint" too) it is ``optax.clip_by_global_norm``.
 
     Raises:
-        ValueError: a bad argument; at ``update``, no gradient or streams of different structure.
+        ValueError: a bad argument; at ``update``, no gradient or gradients of different structure.
 
     Example:
         >>> import jax.numpy as jnp, optax

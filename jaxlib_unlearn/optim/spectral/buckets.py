@@ -10,9 +10,9 @@ The mesh is read from the arrays' types, so this works in a bare ``jit``, with A
 Explicit axes. Mesh axes that shard none of a bucket's matrices share the work as well: slicing the
 stack along them is free, and the result is gathered once. Stacks that do not divide by the number
 of devices run together: a device that gets one matrix less of one bucket gets one more of another.
-Off a mesh a bucket goes through ``lax.map`` in blocks of about
-four MiB: measured on CPU 10 % faster than one batch, with a quarter of its temporary memory, and
-still enough work for one kernel on an accelerator.
+Without a mesh a bucket goes through ``lax.map`` in blocks of about four MiB: measured on CPU 10 %
+faster than one batch, with a quarter of its temporary memory, and still enough work for one kernel
+on an accelerator.
 """
 
 import functools
@@ -32,7 +32,7 @@ from jaxlib_unlearn.optim.matrices import MatrixAxes
 
 StackFunction = Callable[..., Any]
 
-_BLOCK = 2**20  # elements of a block of matrices off a mesh
+_BLOCK = 2**20  # elements of a block of matrices without a mesh
 _OPEN = P.UNCONSTRAINED
 
 
@@ -46,10 +46,10 @@ def map_matrices(
 
     Args:
         fn: ``(n, r, c) -> (n, r, c)`` with r <= c, each matrix on its own and equivariant under
-            the (conjugate) transpose. The same object at every call, or eager calls recompile.
+            the (conjugate) transpose. Pass the same object at every call, or eager calls recompile.
         leaves: arrays of rank >= 2.
         axes: how each leaf is a stack of matrices.
-        roles: one word a leaf; leaves with different words never share a bucket. It matters where
+        roles: one word per leaf; leaves with different words never share a bucket. It matters where
             types do not show shardings (Auto axes): see ``matrices.sharding_role``.
 
     Returns:
@@ -75,19 +75,19 @@ def map_stacks(
     together: Sequence[int] | None = None,
     extras: Sequence[Any] | None = None,
 ) -> tuple[list[jax.Array], list[Any]]:
-    """The general form: several arrays a leaf, neighbours that belong together, numbers beside.
+    """The general form: several arrays per leaf, groups of neighbours, extra arrays per matrix.
 
     Args:
-        fns: one function a leaf; leaves with different functions never share a bucket. It is
-            called as ``fn(*stacks)`` with one ``(n, r, c)`` a stream and returns ``(n, r, c)``;
+        fns: one function per leaf; leaves with different functions never share a bucket. It is
+            called as ``fn(*stacks)`` with one ``(n, r, c)`` per stream and returns ``(n, r, c)``;
             with ``extras`` as ``fn(*stacks, extra)``, and returns ``((n, r, c), aux)``.
         streams: for every leaf a tuple of arrays, all of one shape, dtype and sharding (a gradient
             and another one, say); every leaf has the same number of them.
         axes: how each leaf is a stack of matrices.
         roles: as in :func:`map_matrices`.
-        together: for every leaf, how many consecutive matrices of its stack must meet in one call
+        together: for every leaf, how many consecutive matrices of its stack must go into one call
             (its number of matrices is a multiple of it); 1 if absent.
-        extras: for every leaf a tree of arrays ``(n, ...)``, one entry a matrix, replicated.
+        extras: for every leaf a tree of arrays ``(n, ...)``, one entry per matrix, replicated.
 
     Returns:
         The results, arrays like the first stream, and for every leaf the tree of ``aux`` arrays
@@ -252,7 +252,7 @@ def _sharding_kind(x: jax.Array) -> str:
     if kinds == {AxisType.Explicit}:
         return "explicit"
     if AxisType.Manual in kinds:
-        return "none"  # inside somebody's shard_map: the array is already local
+        return "none"  # inside a caller's shard_map: the array is already local
     raise ValueError(f"a mesh that mixes Auto and Explicit axes is not supported: {mesh}")
 
 
@@ -330,9 +330,9 @@ def _run(buckets: list[_Bucket], kinds: list[str]) -> list[tuple[jax.Array, Any]
 
 
 def share(units: Sequence[int], costs: Sequence[int], devices: int) -> list[list[int]]:
-    """How many units of every bucket each device takes: even, the rest to those with least to do.
+    """How many units of every bucket each device takes: equal shares, the rest to the least loaded.
 
-    Dear buckets are dealt first.
+    Expensive buckets are distributed first.
 
     Example:
         >>> share([3, 2], [5, 2], 4)
@@ -372,7 +372,7 @@ def _run_on_mesh(buckets: list[_Bucket], kind: str, mesh: Any) -> list[tuple[jax
         layouts.append(layout)
         stacks.append((batch, extra))
 
-    # Devices of one kind have the same numbers of units; each kind is a program of its own.
+    # Devices of one kind have the same numbers of units; each kind runs its own program.
     kinds = sorted(set(zip(*shares, strict=True)))
     which = np.array([kinds.index(counts) for counts in zip(*shares, strict=True)])
 
@@ -408,7 +408,7 @@ def _run_on_mesh(buckets: list[_Bucket], kind: str, mesh: Any) -> list[tuple[jax
 class _Layout:
     """A stack laid out for devices that take different numbers of its entries.
 
-    Each device gets as many slots as the one with most entries; its spare ones hold zeros.
+    Each device gets as many slots as the one with most entries; unused ones hold zeros.
     """
 
     def __init__(self, counts: Sequence[int]):
@@ -451,7 +451,7 @@ def _regroup(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _run_here(buckets: list[_Bucket], counts: list[int]) -> list[tuple[jax.Array, Any]]:
-    """The functions on the first entries of a device's slots; behind them zeros.
+    """The functions on the first entries of a device's slots, padded with zeros.
 
     Buckets that differ in their sharding alone are one batch here.
     """

@@ -1,12 +1,13 @@
 """From a tree of momenta to a tree of directions: cut, orthogonalise, post-process, scale, join.
 
-What the optimizers for matrices share. A leaf is cut into parts (heads, fused q/k/v), all parts go
-through the buckets at once, and each comes back scaled by the shape of its matrices. How parts meet
-in an orthogonaliser is the ``meet`` argument: alone for Muon, in groups for TEON.
+Shared by the optimizers for matrices. A leaf is cut into parts (heads, fused q/k/v), all parts go
+through the buckets at once, and each comes back scaled by the shape of its matrices. The ``meet``
+argument says how parts are combined for the orthogonaliser: each alone for Muon, in groups for
+TEON.
 
-On a mesh all matrices travel twice, to the devices that orthogonalise them and back. With a
-``comm_dtype`` they do so in that dtype. They are rounded on a single device, too, so that a
-step does not depend on how many there are.
+On a mesh all matrices are sent twice, to the devices that orthogonalise them and back. With a
+``comm_dtype`` they are sent in that dtype. They are rounded on a single device, too, so that a step
+does not depend on how many there are.
 """
 
 import functools
@@ -97,12 +98,12 @@ def orthogonalize_tree(
     Args:
         orthogonalize: ``(n, r, c) -> (n, r, c)``.
         tree: arrays.
-        axes: one entry a leaf; leaves with None pass unchanged.
+        axes: one entry per leaf; leaves with None pass unchanged.
         factor: ``(in, out) ->`` the number to multiply by.
         split: leaves to cut first, by path.
         post: what follows the orthogonalisation, per part.
         post_state: from :func:`init_post`.
-        meet: how parts meet in the orthogonaliser.
+        meet: how parts are combined for the orthogonaliser.
         comm_dtype: what real matrices and their directions are rounded to on the way to the
             orthogonaliser, which then works in float32, and back; None: nothing is rounded.
 
@@ -154,15 +155,15 @@ def orthogonalize_tree(
 
 
 def _round(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rounded to a dtype and of it; complex numbers stay as they are."""
+    """Rounded and cast to a dtype; complex numbers stay as they are."""
     if jnp.iscomplexobj(x):
         return x
     kind = jnp.finfo(dtype)
-    # Casts alone are taken out by XLA where nothing lies between them, that is on one device.
+    # XLA removes a pair of casts with nothing between them, as there is on one device.
     return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
 
 
-@functools.cache  # one object an orthogonaliser, or eager calls recompile
+@functools.cache  # one object per orthogonaliser, or eager calls recompile
 def _in_float32(orthogonalize: Orthogonalizer) -> Orthogonalizer:
     def call(z: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(z):
@@ -173,9 +174,9 @@ def _in_float32(orthogonalize: Orthogonalizer) -> Orthogonalizer:
 
 
 def init_post(tree: Any, axes: list[MatrixAxes | None], split: Splits | None, post: Post | None):
-    """The state of ``post``: a tuple with one entry a part, in tree order; () without it.
+    """The state of ``post``: a tuple with one entry per part, in tree order; () without it.
 
-    Also where a split that does not fit a leaf is told.
+    Also raises for a split that does not fit its leaf.
 
     Example:
         >>> import jax.numpy as jnp

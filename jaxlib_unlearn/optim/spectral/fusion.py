@@ -1,6 +1,7 @@
-r"""One matrix and its streams: are they in conflict, and the update that keeps them apart.
+r"""One matrix and its streams: whether they conflict, and the update that separates them.
 
 The part of SIFT that works on buckets of matrices; ``optim.sift`` is the transformation around it.
+A stream is here the momentum of one gradient.
 """
 
 import functools
@@ -19,8 +20,8 @@ from jaxlib_unlearn.optim.spectral.subspace import inverse_root, subspace_iterat
 MSIGNS = ("gram", "ns", "svd")
 BASES = ("svd", "subspace")
 JORDAN = newton_schulz()  # one object: functions that hold it are equal
-NEAR = 1e-3  # the least eigenvalue that Gram matrices in float32 know well enough
-SAME = 1e-6  # streams that differ by less (of their norm) differ by the rounding of float32
+NEAR = 1e-3  # the least eigenvalue that float32 Gram matrices resolve well enough
+SAME = 1e-6  # streams that differ by less (of their norm) differ by float32 rounding alone
 
 
 def fuse(
@@ -79,7 +80,7 @@ def _polar(x: jax.Array) -> jax.Array:
 
 
 def _in_double(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A function of arrays in float64 (complex128) where they are narrower, rounded at the end.
+    """A function computed in float64 (complex128), its result rounded to the input's dtype.
 
     One call at a time under ``jax.vmap``: batching rules would run without 64-bit types.
     """
@@ -96,7 +97,7 @@ def _in_double(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def _same_vectors(streams: jax.Array, u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Vectors of streams that agree or oppose each other up to rounding: those of the first."""
+    """Gives streams that agree or are opposed up to rounding the vectors of the first."""
     norms = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(streams)), (-2, -1), keepdims=True))
     unit = streams / jnp.where(norms == 0, 1, norms)
     count = streams.shape[-3]
@@ -123,7 +124,7 @@ class Method(NamedTuple):
     orthogonalize: Orthogonalizer
 
     def rank_of(self, streams: int, side: int) -> int:
-        """Singular vectors a stream, for matrices whose shorter side is ``side``."""
+        """Singular vectors per stream, for matrices whose shorter side is ``side``."""
         return max(1, min(self.rank, side // streams if self.rank_cap else side))
 
 
@@ -132,15 +133,15 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
     """The function of a bucket: Muon on the sum, or the fused update where a cosine is low.
 
     Args:
-        method: how.
+        method: how to fuse.
         always: every matrix is fused at every step: no test, one batch.
 
     Returns:
-        For ``buckets.map_stacks``: takes one ``(n, r, c)`` a stream and a dict of ``limit`` (n,),
-        the cosine below which to fuse, ``tol`` (n,), and for ``bases="subspace"`` ``basis``
-        (n, S, r, k), ``fresh`` (n, r, p), random columns, and ``stale`` (n,), whether the basis is
-        not that of the step before. Returns ``(n, r, c)`` and a dict of ``cos`` (n,), ``fused``
-        (n,) and ``basis``. The same object for the same arguments, so nothing recompiles.
+        For ``buckets.map_stacks``: takes one ``(n, r, c)`` per stream and a dict of ``limit`` (n,),
+        the cosine below which to fuse, ``tol`` (n,), and for ``bases="subspace"`` ``basis`` (n, S,
+        r, k), ``fresh`` (n, r, p), random columns, and ``stale`` (n,), whether the basis is not
+        that of the step before. Returns ``(n, r, c)`` and a dict of ``cos`` (n,), ``fused`` (n,)
+        and ``basis``. The same object for the same arguments, so nothing recompiles.
 
     Example:
         >>> import jax.numpy as jnp
@@ -157,7 +158,7 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
 
     def by_singular_values(stacked, tol, start):
         """The update as accurate as the dtype of its arguments allows, whatever the angles."""
-        # The entries are those of float32 also where they come as float64.
+        # The entries have float32 accuracy even where they are passed as float64.
         k, eps = rank_of(stacked), float(jnp.finfo(jnp.float32).eps)
         if start is None:
             u, _, v = top_singular(stacked, k, eps)
@@ -183,7 +184,7 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
             passes = jnp.where(jnp.any(extra["stale"]), method.first_passes, method.passes)
             start = jnp.concatenate([basis, fresh], axis=-1), passes
             u, s, v = subspace_iteration(stacked, start[0], k, passes)
-            # Columns that found no direction keep what they had: zeros are no start.
+            # Columns that found no direction keep their old vectors: zeros would be no start.
             basis = jnp.where(s[..., None, :] > 0, u, basis).astype(basis.dtype)
         if method.msign != "gram":
             return fuse(u, v, method.msign), basis
@@ -203,7 +204,7 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
 
     @directions.defjvp
     def derivative(primals, tangents):
-        """That of exact singular vectors, without directions that Gram matrices cannot resolve."""
+        """The derivative with exact singular vectors, without what Gram matrices cannot resolve."""
         (stacked, extra), (change, _) = primals, tangents
         found, basis = directions(stacked, extra)
         least = 1e3 * float(jnp.finfo(stacked.dtype).eps)
@@ -270,7 +271,7 @@ def smallest_cosine(streams: Sequence[jax.Array]) -> jax.Array:
         streams: two or more ``(n, r, c)``.
 
     Returns:
-        ``(n,)`` in [-1, 1], float32 or wider; 1 beside a zero matrix, which opposes nothing.
+        ``(n,)`` in [-1, 1], float32 or wider; 1 if either matrix is zero.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Which blocks TEON takes together: absolute numbers, K consecutive ones from 0 on.
+"""Which blocks TEON groups: K consecutive ones by absolute number, from 0 on.
 
 ``optim.blocks`` reads the number of a block; ``optim.teon`` orthogonalises what is grouped here.
 """
@@ -74,7 +74,7 @@ def check_groups(parts: Sequence[Part], size: int, groups: Groups) -> None:
 
     Args:
         parts: all that TEON is given, as shapes.
-        size: blocks of a group; with 1, or no parts, nothing is asked for.
+        size: blocks of a group; with 1, or no parts, nothing is checked.
         groups: which leaves are grouped.
 
     Raises:
@@ -126,7 +126,7 @@ def check_groups(parts: Sequence[Part], size: int, groups: Groups) -> None:
 
 
 def _words_for(blocks: list[int], here: set[int], size: int) -> tuple[str, bool]:
-    """What to say of the blocks of a leaf, and whether any is grouped."""
+    """A description of the blocks of a leaf, and whether any is grouped."""
     groups = {
         block // size: range(block // size * size, (block // size + 1) * size) for block in blocks
     }
@@ -145,5 +145,5 @@ def _words_for(blocks: list[int], here: set[int], size: int) -> tuple[str, bool]
 
 
 def _span(numbers: list[int]) -> str:
-    """Blocks as a person writes them: one, or the first and the last."""
+    """Blocks in short notation: one, or the first and the last."""
     return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"

@@ -21,8 +21,8 @@ class Candidates(NamedTuple):
     Args:
         path: of the leaf, as text.
         shape: of the leaf.
-        axes: how it is a stack of matrices; None if it is none.
-        allowed: ``(n,)`` bool, one entry a matrix; None if none may be fused.
+        axes: how it is a stack of matrices; None if it is not.
+        allowed: ``(n,)`` bool, one entry per matrix; None if none may be fused.
     """
 
     path: str
@@ -48,15 +48,15 @@ def find_candidates(
 
     Args:
         tree: arrays or shapes.
-        axes: one entry a leaf, as from ``matrices.resolve``.
+        axes: one entry per leaf, as from ``matrices.resolve``.
         spatial_mask: None for all; a function of the path's text; or a tree (prefixes allowed).
-            It says a bool, or an array of bools shaped like the leaf's stack axes.
+            Per leaf it gives a bool, or an array of bools shaped like the leaf's stack axes.
 
     Returns:
-        One entry a leaf.
+        One entry per leaf.
 
     Raises:
-        ValueError: the mask says something else.
+        ValueError: the mask gives anything else.
 
     Example:
         >>> import jax.numpy as jnp
@@ -105,7 +105,7 @@ def limit_at(
         step_gate: None, a function of the count, or the counts at which to fuse.
 
     Returns:
-        A scalar; ``-inf`` where the gate is shut.
+        A scalar; ``-inf`` where the gate is closed.
 
     Example:
         >>> import jax.numpy as jnp

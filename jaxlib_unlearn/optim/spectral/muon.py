@@ -1,6 +1,6 @@
 r"""Muon: momentum, orthogonalised. Matrices only; :func:`muon` gives every other leaf to AdamW.
 
-Conventions, because published codes differ in them:
+Conventions, because published implementations differ in them:
 
 =============  ==========================================  ====================================
 momentum       buffer                                      orthogonalised with Nesterov / without
@@ -14,13 +14,13 @@ momentum       buffer                                      orthogonalised with N
 ``torch.optim.Muon``'s code, whose uncorrected average is 1 - beta times it. The two have the same
 direction without Nesterov, at the first step, and in the limit.
 
-Coming from ``optax.contrib.muon`` (its own spellings raise a TypeError with these words):
+Coming from ``optax.contrib.muon`` (its own spellings raise a TypeError that says the same):
 
 - ``ns_coeffs``, ``ns_steps``: ``orthogonalize=optim.orthogonalize.newton_schulz(coeffs, steps)``,
   or a name: ``"polar_express"``, ``"gram_newton_schulz"``, ``"svd"``.
 - ``beta``, ``nesterov``, ``mu_dtype``, ``weight_decay``, ``weight_decay_mask``, ``adam_*``: the
-  same. The mask holds for AdamW's leaves too. Do not chain ``optax.add_decayed_weights`` behind
-  ``muon``: the rate's sign is already in, weights would grow.
+  same. The mask holds for AdamW's leaves too. Do not chain ``optax.add_decayed_weights`` after
+  ``muon``: the learning rate's sign is already applied, so weights would grow.
 - ``eps``: ``adam_eps``; matrices need none. ``adam_eps_root``: no counterpart.
 - ``adaptive``: ``orthogonalize=lambda z: (z * f(z)).sum((-2, -1), keepdims=True) * f(z)``.
 - ``preconditioning``: ``"frobenius"`` is the default, ``"aol"`` is ``orthogonalize="aol4"``.
@@ -117,9 +117,9 @@ def scale_by_muon(
         split: leaves that hold several matrices each (heads, fused q/k/v): see ``optim.splitting``.
         post: a step between orthogonalisation and scaling: see ``optim.post`` (NorMuon).
         mu_dtype: dtype of the momentum; None for the parameters'.
-        comm_dtype: what matrices and directions are rounded to when they travel between devices
+        comm_dtype: what matrices and directions are rounded to when they are sent between devices
             (and on one device as well); the orthogonaliser then works in float32. bfloat16 halves
-            those bytes. None: they travel as they are.
+            those bytes. None: they are sent as they are.
 
     Returns:
         A transformation whose state is a :class:`MuonState`.
@@ -206,7 +206,7 @@ def muon(
         matrices: which leaves are matrices: None for the rules of ``optim.matrices``; "all_2d" for
             these and two axes where a name says nothing (``wq``, ``theta``); or a tree (prefixes
             allowed) or function of ``optax.contrib.MuonDimensionNumbers``, None for AdamW's, and
-            "rules" or "all_2d" where these shall decide.
+            "rules" or "all_2d" where these should decide.
         layout: "in_out" or "out_in", for the rules.
         split: leaves that hold several matrices each, by path: ``{"attn/q/": 9}`` for nine heads,
             ``{"c_attn": (768, 768, 768)}`` for fused q, k, v, ``{"attn/o/": Split(9, "in")}``.
@@ -273,7 +273,7 @@ def rest_by_adamw(
     mu_dtype: jax.typing.DTypeLike | None,
     mask: DecayMask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The AdamW that takes the leaves which are no matrices; arguments as in :func:`muon`.
+    """The AdamW for the leaves that are not matrices; arguments as in :func:`muon`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -377,10 +377,10 @@ def scale_by_momentum(
     mu_dtype: jax.typing.DTypeLike | None = None,
     comm_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum, orthogonalised as ``meet`` says, for the matrices that ``find_axes`` finds.
+    """Momentum, orthogonalised in ``meet``'s groups, for the matrices that ``find_axes`` finds.
 
-    What Muon and TEON are made of; arguments as in :func:`scale_by_muon`. ``check`` is called by
-    ``init`` with the parts that will meet, as shapes.
+    Shared by Muon and TEON; arguments as in :func:`scale_by_muon`. ``check`` is called by ``init``
+    with all parts, as shapes.
 
     Example:
         >>> tx = scale_by_momentum(every_matrix, beta=0.9, nesterov=False, momentum="ema",
@@ -398,7 +398,7 @@ def scale_by_momentum(
         raise ValueError(f"comm_dtype is a floating dtype, got {comm_dtype!r}")
 
     def init(params):
-        axes = find_axes(params)  # an ambiguous leaf is told here, before any compute
+        axes = find_axes(params)  # raises for an ambiguous leaf, before any compute
         if check is not None:
             check(shape_parts(params, axes, split))
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype), params)

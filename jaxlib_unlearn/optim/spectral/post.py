@@ -1,4 +1,4 @@
-r"""What may follow the polar step, before the shape factor: a hook, and NorMuon as its user."""
+r"""A hook between the polar step and the shape factor, and NorMuon, which uses it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ class Post(NamedTuple):
 
 
 def normuon(beta2: float = 0.95, eps: float = 1e-10) -> Post:
-    r"""NorMuon: every output neuron moves by the same RMS, the matrix as far as before.
+    r"""NorMuon: every output neuron moves by the same RMS; the matrix's norm is unchanged.
 
     .. math::
         v_j \leftarrow \beta_2 v_j + (1 - \beta_2) \operatorname{mean}_i O_{ij}^2, \qquad
@@ -30,7 +30,7 @@ def normuon(beta2: float = 0.95, eps: float = 1e-10) -> Post:
         O'' = O' \frac{\|O\|_F}{\|O'\|_F}
 
     with i over the inputs and j over the outputs of one matrix. There is no bias correction: the
-    last line removes any common factor. The state is one number an output neuron.
+    last line removes any common factor. The state is one number per output neuron.
 
     Args:
         beta2: decay of the second moment, in [0, 1).

@@ -1,9 +1,9 @@
 r"""SIFT: Muon for two objectives whose gradients disagree, only where and when they do.
 
-Every objective has a momentum of its own. Where the cosine between the momenta of one matrix falls
-below a threshold, the update is built from the leading singular vectors of each, made orthonormal
-to each other; elsewhere it is Muon's on the sum. With :math:`U_i, V_i` the top k singular vectors
-of momentum i,
+Every objective has its own momentum. Where the cosine between the momenta of one matrix falls below
+a threshold, the update is built from the leading singular vectors of each, made orthonormal to each
+other; elsewhere it is Muon's on the sum. With :math:`U_i, V_i` the top k singular vectors of
+momentum i,
 
 .. math::
     O = \mathrm{msign}([U_1 U_2])\, \mathrm{msign}([V_1 V_2])^H
@@ -11,22 +11,22 @@ of momentum i,
 
 Worth knowing before use:
 
-- O does not see how long a momentum is: a weight on a loss has no effect on a matrix that is always
-  fused. It does have one on Muon's steps, on AdamW's leaves and on which matrices are fused.
+- O does not depend on the norm of a momentum: a weight on a loss has no effect on a matrix that is
+  always fused. It does have one on Muon's steps, on AdamW's leaves and on which matrices are fused.
 - O has norm sqrt(2 k), a Muon step sqrt(min(in, out)), at one learning rate (``match_norm=True``
   makes them equal).
-- Clip both streams by one factor (``optim.clip_streams``) and accumulate both
-  (``optim.accumulate``); Optax's own wrappers see the first stream only.
-- A stream that is absent at a step is a tree of zeros: its momentum decays, and a momentum of zero
-  adds no direction.
-- Momenta that nearly oppose each other are told apart in float64 (on CPUs and NVIDIA GPUs, whatever
+- Clip both gradients by one factor (``optim.clip_streams``) and accumulate both
+  (``optim.accumulate``); Optax's own wrappers see the first gradient only.
+- A gradient that is absent at a step is passed as a tree of zeros: its momentum decays, and a
+  momentum of zero adds no direction.
+- Momenta that nearly oppose each other are separated in float64 (on CPUs and NVIDIA GPUs, whatever
   the dtype of the parameters): with M_2 = -M_1 plus a share e of an independent direction the
   update is full-size and within 1e-3 of a float64 reference down to e = 0.01 %. Below, single
   directions start to be dropped (at 0.001 %, with bases of half the matrix, a fifth of the norm);
   below 0.0001 % of their norm momenta differ by rounding, and opposed ones give no step. On TPUs,
   which have no float64 decompositions, the error is about 0.3 % at e = 0.1 % and grows as 1 / e.
   With ``bases="subspace"`` the error of the iteration comes on top. (Derivatives of an update are
-  those in the momenta's own dtype, without what that cannot tell apart.)
+  those in the momenta's own dtype, without what that cannot resolve.)
 """
 
 import functools
@@ -107,13 +107,15 @@ def scale_by_sift(
     Args:
         beta: decay of the momenta (heavy ball), in [0, 1).
         nesterov: look one step ahead; else M = m.
-        rank: k, singular vectors of each stream.
-        rank_cap: at most ``min(in, out) // streams``. Without it more columns than rows get
-            stacked, which cannot be orthonormal: square and full rank is half the sum of msigns.
+        rank: k, singular vectors of each momentum.
+        rank_cap: at most ``min(in, out) // (num_constraints + 1)``. Without it more columns than
+            rows get stacked, which cannot be orthonormal: square and full rank is half the sum of
+            msigns.
         threshold: fused if the cosine is strictly below. A number, traced or not, or a schedule of
-            the count of earlier steps. Above 1: always. ``-inf``: never, but the cosine is kept.
+            the count of earlier steps. Above 1: always. ``-inf``: never, but the cosine is
+            recorded.
         spatial_mask: which matrices may be fused: None for all, a function of the path's text, or a
-            tree of bools (prefixes allowed). Instead of one bool either may say an array of them,
+            tree of bools (prefixes allowed). Either may give an array of bools in place of one,
             shaped like the leaf's stack axes (layers). Leaves without any are plain Muon.
         step_gate: which steps may fuse: a function of the count of earlier steps, or a sequence of
             counts.
@@ -126,15 +128,15 @@ def scale_by_sift(
             sqrt(tol): eigenvalues up to it (1 minus the cosine of an angle).
         bases: "svd" (exact) or "subspace" (block iteration from the vectors of the last fused
             step, kept in the state: where SVDs are slow).
-        passes: of the iteration at a step after a fused one.
-        first_passes: of the iteration at any other step, whose vectors are old or random.
+        passes: iterations at a step that follows a fused one.
+        first_passes: iterations at any other step, which starts from old or random vectors.
         oversample: random columns beside the old vectors at every step.
         match_norm: scale the fused update to the norm of a Muon step.
         orthogonalize: Muon's ``(n, r, c) -> (n, r, c)``, or a name as in ``scale_by_muon``; default
             Newton-Schulz, Jordan, 5 steps.
         shape_scale: as in ``scale_by_muon``; one factor for both kinds of step.
-        num_constraints: number of constraint streams. Above 1, ``constraint_grads`` is a tuple of
-            so many trees, and the cosine is the smallest of all pairs.
+        num_constraints: number of constraint gradients. Above 1, ``constraint_grads`` is a tuple of
+            that many trees, and the cosine is the smallest of all pairs.
         seed: of the random columns.
         mu_dtype: dtype of the momenta; None for the parameters'.
 

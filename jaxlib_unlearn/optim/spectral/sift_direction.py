@@ -1,6 +1,6 @@
 """The direction of SIFT on a whole tree: momenta, which matrices are fused, and their updates.
 
-``optim.sift`` has the factories, ``optim.fusion`` what happens inside one bucket of matrices.
+``optim.sift`` has the factories; ``optim.fusion`` computes one bucket of matrices.
 """
 
 import functools
@@ -28,7 +28,7 @@ from jaxlib_unlearn.optim.spectral.subspace import random_block
 class SiftState(NamedTuple):
     """State of SIFT; every tree has the parameters' structure.
 
-    ``optax.MaskedNode`` stands where a leaf has no entry: the second momentum of matrices that are
+    ``optax.MaskedNode`` marks a leaf without an entry: the second momentum of matrices that are
     never fused (``mu`` then holds the momentum of the sum), and bases of leaves without any.
     """
 
@@ -65,8 +65,8 @@ def sift_direction(
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of ``optim.scale_by_sift``, whose arguments these are.
 
-    Constraint streams come as ``constraint_0=``, ``constraint_1=``, .. (:func:`with_constraints`),
-    and ``find_axes`` says which leaves are matrices.
+    Constraint gradients come as ``constraint_0=``, ``constraint_1=``, ..
+    (:func:`with_constraints`), and ``find_axes`` says which leaves are matrices.
     """
     method = Method(
         rank,
@@ -89,7 +89,7 @@ def sift_direction(
 
     def init(params):
         leaves, structure = jax.tree.flatten(params)
-        plan = look(params)  # an ambiguous leaf is told here, before any compute
+        plan = look(params)  # raises for an ambiguous leaf, before any compute
 
         def tree(make):
             return structure.unflatten([make(*x) for x in zip(plan, leaves, strict=True)])
@@ -103,7 +103,7 @@ def sift_direction(
                 return optax.MaskedNode()
             shape = (leaf.side, method.rank_of(streams, leaf.side))
             dtype = jnp.promote_types(p.dtype, jnp.float32)
-            # The same columns for every stream: equal matrices then have equal bases.
+            # The same columns for every gradient: equal matrices then have equal bases.
             block = random_block(seed, leaf.path, 0, (*leaf.stack, 1, *shape), dtype)
             return jnp.repeat(block, streams, axis=-3)
 
@@ -131,7 +131,7 @@ def sift_direction(
         basis = structure.flatten_up_to(state.basis) if subspace else []
         count = jnp.asarray(optax.safe_increment(state.count))
 
-        mixed = []  # by leaf, what is to be orthogonalised: one array a stream
+        mixed = []  # by leaf, what is to be orthogonalised: one array per gradient
         for i, leaf in enumerate(plan):
             g, m = [x[i] for x in given], [x[i] for x in momenta]
             if leaf.axes is not None and leaf.allowed is None:
@@ -228,7 +228,7 @@ def _real(dtype) -> Any:
 
 
 def sum_streams(num_constraints: int) -> optax.GradientTransformationExtraArgs:
-    """Adds the constraint streams to the gradient, for the optimizer that follows."""
+    """Adds the constraint gradients to the primary one, for the optimizer that follows."""
 
     def update(updates, state, params=None, **extra_args):
         del params
@@ -244,9 +244,9 @@ def sum_streams(num_constraints: int) -> optax.GradientTransformationExtraArgs:
 def with_constraints(
     inner: optax.GradientTransformationExtraArgs, num_constraints: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Checks ``constraint_grads`` and hands on one argument a stream.
+    """Checks ``constraint_grads`` and passes each tree on as an argument of its own.
 
-    So every argument is a tree like the gradients, which ``optax.partition`` masks with them.
+    Every argument is then a tree like the gradients, so ``optax.partition`` masks it with them.
     """
 
     def update(updates, state, params=None, *, constraint_grads=None, **extra_args):

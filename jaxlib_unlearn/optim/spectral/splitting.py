@@ -1,6 +1,6 @@
-"""Matrices that a model keeps in one leaf but that act apart: attention heads, fused q, k and v.
+"""Matrices that share a leaf but act separately: attention heads, fused q, k and v.
 
-A fused ``(in, 3 in)`` projection is three matrices and a query projection one matrix a head;
+A fused ``(in, 3 in)`` projection is three matrices and a query projection one matrix per head;
 orthogonalising them as one mixes what the model never mixes. A :class:`Split` says where to cut.
 """
 
@@ -65,7 +65,7 @@ def cut(
         path: for the message.
 
     Returns:
-        Equal blocks are one part whose stack has an axis more; sizes are one part each.
+        Equal blocks are one part with one more stack axis; given sizes make one part each.
 
     Raises:
         ValueError: the sizes do not fit.

@@ -32,7 +32,7 @@ def top_singular(
     Args:
         matrix: ``(..., r, c)``.
         rank: k, at most ``min(r, c)``.
-        eps: how far the entries were rounded, relatively; None for the rounding of their dtype.
+        eps: relative rounding error of the entries; None for the rounding of their dtype.
 
     Returns:
         u ``(..., r, k)``, s ``(..., k)``, v ``(..., c, k)``. Singular values at rounding level,
@@ -175,9 +175,9 @@ def gram_inverse_root(columns: jax.Array, tol: jax.typing.ArrayLike = 1e-5) -> j
 
 @jax.custom_jvp
 def inverse_root(gram: jax.Array, tol: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The inverse root of positive matrices without eigenvalues up to ``tol``, and all of those.
+    """The inverse root of positive matrices without eigenvalues up to ``tol``; all eigenvalues.
 
-    Its derivative is that of the root, which equal eigenvalues do not disturb.
+    Its derivative is that of the root, which is finite at equal eigenvalues.
 
     Args:
         gram: ``(..., n, n)``, Hermitian.
@@ -209,7 +209,7 @@ def _inverse_root_derivative(primals, tangents):
     z = matmul(matmul(adjoint(vectors), change), vectors)
     one, other = roots[..., :, None], roots[..., None, :]
     both = one * other
-    # Divided differences of the root; of two that are kept in a form without a difference.
+    # Divided differences of the root; for two kept eigenvalues in a form that subtracts nothing.
     gap = values[..., :, None] - values[..., None, :]
     mixed = jnp.where(one == other, 0, (one - other) / jnp.where(gap == 0, 1, gap))
     kept = -jnp.square(both) / jnp.where(both > 0, one + other, 1)

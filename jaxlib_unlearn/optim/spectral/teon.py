@@ -83,11 +83,11 @@ def scale_by_teon(
         Z = [U^{(1)} \,|\, \dots \,|\, U^{(K)}], \qquad [O^{(1)} | \dots | O^{(K)}] =
         \mathrm{orth}(Z)
 
-    Blocks are grouped by their absolute index, K consecutive ones from 0 on, each projection for
-    itself. A stacked leaf has its blocks on its first axis; other leaves are grouped by path
+    Blocks are grouped by their absolute index, K consecutive ones from 0 on, each projection
+    separately. A stacked leaf has its blocks on its first axis; other leaves are grouped by path
     (``layers/0/q`` with ``layers/1/q``, ``Block_2/Dense_0`` with ``Block_3/Dense_0``: see
-    ``optim.blocks``); in a tuple of consecutive stacks the count goes on. Blocks left over, and
-    leaves that ``groups`` leaves out, are Muon's.
+    ``optim.blocks``); a tuple of consecutive stacks is numbered through. Blocks left over, and
+    leaves that ``groups`` leaves out, get Muon's step.
 
     A leaf that is frozen by ``optax.partition``, ``optax.masked`` or a smaller tree is not seen
     here: the others of its group get Muon's step instead of the shared one. Freeze whole groups, or
@@ -104,13 +104,14 @@ def scale_by_teon(
         beta: decay of the momentum, in [0, 1).
         momentum: "ema" or "heavy_ball", as in ``optim.muon``.
         shape_scale: "unit", "width", "spectral", "match_rms", of one layer's matrix.
-        split: leaves that hold several matrices each; every block is grouped with its like.
+        split: leaves that hold several matrices each; every block is grouped with its counterparts.
         post: what follows, per layer (NorMuon).
         mu_dtype: dtype of the momentum; None for the parameters'.
-        comm_dtype: what travels between devices is rounded to it, as in ``optim.scale_by_muon``.
+        comm_dtype: what is sent between devices is rounded to it, as in ``optim.scale_by_muon``.
 
     Returns:
-        A transformation whose state is a ``MuonState``: a checkpoint of Muon loads, and back.
+        A transformation whose state is a ``MuonState``: checkpoints of Muon and TEON are
+        interchangeable.
 
     Raises:
         ValueError: a bad argument; at ``init``, a leaf of rank >= 2 named norm, bias, scale, embed,
@@ -183,7 +184,7 @@ def teon(
         group_size: K consecutive blocks; the paper finds 2 best.
         axis: "in" or "out", as in :func:`scale_by_teon`.
         groups: which leaves are grouped; default query, key and value projections. As in
-            :func:`scale_by_teon`, a frozen leaf leaves the others of its group alone.
+            :func:`scale_by_teon`, a frozen leaf leaves the rest of its group ungrouped.
         beta: decay of the momentum.
         nesterov: look one step ahead.
         momentum: "ema" or "heavy_ball".
@@ -260,7 +261,7 @@ Run = list[tuple[int, Any]]
 """Parts that go to a bucket together, each with a slice of its first axis or an index there."""
 
 
-# How parts meet: every leaf is cut into runs of blocks; a run is Muon's or holds whole groups.
+# Every leaf is cut into runs of blocks; a run gets Muon's step or holds whole groups.
 
 
 def _grouped(group_size: int, axis: str, groups: Groups) -> Meet:
@@ -270,7 +271,7 @@ def _grouped(group_size: int, axis: str, groups: Groups) -> Meet:
         raise ValueError(f"axis is 'in' or 'out', got {axis!r}")
     picked = picker(groups)
 
-    @functools.cache  # one object an orthogonaliser and side, or eager calls recompile
+    @functools.cache  # one object per orthogonaliser and side, or eager calls recompile
     def together(orthogonalize: Orthogonalizer, turned: bool):
         return functools.partial(
             _shared, orthogonalize=orthogonalize, size=group_size, turned=turned

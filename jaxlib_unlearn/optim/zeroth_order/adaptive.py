@@ -35,14 +35,14 @@ def hizoo(
 
     Args:
         learning_rate: eta, a number or a schedule.
-        smoothing: alpha. H starts at one, in float32: in half precision it could not move.
-        num_queries: q, directions averaged a step.
+        smoothing: alpha. H starts at one, in float32: in half precision it could not change.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:
@@ -115,8 +115,8 @@ def rada_zo(
 
     As published (``bias_correction=False``) there are no divisions, :math:`v_t` averages
     :math:`m_t^2` and the step is :math:`\eta\, m_t / \sqrt{v_t + \zeta}`: the first one is
-    :math:`1 / \sqrt{1 - \beta_2}` (10) learning rates long in every coordinate, and those of pure
-    noise are 3.8 after 10 and 2.2 after 30 steps.
+    :math:`1 / \sqrt{1 - \beta_2}` (10) learning rates long in every coordinate, and steps on pure
+    noise are still 3.8 long after 10 and 2.2 after 30 steps.
 
     Args:
         learning_rate: eta, a number or a schedule.
@@ -127,14 +127,14 @@ def rada_zo(
             afterwards both factors would leave the first step as long as without).
         directions: "sphere", over all parameters at once, with the factor d and the radius eps
             sqrt(d); or "gaussian".
-        num_queries: q, directions averaged a step.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:
@@ -186,7 +186,7 @@ def adaptive_rule(
         b1: decay of the momentum.
         b2: decay of its square.
         zeta: added inside the root.
-        bias_correction: divide both by what they lack; False: as published.
+        bias_correction: correct both for their start at zero; False: as published.
 
     Returns:
         A rule with the moments "mu" and "nu".

@@ -1,8 +1,8 @@
 """The bare directions of the published zeroth-order methods, with the gradient's sign.
 
-``scale_by_x`` takes the arguments of ``x`` but for learning rates and decay; its ``update`` is
-that of ``x``: ``update(None, state, params, value_fn=f)``. Chain it with the rate, or with a rule
-of Optax's:
+``scale_by_x`` takes the arguments of ``x`` except learning rates and decay; its ``update`` is that
+of ``x``: ``update(None, state, params, value_fn=f)``. Chain it with the learning rate, or with one
+of Optax's rules:
 
     >>> import jax, jax.numpy as jnp, optax
     >>> tx = optax.chain(scale_by_mezo(), optax.scale_by_adam(), optax.scale_by_learning_rate(1e-5))

@@ -1,7 +1,7 @@
 """Random directions over a whole parameter tree: perturbed copies, layer maps, weighted sums.
 
-Stacked layers are walked one at a time, so what a walk needs beside its result is one layer. The
-walk, the layer map that runs inside a decoder's scan, and the sum over queries draw the same
+Stacked layers are visited one at a time, so a walk needs the memory of one layer beside its result.
+The walk, the layer map that runs inside a decoder's scan, and the sum over queries draw the same
 numbers: all three go through ``draw_core`` with the absolute index of the layer.
 """
 
@@ -35,8 +35,8 @@ class Draws(NamedTuple):
     Args:
         key: of purpose QUERY and the step.
         mask_key: of purpose MASK and the step.
-        bases: one entry a leaf (stacked leaves: with the layer axis in front).
-        moments: one entry a leaf, arrays like the leaf.
+        bases: one entry per leaf (stacked leaves: with the layer axis in front).
+        moments: one entry per leaf, arrays like the leaf.
         scales: ``(q,)`` what the directions are multiplied by, or None for one.
     """
 
@@ -96,7 +96,7 @@ def perturbed(
         offset: () the step along the direction; differentiable.
 
     Returns:
-        The leaves of the perturbed tree; frozen ones are handed on.
+        The leaves of the perturbed tree; frozen ones are returned as they are.
     """
     key, scale = _query(draws, query, offset)
 
@@ -257,7 +257,8 @@ def walk(fn: Callable[..., Any], layout: Layout, groups: Sequence[Sequence[Any]]
     Args:
         fn: ``(leaf, index, one entry of each group) -> tree of arrays``.
         layout: of the parameters.
-        groups: per group one tree of arrays a leaf; stacked leaves have the layer axis in front.
+        groups: per group one tree of arrays for each leaf; stacked leaves have the layer axis in
+            front.
 
     Returns:
         Leaf position -> result, the layers stacked again.

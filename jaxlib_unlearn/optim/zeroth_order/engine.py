@@ -13,7 +13,7 @@ perturbed model at a time unless ``query_batch`` asks for more.
 Three things to know. The difference of two losses is small: compute the loss in float32 (a bfloat16
 loss of 0.7 is rounded by 0.004, which is 4 in the coefficient at eps 1e-3). Nothing is perturbed in
 place, so parameters do not drift. A step is often below the spacing of bfloat16 parameters (31 % of
-the entries of a 2048 x 2048 matrix move at all): keep float32 master weights.
+the entries of a 2048 x 2048 matrix change at all): keep float32 master weights.
 """
 
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ class ZOState(NamedTuple):
         proj: number -> tree like the parameters, None where there is nothing; the arrays that a
             family keeps for some steps.
         value: () the loss of the last step.
-        coeffs: ``(q,)`` of the last step; (seed, all coeffs) replay a run.
+        coeffs: ``(q,)`` of the last step; the seed and the coefficients of all steps replay a run.
         moments: name -> tree like the parameters; empty for most methods.
     """
 
@@ -109,18 +109,18 @@ def zeroth_order(
         num_queries: q.
         eps: epsilon, the step along a direction.
         estimator: "forward", "central" or "jvp".
-        refresh_every: steps between two draws of what the family keeps.
+        refresh_every: steps between two draws of the arrays that the family keeps.
         rule: what is done with the estimate; None for nothing.
         reshape_core: a function of matrices applied to the mean core of low-rank families.
         aux_learning_rate: eta for vectors; None for ``learning_rate``.
         weight_decay: lambda, for matrices whose name does not say norm, bias or scale.
         seed: of all draws.
         query_batch: evaluations at a time (activations grow with it); None for one.
-        query_axis: mesh axis over which evaluations are shared out.
+        query_axis: mesh axis over which evaluations are split.
         trainable: path -> whether a leaf is perturbed and updated; None for all.
-        matrices: ``MuonDimensionNumbers`` for all leaves; None for those of ``leaves``.
+        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``leaves``.
         layout: "in_out" or "out_in" kernels.
-        factored: let ``layer_map`` hand out low-rank kernels as ``perturbations.Factored``.
+        factored: let ``layer_map`` return low-rank kernels as ``perturbations.Factored``.
         rng_impl: random bit generator; one that gives other numbers under ``vmap`` is refused.
 
     Returns:
@@ -308,7 +308,7 @@ def scale_by_zeroth_order(family: Family, **options: Any) -> optax.GradientTrans
 
 
 def _by_number(structure: Any, bases: Any) -> dict[str, Any]:
-    """A tuple of arrays a leaf as trees like the parameters, which survive ``nnx.State``."""
+    """Tuples of arrays, one per leaf, as trees like the parameters, which survive ``nnx.State``."""
     return {
         str(i): jax.tree.unflatten(structure, [b[i] if i < len(b) else None for b in bases])
         for i in range(max(map(len, bases)))

@@ -1,6 +1,6 @@
 """Directional derivatives from values of the loss: forward and central differences, or exact ones.
 
-Knows nothing of parameters: a function says what the loss is at a step along a direction.
+Independent of parameters: a function gives the loss at a step along a direction.
 """
 
 from collections.abc import Callable
@@ -49,15 +49,16 @@ def estimate(
         value: the loss at theta, if the caller has it.
         curvature: also :math:`|f_+ + f_- - 2 f_0| / (2 \epsilon^2)`; "central" only.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out; only scalars cross it.
+        query_axis: mesh axis over which evaluations are split; only scalars cross it.
         dtype: of the offsets.
 
     Returns:
         The estimate, at least float32. Without a baseline "central" reports the mean of its values.
 
     Raises:
-        ValueError: an unknown estimator, a loss that is no scalar, an axis that does not divide.
-        TypeError: a 16-bit loss (or ``value``) whose differences are asked for.
+        ValueError: an unknown estimator, a loss that is not a scalar, an axis that does not divide
+            the evaluations.
+        TypeError: a 16-bit loss (or ``value``) where differences are needed.
 
     Example:
         >>> import jax.numpy as jnp
@@ -153,4 +154,4 @@ def _map_jobs(fn, context, jobs, batch: int | None, axis: str | None):
         axis_names={axis},
         check_vma=False,
     )
-    return jax.jit(mapped)(context, jobs)  # eager shard_map knows no partly manual mesh
+    return jax.jit(mapped)(context, jobs)  # eager shard_map does not support a partly manual mesh

@@ -1,4 +1,4 @@
-"""Which leaves a zeroth-order optimizer moves, which hold stacked layers, and which are matrices.
+"""Which leaves a zeroth-order optimizer updates, which hold stacked layers, and which are matrices.
 
 Zeroth order perturbs *every* leaf, so embeddings and heads are matrices too (``optim.matrices``
 leaves them to AdamW) and nothing is ambiguous:
@@ -52,9 +52,9 @@ class Layout(NamedTuple):
     """A parameter tree as a zeroth-order optimizer sees it.
 
     Args:
-        leaves: one entry a leaf.
+        leaves: one entry per leaf.
         outer: positions of the leaves that are not stacked.
-        stacks: consecutive stacks of one prefix count their layers on.
+        stacks: layers are numbered through consecutive stacks of one prefix.
     """
 
     leaves: tuple[Leaf, ...]
@@ -85,7 +85,7 @@ def layout_of(
 
     Leaves under ``layers`` (``blocks``, ``stack``, ``scan``) are stacked when they all have the
     same leading size and one of them is a stack of matrices by ``optim.matrices``; a tuple (or
-    numbered items) of such stacks counts its layers on.
+    numbered items) of such stacks is numbered through.
 
     Args:
         params: arrays or shapes.

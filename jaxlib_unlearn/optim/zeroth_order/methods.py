@@ -1,7 +1,7 @@
 r"""The published zeroth-order methods: each a family of directions and its own defaults.
 
 All share the options of ``zeroth_order.zeroth_order`` and its ``update(None, state, params,
-value_fn=f)``. Evaluations of the loss a step, with q = ``num_queries``:
+value_fn=f)``. Evaluations of the loss per step, with q = ``num_queries``:
 
 =============  ==========  ==================  =====================================
 method         estimator   evaluations         arrays kept beside the parameters
@@ -82,14 +82,14 @@ def mezo(
 
     Args:
         learning_rate: eta, a number or a schedule.
-        num_queries: q, directions averaged a step.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:
@@ -147,18 +147,18 @@ def sparse_mezo(
 
     Args:
         learning_rate: eta, a number or a schedule.
-        keep: share of the entries that move. Public codes disagree on whether their "sparsity" is
-            this share or one minus it.
-        mask: "step" for a new mask every step (as public code), "static" for one. It is random, not
-            by magnitude as in the paper.
-        num_queries: q, directions averaged a step.
+        keep: share of the entries that are perturbed. Public implementations disagree on whether
+            their "sparsity" is this share or one minus it.
+        mask: "step" for a new mask every step (as in public code), "static" for one. It is random,
+            not by magnitude as in the paper.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:
@@ -220,16 +220,16 @@ def lozo(
         learning_rate: eta, a number or a schedule.
         rank: r.
         refresh_every: steps between two draws of V.
-        divide_vectors: divide the estimate for vectors by r too, as public code does; it is biased
-            then.
-        num_queries: q, directions averaged a step.
+        divide_vectors: divide the estimate for vectors by r too, as public code does, which biases
+            it.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:
@@ -281,7 +281,7 @@ def subzero(
     trainable: Trainable | None = None,
     rng_impl: str = "threefry2x32",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SubZero: directions between two orthonormal bases that stay for some steps.
+    r"""SubZero: directions between two orthonormal bases that are kept for some steps.
 
     .. math::
         Z_i = \tfrac{\sqrt{mn}}{r} V Z'_i U^T, \qquad Z'_i \sim N(0, 1)^{r \times r}
@@ -290,14 +290,14 @@ def subzero(
         learning_rate: eta, a number or a schedule.
         rank: r.
         refresh_every: steps between two draws of U and V.
-        num_queries: q, directions averaged a step.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:
@@ -356,19 +356,19 @@ def subspace_mezo(
         Z_i = u_i P^T, \qquad P^T P = I_r
 
     Args:
-        learning_rate: eta, a number or a schedule of matrices.
-        rank: r; the smaller side of a matrix bounds it.
+        learning_rate: eta of matrices, a number or a schedule.
+        rank: r, capped at the smaller side of a matrix.
         refresh_every: steps between two draws of P.
         aux_learning_rate: eta of vectors; None for ``learning_rate``. P is not rescaled:
             matrices need about out / r times MeZO's rate.
-        num_queries: q, directions averaged a step.
+        num_queries: q, directions averaged per step.
         eps: epsilon.
         estimator: "central", "forward" or "jvp".
         weight_decay: lambda, of matrices.
         seed: of all draws.
         query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
         rng_impl: random bit generator.
 
     Returns:

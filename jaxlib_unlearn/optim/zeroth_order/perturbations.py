@@ -1,9 +1,9 @@
-r"""Random directions for zeroth-order optimizers: one row a family, drawn leaf by leaf.
+r"""Random directions for zeroth-order optimizers: one row per family, drawn leaf by leaf.
 
 A family says what a random direction Z of a matrix looks like. Every draw is a function of (seed,
 purpose, step, query, leaf, layer) by ``fold_in``, so it is regenerated where it is needed and never
-stored, and drawing one layer at a time gives the numbers of drawing the whole stack. Kernels are
-``(in, out)``: the transpose of the matrices in the papers, whose m is our ``out``.
+stored, and drawing one layer at a time gives the same numbers as drawing the whole stack. Kernels
+are ``(in, out)``: the transpose of the matrices in the papers, whose m is our ``out``.
 
 =============  ===========================  ==================  ===============================
 family         direction of a matrix        kept over steps     core drawn per query
@@ -35,7 +35,7 @@ from jaxlib_unlearn.optim.matrices import MatrixAxes
 Basis = tuple[jax.Array, ...]
 Moments = Mapping[str, jax.Array]
 
-# What a stream of random numbers is for: the first number folded into the seed.
+# The purpose of random numbers: the first number folded into the seed.
 BASIS, QUERY, MASK = 0, 1, 2
 
 
@@ -76,11 +76,11 @@ def matmul(x: jax.Array, kernel: Any) -> jax.Array:
 
 
 class Leaf(NamedTuple):
-    """What a draw must know of a parameter (of one layer of it, if layers are stacked).
+    """What a draw must know about a parameter (about one layer of it, if layers are stacked).
 
     Args:
         path: where it is, e.g. ``layers/0/mlp/up/kernel``.
-        name: the path without the number of a segment; the draws hang on it.
+        name: the path without the number of a segment; the draws depend on it.
         code: a stable hash of the name.
         shape: of one layer.
         dtype: of the parameter.
@@ -105,7 +105,7 @@ class Family(NamedTuple):
     Args:
         name: the row's name.
         core: ``(in, out) ->`` shape of the Gaussian core of one matrix; None draws leaves dense.
-        basis: ``(key, n, in, out, dtype) ->`` arrays ``(n, ...)`` that stay for some steps.
+        basis: ``(key, n, in, out, dtype) ->`` arrays ``(n, ...)`` that are kept for some steps.
         factors: ``(core, basis) -> (left (n, in, r), right (n, out, r))``, linear in the core.
         gain: ``(in, out) ->`` what the estimate for a matrix is multiplied by.
         vector_gain: the same for vectors.
@@ -133,7 +133,7 @@ def dense() -> Family:
 def sphere() -> Family:
     r"""The unit sphere over *all* parameters, times :math:`\sqrt d`.
 
-    With :math:`Z = \sqrt d\, z / \lVert z \rVert` the estimate :math:`c Z` holds the factor d of
+    With :math:`Z = \sqrt d\, z / \lVert z \rVert` the estimate :math:`c Z` contains the factor d of
     the sphere, and ``eps`` is the step per coordinate (the radius is :math:`\epsilon \sqrt d`).
     """
     return Family("sphere", normalize=True)
@@ -142,7 +142,7 @@ def sphere() -> Family:
 def sparse(keep: float, mask: str = "step") -> Family:
     """Gaussian entries of which a random share is kept.
 
-    The mask is Bernoulli, not by magnitude as Sparse-MeZO's paper has it: as in public code.
+    The mask is Bernoulli, as in public code, not by magnitude as in Sparse-MeZO's paper.
 
     Args:
         keep: share of the entries that are perturbed, in (0, 1].
@@ -158,7 +158,7 @@ def sparse(keep: float, mask: str = "step") -> Family:
 
     def weigh(z, key, moments):
         del moments
-        # Not zero times z: a kept share of one leaves z as it is, bit for bit.
+        # Not a product: with keep = 1 z stays as it is, bit for bit.
         return jnp.where(jax.random.bernoulli(key, keep, z.shape), z, 0)
 
     return Family("sparse", weigh=weigh, static_mask=mask == "static")
@@ -170,13 +170,13 @@ def curvature() -> Family:
 
 
 def uvt(rank: int, divide_vectors: bool = False) -> Family:
-    r"""Low rank, one factor fresh: :math:`V U^T` with V kept (LOZO, arXiv:2410.07698).
+    r"""Low rank, one factor kept: :math:`V U^T` with U drawn per query (LOZO, arXiv:2410.07698).
 
     The estimate is divided by the rank, which makes it unbiased.
 
     Args:
-        rank: r; the smaller side of a matrix bounds it.
-        divide_vectors: divide the estimate for vectors too, as public code does (a biased one).
+        rank: r, capped at the smaller side of a matrix.
+        divide_vectors: divide the estimate for vectors too, as public code does (which biases it).
     """
     _check_rank(rank)
 
@@ -199,7 +199,7 @@ def uzv(rank: int) -> Family:
     r"""Low rank, both bases kept: :math:`\sqrt{mn} / r \; V Z U^T` (SubZero, arXiv:2410.08989).
 
     Args:
-        rank: r; the smaller side of a matrix bounds it.
+        rank: r, capped at the smaller side of a matrix.
     """
     _check_rank(rank)
 
@@ -224,7 +224,7 @@ def subspace(rank: int) -> Family:
     r"""Inside the span of a random orthonormal P on the output side: :math:`u P^T` (ZO-Muon).
 
     Args:
-        rank: r; the smaller side of a matrix bounds it.
+        rank: r, capped at the smaller side of a matrix.
     """
     _check_rank(rank)
     return Family(
@@ -242,7 +242,7 @@ def orthonormal(key: jax.Array, n: int, rows: int, rank: int, dtype: Any) -> jax
 
     Args:
         key: of the draw.
-        n: how many.
+        n: number of matrices.
         rows: length of a column.
         rank: number of columns, at most ``rows``.
         dtype: float32 or float64.

@@ -15,10 +15,10 @@ class Rule(NamedTuple):
     """What is done with the estimate of a leaf, elementwise.
 
     Args:
-        moments: name -> what it starts with.
+        moments: name -> initial value.
         apply: ``(g, h, moments, count) -> (direction, moments)`` with the estimate g, the mean h of
             ``curvature_i Z_i^2`` (or None) and the number of this step, from 1.
-        curvature: whether h is wanted (one more evaluation of the loss a step).
+        curvature: whether h is needed (one more evaluation of the loss per step).
     """
 
     moments: Mapping[str, float]
@@ -93,5 +93,5 @@ def _reshape_cores(fn: Orthogonalizer, cores: list[jax.Array]) -> list[jax.Array
 
 
 def _like(update: jax.Array, x: jax.Array) -> jax.Array:
-    """Ties an update to its parameter's sharding, which draws from a key know nothing of."""
+    """Ties an update to its parameter's sharding, which draws from a key do not have."""
     return update if jax.typeof(x).sharding.mesh.empty else jnp.where(x == x, update, x)

@@ -1,8 +1,8 @@
 r"""ZO-Muon: zeroth-order estimates in a random subspace, averaged and orthogonalised.
 
-Of the published code this follows what it intends: one P for all queries of a step, drawn once per
-refresh, before any query (the code draws another one per query on refresh steps, which leaves
-1 / q of the signal there).
+This follows the intent of the published code: one P for all queries of a step, drawn once per
+refresh, before any query (the code draws another one per query on refresh steps, which leaves 1 / q
+of the signal there).
 """
 
 import jax
@@ -55,7 +55,7 @@ def scale_by_zo_muon(
     """The direction of ZO-Muon, with the gradient's sign: no learning rates, no decay.
 
     Matrices get the orthogonalised direction; vectors their estimate (chain the two learning
-    rates yourself, or use :func:`zo_muon`). Arguments as there.
+    rates yourself, or use :func:`zo_muon`). Arguments as in :func:`zo_muon`.
 
     Returns:
         A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
@@ -107,7 +107,7 @@ def zo_muon(
     factored: bool = True,
     rng_impl: str = "threefry2x32",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""ZO-Muon: muon's direction inside a random subspace, from values of the loss alone.
+    r"""ZO-Muon: Muon's direction inside a random subspace, from values of the loss alone.
 
     .. math::
         R = \tfrac1q \textstyle\sum_i c_i u_i, \qquad
@@ -116,12 +116,12 @@ def zo_muon(
 
     with :math:`c_i = (f(W + \epsilon u_i P^T, v + \epsilon z_i) - f) / \epsilon`, Gaussian
     :math:`u_i` (in, r) and :math:`z_i`, and P (out, r) with orthonormal columns. No momentum and no
-    factor of the shape: a matrix moves by about :math:`0.72 \eta \sqrt r` in Frobenius norm.
+    shape factor: a matrix moves by about :math:`0.72 \eta \sqrt r` in Frobenius norm.
 
     Args:
         learning_rate: eta of matrices (every leaf with two axes or more, embeddings included).
         num_queries: q; a step evaluates the loss q + 1 times.
-        rank: r; the smaller side of a matrix bounds it. At least 64 for orthogonalisation to help.
+        rank: r, capped at the smaller side of a matrix. At least 64 for orthogonalisation to help.
         eps: epsilon.
         refresh_every: P is drawn at steps 0, T, 2 T, ...
         estimator: "forward", "central" (2 q evaluations) or "jvp".
@@ -135,11 +135,11 @@ def zo_muon(
         seed: of all draws.
         query_batch: evaluations at a time; None for one. With ``layered_value_fn`` more of them
             cost activations, not weights.
-        query_axis: mesh axis over which evaluations are shared out.
-        trainable: path -> whether a leaf is moved; None for all.
-        matrices: ``MuonDimensionNumbers`` for all leaves; None for those of ``leaves``.
+        query_axis: mesh axis over which evaluations are split.
+        trainable: path -> whether a leaf is trained; None for all.
+        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``leaves``.
         layout: "in_out" or "out_in" kernels.
-        factored: let ``layer_map`` hand out kernels as ``perturbations.Factored``.
+        factored: let ``layer_map`` return kernels as ``perturbations.Factored``.
         rng_impl: random bit generator.
 
     Returns:
