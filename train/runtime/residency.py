@@ -1,9 +1,9 @@
-"""Where models wait: in host memory, out of the way of steps and scores.
+"""Models that are not in use wait in host memory, away from training and scoring.
 
-A run knows several models (base, original, oracle, unlearned) and works with one or two at a time.
-The others are parked: every device's shard lies in the memory of its host, laid out as before, so
-this needs no gathering and works for any number of processes. A stage that starts from a parked
-model makes the one copy on the device that it trains.
+A run has several models (base, original, oracle, unlearned) and works with one or two at a time.
+The others are parked: every device's shard moves to the memory of its host in the same layout, so
+nothing is gathered and any number of processes can do it. A stage that starts from a parked model
+makes a single copy on the device, the one that it trains.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ DEVICE = "device"
 
 
 def parked(params: Any) -> Any:
-    """Arrays in host memory, shard by shard; the device's are freed with their last reference.
+    """Move arrays to host memory, shard by shard; device memory is freed with the last reference.
 
     Args:
-        params: a tree; what is no `jax.Array` is in host memory already.
+        params: a tree; leaves that are no `jax.Array` are in host memory already.
 
     Returns:
-        A tree of equal arrays, of the same shardings but for the memory.
+        A tree of equal arrays with the same shardings, except for the memory kind.
 
     Example:
         >>> import jax.numpy as jnp
@@ -34,7 +34,7 @@ def parked(params: Any) -> Any:
 
 
 def at_hand(params: Any) -> Any:
-    """Arrays in device memory; those that are there already are handed on as they are.
+    """Move arrays to device memory; those that are there already are returned as they are.
 
     Args:
         params: a tree of arrays.
@@ -51,7 +51,7 @@ def at_hand(params: Any) -> Any:
 
 
 def fresh(params: Any, shardings: Any) -> Any:
-    """A copy on the device that may be donated, from arrays wherever they lie.
+    """A copy on the device that may be donated, from arrays in host or device memory.
 
     Args:
         params: a tree of arrays, parked or not.
