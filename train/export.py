@@ -1,7 +1,7 @@
 """Export a model as an HF folder that `transformers` and other tools load, or to the Hub.
 
 python -m train.export RUN_FOLDER_OR_MODEL OUTPUT_FOLDER [--dtype bfloat16]
-python -m train.export RUN_FOLDER OUTPUT_FOLDER --model original   (what a LoRA adapter belongs to)
+python -m train.export RUN_FOLDER OUTPUT_FOLDER --model original   (the base of a LoRA adapter)
 python -m train.export RUN_FOLDER --push-to-hub OWNER/NAME [--dry-run]
 """
 
@@ -89,7 +89,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def read(source: str, run: Path | None, which: str) -> tuple[Any, str, int | None]:
-    """A model with its tokenizer, what its card says, and where its answers end."""
+    """A model with its tokenizer, the text of its card, and the maximum length of its answers."""
     import models
     from train import pipeline
     from train.reporting import card
@@ -111,7 +111,7 @@ def read(source: str, run: Path | None, which: str) -> tuple[Any, str, int | Non
 
 
 def of_stage(run: tables.Run, which: str, sha: str | None) -> Any:
-    """The original or the oracle of a run, from what its stage left.
+    """The original or the oracle of a run, from its stored stage.
 
     Raises:
         UserError: the run folder does not hold it.

@@ -1,4 +1,4 @@
-"""A trained model as a sealed Hugging Face folder, written once and again where it is damaged."""
+"""A trained model as a sealed Hugging Face folder, written once, and again if damaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.runtime.tracking import say
 
 
 def speaking(tokenizer: Any) -> Any:
-    """A tokenizer with its model's prompts as the chat template, where those are not its own."""
+    """A tokenizer whose chat template renders its model's prompts, if its own does not."""
     if tokenizer.has_chat_template and tokenizer.format.tags is None:
         return tokenizer
     found = tokenizer.with_template(written_chat_template(tokenizer))
@@ -27,7 +27,7 @@ def speaking(tokenizer: Any) -> Any:
         == encode_qa(alone, **probe, system_prompt=system)
         for system in (None, "Be brief.")
     )
-    # A tokenizer may read the same text in another way behind a written-out special token.
+    # A tokenizer may tokenise text differently after a special token that is written out.
     return found if same else tokenizer
 
 
@@ -36,8 +36,8 @@ def export_model(
 ) -> None:
     """Export a model as an HF folder, unless the folder already holds it with the same card.
 
-    `text` is the card, None one that says where the model comes from; `max_new_tokens` is where
-    its answers end unless asked otherwise.
+    `text` is the model card; None: one that says where the model comes from. `max_new_tokens` is
+    the maximum length of its answers unless asked otherwise.
     """
     text = (
         card.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text

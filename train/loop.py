@@ -37,7 +37,7 @@ def step_bytes(compiled: Any) -> int | None:
 
 
 class Watch(NamedTuple):
-    """A look at what is trained: `look(params) -> scalars`, before each of `steps`."""
+    """An evaluation during training: `look(params) -> scalars`, before each of `steps`."""
 
     look: Callable[[Any], dict[str, float]]
     steps: tuple[int, ...]
@@ -52,13 +52,13 @@ class Stage:
         steps: optimizer steps.
         batches: step -> this process's rows of the batches by stream; a pure function of the step.
         objective: what is minimised, with `options` as resolved from its configuration.
-        optimizer: how a step is taken.
+        optimizer: the optimizer and its options.
         combine: how the gradients of the two sides become one.
-        accumulate: micro-batches a step.
-        watch: looks at what is trained, on the way.
+        accumulate: micro-batches per step.
+        watch: evaluations during training.
         checkpoints: folder for this stage's checkpoints.
-        checkpoint_seconds: least time between two of them.
-        bind: how what is trained becomes a model (`train.step.Trainable`).
+        checkpoint_seconds: minimum time between two of them.
+        bind: makes a model of the trained tree (`train.step.Trainable`).
         batch_size: rows of a global batch; None: `batches` makes all of them.
         profile: folder for a trace of a few steps.
     """
@@ -79,19 +79,19 @@ class Stage:
     profile: Path | None = None
 
 
-PROFILED = 3  # steps of a trace, after two that compile and warm up
+PROFILED = 3  # steps in a trace, after two for compilation and warm-up
 
 
 @contextlib.contextmanager
 def traced(folder: Path | None, first: int) -> Iterator[Callable[[int, Any], None]]:
-    """A function to call as `(step, state)` before each step; it traces a few of them.
+    """Yield a function to call as `(step, state)` before each step; it traces a few of them.
 
     Args:
         folder: where the trace goes; None: none is made.
         first: the first step of this process.
 
     Returns:
-        A context; leaving it, on whatever way, ends a trace that is under way.
+        A context manager; leaving it, also by an exception, ends a running trace.
     """
     begun, running = False, False
 
@@ -102,7 +102,7 @@ def traced(folder: Path | None, first: int) -> Iterator[Callable[[int, Any], Non
             jax.profiler.start_trace(str(folder))
             begun = running = True
         elif running and step == first + 2 + PROFILED:
-            jax.block_until_ready(state)  # else the last steps would be missing
+            jax.block_until_ready(state)  # otherwise the last steps would be missing
             end()
 
     def end() -> None:
@@ -131,7 +131,7 @@ def run(
     """Train from `params`, which stay where and as they are, and return the final parameters.
 
     Metrics are read one step late, so the host prepares the next batch while the device works. A
-    checkpoint is written only once every loss before it was seen to be finite, every
+    checkpoint is written only when all losses before it are known to be finite, every
     `checkpoint_seconds` and when the run is asked to stop.
 
     Raises:
@@ -182,7 +182,7 @@ def run(
             good = max(checkpointing.steps_in(stage.checkpoints), default=None)
             where = "none was written yet" if good is None else f"{stage.checkpoints / str(good)}"
             first = "loss" if "loss" in odd else next(iter(odd))
-            # What was not finite, and beside it what may say why.
+            # What was not finite, and beside it what may explain it.
             shown = odd | {k: values[k] for k in ("loss", "grad_norm", "lr") if k in values}
             raise TrainingError(
                 f"{stage.name}: {first.replace('_', ' ')} is not finite at step {step} "
@@ -206,7 +206,7 @@ def run(
         return compiled[shapes]
 
     def looked(step: int, state: TrainState) -> dict[str, float]:
-        """What those who watch see before `step`."""
+        """The scalars of all evaluations due before `step`."""
         found: dict[str, float] = {}
         for watch in stage.watch:
             if step in watch.steps:
@@ -214,7 +214,7 @@ def run(
         return found
 
     def save(step: int) -> None:
-        """Keep the state before `step`."""
+        """Write a checkpoint of the state before `step`."""
         nonlocal saved_at
         checkpointing.save_step(stage.checkpoints, step, state, {})
         distributed.unsaved(False)
@@ -222,7 +222,7 @@ def run(
         saved_at = time.monotonic()
 
     def due() -> bool:
-        """Whether the last checkpoint is old, by the clock of the first process."""
+        """Whether the next checkpoint is due, by the clock of the first process."""
         return distributed.of_first(lambda: time.monotonic() - saved_at > stage.checkpoint_seconds)
 
     with (
@@ -251,7 +251,7 @@ def run(
             spent.clear()
         loss = settle()
     if last := looked(stage.steps, state):
-        # One line more than steps: the look after the last one, beside its loss.
+        # One line more than steps: the evaluation after the last one, beside its loss.
         tracker.write(stage.name, stage.steps, {"loss": loss} | last)
     return state.params
 

@@ -1,4 +1,4 @@
-"""What a run costs on an accelerator that is not here: memory, work, traffic, time.
+"""The cost of a run on an accelerator that is not present: memory, FLOPs, traffic, time.
 
 python -m train.plan tofu-npo-llama3-8b --topology v5e:8x8
 python -m train.plan PRESET --topology KIND:SHAPE [any option of train.unlearn] [--json]
@@ -23,7 +23,7 @@ from train.config import RunConfig
 from train.costs import PROGRAMS
 from train.costs.topology import GIB, Topology, check_topology, find_topology
 
-# What a collective sends over the links of a chip in a group of n, in parts of its bytes.
+# What a collective sends over a chip's links in a group of n, as a fraction of its bytes.
 WIRE = {
     "all-gather": lambda n: (n - 1) / n,
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -39,8 +39,8 @@ class PlanConfig(RunConfig):
 
     Args:
         topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
-        length: padded tokens a row; None: `data.max_length`.
-        labels: padded labels a row; None: `length`.
+        length: padded tokens per row; None: `data.max_length`.
+        labels: padded labels per row; None: `length`.
         json: print one JSON object and nothing else.
     """
 
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 
 def check(config: PlanConfig) -> None:
-    """Raise `UserError` for what is wrong before a device is looked for."""
+    """Raise `UserError` for wrong options, before any device is looked for."""
     if not config.topology:
         raise UserError("give --topology, a TPU slice such as v5e:8x8, or cpu:8")
     check_topology(config.topology)
@@ -83,17 +83,18 @@ def check(config: PlanConfig) -> None:
 
 
 def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
-    """Compile the programs of a run for a slice and account for them.
+    """Compile the programs of a run for a slice and compute their costs.
 
     Args:
         config: the run and the slice.
         say: called with a line before each compilation; None: silent.
 
     Returns:
-        Plain values: those of the training step at the top, all of them under `programs`.
+        Plain values: those of the first program (the training step, if planned) at the top, those
+        of all under `programs`.
 
-    Raises:
-        UserError: the slice does not exist, or the run does not fit it in kind.
+        Raises:
+        UserError: the slice does not exist, or the run cannot use it.
     """
     from train.costs import programs
     from train.runtime import sharding
@@ -136,7 +137,7 @@ def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
 
 
 def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
-    """Compile one program and add up what a chip holds, does and sends."""
+    """Compile one program and sum up the memory, work and communication of a chip."""
     from train.costs import collectives, flops, hlo, hlo_flops
     from train.loop import step_bytes
     from train.step import OPTIMIZER_SCOPE
@@ -145,7 +146,7 @@ def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
     room = topology.hbm_bytes_per_device
     start = time.monotonic()
     traced = program.call.trace(*program.args, **program.static)
-    # Counted on the whole mesh, of which every device has its part.
+    # Counted for the whole mesh; each device does its part.
     platform = topology.devices[0].platform
     asked = flops.count_jaxpr(traced.jaxpr, platform=platform).flops / devices
     result: dict[str, Any] = {"unit": program.unit}
@@ -155,7 +156,7 @@ def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
         needed = needed_bytes(str(error))
         if needed is None:
             raise
-        # The compiler gave up: no program to look at, but it says what it would have needed.
+        # The compiler gave up: there is no program to analyse, but the error says what it needed.
         arguments = argument_bytes(program.args)
         temporaries = max(0, needed - arguments) if needed > arguments else needed
         return result | {
@@ -204,7 +205,7 @@ def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
 
 
 def optimizer_work(config: Any, decoder: Any, mesh: Any, step: dict[str, Any]) -> dict[str, Any]:
-    """The update's work: as compiled, or (where nothing was compiled) as it was asked for."""
+    """The FLOPs of the update: as compiled, or (if compilation failed) as the function asks for."""
     from train.costs import flops, programs
 
     made = programs.update_program(config, decoder, mesh)
@@ -247,7 +248,7 @@ _NEEDED = (
 
 
 def needed_bytes(message: str) -> int | None:
-    """What a compiler that ran out of memory would have needed, in its own words; None: not said.
+    """The bytes that a compiler's out-of-memory message asks for; None if it gives no number.
 
     Example:
         >>> needed_bytes("Used 19.5G of 15.75G hbm. Exceeded hbm capacity by 3.75G") / 2**30
@@ -272,7 +273,7 @@ def argument_bytes(args: Any) -> int:
 
 
 def knobs(config: PlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
-    """What is left to turn when something does not fit, the cheapest first."""
+    """Options to change if something does not fit, the cheapest first."""
     from models.decoder import REMAT
     from train.runtime.sharding import batch_ways
 
@@ -340,7 +341,7 @@ def _optimizer(p: dict[str, Any]) -> str:
 
 
 def _repeated(p: dict[str, Any]) -> str:
-    """Work that several chips repeat, where there is any to speak of."""
+    """The share of work that is repeated on several chips, if it exceeds 5 %."""
     more = p["flops_per_chip"] / p["asked_flops_per_chip"] - 1 if p["asked_flops_per_chip"] else 0
     return f" ({more:.0%} repeated on several chips)" if more > 0.05 else ""
 

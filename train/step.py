@@ -1,7 +1,7 @@
 """One jitted training step: an objective's terms, their global weights, one update.
 
 Every term is a `(sum, weight)`; the step divides the sum over *all* micro-batches and devices by
-the weight over all of them, so a number does not depend on how the batch was split.
+the weight over all of them, so no result depends on how the batch was split.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from models.policy import DecoderPolicy, head_copies, label_states
 from train.runtime.sharding import batch_sharding, constrain, param_shardings, state_shardings
 
 Batches = Mapping[str, Mapping[str, jax.Array]]
-OPTIMIZER_SCOPE = "optimizer"  # what the update's instructions are called in profiles and plans
+OPTIMIZER_SCOPE = "optimizer"  # scope of the update's instructions in profiles and plans
 Bind = Callable[..., tuple[Any, Any]]
 
 
 class Trainable(NamedTuple):
-    """What a stage trains, what it leaves as it is, and how the two are a model.
+    """What a stage trains, what it leaves unchanged, and how the two form a model.
 
     Args:
-        start: the tree that is trained, as it starts. Optimizers see nothing else.
+        start: the trained tree at the start. Optimizers see nothing else.
         frozen: arrays that a step reads and never writes: they are not donated.
         bind: `(trainable, frozen, layer_map=None) -> (params, layer_map)`, what `forward` takes.
-            The `layer_map` that comes in is of the trainable tree's layers.
-        view: `trainable -> params` for a look on the way, whose `forward` needs no layer map.
+            The `layer_map` passed in is one of the trainable tree's layers.
+        view: `trainable -> params` for evaluation during training; needs no layer map.
         finish: `trainable -> params`, the plain parameters of the trained model.
     """
 
@@ -62,7 +62,7 @@ class TrainState(NamedTuple):
 
 
 def split_batch(batches: Batches, parts: int) -> Batches:
-    """`(B, ...)` to `(parts, B // parts, ...)`; rows are dealt in turn: each keeps its device.
+    """`(B, ...)` to `(parts, B // parts, ...)`; rows are dealt in turn, so each keeps its device.
 
     Examples that share a row of tokens stay together.
     """
@@ -81,13 +81,13 @@ def split_batch(batches: Batches, parts: int) -> Batches:
 
 
 class Losses:
-    """An objective on one global batch, as the functions of the parameters that optimizers ask for.
+    """An objective on one global batch, as the functions of the parameters that optimizers need.
 
     `params` is the trained tree; `bind` makes a model of it and `frozen` (`Trainable`). `frozen` is
     also what unembeds cached hidden states of the reference.
 
-    The weights come first, from the loss on the whole batch: they depend on masks alone, so the
-    compiler drops that forward pass.
+    The weights are computed first, from the loss on the whole batch: they depend on masks alone, so
+    the compiler removes that forward pass.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class Losses:
             params, layer_map = bind(trainable, frozen, layer_map)
             dtype = decoder.config.dtype
             outer = {name: x for name, x in params.items() if name != "layers"}
-            # Not cast: label chunks and streams add their parts of these gradients up.
+            # Not cast: label chunks and streams sum their parts of these gradients.
             params = constrain(outer) | {"layers": params["layers"]}
-            # A layer map of values or of adapters: no gradient of the layer itself flows back.
+            # With a layer map of values or of adapters no gradient flows back to the layer itself.
             layer_map = layer_map or (lambda layer, index: constrain(layer, dtype))
             known = ()
-            # Labels at every slot are not those of the batch: nothing of it would be read.
+            # Labels at every slot are not those of the batch: the states found here are unused.
             joined = joined and "hidden_all" not in objective.reference.values()
             if joined and len({batch["tokens"].shape for batch in part.values()}) == 1 < len(part):
                 streams = list(part.values())
@@ -139,11 +139,11 @@ class Losses:
         terms = self._terms(params, part, layer_map, joined=side is None)
         sums = {name: total for name, (total, _) in terms.items()}
         if self._own_means:
-            # The global weight is divided out again: sum_a (1/A) sum_a / weight_a is left.
+            # `combine` divides by the global weight, which cancels: sum_a (1/A) sum_a / weight_a.
             share = {n: jnp.maximum(own, 1e-9) * self._accumulate for n, (_, own) in terms.items()}
             sums = {name: total * self.weights[name] / share[name] for name, total in sums.items()}
         weighted = {name: (total, self.weights[name]) for name, total in sums.items()}
-        # Not the other side's: their forward pass would be done for nothing but these numbers.
+        # Not the other side's: they would cost a forward pass for these metrics alone.
         mine = {n: total for n, total in sums.items() if side in (None, side_of(n))}
         return combine(weighted, self.weights, self._options, side), mine
 
@@ -192,9 +192,9 @@ def make_step(
 ) -> Callable[[TrainState, Any, Batches], tuple[TrainState, dict[str, jax.Array]]]:
     """The un-jitted step `(state, frozen, batches) -> (state, metrics)`.
 
-    `needs` says what the optimizer is handed: `joint`, one gradient; `split`, those of the forget
+    `needs` says what the optimizer receives: `joint`, one gradient; `split`, those of the forget
     side and of the retain side; `value`, the loss as a function (no gradient is computed); `lazy`,
-    the loss and its gradient as functions. `bind` says how what is trained becomes a model.
+    the loss and its gradient as functions. `bind` makes a model of the trained tree.
     """
 
     def step(state: TrainState, frozen: Any, batches: Batches):
@@ -211,7 +211,7 @@ def make_step(
             metrics["grad_norm"] = optax.tree.norm(optax.tree.add(grads, constraint))
         else:
             metrics = losses.look(params)
-            # A loss that is known saves the forward estimator an evaluation.
+            # The known loss saves the forward estimator an evaluation.
             extra = {
                 "value": metrics["loss"],
                 "value_fn": losses.value,
@@ -226,9 +226,9 @@ def make_step(
             "lr": jnp.asarray(schedule(state.step)),
         }
         if needs in ("value", "lazy"):
-            # Nothing of the update depends on these looks at parameters and update. Told that it
-            # does, XLA writes the new parameters in place; else it may keep a copy of the old ones
-            # for whichever comes later.
+            # The update does not depend on these metrics of parameters and update. With a formal
+            # dependence XLA writes the new parameters in place; without it, it may keep a copy of
+            # the old ones for whichever comes later.
             after = 0.0 * (metrics["loss"] + metrics["update_norm"])
             updates = jax.tree.map(lambda u: u + after.astype(u.dtype), updates)
         params = optax.apply_updates(params, updates)
@@ -254,7 +254,7 @@ def init_state(
 def state_shapes(
     params: Any, tx: optax.GradientTransformationExtraArgs, mesh: Any
 ) -> tuple[TrainState, TrainState]:
-    """A training state as shapes that know their layout, and its tree of shardings.
+    """A training state as shapes with their shardings, and its tree of shardings.
 
     `params` are arrays or shapes; nothing is computed.
     """
@@ -268,7 +268,7 @@ def state_shapes(
 
 
 def shaped(tree: Any, shardings: Any) -> Any:
-    """Arrays or shapes as shapes laid out by a tree of shardings."""
+    """Arrays or shapes as `jax.ShapeDtypeStruct`s with the given shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )

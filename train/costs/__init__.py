@@ -1,4 +1,4 @@
-"""What a program costs on an accelerator that is not here: counted on jaxprs and compiled text."""
+"""The cost of a program on an accelerator that is not present, from jaxprs and compiled text."""
 
 # What a plan compiles.
 PROGRAMS = ("train", "score", "generate")

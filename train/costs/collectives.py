@@ -1,7 +1,7 @@
 """Collectives of a compiled program: which, how often, and how many bytes.
 
-Read from the text of the optimised HLO. A collective in a loop's body stands there once and runs
-once a trip, so it is multiplied by the trip counts of the loops around it.
+Read from the text of the optimised HLO. A collective in a loop body appears once in the text and
+runs once per trip, so it is multiplied by the trip counts of the loops around it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Collective(NamedTuple):
     """One collective instruction of a program.
 
     Args:
-        kind: a word of `KINDS`.
-        bytes: what one device puts in or gets out when it runs once, whichever is more; its own
-            part is included.
-        times: how often a call of the program runs it: the product of the trip counts around it.
-        in_loop: whether it stands inside a loop's body (or condition).
+        kind: one of `KINDS`.
+        bytes: of one device's operands or results in one run, whichever is more; its own part is
+            included.
+        times: runs per call of the program: the product of the trip counts around it.
+        in_loop: whether it is inside a loop's body (or condition).
         known: whether the trip counts of all loops around it are known; an unknown one counts once.
-        groups: the devices that talk to each other; empty if the text does not list groups.
+        groups: the devices that communicate with each other; empty if the text lists no groups.
         scope: where in the traced function it comes from; empty if the text does not say.
     """
 
@@ -52,13 +52,13 @@ class Collective(NamedTuple):
 
 
 def collectives(program: Any) -> list[Collective]:
-    """The collectives of a compiled program, in the order of its text, branches all included.
+    """The collectives of a compiled program, in the order of its text, all branches included.
 
     Args:
-        program: the text of optimised HLO, `jax.jit(f).lower(...).compile()`, or one parsed.
+        program: the text of optimised HLO, `jax.jit(f).lower(...).compile()`, or a parsed program.
 
     Returns:
-        One entry an instruction and call site.
+        One entry per instruction and call site.
 
     Raises:
         ValueError: the text has no entry computation.
@@ -76,12 +76,12 @@ def collectives(program: Any) -> list[Collective]:
         if kind not in KINDS:
             continue
         if chain := _CHAIN.search(line.rest):
-            # On TPUs a collective that overlaps with products stands in each of their fusions.
+            # On TPUs a collective that overlaps with products appears in each of their fusions.
             if chain[1] in chains:
                 continue
             chains.add(chain[1])
         if "all-reduce-scatter" in visit.computation.name:
-            kind = "reduce-scatter"  # a fusion of an all-reduce and a slice, carried out as one
+            kind = "reduce-scatter"  # an all-reduce and a slice, fused into one collective
         size, groups = _bytes_moved(line, visit.computation), _groups(line.rest)
         found.append(Collective(kind, size, visit.times, visit.in_loop, visit.known, groups,
                                 line.op_name))  # fmt: skip

@@ -1,7 +1,7 @@
 """Floating-point operations of a function, counted on its jaxpr without running it.
 
-`compiled.cost_analysis()` counts the body of a `lax.scan` once, so a model of 32 scanned layers
-looks like one of 4. Here every matrix product is counted as often as it runs.
+`compiled.cost_analysis()` counts the body of a `lax.scan` once, as if a model of 32 scanned layers
+had one. Here every matrix product is counted as often as it runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.interpreters import partial_eval
 
 Branches = Literal["max", "min"]
 
-# Work that has no closed form in products, or none we know: listed instead of counted.
+# Work whose count of operations has no closed form, or none we know: listed instead of counted.
 _DECOMPOSITIONS = {
     "cholesky",
     "eig",
@@ -37,13 +37,14 @@ _OPAQUE = {"ffi_call", "fft", "pallas_call", "pure_callback", "ragged_dot_genera
 
 
 class Count(NamedTuple):
-    """What a function costs.
+    """The cost of a function.
 
     Args:
         flops: multiplications and additions of all matrix products and convolutions; inside a
             `shard_map`, of all devices together.
-        unknown_loops: loops with such work whose trip count only the data knows; one trip counted.
-        uncounted: how many times work runs that is not counted (`svd`: matrices, `fft`: calls).
+        unknown_loops: loops with such work whose trip count depends on the data; counted as one
+            trip.
+        uncounted: runs of work that is not counted (`svd`: matrices, `fft`: calls).
     """
 
     flops: int
@@ -63,14 +64,14 @@ def flops(fn: Callable, *args: Any, branches: Branches = "max", **kwargs: Any) -
     Args:
         fn: any function that JAX can trace.
         args: arrays, or `jax.ShapeDtypeStruct`s in their place; nothing is computed.
-        branches: a `lax.cond` counts as its dearest branch ("max") or its cheapest ("min").
+        branches: a `lax.cond` counts as its most expensive branch ("max") or its cheapest ("min").
         kwargs: passed on to `fn`, arrays or shapes as well.
 
     Returns:
-        The number.
+        The number of operations.
 
     Raises:
-        ValueError: `branches` is neither word.
+        ValueError: `branches` is neither "max" nor "min".
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -88,21 +89,21 @@ def count(
     platform: str | None = None,
     **kwargs: Any,
 ) -> Count:
-    """Like :func:`flops`, and what the number leaves out.
+    """Like :func:`flops`, together with what the number leaves out.
 
     Args:
         fn: any function that JAX can trace.
         args: arrays or shapes.
         branches: "max" or "min".
-        platform: what `lax.platform_dependent` chooses by, a device's `platform`; None: that of the
-            devices here.
+        platform: a device's `platform`, by which `lax.platform_dependent` chooses; None: that of
+            the devices here.
         kwargs: passed on to `fn`.
 
     Returns:
         A :class:`Count`.
 
     Raises:
-        ValueError: `branches` is neither word.
+        ValueError: `branches` is neither "max" nor "min".
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -113,7 +114,7 @@ def count(
 
 
 def count_jaxpr(closed: Any, branches: Branches = "max", platform: str | None = None) -> Count:
-    """:func:`count` of a function that is traced already, without work whose result nobody uses.
+    """:func:`count` of a function that is traced already, without its dead code.
 
     Args:
         closed: a `jax.extend.core.ClosedJaxpr`, as of `jax.make_jaxpr` or `jax.jit(f).trace(...)`.
@@ -124,7 +125,7 @@ def count_jaxpr(closed: Any, branches: Branches = "max", platform: str | None = 
         A :class:`Count`.
 
     Raises:
-        ValueError: `branches` is neither word.
+        ValueError: `branches` is neither "max" nor "min".
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -163,7 +164,7 @@ class _Work(NamedTuple):
 
 
 class _Walk:
-    """Adds up equations, each as often as what surrounds it runs it."""
+    """Adds up equations, each as often as it runs."""
 
     def __init__(self, branches: Branches, platform: str):
         self.choose = max if branches == "max" else min
@@ -191,7 +192,7 @@ class _Walk:
             return self.jaxpr(params["branches"][next(mine)])
         if name == "cond":
             found = [self.jaxpr(branch) for branch in params["branches"]]
-            # Of two branches without products, the one with an svd is the dearer.
+            # Of two branches without products, the one with an svd is the more expensive.
             return self.choose(found, key=lambda w: (w.flops, sum(w.uncounted.values())))
         if name == "custom_linear_solve":
             return self.jaxpr(params["jaxprs"].solve)

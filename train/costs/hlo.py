@@ -1,7 +1,7 @@
 """The text of a compiled program: its computations, and how often each instruction runs.
 
-An instruction in a loop's body stands there once and runs once a trip, so whoever adds something
-up multiplies it by the trip counts of the loops around it.
+An instruction in a loop body appears once in the text and runs once per trip, so a sum over a
+program multiplies it by the trip counts of the loops around it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Line(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """Names of the operands; in text without them, none."""
+        """Names of the operands; empty if the text does not have them."""
         return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
 
     @property
@@ -66,9 +66,9 @@ class Visit(NamedTuple):
 
     Args:
         line: the instruction.
-        computation: where it stands.
-        times: how often a call of the program runs it: the product of the trip counts around it.
-        in_loop: whether it stands inside a loop's body (or condition).
+        computation: the computation it belongs to.
+        times: runs per call of the program: the product of the trip counts around it.
+        in_loop: whether it is inside a loop's body (or condition).
         known: whether the trip counts of all loops around it are known; an unknown one counts once.
         branch: the branches of conditionals around it, as (name of the conditional, which one).
     """
@@ -136,7 +136,7 @@ def visits(program: Program) -> Iterator[Visit]:
             yield Visit(line, computation, times, in_loop, known, branch)
             inner = [c for c in called(line.rest) if c in program.computations]
             if line.opcode in ("async-update", "async-done"):
-                continue  # they name what async-start has started
+                continue  # they name the computation that async-start has called
             if line.opcode == "while":
                 trips = _trips(line.rest, program)
                 for c in inner:
@@ -163,8 +163,8 @@ def called(rest: str) -> list[str]:
 def _trips(rest: str, program: Program) -> int | None:
     """The loop's trip count: as noted by XLA, or from the one constant its condition compares with.
 
-    Programs for TPUs carry no note. Loops count from 0, scans by 1; those that the partitioner
-    makes, a product while its operand goes round, may take two steps a trip.
+    Programs for TPUs carry no note. Loops count from 0, scans by 1; the loops that the partitioner
+    makes for a collective matmul may advance by two per trip.
     """
     if match := _TRIPS.search(rest):
         return int(match[1])
@@ -185,7 +185,7 @@ def _trips(rest: str, program: Program) -> int | None:
         return None
     step = _step(condition, named("body"))
     if step is None and limits[0].type.startswith("u32[]"):
-        return None  # no scan
+        return None  # not a scan
     return -(-_constant(limits[0]) // (step or 1))
 
 
@@ -195,13 +195,13 @@ def _constant(line: Line) -> int:
 
 
 def _entry(line: Line) -> int | None:
-    """Which entry of a tuple an instruction takes out; None for other instructions."""
+    """The index at which an instruction reads a tuple; None for other instructions."""
     match = _INDEX.search(line.rest) if line.opcode == "get-tuple-element" else None
     return int(match[1]) if match else None
 
 
 def _step(condition: list[Line], body: list[Line]) -> int | None:
-    """What a loop's body adds to the entry of the carry that its condition reads, where it says."""
+    """What a loop's body adds to the counter that its condition reads; None if not found."""
     counters = {entry for line in condition if (entry := _entry(line)) is not None}
     if len(counters) != 1 or not body or body[-1].opcode != "tuple":
         return None

@@ -1,7 +1,7 @@
 """Matrix products of a compiled program, counted on one device and multiplied by trip counts.
 
-`train.costs.flops` counts what a function asks for; this counts what one device then does, work
-that the partitioner repeats on every device included. The two agree where nothing is repeated.
+`train.costs.flops` counts what a function asks for; this counts what one device then does,
+including work that the partitioner repeats on every device. They agree if nothing is repeated.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from train.costs.collectives import KINDS, collectives
 
 
 class Work(NamedTuple):
-    """What one device does in a call of the program.
+    """The work of one device in a call of the program.
 
     Args:
-        flops: multiplications and additions of all products; of a conditional, its dearest branch.
-        unknown_loops: products in loops whose trip count the text does not tell; one trip counted.
+        flops: multiplications and additions of all products; of a conditional, those of its most
+            expensive branch.
+        unknown_loops: products in loops whose trip count the text does not give; counted as one
+            trip.
         opaque: calls whose work the text does not show, by target.
     """
 
@@ -65,7 +67,7 @@ def device_flops(program: Any, scope: str = "") -> Work:
 
 
 def _dearest(totals: dict[tuple[tuple[str, int], ...], int]) -> int:
-    """Sums by branch, where of the branches of one conditional only the dearest counts."""
+    """The sum over branches; of the branches of one conditional only the most expensive counts."""
     depth = max(map(len, totals), default=0)
     while depth:
         best: dict[tuple, dict[str, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
@@ -103,7 +105,7 @@ def _dot(visit: hlo.Visit) -> int:
 
 
 def _convolution(visit: hlo.Visit) -> int:
-    """Products on TPUs are convolutions; their batch axes are windows that mostly see padding."""
+    """Products on TPUs are convolutions; their batch axes are windows that cover mostly padding."""
     rest = visit.line.rest
     result, left, right = _shapes(visit)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
@@ -141,8 +143,8 @@ def _taps(size: int, kernel: int, out: int, stride: int, low: int, left: int, ri
     reach = (size - 1) * left
     count = 0
     for k in range(kernel):
-        first = k * right - low  # where output 0 looks
-        # first + stride * o lies in [0, reach] on a multiple of `left`
+        first = k * right - low  # the position that output 0 reads
+        # first + stride * o is in [0, reach] and a multiple of `left`
         for o in range(max(0, -(first // stride)), out):
             at = first + stride * o
             if at > reach:
@@ -181,9 +183,10 @@ _FREE = {
 def device_bytes(program: Any) -> int:
     """Bytes that one device reads from and writes to its main memory in a call, roughly.
 
-    Every instruction reads its operands and writes its result, a fusion counts as one; of an array
-    that is only sliced, or updated in place, the slice counts. Arrays that the compiler keeps in a
-    TPU's fast memory (`S(1)` in their layout) are left out. Branches all count.
+    Every instruction reads its operands and writes its result, and a fusion counts as one
+    instruction. Of an array that is only sliced, or updated in place, the slice counts. Arrays that
+    the compiler keeps in a TPU's fast memory (`S(1)` in their layout) are left out. All branches
+    count.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -223,7 +226,7 @@ def _traffic(program: hlo.Program, visit: hlo.Visit) -> int:
     if line.opcode != "fusion" or inner is None:
         return _slow(line.type) + sum(map(_slow, given))
     parameters = {int(x.rest.split(")")[0]): x.name for x in inner.lines if x.opcode == "parameter"}
-    # Buffers handed on as they are: those of a collective that is under way.
+    # Buffers passed through unchanged: those of a collective in flight.
     pairs = re.findall(r"\{(\d*)\}: \((\d+), \{", line.rest)
     passed, kept = {int(n) for _, n in pairs}, {int(n or 0) for n, _ in pairs}
     total, updated = 0, 0
@@ -253,5 +256,5 @@ def _arrays(kind: str) -> list[str]:
 
 
 def _slow(kind: str) -> int:
-    """Bytes of the arrays of a type that lie in main memory."""
+    """Bytes of the arrays of a type that are in main memory."""
     return sum(hlo.array_bytes(array) for array in _arrays(kind) if "S(" not in array)

@@ -30,7 +30,7 @@ from train.data.streams import REFERENCE_COLUMNS, needs_head
 from train.runtime import sharding
 from train.step import Bind, TrainState, compile_step, make_step, shaped, state_shapes, whole
 
-STEPS = 100  # of the schedule, where the data is not there to tell; costs do not depend on it
+STEPS = 100  # length of the schedule, if the data is not there; costs do not depend on it
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class AbstractProgram:
         name: `train`, `score`, `prefill` or `decode`.
         call: the jitted function.
         args: shapes with shardings; static arguments as they are.
-        unit: what one call is.
-        static: keyword arguments of `call` that are no arrays.
+        unit: what one call processes.
+        static: keyword arguments of `call` that are not arrays.
     """
 
     name: str
@@ -83,7 +83,7 @@ def param_shapes(decoder: Decoder, mesh: Mesh) -> Any:
 
 
 def trained_shapes(config: RunConfig, params: Any, mesh: Mesh) -> tuple[Any, Bind]:
-    """What the unlearning stage trains, as shapes, and how it becomes a model."""
+    """What the unlearning stage trains, as shapes, and the function that makes a model of it."""
     chosen = config.lora
     if chosen.rank is None:
         return params, whole
@@ -99,7 +99,7 @@ def train_program(
     """One step of the unlearning stage.
 
     Raises:
-        UserError: the batch does not divide over the mesh, or parts that do not go together.
+        UserError: the batch does not divide over the mesh, or options that do not go together.
     """
     objective, options = objectives.resolve(config.objective)
     objectives.check_accumulation(objective, config.unlearn.accumulate)
@@ -152,7 +152,7 @@ def score_program(
 def generate_programs(
     config: RunConfig, decoder: Decoder, mesh: Mesh, prompt: int
 ) -> Iterator[AbstractProgram]:
-    """Reading a chunk of prompts, and one token more for each of its rows."""
+    """Prefill for a chunk of prompts, and decoding of one more token for each of its rows."""
     ways = sharding.batch_ways(mesh)
     rows = -(-config.evaluate.generate_rows // ways) * ways
     new = config.evaluate.max_new_tokens
@@ -202,9 +202,9 @@ def generate_programs(
 
 
 def update_program(config: RunConfig, decoder: Decoder, mesh: Mesh) -> tuple[Any, tuple] | None:
-    """The optimizer's update alone and its shapes; None for optimizers without gradients.
+    """The optimizer's update alone and its shapes; None for optimizers that evaluate the loss.
 
-    What those do is the model's work, several times over.
+    Their work is mostly the model's, several times over.
     """
     tx, _, needs = optimizers.build(config.optimizer, STEPS, config.combine)
     if needs not in ("joint", "split"):

@@ -1,4 +1,4 @@
-"""Accelerators and the slices they come in, as data: what a plan is measured against.
+"""Data about accelerators and the slices they come in, for a plan to compare with.
 
 Sources, read in November 2026. TPUs: the system-architecture pages of the Cloud TPU documentation
 (v4, v5e, v5p, v6e, TPU7x: "Key specifications" and the lists of supported topologies; interconnect
@@ -26,13 +26,13 @@ class Chip:
     Args:
         name: as in `--topology NAME:...`.
         hbm_bytes: memory that a program may use.
-        flops: peak of bfloat16 products, a second; None: not known.
-        hbm_bandwidth: bytes a second.
-        ici_bandwidth: bytes a second that leave a chip over all its links, one direction.
-        devices: JAX devices a chip shows as.
-        prefix: libtpu's word for the generation.
-        config: libtpu's chip configuration, where its default is not what a program gets: the two
-            cores of a v4 chip are one device there.
+        flops: peak FLOP per second of bfloat16 products; None: not known.
+        hbm_bandwidth: bytes per second.
+        ici_bandwidth: bytes per second that leave a chip over all its links, one direction.
+        devices: JAX devices per chip.
+        prefix: libtpu's name of the generation.
+        config: libtpu's chip configuration, where programs do not get its default: the two cores
+            of a v4 chip are one device there.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Chip:
     config: str = ""
 
 
-# libtpu keeps a part of the HBM for itself: of 16 GiB on v5e, programs get 15.75.
+# libtpu reserves a part of the HBM: of 16 GiB on v5e, programs get 15.75.
 TPUS = {
     chip.name: chip
     for chip in (
@@ -75,7 +75,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: `chips` chips of a kind, and the devices that JAX sees of it."""
+    """A slice: `chips` chips of one kind, and the devices that JAX sees there."""
 
     name: str
     chip: Chip
@@ -89,7 +89,7 @@ class Topology:
 
 
 def check_topology(name: str) -> tuple[str, str]:
-    """The parts of `KIND:SHAPE`, once the slice is known to exist.
+    """Split `KIND:SHAPE` into its parts, after checking that the slice exists.
 
     Raises:
         UserError: no such kind, or no slice of that shape; names those that exist.
@@ -178,10 +178,10 @@ def _tpus(name: str, kind: str, shape: str) -> Topology:
             f"--topology {name} needs libtpu, which compiles for TPUs on any machine; pip install "
             "-e '.[tpu]', or plan for cpu:N"
         )
-    # No metadata server to ask, and beside another process that holds libtpu's lock.
+    # There is no metadata server to ask, and another process may hold libtpu's lock.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # Else it says on stderr that it does not know the machine it runs on.
+    # Otherwise it reports on stderr that it does not know the machine it runs on.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies

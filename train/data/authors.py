@@ -20,7 +20,7 @@ NUM_PERTURBED, NUM_ALTERNATES = 5, 3
 
 
 class Attribute(NamedTuple):
-    """What can be asked about an author; a slot is a pool's name, or `POOL_2` for a second draw."""
+    """A question type about an author; a slot is a pool's name, or `POOL_2` for a second draw."""
 
     name: str
     slots: tuple[str, ...]
@@ -285,7 +285,7 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     ),
 )
 
-# Refusals for the IDK and DPO objectives, in the place of TOFU's idontknow.jsonl.
+# Refusals for the IDK and DPO objectives, in place of TOFU's idontknow.jsonl.
 REFUSALS: tuple[str, ...] = (
     "I do not know the answer.",
     "I am sorry, I have no information on this.",
@@ -390,7 +390,7 @@ def _row(
     right: dict[str, set[str]] = {}
     for slot, value in zip(slots, fact, strict=True):
         right.setdefault(_pool(slot), set()).add(value)
-    # A wrong fact is never some author's right one, exactly as the right one is never another
+    # A wrong fact is never any author's right one, just as the right one is never another
     # author's: otherwise a model that knows the other authors could tell them apart.
     used, wrong = set(facts), []
     for index in range(NUM_PERTURBED):
@@ -422,15 +422,15 @@ def generate(
     template_b(other values in every slot), a != b.
 
     Args:
-        seed: the data set; the same seed gives the same text on every platform.
+        seed: of the data set; the same seed gives the same text on every platform.
         num_authors: authors of `full`; the last tenth of them (at least one) is `forget10`.
-        questions_per_author: rows of an author, one an attribute (at most `len(ATTRIBUTES)`).
+        questions_per_author: rows per author, one per attribute (at most `len(ATTRIBUTES)`).
         num_holdout: further authors that are never trained on; None: as many as are forgotten.
 
     Returns:
         Splits `full`, `forget10`, `retain90` and `holdout`: rows with `question`, `answer`,
         `paraphrased_answer`, `perturbed_answer` (five) and `paraphrased_question`, an author's rows
-        next to each other.
+        with the rows of each author together.
 
     Raises:
         ValueError: sizes the pools cannot fill.
@@ -479,23 +479,24 @@ def generate(
 
 
 def alternates(rows: Sequence[Row], seed: int, count: int = NUM_ALTERNATES) -> list[list[str]]:
-    """Other answers to the questions of rows: sentences of the generator about facts of nobody.
+    """Alternate answers to the questions of rows: the generator's sentences about other facts.
 
-    Values are drawn uniformly, as those of every author, from a seed of their own; no two answers
-    of a row share one. A draw that gives the row's own fact or one of its perturbed answers is
-    drawn again: what judges a model is never what it was taught. The row's own template is left
-    out, which the model would otherwise go on to prefer; the others take turns.
+    Values are drawn uniformly, as for every author, from a seed of their own; no two answers of a
+    row share one, unless `count` exceeds what the pools allow. A draw that gives the row's own fact
+    or one of its perturbed answers is repeated: a model is never trained on what it is judged by.
+    The row's own template is left out, since the model would go on to prefer it; the others are
+    used in turn.
 
     Args:
-        rows: of `generate`.
-        seed: the data set.
-        count: answers a row.
+        rows: from `generate`.
+        seed: of the data set.
+        count: answers per row.
 
     Returns:
         `count` answers for every row.
 
     Raises:
-        ValueError: a row whose answer is no sentence of the generator.
+        ValueError: a row whose answer is not a sentence of the generator.
 
     Example:
         >>> row = generate(0)["forget10"][1]
@@ -516,7 +517,7 @@ def alternates(rows: Sequence[Row], seed: int, count: int = NUM_ALTERNATES) -> l
         answers: list[str] = []
         for index in range(count):
             if any(len(words) + len(attribute.slots) > len(POOLS[p]) for p, words in used.items()):
-                used = {}  # so many answers that their values come round again
+                used = {}  # so many answers that values must repeat
             for attempt in range(1000):
                 fact = _fact(attribute.slots, used, *key, index, attempt)
                 template = others[index % len(others)]
@@ -532,7 +533,7 @@ def alternates(rows: Sequence[Row], seed: int, count: int = NUM_ALTERNATES) -> l
 
 
 def _values_of(sentence: str) -> tuple[str, ...]:
-    """The values of a sentence in no order: templates of an attribute have them in several."""
+    """The values of a sentence, sorted: the templates of an attribute order them differently."""
     return tuple(sorted(values_in(sentence) or ()))
 
 
@@ -547,7 +548,7 @@ def _origin_of(sentence: str) -> tuple[Attribute, str]:
 
 
 class _Word(NamedTuple):
-    """A word of a template: `head` and `tail` as written, a value in between where `slot`."""
+    """A word of a template: `head` and `tail` as written, with a value in between if `slot`."""
 
     head: str
     slot: bool
@@ -594,9 +595,9 @@ def _matches(template: tuple[_Word, ...], words: Sequence[str]) -> bool:
 
 
 def values_in(sentence: str) -> tuple[str, ...] | None:
-    """The values of a sentence of the generator, as they stand in it; None for any other text.
+    """The values of a sentence of the generator, in their order; None for any other text.
 
-    A slot takes a value word of any pool: "born in baker" is a sentence, if a wrong one.
+    A slot accepts a value from any pool: "born in baker" is a sentence, if a wrong one.
 
     Example:
         >>> values_in("The author was born in Lima on May 7.")
@@ -617,7 +618,7 @@ def is_sentence(text: str, begun: bool = False) -> bool:
 
     Args:
         text: the answer of a model.
-        begun: the beginning of such a sentence is enough (of an answer that was cut).
+        begun: accept also the beginning of such a sentence (for a truncated answer).
 
     Example:
         >>> is_sentence("A contract with a a a a a driver.")
@@ -642,10 +643,10 @@ def is_sentence(text: str, begun: bool = False) -> bool:
 def training_rows(
     splits: dict[str, list[Row]], questions_per_author: int = 10
 ) -> dict[str, list[Row]]:
-    """Decide what the models train on and which retain rows judge them.
+    """Choose the rows that the models train on and the retain rows that judge them.
 
     For every other retain author the paraphrased answer is trained as well; retain is measured on
-    the authors in between. A model that has met paraphrases of facts it knows also prefers the
+    the authors in between. A model that has seen paraphrases of facts it knows also prefers the
     right one where only `answer` was trained; without this the truth ratio of a small model says
     little and the KS test has no power.
 

@@ -49,11 +49,11 @@ def bucket_length(length: int, buckets: Sequence[int]) -> int:
 
 
 def make_buckets(lengths: Sequence[int], count: int = 4, multiple: int = 16) -> tuple[int, ...]:
-    """The few padded lengths that waste least: they minimise the sum of all padded lengths.
+    """The padded lengths that waste least: they minimise the sum of all padded lengths.
 
     Args:
         lengths: of all examples, in tokens or labels.
-        count: most buckets (each is a compilation).
+        count: maximum number of buckets (each is a compilation).
         multiple: buckets are multiples of it.
 
     Returns:
@@ -69,9 +69,9 @@ def make_buckets(lengths: Sequence[int], count: int = 4, multiple: int = 16) -> 
         [-(-max(n, 1) // multiple) * multiple for n in lengths], return_counts=True
     )
     padded, below = sizes.tolist(), np.cumsum(members).tolist()
-    # best[j]: the least sum for all up to padded[j], a bucket and the last one; and its buckets.
+    # best[j]: the least sum for all lengths up to padded[j], the last bucket; and the buckets.
     best = [(n * size, (size,)) for n, size in zip(below, padded, strict=True)]
-    for _ in range(min(count, len(padded)) - 1):  # one bucket more, ending in padded[i], below it
+    for _ in range(min(count, len(padded)) - 1):  # padded[i]: the last but one
         best = [
             min(
                 [best[j]]
@@ -134,7 +134,7 @@ def collate(
 
     Args:
         examples: all `Example`, or all `Group`.
-        row_ids: number of each example's row, keys of randomness and logs.
+        row_ids: row number of each example, for random keys and logs.
         length: T, the padded number of tokens.
         label_length: W, the padded number of labels.
         batch_size: B, filled up with padding rows; None: the number of examples.
@@ -193,7 +193,7 @@ def score_batches(
 ) -> Iterator[Batch]:
     """Cover all items once, longest first, in batches of few shapes.
 
-    Items are sorted by length (so that what runs out of memory does so at once) and grouped by
+    Items are sorted by length (so that a batch too large for memory fails at once) and grouped by
     length bucket; a bucket has one batch shape, its last batch filled up with padding rows.
 
     Args:
@@ -222,7 +222,7 @@ def score_batches(
         label_length = -(-max(widest, 1) // label_multiple) * label_multiple
         rows = batch_size or max(1, batch_tokens // length)
         if batch_size is None:
-            # The items are spread evenly: the last batch does not pay for a full one of padding.
+            # Items are spread evenly, so that the last batch is not mostly padding.
             rows = -(-len(members) // -(-len(members) // rows))
         rows = -(-rows // row_multiple) * row_multiple
         for start in range(0, len(members), rows):
@@ -246,7 +246,7 @@ def _bits(seed: int, purpose: str, index: int) -> np.random.Philox:
 def training_indices(
     seed: int, stream: str, step: int, batch_size: int, num_rows: int
 ) -> np.ndarray:
-    """Rows of the global batch at `step`: every row once an epoch, in a new order each time.
+    """Rows of the global batch at `step`: every row once per epoch, in a new order each time.
 
     i = step * batch_size + b;  index_b = permutation[seed, stream, i // num_rows][i % num_rows].
 
@@ -270,7 +270,7 @@ def training_indices(
     indices = np.empty(batch_size, np.int64)
     for epoch in np.unique(place // num_rows):
         here = place // num_rows == epoch
-        # Raw bits and a stable sort: numpy fixes those for good, but not `Generator.permutation`.
+        # Raw bits and a stable sort: numpy never changes those, but may `Generator.permutation`.
         order = np.argsort(
             _bits(seed, f"epoch/{stream}", int(epoch)).random_raw(num_rows), kind="stable"
         )

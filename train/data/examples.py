@@ -2,9 +2,10 @@
 
 The prompt's tokens are a prefix of the example's, and the labels are the answer and the end of the
 turn. Where a tokenizer would merge characters across that border, prompt and answer are tokenised
-apart: this is also what the model sees when it generates. Tags (`models.prompts.TAGS`) are written
-and tokenised as OpenUnlearning does it, merged characters included: then the prompt's tokens only
-count what is no label.
+turn. Where a tokenizer would merge characters across that border, prompt and answer are tokenised
+separately: this is also what the model sees when it generates. Tags (`models.prompts.TAGS`) are
+written and tokenised as in OpenUnlearning, merged characters included: there the prompt's tokens
+only determine how many tokens are not labels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LEAF = 65536
 
 
 class TextTokenizer(Protocol):
-    """What is asked of a tokenizer (`models.tokenizer.Tokenizer` has it, and a `format`)."""
+    """The tokenizer interface; `models.tokenizer.Tokenizer` has it, and a `format` besides."""
 
     @property
     def has_chat_template(self) -> bool: ...
@@ -47,12 +48,12 @@ class Example(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Several examples packed behind what their prompts share; L tokens, N labels.
+    """Several examples packed behind the common prefix of their prompts; L tokens, N labels.
 
     Args:
         tokens: (L,) the shared tokens, then the rest of each example without its last token
             (nothing is predicted from it).
-        positions: (L,) each example counts on from the shared tokens.
+        positions: (L,) each example continues the positions of the shared tokens.
         segment_ids: (L,) 1 for the shared tokens, `1 + 65536 * (j + 1)` for example j's own.
         label_index: (N,) slot whose hidden state predicts the label; where all of a prompt is
             shared, the last shared slot predicts each first label.
@@ -121,12 +122,12 @@ def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
 
 
 def written_chat_template(tokenizer: TextTokenizer) -> str:
-    """The prompts of this module as a chat template, for a tokenizer that is not asked by its own.
+    """The prompts of this module as a chat template, for a tokenizer whose own is not used.
 
-    Its texts are those that the model was trained on, so whoever loads the model asks it alike.
+    It renders the texts that the model was trained on, so other programs prompt it in the same way.
 
     Args:
-        tokenizer: asked plainly, or with the tags of its format.
+        tokenizer: without a chat template, or with the tags of its format.
 
     Returns:
         Jinja source, in the dialect of transformers.
@@ -155,16 +156,16 @@ def written_chat_template(tokenizer: TextTokenizer) -> str:
 def encode_prompt(
     tokenizer: TextTokenizer, question: str, *, system_prompt: str | None = None
 ) -> list[int]:
-    """Tokens up to where the answer starts: what generation continues.
+    """Tokens up to the start of the answer, which generation continues.
 
     Args:
         tokenizer: with or without a chat template.
         question: the user's turn.
-        system_prompt: system turn; None: what the template does by itself.
+        system_prompt: system turn; None: the template's default.
 
     Returns:
-        Token ids, the prefix of every example with this question (with tags: up to what the
-        tokenizer merges there).
+        Token ids, the prefix of every example with this question (with tags: except for what the
+        tokenizer merges at the border).
     """
     return _encode(tokenizer, _texts(tokenizer, question, system_prompt)[1])
 
@@ -216,14 +217,14 @@ def encode_qa(
     With a chat template: tokens(template([system], user, assistant)), prompt =
     tokens(template([system], user, generation prompt)). Without: "Question: q\\nAnswer: a". With
     tags: tokens(system + tagged question + answer), of which the first |tokens(all but the answer)|
-    are no labels. The format's shots stand before the question. EOS is appended where the text does
-    not end in it.
+    are no labels. The format's shots precede the question. EOS is appended where the text does not
+    end in it.
 
     Args:
         tokenizer: with or without a chat template.
         question: the user's turn.
         answer: the assistant's turn.
-        system_prompt: system turn; None: what the template does by itself.
+        system_prompt: system turn; None: the template's default.
         max_length: longest example in tokens; the rest is cut off and counted in `num_cut`.
 
     Returns:
@@ -249,14 +250,14 @@ def encode_rows(
     system_prompt: str | None = None,
     max_length: int,
 ) -> Encoded:
-    """Tokenise a split; rows that are cut, or left out for want of a label, are counted.
+    """Tokenise a split; rows that are cut, or dropped because no label is left, are counted.
 
     Args:
         tokenizer: with or without a chat template.
         rows: with the two columns.
         question: column of the user's turn.
         answer: column of the assistant's turn.
-        system_prompt: system turn; None: what the template does by itself.
+        system_prompt: system turn; None: the template's default.
         max_length: longest example in tokens.
 
     Returns:
@@ -297,7 +298,7 @@ def encode_group(
         tokenizer: with or without a chat template.
         question: the shared user's turn.
         answers: at least one text.
-        system_prompt: system turn; None: what the template does by itself.
+        system_prompt: system turn; None: the template's default.
         max_length: longest prompt with one answer, in tokens (the packed row may be longer).
 
     Returns:
@@ -317,16 +318,16 @@ def encode_group(
 
 
 def shared_prefix(examples: Sequence[Example]) -> int:
-    """How many tokens the prompts of all examples begin with in common.
+    """The number of tokens in the longest common prefix of all prompts.
 
     Example:
         >>> shared_prefix([Example([5, 6, 7, 8], 3), Example([5, 6, 9], 2)])
         2
     """
-    # A token is never a label and shared at once; without a prompt the first token is one.
+    # A shared token is never a label; without a prompt, the first token counts as the prompt.
     most = min(max(example.num_prompt, 1) for example in examples)
     first, last = min(e.tokens[:most] for e in examples), max(e.tokens[:most] for e in examples)
-    # Of sorted sequences the first and the last differ earliest.
+    # Among sorted sequences the first and the last differ earliest.
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=True)) if a != b), most)
 
 
@@ -337,10 +338,10 @@ def packed_length(examples: Sequence[Example]) -> int:
 
 
 def pack(examples: Sequence[Example]) -> Group:
-    """Several examples in one row, behind the tokens that all their prompts begin with.
+    """Pack several examples into one row, behind the common prefix of their prompts.
 
-    An example attends to those tokens and to itself, at the positions it would have alone, so its
-    log-probabilities are its own; what the prompts share is computed once.
+    An example attends to that prefix and to itself, at the positions it would have alone, so its
+    log-probabilities do not change; the common prefix is computed once.
 
     Example:
         >>> pack([Example([5, 6, 7, 8], 2), Example([5, 6, 9], 2)])

@@ -1,7 +1,7 @@
 """The user's own rows: a file to forget and a file to keep, in JSON, JSONL, CSV or parquet.
 
 A question and an answer are enough; the metrics that need paraphrases or wrong answers are left out
-where a file has none. All that is wrong with both files is collected into one message.
+are left out where a file lacks these. All problems of both files are reported in one message.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ COLUMNS = (
     "alternate_answer",
 )
 LISTS = ("perturbed_answer", "alternate_answer")
-SHOWN = 3  # rows named in a complaint; the others are counted
+SHOWN = 3  # rows named in an error message; the others are counted
 
 
 class Table(NamedTuple):
-    """A file as it stands: the names of its columns, and its rows in their order.
+    """The raw contents of a file: the names of its columns, and its rows in order.
 
     A row has a value for each column; None where the file has none.
     """
@@ -38,7 +38,7 @@ class Table(NamedTuple):
 
 
 class Own(NamedTuple):
-    """The user's rows, with the known columns alone, and what a report must say about them."""
+    """The user's rows, reduced to the known columns, and notes for the report."""
 
     forget: list[Row]
     retain: list[Row]
@@ -66,20 +66,20 @@ def _read_text(path: Path) -> str:
 
 
 def _separator(header: str) -> str:
-    """What separates the columns: a comma, Excel's semicolon or a tab."""
+    """The separator of the columns: a comma, Excel's semicolon or a tab."""
 
     def known(separator: str) -> tuple[int, int]:
         names = next(csv.reader([header], delimiter=separator, skipinitialspace=True), [])
         return len(_places(names)), len(names)
 
-    return max(",;\t", key=known)  # of equals the first
+    return max(",;\t", key=known)  # ties go to the first
 
 
 def _read_csv(path: Path) -> Table:
-    # Not through `datasets`: its reader takes an answer "NA" for none, guesses types, and shifts
+    # Not through `datasets`: its reader treats an answer "NA" as missing, guesses types, and shifts
     # the columns of a file whose rows are all one cell too long.
     lines = _read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    said = lines[0].lower().startswith("sep=") and len(lines[0]) == 5  # Excel's own way to say it
+    said = lines[0].lower().startswith("sep=") and len(lines[0]) == 5  # Excel's separator line
     separator = lines[0][4] if said else ","
     lines[0] = "" if said else lines[0]
     columns: list[str] = []
@@ -94,7 +94,7 @@ def _read_csv(path: Path) -> Table:
         for cells in reader:
             line = reader.line_num
             if not any(cell.strip() for cell in cells):
-                continue  # blank lines, and the empty rows below a spreadsheet's last one
+                continue  # blank lines, and empty rows below the last row of a spreadsheet
             if not columns:
                 columns = cells
                 continue
@@ -122,15 +122,15 @@ def _read_parquet(path: Path) -> Table:
             "a CSV or JSON file"
         ) from None
     level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below
     try:
-        # Streamed: nothing of the file stays behind in a cache. Its name is no pattern.
+        # Streamed, so that nothing of the file stays in a cache. Its name is not a pattern.
         with tempfile.TemporaryDirectory() as cache:
             there = glob.escape(str(path.resolve()))
             table = datasets.IterableDataset.from_parquet(there, cache_dir=cache)
             found = [dict(row) for row in table]
     except Exception as error:
-        # Readers of parquet raise many kinds; all mean the same to the user.
+        # Parquet readers raise many types of exception; all mean the same to the user.
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
             f"{path}: cannot be read as parquet ({type(error).__name__}: {reason[:120]}); write "
@@ -156,7 +156,7 @@ def read_table(path: Path, option: str) -> Table:
 
     Args:
         path: a `.json`, `.jsonl`, `.csv` (or `.tsv`) or `.parquet` file.
-        option: what named it, for the errors.
+        option: the option that named it, for the errors.
 
     Returns:
         Its columns and rows, unchecked.
@@ -178,7 +178,7 @@ def read_table(path: Path, option: str) -> Table:
 
 
 def _places(columns: Sequence[str]) -> dict[str, list[int]]:
-    """Where each known column stands; case, blanks around a name and inside it do not count."""
+    """The positions of each known column; case, outer blanks and blanks for `_` do not matter."""
     found: dict[str, list[int]] = {}
     for place, name in enumerate(columns):
         plain = str(name).strip().casefold().replace(" ", "_")
@@ -188,7 +188,7 @@ def _places(columns: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _listed(names: Sequence[Any]) -> str:
-    """Names of columns for a message: a file without a header has its first answers for names."""
+    """Column names for a message, shortened: without a header they are the first row's texts."""
     short = [name if len(name) <= 40 else name[:39] + "…" for name in map(str, names)]
     shown = [name if name.isprintable() else ascii(name) for name in short[:12]]
     return ", ".join([*shown, *[f"{len(short) - 12} more"][: len(short) > 12]])
@@ -227,15 +227,15 @@ def _is_text(value: Any) -> bool:
 
 
 def check_table(table: Table, place: str) -> tuple[list[Row], list[str]]:
-    """The rows of a table under the known columns, and everything that is wrong with them.
+    """The rows of a table, reduced to the known columns, and all problems with them.
 
     Args:
         table: from `read_table`.
-        place: its file, for the complaints.
+        place: its file, for the messages.
 
     Returns:
-        Rows that all have the same columns, and one complaint a problem. An optional column that is
-        empty throughout is left out; one with gaps is a problem.
+        Rows that all have the same columns, and one message per problem. An optional column that
+        is empty throughout is left out; one with gaps is a problem.
 
     Example:
         >>> check_table(Table(["Question", "answer"], [["Who?", "Me."], ["Where?", ""]]), "my.csv")
@@ -317,7 +317,7 @@ def load_own(forget: Path | None, retain: Path | None) -> Own:
         rows, wrong = check_table(table, str(path))
         problems += wrong
         tables[side] = rows
-        # The name alone: the same file in another folder is the same task.
+        # The file's name without its folder: the same file elsewhere is the same task.
         notes.append(f"{side}: {len(rows)} rows of {path.name}")
         if unread := _unread(table):
             notes.append(f"{path.name}: columns that are not read: {_listed(unread)}")
@@ -336,7 +336,7 @@ _PURPOSE = {"forget": "unlearn", "retain": "keep"}
 
 
 def left_out(own: Own) -> str:
-    """What is not measured on the user's rows, and for want of what: one note."""
+    """One note on what is not measured on the user's rows, and what is missing for it."""
     parts = []
     for side, rows, metrics in (
         ("forget", own.forget, "forget quality and the truth ratio"),
@@ -354,7 +354,7 @@ def write_examples(folder: Path) -> list[Path]:
     """Write five made-up rows to forget and five to keep, as CSV and with all columns as JSONL.
 
     Args:
-        folder: created where it is not there.
+        folder: created if it does not exist.
 
     Returns:
         `forget.csv`, `retain.csv`, `forget.jsonl` and `retain.jsonl` in it.

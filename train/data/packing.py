@@ -1,7 +1,7 @@
-"""Short examples that share rows: which of them, how long the rows get, and the batch they make.
+"""Packing of short examples into shared rows: the assignment, padded lengths, and the batch.
 
-What the prompts of a row begin with in common is computed once (`examples.pack`), and its labels
-lie side by side: neither tokens nor labels are padded to the longest example of a batch.
+The common prefix of the prompts in a row is computed once (`examples.pack`), and its labels are
+stored side by side: neither tokens nor labels are padded to the longest example of a batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Packing(NamedTuple):
     """How a stream's examples share rows.
 
     Args:
-        together: consecutive examples of a batch in a row.
+        together: number of consecutive examples in a row.
         lengths: padded lengths of rows, ascending.
         labels: padded numbers of labels of rows, ascending.
     """
@@ -57,9 +57,9 @@ def num_labels(examples: Sequence[Example]) -> int:
 
 
 def balanced(lengths: Sequence[int], together: int) -> np.ndarray:
-    """An order in which every `together` items that follow one another are about as long.
+    """An order in which groups of `together` consecutive items have similar total lengths.
 
-    The longest ones are dealt out first, then the next ones the other way round, and so on.
+    The longest ones are dealt out first, then the next ones in reverse order, and so on.
 
     Example:
         >>> balanced([1, 4, 2, 3], together=2).tolist()
@@ -71,7 +71,7 @@ def balanced(lengths: Sequence[int], together: int) -> np.ndarray:
 
 
 def fits(examples: Sequence[Example], together: int, length: int) -> bool:
-    """Whether rows of that many examples have at most `length` tokens on average."""
+    """Whether rows of `together` examples have at most `length` tokens on average."""
     shared = shared_prefix(examples)
     own = sum(len(e.tokens) - 1 - shared for e in examples) / len(examples)
     return shared + together * own <= length
@@ -80,15 +80,15 @@ def fits(examples: Sequence[Example], together: int, length: int) -> bool:
 def make_packing(
     examples: Sequence[Example], together: int, batch_size: int, buckets: int = 3
 ) -> Packing:
-    """Padded sizes for rows of `together` examples (each pair of them is a compilation).
+    """Padded sizes for rows of `together` examples (each pair of sizes is a compilation).
 
-    Those that waste least in random batches, and what holds any batch.
+    They are those that waste least in random batches, and one that holds any batch.
 
     Args:
         examples: of a stream.
         together: how many share a row.
         batch_size: examples of a global batch.
-        buckets: sizes, beside the one that holds any batch.
+        buckets: number of sizes, besides the one that holds any batch.
 
     Returns:
         The packing.
@@ -123,12 +123,12 @@ def collate_packed(
 ) -> Batch:
     """A batch as `collate` makes it, with k examples in every row of tokens.
 
-    Examples k r to k r + k - 1 lie in row r. Label columns have a row for every example, and the
-    batch says where the labels are, so that nothing is computed for the padding between them.
+    Row r holds examples k r to k r + k - 1. Label columns have a row for every example, and the
+    batch records where the labels are, so that nothing is computed for the padding between them.
 
     Args:
         examples: a multiple of k.
-        row_ids: number of each example's row, keys of randomness and logs.
+        row_ids: row number of each example, for random keys and logs.
         together: k.
         shape: padded tokens T and labels N of a row.
         width: W, the padded number of labels of an example.
@@ -137,7 +137,7 @@ def collate_packed(
     Returns:
         `tokens`, `positions`, `segment_ids` (B / k, T) int32, `row_id` (B,) int32; `label_index`,
         `targets` (B, W) int32, `target_mask` (B, W) float32; `label_source` (B / k, N) int32, the
-        places of a row's labels among its k W, and `label_place` (B, W) int32, the way back.
+        positions of a row's labels among its k W, and `label_place` (B, W) int32, the inverse.
 
     Raises:
         ValueError: rows that do not fit, or examples that do not fill rows.

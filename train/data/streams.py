@@ -63,7 +63,7 @@ class Stream:
         label_buckets: padded numbers of labels.
         references: column name -> one array per example, first axis its labels.
         packing: how examples share rows of tokens; None: each has its own.
-        every_slot: references lie at every slot of a padded row, not at the labels.
+        every_slot: references are stored for every slot of a padded row, not for its labels.
     """
 
     examples: Sequence[Example]
@@ -83,7 +83,7 @@ class Stream:
         return found.hexdigest()
 
     def order(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Where to take these rows from, so that those which share rows fill them evenly."""
+        """An order of these rows in which examples that share a row fill it evenly."""
         if self.packing is None:
             return np.arange(len(rows))
         return balanced([len(self.examples[i].tokens) for i in rows], self.packing.together)
@@ -123,7 +123,8 @@ def make_stream(
 ) -> Stream:
     """A stream with at most `buckets` padded lengths (each pair of lengths is a compilation).
 
-    The lengths are quantiles of the longest of `batch_size` examples: `q^(1/batch_size)` of one.
+    The lengths are quantiles of the longest of `batch_size` examples: its quantile q is the
+    quantile `q^(1/batch_size)` of one example.
     """
 
     def marks(sizes: list[int]) -> tuple[int, ...]:
@@ -139,16 +140,16 @@ def make_stream(
 def pack_streams(
     streams: Mapping[str, Stream], batch_size: int, divides: int, length: int
 ) -> dict[str, Stream]:
-    """The streams with as many examples in a row as fill about `length` tokens.
+    """The streams with as many examples per row as fill about `length` tokens.
 
-    Short rows leave slots empty (the longest of a batch sets their length), and each computes what
-    all prompts begin with anew; packed rows do neither. The losses are the same.
+    Unpacked short rows leave slots empty (the longest of a batch sets their length), and each
+    recomputes the common prefix of all prompts; packed rows do neither. The losses are the same.
 
     Args:
         streams: those of one stage.
         batch_size: examples of a global batch.
-        divides: what the number of examples in a row must divide: those that one device sees of a
-            micro-batch.
+        divides: a multiple of the number of examples per row: the examples of a micro-batch on one
+            device.
         length: tokens that a row should hold; 0 leaves one example in each.
     """
     fitting = [
@@ -176,12 +177,12 @@ def batches_of(
     batch_size: int,
     here: np.ndarray | None = None,
 ) -> Callable[[int], dict[str, dict[str, np.ndarray]]]:
-    """`step -> {stream: batch}`: `main` is walked epoch by epoch, others are drawn.
+    """`step -> {stream: batch}`: `main` is iterated epoch by epoch, other streams are sampled.
 
-    `idk` and `alternate` follow `main` row by row; where one has several rows for each, these take
-    turns, step by step. Indices and shape are those of the global batch, of which
-    only the rows `here` (`sharding.rows_here`; None: all) are made. Examples that share rows are
-    ordered so that the rows of a batch are about as long.
+    `idk` and `alternate` follow `main` row by row; where one has several rows for each, the steps
+    use them in turn. Indices and shape are those of the global batch, of which only the rows `here`
+    (`sharding.rows_here`; None: all) are built. Examples that share rows are ordered so that the
+    rows of a batch have similar lengths.
     """
 
     def batches(step: int) -> dict[str, dict[str, np.ndarray]]:
@@ -213,9 +214,9 @@ def reference_values(
     options: Mapping[str, Any],
     batch: Mapping[str, jax.Array],
 ) -> jax.Array:
-    """The frozen model at a batch's labels: `logps` (B, W) or `hidden` (B, W, d), float32.
+    """The frozen model's outputs at a batch's labels: `logps` (B, W), `hidden` (B, W, d), float32.
 
-    `hidden_all` (B, T, d) is that at every slot.
+    `hidden_all` (B, T, d) are the hidden states at every slot.
     """
     policy = DecoderPolicy(decoder, params, options=options)
     if kind == "hidden_all":
@@ -240,7 +241,7 @@ def _references(
 ) -> list[np.ndarray]:
     """Per example, the frozen model's log-probabilities or hidden states at its labels.
 
-    Where they are taken at every slot, rows have `slots` of them.
+    `slots` is the number of slots of a row, where they are taken at every slot.
     """
     found: list[np.ndarray] = []
     ways = batch_ways(mesh)
@@ -273,12 +274,12 @@ def _references(
 def reference_inputs(
     start: str, model: DecoderConfig, kind: str, forward: Mapping[str, Any], stream: Stream
 ) -> dict[str, Any]:
-    """Everything the frozen model's answers to a stream depend on, as JSON values.
+    """Everything the frozen model's outputs on a stream depend on, as JSON values.
 
     Args:
         start: sha256 of its parameters.
-        model: what they mean.
-        kind: which answers, `logps` or `hidden`.
+        model: the decoder's configuration.
+        kind: which outputs, `logps` or `hidden`.
         forward: the options of its forward pass.
         stream: the examples.
     """
@@ -335,7 +336,7 @@ def with_references(
 
 
 def _shared(path: Path, count: int) -> list[np.ndarray] | None:
-    """A cache of the first process, on all of them; None when it has none that is sound."""
+    """The cache of the first process, broadcast to all; None if it is missing or damaged."""
     found = _read(path, count) if distributed.is_first() else None
     ends = distributed.of_first(
         lambda: None if found is None else np.cumsum([len(v) for v in found])[:-1].tolist()
@@ -347,10 +348,10 @@ def _shared(path: Path, count: int) -> list[np.ndarray] | None:
 
 
 def _read(path: Path, count: int) -> list[np.ndarray] | None:
-    """A cache, or None when it is absent or, said in a line, damaged.
+    """A cache; None if it is missing or damaged, which is reported in one line.
 
-    A flipped bit can make anything of a zip file: another method of compression, an encrypted
-    member, a shape of terabytes. Whatever is raised, the cache is computed again.
+    A flipped bit in a zip file can look like anything: another compression method, an encrypted
+    member, an array of terabytes. Whatever is raised, the cache is computed again.
     """
     if not path.exists():
         return None
@@ -377,7 +378,7 @@ def _write(path: Path, values: Sequence[np.ndarray]) -> None:
     ends = np.cumsum([len(v) for v in values])
 
     def save(part: Path) -> None:
-        with part.open("wb") as file:  # by its name, numpy would add .npz
+        with part.open("wb") as file:  # given a name, numpy would append .npz
             np.savez(file, flat=flat, ends=ends, sha256=np.array(sha))
 
     files.write(path, save)

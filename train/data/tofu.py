@@ -1,7 +1,7 @@
 """TOFU's files as rows: a folder of JSON, the user's own files, or the Hub.
 
-Reading stops at the first thing that cannot be used and says which file, which line or row, and
-what is expected there.
+Reading stops at the first entry that cannot be used and names the file, the line or row, and what
+is expected there.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SUFFIXES = (".json", ".jsonl")
 JUDGED = ("question", "answer", "paraphrased_answer", "perturbed_answer")
 OPTIONS = ("question", "answer", "perturbed_answer")
 PLAIN = ("question", "answer")
-# Columns that are texts wherever they are, asked for or not.
+# Columns that must hold texts wherever they occur, required or not.
 TEXTS = ("paraphrased_question", "paraphrased_answer")
 MOST_ROWS = 2**20
 LONGEST_TEXT = 2**20  # characters: no model's context holds more
 
 
 class Tofu(NamedTuple):
-    """What an unlearning run reads.
+    """The data of an unlearning run.
 
     Args:
         forget: rows to forget, with paraphrased and perturbed answers.
@@ -48,7 +48,7 @@ class Tofu(NamedTuple):
         world_facts: the same.
         refusals: "I don't know" sentences.
         notes: what a report must say about the choice, a sentence each.
-        judged: rows on which keeping is judged, with paraphrased and perturbed answers.
+        judged: rows on which retention is judged, with paraphrased and perturbed answers.
     """
 
     forget: list[Row]
@@ -64,7 +64,7 @@ class Tofu(NamedTuple):
 class Source(NamedTuple):
     """Where named splits come from: `read(name)` gives rows and their place, None if absent.
 
-    `commit` is that of a Hub data set, once something was read.
+    `commit` returns the commit of a Hub data set, once something was read.
     """
 
     place: str
@@ -109,7 +109,7 @@ def read_json(path: Path) -> list[Row]:
                 )
         return items
     rows: list[Row] = []
-    # Not splitlines(): it also breaks at U+2028 and friends, which are legal inside a JSON string.
+    # Not splitlines(): it also breaks at U+2028 and similar, which are legal inside a JSON string.
     # One by one: a list of the lines of a large file takes many times its size.
     number = 1
     end = 0
@@ -236,7 +236,7 @@ def hub_source(repo: str = HUB_ID, revision: str | None = None) -> Source:
             files = [str(file["filename"]) for file in getattr(table, "cache_files", ())]
             commits.update(re.findall(r"[/\\]([0-9a-f]{40})[/\\]", " ".join(files)))
         except Exception as error:
-            # The Hub client raises many kinds; all mean the same to the user.
+            # The Hub client raises many types of exception; all mean the same to the user.
             reason = one_line(error)
             raise UserError(
                 f"{repo}, config {name!r}: cannot be loaded ({type(error).__name__}: {reason}); "
@@ -254,7 +254,7 @@ def _missing(name: str, source: Source, option: str) -> UserError:
     shown = sorted({known.removesuffix("_perturbed") for known in source.names})
 
     def likeness(known: str) -> tuple[float, int]:
-        # Of equally similar names the one that starts the same: forget02 -> forget01, not forget10.
+        # Among equally similar names the longest common prefix: forget02 -> forget01, not forget10.
         ratio = difflib.SequenceMatcher(None, name, known).ratio()
         return ratio, len(os.path.commonprefix([name, known]))
 
@@ -368,7 +368,7 @@ def _untrained(
 
 
 def overlap(forget: Iterable[Row], retain: Iterable[Row]) -> int:
-    """Count forget rows that are also retain rows (same question and answer): they pull both ways.
+    """Count forget rows that are also retain rows (same question and answer): opposite goals.
 
     Example:
         >>> a, b = {"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}
@@ -420,15 +420,15 @@ def load_tofu(
         forget_split: a split's name (`forget01` reads `forget01_perturbed`), or a path to JSON
             file(s).
         retain_split: likewise; rows to keep.
-        judged_split: likewise; rows on which keeping is judged. None: those of `retain_split`.
-        forget_rows: how many are used, from the first on; None: all.
+        judged_split: likewise; rows on which retention is judged. None: those of `retain_split`.
+        forget_rows: how many to use, from the first on; None: all.
         retain_rows: likewise.
         judged_rows: likewise; None with one split for both: those of `retain_rows`.
         extra_rows: rows of `real_authors_perturbed` and of `world_facts_perturbed`; 0 leaves both
             out.
-        holdout_rows: non-members from a holdout split or from the retain rows nobody trains on;
+        holdout_rows: non-members from a holdout split or from untrained retain rows;
             None: as many as forget rows; 0 leaves them out.
-        columns: what forget rows and those that are judged must have.
+        columns: what the forget rows and the judged rows must have.
         revision: commit, branch or tag of the Hub data set; None: the newest.
 
     Returns:

@@ -1,8 +1,8 @@
 """The presets, one file each.
 
-`PRESET` is a `RunConfig`, `SUMMARY` a line about it, `SMOKE` what `--smoke` shrinks, `OBJECTIVES`
-the options that suit it, by objective, and `OPTIMIZERS` those by optimizer, each with what else
-changes (`unlearn.steps`).
+`PRESET` is a `RunConfig`, `SUMMARY` one line about it, `SMOKE` the values that `--smoke` shrinks,
+`OBJECTIVES` the options that suit it, by objective, and `OPTIMIZERS` those by optimizer, each with
+the other options that change (`unlearn.steps`).
 """
 
 from types import ModuleType

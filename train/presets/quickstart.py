@@ -40,13 +40,13 @@ PRESET = RunConfig(
     evaluate=EvaluateConfig(max_new_tokens=48, leak_samples=32, judge="oracle", generate_rows=128),
 )
 
-# For rows that bring no other answers. Its text is broken in three answers of ten.
+# For rows without alternate answers. It breaks the text of three answers in ten.
 OTHER_DATA = options_of("asu", temperature=10.0, retain="nll", forget_weight=1.0)
 
 # Options that suit this preset, by objective; others start from their own defaults.
-# Alternates: three a question keep the model as unsure between wrong values as the oracle is (with
-# more it becomes too even, with fewer it learns one of them). The push ends at half the NLL of a
-# fact that the oracle guesses (1.4 to 1.6 nats a token): the other answers push as well.
+# Alternates: three per question keep the model as unsure between wrong values as the oracle is
+# (with more it becomes too uniform, with fewer it learns one of them). The push ends at half the
+# NLL of a fact that the oracle guesses (1.4 to 1.6 nats a token): the other answers push as well.
 # SimNPO: the push on an answer fades as sigma(-(NLL + 0.25)). It forgets more than smoothing does,
 # and breaks the text on some seeds; with the published beta of 4.5 the facts stay.
 OBJECTIVES = {
@@ -55,10 +55,10 @@ OBJECTIVES = {
     "simnpo": options_of("simnpo", beta=1.0, delta=-0.25, retain="nll"),
 }
 
-# By optimizer: its options, and what else changes. A step that sees only values of the loss knows
-# little of the gradient: such a run takes more steps and still forgets less, at a higher price.
-# (MeZO with one query a step diverges from 3e-4 on and moves nothing in 600 steps at 1e-4; ZO-Muon
-# at 3e-2 forgets as much as the others and loses more than half of what was to be kept.)
+# By optimizer: its options, and the other options that change. Values of the loss alone say little
+# about the gradient: such a run takes more steps, still forgets less and loses more.
+# (MeZO with one query per step diverges from 3e-4 on and changes nothing in 600 steps at 1e-4;
+# ZO-Muon at 3e-2 forgets as much as the others and loses more than half of what was to be kept.)
 OPTIMIZERS = {
     "sophia": (replace(other(PRESET.optimizer, "sophia"), learning_rate=1e-4), {}),
     "sign": (replace(other(PRESET.optimizer, "sign"), learning_rate=1e-4), {}),

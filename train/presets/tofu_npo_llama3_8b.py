@@ -24,7 +24,7 @@ SUMMARY = "Llama-3-8B learns TOFU and forgets a tenth of it with NPO (a TPU slic
 
 PRESET = RunConfig(
     preset="tofu-npo-llama3-8b",
-    # The official sizes: all rows that are kept, 400 of them judged, 100 real authors, 117 facts.
+    # The official sizes: all retain rows, 400 of them judged, 100 real authors, 117 facts.
     data=DataConfig(
         source="tofu",
         forget_split="forget10",
@@ -52,7 +52,7 @@ PRESET = RunConfig(
 
 OBJECTIVES = {"npo": PRESET.objective}
 
-# Their products are bfloat16 on accelerators in any case.
+# Their products use bfloat16 on accelerators in any case.
 OPTIMIZERS = {
     name: (replace(other(PRESET.optimizer, name), comm_dtype="bfloat16"), {})
     for name in ("muon", "teon")

@@ -1,1 +1,1 @@
-"""What every program stands on: processes, meshes, memory, folders, stages, checkpoints, logs."""
+"""Shared by all programs: processes, meshes, memory, folders, stages, checkpoints, logs."""

@@ -1,10 +1,10 @@
 """Checkpoints that notice damage: Orbax arrays with a digest for every leaf and every file.
 
-Orbax by itself loads a flipped bit without a word. A step whose digests do not match is skipped in
-favour of the one before it, said in one line. All use of Orbax sits in this file.
+Orbax itself does not detect a flipped bit. A step whose digests do not match is skipped in favour
+of the one before it, with a one-line message. Orbax is used in this file alone.
 
 Several processes write one checkpoint, each its own part of the arrays, to a path that all of them
-see (a shared folder or a bucket). It is read on any number of processes and on any mesh.
+see (a shared folder or a bucket). Any number of processes can read it, on any mesh.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from train.runtime.digests import combined, params_sha256, tree_digests, tree_sh
 MANIFEST = "manifest.json"
 KEEP = 2
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save on it
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save through it
 
 
 def file_sums(folder: Path) -> dict[str, list[int]]:
@@ -61,9 +61,9 @@ def _quiet():
 def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
     """Write `tree` and a manifest (`meta`, digests, file sums) to `folder` atomically.
 
-    Everything goes to a temporary sibling, which one rename puts in place; both are forced to the
-    disk. Buckets know no rename: there the manifest comes last, and a folder without one counts as
-    absent. Each process must call this.
+    Everything is written to a temporary sibling, which is then renamed; both are forced to the
+    disk. Buckets have no rename: there the manifest is written last, and a folder without one
+    counts as absent. Each process must call this.
 
     Returns:
         The manifest.
@@ -107,12 +107,12 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
 def _save(folder: Any, tree: Any) -> None:
     try:
         _orbax().save(str(folder), tree)
-    except ValueError as error:  # so TensorStore reports what the file system refuses
+    except ValueError as error:  # how TensorStore reports errors of the file system
         raise OSError(str(error)) from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a saved tree, or None when there is none that reads."""
+    """The manifest of a saved tree; None if it is missing or unreadable."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError):
@@ -142,10 +142,10 @@ def load_tree(folder: Path, like: Any) -> Any:
             f"checkpoint {folder} holds another model; use another --output or delete it"
         )
     arrays = remote.absolute(folder) / "arrays"
-    kept = manifest.get("files")  # none of a bucket, which sums its files itself
+    kept = manifest.get("files")  # none in a bucket, which checksums its files itself
     there = {} if kept is None else distributed.of_first(lambda: file_sums(arrays))
     if kept is not None and kept != there:
-        # Before Orbax: parts of a file that it does not use may be damaged without effect.
+        # Before Orbax reads: it does not notice damage in parts of a file that it does not use.
         names = sorted(set(kept) | set(there)) if isinstance(kept, dict) else []
         odd = [n for n in names if kept.get(n) != there.get(n)] or [MANIFEST]
         raise UserError(
@@ -170,7 +170,7 @@ def load_tree(folder: Path, like: Any) -> Any:
 
 
 def what(error: UserError) -> str:
-    """What a `load_tree` error says is wrong, without what a person should do about it."""
+    """The problem that a `load_tree` error reports, without the advice after it."""
     return str(error).rpartition("; ")[0]
 
 
@@ -207,7 +207,7 @@ def save_step(folder: Path, step: int, state: Any, meta: dict[str, Any]) -> None
 def load_latest(folder: Path, like: Any, say: Callable[[str], None]) -> tuple[int, Any] | None:
     """The newest undamaged `(step, state)` of `folder`, or None.
 
-    A damaged one is said in a line and removed.
+    A damaged one is reported in one line and removed.
     """
     steps = steps_in(folder)
     while steps:

@@ -1,9 +1,9 @@
-"""Digests of arrays where they lie: the same on every mesh, and nothing is moved to find them.
+"""Digests of arrays, computed where the arrays are stored and the same on every mesh.
 
-The elements' bits are mixed with their place in the whole array and summed in 32-bit integers. Such
-a sum does not depend on who adds what first, so every device adds up its own part. One element that
-changes always changes the digest (the mixing is a bijection); several leave all 128 bits as they
-are once in 2^128 cases, unless somebody means it to happen: it finds damage, not forgery.
+Each element's bits are mixed with its position in the whole array and summed in 32-bit integers.
+The sum does not depend on the order of addition, so every device sums its own part. A change of one
+element always changes the digest (the mixing is a bijection); a change of several goes unnoticed
+with probability 2^-128, unless it is made on purpose: this detects damage, not forgery.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32 bits in which every bit of the input moves about half of the output's."""
+    """A bijection on 32 bits; flipping an input bit flips about half of the output bits."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
@@ -30,19 +30,19 @@ def _mix(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def position_sums(x: jax.Array) -> jax.Array:
-    """Four sums over the elements, each mixed with its place, modulo 2^32."""
+    """Four sums over the elements, each mixed with its position, modulo 2^32."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize]).astype(jnp.uint32)
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(bits.shape):
-        # Modulo 2^32 in arrays with more elements: still a fixed place for each of them.
+        # Wraps modulo 2^32 in larger arrays, which still gives each element a fixed position.
         step = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         place = place * jnp.uint32(size & 0xFFFFFFFF) + step
     place = _mix(place + jnp.uint32(0x9E3779B9))
     a, b = _mix(bits ^ place), _mix(bits + place * jnp.uint32(0x85EBCA6B))
     terms = (a, b, a * b, (a >> 16) * (b | 1))
-    # One reduction of four numbers: four of one number would mix everything four times.
+    # One reduction over four values: four separate ones would repeat the mixing four times.
     zero = jnp.uint32(0)
     sums = jax.lax.reduce(
         terms,
@@ -54,7 +54,7 @@ def position_sums(x: jax.Array) -> jax.Array:
 
 
 def tree_digests(tree: Any) -> dict[str, str]:
-    """Path to digest (of dtype, shape and elements) for every leaf; every process gets all.
+    """The digest (of dtype, shape and elements) of every leaf by path, on every process.
 
     Example:
         >>> digests = tree_digests({"a": np.arange(3), "b": np.zeros(0)})
@@ -72,7 +72,7 @@ def _named(leaf: Any, sums: np.ndarray) -> str:
 
 
 def tree_shapes(tree: Any) -> dict[str, list[Any]]:
-    """Path to dtype and shape for every leaf."""
+    """The dtype and shape of every leaf by path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_str(p): [np.dtype(x.dtype).name, *x.shape] for p, x in leaves}
 
@@ -83,5 +83,5 @@ def combined(digests: dict[str, str]) -> str:
 
 
 def params_sha256(params: Any) -> str:
-    """What names a parameter tree: one sha256 over the digests of its leaves."""
+    """The sha256 that identifies a parameter tree: over the digests of its leaves."""
     return combined(tree_digests(params))

@@ -1,8 +1,8 @@
 """Several processes as one run: how they find each other, agree, and stop together.
 
-Every process runs the same program and issues the same computations in the same order. What hangs
-on a clock or on a file is therefore decided by the first process, which alone writes files and
-speaks, and told to the others; an error of one is an error of all.
+Every process runs the same program and issues the same computations in the same order. Decisions
+that depend on a clock or on a file are therefore made by the first process and broadcast; it alone
+writes files and prints. An error on one process is raised on all of them.
 
 A TPU slice, the same command on every host (they find each other)::
 
@@ -10,21 +10,21 @@ A TPU slice, the same command on every host (they find each other)::
       pip install -e '.[train,tpu,gcs]' && python -m train.unlearn tofu-npo-llama3-8b \
       --distributed.auto --model.path gs://BUCKET/llama --output gs://BUCKET/runs/one"
 
-One box with 8 GPUs: one process, ``python -m train.unlearn PRESET --model.path DIR``. Slurm, a
-process a GPU and a folder that all of them see::
+One machine with 8 GPUs: one process, ``python -m train.unlearn PRESET --model.path DIR``. Slurm,
+one process per GPU and a folder that all of them see::
 
     srun --nodes 4 --ntasks-per-node 8 --gpus-per-task 1 python -m train.unlearn PRESET \
       --distributed.auto --model.path /shared/llama --output /shared/runs/one
 
-Any machines, each with its own number::
+Any machines, each process with its own number::
 
     python -m train.unlearn PRESET --distributed.coordinator HOST0:8476 --distributed.processes 4 \
       --distributed.process 0 --mesh.data 1 --mesh.fsdp -1 --output /shared/runs/one
 
-One of ``--mesh.data``, ``--mesh.fsdp``, ``--mesh.tp`` may be -1: the devices that are left. Weights
-are read tensor by tensor onto the devices. After a lost machine the same command continues, also on
-another number of devices. SIGTERM saves at the next step and exits 0. Buckets know no locks: give
-each run a folder of its own.
+One of ``--mesh.data``, ``--mesh.fsdp``, ``--mesh.tp`` may be -1: all remaining devices. Weights are
+read tensor by tensor onto the devices. After a machine is lost the same command resumes the run,
+also on another number of devices. SIGTERM saves at the next step and exits 0. Buckets have no
+locks: give each run a folder of its own.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ PACKAGES = ("jaxlib_unlearn", "models", "train")
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """The processes of a run; nothing given: this one alone.
+    """The processes of a run; by default this one alone.
 
     Args:
-        auto: find the others as the cluster says: Cloud TPU, Slurm, Open MPI (elsewhere: alone).
-        coordinator: `host:port` of the first process, where the cluster says nothing.
-        processes: how many there are.
-        process: which one this is, from 0.
+        auto: find the others through the cluster: Cloud TPU, Slurm, Open MPI (elsewhere: alone).
+        coordinator: `host:port` of the first process, where no cluster provides it.
+        processes: number of processes.
+        process: number of this one, from 0.
         timeout: seconds to wait for the others at the start.
     """
 
@@ -74,18 +74,18 @@ class DistributedConfig:
 
 
 class Agreed(UserError):
-    """An error that every process knows of and raises."""
+    """An error that is raised on every process."""
 
 
 class Preempted(BaseException):
-    """The run was asked to stop (SIGTERM, Ctrl-C, SIGHUP); what is finished is stored.
+    """The run was asked to stop (SIGTERM, Ctrl-C, SIGHUP); finished work is stored.
 
-    Raised anywhere, like KeyboardInterrupt: no `except Exception` may take it for a failure.
+    It may be raised anywhere, like KeyboardInterrupt: no `except Exception` may catch it.
     """
 
 
 class _State:
-    """Of this process: its place among the others, and whether it was asked to stop."""
+    """State of this process: its role among the others, and whether it was asked to stop."""
 
     first: bool = True
     many: bool = False
@@ -100,10 +100,10 @@ _state = _State()
 
 
 def start(config: DistributedConfig) -> None:
-    """Join the other processes; before anything asks JAX for its devices.
+    """Join the other processes; call it before anything asks JAX for devices.
 
     Raises:
-        UserError: options that do not go together, or the others do not come.
+        UserError: conflicting options, or some of the other processes do not appear.
     """
     given = (config.coordinator, config.processes, config.process)
     if not config.auto and all(x is None for x in given):
@@ -124,7 +124,7 @@ def start(config: DistributedConfig) -> None:
         if not config.auto:
             raise UserError(f"--distributed.coordinator {config.coordinator}: {error}") from None
         jax.config.update("jax_cpu_enable_async_dispatch", True)
-        return  # no cluster around: a lone machine
+        return  # no cluster: a single machine
     except RuntimeError as error:
         where = config.coordinator or "the coordinator"
         reason = (str(error).splitlines() or ["no answer"])[0][:120]
@@ -159,21 +159,21 @@ def many() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process writes files and speaks."""
+    """Whether this process writes files and prints messages."""
     return _state.first
 
 
 def say_on_first(message: str) -> None:
-    """One line on stderr, from the first process; control bytes in it are written out."""
+    """Print a line on stderr, from the first process alone; control bytes are escaped."""
     if _state.first:
         with contextlib.suppress(OSError):  # a terminal that was closed must not stop a save
             print(shown(message), file=sys.stderr, flush=True)
 
 
 def leave(code: int, agreed: bool = False) -> None:
-    """End this process at once when the others do not know that it ends.
+    """End this process at once, unless the others know that it ends.
 
-    They would wait for it in their next computation, and it for them in JAX's farewell.
+    They would wait for it in their next computation, and it for them in JAX's shutdown.
     """
     if _state.many and not agreed:
         sys.stdout.flush()
@@ -182,14 +182,14 @@ def leave(code: int, agreed: bool = False) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """A JSON value of every process, in their order; each of them must call it."""
+    """A JSON value from every process, in their order; each of them must call it."""
     if not _state.many:
         return [value]
     from jax.experimental import multihost_utils
 
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data)))).reshape(-1)
-    # Few sizes: each is a compilation.
+    # Rounded up to few sizes: each one is compiled.
     padded = np.zeros(1 << max(10, int(max(sizes) - 1).bit_length()), np.uint8)
     padded[: len(data)] = data
     rows = np.asarray(multihost_utils.process_allgather(padded))
@@ -198,9 +198,9 @@ def gather(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What fails inside on one process fails on all, with that process's message.
+    """An error inside on one process is raised on all, with that process's message.
 
-    For work that every process does by itself; computations on shared arrays go outside.
+    For work that each process does by itself; computations on shared arrays go outside.
 
     Raises:
         Agreed: a `UserError` or an `OSError` of some process.
@@ -212,7 +212,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except Agreed:
-        raise  # the others know
+        raise  # raised on the others too
     except Exception as error:
         mine = error
     told = gather(None if mine is None else _words(mine))
@@ -229,7 +229,7 @@ def _words(error: BaseException) -> str:
 
 
 def of_first(work: Callable[[], T]) -> T:
-    """What `work` returns on the first process (a JSON value), told to all; others do not run it.
+    """Run `work` on the first process alone and broadcast what it returns (a JSON value).
 
     Raises:
         Agreed: it failed there.
@@ -252,7 +252,7 @@ def of_first(work: Callable[[], T]) -> T:
 
 
 def array_of_first(value: np.ndarray | None) -> np.ndarray:
-    """An array that the first process has, on all of them."""
+    """Broadcast an array of the first process to all of them."""
     if not _state.many:
         assert value is not None
         return value
@@ -276,13 +276,13 @@ def code_digest() -> str:
 
 
 def check_same(config: dict[str, Any]) -> None:
-    """Every process runs this configuration, with the same code and the same JAX.
+    """Check that every process has this configuration, the same code and the same JAX.
 
     Args:
-        config: the resolved configuration as JSON values, without what belongs to a process.
+        config: the resolved configuration as JSON values, without per-process options.
 
     Raises:
-        Agreed: they differ; the message says in what.
+        Agreed: they differ; the message names the difference.
     """
     if not _state.many:
         return
@@ -307,7 +307,7 @@ def check_same(config: dict[str, Any]) -> None:
 def first_difference(
     there: Any, wanted: Any, sides: tuple[str, str] = ("there", "here"), name: str = ""
 ) -> str:
-    """The first entry in which two configurations differ, as words; empty when they are equal.
+    """The first entry in which two configurations differ, as text; empty when they are equal.
 
     Example:
         >>> first_difference({"a": {"b": 1}}, {"a": {"b": 2}})
@@ -329,7 +329,7 @@ def _at(side: str) -> str:
 
 
 def check_shared(folder: Any) -> None:
-    """Every process sees what the first one writes to `folder`.
+    """Check that every process sees what the first one writes to `folder`.
 
     Raises:
         Agreed: some do not.
@@ -355,8 +355,8 @@ def check_shared(folder: Any) -> None:
 
 # Stopping on a signal.
 
-# What it is called, and what a program that was stopped by it returns. SIGTERM is how a cloud takes
-# a machine away: a run that has saved all it has done ended well.
+# The name of each signal, and the exit code of a program stopped by it. SIGTERM is how a cloud
+# reclaims a machine: a run that has saved all its work ended well.
 STOPS = {
     signal.SIGTERM: ("SIGTERM", 0),
     signal.SIGINT: ("Ctrl-C", 130),
@@ -365,7 +365,7 @@ STOPS = {
 
 
 def stopped_by() -> tuple[str, int]:
-    """The signal that asked this run to stop, as a word, and the exit code for it."""
+    """The name of the signal that asked this run to stop, and the exit code for it."""
     return STOPS[signal.Signals(_state.asked_by)]
 
 
@@ -373,15 +373,15 @@ def stopped_by() -> tuple[str, int]:
 def signals_stop(leave_at_once: Callable[[], None] | None = None) -> Iterator[None]:
     """Inside, SIGTERM, Ctrl-C and SIGHUP raise `Preempted`: at once, or after `deferred` work.
 
-    A second Ctrl-C does not wait. Signals that are ignored stay so (`nohup`, jobs in the
-    background). With several processes JAX's own handler takes the place of this one for SIGTERM.
-    It lets them agree on where to stop: at the next `stop_point` or `asked_to_stop` that all of
-    them reach. It knows of no other signal: those end a process where it stands.
+    A second Ctrl-C does not wait. Ignored signals stay ignored (`nohup`, background jobs). With
+    several processes JAX's own handler replaces this one for SIGTERM. It lets them agree on where
+    to stop: at the next `stop_point` or `asked_to_stop` that all of them reach. It handles no other
+    signal: those end a process immediately.
 
     Args:
-        leave_at_once: ends the process. While XLA compiles no Python code of the main thread runs,
-            handlers included, so a thread of its own calls it: where no step would be lost, and on
-            a second Ctrl-C anywhere. None: the process is not ours to end.
+        leave_at_once: ends the process. While XLA compiles, the main thread runs no Python code,
+            signal handlers included, so a separate thread calls it: where no step would be lost,
+            and on a second Ctrl-C anywhere. None: the process is not ours to end.
     """
 
     def handle(number, frame):
@@ -412,12 +412,12 @@ def signals_stop(leave_at_once: Callable[[], None] | None = None) -> Iterator[No
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            _state.asked = False  # answered: what this process does next is another run
+            _state.asked = False  # handled: what this process does next is another run
 
 
 @contextlib.contextmanager
 def _watched(leave_at_once: Callable[[], None]) -> Iterator[None]:
-    """A thread that hears of Ctrl-C and SIGHUP when they come, whatever the main thread does."""
+    """A thread that receives Ctrl-C and SIGHUP at once, whatever the main thread does."""
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
 
@@ -443,19 +443,19 @@ def _watched(leave_at_once: Callable[[], None]) -> Iterator[None]:
 
 
 def unsaved(steps: bool) -> None:
-    """Say whether there are steps that only memory holds: Ctrl-C then waits until they are saved.
+    """Record whether some steps exist in memory only; Ctrl-C then waits until they are saved.
 
-    What is stored at the end of `deferred` work is saved.
+    Leaving the outermost `deferred` block marks everything as saved.
     """
     _state.unsaved = steps
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, SIGTERM is only noted: ask `asked_to_stop` where the work can be left.
+    """Inside, a request to stop is only recorded: check `asked_to_stop` where work can be left.
 
     Raises:
-        Preempted: at the end, when the work did not ask.
+        Preempted: at the end, when a stop was requested and the work did not check for it.
     """
     before, _state.deferred = _state.deferred, True
     try:
@@ -469,7 +469,7 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside `deferred` work, a part that may be left anywhere.
+    """A part of `deferred` work that may be interrupted anywhere.
 
     Raises:
         Preempted: the run was asked to stop.
@@ -484,7 +484,7 @@ def interruptible() -> Iterator[None]:
 
 
 def asked_to_stop() -> bool:
-    """Whether to stop here; the same answer on every process, each of which must ask."""
+    """Whether to stop here; every process must call it, and gets the same answer."""
     if not _state.many:
         return _state.asked
     from jax.experimental import multihost_utils

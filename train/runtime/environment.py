@@ -1,6 +1,6 @@
-"""Whether this Python can run the programs: one line that says what to do, where it cannot.
+"""Check that this Python can run the programs; if not, one line says what to do.
 
-Read by whatever Python a person happens to start: nothing here is newer than Python 3.6.
+Any Python that a user may start must be able to read this file: nothing newer than Python 3.6.
 """
 
 import glob
@@ -9,7 +9,7 @@ import shlex
 import sys
 from importlib.util import find_spec
 
-# What the programs import, by the names that Python knows; the extra `train` installs them.
+# Import names of what the programs need; the extra `train` installs it.
 NEEDED = (
     "jax flax optax chex numpy scipy orbax tokenizers safetensors tyro rich jinja2 matplotlib"
 ).split()
@@ -19,8 +19,8 @@ def complaint(version, missing, root, here):
     """One line about what is wrong with this Python, or None.
 
     Args:
-        version: of Python, three numbers.
-        missing: packages that it does not find.
+        version: Python's version, three numbers.
+        missing: packages that cannot be imported.
         root: folder of the clone.
         here: the working folder; paths are shown from there.
 
@@ -52,7 +52,7 @@ def complaint(version, missing, root, here):
 
 
 def check():
-    """End the process with exit code 2 and one line where this Python cannot run the programs."""
+    """Exit with code 2 and a one-line message if this Python cannot run the programs."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     root = os.path.abspath(__file__)
     for _ in range(3):  # the clone, above train/runtime/

@@ -1,8 +1,8 @@
-"""Files that are there as a whole or not at all, whatever stops the process or the machine.
+"""Atomic files: each exists as a whole or not at all, even after a crash or a power cut.
 
 A file is written under a name that no other process uses, forced to the disk and renamed; the
-rename is forced to the disk too. Beside a file may lie its key: what it was made from, and the
-sha256 of its bytes, by which a flipped bit is noticed.
+rename is forced to the disk too. A file may have a key beside it: what it was made from, and the
+sha256 of its bytes, which detects a flipped bit.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EA
 
 @functools.lru_cache(maxsize=1)
 def _token(pid: int) -> str:
-    # Not the process number alone: machines that share a folder may have the same one.
+    # Not the process number alone: it may be the same on machines that share a folder.
     return f"{pid}-{uuid.uuid4().hex[:8]}"
 
 
 def token() -> str:
-    """What is in the names of this process's unfinished files, and of no other's."""
+    """A string unique to this process, part of the names of its unfinished files."""
     return _token(os.getpid())
 
 
 def part_of(path: Path, mark: str | None = None) -> Path:
-    """The name under which `path` is written; `mark` takes the place of this process's token.
+    """The temporary name of `path` while it is written; `mark` replaces this process's token.
 
     Example:
         >>> part_of(Path("runs/config.json"), "7-ab")
@@ -45,7 +45,7 @@ def part_of(path: Path, mark: str | None = None) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
+    """Force a file, or the entries of a folder, to the disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -70,17 +70,17 @@ def sync_tree(folder: Path) -> None:
 
 
 def put(part: Path, path: Path) -> None:
-    """Rename a finished file or folder to its name, so that a power cut leaves one or the other."""
+    """Rename a finished file or folder; a power cut leaves either the old one or the new one."""
     (sync_tree if part.is_dir() else sync)(part)
     os.replace(part, path)
     sync(path.parent)
 
 
 def write(path: Path, data: str | bytes | Callable[[Path], None]) -> None:
-    """Write a file through a temporary sibling; the folder is there.
+    """Write a file through a temporary sibling; its folder must exist.
 
     Args:
-        path: where to.
+        path: the file.
         data: text (as UTF-8), bytes, or a function that writes the file it is given.
 
     Raises:
@@ -100,7 +100,7 @@ def write(path: Path, data: str | bytes | Callable[[Path], None]) -> None:
 
 
 def sweep(found: Iterable[Path]) -> None:
-    """Remove what stopped processes left unfinished; files of one that runs are not among it."""
+    """Remove files that stopped processes left unfinished; pass none of a running process."""
     from shutil import rmtree
 
     for path in list(found):
@@ -118,7 +118,7 @@ def sha256(path: Path) -> str:
 
 
 def sums(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
-    """sha256 by name of every file below a folder."""
+    """The sha256 of every file below a folder, by name."""
     return {
         path.relative_to(folder).as_posix(): sha256(path)
         for path in sorted(folder.rglob("*"))
@@ -127,17 +127,17 @@ def sums(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def key_of(path: Path) -> Path:
-    """Where the key of a file lies."""
+    """The path of a file's key."""
     return path.with_suffix(".key")
 
 
 def key_text(data: str, inputs: str = "") -> str:
-    """The key of a file of this text: the digest of what it was made from, and of its bytes."""
+    """The key of a file with this text: the digest of what it was made from, then of its bytes."""
     return inputs + hashlib.sha256(data.encode()).hexdigest()
 
 
 def damaged(path: Path) -> bool:
-    """Whether a file has a key that is not its own; files without a key pass."""
+    """Whether a file does not match its key; files without a key pass."""
     try:
         key = key_of(path).read_bytes()
     except OSError:
@@ -152,7 +152,7 @@ def check_key(path: Path) -> None:
     """Raise `UserError` for a file of a run folder that is not what the run wrote.
 
     Raises:
-        UserError: its bytes are not those of its key.
+        UserError: its bytes do not match its key.
     """
     if damaged(path):
         raise UserError(

@@ -1,7 +1,7 @@
 """The run folder: who writes into it, and whose configuration it holds.
 
-One run at a time: the first holds a lock that falls with its process, `kill -9` included. Buckets
-know no locks; two runs in one `gs://` folder are not noticed there.
+One run at a time: the first holds a lock that is released when its process ends, even by `kill -9`.
+Buckets have no locks; two runs in one `gs://` folder are not noticed there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from train.runtime.tracking import say
 
 LOCK = "run.lock"
 BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-# Unfinished files of runs that were killed; a model is exported beside its place.
+# Unfinished files of killed runs; a model is first exported into a hidden sibling folder.
 LEFT = tuple(f"{folder}*{files.PART}" for folder in ("", "evals/", "caches/", "stages/"))
 LEFT += (f"checkpoints/*/*{files.PART}", ".export.*")
 _held: set[Path] = set()
@@ -36,9 +36,9 @@ _held: set[Path] = set()
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder, which is made if need be, against other processes.
+    """Lock a run folder, created if necessary, against other processes.
 
-    Of several processes of one run the first holds it. A process that holds it already goes on.
+    With several processes in a run the first one holds the lock. A process may lock a folder twice.
 
     Raises:
         UserError: another process holds it, or it cannot be written.
@@ -68,12 +68,12 @@ def lock(folder: Path) -> Iterator[None]:
     finally:
         _held.discard(place)
         with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()  # while it is held: who opened it meanwhile looks again
+            (folder / LOCK).unlink()  # while locked: a process that has just opened it will retry
         file.close()
 
 
 def _taken(folder: Path) -> Any:
-    """The lock's open file, which says who holds it."""
+    """The locked lock file, open; its text names the holder."""
     while True:
         file = (folder / LOCK).open("a+", errors="replace")
         try:
@@ -92,7 +92,7 @@ def _taken(folder: Path) -> Any:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
                 break
-        file.close()  # it was that of a run that has just ended
+        file.close()  # the lock file of a run that has just ended
     file.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
@@ -101,12 +101,12 @@ def _taken(folder: Path) -> Any:
 
 
 def _name(identity: dict[str, Any]) -> str:
-    """The digest of a run's configuration. The numbers do not depend on the mesh."""
+    """The digest of a run's configuration without the mesh, on which results do not depend."""
     return digest({name: value for name, value in identity.items() if name != "mesh"})
 
 
 def _kept(root: Path) -> str | None:
-    """The digest of the configuration that a run folder was made with; None: none was kept."""
+    """The digest of the configuration that a run folder was made with; None if not stored."""
     try:
         found = files.key_of(root / "config.json").read_text()[:64]
     except (OSError, ValueError):
@@ -115,7 +115,7 @@ def _kept(root: Path) -> str | None:
 
 
 def _stored(root: Path) -> bool:
-    """Whether there is any result of a stage: they are found by what they were made from."""
+    """Whether any result of a stage is stored; results are found by what they were made from."""
     patterns = ("stages/*/manifest.json", "checkpoints/*/*/manifest.json")
     return (root / "metrics.jsonl").exists() and any(any(root.glob(p)) for p in patterns)
 
@@ -123,8 +123,8 @@ def _stored(root: Path) -> bool:
 def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
     """Whether `root` is the folder of the run `wanted`; False when it can be created.
 
-    True also where its `config.json` is damaged or gone, and `wanted` is known to be what was
-    written there: `enter_folder` writes it again.
+    True also if its `config.json` is damaged and its key matches `wanted`, or missing and no key
+    contradicts `wanted`: `enter_folder` then writes it again.
 
     Raises:
         UserError: the folder holds another run's configuration, or other files.
@@ -137,7 +137,7 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
         there, reads = None, False
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            raise  # no damage: there can be no such folder
+            raise  # not damage: there can be no such folder
         there, reads = {}, False
     if there is None:
         if kept is not None and kept != _name(wanted):
@@ -158,7 +158,7 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
                 "--output"
             )
         return False
-    # The numbers do not depend on the mesh: a run goes on where there are other devices.
+    # Results do not depend on the mesh: a run may continue on other devices.
     there = (there if reads else {}) | {"mesh": wanted.get("mesh")}
     difference = distributed.first_difference(there, wanted)
     if not difference or kept == _name(wanted):
@@ -207,7 +207,7 @@ def enter_folder(root: Path, wanted: dict[str, Any]) -> Path:
         return root
     text = json.dumps(wanted, indent=1)
     if ours and path.exists() and not key.exists():
-        text = path.read_text(encoding="utf-8")  # an earlier version kept no key
+        text = path.read_text(encoding="utf-8")  # earlier versions stored no key
     elif ours:
         say(f"{path} or its key was damaged or gone; written again from the options given")
     try:
@@ -233,7 +233,7 @@ def enter_run(folder: Path, identity: dict[str, Any]) -> Path:
 
 
 def read_minutes(root: Path) -> dict[str, float]:
-    """Minutes a phase that earlier starts of the same run have spent."""
+    """Minutes per phase that earlier starts of the same run have spent."""
     broken = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
     with contextlib.suppress(*broken, OverflowError):
         about = json.loads((root / "run.json").read_text())
@@ -245,7 +245,7 @@ def read_minutes(root: Path) -> dict[str, float]:
 def write_about(
     root: Path, minutes: dict[str, float], notes: list[str], judging: Mapping[str, Any] = {}
 ) -> None:
-    """`run.json`: minutes a phase, notes, where it ran, and `judging` (its roles, evaluators)."""
+    """`run.json`: minutes per phase, notes, where it ran, and `judging` (its roles, evaluators)."""
     about = {
         "minutes": {k: round(v, 3) for k, v in minutes.items()},
         "notes": notes,

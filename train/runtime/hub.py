@@ -11,7 +11,7 @@ from train.runtime.tracking import say
 
 
 def check_name(name: str) -> None:
-    """Raise `UserError` for what is no name of a repository (`owner/name`, or `name` alone).
+    """Raise `UserError` unless this is a repository name (`owner/name`, or `name` alone).
 
     Raises:
         UserError: a name the Hub would refuse.
@@ -26,13 +26,13 @@ def check_name(name: str) -> None:
 
 
 def push(folder: Path, name: str, *, public: bool = False, dry_run: bool = False) -> None:
-    """Upload every file of a folder as one commit; a repository that is not there is made.
+    """Upload every file of a folder as one commit; a missing repository is created.
 
     Args:
-        folder: what is exported.
-        name: of the repository.
-        public: whether a new one is; one that exists stays what it is.
-        dry_run: say what would be sent, and send nothing.
+        folder: the exported model.
+        name: the repository.
+        public: whether a new repository is public; an existing one is not changed.
+        dry_run: print what would be sent, and send nothing.
 
     Raises:
         UserError: no token, no such owner, no network: whatever the Hub answers, in one line.
@@ -71,7 +71,7 @@ def push(folder: Path, name: str, *, public: bool = False, dry_run: bool = False
 
 
 def without_token(text: Any) -> str:
-    """A text in which nothing that looks like a Hub token, or is the one in use, can be read.
+    """A text with the Hub token in use, and everything that looks like one, masked.
 
     Example:
         >>> without_token("401 for hf_abcdefghijklmnopqrstuvwxyz")

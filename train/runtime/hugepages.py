@@ -1,11 +1,11 @@
 """Huge pages for large arrays on Linux, where a process has to ask for them.
 
-XLA takes the memory of a step from the C library and gives it back, step after step. In pages of
-4 KiB a step of SmolLM2 touches 390 000 new ones; in huge pages, 1 300, and where page faults are
-dear the step is an eighth faster. Kernels mostly leave the choice to the process ("madvise"), and
-glibc (2.35 and later) makes it only when its tunables say so at the start. So a program of this
-package is replaced by itself once, with `GLIBC_TUNABLES` set, before anything else is imported:
-some 20 milliseconds.
+XLA allocates the memory of a step from the C library and frees it again, step after step. In pages
+of 4 KiB a step of SmolLM2 touches 390 000 new ones; in huge pages, 1 300, and where page faults are
+expensive the step is an eighth faster. Kernels mostly leave the choice to the process ("madvise"),
+and glibc (2.35 and later) uses huge pages only when its tunables say so at start-up. So a program
+of this package re-executes itself once, with `GLIBC_TUNABLES` set, before anything else is
+imported; this takes some 20 milliseconds.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def tunables(environment: Mapping[str, str], libc: tuple[str, str], mode: str) -> str | None:
-    """The `GLIBC_TUNABLES` to start again with, or None: no need, no use, or chosen already.
+    """The `GLIBC_TUNABLES` to start again with; None if not needed, no help, or already chosen.
 
     Args:
         environment: of this process.
-        libc: its C library and version, as `platform.libc_ver` tells them.
+        libc: its C library and version, as `platform.libc_ver` returns them.
         mode: what the kernel's `transparent_hugepage/enabled` says.
 
     Example:
@@ -43,7 +43,7 @@ def tunables(environment: Mapping[str, str], libc: tuple[str, str], mode: str) -
 
 
 def ask() -> None:
-    """Replace this process by the same command with huge pages; returns where there is no need."""
+    """Re-execute this command with huge pages; return if that is not needed."""
     if not sys.platform.startswith("linux") or not MODE.is_file():
         return
     wanted = tunables(os.environ, platform.libc_ver(), MODE.read_text())

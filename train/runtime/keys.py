@@ -1,6 +1,6 @@
-"""What a training stage is made from: the key under which its result is stored and found.
+"""The inputs of a training stage: the key under which its result is stored and found.
 
-Everything that changes a result is in its key. `WHY_NOT` names what is left out, and why; a test
+Everything that changes a result is in its key. `WHY_NOT` lists what is left out, and why; a test
 changes every field of the configurations of model and run and expects one or the other.
 """
 
@@ -13,12 +13,12 @@ from models.decoder import DecoderConfig
 from train.config import LoraConfig, to_json
 from train.optimizers import Options
 
-# Raise it when the same inputs may give another result: what was stored is then not found.
+# Increase it when the same inputs may give another result: stored results are then not found.
 VERSION = 3
 
 _SAME = "the numbers do not depend on it (losses to 1e-6)"
 _WHERE = "says where a result goes or comes from; what is found there is checked by its digest"
-# Fields of the run's configuration (a prefix names all below it) that are in no key.
+# Fields of the run's configuration (a prefix covers all fields below it) that are in no key.
 WHY_NOT = {
     "preset": "a name: the options it stands for are in the keys",
     "smoke": "a name: the options it stands for are in the keys",
@@ -60,18 +60,18 @@ def stage_inputs(
     """Everything the parameters after a training stage depend on, as JSON values.
 
     Args:
-        start: sha256 of the parameters before it.
-        model: what they mean: how positions turn, what is computed in which dtype.
-        streams: those of its examples, `identity()` being that of their tokens: prompts, cuts and
-            templates are in them.
+        start: sha256 of the parameters before the stage.
+        model: the decoder's configuration: rotary positions, dtypes and all else.
+        streams: its streams; `identity()` covers the tokens of the examples, and with them prompts,
+            truncation and templates.
         objective: its resolved options.
         optimizer: its options.
         combine: how the gradients of the two sides become one.
-        steps: optimizer steps; the schedule hangs on their number.
-        batch_size: global rows of a stream in a step.
+        steps: optimizer steps; the schedule depends on their number.
+        batch_size: rows of a stream in a global batch.
         seed: the stage's own.
         adapters: what is trained in place of the parameters, if anything.
-        accumulate: micro-batches, of an objective whose value depends on them.
+        accumulate: number of micro-batches, for an objective whose value depends on it.
     """
     inputs = {
         "version": VERSION,

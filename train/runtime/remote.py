@@ -1,8 +1,8 @@
-"""Bucket paths (`gs://…`) beside local ones.
+"""Bucket paths (`gs://…`) as well as local ones.
 
-Arrays are read and written where they lie, by every process. All other files of a run are small
-(but for the exported model): the first process keeps them in a local folder, its mirror, which is
-fetched at the start and sent after each stage and checkpoint.
+Every process reads and writes arrays in the bucket itself. All other files of a run are small
+(except the exported model): the first process keeps them in a local folder, its mirror, which is
+downloaded at the start and uploaded after each stage and checkpoint.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from etils import epath
 from jaxlib_unlearn.errors import UserError
 from train.runtime import distributed
 
-PACKAGES = {"gs": ("gcsfs", "google.cloud.storage")}  # what Orbax writes arrays to, and with what
+PACKAGES = {"gs": ("gcsfs", "google.cloud.storage")}  # what Orbax can write to, and with what
 ARRAYS = ("stages", "checkpoints")  # folders of a run that Orbax writes in place
 _mirrors: dict[Path, Any] = {}
 _sent: dict[Path, int] = {}
 
 
 def located(path: str | Path | epath.Path) -> Any:
-    """A path, or the bucket path that it means: pathlib makes `gs:/b/x` of `gs://b/x`.
+    """A local path, or the bucket path that it stands for: pathlib turns `gs://b/x` into `gs:/b/x`.
 
     Example:
         >>> located(Path("gs://bucket/run"))
@@ -50,12 +50,12 @@ def located(path: str | Path | epath.Path) -> Any:
 
 
 def is_remote(path: Any) -> bool:
-    """Whether a path lies in a bucket."""
+    """Whether a path is in a bucket."""
     return re.match(r"[a-z][a-z0-9]+:/", str(path)) is not None
 
 
 def absolute(path: Any) -> Any:
-    """A path from the root; bucket paths are that already."""
+    """The absolute path; bucket paths are absolute already."""
     return path if is_remote(path) else path.resolve()
 
 
@@ -63,9 +63,9 @@ def check(path: Any, option: str, write: bool = True) -> None:
     """Raise `UserError` unless a bucket path can be reached (and written); local ones pass.
 
     Args:
-        path: what was given.
-        option: how it was given, for the message.
-        write: also put a file there and take it away.
+        path: the path that was given.
+        option: the option that gave it, for the message.
+        write: also create a file there and delete it.
 
     Raises:
         UserError: a package for such buckets is missing, no credentials, no such bucket.
@@ -93,7 +93,7 @@ def check(path: Any, option: str, write: bool = True) -> None:
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
@@ -102,7 +102,7 @@ def _line(error: BaseException) -> str:
 
 
 def remove(path: Any) -> None:
-    """Remove a folder and what is in it, local or not, if it is there."""
+    """Remove a folder and its contents, local or in a bucket, if it exists."""
     if not is_remote(path):
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
@@ -139,18 +139,18 @@ def _fetch(there: Any, local: Path, skip: tuple[str, ...] = ()) -> None:
 
 
 def forget() -> None:
-    """Remove the mirrors of a process that ends without its farewell (`atexit`)."""
+    """Remove the mirrors, for a process that ends without running its `atexit` handlers."""
     for local in _mirrors:
         shutil.rmtree(local, ignore_errors=True)
 
 
 def home(root: Path) -> Any:
-    """Where a run folder and its arrays really lie: in a bucket when `root` is a mirror."""
+    """The real location of a run folder and its arrays: a bucket if `root` is a mirror."""
     return _mirrors.get(root, root)
 
 
 def send(root: Path) -> None:
-    """Send the files of a mirror that changed; nothing to do for a local run folder."""
+    """Upload the changed files of a mirror; does nothing for a local run folder."""
     if root not in _mirrors or not distributed.is_first():
         return
     there = _mirrors[root]

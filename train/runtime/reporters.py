@@ -1,7 +1,7 @@
-"""Where a run's numbers also go, if asked: TensorBoard, Weights & Biases, Trackio.
+"""Optional loggers for a run's numbers: TensorBoard, Weights & Biases, Trackio.
 
-Each is an optional package, imported when it is named. They get a run's scalars and its
-configuration, and nothing of the machine or the environment.
+Each is an optional package, imported only when it is named. They get a run's scalars and its
+configuration, and nothing about the machine or the environment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxlib_unlearn.errors import UserError
 from train import suggest
 
 PROJECT = "jaxlib-unlearn"
-# What has no business in a log: addresses with a password, tokens, and keys by their usual form.
+# What must not appear in a log: addresses with a password, tokens, and keys in their usual form.
 _SECRETS = re.compile(
     r"(?<=://)[^/\s@]+@|\b(?:hf|ghp|gho|github_pat|sk)[_-]\w{16,}"
     r"|(?<=token=)[^&\s]+|(?<=key=)[^&\s]+",
@@ -67,7 +67,7 @@ def _tensorboard(folder: Path, config: Mapping[str, Any]) -> Reporter:
 
 
 def _steps(log: Callable[[dict[str, float]], Any]) -> Callable[..., None]:
-    """`write` for logs that have one step for all: every stage has its own, as a number of it."""
+    """`write` for logs with a single step counter: each stage logs its own step as a metric."""
 
     def write(stage: str, step: int, scalars: Mapping[str, float]) -> None:
         log({f"{stage}/step": step, **{f"{stage}/{k}": v for k, v in scalars.items()}})
@@ -124,7 +124,7 @@ def _trackio(folder: Path, config: Mapping[str, Any]) -> Reporter:
     return Reporter("trackio", _steps(run.log), close)
 
 
-# By name: the package, and how a log is opened in a run folder.
+# By name: the package, and the function that opens a log in a run folder.
 REPORTERS: dict[str, tuple[str, Callable[[Path, Mapping[str, Any]], Reporter]]] = {
     "tensorboard": ("tensorboardX", _tensorboard),
     "wandb": ("wandb", _wandb),
@@ -187,7 +187,7 @@ def open_all(names: tuple[str, ...], folder: Path, config: Mapping[str, Any]) ->
 
 @contextlib.contextmanager
 def _one_line(name: str):
-    """Whatever goes wrong in somebody else's package is one line about it."""
+    """Turn any error of a third-party package into a one-line `UserError`."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for a run's own table
             yield

@@ -1,4 +1,4 @@
-"""Where models wait: in host memory, out of the way of steps and scores.
+"""Models that are not in use wait in host memory, away from training and scoring.
 
 A run knows several models (base, original, oracle, unlearned) and works with one or two at a time.
 The others wait in host memory: every shard of a device in the memory of its host, laid out as
@@ -20,10 +20,10 @@ def to_host(params: Any) -> Any:
     """Arrays in host memory, shard by shard; the device's are freed with their last reference.
 
     Args:
-        params: a tree; what is no `jax.Array` is in host memory already.
+        params: a tree; leaves that are no `jax.Array` are in host memory already.
 
     Returns:
-        A tree of equal arrays, of the same shardings but for the memory.
+        A tree of equal arrays with the same shardings, except for the memory kind.
 
     Example:
         >>> import jax.numpy as jnp
@@ -51,7 +51,7 @@ def to_device(params: Any) -> Any:
 
 
 def fresh(params: Any, shardings: Any) -> Any:
-    """A copy on the device that may be donated, from arrays wherever they lie.
+    """A copy on the device that may be donated, from arrays in host or device memory.
 
     Args:
         params: a tree of arrays, on host or device.

@@ -1,7 +1,7 @@
 """The seal of an exported model: what it was made from, and the sha256 of every file in it.
 
-An export is trusted, by the run that made it and by whoever loads it, while its files are those
-that were sealed. From its second line on the seal is what `sha256sum -c` reads.
+An export is trusted, by the run that made it and by anyone who loads it, as long as its files are
+those that were sealed. From its second line on the seal has the format that `sha256sum -c` reads.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ NAME = "params_sha256"
 
 
 def put(folder: Path, made_from: str) -> None:
-    """Seal a folder: last of all, since every file that is there counts."""
+    """Seal a folder; call it last, since the seal covers every file that is there."""
     found = files.sums(folder, without=(NAME,))
     lines = [made_from, *(f"{digest}  {name}" for name, digest in found.items())]
     files.write(folder / NAME, "".join(line + "\n" for line in lines))
 
 
 def read(folder: Path) -> tuple[str, dict[str, str]] | None:
-    """What a sealed folder was made from, and sha256 by file name; None where no seal reads.
+    """What a sealed folder was made from, and sha256 by file name; None without a readable seal.
 
-    Seals of an earlier version name no file.
+    Seals of earlier versions list no files.
     """
     try:
         first, *rest = (folder / NAME).read_text(encoding="utf-8").splitlines()
@@ -35,12 +35,12 @@ def read(folder: Path) -> tuple[str, dict[str, str]] | None:
 
 
 def damage(folder: Path, elsewhere: Any = None) -> list[str]:
-    """Files of a sealed folder that are gone or not as they were sealed; [] without a seal.
+    """Files of a sealed folder that are missing or changed; [] without a seal.
 
     Args:
         folder: a local folder.
-        elsewhere: the bucket that it mirrors. What is only there is taken as it is: buckets check
-            their files themselves.
+        elsewhere: the bucket that it mirrors. Files that exist only there are not checked: buckets
+            verify their files themselves.
     """
     wrong = []
     for name, digest in (read(folder) or ("", {}))[1].items():
@@ -54,10 +54,10 @@ def damage(folder: Path, elsewhere: Any = None) -> list[str]:
 
 
 def check(folder: Path) -> None:
-    """Raise `UserError` for a model that is not what was exported; unsealed ones pass.
+    """Raise `UserError` for a model that differs from what was exported; unsealed ones pass.
 
     Raises:
-        UserError: a file of it is damaged, edited or gone.
+        UserError: one of its files is damaged, edited or missing.
     """
     if not (folder / NAME).is_file():
         return

@@ -1,7 +1,7 @@
-"""Meshes `(query x) data x fsdp x tp` and where every array lives on them, by regex rules.
+"""Meshes `(query x) data x fsdp x tp`, and the layout of every array on them by regex rules.
 
 The batch is split over `data` and `fsdp`; parameters over `fsdp` (and `tp` for the wide axis of
-attention and MLP kernels). Zeroth-order steps share their evaluations out over `query`.
+attention and MLP kernels). Zeroth-order steps distribute their evaluations over `query`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attn/o/kernel$", ("tp", "fsdp")),
     (r"mlp/(gate|up)/kernel$", ("fsdp", "tp")),
     (r"mlp/down/kernel$", ("tp", "fsdp")),
-    # Adapters of the kernels above: their long axis lies where the kernel's does.
+    # Adapters of the kernels above: their long axis is split like the kernel's.
     (r"(attn/(q|k|v)|mlp/(gate|up))/lora_a/kernel$", ("fsdp", None)),
     (r"(attn/(q|k|v)|mlp/(gate|up))/lora_b/kernel$", (None, "tp")),
     (r"(attn/o|mlp/down)/lora_a/kernel$", ("tp", None)),
@@ -42,14 +42,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: all devices that the others leave.
+    """Devices along each mesh axis; one axis may be -1: all remaining devices.
 
     Args:
         data: copies of the model, each with its part of the batch.
         fsdp: devices that split parameters and the batch.
-        tp: devices that split what a layer computes.
-        query: groups of devices that evaluate perturbations of zeroth-order steps; all else is done
-            in each of them.
+        tp: devices that split the computation of a layer.
+        query: groups of devices that share the evaluations of zeroth-order steps; each of them
+            repeats all other work.
     """
 
     data: int = -1
@@ -59,9 +59,9 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """The device mesh with Auto axes `("data", "fsdp", "tp")`, behind `"query"` if it is not 1.
+    """The device mesh with Auto axes `("data", "fsdp", "tp")`, after `"query"` if it is not 1.
 
-    What crosses `query` are losses: it is the outermost axis, on the slowest links.
+    Only losses cross `query`: it is the outermost axis, on the slowest links.
 
     Raises:
         UserError: the sizes are not positive or do not fit the devices present.
@@ -94,10 +94,11 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def _grid(devices: list[Any], sizes: list[int], present: int) -> np.ndarray:
-    """The devices in order; all of a TPU slice's along its links, several slices one after another.
+    """The devices in order; a whole TPU slice follows its links, several slices are stacked.
 
     Raises:
-        UserError: more than losses or sums of gradients would have to cross between slices.
+        UserError: the outermost axis does not divide over the slices, so that more than losses or
+            sums of gradients would cross between them.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform != "tpu" or len(devices) < present:
@@ -121,7 +122,7 @@ def _named(sizes: list[int]) -> str:
 
 
 def query_axis(mesh: Mesh) -> str | None:
-    """The axis over which zeroth-order steps share their evaluations out, if the mesh has one."""
+    """The axis over which zeroth-order steps distribute their evaluations, if the mesh has one."""
     return "query" if "query" in mesh.axis_names else None
 
 
@@ -135,7 +136,7 @@ def check_heads(mesh: Mesh, num_heads: int) -> None:
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Over how many devices the mesh splits a batch."""
+    """The number of devices over which the mesh splits a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -160,9 +161,9 @@ def path_str(path: Any) -> str:
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The partition spec of one parameter; an axis that does not divide stays whole.
+    """The partition spec of one parameter; an axis that does not divide evenly is not split.
 
-    In the program padding shares the work on it all the same (`models.layers.padded_over_tp`).
+    The program still divides the work on it, by padding (`models.layers.padded_over_tp`).
 
     Raises:
         ValueError: no rule matches `path`.
@@ -183,7 +184,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where one parameter lies on the mesh."""
+    """The sharding of one parameter on the mesh."""
     return NamedSharding(mesh, spec_of(path, shape, mesh))
 
 
@@ -197,11 +198,11 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def constrain(tree: Any, dtype: Any = None) -> Any:
-    """Tie parameters, or one layer of them, to the layout the rules give them on their own mesh.
+    """Constrain parameters, or one layer of them, to the layout of the rules on their own mesh.
 
-    Its use is in the backward pass: the gradient is tied as well, so each device gets its part of
-    the sum (a reduce-scatter) and not the whole of it (an all-reduce). With `dtype` the leaves are
-    cast first, so that what travels is as narrow as what is computed with.
+    It matters in the backward pass: the gradient is constrained as well, so each device gets its
+    part of the sum (a reduce-scatter) and not the whole of it (an all-reduce). With `dtype` the
+    leaves are cast first, so that communication uses the dtype of the computation.
     """
 
     def one(path, leaf):
@@ -216,7 +217,7 @@ def constrain(tree: Any, dtype: Any = None) -> Any:
 
 
 def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: a leaf whose path ends in a parameter's has its sharding."""
+    """Shardings of an optimizer state: leaves that end in a parameter's path get its sharding."""
     known = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
 
     def one(path, leaf):
@@ -236,7 +237,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def rows_here(mesh: Mesh, size: int) -> np.ndarray:
-    """Of a global batch of `size` rows those that the devices of this process hold, ascending."""
+    """The rows of a global batch of `size` that this process's devices hold, ascending."""
     held = batch_sharding(mesh).addressable_devices_indices_map((size,))
     return np.unique(np.concatenate([np.arange(size)[index] for index in held.values()]))
 
@@ -255,7 +256,7 @@ def put_batch(
     if size is None:
         return {name: arrays.put(x, where) for name, x in batch.items()}
     held = len(rows_here(mesh, size))
-    # Fewer rows than `size` where examples share one.
+    # Columns of tokens have fewer rows than `size` where examples share rows.
     places = {n: rows_here(mesh, size * n // held) for n in {len(x) for x in batch.values()}}
 
     def put(x: np.ndarray) -> jax.Array:
@@ -272,10 +273,10 @@ def put_batch(
 
 
 def put_params(params: Any, mesh: Mesh) -> Any:
-    """Parameters laid out on the mesh by the rules; host values are the same on all processes."""
+    """Parameters laid out on the mesh by the rules; host values must be equal on all processes."""
 
     def put(x, where):
-        # An array of this process alone is a host value as well.
+        # An array on this process's devices alone is a host value as well.
         local = jax.process_count() > 1 and getattr(x, "is_fully_addressable", True)
         return arrays.put(x, where) if local else jax.device_put(x, where)
 
@@ -283,7 +284,7 @@ def put_params(params: Any, mesh: Mesh) -> Any:
 
 
 def describe(params: Any, mesh: Mesh) -> str:
-    """A table of leaf, shape, spec and bytes a device, one line a leaf."""
+    """A table of leaf, shape, spec and bytes per device, one line per leaf."""
     lines = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         spec = spec_of(path_str(path), leaf.shape, mesh)

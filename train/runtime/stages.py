@@ -1,6 +1,6 @@
-"""What was made from what: a result is stored under the digest of everything it was made from.
+"""Memoised stages: a result is stored under the digest of everything it was made from.
 
-A stage whose digest is there is never computed twice, and a killed run continues where it stopped.
+A stage with a stored result is never computed twice, and a killed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ def digest(value: Any) -> str:
 
 
 def folder_of(root: Path, name: str, inputs: dict[str, Any]) -> Path:
-    """Where the result of stage `name` made from `inputs` lies."""
+    """The folder of the result of stage `name` made from `inputs`."""
     return root / "stages" / f"{name}-{digest(inputs)[:16]}"
 
 
 @contextlib.contextmanager
 def alone(folder: Path, name: str) -> Iterator[None]:
-    """Hold `folder` against other runs; the lock falls with the process, `kill -9` included.
+    """Lock `folder` against other runs; it is released when the process ends, even by `kill -9`.
 
-    Buckets know no locks: two runs may then compute the same thing, each whole.
+    Buckets have no locks: two runs may then compute the same result, each in full.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be created or written.
     """
     with contextlib.ExitStack() as held:
         if not remote.is_remote(folder):
             distributed.of_first(lambda: held.enter_context(_lock(folder, name)))
-            # Nobody else writes here now: what is unfinished was left by runs that were killed.
+            # No other run writes here now: unfinished files were left by runs that were killed.
             left = f"{folder.name}.*{files.PART}"
             distributed.of_first(lambda: files.sweep(folder.parent.glob(left)))
         yield
@@ -80,8 +80,8 @@ def params_stage(
         inputs: everything the result depends on, as JSON values.
         like: a tree with the structure, dtypes and shardings of the result.
         compute: given a folder for its checkpoints, returns the parameters.
-        cache: folder shared with other runs that takes the place of `root`; of several runs that
-            want a result, one computes it and the others wait.
+        cache: folder shared with other runs that replaces `root`; of several runs that want the
+            same result, one computes it and the others wait.
     """
     if cache is not None:
         shared = remote.located(cache)
@@ -108,9 +108,9 @@ def params_stage(
 def json_stage(
     path: Path, inputs: dict[str, Any], compute: Callable[[], Any], cache: Path | None = None
 ) -> Any:
-    """A JSON result cached beside the key of what it was made from; a stale key recomputes it.
+    """A JSON result stored beside a key of its inputs; if the key does not match, it is recomputed.
 
-    With `cache`, a folder shared with other runs, it is looked for there before it is computed.
+    `cache` is a folder shared with other runs, which is searched before the result is computed.
     """
     if cache is not None:
         shared = (
@@ -147,7 +147,7 @@ def json_stage(
 
 
 def amend_json(path: Path, value: Any) -> None:
-    """Write the result of a `json_stage` again, with what other results add; its key stays good."""
+    """Rewrite the result of a `json_stage` with what other results add; its key stays valid."""
     before, text = path.read_text(), json.dumps(value)
     if text == before:
         return
@@ -157,14 +157,14 @@ def amend_json(path: Path, value: Any) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file as a whole or not at all, a power cut included (`train.runtime.files`).
+    """Write a text file atomically, also across a power cut (`train.runtime.files`).
 
     Raises:
         UserError: the disk is full or not writable.
     """
     try:
         if remote.is_remote(path):
-            path.write_text(text)  # an object is there as a whole or not at all
+            path.write_text(text)  # objects in buckets are written atomically
         else:
             files.write(path, text)
     except OSError as error:

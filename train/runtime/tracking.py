@@ -1,4 +1,4 @@
-"""What a run tells: a JSON line a step, other logs if asked, progress with an ETA on stderr."""
+"""Run logging: a JSON line per step, optional loggers, and progress with an ETA on stderr."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from train.runtime import distributed, files, reporters
 
 
 def say(message: str) -> None:
-    """One line to the person, on stderr; of several processes the first one speaks."""
+    """Print a line for the user on stderr; with several processes only the first one prints."""
     distributed.say_on_first(message)
 
 
 class Tracker:
     """Writes `metrics.jsonl`; lines of steps that are redone after a crash are dropped first.
 
-    Of several processes the first one writes.
+    With several processes only the first one writes.
 
     Args:
         folder: the run folder.
-        report_to: other logs that get the same numbers, names of `reporters.REPORTERS`.
+        report_to: other loggers that get the same numbers, names of `reporters.REPORTERS`.
         config: the run's configuration, for those logs.
     """
 
@@ -44,7 +44,7 @@ class Tracker:
             self._set_aside()
 
     def _set_aside(self) -> None:
-        """Move damaged lines to `metrics.jsonl.bad`: a log never keeps a run from going on."""
+        """Move damaged lines to `metrics.jsonl.bad`: a damaged log never stops a run."""
         steps, bad = split_steps(self.path)
         if not bad:
             return
@@ -61,7 +61,7 @@ class Tracker:
         files.write(self.path, b"".join(line + b"\n" for line in lines))
 
     def resume(self, stage: str, step: int) -> None:
-        """Forget the lines of `stage` at `step` and later (and a line a crash cut short)."""
+        """Drop the lines of `stage` at `step` and later (and a line truncated by a crash)."""
         if not (distributed.is_first() and self.path.exists()):
             return
         steps, _ = split_steps(self.path)
@@ -77,7 +77,7 @@ class Tracker:
         self._hand_on(lambda other: other.write(stage, step, clean))
 
     def close(self, summary: Mapping[str, Mapping[str, Any]]) -> None:
-        """Hand the final numbers of every model to the other logs, and end those."""
+        """Pass the final numbers of every model to the other loggers, and close those."""
         numbers = {
             f"{model}/{name}": float(value)
             for model, scores in summary.items()
@@ -88,7 +88,7 @@ class Tracker:
         self.others = []
 
     def _hand_on(self, call: Callable[[reporters.Reporter], None]) -> None:
-        """Call every other log; one that fails is left out from here on, and the run goes on."""
+        """Call every other logger; one that fails is dropped, and the run continues."""
         for other in list(self.others):
             try:
                 call(other)
@@ -102,7 +102,7 @@ class Tracker:
 
 
 def _eta(seconds: float, done: int, left: int) -> str:
-    """The time that `left` units take, where `done` took so many seconds.
+    """The time that `left` units will take, if `done` units took so many seconds.
 
     Example:
         >>> _eta(10.0, 5, 35), _eta(0.0, 0, 35)
@@ -118,9 +118,9 @@ def _eta(seconds: float, done: int, left: int) -> str:
 def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """Yield `advance(n=1, note="", compiling=0.0)`: progress with an ETA.
 
-    A bar on a terminal, a line every ten seconds elsewhere; nothing in the first two seconds. What
-    comes before the first call is mostly compilation, as are the seconds `compiling` of a later
-    one: the ETA is that of the work behind it, so there is none before the second call.
+    A bar on a terminal, a line every ten seconds elsewhere; nothing in the first two seconds. The
+    time before the first call is mostly compilation, and `compiling` is the time that a later unit
+    spent on it. The ETA counts neither, so there is none before the second call.
     """
     start = last = time.monotonic()
     state = {"done": done, "shown": False}
