@@ -114,8 +114,9 @@ def scale_by_muon(
         momentum: "ema" or "heavy_ball" (see the module's table).
         shape_scale: the factor s of a matrix: "unit" 1, "width" sqrt(max(1, out / in)),
             "spectral" sqrt(out / in), "match_rms" 0.2 sqrt(max(in, out)).
-        split: leaves that hold several matrices each (heads, fused q/k/v): see ``optim.splitting``.
-        post: a step between orthogonalisation and scaling: see ``optim.post`` (NorMuon).
+        split: leaves that hold several matrices each (heads, fused q/k/v): see
+            ``spectral.splitting``.
+        post: a step between orthogonalisation and scaling: see ``spectral.post`` (NorMuon).
         mu_dtype: dtype of the momentum; None for the parameters'.
         comm_dtype: what matrices and directions are rounded to when they are sent between devices
             (and on one device as well); the orthogonaliser then works in float32. bfloat16 halves

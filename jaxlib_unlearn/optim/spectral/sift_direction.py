@@ -1,6 +1,6 @@
 """The direction of SIFT on a whole tree: momenta, which matrices are fused, and their updates.
 
-``optim.sift`` has the factories; ``optim.fusion`` computes one bucket of matrices.
+``spectral.sift`` has the factories; ``spectral.fusion`` computes one bucket of matrices.
 """
 
 import functools

@@ -6,9 +6,9 @@ r"""Zeroth order: gradients from values of the loss alone, no backward pass.
     \;\text{or}\; \frac{f(\theta + \epsilon Z_i) - f(\theta)}{\epsilon}
     \;\text{or}\; \langle \nabla f, Z_i \rangle
 
-One engine for every method: a family (``optim.perturbations``) says what Z is, a :class:`Rule` what
-is done with the estimate. Z is regenerated, never stored, and the loss is evaluated at one
-perturbed model at a time unless ``query_batch`` asks for more.
+One engine for every method: a family (``zeroth_order.perturbations``) says what Z is, a
+:class:`Rule` what is done with the estimate. Z is regenerated, never stored, and the loss is
+evaluated at one perturbed model at a time unless ``query_batch`` asks for more.
 
 Three things to know. The difference of two losses is small: compute the loss in float32 (a bfloat16
 loss of 0.7 is rounded by 0.004, which is 4 in the coefficient at eps 1e-3). Nothing is perturbed in
@@ -118,7 +118,8 @@ def zeroth_order(
         query_batch: evaluations at a time (activations grow with it); None for one.
         query_axis: mesh axis over which evaluations are split.
         trainable: path -> whether a leaf is perturbed and updated; None for all.
-        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``leaves``.
+        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of
+            ``zeroth_order.leaves``.
         layout: "in_out" or "out_in" kernels.
         factored: let ``layer_map`` return low-rank kernels as ``perturbations.Factored``.
         rng_impl: random bit generator; one that gives other numbers under ``vmap`` is refused.

@@ -1,6 +1,6 @@
 r"""The published zeroth-order methods: each a family of directions and its own defaults.
 
-All share the options of ``zeroth_order.zeroth_order`` and its ``update(None, state, params,
+All share the options of ``engine.zeroth_order`` and its ``update(None, state, params,
 value_fn=f)``. Evaluations of the loss per step, with q = ``num_queries``:
 
 =============  ==========  ==================  =====================================

@@ -72,8 +72,8 @@ def steps(
 def _reshape_cores(fn: Orthogonalizer, cores: list[jax.Array]) -> list[jax.Array]:
     """``fn`` on all cores of one shape at once, rows <= columns.
 
-    Not through ``optim.buckets``: every device holds all cores already, and they are small, so on a
-    mesh sharing the work would cost more than it saves.
+    Not through ``spectral.buckets``: every device holds all cores already, and they are small, so
+    on a mesh sharing the work would cost more than it saves.
     """
     buckets: dict[Any, list[int]] = {}
     for i, core in enumerate(cores):

@@ -137,7 +137,8 @@ def zo_muon(
             cost activations, not weights.
         query_axis: mesh axis over which evaluations are split.
         trainable: path -> whether a leaf is trained; None for all.
-        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of ``leaves``.
+        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of
+            ``zeroth_order.leaves``.
         layout: "in_out" or "out_in" kernels.
         factored: let ``layer_map`` return kernels as ``perturbations.Factored``.
         rng_impl: random bit generator.
