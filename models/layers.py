@@ -271,7 +271,7 @@ def padded_over_tp(x: jax.Array, axis: int) -> jax.Array:
 
 
 def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """`table[tokens]` in `dtype`, `(V, d), (B, T) -> (B, T, d)`; its gradient sums in the table's.
+    """`table[tokens]` in `dtype`, `(B, T, d)`, of `(V, d)`; gradients sum in the table's dtype.
 
     On a mesh a device looks up all tokens in its part of the columns, and one all-to-all turns
     columns into rows of the batch. Left alone, the partitioner gathers the table (in the backward

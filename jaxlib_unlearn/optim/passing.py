@@ -10,7 +10,7 @@ _FUNCTIONS_OF_PARAMS = ("value_fn", "grad_fn", "layered_value_fn")
 
 
 class Passed(NamedTuple):
-    """Placeholder in a tree for a leaf that bypasses: a node without leaves."""
+    """Placeholder for a leaf that bypasses a transformation: a node without leaves."""
 
 
 def passing_by(
@@ -92,7 +92,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _hidden(tree: Any, passing: list[bool]) -> Any:
-    """The tree with :class:`Passed` for leaves that bypass."""
+    """The tree with :class:`Passed` in place of the leaves to hide."""
     leaves, structure = jax.tree.flatten(tree)
     if not any(passing):
         return tree
@@ -101,7 +101,7 @@ def _hidden(tree: Any, passing: list[bool]) -> Any:
 
 
 def _shown(part: Any, whole: Any, passing: list[bool]) -> Any:
-    """The inverse: leaves that bypass come from ``whole``, the others from ``part``."""
+    """The inverse: hidden leaves come from ``whole``, the others from ``part``."""
     rest = iter(jax.tree.leaves(part))
     leaves, structure = jax.tree.flatten(whole)
     return jax.tree.unflatten(

@@ -174,7 +174,7 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
 
     @jax.custom_jvp
     def directions(stacked, extra):
-        """Of matrices (..., S, r, c); a block takes the passes of its stalest matrix."""
+        """Of matrices (..., S, r, c); a block uses the passes that its stalest matrix needs."""
         k, basis, start = rank_of(stacked), extra.get("basis"), None
         if basis is None:
             u, _, v = top_singular(stacked, k)

@@ -109,8 +109,8 @@ def scale_by_sift(
         nesterov: look one step ahead; else M = m.
         rank: k, singular vectors of each momentum.
         rank_cap: at most ``min(in, out) // (num_constraints + 1)``. Without it more columns than
-            rows get stacked, which cannot be orthonormal: square and full rank is half the sum of
-            msigns.
+            rows get stacked, which cannot be orthonormal: at full rank, square matrices get half
+            the sum of the msigns.
         threshold: fused if the cosine is strictly below. A number, traced or not, or a schedule of
             the count of earlier steps. Above 1: always. ``-inf``: never, but the cosine is
             recorded.

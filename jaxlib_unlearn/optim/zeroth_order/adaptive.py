@@ -26,7 +26,7 @@ def hizoo(
     trainable: Trainable | None = None,
     rng_impl: str = "threefry2x32",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""HiZOO: directions scaled by a diagonal curvature that the same values estimate.
+    r"""HiZOO: directions scaled by a diagonal curvature estimated from the same values.
 
     .. math::
         Z_i = z_i / \sqrt{H}, \quad h_i = |f_+ + f_- - 2 f_0| / (2 \epsilon^2), \\
