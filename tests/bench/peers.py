@@ -42,6 +42,7 @@ from jaxlib_unlearn.metrics import likelihood as metrics
 from jaxlib_unlearn.objectives import options_of as objective_of
 from models.generate import SamplingConfig, generate
 from train import optimizers
+from train.base_models import load_model
 from train.config import DataConfig, EvaluateConfig, ModelConfig
 from train.data.examples import Example, encode_prompt, encode_qa, encode_rows
 from train.data.streams import Stream, batches_of, make_stream, pack_streams, with_references
@@ -49,7 +50,6 @@ from train.data.tofu import read_json
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model, longest, score_items, score_rows
 from train.optimizers import options_of as optimizer_of
-from train.pipeline import load_model
 from train.runtime import hugepages, residency, sharding
 from train.step import compile_step, init_state, make_step
 
