@@ -328,7 +328,9 @@ def replace(config: Any, **changes: Any) -> Any:
         if rest:
             inner = getattr(config, head)
             rows = next(rows_of(f) for f in dataclasses.fields(config) if f.name == head)
-            named = rows is not None and rest == "name" and value != inner.name
-            value = rows.other(inner, value) if named else replace(inner, **{rest: value})
+            if rows is not None and rest == "name" and value != inner.name:
+                value = rows.other(inner, value)
+            else:
+                value = replace(inner, **{rest: value})
         config = dataclasses.replace(config, **{head: value})
     return config

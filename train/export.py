@@ -91,13 +91,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def read(source: str, run: Path | None, which: str) -> tuple[Any, str, int | None]:
     """A model with its tokenizer, the text of its card, and the maximum length of its answers."""
     import models
-    from train import pipeline
+    from train.base_models import model_source
     from train.reporting import card
     from train.reporting.runlogs import read_evals
 
     if run is None:
         target = str(Path(source)) if Path(source).exists() else source
-        loaded = models.load(pipeline.model_source(target))
+        loaded = models.load(model_source(target))
         return loaded, card.plain("A model written by the exporter of jaxlib-unlearn."), None
     found = tables.load_run(run)
     evaluate = found.config.get("evaluate")
@@ -122,13 +122,13 @@ def of_stage(run: tables.Run, which: str, sha: str | None) -> Any:
     import jax.numpy as jnp
 
     import models
-    from train import pipeline
+    from train.base_models import model_source
     from train.runtime import checkpointing
 
     stage = run.config.get("stage")
     given = stage.get("original") if isinstance(stage, dict) else None
     if which == "original" and given:
-        return models.load(pipeline.model_source(given))
+        return models.load(model_source(given))
     alike = models.load(run.folder / "export")
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), alike.params

@@ -62,7 +62,7 @@ def make_schedule(config: Options, steps: int) -> optax.Schedule:
         optax.linear_schedule(peak, 0.0, rest),
         optax.cosine_decay_schedule(peak, rest),
     )
-    after = dict(zip(SCHEDULES, forms, strict=True))[config.schedule]
+    after = forms[SCHEDULES.index(config.schedule)]
     if warm == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(peak / warm, peak, warm), after], [warm])

@@ -87,8 +87,8 @@ def resolve(
         0.2
     """
     if isinstance(options, str):
-        options = options_of(options, table, **given)
-    elif given:
+        return resolve(options_of(options, table, **given), table)
+    if given:
         raise TypeError("options beside an instance; give a name and options, or change those")
     row = _row(options.name, table)
     if not isinstance(options, row.options):

@@ -181,7 +181,7 @@ def encode(bench: Bench, split: str, rows: int) -> list[Example]:
 
 
 def streams_of(bench: Bench, examples: Mapping[str, Sequence[Example]]) -> dict[str, Stream]:
-    """The streams of a stage, as `train.pipeline` makes them on one device."""
+    """The streams of a stage, as `train.run` makes them on one device."""
     pad = bench.model.tokenizer.pad_id or 0
     streams = {name: make_stream(some, pad, batch_size=BATCH) for name, some in examples.items()}
     return pack_streams(streams, BATCH, BATCH, DataConfig().row_tokens)

@@ -26,7 +26,7 @@ from train.evaluators.base import Rows, means
 from train.runtime import distributed, residency
 from train.runtime.sharding import batch_sharding, batch_ways, put_batch
 from train.runtime.tracking import progress
-from train.tasks.task import Row, Task
+from train.tasks.task import Task
 
 # Part of every cache key, with the evaluators' own: raise it when a number may change.
 VERSION = 3
@@ -87,7 +87,7 @@ def score_items(
     return found
 
 
-def _answers(row: Row) -> dict[str, list[str]]:
+def _answers(row: Mapping[str, Any]) -> dict[str, list[str]]:
     """The texts of a row that are scored, by what they are."""
     found = {"answers": [row["answer"]]}
     if "paraphrased_answer" in row:
@@ -99,7 +99,7 @@ def _answers(row: Row) -> dict[str, list[str]]:
 
 def score_rows(
     model: Model,
-    rows: Sequence[Row],
+    rows: Sequence[Mapping[str, Any]],
     system_prompt: str | None,
     max_length: int,
     mesh: Any,
@@ -147,12 +147,12 @@ class Answers(NamedTuple):
 
 def answer_rows(
     model: Model,
-    rows: Sequence[Row],
+    rows: Sequence[Mapping[str, Any]],
     column: str,
     system_prompt: str | None,
     sampling: SamplingConfig,
     num_samples: int,
-    seed: int,
+    seed: int | jax.Array,
     batch_size: int,
     mesh: Any,
     label: str,
@@ -190,7 +190,7 @@ def answer_rows(
 
 def judge_nll(
     judge: Model,
-    rows: Sequence[Row],
+    rows: Sequence[Mapping[str, Any]],
     answers: Answers,
     system_prompt: str | None,
     mesh: Any,
