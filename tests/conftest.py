@@ -1,4 +1,4 @@
-"""Settings to make before JAX starts a backend, and the fixtures every test may ask for."""
+"""Settings to make before JAX starts a backend, and the fixtures that every test may use."""
 
 import gc
 import importlib.util

@@ -78,7 +78,7 @@ def time_limit():
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, CLOCK)
-    # Inside C code no signal arrives. Where pytest captures, `sys.stderr` is no file.
+    # Inside C code no signal arrives. Where pytest captures, `sys.stderr` is not a file.
     faulthandler.dump_traceback_later(2 * CLOCK, exit=True, file=sys.__stderr__)
     try:
         yield

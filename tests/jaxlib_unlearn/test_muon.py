@@ -115,7 +115,7 @@ def test_float64_reference(momentum, nesterov):
 
 
 def dimension_numbers(params):
-    """Our rules, said to optax."""
+    """Our rules in the form that optax takes."""
     flat, structure = jax.tree.flatten(params)
     axes = matrices.resolve(params)
     specs = [None if a is None else MuonDimensionNumbers(a.fan_in, a.fan_out) for a in axes]

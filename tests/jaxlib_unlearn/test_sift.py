@@ -46,7 +46,7 @@ def stepper(**options):
 
 
 def one_step(f, *gs, x64=True, **options):
-    """Direction and state after one step from zero momentum, always fused unless said."""
+    """Direction and state after one step from zero momentum, fused unless a threshold is given."""
     options = {"threshold": ALWAYS, "num_constraints": len(gs), **options}
     with jax.enable_x64(x64):
         out, state = stepper(**options)(f, gs if len(gs) > 1 else gs[0])

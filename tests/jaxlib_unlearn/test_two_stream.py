@@ -196,7 +196,7 @@ def test_pcgrad_reference(seed):
             assert flat(u) @ a >= -1e-12 and flat(u) @ b >= -1e-12
 
 
-# Where it goes
+# Convergence
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -226,7 +226,7 @@ def test_quadratics_end_at_the_projection(rank):
     assert coarse < penalty[0] / 3
     if rank == 1:
         assert coarse < 1e-4
-    else:  # one direction is projected out a step
+    else:  # one direction is projected out per step
         assert 7 < coarse / fine < 14
 
 

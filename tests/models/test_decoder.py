@@ -420,7 +420,7 @@ def shapes_in(jaxpr):
 def test_forward_never_projects_to_the_vocabulary(params, tokens):
     jaxpr = jax.make_jaxpr(DECODER.forward)(params, tokens)
     shapes = list(shapes_in(jaxpr.jaxpr))
-    assert (2, 12, 32) in shapes and (2, 12, 48) in shapes  # the walk enters the scan
+    assert (2, 12, 32) in shapes and (2, 12, 48) in shapes  # the search enters the scan
     assert not any(TINY.vocab_size in shape for shape in shapes)
 
 

@@ -258,7 +258,7 @@ def test_every_field_of_the_model_is_in_the_keys_of_training(field, monkeypatch,
 
 
 def test_one_cache_does_not_mistake_a_dtype_or_a_rope_theta(monkeypatch):
-    """What was tried: the second run said "found, made from the same inputs"."""
+    """A past bug: the second run reported "found, made from the same inputs"."""
     known = keys_of(START, monkeypatch)
 
     def with_theta(decoder):

@@ -217,7 +217,7 @@ def encode_qa(
     With a chat template: tokens(template([system], user, assistant)), prompt =
     tokens(template([system], user, generation prompt)). Without: "Question: q\\nAnswer: a". With
     tags: tokens(system + tagged question + answer), of which the first |tokens(all but the answer)|
-    are no labels. The format's shots precede the question. EOS is appended where the text does not
+    are not labels. The format's shots precede the question. EOS is appended where the text does not
     end in it.
 
     Args:
