@@ -5,7 +5,6 @@ damaged. `faults` must be refused in one line, or change nothing of what is read
 end in another value: where a flipped bit turns one valid value into another, only a digest could
 detect it (`blind` describes these cases). Neither may raise anything but a `UserError`, take ten
 seconds, or 4 GiB.
-seconds, or 4 GiB.
 """
 
 from __future__ import annotations
