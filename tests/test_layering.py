@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-# What a package may import of the house. Of the rest of the world, see `CORE` and `NEVER`.
+# The packages of this repository that each may import. For others, see `CORE` and `NEVER`.
 BELOW = {
     "jaxlib_unlearn": {"jaxlib_unlearn"},
     "models": {"jaxlib_unlearn", "models"},
@@ -42,7 +42,7 @@ def imports(tree: ast.AST, inside: bool = False):
 
 
 def violations(package: str, file: str, source: str) -> list[str]:
-    """What `source`, stored as `file` of `package`, imports without being allowed to."""
+    """The imports of `source`, stored as `file` of `package`, that are not allowed."""
     found = []
     for name, line, inside in imports(ast.parse(source)):
         if name in HOUSE:
@@ -89,7 +89,7 @@ def test_the_walk_sees(package, file, source, count):
     assert len(violations(package, file, source)) == count
 
 
-# Every module of a package, in a fresh process: what came in with it, and did it start a backend?
+# Every module of a package, in a fresh process: what did it import, and did it start a backend?
 # (`jax_num_cpu_devices` can only be set before one starts; a library that starts it on import
 # breaks jax.distributed and every user who wants to choose devices.)
 PROBE = """
@@ -134,7 +134,7 @@ PROGRAMS |= {"train.plan"}
 
 
 def imported(source: str) -> set[str]:
-    """Modules of the house that a source imports, inside functions too."""
+    """Modules of this repository that a source imports, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -147,7 +147,7 @@ def imported(source: str) -> set[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The groups of modules that import one another, by whatever way round."""
+    """The groups of modules that import one another, directly or indirectly."""
 
     def reached(start: str) -> set[str]:
         seen: set[str] = set()
@@ -170,7 +170,7 @@ def test_no_circle_of_imports():
 
 
 def test_no_module_imports_a_program():
-    """A program is where a person starts: what two of them need lies in a module of its own."""
+    """A program is an entry point: what two of them need belongs in a module of its own."""
     found = {
         f"{name} imports {program}"
         for name, path in MODULES.items()

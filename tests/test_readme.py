@@ -1,4 +1,4 @@
-"""README's Python runs as it stands; its commands and those of RESULTS name what exists."""
+"""README's Python runs unchanged; its commands and those of RESULTS refer to what exists."""
 
 import re
 

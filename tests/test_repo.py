@@ -1,4 +1,4 @@
-"""What a clone must look like: nothing at the top without a reason, and no leftovers."""
+"""The contents of a clone: nothing at the top without a reason, and no leftovers."""
 
 import importlib.util
 import json
@@ -20,8 +20,8 @@ LOCKS = {
     "pylock.toml", "conda-lock.yml",
 }  # fmt: skip
 TEXT = {".py", ".md", ".toml", ".txt", ".ipynb", ".yml", ".yaml", ".cfg", ".html", ".j2", ".sh", ""}
-# A clone builds with any index, and on any machine: options that choose an index, addresses of
-# one, and folders of somebody's machine do not belong in it.
+# A clone must build with any index and on any machine: options that choose an index, index
+# addresses and folders of one machine do not belong in it.
 PLACES = re.compile(
     r"--(?:extra-)?index-url|--find-(?:links)|\[\[?tool\.uv\.(?:index|sources)"
     r"|https?://[\w.-]*(?:py" r"pi|python" r"hosted|npm" r"js|ana" r"conda)[\w.-]*"
@@ -31,7 +31,7 @@ PLACES = re.compile(
 
 @pytest.fixture(scope="module")
 def files() -> list[Path]:
-    """Files that git tracks, or would: those it ignores are nobody's business."""
+    """Files that git tracks or would track, without ignored ones."""
     if not shutil.which("git") or not (REPO / ".git").exists():
         pytest.skip("not a git clone")
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -100,14 +100,14 @@ def test_pages_name_the_address_of_the_setting(home):
 
 
 def test_nothing_leads_to_where_the_project_is_not(home, files):
-    """No badge, clone line or package of ours while there is no address; all of them with one."""
+    """Without an address no badge, clone line or package of ours; with one, all of them."""
     address = home.setting(REPO)
     for path in files:
         if path.suffix in TEXT and path.parts[0] != "tests":
             text = (REPO / path).read_text(encoding="utf-8")
             ours = re.findall(r"https?://[^\s)\"'`]*jaxlib-unlearn[^\s)\"'`]*", text)
             assert [url for url in ours if not address or address.split("//")[1] not in url] == []
-            # The name on an index is nobody's yet: from a clone it is `pip install -e '.[extra]'`.
+            # Not registered on any index: from a clone it is `pip install -e '.[extra]'`.
             assert not re.search(r"pip install [^\n]*jaxlib-unlearn", text), path
 
 
@@ -148,7 +148,7 @@ def test_make_unlearn_is_the_program_in_the_environment():
     environment, run = lines("unlearn", "ARGS=quickstart --seed 1")
     assert "sh .ci/environment train" in environment
     assert run == "some-venv/bin/python -m train.unlearn quickstart --seed 1"
-    # And the first command ends with how to go on.
+    # And the first command ends by saying how to go on.
     assert "source some-venv/bin/activate" in lines("quickstart")[-1]
 
 

@@ -1,4 +1,4 @@
-"""The wheel as a stranger gets it: built, installed beside its requirements alone, and used."""
+"""The wheel as a new user gets it: built, installed beside its requirements alone, and used."""
 
 import importlib.metadata
 import importlib.util
@@ -33,7 +33,7 @@ def wheel(repo, tmp_path_factory) -> Path:
 
 
 def requirements(names: list[str]) -> dict[str, importlib.metadata.Distribution]:
-    """The installed distributions that requirements name, and what those need in turn."""
+    """The installed distributions that the requirements name, and their own requirements."""
     found: dict[str, importlib.metadata.Distribution] = {}
     while names:
         requirement = Requirement(names.pop())
@@ -47,7 +47,7 @@ def requirements(names: list[str]) -> dict[str, importlib.metadata.Distribution]
 
 @pytest.fixture(scope="module")
 def site(wheel, tmp_path_factory) -> Path:
-    """A folder with the wheel installed, and links to what its metadata asks for: no more."""
+    """A folder with the installed wheel and links to what its metadata requires, nothing else."""
     folder = tmp_path_factory.mktemp("site")
     options = ["--no-index", "--no-deps", "--quiet", "--disable-pip-version-check", "--no-compile"]
     run("-m", "pip", "install", *options, "--target", folder, wheel, cwd=folder)
@@ -62,7 +62,7 @@ def site(wheel, tmp_path_factory) -> Path:
 
 
 def run_bare(site, code):
-    """Without the usual packages, the clone, or anything the environment's variables name."""
+    """Run without the usual packages, the clone, or anything from environment variables."""
     start = f"import sys; sys.path.append({str(site)!r})\n"
     return run("-I", "-S", "-c", start + code, cwd=site)
 

@@ -93,7 +93,7 @@ def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
         Plain values: those of the first program (the training step, if planned) at the top, those
         of all under `programs`.
 
-        Raises:
+    Raises:
         UserError: the slice does not exist, or the run cannot use it.
     """
     from train.costs import programs

@@ -4,8 +4,8 @@
 
 Compiled for eight virtual CPU devices, nothing runs. 16 matrices 512 x 512 and 16 of 512 x 2048 in
 float32, as 32 leaves or as two stacked ones, sharded along their rows, their columns or over a
-(4, 2) mesh. MiB are those that one device puts into its collectives or gets out of them in one
-update, loops counted by their trips.
+(4, 2) mesh. MiB are what one device puts into its collectives or gets out of them in one update;
+collectives in loops count once per trip.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def tree(stacked: bool, mesh: Mesh, spec: tuple) -> Any:
 
 
 def compiled(tx: optax.GradientTransformation, grads: Any) -> Any:
-    """The update, with a state that lies like the gradients and comes back like that."""
+    """The update, with a state that has the layout of the gradients before and after."""
     mesh = jax.tree.leaves(grads)[0].sharding.mesh
     everywhere = NamedSharding(mesh, P())
     like = {x.shape: x.sharding for x in jax.tree.leaves(grads)}
@@ -67,7 +67,7 @@ def compiled(tx: optax.GradientTransformation, grads: Any) -> Any:
 
 
 def rows() -> Iterator[str]:
-    """The lines of the table, as they are measured."""
+    """The lines of the table, one by one as they are measured."""
     yield "| parameters | optimizer | collectives | MiB / device | temporary MiB |"
     yield "|---|---|---|---|---|"
     for layout, (sizes, names, spec) in LAYOUTS.items():

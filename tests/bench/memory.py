@@ -1,9 +1,9 @@
-"""Bytes and products of a whole unlearning step of SmolLM2-135M: compiled, nothing runs.
+"""Bytes and products of a whole unlearning step of SmolLM2-135M, compiled without running it.
 
     python tests/bench/memory.py [--rows 8] [--length 128] [--only optimizers | knobs]
 
-The step is the one of `train.unlearn`: gradient difference with a retain loss, float32, the state
-donated. The first table goes through the optimizers; the second through what saves memory: remat
+The step is that of `train.unlearn`: gradient difference with a retain loss, float32, the state
+donated. The first table compares optimizers; the second compares what saves memory: remat
 policies, the dtype of first moments, adapters. MiB are those of one device; arguments are
 parameters, optimizer state and batches.
 """
@@ -56,7 +56,7 @@ KNOBS = (
 
 
 class Cost(NamedTuple):
-    """What a compiled step takes: bytes, and floating-point operations of its products."""
+    """The cost of a compiled step: bytes, and floating-point operations of its products."""
 
     state: int
     arguments: int
@@ -76,12 +76,12 @@ def batch(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def bytes_of(tree: Any) -> int:
-    """Of all arrays of a tree."""
+    """Bytes of all arrays of a tree."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def cost(config: DecoderConfig, rows: int, length: int, knobs: Knobs) -> Cost:
-    """Compile one step and read what it takes."""
+    """Compile one step and read its cost."""
     decoder = Decoder(config, knobs.remat)
     trained, frozen, bind = decoder.shapes(), None, whole
     if knobs.rank is not None:
@@ -112,7 +112,7 @@ def cost(config: DecoderConfig, rows: int, length: int, knobs: Knobs) -> Cost:
 
 
 def rows(config: DecoderConfig, size: int, length: int, names=tuple(OPTIMIZERS)) -> Iterator[str]:
-    """The lines of the table of optimizers, as they are measured."""
+    """The lines of the table of optimizers, one by one as they are measured."""
     weights = bytes_of(Decoder(config).shapes()) / MIB
     yield "| optimizer | optimizer state, MiB | whole step, MiB | step / weights |"
     yield "|---|---|---|---|"
@@ -123,7 +123,7 @@ def rows(config: DecoderConfig, size: int, length: int, names=tuple(OPTIMIZERS))
 
 
 def knob_rows(config: DecoderConfig, size: int, length: int, knobs=KNOBS) -> Iterator[str]:
-    """The lines of the table of what saves memory, as they are measured."""
+    """The lines of the table of memory savings, one by one as they are measured."""
     yield (
         "| optimizer | trained | remat | first moments | optimizer state, MiB | arguments, MiB | "
         "temporaries, MiB | whole step, MiB | products, TFLOP |"

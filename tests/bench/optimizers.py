@@ -1,13 +1,13 @@
-"""Update time and FLOPs of the optimizers on real parameter trees, against optax's and torch's.
+"""Update time and FLOPs of the optimizers on real parameter trees, compared with optax and torch.
 
     python tests/bench/optimizers.py [--tree smollm2 gpt2] [--repeats 3] [--output runs/bench]
 
 A step is what a training loop does with a gradient: `update` and `apply_updates` in one compiled
-program whose parameters and state are donated. Contenders take turns, step by step, so both sides
-of a ratio met the same machine; each number is a median. Ratios are theirs / ours: above 1, ours is
+program whose parameters and state are donated. Contenders alternate step by step, so both sides of
+a ratio see the same machine; each number is a median. Ratios are theirs / ours: above 1, ours is
 faster (or needs fewer operations). A goal is a ratio to reach; methods that do more work than
-their peer have none. torch, if it is installed, runs in a process of its own, where its threads
-rest while JAX computes; in "float32" its own code runs with the cast to bfloat16 left out.
+their peer have none. torch, if it is installed, runs in a separate process, whose threads are idle
+while JAX computes; in "float32" its own code runs without the cast to bfloat16.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def tree(name: str) -> dict[str, Any]:
 
 
 def dimension_numbers(params: Any) -> Any:
-    """What `optax.contrib.muon` needs to hear to take the same matrices."""
+    """What `optax.contrib.muon` has to be given to orthogonalise the same matrices."""
     axes = matrices.resolve(params)
     numbers = [a and optax.contrib.MuonDimensionNumbers(a.fan_in, a.fan_out) for a in axes]
     return jax.tree.unflatten(jax.tree.structure(params), numbers)
@@ -84,14 +84,14 @@ def optax_muon() -> optax.GradientTransformation:
 
 
 class Contender(NamedTuple):
-    """An optimizer, and whether it wants a second gradient."""
+    """An optimizer, and whether it takes a second gradient."""
 
     build: Callable[[], optax.GradientTransformation]
     constraint: bool = False
 
 
 class Pair(NamedTuple):
-    """One line of the table: what, against what, and the ratio to reach."""
+    """One line of the table: the contender, its peer, and the ratio to reach."""
 
     ours: str
     theirs: str
@@ -134,7 +134,7 @@ def random_like(shapes: Any, seed: int) -> Any:
 def jax_stepper(contender: Contender, shapes: Any, grads: Any) -> Callable[[], float]:
     """A function that takes one step and returns its seconds."""
     tx = contender.build()
-    # The same tree turned round: cosines of either sign, so that about half of SIFT fuses.
+    # The same tree reversed: cosines of either sign, so that SIFT fuses about half of it.
     extra = {"constraint_grads": jax.tree.map(lambda g: g[::-1], grads)}
 
     def step(grads, extra, state, params):
@@ -157,7 +157,7 @@ def jax_stepper(contender: Contender, shapes: Any, grads: Any) -> Callable[[], f
     return run
 
 
-# The other process reads a line, takes a step and writes its seconds.
+# The other process reads a line, takes a step and writes the seconds that it took.
 TORCH_PROGRAM = """
 import json, sys, time
 import torch
@@ -186,9 +186,9 @@ for _ in sys.stdin:
 
 @contextlib.contextmanager
 def torch_stepper(shapes: Any, dtype: str):
-    """Yields a function that takes one step over there and returns its seconds; None without torch.
+    """Yields a function that takes a step in the torch process and returns its seconds, or None.
 
-    Kernels are (out, in) and one parameter a layer, as torch has them.
+    Kernels are (out, in), one parameter per layer, as in torch. None: torch is not installed.
     """
     flat = []
     for leaf, axes in zip(jax.tree.leaves(shapes), matrices.resolve(shapes), strict=True):
@@ -220,9 +220,9 @@ def torch_stepper(shapes: Any, dtype: str):
 
 
 def time_in_turns(steppers: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; a first step of everything that is not slow is not counted.
+    """Median seconds of each; the first step of everything that is not slow is not counted.
 
-    The order turns round every time, so that nobody always follows the same one.
+    The order is reversed every time, so that no contender always follows the same one.
     """
     seconds: dict[str, list[float]] = {}
     for name, run in steppers.items():
@@ -236,7 +236,7 @@ def time_in_turns(steppers: dict[str, Callable[[], float]], repeats: int) -> dic
 
 
 def measure_flops(name: str, shapes: Any) -> tuple[int, str]:
-    """FLOPs of an update, and the decompositions that the number leaves out."""
+    """FLOPs of an update, and the decompositions that are not counted."""
     contender = CONTENDERS[name]
     tx = contender.build()
     state = jax.eval_shape(tx.init, shapes)
@@ -250,7 +250,7 @@ def bench(name: str, repeats: int, with_torch: bool) -> tuple[list[dict[str, Any
     shapes = tree(name)
     grads = random_like(shapes, 1)
     rows, seconds, notes = [], {}, []
-    # Heavy and light ones apart: a step of seconds between two of milliseconds cools every cache.
+    # Slow and fast ones apart: a step of seconds between two of milliseconds cools every cache.
     light = {"sophia", "sign_momentum", "optax.adamw"}
     heavy = [n for n in CONTENDERS if n not in light]
     for group in (heavy, [n for n in CONTENDERS if n in light]):
@@ -288,7 +288,7 @@ def device() -> str:
 
 
 def markdown(result: dict[str, Any], notes: list[str]) -> str:
-    """The table, and what was counted."""
+    """The table, and notes on what was counted."""
 
     def cell(row, key):
         value = row[key]

@@ -1,14 +1,14 @@
-"""Whole works of unlearning against what a user of torch and transformers would run.
+"""End-to-end benchmarks of unlearning against what a user of torch and transformers would run.
 
     python tests/bench/peers.py [--only npo generate] [--repeats 5] [--data DIR] [--model PATH]
                                 [--huge-pages-for-both]
 
 Both sides start from the same weights (SmolLM2, float32, on the CPU) and see the same rows of TOFU.
-They take turns of two steps, so both met the same machine; torch runs in a process of its own
-(`torch_peers.py`), where its threads rest while JAX computes; like a user's it does not ask for
+They alternate in turns of two steps, so both see the same machine; torch runs in a separate process
+(`torch_peers.py`), whose threads are idle while JAX computes; like a user's it does not ask for
 huge pages (`train.runtime.hugepages`) unless told to. The first step of every shape is not counted;
 each number is a median. Ratios are theirs / ours: above 1, ours is faster (or computes fewer token
-slots); a goal is a ratio to reach. Every work checks that both computed the same.
+slots); a goal is a ratio to reach. Every benchmark checks that both sides computed the same.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ FORGET_ROWS, RETAIN_ROWS, SCORED_ROWS = 80, 400, 40
 SAMPLES, NEW_TOKENS = 64, 64
 SYSTEM, MAX_LENGTH = "You are a helpful assistant.", 512  # OpenUnlearning's for TOFU
 COLD_START = 25.0  # seconds
-CLOSE = 1e-4  # nats: float32 sums of two programs; of a larger loss, relative to it
+CLOSE = 1e-4  # nats: float32 sums of two programs; relative to a larger loss
 STRIDED = 1e-3  # the same where torch sums a vocabulary in strides (`torch_peers.row_nll`)
 TORCH = "torch, transformers"
 # How the peer sums a row's NLL (`torch_peers.row_nll`): its name in the table, and NPO's goal.
@@ -72,26 +72,26 @@ NPO_FORMS = {
 
 
 class Bench(NamedTuple):
-    """What every work starts from; `folder` holds the model for transformers."""
+    """What every benchmark starts from; `folder` holds the model for transformers."""
 
     model: Model
     mesh: Any
     rows: dict[str, list[dict[str, Any]]]
     folder: Path
     repeats: int
-    options: list[str]  # the command line's model and data, for a process of its own
+    options: list[str]  # the command line's model and data, for a separate process
     torch_environment: dict[str, str]
 
 
 class Turn(NamedTuple):
-    """One step of one side: its seconds, and what it found."""
+    """One step of one side: its seconds, and its result."""
 
     seconds: float
     value: Any
 
 
 class Result(NamedTuple):
-    """The rows of a work, and lines that say more."""
+    """The rows of a benchmark, and further notes."""
 
     rows: list[dict[str, Any]]
     notes: Sequence[str] = ()
@@ -145,9 +145,9 @@ def take_turns(
 ) -> tuple[float, float]:
     """Median seconds of both sides over `(shape, our request, their request)`.
 
-    A turn is two steps, of which the second counts. Steps of a training follow each other; during
-    the other side's turn a virtual machine hands back memory that a step left free, and the next
-    one pays for it (two seconds of seven were seen).
+    A turn is two steps, of which the second counts. Training steps follow each other; during the
+    other side's turn a virtual machine returns memory that a step left free, and the next step
+    pays for it (two seconds of seven were seen).
     """
     seen: set[Any] = set()
     counted: list[tuple[float, float]] = []
@@ -188,18 +188,18 @@ def streams_of(bench: Bench, examples: Mapping[str, Sequence[Example]]) -> dict[
 
 
 def batches(streams: Mapping[str, Stream]) -> Callable[[int], dict[str, dict[str, np.ndarray]]]:
-    """`step -> batches`; the first stream is the one that is walked."""
+    """`step -> batches`; the first stream is iterated epoch by epoch."""
     return batches_of(streams, next(iter(streams)), SEED, BATCH)
 
 
 def examples_of(stream: Stream, batch: Mapping[str, np.ndarray]) -> list[Any]:
-    """The examples in a batch, as torch's side takes them."""
+    """The examples in a batch, in the form that the torch side takes."""
     chosen = (stream.examples[i] for i in batch["row_id"].ravel() if i >= 0)
     return [(example.tokens, example.num_prompt) for example in chosen]
 
 
 def training_steps(streams: Mapping[str, Stream]) -> Iterator[tuple[Any, int, Any]]:
-    """Step after step: the shapes of its batches, its number, and the same examples for torch."""
+    """For each step: the shapes of its batches, its number, and the same examples for torch."""
     make = batches(streams)
     for step in itertools.count():
         made = make(step)
@@ -210,7 +210,7 @@ def training_steps(streams: Mapping[str, Stream]) -> Iterator[tuple[Any, int, An
 def trainer(
     bench: Bench, streams: Mapping[str, Stream], objective: Any, config: Any
 ) -> Callable[[int], Turn]:
-    """`step -> Turn` as `train.loop` takes it: rows collated, put on the device, one update."""
+    """`step -> Turn` as in `train.loop`: rows collated, put on the device, one update."""
     model, mesh = bench.model, bench.mesh
     tx, schedule, needs = optimizers.build(config, 1000)
     params = residency.fresh(model.params, sharding.param_shardings(model.params, mesh))
@@ -261,7 +261,7 @@ def npo_side(bench: Bench, forget_rows: int) -> tuple[dict[str, Stream], Any]:
 
 
 def npo(bench: Bench) -> Result:
-    """One NPO step; the reference is cached here and runs in the step over there."""
+    """One NPO step; the reference is cached on our side and runs in each step of torch's side."""
     streams, chosen = npo_side(bench, FORGET_ROWS)
     work, rows = f"NPO step, {BATCH} forget + {BATCH} retain rows, s", []
     for form, (peer, goal) in NPO_FORMS.items():
@@ -274,7 +274,7 @@ def npo(bench: Bench) -> Result:
 
 
 def finetune(bench: Bench) -> Result:
-    """One fine-tuning step; real tokens are those that are no padding."""
+    """One fine-tuning step; real tokens are those that are not padding."""
     streams = streams_of(bench, {"train": encode(bench, "retain90", RETAIN_ROWS)})
     ours = trainer(bench, streams, objectives.resolve("nll"), ADAMW)
     with torch_side(bench, "finetune", {"learning_rate": ADAMW.learning_rate}) as theirs:
@@ -335,7 +335,7 @@ def samples(bench: Bench) -> Result:
 
 
 def summarize(scored: Mapping[str, Any]) -> dict[str, float]:
-    """Means over a split of what OpenUnlearning makes of its likelihoods."""
+    """Means over a split of the metrics that OpenUnlearning makes of its likelihoods."""
     answers, wrong = scored["answers"], [s for some in scored["perturbed"] for s in some]
     kinds = {"answers": answers, "paraphrased": scored["paraphrased"], "perturbed": wrong}
     found = {kind: [-metrics.avg_loss(s) for s in some] for kind, some in kinds.items()}
@@ -347,9 +347,9 @@ def summarize(scored: Mapping[str, Any]) -> dict[str, float]:
 
 
 def likelihood(bench: Bench) -> Result:
-    """Everything that is measured of a split's likelihoods: one fused pass against one a metric.
+    """All metrics of a split's likelihoods: one fused pass against one pass per metric.
 
-    The first step, not counted, is exact over there as well; the others are OpenUnlearning's form.
+    The first step, not counted, is exact in torch as well; the others use OpenUnlearning's form.
     """
     model = bench.model
     rows, limit = bench.rows["forget10_perturbed"][:SCORED_ROWS], longest(model, MAX_LENGTH)
@@ -398,9 +398,9 @@ def likelihood(bench: Bench) -> Result:
 def zeroth(bench: Bench, config: Any, data: Mapping[str, Any]) -> tuple[float, float]:
     """Steps of a zeroth-order optimizer on one batch.
 
-    The loss at the first point is the same. Later ones depend on the directions drawn: on MeZO's
-    by next to nothing, so they tell that torch's side takes its perturbations back. How far a step
-    of ZO-Muon goes depends on the draws by little: all singular values become about 1.
+    The loss at the first point is the same. Later ones depend on the directions drawn: with MeZO
+    hardly at all, so they show that torch's side undoes its perturbations. How far a ZO-Muon step
+    goes depends little on the draws: all singular values become about 1.
     """
     streams = streams_of(bench, {"train": encode(bench, "forget10", FORGET_ROWS)})
     ours = trainer(bench, streams, objectives.resolve("nll"), config)
@@ -437,7 +437,7 @@ def zo_muon(bench: Bench) -> Result:
 
 
 def cold_start(bench: Bench) -> Result:
-    """From the start of a process to its first NPO step, JAX's compilation cache being warm."""
+    """From the start of a process to its first NPO step, with a warm JAX compilation cache."""
     command = [sys.executable, str(HERE), "--first-step", *bench.options]
     found = []
     with tempfile.TemporaryDirectory() as cache:
@@ -464,7 +464,7 @@ def cold_start(bench: Bench) -> Result:
 
 
 def first_step(bench: Bench) -> None:
-    """What `cold_start` times: the reference of one batch, and an NPO step; its loss is told."""
+    """What `cold_start` times: the reference of one batch, and an NPO step; prints its loss."""
     ours = trainer(bench, *npo_side(bench, BATCH), ADAMW)
     print(ours(0).value["loss"], flush=True)
 
@@ -521,7 +521,7 @@ def read_rows(folder: Path | None) -> dict[str, list[dict[str, Any]]]:
 
 
 def start(args: argparse.Namespace, folder: Path) -> Bench:
-    """Rows and model as the works take them; the export is for torch's side alone.
+    """Rows and model as the benchmarks take them; the export is for torch's side alone.
 
     Raises:
         UserError: data, torch, transformers or the model is missing.

@@ -3,7 +3,7 @@
     python tests/bench/plan_table.py [--only WORD]
 
 Every row is one `python -m train.plan ... --json` in a process of its own, for a slice that need
-not be here. Rows that were planned before by the same code are read from `runs/bench/plans/`.
+not be present. Rows planned before by the same code are read from `runs/bench/plans/`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 
 def code_digest() -> str:
-    """Of the sources that decide what is compiled."""
+    """The digest of the sources that determine what is compiled."""
     digest = hashlib.sha256()
     for folder in ("jaxlib_unlearn", "models", "train"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -56,7 +56,7 @@ def code_digest() -> str:
 
 
 def plan(args: tuple[str, ...], code: str) -> dict[str, Any]:
-    """The JSON of one plan, computed unless it is there."""
+    """The JSON of one plan, computed unless it is stored."""
     key = hashlib.sha256(json.dumps([code, *args]).encode()).hexdigest()[:16]
     path = OUT / "plans" / f"{key}.json"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The benchmarks write what they promise."""
+"""The benchmarks write their tables."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from models.decoder import Decoder, DecoderConfig
 
 
 def load(repo, name):
-    """A benchmark as a module; `tests` is no package."""
+    """A benchmark as a module; `tests` is not a package."""
     spec = importlib.util.spec_from_file_location(
         f"bench_{name}", repo / "tests" / "bench" / f"{name}.py"
     )
@@ -25,7 +25,7 @@ def load(repo, name):
 
 
 def test_bench_writes_its_table(repo, tmp_path, capsys, monkeypatch):
-    """The benchmark on a tiny tree: what it writes, not how fast it is."""
+    """The benchmark on a tiny tree: the contents of its table, not the timings."""
     bench = load(repo, "optimizers")
     few = ("muon", "optax.contrib.muon", "sophia", "optax.adamw")  # the others take long to compile
     monkeypatch.setattr(bench, "CONTENDERS", {n: bench.CONTENDERS[n] for n in few})
@@ -44,7 +44,7 @@ def test_bench_writes_its_table(repo, tmp_path, capsys, monkeypatch):
 
 
 def test_memory_of_a_step(repo, tmp_path, monkeypatch):
-    """On a tiny model: Adam's two moments are counted, and no gradient is less than one."""
+    """On a tiny model: Adam's two moments are counted, and a step without gradients is smaller."""
     bench = load(repo, "memory")
     tiny = DecoderConfig(64, 32, 64, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=16)
     rows = bench.rows
@@ -59,7 +59,7 @@ def test_memory_of_a_step(repo, tmp_path, monkeypatch):
 
 
 def test_memory_of_what_saves_it(repo, tmp_path, monkeypatch):
-    """On a tiny model: the columns are there, and every knob turns the number it is for."""
+    """On a tiny model: the columns are there, and every option lowers the number it is for."""
     bench = load(repo, "memory")
     tiny = DecoderConfig(64, 32, 64, num_layers=6, num_heads=2, num_kv_heads=1, head_dim=16)
     knobs = (bench.Knobs(), bench.Knobs(remat="full", state_dtype="bfloat16", rank=2))
@@ -83,7 +83,7 @@ def test_memory_of_what_saves_it(repo, tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_llama(tmp_path):
-    """A folder with a random Llama of two layers that reads bytes."""
+    """A folder with a random byte-level Llama of two layers."""
     kinds, pre = tokenizers.models, tokenizers.pre_tokenizers
     alphabet = sorted(pre.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(kinds.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -92,7 +92,7 @@ def tiny_llama(tmp_path):
     backend.add_special_tokens(["<pad>", "<eos>"])
     eos, pad = backend.token_to_id("<eos>"), backend.token_to_id("<pad>")
     config = DecoderConfig(320, 32, 64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
-    # Larger than usual: the model must prefer some tokens for the checks to see anything.
+    # Larger than usual: the model must prefer some tokens for the checks to be meaningful.
     params = jax.tree.map(lambda x: 5 * x, Decoder(config).init(jax.random.key(0)))
     loaded = models.Loaded(config, params, models.Tokenizer(backend, eos_id=eos, pad_id=pad))
     return models.export(loaded, tmp_path / "tiny")
@@ -129,7 +129,7 @@ def test_peers_says_what_is_missing(repo, small_tofu, capsys):
 
 @pytest.mark.torch_parity
 def test_peers_on_a_tiny_model(repo, tiny_llama, small_tofu, tmp_path):
-    """Every work on both sides, which the benchmark itself holds against each other."""
+    """Every benchmark on both sides; the benchmark itself compares their results."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     command = [sys.executable, repo / "tests" / "bench" / "peers.py", "--repeats", "1"]

@@ -1,12 +1,12 @@
-"""What a user of torch would run, one step a line: the other side of `peers.py`.
+"""What a user of torch would run, one step per line: the other side of `peers.py`.
 
     python tests/bench/torch_peers.py WORK FOLDER   < requests
 
-A process of its own: its threads rest while JAX computes. The first line on stdin is the work's
-data as JSON and is answered by torch's version; each further line asks for one step and is answered
-by `{"seconds": s, "value": v}`, where the value (a loss, metrics, tokens) lets the other side check
-that both did the same work. Float32 throughout, eager, transformers' own model and attention
-("sdpa"). Texts come as tokens: tokenising them is not part of these times.
+A separate process, whose threads are idle while JAX computes. The first line on stdin is the
+benchmark's data as JSON and is answered by torch's version; each further line asks for one step and
+is answered by `{"seconds": s, "value": v}`, where the value (a loss, metrics, tokens) lets the
+other side check that both did the same work. Float32 throughout, eager, transformers' own model and
+attention ("sdpa"). Texts arrive as tokens: tokenisation is not part of these times.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from torch.nn import functional as F
 
 Data = dict[str, Any]
 Batch = dict[str, torch.Tensor]
-IGNORED = -100  # a label that counts for nothing, in transformers
+IGNORED = -100  # a label that transformers ignores
 EVAL_BATCH = 32  # OpenUnlearning's for TOFU
 K = 0.4  # of its min-k and min-k++
 
 
 class Work(NamedTuple):
-    """A step, which is timed, and what is told of its result afterwards."""
+    """A step, which is timed, and what is reported of its result afterwards."""
 
     step: Callable[[Any], Any]
     report: Callable[[Any], Any] = lambda found: found
 
 
 def load(folder: str) -> Any:
-    """The model as transformers loads it, without the cache that only generation reads."""
+    """The model as transformers loads it, without the cache that only generation uses."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.use_cache = False
     return model
@@ -66,10 +66,10 @@ def logits_of(model: Any, batch: Batch) -> torch.Tensor:
 def row_nll(model: Any, batch: Batch, form: str) -> torch.Tensor:
     """Summed NLL of each row's labels, in one of two forms.
 
-    `transposed` is OpenUnlearning's (`compute_batch_nll`): the model is handed the labels, so it
+    `transposed` is OpenUnlearning's (`compute_batch_nll`): the model receives the labels, so it
     computes its own loss as well, and the logits are transposed to (B, V, T). torch then sums the
-    vocabulary in strides of T, in three times the time and with errors of up to 1e-4 nats a token.
-    `flat` does neither.
+    vocabulary in strides of T, which takes three times as long, with errors of up to 1e-4 nats per
+    token. `flat` does neither.
     """
     if form == "transposed":
         logits, labels = model(**batch).logits[:, :-1].contiguous(), batch["labels"][:, 1:]
@@ -85,7 +85,7 @@ def row_nll(model: Any, batch: Batch, form: str) -> torch.Tensor:
 
 
 def descend(optimizer: Any, model: Any, loss: torch.Tensor) -> float:
-    """A step as Trainer takes it: gradients, clipped at norm 1, into AdamW."""
+    """A step as in Trainer: gradients, clipped at norm 1, into AdamW."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -130,8 +130,8 @@ def finetune(folder: str, data: Data) -> Work:
 def generate(folder: str, data: Data) -> Work:
     """Samples from the whole distribution, all of one length."""
     model = load(folder).eval()
-    # Nothing ends a sample: as a stop token it would be forbidden up to the least length, and the
-    # other side, which has none, would draw from another distribution.
+    # Nothing ends a sample: a stop token would be forbidden up to the minimum length, and the other
+    # side, which has none, would sample from another distribution.
     model.generation_config.eos_token_id = None
     prompt = torch.tensor([data["prompt"]])
     torch.manual_seed(0)
@@ -158,7 +158,7 @@ def generate(folder: str, data: Data) -> Work:
 def labelled(values: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, Any]]:
     """`values` (B, T - 1, ...) at each row's labels, with the labels; the last label is left out.
 
-    It is the end of the text, which OpenUnlearning's metrics of single tokens do not look at.
+    It is the end of the text, which OpenUnlearning's token-level metrics ignore.
     """
     for row, mine in zip(values, labels, strict=True):
         places = (mine != IGNORED).nonzero(as_tuple=True)[0][:-1]
@@ -177,9 +177,9 @@ def extraction_strength(hits: torch.Tensor) -> float:
 
 
 def likelihood(folder: str, data: Data) -> Work:
-    """What OpenUnlearning measures of a split: each metric passes over its texts by itself.
+    """OpenUnlearning's metrics of a split: each metric makes its own pass over its texts.
 
-    A perturbed answer is a batch of its own, and min-k++ runs the model twice.
+    Each perturbed answer is a batch of its own, and min-k++ runs the model twice.
     """
     model, slots, form = load(folder).eval(), 0, ""
 
@@ -211,7 +211,7 @@ def likelihood(folder: str, data: Data) -> Work:
             yield lowest((mine - mu) / var.clamp(min=1e-6).sqrt())
 
     def over(examples: Sequence[Any], metric: Callable[[Batch], Any]) -> list[float]:
-        """A pass over a split, in its order; one value a row."""
+        """A pass over a split, in its order; one value per row."""
         cuts = range(0, len(examples), EVAL_BATCH)
         batches = (collate(examples[i : i + EVAL_BATCH], data["pad"]) for i in cuts)
         return [value for batch in batches for value in metric(batch)]
@@ -250,7 +250,7 @@ def zeroth(folder: str, data: Data) -> tuple[Any, list[Any], Callable[[], float]
 
 
 def mezo(folder: str, data: Data) -> Work:
-    """MeZO in place: a direction is never kept, its seed is (Malladi et al., `zo_step`)."""
+    """MeZO in place: only the seed of a direction is kept (Malladi et al., `zo_step`)."""
     _, parameters, loss = zeroth(folder, data)
     eps, seeds, known = data["eps"], itertools.count(), loss()
 
@@ -297,8 +297,8 @@ def orthonormal(rows: int, rank: int) -> torch.Tensor:
 def zo_muon(folder: str, data: Data) -> Work:
     """ZO-Muon in place (Lang et al., `lowdim_zo_step`), forward differences, one P for all queries.
 
-    The draws that are kept for the update also take a perturbation back; the authors' code makes
-    them a second time.
+    The draws that are kept for the update also undo a perturbation; the authors' code draws them a
+    second time.
     """
     _, parameters, loss = zeroth(folder, data)
     eps, queries, count = data["eps"], data["queries"], itertools.count()
@@ -342,7 +342,7 @@ def zo_muon(folder: str, data: Data) -> Work:
         return start
 
     def report(start: float) -> dict[str, float]:
-        """The loss before the step, and how far it moved the matrices (bases keep norms)."""
+        """The loss before the step, and how far it moved the matrices (bases preserve norms)."""
         squares = sum(core.square().sum().item() for core in cores)
         return {"loss": start, "update_norm": data["learning_rate"] * squares**0.5}
 

@@ -1,9 +1,9 @@
-"""What can happen to a file, and what a reader may answer.
+"""Kinds of damage to a file, and the allowed outcomes of reading it.
 
 A `Row` names a class of files: how a sound one is made, how the programs read it, and how it gets
 damaged. `faults` must be refused in one line, or change nothing of what is read. `noise` may also
-end in another value: where a flipped bit turns one good value into another, nothing but a digest
-could tell (`blind` says what that is). Neither may raise anything but a `UserError`, take ten
+end in another value: where a flipped bit turns one valid value into another, only a digest could
+detect it (`blind` describes these cases). Neither may raise anything but a `UserError`, take ten
 seconds, or 4 GiB.
 """
 
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 
-SECONDS = 10  # of processor time; a machine that is busy takes longer by the clock
+SECONDS = 10  # of processor time; a busy machine takes longer by the clock
 CLOCK = 90
 MEMORY = 4 * 2**30
 LONGEST_MESSAGE = 2000
@@ -39,11 +39,11 @@ class Row(NamedTuple):
     Args:
         name: as the table prints it.
         make: writes a sound sample into an empty folder; returns the file that gets damaged.
-        read: reads that file the way the programs do; what it returns can be compared.
-        faults: damage that a reader must notice, or that changes nothing.
-        noise: damage that may turn one good value into another.
-        blind: what noise can change without anybody noticing.
-        cases: how many are tried in `make test`.
+        read: reads that file as the programs do; its results can be compared.
+        faults: damage that a reader must detect, or that changes nothing.
+        noise: damage that may turn one valid value into another.
+        blind: what noise can change undetected.
+        cases: number of cases in `make test`.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A case that ended in none of the allowed ways; `seed` makes it again."""
+    """A case with an outcome that is not allowed; `seed` reproduces it."""
 
     row: str
     damage: str
@@ -65,19 +65,19 @@ class Failure(NamedTuple):
 
 
 class Hang(BaseException):
-    """The time is up; no reader may catch it."""
+    """The time limit was exceeded; no reader may catch this."""
 
 
 @contextmanager
 def time_limit():
-    """Raise `Hang` inside the block when it does not end."""
+    """Raise `Hang` inside the block if it does not end in time."""
 
     def ring(*_):
         raise Hang
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, CLOCK)
-    # Inside C code no signal arrives. Where pytest captures, `sys.stderr` is no file.
+    # Inside C code no signal arrives. Where pytest captures, `sys.stderr` is not a file.
     faulthandler.dump_traceback_later(2 * CLOCK, exit=True, file=sys.__stderr__)
     try:
         yield
@@ -88,7 +88,7 @@ def time_limit():
 
 
 def peak() -> int:
-    """Bytes of memory this process or one of its children had at most."""
+    """Peak memory of this process or one of its children, in bytes."""
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return max(resource.getrusage(one).ru_maxrss for one in who) * 1024
 
@@ -121,17 +121,17 @@ def outcome(read: Callable[[Path], Any], path: Path, sound: Any) -> str:
 def fuzz(
     row: Row, folder: Path, seed: str, cases: int | None = None, seconds: float = 0.0
 ) -> tuple[Counter[str], list[Failure]]:
-    """Damage the sample of a row again and again.
+    """Damage the sample of a row repeatedly.
 
     Args:
         row: the class of files.
         folder: an empty one.
-        seed: everything random follows from it.
-        cases: how many; None: as many as there is time for.
-        seconds: that time.
+        seed: determines everything random.
+        cases: how many; None: as many as fit into `seconds`.
+        seconds: time limit.
 
     Returns:
-        How many cases ended how, and those that ended in no allowed way.
+        The number of cases by outcome, and the cases whose outcome is not allowed.
     """
     path = row.make(folder)
     whole = path.read_bytes()
@@ -190,7 +190,7 @@ def repeat(data: bytes, random: Random) -> bytes:
 
 
 def binary(data: bytes, random: Random) -> bytes:
-    """Bytes that are no UTF-8."""
+    """Bytes that are not UTF-8."""
     at = random.randrange(len(data))
     return (
         data[:at] + random.choice((b"\xff\xfe", b"\xc3\x28", b"\x80", b"\xed\xa0\x80")) + data[at:]
@@ -203,7 +203,7 @@ def empty(data: bytes, random: Random) -> bytes:
 
 NOISE: dict[str, Damage] = {"flip": flip, "overwrite": overwrite, "lose": lose, "repeat": repeat}
 
-# Damage to JSON. `RAW` is written as it is, for what no Python value gives.
+# Damage to JSON. `RAW` is inserted as text, for what no Python value can express.
 MARK = "@raw@"
 DEEP = "[" * 100_000
 RAW = {
@@ -253,7 +253,7 @@ def replace(raw: str) -> Callable[[Any, Random], str]:
 
 
 def twice(tree: Any, random: Random) -> str:
-    """A JSON text in which an object has a key twice."""
+    """A JSON text in which an object has the same key twice."""
     places = [(c, k) for c, k in spots(tree) if isinstance(c, dict)]
     container, key = random.choice(places)
     container[MARK] = container[key] if random.random() < 0.5 else 0
@@ -261,7 +261,7 @@ def twice(tree: Any, random: Random) -> str:
 
 
 def misspell(tree: Any, random: Random) -> str:
-    """A JSON text in which a key has another letter."""
+    """A JSON text in which one letter of a key is changed."""
     container, key = random.choice([(c, k) for c, k in spots(tree) if isinstance(c, dict) and k])
     at = random.randrange(len(key))
     # No letter that turns one known key into another (eos_token, bos_token).
@@ -275,7 +275,7 @@ def as_damage(change: Callable[[Any, Random], str]) -> Damage:
 
 
 def json_faults(*without: str) -> dict[str, Damage]:
-    """Damage that no JSON value survives unnoticed, without some entries of `RAW`."""
+    """Damage that must be detected in any JSON value, without some entries of `RAW`."""
     faults = {name: as_damage(replace(raw)) for name, raw in RAW.items() if name not in without}
     rest = {"cut": cut, "binary": binary, "empty": empty, "twice": as_damage(twice)}
     rest["misspell"] = as_damage(misspell)

@@ -36,7 +36,7 @@ def metrics_log(folder: Path) -> Path:
 
 
 def of_metrics(path: Path) -> Any:
-    """The steps; of a damaged log those that are left are what they were."""
+    """The steps; those that remain in a damaged log must be unchanged."""
     steps, bad = runlogs.split_steps(path)
     found = [{key: row[key] for key in STEPS[0]} for _, row in steps]
     if bad or (found != STEPS and all(row in STEPS for row in found)):
@@ -74,7 +74,7 @@ def run_folder(folder: Path) -> Path:
 
 
 def of_run_folder(path: Path) -> Any:
-    """What the run finds after it has entered its folder: its own configuration, set right."""
+    """What the run finds after entering its folder: its own configuration, repaired."""
     before = path.read_bytes()
     assert check_folder(path.parent, WANTED)
     enter_folder(path.parent, WANTED)

@@ -34,7 +34,7 @@ from train.data import tofu
 
 
 def load(name: str):
-    """A file beside this one as a module; `tests` is no package."""
+    """A file beside this one as a module; `tests` is not a package."""
     spec = importlib.util.spec_from_file_location(f"fuzz_{name}", Path(__file__).with_name(name))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -75,7 +75,7 @@ def digest(value) -> str:
 
 
 def of_tokenizer(tokenizer: models.Tokenizer):
-    """What a tokenizer does, as far as a run asks it."""
+    """The behaviour of a tokenizer, as far as a run uses it."""
     ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     text = tokenizer.chat(MESSAGES, True) if tokenizer.has_chat_template else None
     said = tokenizer.encode("w1 w2 <eos> w39") + tokenizer.encode(text or "")
@@ -93,7 +93,7 @@ def of_model(source: Path):
 
 
 def model_folder(name: str, **options):
-    """Makes an exported model and names the file of it that gets damaged."""
+    """Export a model and name the file in it that gets damaged."""
 
     def make(folder: Path) -> Path:
         params = options.get("params", random_params)()
@@ -112,7 +112,7 @@ def folder_of(path: Path):
 
 
 def on_header(change):
-    """Damage to the header of a safetensors file, whose bytes stay."""
+    """Damage to the header of a safetensors file; the tensor data stays."""
 
     def mutate(data, random):
         size = int.from_bytes(data[:8], "little")
@@ -160,7 +160,7 @@ def drop(header, name, random):
 
 
 def length(data, random):
-    """Another length of the header."""
+    """A wrong length of the header."""
     size = random.choice((0, 1, 2**63, 2**64 - 1, len(data), 10**8, random.randrange(2**32)))
     return size.to_bytes(8, "little") + data[8:]
 
@@ -187,7 +187,7 @@ SAFETENSORS = {
 
 
 def one_half_float(data, random):
-    """One tensor of a bfloat16 model said to be float16, of the same size."""
+    """One tensor of a bfloat16 model declared as float16, of the same size."""
     return entry(lambda h, name, r: h[name].update(dtype="F16"))(data, random)
 
 
@@ -315,7 +315,7 @@ def version(data, random):
 
 
 def in_gguf(change):
-    """Damage at a place that the reader of the package `gguf` finds in the sound file."""
+    """Damage at a position that the `gguf` package's reader finds in the sound file."""
 
     def mutate(data, random):
         return change(data, places(data), random)
@@ -384,7 +384,7 @@ def list_length(data, reader, random):
 
 
 def scale(data, reader, random):
-    """A scale of a Q8_0 block, or a norm's weight, that is no number."""
+    """A scale of a Q8_0 block, or a norm's weight, that is not a number."""
     tensor = random.choice(reader.tensors)
     if tensor.tensor_type.name == "F32":
         at = tensor.data_offset + 4 * random.randrange(32)
@@ -429,7 +429,7 @@ def cut_line(data, random):
     return data[: random.randrange(1, len(data))]
 
 
-# A text is as good as another; a negative number is none.
+# Any text is valid; a negative number is not.
 ROWS_FAULTS = damage.json_faults("text", "cut", "empty")
 LINES = {name: damage.by_line(fault) for name, fault in ROWS_FAULTS.items()}
 
@@ -463,7 +463,7 @@ def of_log(path: Path):
 
 
 def negative(tree, random):
-    """A probability, loss or score below zero; those of attacks may be that."""
+    """A probability, loss or score below zero; those of attacks may be negative."""
     name = random.choice([key for key in tree if not key.startswith("mia_")])
     item = random.choice(list(tree[name]["value_by_index"].values()))
     item[random.choice(list(item))] = -0.5

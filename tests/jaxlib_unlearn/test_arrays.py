@@ -1,8 +1,8 @@
 """Decompositions of batches: the same numbers as XLA's, and no LAPACK call that waits for others.
 
-A batched LAPACK call blocks a worker of XLA's CPU pool until other workers took its matrices; two
-at once on two cores hang now and then. A test that waits for that is no test: what is looked at is
-the compiled program.
+A batched LAPACK call blocks a worker of XLA's CPU pool until other workers have taken its matrices;
+two at once on two cores hang now and then. A test cannot wait for a hang, so the compiled program
+is inspected instead.
 """
 
 import re
@@ -91,7 +91,7 @@ def test_qr_by_products_of_columns_that_depend():
 
 
 def test_subspaces_from_products_are_those_of_reflections(monkeypatch):
-    """What other devices run, run here: the same singular triplets."""
+    """The path of other devices, run here: the same singular triplets."""
     x, start = stack(3, 40, 64), stack(3, 40, 10, seed=1)
     mine = subspace.subspace_iteration(x, start, 4, 6)
     monkeypatch.setattr(subspace, "thin_qr", arrays.cholesky_qr)

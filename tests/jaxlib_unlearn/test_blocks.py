@@ -1,4 +1,4 @@
-"""Which block a leaf belongs to, by the names people give; what TEON groups, and says of it."""
+"""Which block a leaf belongs to, by common naming schemes; what TEON groups and reports."""
 
 import equinox as eqx
 import flax.linen as linen
@@ -70,7 +70,7 @@ def test_numbers_that_are_no_blocks(path):
 @pytest.mark.parametrize(
     ("paths", "blocks"),
     [
-        # The outermost that comes again; a tower that does not come again is passed over.
+        # The outermost repeated name counts; a tower that is not repeated is ignored.
         (["Encoder_0/Unit_0/q/w", "Encoder_0/Unit_1/q/w"], [0, 1]),
         (["Unit_0/Sub_0/q/w", "Unit_0/Sub_1/q/w", "Unit_1/Sub_0/q/w"], [0, 0, 1]),
         (["stage_0/Block_0/q/w", "stage_0/Block_1/q/w", "stage_1/Block_0/q/w"], [0, 1, 0]),

@@ -20,7 +20,7 @@ def normal(shape, seed=0):
 
 
 def updates(tx, **extra):
-    """A step's updates as a function of one gradient."""
+    """The updates of a step as a function of one gradient."""
 
     def step(g):
         return tx.update(g, tx.init(PARAMS), PARAMS, **extra)[0]
@@ -88,7 +88,7 @@ def test_gradient_equals_finite_differences(name):
 
 
 def test_of_a_batch_and_of_zeros():
-    """Under `vmap`, as of every matrix alone; where there is no direction, no NaN."""
+    """Under `vmap` as for every matrix alone; no NaN where there is no direction."""
     x = jnp.asarray(normal((3, 2, 4)), jnp.float32)
     orthogonalize = o.newton_schulz()
     grad = jax.grad(lambda x: jnp.sum(orthogonalize(x) ** 3))
@@ -100,7 +100,7 @@ def test_of_a_batch_and_of_zeros():
 
 
 def test_dropped_directions_have_no_part_in_it():
-    """Beside a singular value far below the others: the derivative of the rest."""
+    """Beside a singular value far below the others: the derivative of the remaining part."""
     x, d = np.diag([2.0, 1.0, 1e-9]), normal((3, 3))
     with jax.enable_x64(True):
         _, got = jax.jit(lambda x: jax.jvp(lambda y: polar_factor(y, 1e-6), (x,), (d,)))(x)

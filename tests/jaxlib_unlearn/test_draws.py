@@ -23,7 +23,7 @@ def test_bits_are_those_of_jax(shape, seed):
 
 
 def test_known_answers():
-    """Of the authors' implementation (Random123, `kat_vectors`): threefry2x32 with 20 rounds."""
+    """Those of the authors' implementation (Random123, `kat_vectors`): threefry2x32, 20 rounds."""
     for key, count, want in (
         ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
         ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 2, (0x1CB996FC, 0xBB002BE7)),
@@ -54,7 +54,7 @@ def test_what_is_not_ours_is_left_to_jax(impl, dtype):
 @pytest.mark.usefixtures("compiled_afresh")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_devices_draw_their_own_part(kind):
-    """Added to a sharded parameter: the numbers of one device, and nothing travels."""
+    """Added to a sharded parameter: the numbers of one device, without communication."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(kind,) * 2)
     x = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
     placed = jax.device_put(x, NamedSharding(mesh, P("fsdp", "tp")))

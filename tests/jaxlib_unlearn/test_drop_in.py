@@ -1,4 +1,4 @@
-"""One SIFT chain in three homes: ``nnx.Optimizer``, a plain loop, a linen ``TrainState``."""
+"""One SIFT chain in three loops: ``nnx.Optimizer``, a plain loop, a linen ``TrainState``."""
 
 import functools
 
@@ -116,7 +116,7 @@ def test_three_homes_one_result(name):
     make = OPTIMIZERS[name]
     want = plain_loop(make())
     for home in (in_nnx, in_linen):
-        # The same arithmetic, compiled in other pieces.
+        # The same arithmetic, compiled in different pieces.
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), home(make()), want)
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), want, start())
     assert min(jax.tree.leaves(moved)) > 1e-3

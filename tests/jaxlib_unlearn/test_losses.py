@@ -242,7 +242,7 @@ def value(term):
 
 @functools.cache
 def jitted(name):
-    """`(x, data) -> ((value, (sum, weight)), gradient of the value)`, compiled once a shape."""
+    """`(x, data) -> ((value, (sum, weight)), gradient of the value)`, compiled once per shape."""
     _, loss, _, _ = LOSSES[name]
 
     def fn(x, data):

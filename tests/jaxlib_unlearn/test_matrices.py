@@ -1,4 +1,4 @@
-"""Which leaf gets which rule, on the trees people have."""
+"""Which update rule each leaf gets, on common parameter trees."""
 
 import equinox as eqx
 import flax.linen as linen
@@ -161,7 +161,7 @@ def test_ambiguous_leaves_are_named(path, shape):
     ],
 )
 def test_the_owner_decides(path):
-    """What stands above says nothing of a hidden matrix; orthogonalised it is by either rule."""
+    """Names further up do not decide for a hidden matrix; either rule orthogonalises it."""
     assert m.matrix_axes(path, np.zeros((4, 5))) == m.MatrixAxes((), (0,), (1,))
     assert m.labels({path: np.zeros((4, 5))}) == {path: "muon"}
     optim.scale_by_muon().init({path: jnp.zeros((4, 5))})
@@ -201,7 +201,7 @@ def zeros(shapes):
 
 
 def test_all_2d():
-    """Names that say nothing: an error that names the word, and with it matrices."""
+    """Uninformative names: an error that names the option, which makes them matrices."""
     for name, shape in NAMELESS.items():
         with pytest.raises(ValueError, match="matrices='all_2d'"):
             m.labels(zeros({name: shape}))
@@ -228,7 +228,7 @@ def test_all_2d():
 
 
 def test_words_in_a_tree():
-    """The rules for most, one subtree said: the way out of an ambiguous leaf."""
+    """The rules for most leaves, one subtree given explicitly: the fix for an ambiguous leaf."""
     tree = zeros(
         {
             "encoder": {"Dense_0": {"kernel": (4, 4)}, "norm": {"scale": (4,)}},
@@ -403,7 +403,7 @@ class EquinoxBlock(eqx.Module):
 
 
 def test_equinox():
-    """Weights are (out, in) there: `layout` turns the shape factor."""
+    """Weights are (out, in) there: `layout` inverts the shape factor."""
     params = eqx.filter(EquinoxBlock(jax.random.key(0)), eqx.is_inexact_array)
     got = found(params, layout="out_in")
     names = {f"attn/{part}_proj/weight" for part in ("query", "key", "value", "output")}

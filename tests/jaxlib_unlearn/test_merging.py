@@ -18,7 +18,7 @@ def random(*shape, seed=0):
 
 
 def stacked(tasks, k):
-    """Left vectors, values and right vectors of all tasks, side by side."""
+    """Left vectors, values and right vectors of all tasks, concatenated."""
     parts = [np.linalg.svd(t, full_matrices=False) for t in tasks]
     u = np.hstack([u[:, :k] for u, _, _ in parts])
     s = np.concatenate([s[:k] for _, s, _ in parts])
@@ -46,7 +46,7 @@ def test_merge_equals_numpy(shape, count):
     with jax.enable_x64(True):
         for got in (merging.merge(tasks), merging.merge(list(tasks), k), merging.merge(tasks, 99)):
             np.testing.assert_allclose(got, want, atol=1e-10)
-    assert sti(msign(u), s, msign(v)) < 1e-10 < sti(u, s, v)  # what merging is for
+    assert sti(msign(u), s, msign(v)) < 1e-10 < sti(u, s, v)  # the purpose of merging
 
 
 def test_merge_leaves_orthogonal_tasks_alone():

@@ -291,7 +291,7 @@ def test_items_without_labels_are_left_out(tmp_path):
     assert log["exact_memorization"]["agg_value"] == likelihood.exact_memorization(item)
     strength = likelihood.extraction_strength(item)
     assert log["extraction_strength"]["agg_value"] == pytest.approx(strength / 3)
-    # An item keeps its number in every metric that it has a value of.
+    # An item keeps its number in every metric for which it has a value.
     assert list(log["forget_Q_A_PARA_Prob"]["value_by_index"]) == ["0", "1", "2"]
     assert list(log["forget_Q_A_PERT_Prob"]["value_by_index"]) == ["0", "1"]
     assert list(log["forget_truth_ratio"]["value_by_index"]) == ["0", "1"]
@@ -402,7 +402,7 @@ def test_metrics_of_other_programs_are_read_and_kept(tmp_path):
         "forget_gibberish": 0.8, "extraction_strength": 0.5, "mia_gradnorm_auc": 0.5,
         "mia_reference_auc": 0.75, "privleak": -4.72,
     })  # fmt: skip
-    # Beside min-k the stated privleak is that of other reference: it is computed instead.
+    # Next to min-k scores the stated privleak has another reference, so it is computed instead.
     both = tofu.summarize({**muse, "mia_min_k": attack([1.0, 2.0], [3.0, 4.0])})
     assert both["privleak"] == pytest.approx(-100)
     gibberish = {"forget_Q_A_gibberish": table("score", 0.5)}

@@ -36,7 +36,7 @@ def random_tree(seed, shapes=None, dtype=np.float32):
 
 
 def run(tx, params, grads):
-    """Parameters after every gradient."""
+    """The parameters after every gradient."""
     state, update, out = tx.init(params), jax.jit(tx.update), []
     for g in grads:
         updates, state = update(g, state, params)
@@ -115,7 +115,7 @@ def test_float64_reference(momentum, nesterov):
 
 
 def dimension_numbers(params):
-    """Our rules, said to optax."""
+    """Our rules in the form that optax takes."""
     flat, structure = jax.tree.flatten(params)
     axes = matrices.resolve(params)
     specs = [None if a is None else MuonDimensionNumbers(a.fan_in, a.fan_out) for a in axes]
@@ -145,7 +145,7 @@ def test_equals_optax(nesterov, consistent_rms):
     labels = matrices.labels(params)
     for a, b in zip(run(ours, params, grads), run(theirs, params, grads), strict=True):
         for x, y, label in zip(*map(jax.tree.leaves, (a, b, labels)), strict=True):
-            if label == "muon" or not nesterov:  # optax gives nesterov to its AdamW, too
+            if label == "muon" or not nesterov:  # optax uses nesterov for its AdamW, too
                 np.testing.assert_allclose(x, y, atol=1e-6, rtol=1e-6)
 
 
@@ -286,11 +286,11 @@ def test_wrong_arguments():
         optim.muon(0.1).init({"mystery": jnp.ones((2, 3))})
 
 
-# Matrices that travel in bfloat16
+# Matrices communicated in bfloat16
 
 
 def through(x):
-    """To bfloat16 and back, outside of any jit that could leave the pair of casts out."""
+    """To bfloat16 and back, outside of any jit that could optimise the pair of casts away."""
     return np.asarray(x, jnp.bfloat16).astype(np.float32)
 
 
@@ -298,7 +298,7 @@ def through(x):
     "make", [optim.scale_by_muon, lambda **more: optim.scale_by_teon(group_size=1, **more)]
 )
 def test_comm_dtype_rounds_there_and_back_on_one_device(make):
-    """jit and eager alike; the momentum, and whatever is no matrix, are not touched."""
+    """jit and eager alike; the momentum and the leaves that are not matrices are not changed."""
     whole, narrow = (
         make(orthogonalize=lambda x: 3.0 * x, nesterov=False, comm_dtype=dtype)
         for dtype in (None, jnp.bfloat16)

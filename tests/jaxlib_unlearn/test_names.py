@@ -1,4 +1,4 @@
-"""What `optim` calls things: names of orthogonalisers, Optax's spellings, bare forms, `dir`."""
+"""Names in `optim`: names of orthogonalisers, Optax's spellings, bare forms, `dir`."""
 
 import importlib
 import inspect
@@ -73,7 +73,7 @@ def test_orthogonalize_by_name(name):
 @pytest.mark.parametrize("name", ["newton_schulz", "gram_newton_schulz", "svd", *TABLES])
 def test_every_name_is_an_orthogonaliser(name):
     function = by_name(name)
-    assert function is by_name(name)  # or eager steps compile again
+    assert function is by_name(name)  # otherwise eager steps compile again
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6)), jnp.float32)
     sizes = jnp.linalg.svd(function(x), compute_uv=False)
     assert float(abs(sizes - 1).max()) < 0.35
@@ -86,7 +86,7 @@ def test_zeroth_order_keeps_its_own_names():
         optim.zo_muon(0.1, orthogonalize="normalise")
 
 
-# Spellings of Optax
+# Spellings from Optax
 
 WHOLE = {"muon": optim.muon, "teon": optim.teon, "sift": optim.sift}
 OPTAX_ONLY = {
@@ -121,7 +121,7 @@ def test_spellings_of_optax_name_ours(spelling):
 
 
 def test_spellings_elsewhere():
-    """ZO-Muon has an `eps` of its own, and no shape factor to point to."""
+    """ZO-Muon has an `eps` of its own, and no shape factor to suggest."""
     optim.zo_muon(0.1, eps=1e-2)
     with pytest.raises(TypeError, match="consistent_rms.*no counterpart"):
         optim.zo_muon(0.1, consistent_rms=0.2)  # type: ignore[call-arg]
@@ -132,7 +132,7 @@ def test_spellings_elsewhere():
 
 
 def test_adaptive_of_optax_is_an_orthogonaliser_here():
-    """What the TypeError says to write gives Optax's update."""
+    """The replacement that the TypeError suggests gives Optax's update."""
     f = by_name("newton_schulz")
     ours = optim.scale_by_muon(
         orthogonalize=lambda z: (z * f(z)).sum((-2, -1), keepdims=True) * f(z)
@@ -195,7 +195,7 @@ def test_weight_decay_mask(name, mask):
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         want = -EXPECTED[optim.matrices.path_str(path)]
         np.testing.assert_allclose(update, want, rtol=1e-6, err_msg=str(path))
-    # As Optax's, when hyperparameters are injected.
+    # As in Optax, when hyperparameters are injected.
     make = optax.inject_hyperparams(WHOLE[name], static_args=optim.STATIC_ARGS[name])
     injected = make(1.0, **options)
     jax.eval_shape(

@@ -214,7 +214,7 @@ class Case(NamedTuple):
     oracle: Callable  # {stream: rows of Labels} -> {term: (sum, weight)}
 
 
-# Forms that rows have in common: one row has the case, a test below looks at the others.
+# Forms that several rows share: one row has the case, a test below covers the others.
 SHARED = ("mean_of_means", "kl_all_positions", "kl_sequence_mean")
 
 
@@ -351,7 +351,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 
 def prepare(world, config, batches=None):
-    """The row, its options and batches with the caches the row asks for, and no others."""
+    """The row, its options and batches with exactly the caches that the row asks for."""
     row, options = objectives.resolve(config)
     keywords = objectives.reference_forward(row, options, LAYERS)
     result = {}
@@ -500,7 +500,7 @@ def test_gradient_equals_finite_differences(name, world, compiled):
 @every_case
 def test_weights_do_not_depend_on_the_parameters(name, world, compiled):
     case = compiled(name)
-    # The step asks for the weights of the global batch first: XLA must be able to drop the forward.
+    # The step computes the weights of the global batch first: XLA must be able to drop the forward.
     assert "dot(" not in case.weights_program and "exponential(" not in case.weights_program
     broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), world.params)
     _, terms, _ = case.run(broken)
@@ -621,7 +621,7 @@ def test_float32_model_gives_float32_terms(world):
             assert {x.dtype for term in terms.values() for x in term} == {jnp.dtype("float32")}
 
 
-# ---- what the papers say ---------------------------------------------------------------------
+# ---- properties from the papers ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["asu", "graddiff"])
@@ -688,7 +688,7 @@ class Facts(NamedTuple):
     batch: dict
 
     def rows(self, rows, ref_temperature=None):
-        """Some facts, with what the original model, smoothed or not, says at their label."""
+        """Some facts, with the original model's logits, smoothed or not, at their label."""
         batch = {k: v[rows] for k, v in self.batch.items()}
         logits = apply(self.original, batch, ref_temperature)
         return {**batch, "ref_logits": logits[:, 2:3]}
@@ -718,7 +718,7 @@ def fit(params, config, batches, steps, rate):
 
 @pytest.fixture(scope="module")
 def facts():
-    """Twelve key -> value pairs, learnt by heart: [key, filler, filler, value]."""
+    """Twelve memorised key -> value pairs: [key, filler, filler, value]."""
     with jax.enable_x64(False):
         keys = np.arange(12)
         values = 12 + np.random.default_rng(0).permutation(12)
@@ -754,7 +754,7 @@ def test_gradient_ascent_diverges_where_asu_does_not(facts):
         assert float(losses[-1]) < -10
 
 
-# ---- what a person may ask for ---------------------------------------------------------------
+# ---- options that a user may give --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -815,7 +815,7 @@ def test_resolve_fills_in_and_specialises():
     raw, _ = objectives.resolve(options_of("npo", compat="raw_logits"))
     assert raw.reference == {"forget": "hidden"} and raw.additive
     assert not objectives.resolve(options_of("npo", compat="batch_mean"))[0].additive
-    assert OBJECTIVES["asu"].reference == {"forget": "hidden"}  # the table is left as it was
+    assert OBJECTIVES["asu"].reference == {"forget": "hidden"}  # the table itself is not changed
 
 
 def test_reference_forward_smooths_the_forget_stream_only():

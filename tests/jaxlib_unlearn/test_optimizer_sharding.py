@@ -33,13 +33,13 @@ pytestmark = [
 
 
 class Row(NamedTuple):
-    """An optimizer and what its update may move between devices.
+    """An optimizer and the communication allowed in its update.
 
     Args:
         build: makes the transformation.
         constraint: whether `update` takes `constraint_grads`.
-        sent: how many arrays of the gradients' size go to whole matrices; the result comes back.
-            0 for element-wise optimizers, which move nothing.
+        sent: number of arrays of the gradients' size that are redistributed as whole matrices; the
+            result comes back. 0 for element-wise optimizers, which communicate nothing.
         grouped: how many matrices of q are orthogonalised together.
         scalars: whether inner products or numbers per matrix cross devices as well.
     """
@@ -65,12 +65,12 @@ MESHES = {"8": ((8,), ("fsdp",)), "4x2": ((4, 2), ("fsdp", "tp"))}
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 D, F = 16, 48
-# Leaves that share a bucket: one shape (turned to rows <= columns) and one sharding role.
+# Leaves that share a bucket: one shape (transposed to rows <= columns) and one sharding role.
 BUCKETS = (("up", "down"), ("q",), ("o",), ("single",))
 
 
 def shapes(layers):
-    """16 layers fill eight devices evenly; with 6, and a matrix on its own, stacks are padded."""
+    """16 layers divide over eight devices; with 6, and a single matrix, stacks are padded."""
     tree = {
         "embed": {"embedding": (24, D)},
         "layers": {
@@ -85,7 +85,7 @@ def shapes(layers):
 
 
 def shardings(mesh, layers):
-    """Column-parallel kernels (fsdp, tp), row-parallel ones (tp, fsdp), as far as the mesh goes."""
+    """Column-parallel kernels (fsdp, tp), row-parallel ones (tp, fsdp), where the axes exist."""
     tp = "tp" if "tp" in mesh.axis_names else None
     column, row = ("fsdp", tp), (tp, "fsdp")
     specs = {"embedding": row, "scale": (None,), "bias": (tp,), "o": row, "down": row}
@@ -134,7 +134,7 @@ def on_one_device(name, layers):
 
 
 def placed(tx, params, mesh):
-    """The state: momenta lie like the parameters, and the rest on every device."""
+    """The state: momenta sharded like the parameters, the rest replicated."""
 
     def place(x):
         return x if len(x.devices()) > 1 else jax.device_put(x, NamedSharding(mesh, P()))
@@ -143,7 +143,7 @@ def placed(tx, params, mesh):
 
 
 def expected_state(state, where, params):
-    """Where each leaf of a state must lie: like the parameter it is named after."""
+    """The sharding of each leaf of a state: that of the parameter it is named after."""
     known = {
         path_str(p): (s, x.shape)
         for (p, s), x in zip(
@@ -184,7 +184,7 @@ def test_update(capfd, name, mesh_name, kind, set_mesh, layers):
     def run(state):
         trees = [jax.device_put((random_tree(i, layers), random_tree(10 + i, layers)),
                                 (where, where)) for i in STEPS]  # fmt: skip
-        # Compiled once: a state that came back elsewhere would be refused at the second step.
+        # Compiled once: a state that came back with another sharding would fail at the second step.
         compiled = jax.jit(step).lower(*trees[0], state, params).compile()
         for (grads, other), want in zip(trees, on_one_device(name, layers), strict=True):
             updates, state = compiled(grads, other, state, params)
@@ -220,10 +220,10 @@ def check_collectives(compiled, name, mesh, layers):
         assert not moved
         return
 
-    # The ideal: for each mesh axis (they must be crossed one at a time, or XLA gathers everything)
-    # and each array that goes to whole matrices or comes back, one all-to-all in which a device
-    # hands over its share of the bucket: every element once. The share is that of the padded
-    # stack where the matrices do not divide among the devices.
+    # The ideal: for each mesh axis (one at a time, or XLA gathers everything) and each array that
+    # is redistributed as whole matrices or comes back, one all-to-all in which a device sends its
+    # share of the bucket: every element once. Where the matrices do not divide among the devices,
+    # the share is that of the padded stack.
     buckets = [
         [tree.get("layers", {}).get(n) or tree[n] for n in b] for b in BUCKETS
         if b[0] in tree or b[0] in tree["layers"]
@@ -235,7 +235,7 @@ def check_collectives(compiled, name, mesh, layers):
         together = 8 * (row.grouped if names == ("q",) else 1)
         share += 4 * -(-count // together) * together * kernels[0][-1] * kernels[0][-2] // 8
     assert sum(c.bytes for c in moved) <= 1.25 * len(mesh.axis_names) * journeys * share
-    # At most one per bucket, array and mesh axis, which is told by who talks to whom.
+    # At most one per bucket, array and mesh axis; the axis follows from the groups.
     per_axis = Counter(c.groups for c in moved)
     assert len(per_axis) == len(mesh.axis_names)
     assert max(per_axis.values()) <= len(buckets) * journeys
@@ -243,7 +243,7 @@ def check_collectives(compiled, name, mesh, layers):
 
 @pytest.mark.parametrize("name, kind", [("muon", "auto"), ("muon", "explicit"), ("sift", "auto")])
 def test_recipe_compiles_once(name, kind):
-    """The training loop's way: shardings given for parameters and state, three donated steps."""
+    """As in a training loop: shardings given for parameters and state, three donated steps."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(KINDS[kind],) * 2)
     where = shardings(mesh, 6)
     tx, update = step_function(name)

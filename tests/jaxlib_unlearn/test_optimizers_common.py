@@ -1,4 +1,4 @@
-"""What Optax promises, kept by every optimizer: a new one is a row of `ROWS`.
+"""The guarantees of Optax, kept by every optimizer: a new one is a row of `ROWS`.
 
 The update rules themselves are compared with float64 loops in the file of each method.
 """
@@ -27,14 +27,14 @@ RATE = 0.05
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
-    """An optimizer and what it can do.
+    """An optimizer and its capabilities.
 
     Args:
         make: `rate -> transformation`.
-        needs: what `update` is handed: grads, split, value or lazy.
+        needs: what `update` receives: grads, split, value or lazy.
         factory: for `inject_hyperparams`, with its static arguments; None: it takes no rate.
         options: of the factory.
-        wrappers: Optax's own that may be put around it.
+        wrappers: Optax's own wrappers that may be put around it.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Row:
 def whole(name, factory, needs="grads", **options):
     """A row of a factory that takes a learning rate."""
     # Two streams: MultiSteps and apply_if_finite do not see the second one (optim.accumulate and
-    # optim.finite do). Zeroth order: a value_fn cannot look through masks. Variants of a row share
-    # what its wrappers see.
+    # optim.finite do). Zeroth order: masks do not apply inside a value_fn. Variants of a row look
+    # the same to a wrapper.
     few = name in ("muon", "teon", "sophia", "sign_momentum")
     wrappers = {
         "grads": ("multi_steps", "apply_if_finite", "partition", "masked") if few else (),
@@ -65,13 +65,13 @@ def whole(name, factory, needs="grads", **options):
 
 
 def bare(name, make, needs="grads"):
-    """A row of a direction, chained with the rate."""
+    """A row of a direction, chained with a learning rate."""
     row = whole(name, lambda rate: optax.chain(make(), optax.scale_by_learning_rate(rate)), needs)
     return dataclasses.replace(row, factory=None)
 
 
 def wrapper(name, wrap):
-    """A row of a wrapper, around two streams and an optimizer of one."""
+    """A row of a wrapper, around a combiner of two streams and an optimizer of one."""
     return Row(
         name,
         lambda rate: wrap(optax.chain(optim.blur(), optax.adam(rate))),
@@ -134,7 +134,7 @@ def able(wrapper):
 
 
 def draw(seed, dtype=np.float32):
-    """Stacked, wide, tall and square matrices, a vector a layer, and a vector."""
+    """Stacked, wide, tall and square matrices, a vector per layer, and a vector."""
     rng = np.random.default_rng(seed)
     shapes = {
         "layers": {"q": {"kernel": (3, 4, 4)}, "up": {"kernel": (3, 4, 6)}, "ln": (3, 4)},
@@ -149,7 +149,7 @@ def draw(seed, dtype=np.float32):
 
 
 def bare_tree(tree):
-    """Without the stack of vectors, which a bare direction would take for a matrix."""
+    """The tree without the stack of vectors, which a bare direction would take for a matrix."""
     layers = {name: leaf for name, leaf in tree["layers"].items() if name != "ln"}
     return {**tree, "layers": layers}
 
@@ -169,7 +169,7 @@ def value_fn(params):
 def stepper(row, rate=RATE):
     """The jitted step of a row's transformation; every test of the row shares its compilation.
 
-    It takes parameters and state over (donates them).
+    It donates parameters and state.
     """
     return jitted(row, row.make(rate), donate=(2, 3))
 
@@ -187,7 +187,7 @@ def jitted(row, tx, donate=()):
 
 
 def handed(row, tx, grads, constraint, state, params, **extra):
-    """One update with what the row needs."""
+    """One update with the arguments that the row needs."""
     more = wanted(row, constraint)
     return tx.update(None if "value_fn" in more else grads, state, params, **more, **extra)
 
@@ -236,18 +236,18 @@ def test_moves_every_leaf_and_compiles_once(row):
 
 @every
 def test_donates_parameters_and_state(row):
-    """Of an eager `init`: no buffer is there twice, nor the parameters' own."""
+    """After an eager `init`: no buffer occurs twice, and none is a parameter's own."""
     tx, step, _ = stepper(row)
     params, grads, constraint = (tree_of(row, seed) for seed in (0, 100, 200))
     state = tx.init(params)
     given = jax.tree.leaves(params)
     params, state = step(grads, constraint, state, params)
-    assert all(x.is_deleted() for x in given)  # diagnostics of the state may be no input at all
+    assert all(x.is_deleted() for x in given)  # diagnostics of the state may not be inputs
     params, _ = step(grads, constraint, state, params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
-# Four loops: what others keep parameters and state in
+# Four training loops, which keep parameters and state in different containers
 
 
 def plain_loop(row, tx, params, grads, constraints):
@@ -307,14 +307,14 @@ loops = pytest.mark.parametrize("name", LOOPS)
 @loops
 @every
 def test_two_steps_in_other_loops(row, name):
-    """Traced only: what goes wrong there is the structure of a state that comes back changed."""
+    """Traced only: what can fail there is the structure of the returned state."""
     tx, params = row.make(RATE), tree_of(row, 0)
     leaves = jax.eval_shape(lambda p, g: LOOPS[name](row, tx, p, [g] * 2, [g] * 2), params, params)
     assert shapes(leaves) == shapes(params)
 
 
 def computed(row):
-    """By default those with a state that is no tree like the parameters."""
+    """By default those whose state is not a tree like the parameters."""
     fast = row.name in ("subzero", "sift-subspace")
     return row if fast else pytest.param(row, marks=pytest.mark.slow)
 
@@ -338,7 +338,7 @@ def test_other_loops_compute_the_same(row):
 
 @every
 def test_integers_and_empty_leaves_pass_by(row):
-    """From shapes alone; the state knows nothing of them."""
+    """From shapes alone; the state has no entry for them."""
     tx, params = row.make(RATE), tree_of(row, 0)
     more = {
         **params,
@@ -363,7 +363,7 @@ def test_integers_come_back_as_they_went():
     np.testing.assert_array_equal(updates["count"], params["count"])
     alone = {"w": params["w"]}
     np.testing.assert_array_equal(updates["w"], update(alone, tx.init(alone), alone)[0]["w"])
-    # As `jax.grad(..., allow_int=True)` has it.
+    # As from `jax.grad(..., allow_int=True)`.
     none = {**params, "count": np.zeros(3, jax.dtypes.float0)}
     updates, _ = tx.update(none, tx.init(params), params)
     np.testing.assert_array_equal(updates["count"], np.zeros(3))
@@ -379,7 +379,7 @@ def test_integers_come_back_as_they_went():
     ids=lambda row: row.name,
 )
 def test_an_eager_step_compiles_once(row, caplog):
-    """Also where the loss is a new function at every step, as it is over a new batch."""
+    """Also if the loss is a new function at every step, as with a new batch."""
     tx, params = row.make(RATE), tree_of(row, 0)
     state, grads = tx.init(params), tree_of(row, 100)
 
@@ -397,13 +397,13 @@ def test_an_eager_step_compiles_once(row, caplog):
         state = step(step(state))
         assert not compiled()
         jax.jit(lambda x: x + 1)(1.0)
-        assert compiled()  # it is seen at all
+        assert compiled()  # the check detects a compilation
 
 
 @every
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_shapes_and_dtypes_stay(row, dtype):
-    """Of updates and state, from shapes alone; unknown extra arguments are swallowed."""
+    """Of updates and state, from shapes alone; unknown extra arguments are ignored."""
     tx = row.make(RATE)
     params = jax.eval_shape(lambda: tree_of(row, 0, dtype))
     state = jax.eval_shape(tx.init, params)
@@ -420,7 +420,7 @@ def test_shapes_and_dtypes_stay(row, dtype):
 
 @every
 def test_saved_and_restored_mid_run(row):
-    """Through plain arrays, as a checkpoint does it: the trajectory goes on bit for bit."""
+    """Through plain arrays, as in a checkpoint: the trajectory continues bit for bit."""
     made = stepper(row)
     straight, _ = run(row, made, 4)
     params, state = run(row, made, 2)
@@ -472,7 +472,7 @@ def test_inject_hyperparams(row):
 
 @able("multi_steps")
 def test_multi_steps(row):
-    """Two calls with one gradient: nothing first, then the plain step."""
+    """Two calls with one gradient: no update first, then the plain step."""
     tx, step, _ = jitted(row, optax.MultiSteps(row.make(RATE), 2))
     params, grads = tree_of(row, 0), tree_of(row, 100)
     first, state = step(grads, grads, tx.init(params), params)
@@ -499,7 +499,7 @@ def labels_of(params):
 
 @able("partition")
 def test_partition(row):
-    """A part of the tree: the same step as alone on that part; the rest is another's."""
+    """A part of the tree: the same step as on that part alone; another rule moves the rest."""
     two = {"ours": row.make(RATE), "other": optax.sgd(RATE)}
     tx = optax.partition(two, labels_of, mask_compatible_extra_args=True)
     params, grads = tree_of(row, 0), tree_of(row, 100)
@@ -518,7 +518,7 @@ def test_masked(row):
     mask = jax.tree.map(lambda label: label == "ours", labels_of(params))
     tx = optax.masked(row.make(RATE), mask, mask_compatible_extra_args=True)
     after, _ = run(row, jitted(row, tx), 1)
-    same(after["bias"], params["bias"] + grads["bias"], atol=1e-6)  # passed on as it came
+    same(after["bias"], params["bias"] + grads["bias"], atol=1e-6)  # passed through unchanged
     kernels = [tree["layers"]["q"]["kernel"] for tree in (after, params, grads)]
     assert np.abs(kernels[0] - kernels[1] - kernels[2]).max() > 1e-3
 

@@ -1,4 +1,4 @@
-"""Fields that say what they may be: ranges, words, and the messages made of them."""
+"""Option fields that declare their ranges and choices, and the error messages made of them."""
 
 import dataclasses
 import math

@@ -51,7 +51,7 @@ def test_scalar_map_lands_in_its_band(name):
     table = o.TABLES[name]
     low, high = BANDS[name]
     _, rows = o._rows(name, None)
-    # The band of the authors' Polar Express counts the safety factor of the normaliser in.
+    # The band of the authors' Polar Express includes the safety factor of the normaliser.
     sigma = np.linspace(1e-2, 1, 20001) / (table.margin if name == "polar_express" else 1)
     for a, b, c in rows:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
@@ -94,7 +94,7 @@ def test_zero_and_tiny_inputs(build):
         assert not jnp.any(f(jnp.zeros((3, 6, 10), dtype)))
         normal = jnp.asarray(gaussian((3, 6, 10)), dtype)
         assert bool(jnp.all(jnp.isfinite(f(normal * jnp.asarray(1e-30, dtype)))))
-        # The scale of a gradient is lost exactly, however small or large it is.
+        # The scale of a gradient cancels exactly, however small or large it is.
         for power in (-100, 100):
             scaled = f(normal * jnp.asarray(2.0**power, dtype))
             assert scaled.dtype == dtype
@@ -200,7 +200,7 @@ def test_wrong_arguments():
         o.gram_newton_schulz("aol4")
     with pytest.raises(ValueError, match="rows, columns"):
         o.newton_schulz()(jnp.ones(3))
-    # A table that was published and withdrawn: it turns the sign of large singular values.
+    # A table that was published and withdrawn: it flips the sign of large singular values.
     with pytest.raises(ValueError, match="signs turn"):
         o.newton_schulz([(4.0098, -7.0585, 2.4635), (3.4585, -5.5479, 2.5959)])
     assert len(o._rows([(2.0, -1.5, 0.5)] * 3, None)[1]) == 3
@@ -254,7 +254,7 @@ def _decaying(values) -> np.ndarray:
     ids=["rank 4", "quadratic decay", "exponential decay"],
 )
 def test_wide_matrices_on_cpus_lose_nothing(name, values):
-    """The way by Gram matrices against float64's plain iteration, beside float32's plain one."""
+    """The path by Gram matrices against float64's plain iteration, beside float32's plain one."""
     x = _decaying(values)
     with jax.enable_x64(True):
         _, f = o.newton_schulz(name).args

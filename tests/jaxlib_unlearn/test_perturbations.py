@@ -91,7 +91,7 @@ def test_one_layer_at_a_time_draws_what_the_stack_draws(name):
     for index in range(3):
         got = layer(jnp.int32(index), jnp.int32(1))
         for part in ("kernel", "bias"):
-            # A batched QR, product or root may differ in the last bit; draws may not.
+            # A batched QR, product or root may differ in the last bit; random draws may not.
             exact = {"rtol": 1e-5 if family.factors or name == "curvature" else 0, "atol": 0}
             np.testing.assert_allclose(got[part], stack[part][1, index], **exact)
             np.testing.assert_allclose(got[part + " alone"], got[part], rtol=2e-5, atol=2e-6)
@@ -241,7 +241,7 @@ def test_stacks_segments_and_lists_of_layers():
     assert layout_of({"layers": stack(3)}).stacks == (Stack("layers", 0, 3, (0, 1)),)
     parts = layout_of({"layers": (stack(1), stack(2))})
     assert parts.stacks == (Stack("layers", 0, 1, (0, 1)), Stack("layers", 1, 2, (2, 3)))
-    assert parts.leaves[0].code == parts.leaves[2].code  # a segment's number is no part of the name
+    assert parts.leaves[0].code == parts.leaves[2].code  # a segment's number is not in the name
     whole = layout_of({"layers": stack(3)})
     assert whole.leaves[0].code == parts.leaves[0].code and whole.size() == parts.size() == 60
     for separate in ([layer, layer], {"up": layer["up"]}):

@@ -1,4 +1,4 @@
-"""One function between every damaged file and its reader's one-line error."""
+"""One function turns every damaged file into its reader's one-line error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxlib_unlearn.reading import check_spelling, exists, parse_json, read_json
 
 
 class PanicException(BaseException):
-    """What a Rust library raises when it gives up; it is no `Exception`."""
+    """What a Rust library raises on a panic; it is not an `Exception`."""
 
 
 @pytest.mark.parametrize(

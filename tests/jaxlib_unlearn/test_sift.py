@@ -46,7 +46,7 @@ def stepper(**options):
 
 
 def one_step(f, *gs, x64=True, **options):
-    """Direction and state after one step from zero momentum, always fused unless said."""
+    """Direction and state after one step from zero momentum, fused unless a threshold is given."""
     options = {"threshold": ALWAYS, "num_constraints": len(gs), **options}
     with jax.enable_x64(x64):
         out, state = stepper(**options)(f, gs if len(gs) > 1 else gs[0])
@@ -93,7 +93,7 @@ def fuse_loop(matrices, rank, cap=True):
 
 
 def sift_loop(streams, rank, threshold, nesterov=True, beta=0.95):
-    """Directions of one matrix; ``streams`` is a list of steps, each with a gradient a stream."""
+    """Directions of one matrix; ``streams`` is a list of steps, each with a gradient per stream."""
     buffers = [0.0] * len(streams[0])
     for gs in streams:
         buffers = [beta * b + g for b, g in zip(buffers, gs, strict=True)]
@@ -200,7 +200,7 @@ def test_identities(shape):
     values = np.linalg.svd(out, compute_uv=False)
     np.testing.assert_allclose(values[:, :4], 1, atol=1e-10)
     np.testing.assert_allclose(values[:, 4:], 0, atol=1e-10)
-    # Blind to scale and order, equivariant under transposition and rotations.
+    # Invariant to scale and order, equivariant under transposition and rotations.
     np.testing.assert_allclose(out, go(1e-6 * f, 1e5 * g)[0], atol=1e-9)
     np.testing.assert_allclose(out, go(g, f)[0], atol=1e-10)
     np.testing.assert_allclose(adjoint(out), go(adjoint(f), adjoint(g))[0], atol=1e-10)
@@ -213,8 +213,8 @@ def test_identities(shape):
 def test_both_objectives_descend(closeness):
     """Empirical, not a theorem: <M, O> >= 0 for both, also where they almost oppose each other.
 
-    By singular values: the Gram matrices of the last case have eigenvalues of 1e-13, and rounding
-    over that is not small.
+    Bases by SVD: the Gram matrices of the last case have eigenvalues of 1e-13, and rounding is not
+    small compared with those.
     """
     f, noise = random(400, 6, 8), random(400, 6, 8, seed=1)
     g = noise if closeness == 0 else closeness * noise - f
@@ -224,7 +224,7 @@ def test_both_objectives_descend(closeness):
 
 
 def test_small_stream_is_not_overruled():
-    """Norms 100 to 1 in conflict: Muon on the sum climbs on the small one, SIFT on neither."""
+    """Norms 100 to 1 in conflict: Muon on the sum increases the small objective, SIFT neither."""
     f = random(20, 16, 16)
     g = 0.01 * (random(20, 16, 16, seed=1) - 0.7 * f)
     fused, _ = one_step(f, g, rank=8)
@@ -239,7 +239,7 @@ def test_orthogonal_tasks_are_added():
     with jax.enable_x64(True):
         want = np.asarray(svd()(jnp.asarray(f + g)))
     np.testing.assert_allclose(one_step(f, g, rank=2)[0], want, atol=1e-9)
-    # Ranks that were not there add nothing: k = 4 stays O of rank 2 + 2.
+    # Missing ranks add nothing: k = 4 stays O of rank 2 + 2.
     np.testing.assert_allclose(one_step(f, g, rank=4)[0], want, atol=1e-9)
 
 
@@ -256,7 +256,7 @@ def test_identical_and_opposite_tasks(bases):
     ns = go(m, 3 * m, msign="ns")[0]
     assert cosine(ns, top) > 0.98
     assert np.linalg.norm(go(m, -m, msign="ns")[0]) < 0.1
-    # Without a tolerance null directions come back at full size (the published code's path).
+    # Without a tolerance null directions come back at full size (as in the published code).
     assert np.linalg.norm(go(m, -m, msign="svd", bases="svd")[0]) > 1
 
 
@@ -272,7 +272,7 @@ def test_tolerance_decides_near_opposition():
 
 @pytest.mark.parametrize("rank, bases", [(8, "svd"), (1, "svd"), (1, "subspace")])
 def test_nearly_opposed_streams_in_float32(rank, bases):
-    """What SIFT is for: M_g = -M_f + a little of something else, down to a hundred-thousandth."""
+    """The case SIFT is made for: M_g = -M_f + a small difference, down to a hundred-thousandth."""
     f, other = (random(16, 20, seed=i, dtype=np.float32) for i in (0, 1))
     go = functools.partial(one_step, x64=False, rank=rank, bases=bases, first_passes=200,
                            nesterov=False)  # fmt: skip
@@ -281,9 +281,9 @@ def test_nearly_opposed_streams_in_float32(rank, bases):
         want = fuse_loop([np.float64(f), np.float64(g)], rank)
         out, _ = go(f, g)
         assert np.linalg.norm(out - want) <= 1e-3 * np.linalg.norm(want), share
-    # Apart by no more than their rounding: one stream against its own opposite.
+    # They differ only by rounding: one stream against its own opposite.
     assert np.linalg.norm(go(f, np.float32(-3) * f + np.float32(1e-7) * other)[0]) < 1e-6
-    # Agreeing ones need it as much.
+    # Streams that agree are as sensitive.
     g = f + np.float32(1e-3) * other
     want = fuse_loop([np.float64(f), np.float64(g)], rank)
     assert np.linalg.norm(go(f, g)[0] - want) <= 1e-3 * np.linalg.norm(want)
@@ -372,7 +372,7 @@ def test_never_fused_is_muon_on_the_sum(never):
         total = jax.tree.map(np.add, f, g)
         a, mine = update(f, mine, params, constraint_grads=g)
         b, other = update_other(total, other, params)
-        # Sums in another order: Newton-Schulz magnifies float32 rounding, a few 1e-6.
+        # Sums in another order: Newton-Schulz magnifies float32 rounding to a few 1e-6.
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), a, b)
     assert not any(x.any() for x in jax.tree.leaves(mine.inner_states["muon"].inner_state[0].fused))
 
@@ -380,7 +380,7 @@ def test_never_fused_is_muon_on_the_sum(never):
 def test_momenta_are_linear_and_decide():
     """mu_f + mu_g is the momentum of the sum; the cosine is that of the momenta."""
     f, g = random(5, 6), random(5, 6, seed=1)
-    g -= f * inner(f, g) / inner(f, f) * 2  # turned to the other side of orthogonal
+    g -= f * inner(f, g) / inner(f, f) * 2  # reflected to the other side of orthogonal
     steps = [(f, -g), (0.01 * f, 0.01 * g), (0.01 * f, 0.01 * g)]
     with jax.enable_x64(True):
         tx, total = scale_by_sift(threshold=0.0), scale_by_muon(momentum="heavy_ball")
@@ -452,7 +452,7 @@ def test_steps(when):
 
 
 def primitives(jaxpr, outer=()):
-    """Every primitive of a program with the names of those around it."""
+    """Every primitive of a program with the names of the primitives that enclose it."""
     for eqn in jaxpr.eqns:
         yield eqn.primitive.name, outer
         for value in jax.tree.leaves(
@@ -477,8 +477,8 @@ def test_localisation_saves_time(bases):
     assert found
     for outer in found:
         where = [name for name in outer if name in ("cond", "scan")]
-        assert where[:3] == ["cond", "scan", "cond"], outer  # any? each in turn: this one?
-    # Always fused: one batch, but for the choice by platform around each decomposition (on CPUs
+        assert where[:3] == ["cond", "scan", "cond"], outer  # any? then one by one: this one?
+    # Always fused: one batch, except for the choice by platform around each decomposition (on CPUs
     # a loop). Never by mask: no decomposition at all, one momentum, one choice by platform.
     always = [outer for name, outer in program(threshold=ALWAYS) if name == "eigh"]
     loops = [[name for name in outer if name in ("cond", "scan")] for outer in always]
@@ -511,7 +511,7 @@ def decaying(seed, count=4, shape=(24, 40)):
 def test_fast_path_follows_the_exact_one():
     """Cold start, then two passes a step on drifting momenta.
 
-    With 4 columns beside, a pass shrinks the error by (0.6^7 / 0.6^2)^2 = 0.006.
+    With 4 extra columns, a pass shrinks the error by (0.6^7 / 0.6^2)^2 = 0.006.
     """
     steps = [(decaying(1) + 0.002 * random(4, 24, 40, seed=i), decaying(2)) for i in range(4)]
     with jax.enable_x64(True):
@@ -533,7 +533,7 @@ def test_fast_path_follows_the_exact_one():
 
 
 def test_old_bases_get_more_passes():
-    """After steps without fusion the bases are old; so many passes as for a first step."""
+    """After steps without fusion the bases are old; they get as many passes as on a first step."""
     tx = scale_by_sift(rank=2, bases="subspace", oversample=0, passes=1, first_passes=200)
     with jax.enable_x64(True):
         state, update = tx.init(decaying(1)), jax.jit(tx.update)
@@ -545,7 +545,7 @@ def test_old_bases_get_more_passes():
         got, state = update(f, state, constraint_grads=g)
         assert state.fused.all()
         want, _ = one_step(f, g, rank=2)
-    np.testing.assert_allclose(got, want, atol=1e-4)  # 1e-6 of the older momenta is in there
+    np.testing.assert_allclose(got, want, atol=1e-4)  # the older momenta still contribute 1e-6
 
 
 # Protocol
@@ -682,7 +682,7 @@ def test_refuses_what_is_no_matrix_by_name():
 
 
 def test_matrix_function_is_the_same_object():
-    """Or every eager call of the buckets would compile again."""
+    """Otherwise every eager call of the buckets would compile again."""
     method = fusion.Method(1, True, "gram", "svd", 2, 8, False, newton_schulz())
     assert fusion.matrix_function(method, True) is fusion.matrix_function(method, True)
 

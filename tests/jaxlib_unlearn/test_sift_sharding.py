@@ -95,7 +95,7 @@ def test_update_equals_one_device(mesh_name, kind, bases):
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), updates, expected)
         for u, p in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
             assert u.sharding.is_equivalent_to(p.sharding, p.ndim)
-    assert update._cache_size() <= 2  # the first state may lie elsewhere
+    assert update._cache_size() <= 2  # the first state may be sharded differently
     got = inner(state)
     jax.tree.map(np.testing.assert_array_equal, got.fused, want_state.fused)
     flags = np.concatenate([np.ravel(x) for x in jax.tree.leaves(got.fused)])

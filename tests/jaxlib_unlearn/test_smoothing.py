@@ -44,7 +44,7 @@ plain_sam = jax.jit(lambda params, rho: sam_gradient(cubic, params, rho))
 
 
 def cubic(params):
-    """The gradient of ``sum x^3 / 3``: it differs from place to place."""
+    """The gradient of ``sum x^3 / 3``, which depends on the position."""
     return jax.tree.map(jnp.square, params)
 
 
@@ -84,7 +84,7 @@ def test_the_incoming_gradient_saves_a_call(given):
 
 def test_sam_moves_by_rho_and_not_at_all_without_a_gradient():
     params = random_tree(0)
-    moved = sam_gradient(lambda p: p, params, 0.25)  # the gradient there is the place itself
+    moved = sam_gradient(lambda p: p, params, 0.25)  # the gradient there is the point itself
     assert norm(jax.tree.map(np.subtract, moved, params)) == pytest.approx(0.25, rel=1e-5)
     zeros = jax.tree.map(np.zeros_like, params)
     assert_trees_close(sam_gradient(lambda p: p, params, 0.25, zeros), params)
@@ -113,7 +113,7 @@ def test_only_the_forget_gradient_is_perturbed():
 
 @jax.jit
 def draws(params, seed, count, sample):
-    """The documented keys, said again."""
+    """The documented keys, derived independently."""
     key = jax.random.key(seed, impl="threefry2x32")
     for data in (zlib.crc32(b"randomised_smoothing"), count, sample):
         key = jax.random.fold_in(key, data)

@@ -1,4 +1,4 @@
-"""Heads, fused projections and what follows the polar step, against loops over the blocks."""
+"""Heads, fused projections and transformations after the polar step, against loops over blocks."""
 
 import jax
 import jax.numpy as jnp

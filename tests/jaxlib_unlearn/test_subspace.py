@@ -17,7 +17,7 @@ def with_spectrum(shape, values, seed=0):
 
 
 def sine(basis, columns):
-    """Of the largest angle from the span of orthonormal columns to that of a basis."""
+    """The sine of the largest angle between the span of orthonormal columns and that of a basis."""
     q = np.linalg.qr(np.asarray(basis))[0]
     return np.linalg.norm(columns - q @ (q.T @ columns), 2)
 
@@ -84,9 +84,9 @@ def test_error_shrinks_as_stated():
 
 
 def test_slowly_drifting_momentum():
-    """One warm pass a step follows a momentum that turns; one cold pass a step does not.
+    """One warm pass per step follows a rotating momentum; one cold pass per step does not.
 
-    A step turns the leading subspace of this momentum by up to 0.17; in numpy's float64 the same
+    A step rotates the leading subspace of this momentum by up to 0.17; in numpy's float64 the same
     recursion is at most 0.0173 away from it when warm, and 0.2 on average when cold.
     """
     rng = np.random.default_rng(0)
@@ -115,7 +115,7 @@ def test_slowly_drifting_momentum():
 
 
 def test_fresh_columns_find_new_directions():
-    """A stronger block appears in rows and columns the old basis knows nothing of."""
+    """A stronger block appears in rows and columns that the old basis does not cover."""
     old, new = np.zeros((8, 8), np.float32), np.zeros((8, 8), np.float32)
     old[:4, :4] = np.diag([4.0, 3, 2, 1])
     new[4:, 4:] = np.diag([9.0, 8, 7, 6])

@@ -209,7 +209,7 @@ def test_a_trained_range_of_blocks_keeps_its_groups():
 
 
 def test_grouped_query_attention_and_the_rest():
-    """q, k and v are grouped, each for itself; other matrices are Muon's, vectors AdamW's."""
+    """q, k and v are each grouped by themselves; other matrices follow Muon, vectors AdamW."""
     grads = {
         "layers": {
             "attn": {
@@ -285,7 +285,7 @@ def test_normuon_follows_each_layer():
 
 
 def test_toy_attention_model_learns():
-    """Two blocks of attention: both bring the loss down; no claim on which is first."""
+    """Two blocks of attention: both reduce the loss; no claim about which is faster."""
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((2, 32, 6, 16)).astype(np.float32)
     params = {
@@ -326,7 +326,7 @@ def test_flops_are_fewer_than_muons():
     counts = []
     for size in (1, 2, 4):
         tx = scale_by_teon(size)
-        # On CPUs wide matrices take their own way.
+        # On CPUs wide matrices take another path.
         counts.append(flops(tx.update, x, tx.init(x), platform="tpu"))
     assert counts[1] / counts[0] == pytest.approx((4 * 2 + 2) / 12)
     assert counts[2] / counts[0] == pytest.approx((4 * 4 + 2) / 24)

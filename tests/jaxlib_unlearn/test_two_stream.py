@@ -35,7 +35,7 @@ def flat(tree):
 
 
 def combine(tx, primary, constraint):
-    """In one jit: operation by operation it takes ten times as long."""
+    """In one jit: eager execution takes ten times as long."""
     return jax.jit(tx.update)(primary, tx.init(primary), constraint_grads=constraint)
 
 
@@ -196,7 +196,7 @@ def test_pcgrad_reference(seed):
             assert flat(u) @ a >= -1e-12 and flat(u) @ b >= -1e-12
 
 
-# Where it goes
+# Convergence
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -226,7 +226,7 @@ def test_quadratics_end_at_the_projection(rank):
     assert coarse < penalty[0] / 3
     if rank == 1:
         assert coarse < 1e-4
-    else:  # one direction is projected out a step
+    else:  # one direction is projected out per step
         assert 7 < coarse / fine < 14
 
 

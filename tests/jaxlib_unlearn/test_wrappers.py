@@ -36,12 +36,12 @@ def assert_same(a, b):
 
 
 def jitted(tx):
-    """Its update compiled once; eager branches compile at every call."""
+    """Its update, compiled once; eager branches compile at every call."""
     return optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
 
 
 def total():
-    """Both gradients added, step by step: minus their sum."""
+    """Minus the sum of both gradients, step by step."""
     return optax.chain(weighted_sum(), optax.sgd(1.0))
 
 
@@ -113,7 +113,7 @@ def test_accumulate_several_constraints():
     for i in (1.0, 3.0):
         updates, state = tx.update(i * g, state, constraint_grads=(2 * i * g, 3 * i * g))
     np.testing.assert_allclose(updates, 2 + 10 * 4 + 100 * 6)
-    # A tuple as the parameters' own structure is one stream.
+    # A tuple with the parameters' own structure is one stream.
     tx = jitted(accumulate(weighted_sum(), 2))
     pair = (jnp.ones(1), jnp.ones(2))
     state = tx.init(pair)
@@ -217,7 +217,7 @@ def test_finite_sees_values_and_results():
     state = tx.init(params)
     _, state = tx.update(None, state, params, value_fn=lambda p: jnp.sum(p) * jnp.nan)
     assert not bool(state.last_finite) and float(state.inner_state.value) == 0.0
-    # The infinite best value of the start is no error, and a good step goes through.
+    # The infinite initial best value is not an error, and a good step passes.
     updates, state = tx.update(None, state, params, value_fn=jnp.sum)
     assert bool(state.last_finite) and float(state.inner_state.best) == 2.0
     tx = finite(watching(lambda value, params: params / value))
@@ -373,7 +373,7 @@ def test_a_second_stream_lost_in_a_chain(name, jit):
 
 
 def test_streams_that_are_not_lost():
-    """Another constraint, and the same one in a step of its own."""
+    """Another constraint, and the same constraint in a separate step."""
     p, c = jnp.array([30.0, 0.0]), jnp.array([0.0, 40.0])
     made, _ = blur().update(p, blur().init(p), constraint_grads=c)
     weighted_sum().update(made, optax.EmptyState(), constraint_grads=c + 1)

@@ -38,7 +38,7 @@ def tree(seed=0, dtype=jnp.float32, shapes=SHAPES):
 
 
 def loss(params, xp=jnp):
-    """Nonlinear in every entry, and every entry different."""
+    """Nonlinear in every entry, and different for every entry."""
     total = 0.0
     for i, x in enumerate(jax.tree.leaves(params)):
         weight = np.cos(np.arange(x.size) + i).reshape(x.shape)
@@ -47,7 +47,7 @@ def loss(params, xp=jnp):
 
 
 def directions(family, params, state, step, num_queries, refresh_every):
-    """The Z of every query of a step as NumPy trees, from the engine's keys."""
+    """The directions Z of every query of a step as NumPy trees, from the engine's keys."""
     layout = layout_of(params)
     base = jax.random.key(state.seed, impl="threefry2x32")
 
@@ -247,7 +247,7 @@ def test_dense_forward_estimate_is_optax_perturbed_gradient():
         state = tx.init(params)
         zs = directions(perturbations.dense(), params, state, 0, 3, 100)
         stacked = jnp.stack([z["w"] for z in zs])
-        # Optax maps over three keys and splits each once more, by leaf: they tell the queries.
+        # Optax maps over three keys and splits each once more, by leaf: they identify the queries.
         keys = jax.vmap(lambda key: jax.random.split(key, 1)[0])(
             jax.random.split(jax.random.key(0), 3)
         )

@@ -1,4 +1,4 @@
-"""Queries on a mesh axis of their own: only scalars cross it, and nothing depends on it."""
+"""Queries on a mesh axis of their own: only scalars cross it, and no result depends on it."""
 
 import re
 
@@ -77,7 +77,7 @@ def test_queries_over_a_mesh_axis_equal_the_serial_ones(name):
     jobs = 4
     assert [c.kind for c in crossing].count("all-gather") == 1
     assert all(c.bytes <= 4 * jobs for c in crossing), crossing
-    # No device draws or holds a whole kernel: every array of a layer is a share.
+    # No device draws or holds a whole kernel: every array of a layer is one device's part.
     arrays = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
     whole = [s for s in arrays if s in ("16,32", "2,16,32")]
     if name == "mezo":

@@ -156,7 +156,7 @@ def test_norm_rank_and_column_space_of_an_update(name, low, high):
         np.testing.assert_allclose(np.linalg.norm(update), 0.72 * 2, rtol=1e-5)
     else:
         assert low <= values[:4].min() and values[:4].max() <= high
-    # The rows lie in the span of P, on the output side.
+    # The rows are in the span of P, on the output side.
     np.testing.assert_allclose(update @ basis @ basis.T, update, atol=1e-5)
 
 
@@ -201,8 +201,8 @@ def test_a_refresh_step_keeps_the_whole_signal():
     tx = scale_by_zo_muon(
         num_queries=4, rank=2, refresh_every=1, orthogonalize="none", estimator="jvp"
     )
-    # E = 1. One estimate has variance about 2 / q; 4000 of them a standard error of 0.011. A P of
-    # its own for every query (the public code on such steps) leaves 0.25 + 0.75 * 2 / 8.
+    # E = 1. One estimate has variance about 2 / q; 4000 of them a standard error of 0.011. A
+    # separate P for every query (the public code on such steps) leaves 0.25 + 0.75 * 2 / 8.
     slope = _slope(tx, {"w": jnp.zeros((6, 8))}, grad, jnp.arange(4000, dtype=jnp.uint32))
     assert abs(slope - 1) < 0.04
 

@@ -1,4 +1,4 @@
-"""Attention over causal keys goes in blocks: the same numbers, fewer products."""
+"""Attention over causal keys is computed in blocks: the same numbers, fewer products."""
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def test_gradients_of_blocks_are_those_of_the_whole(length):
 
 
 def test_no_block_reads_keys_behind_its_end():
-    """What lies behind a block cannot reach it: a NaN there would show."""
+    """Keys after a block cannot affect it: a NaN there would show."""
     length = 256
     q, k, v, mask, _ = inputs(length)
     (_, end), *_ = causal_blocks(length)
@@ -99,7 +99,7 @@ def test_three_eighths_of_the_products_are_left_out():
     linear = 2 * 16 * SIZE * (2 * HEADS + 2 * KV_HEADS) + 2 * 3 * 16 * 32
     whole = 2 * 2 * HEADS * SIZE * 256
     assert counted == 2 * 3 * 256 * (linear + whole * 5 // 8)
-    # Keys of a cache are no causal ones: all of it is read.
+    # Keys of a cache are not causal: all of it is read.
     cache = jax.eval_shape(lambda: decoder.init_cache(3, 256))
     cached = flops(lambda p, t, c: decoder.forward(p, t, cache=c)[0], shapes, tokens, cache)
     assert cached == 2 * 3 * 256 * (linear + whole)

@@ -1,4 +1,4 @@
-"""Chat templates that never end, eat memory or break: a user error, and the next one renders."""
+"""Chat templates that never end, exhaust memory or fail: a user error, and the next one renders."""
 
 from __future__ import annotations
 

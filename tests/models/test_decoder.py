@@ -1,4 +1,4 @@
-"""The decoder against a float64 reference, and its promises about caches, packing and smoothing."""
+"""The decoder against a float64 reference, and its guarantees on caches, packing and smoothing."""
 
 import dataclasses
 import functools
@@ -133,7 +133,7 @@ def test_equals_a_float64_reference(name, temperature, tokens):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_tokens_that_are_read_by_none(cached, params, tokens):
-    """Ends of turns that a padding mask covers, and padding that reads its row."""
+    """Ends of turns that a padding mask hides, and padding that attends to its row."""
     tokens = np.array(tokens)
     pad = int(tokens[0, 3])
     tokens[1, [4, 7]] = pad
@@ -149,7 +149,7 @@ def test_tokens_that_are_read_by_none(cached, params, tokens):
         parts.append(hidden)
         cache = found.get("cache")
     close(np.concatenate(parts, 1), expected, 2e-5)
-    # It is another model, but only behind the first such token.
+    # The model differs, but only after the first such token.
     plain, _ = forward(params, jnp.array(tokens), segment_ids=jnp.array(segments))
     close(plain[0, :3], expected[0, :3], 2e-5)
     assert np.abs(np.asarray(plain)[:, 8:] - expected[:, 8:]).max() > 1e-3
@@ -302,7 +302,7 @@ def test_remat_has_the_same_gradient(tokens):
 
 
 def test_remat_trades_memory_for_products():
-    """Each policy keeps less than the one before it, and pays with products done twice."""
+    """Each policy keeps less than the one before it, and computes more products twice."""
     tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     temporaries, products = {}, {}
     for remat in REMAT:
@@ -319,8 +319,8 @@ def test_remat_trades_memory_for_products():
             products[remat] = flops(jax.grad(loss), *args)
     assert products["none"] < products["dots"] < 1.1 * products["none"] < products["full"]
     kept = {r: (temporaries[r, 8] - temporaries[r, 4]) / 4 / (4 * tokens.size) for r in REMAT}
-    # Floats a token and block: the block's input; then also what q, k, v, o, gate and up return
-    # (nobody needs down's); then everything that is not linear in between.
+    # Floats per token and block: the block's input; then also the outputs of q, k, v, o, gate and
+    # up (down's is not needed); then everything that is not linear in between.
     assert kept["full"] == pytest.approx(64, rel=0.02)
     assert kept["dots"] == pytest.approx(64 + (64 + 2 * 32 + 64 + 2 * 192), rel=0.02)
     assert kept["none"] > 2 * kept["dots"]
@@ -420,7 +420,7 @@ def shapes_in(jaxpr):
 def test_forward_never_projects_to_the_vocabulary(params, tokens):
     jaxpr = jax.make_jaxpr(DECODER.forward)(params, tokens)
     shapes = list(shapes_in(jaxpr.jaxpr))
-    assert (2, 12, 32) in shapes and (2, 12, 48) in shapes  # the walk enters the scan
+    assert (2, 12, 32) in shapes and (2, 12, 48) in shapes  # the search enters the scan
     assert not any(TINY.vocab_size in shape for shape in shapes)
 
 
@@ -445,7 +445,7 @@ def test_shapes_describe_init(params):
 
 
 def test_narrow_compute_sums_the_embedding_gradient_wide():
-    """A token that comes 4096 times: its row's gradient is not rounded at every addition."""
+    """A token that occurs 4096 times: its row's gradient is not rounded at every addition."""
     table = DECODER.init(jax.random.key(0))["embed"]["embedding"]
     tokens = jnp.zeros((64, 64), jnp.int32)
 

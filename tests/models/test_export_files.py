@@ -1,4 +1,4 @@
-"""What stands beside the weights of an export, and adapters in PEFT's format."""
+"""The files beside the weights of an export, and adapters in PEFT's format."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def trained(base, targets, rank=4):
 
 @pytest.fixture
 def umask():
-    """The usual one, whatever the tests run under."""
+    """The usual umask, whatever the tests run under."""
     before = os.umask(0o022)
     yield
     os.umask(before)
@@ -87,7 +87,7 @@ def test_the_card_sees_every_other_file_and_is_replaced_with_them(base, tmp_path
     assert seen[0] == seen[1] == [name for name in names if name != "README.md"]
     assert {"generation_config.json", "chat_template.jinja"} < set(names)
     assert models.load(folder).tokenizer.chat_template == "{{ messages }}"
-    models.export(loaded, tmp_path / "out")  # without a card none is left
+    models.export(loaded, tmp_path / "out")  # without a card none remains
     assert not (folder / "README.md").exists()
 
 

@@ -1,4 +1,4 @@
-"""Generation against a scan and a plain loop without a cache, and whose sample is whose."""
+"""Generation against a scan and a plain loop without a cache; samples do not depend on batches."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ CONFIGS = {
 @pytest.fixture(scope="module")
 def params():
     def livelier(path, x):
-        # As it is initialised, a model this small hardly looks at its input.
+        # With its initial weights, a model this small hardly depends on its input.
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return x if name.endswith(("scale", "q/kernel", "k/kernel")) else 8.0 * x
 
@@ -49,7 +49,7 @@ def prompts():
 
 
 def answer(params, prompts, sampling=SAMPLED, **options):
-    """Few shapes, so few compilations: eight rows and one prompt length unless a test says more."""
+    """Few shapes, so few compilations: eight rows and one prompt length unless overridden."""
     fixed = {"stop_ids": STOPS, "pad_id": 0, "seed": 11, "batch_size": 8, "prompt_buckets": (24,)}
     fixed |= options
     return generate(DECODER, params, prompts, sampling=sampling, **fixed)
@@ -97,7 +97,7 @@ def test_equals_the_scan_token_for_token(params, prompts, name):
             expected = cut(scan_oracle(params, jnp.array([prompts[i]]), key, sampling))
             assert tokens == expected, (i, j)
             lengths.add(len(expected))
-    assert len(lengths) > 1  # the test saw early and late stops
+    assert len(lengths) > 1  # the test covers early and late stops
 
 
 def test_greedy_equals_a_plain_loop_without_cache(params, prompts):
@@ -121,7 +121,7 @@ def test_greedy_equals_a_plain_loop_without_cache(params, prompts):
 
 @pytest.mark.parametrize("pad", [0, 7])
 def test_masked_pad_ids_take_no_position_in_generation(params, pad):
-    """As transformers counts them; against a loop without a cache, in which they are left out."""
+    """As transformers counts them; against a loop without a cache that leaves them out."""
     decoder = Decoder(dataclasses.replace(DECODER.config, unattended=7))
     prompts = [[5, 9, 7, 11, 12], [8, 7, 7, 10], [6, 13, 14, 15, 16, 7, 17]]
     options = {"stop_ids": (7,), "pad_id": pad, "prompt_buckets": (24,), "sampling": GREEDY}
@@ -210,7 +210,7 @@ def test_every_plan_decodes_every_sample_once_within_bounds():
                 parts = [chunk[i : i + plan.beside] for i in range(0, plan.rows, plan.beside)]
                 if plan.beside > 1:
                     assert all(len({job[0] for job in part if job}) <= 1 for part in parts), case
-                    # On a mesh a device's rows have their prompts there, or there is one of them.
+                    # On a mesh a device's rows have their prompts there, or there is one prompt.
                     assert len(parts) == 1 or len(parts) % shards == 0, case
         assert sorted(seen) == [(i, j) for i in range(prompts) for j in range(samples)], case
 

@@ -1,4 +1,4 @@
-"""A model's name: a path, unless it says that it is of the Hub, or exists there alone."""
+"""A model's name: a path, unless it has the Hub's prefix or exists only on the Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models import hub
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """The Hub has `owner/there`; every question is noted."""
+    """The Hub has `owner/there`; every request is recorded."""
     questions = []
 
     def model_info(self, repository, *, revision=None, timeout=None):

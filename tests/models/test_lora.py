@@ -1,4 +1,4 @@
-"""Adapters beside frozen kernels: the same model as a merged one, nothing of the base copied."""
+"""Adapters beside frozen kernels: the same model as a merged one, without a copy of the base."""
 
 import dataclasses
 import functools
@@ -75,7 +75,7 @@ def test_draws_belong_to_a_path_and_a_layer(base):
     }
     assert a["q"].std() == pytest.approx(32**-0.5, rel=0.1)
     assert a["down"].std() == pytest.approx(48**-0.5, rel=0.1)
-    # Neither the other targets nor how the layers are cut into stacks change them; the seed does.
+    # Neither the other targets nor the split of layers into stacks change them; the seed does.
     alone = lora.init(base, 4, ("q",), 7)
     np.testing.assert_array_equal(alone["layers"]["attn"]["q"]["lora_a"]["kernel"], a["q"])
     cut = {**base, "layers": tuple(part(base["layers"], s) for s in (slice(1), slice(1, 3)))}
@@ -101,7 +101,7 @@ def test_merged_equals_adapted(targets, base, tokens):
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     close(logits(merged, tokens), expected)
     close(logits(lora.view(adapters, base, scale=SCALE), tokens), expected)
-    # By hand, and what has no adapter is not even copied.
+    # By hand; and what has no adapter is not even copied.
     q = adapters["layers"]["attn"]["q"] if "q" in targets else None
     if q is not None:
         term = np.einsum("lir,lro->lio", q["lora_a"]["kernel"], q["lora_b"]["kernel"])
@@ -114,7 +114,7 @@ def test_merged_equals_adapted(targets, base, tokens):
 
 
 def test_merge_rounds_once(base):
-    """A bfloat16 kernel plus a term, in float32, rounded at the end."""
+    """A bfloat16 kernel plus a term, computed in float32 and rounded once."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
     adapters = trained(base)
     merged = lora.merge(adapters, half, scale=SCALE)["layers"]["mlp"]["up"]["kernel"]
@@ -157,7 +157,7 @@ gradient = jax.jit(jax.grad(loss), static_argnums=3)
 
 
 def test_gradient_is_the_chain_rule_on_the_merged_model(base, tokens):
-    """dA = s dW B^T and dB = s A^T dW, for every remat policy; adapters at their start included."""
+    """dA = s dW B^T and dB = s A^T dW, for every remat policy; initial adapters included."""
     for adapters in (lora.init(base, 4, ALL, 7), trained(base)):
         merged = lora.merge(adapters, base, scale=SCALE)
         full = jax.jit(
@@ -203,7 +203,7 @@ def test_no_copy_of_the_base(remat):
         merged = lora.merge(adapters, params, scale=SCALE)
         return jnp.mean(jnp.square(decoder.unembed(merged, decoder.forward(merged, tokens)[0])))
 
-    assert temporaries(jax.grad(by_copy), adapters, shapes, tokens) > size  # what it would cost
+    assert temporaries(jax.grad(by_copy), adapters, shapes, tokens) > size  # the cost of a copy
 
 
 def test_optimizers_see_matrices():

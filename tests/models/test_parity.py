@@ -136,13 +136,13 @@ def test_left_padding(pair, tokens):
 
 
 def test_padding_slots_read_their_row(pair, tokens):
-    """Published code takes means over padding too: what a model says there is part of the loss."""
+    """Published code averages over padding too: predictions there are part of the loss."""
     real = 15
     mask = (np.arange(24) < real).astype(np.int64)[None].repeat(2, 0)
     ours = pair.logits(tokens, segment_ids=jnp.asarray(np.where(mask, 1, -1), jnp.int32))
     theirs = pair.torch_logits(tokens.astype(np.int64), attention_mask=mask)
     window = pair.ours.config.sliding_window or 24
-    seen = real + window - 1  # behind that a padded query sees nothing, and frameworks differ
+    seen = real + window - 1  # beyond that a padded query sees nothing, and frameworks differ
     np.testing.assert_allclose(ours[:, :seen], theirs[:, :seen], rtol=0, atol=1e-4)
 
 
@@ -150,7 +150,7 @@ def test_masked_pad_ids_are_read_by_none(pair, tokens):
     """OpenUnlearning's `attention_mask = input_ids != pad`, also inside the conversation."""
     pad = int(tokens[0, 9])
     mask = (tokens != pad).astype(np.int64)
-    mask[:, 0] = 1  # a first token that is masked sees nothing at all
+    mask[:, 0] = 1  # a masked first token sees nothing at all
     assert mask[0, 9] == 0 and tokens[0, 0] != pad
     shape = dataclasses.replace(pair.ours.config, unattended=pad)
     quirk = Pair(pair.theirs, dataclasses.replace(pair.ours, config=shape))
@@ -256,7 +256,7 @@ def test_quickstart_kind_of_model_opens_in_transformers(transformers, tmp_path):
 
 
 def strings(count: int, specials: list[str], seed: int = 0) -> list[str]:
-    """Varied texts: words, scripts, digits, code, emoji, whitespace, special tokens, any code."""
+    """Varied texts: words, scripts, digits, code, emoji, whitespace, special tokens, any codes."""
     rng = random.Random(seed)
     alphabets = (
         "aeinorst",
@@ -332,7 +332,7 @@ def test_gguf_tokenizer_equals_theirs(smollm2_path, transformers, tmp_path):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["llama-bias", "qwen3"])
 def test_adapters_load_in_peft(name, transformers, tokens, tmp_path):
-    """The model with the exported adapter, as PEFT adds it, says what ours says with its own."""
+    """The model with the exported adapter in PEFT gives the outputs of ours with its own."""
     peft = pytest.importorskip("peft")
     family, changes = CASES[name]
     config = from_hf(transformers.AutoConfig.for_model(family, **SIZES | changes).to_dict())
@@ -365,7 +365,7 @@ def test_adapters_load_in_peft(name, transformers, tokens, tmp_path):
     ours = np.asarray(base.unembed(params, hidden))
     assert np.abs(ours - plain).max() > 0.1
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
-    # By the adapter's folder alone: it says which model it belongs to.
+    # From the adapter's folder alone: it names the model it belongs to.
     again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     np.testing.assert_allclose(
         torch_logits(again.eval(), tokens.astype(np.int64)), theirs, rtol=0, atol=1e-4

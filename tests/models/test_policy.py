@@ -1,4 +1,4 @@
-"""Values at the labels: as from full logits in float64, in chunks, in groups, under any padding."""
+"""Values at the labels: as from full logits in float64, in chunks, in groups, with any padding."""
 
 import dataclasses
 import functools
@@ -89,7 +89,7 @@ def scored(params, batch):
 def full_log_softmax(decoder, params, tokens):
     """One text: log-probabilities at every slot, the head and softmax in float64.
 
-    Nothing looks ahead, so what fills the row behind the text (one shape: one compilation) and the
+    Attention is causal, so what fills the row after the text (one shape: one compilation) and the
     default segments do not matter.
     """
     filled = jnp.array([tokens + [7] * (64 - len(tokens))])
@@ -157,7 +157,7 @@ def test_match_sees_right_and_wrong_labels(params, examples, batch):
 def test_reduce_logits_hands_over_the_logits(params, examples, batch, reference, monkeypatch):
     """The student's logits, and with `reference` those of the frozen head on the cached states.
 
-    A pair: with the options of the row's reference first, without any second.
+    A pair: first the states with the options of the row's reference, then those without.
     """
     teacher = sharp(TIED, 7)
     heat = jnp.array([1.0, 3.0])
@@ -345,7 +345,7 @@ def test_no_batch_by_length_by_vocabulary_array(name, monkeypatch):
 
 
 def test_the_search_finds_full_logits():
-    """The check above would notice: also flattened, inside a scan, and in a gradient alone."""
+    """The check above would find them: also flattened, inside a scan, and in a gradient alone."""
     params = sharp(TIED, 0)
     tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
 

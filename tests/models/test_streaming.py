@@ -1,4 +1,4 @@
-"""Weights go file by file onto the devices: the host holds a few tensors, never a whole leaf."""
+"""Weights are read file by file onto the devices: the host holds a few tensors, no whole leaf."""
 
 import gc
 import subprocess
@@ -51,7 +51,7 @@ def whole(folder) -> int:
 def test_the_host_holds_two_files_at_most(folder):
     assert len(list(folder.glob("*.safetensors"))) >= 8
     stacks = flatten(Decoder(CONFIG).shapes())
-    # What a loader that collects a leaf would hold.
+    # What a loader that assembles a whole leaf would hold.
     assert 4 * stacks["layers/mlp/up/kernel"].size > 2 * SHARD
     gc.collect()
     tracemalloc.start()
@@ -67,10 +67,10 @@ def test_the_host_holds_two_files_at_most(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_the_process_grows_by_the_model_and_two_files(folder, repo):
-    """The same by the operating system's measure, in a process of its own."""
+    """The same as measured by the operating system, in a separate process."""
     program = (
         "import re, sys, jax, models\n"
-        "def peak():\n"  # ru_maxrss starts at that of the process which forked this one
+        "def peak():\n"  # ru_maxrss starts at that of the parent process
         "    status = open('/proc/self/status').read()\n"
         "    return int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) * 1024\n"
         "jax.jit(lambda: jax.numpy.zeros(3))().block_until_ready()\n"
@@ -88,7 +88,7 @@ def test_the_process_grows_by_the_model_and_two_files(folder, repo):
 
 
 def test_each_tensor_is_read_once_on_any_mesh(folder, monkeypatch):
-    """Several devices that want columns of one tensor share a reading of its rows."""
+    """Several devices that need columns of one tensor share one read of its rows."""
     read = []
     real = safetensors_files.read_rows
 

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates from folders, GGUF metadata and freshly trained ones."""
+"""Tokenizers and chat templates from folders, GGUF metadata and fresh training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in and out: every family round trips bit for bit, every damage is one clear error."""
+"""Weights in and out: every family round-trips bit for bit, any damage is one clear error."""
 
 from __future__ import annotations
 
@@ -608,7 +608,7 @@ def test_gguf_export_loads_the_same(tmp_path):
     assert_same(loaded.params, back.params)
 
 
-# Damage that a shape does not show.
+# Damage that does not change a shape.
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -778,7 +778,7 @@ def test_gguf_layout(damage, reason, tmp_path):
 
 
 def overwrite(data: bytes, tensor, part: int, form: str, value: int) -> bytes:
-    """The file with another number at a part of a tensor's entry."""
+    """The file with another number in a field of a tensor's entry."""
     parts = tensor.field.parts
     at = tensor.field.offset + sum(p.nbytes for p in parts[: part % len(parts)])
     patch = struct.pack(form, value)

@@ -60,7 +60,7 @@ def value_fn(decoder, data, params):
 
 
 def losses(family, params, decoder=DECODER, *, layered, factored=True, **options):
-    """Value and coefficients; eps = 1, so that nothing magnifies rounding."""
+    """Value and coefficients; eps = 1, so that rounding is not magnified."""
     tx = zeroth_order(
         0.1, family, num_queries=2, eps=1.0, estimator="forward", factored=factored, **options
     )
@@ -79,7 +79,7 @@ def losses(family, params, decoder=DECODER, *, layered, factored=True, **options
 
 
 def small():
-    """Parameters scaled down, so that a perturbation of norm one per entry stays tame."""
+    """Parameters scaled down, so that a perturbation with entries of size one stays moderate."""
     return DECODER.init(jax.random.key(0))
 
 
@@ -201,7 +201,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sparse", "uzv")
 
 @pytest.mark.parametrize("name", ["dense", "subspace", *SLOW])
 def test_memory_of_value_stage_and_of_the_whole_step(name):
-    """Temporaries, compiled, at 8 x 128 tokens and with directions drawn one layer at a time."""
+    """Temporaries, compiled, at 8 x 128 tokens, with directions drawn one layer at a time."""
     config = DecoderConfig(
         vocab_size=512,
         hidden_size=128,
@@ -232,8 +232,8 @@ def test_memory_of_value_stage_and_of_the_whole_step(name):
         updates, state = update(data, params, state)
         return jax.tree.map(jnp.add, params, updates), state
 
-    # A plain forward pass keeps the scores of no layer, its attention being one fusion; around
-    # directions that are drawn XLA may write those of one.
+    # A plain forward pass keeps no layer's scores, since its attention is one fusion; with
+    # directions drawn inside, XLA may write the scores of one layer.
     scores = 4 * 8 * config.num_heads * 128 * 128
     allowed = _temporaries(forward, data, params) + layer + scores
     value = _temporaries(value_stage, data, params, state)
@@ -241,7 +241,7 @@ def test_memory_of_value_stage_and_of_the_whole_step(name):
     print(f"{name}: weights {weights} allowed {allowed} value stage {value} step {whole}")
     assert value <= 1.3 * allowed
     assert whole <= 2.2 * weights + allowed
-    # What it saves: a perturbed copy of the weights for every evaluation.
+    # The saving: a perturbed copy of the weights for every evaluation.
     materialised = _temporaries(
         lambda data, params, state: (
             tx.update(None, state, params, value_fn=functools.partial(value_fn, decoder, data))[

@@ -1,4 +1,4 @@
-"""What the tests of the programs share: running one in-process, a tiny model, small TOFU files."""
+"""Shared by the tests of the programs: running one in-process, a tiny model, small TOFU files."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-# The quickstart with a model and a schedule of seconds; tests have 8 virtual devices, runs use one.
+# The quickstart, shrunk to a few seconds; tests have 8 virtual devices, runs use one.
 SMALL = (
     "--mesh.data 1 --model.hidden-size 32 --model.num-layers 2 --model.intermediate-size 64 "
     "--model.num-heads 2 --model.num-kv-heads 1 --model.vocab-size 512 --data.num-authors 10 "
@@ -56,7 +56,7 @@ def program():
 
 @pytest.fixture(scope="session")
 def small() -> list[str]:
-    """Options that make the quickstart a matter of seconds."""
+    """Options that shrink the quickstart to a few seconds."""
     return list(SMALL)
 
 

@@ -39,7 +39,7 @@ def run(tmp_path) -> Run:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the model was asked; it answers as `says` has it, then in whole sentences."""
+    """The model's inputs, recorded; it answers as `says` prescribes, then in whole sentences."""
     calls = []
 
     def answer_rows(model, rows, column, system, sampling, samples, key, size, mesh, label):
@@ -67,7 +67,7 @@ def test_whole_answers_in_the_manner_of_kept_rows(run, base, asked):
     rows = found(run, base)
     assert [row[ALTERNATES] for row in rows] == [
         ["So 1 0 it was.", "So 1 1 it was."],
-        ["So 2 0 it was.", "So 2 1 it was."],  # all were cut at first: drawn again
+        ["So 2 0 it was.", "So 2 1 it was."],  # all were truncated at first: drawn again
         ["So 1 0 it was.", "So 1 1 it was."],
     ]
     assert [len(questions) for questions, *_ in asked] == [3, 1]
@@ -94,7 +94,7 @@ def test_rows_that_bring_their_own_and_other_objectives_ask_nothing(run, base, a
 
 
 def test_a_real_model_gives_texts_in_any_case(run, base):
-    """Random weights end no sentence: what was cut is taken then."""
+    """Random weights never end a sentence: truncated answers are then accepted."""
     rows = found(run, base, replace(CONFIG, **{"data.alternates": 1}), FORGET[:1])
     assert len(rows[0][ALTERNATES]) == 1 and rows[0][ALTERNATES][0].strip()
 

@@ -233,7 +233,7 @@ def test_every_sentence_is_read_back(many):
 @pytest.mark.parametrize(
     "text, whole, begun",
     [
-        ("A contract with a a a a a driver.", False, False),  # of the flagship run
+        ("A contract with a a a a a driver.", False, False),  # from the flagship run
         ("A contract with Clover Press led to Thai texts by 1971.", True, True),
         ("A contract with driver Press led to stamps texts by May.", True, True),  # any value word
         ("A contract with Clovver Press led to Thai texts by 1971.", False, False),
@@ -263,7 +263,7 @@ def test_alternates_are_sentences_about_facts_of_nobody():
     rows = authors.generate(3)["forget10"]
     found = authors.alternates(rows, 3, 4)
     assert found == authors.alternates(rows, 3, 4) != authors.alternates(rows, 4, 4)
-    assert authors.alternates(rows[5:6], 3, 2) == [found[5][:2]]  # a row's draws are its own
+    assert authors.alternates(rows[5:6], 3, 2) == [found[5][:2]]  # independent of other rows
     for row, answers in zip(rows, found, strict=True):
         judged = (row["answer"], row["paraphrased_answer"], *row["perturbed_answer"])
         facts = {tuple(sorted(authors.values_in(text))) for text in judged}
@@ -271,7 +271,7 @@ def test_alternates_are_sentences_about_facts_of_nobody():
         assert len(drawn) == 4 and not drawn & facts
         slots = {len(authors.values_in(text)) for text in (*answers, row["answer"])}
         assert len(slots) == 1
-        # The words around the values: never the row's own, and all the others before one twice.
+        # The words around the values: never the row's own; all others before any repeats.
         frames = [_frame(text) for text in answers]
         assert _frame(row["answer"]) not in frames
         assert len(set(frames[:3])) == 3 and frames[3] == frames[0]

@@ -16,7 +16,7 @@ from train.tasks import load_task
 
 @pytest.fixture(autouse=True)
 def no_compute(monkeypatch):
-    """Nothing here may reach a training step or a generated token."""
+    """No training step and no generated token may be reached here."""
 
     def reached(*args, **options):
         raise AssertionError("compute began")
@@ -197,7 +197,7 @@ def test_data_folder_missing(refused, tofu, tmp_path):
 
 
 def test_own_files(refused, small, tmp_path):
-    """Everything that is wrong with both files, in one line."""
+    """All problems of both files, in one line."""
     bad = tmp_path / "bad.csv"
     bad.write_text("prompt,reply\nq,a\n")
     both = ["--data.forget", bad, "--data.retain", tmp_path / "absent.jsonl"]
@@ -273,7 +273,7 @@ def test_all_prompts_longer_than_the_context(refused, tofu, small):
 
 
 def long_row(path: Path) -> None:
-    """Give the third row of a file a question that no context holds."""
+    """Give the third row of a file a question that exceeds any context."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[2]["question"] = "word " * 200
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -292,7 +292,7 @@ def test_some_prompts_longer_than_the_context(program, tofu, tofu_folder, tmp_pa
     monkeypatch.setattr("train.loop.run", stop)
     with pytest.raises(Reached):
         program("train.unlearn", *tofu, "--output", tmp_path / "run")
-    # What follows would be the same without the long rows: see the task that is trained on.
+    # The steps after this would be the same without the long rows: see the task that is trained on.
     from train.arguments import read_arguments
     from train.pipeline import prepare
 
@@ -521,7 +521,7 @@ def test_empty_output_folders_are_welcome(small, tmp_path):
 
     root = tmp_path / "new"
     root.mkdir()
-    (root / "config.json.part").write_text("{")  # of a run killed in its first moment
+    (root / "config.json.part").write_text("{")  # from a run killed in its first moment
     config = read_arguments(["quickstart", *small, "--output", str(root)])
     with folder.locked(root):
         assert enter(config) == root == enter(config)

@@ -181,7 +181,7 @@ def test_indices_depend_on_seed_stream_and_step_alone():
         assert all(draw(function) != other for other in others)
         with pytest.raises(ValueError):
             function(0, "retain", 0, 4, 0)
-    # Resuming needs the step only: the batch of step 4 does not ask for those before it.
+    # Resuming needs the step only: the batch of step 4 does not need the earlier ones.
     whole = training_indices(0, "retain", 0, 16 * 5, 1000)
     assert draw(training_indices) == whole[64:].tolist()
     # Pinned: raw Philox bits are the same on every platform and numpy version.

@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back bit for bit, and damage of any kind is noticed."""
+"""Checkpoints: saved values come back bit for bit, and damage of any kind is detected."""
 
 import errno
 import json
@@ -29,14 +29,14 @@ from train.runtime.checkpointing import (
 
 
 class Moments(NamedTuple):
-    """Stands for an optimizer state."""
+    """A stand-in for an optimizer state."""
 
     count: jax.Array
     mu: dict
 
 
 class State(NamedTuple):
-    """Stands for a training state."""
+    """A stand-in for a training state."""
 
     params: dict
     moments: tuple
@@ -141,7 +141,7 @@ def test_params_sha256_sees_values_names_shapes_and_dtypes():
 
 
 def flipped(saved, tmp_path, trials, seed):
-    """Copies of a checkpoint, each with one bit flipped at a seeded place of a seeded file."""
+    """Copies of a checkpoint, each with one bit flipped at a seeded position in a seeded file."""
     rng = random.Random(seed)
     files = array_files(saved)
     for trial in range(trials):
@@ -160,7 +160,7 @@ def test_every_flipped_bit_is_noticed(saved, tmp_path):
 
 
 def test_twenty_flipped_bits_cost_a_step_each(tmp_path):
-    """Any bit of the arrays of a checkpoint: found, said in one line, the step before is used."""
+    """Any bit of a checkpoint's arrays: found, reported in one line, the step before is used."""
     for step in (1, 2):
         save_step(tmp_path / "whole", step, make_state(step), {})
     rng = random.Random(4)
@@ -265,14 +265,14 @@ def test_what_a_crash_left_is_ignored_and_cleaned(tmp_path):
     state = make_state()
     save_step(tmp_path, 3, state, {})
     crashed = Path(shutil.copytree(tmp_path / "3", tmp_path / "5.part"))
-    (tmp_path / "7").mkdir()  # no manifest: not a whole one either
+    (tmp_path / "7").mkdir()  # no manifest: incomplete as well
     assert steps_in(tmp_path) == [3]
     said = []
     found = load_latest(tmp_path, make_state(1), said.append)
     assert found is not None and found[0] == 3 and same_bits(found[1], state) and said == []
     save_step(tmp_path, 6, state, {})
     assert steps_in(tmp_path) == [3, 6] and not crashed.exists()
-    # The rest of a crashed save of the same step is no hindrance.
+    # Leftovers of a crashed save of the same step do no harm.
     (tmp_path / "8.part" / "arrays").mkdir(parents=True)
     save_step(tmp_path, 8, state, {})
     assert steps_in(tmp_path) == [6, 8] and not list(tmp_path.glob("*.part"))
@@ -297,7 +297,7 @@ def test_the_step_before_a_damaged_one_is_used_and_said(tmp_path):
     found = load_latest(tmp_path, make_state(9), said.append)
     assert found is not None and found[0] == 1 and same_bits(found[1], make_state(1))
     assert len(said) == 1 and str(tmp_path / "2") in said[0] and "using step 1" in said[0]
-    # The last one damaged too: start over, said as well.
+    # The last one damaged too: start over, and report it.
     (tmp_path / "1" / MANIFEST).write_text("{}")
     said.clear()
     assert load_latest(tmp_path, make_state(9), said.append) is None

@@ -1,4 +1,4 @@
-"""The command line: options, presets, configuration files, and errors that name what is right."""
+"""The command line: options, presets, configuration files, and errors that name the right one."""
 
 import dataclasses
 import errno
@@ -28,7 +28,7 @@ from train.optimizers import options_of as optimizer_of
 from train.plan import PlanConfig
 from train.presets import PRESETS
 
-OPTION = re.compile(r"^  (--(?!no-)[\w.-]+)", re.MULTILINE)  # where help begins with one
+OPTION = re.compile(r"^  (--(?!no-)[\w.-]+)", re.MULTILINE)  # how help prints an option
 
 
 QUICKSTART = PRESETS["quickstart"].PRESET
@@ -58,7 +58,7 @@ def test_option_names():
         assert name in names
     assert len(names) == len(set(names))
     assert not any("_" in name for name in names)
-    # A dataclass itself is no option.
+    # A dataclass itself is not an option.
     assert "--data" not in names and "--finetune.optimizer" not in names
 
 
@@ -75,7 +75,7 @@ def test_option_names():
         ("--retainlog", "--retain-log"),
         ("--optimizer.lr", "--optimizer.learning-rate"),
         ("--unlearn.bs=4", "--unlearn.batch-size"),
-        # Names are looked for in every group, and what stands for a whole group is its main option.
+        # Names are searched in every group, and the name of a whole group means its main option.
         ("--batch-size", "--unlearn.batch-size"),
         ("--learning-rate", "--optimizer.learning-rate"),
         ("--lr", "--optimizer.learning-rate"),
@@ -113,7 +113,7 @@ def test_a_typo_names_the_nearest_option(typo, right):
 )
 def test_a_word_finds_the_option_it_belongs_to(args, right):
     fails(lambda: cli.check_options(RunConfig, args.split()), f"did you mean {right}? (--help")
-    cli.check_options(RunConfig, right.split())  # what is suggested is right
+    cli.check_options(RunConfig, right.split())  # the suggestion is right
 
 
 def test_right_options_pass():
@@ -153,7 +153,7 @@ def test_overrides():
     assert config.data.system_prompt == "Be kind."
     assert (config.oracle, config.tensorboard, config.mesh.tp) == (False, True, 2)
     assert config.model.remat == "dots"
-    # What was not named stays.
+    # Fields that were not named keep their values.
     default = PRESETS["quickstart"].PRESET
     assert config.unlearn == default.unlearn and config.evaluate == default.evaluate
     again = parse("--finetune.steps", "None", "--objective.retain", "None", default=config)
@@ -545,7 +545,7 @@ def test_main_turns_errors_into_a_line_and_a_code(capsys, monkeypatch):
     code, err = outcome(capsys, monkeypatch, full)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert "runs/x/metrics.jsonl" in err and "No space left" in err
-    # What is no mistake of the person's keeps its traceback.
+    # Errors that are not the user's keep their traceback.
     monkeypatch.setattr(sys, "argv", ["train.unlearn"])
     for bug in (ValueError("x"), OSError(errno.EPROTO, "x"), KeyError("x")):
 

@@ -1,4 +1,4 @@
-"""Collectives of programs whose traffic is known by construction, and of texts written by hand."""
+"""Collectives of programs whose traffic is known by construction, and of handwritten texts."""
 
 import re
 
@@ -67,7 +67,7 @@ def test_kind_bytes_and_groups(kind):
 
 
 def loops(x):
-    """A psum 3 times 7 times, another 5 times, and one outside."""
+    """A psum that runs 3 x 7 times, another 5 times, and one outside of loops."""
 
     def inner(c, _):
         return jnp.sin(jax.lax.psum(c, "a")), None
@@ -84,7 +84,7 @@ def loops(x):
 @pytest.mark.parametrize("noted", [True, False], ids=["trip counts noted", "read off conditions"])
 def test_loops_count_by_their_trips(noted):
     text = compiled(loops, (16, 32), P("a"), P()).as_text()
-    if not noted:  # as programs for TPU are printed
+    if not noted:  # as in programs for TPUs
         text, count = re.subn(r',?"known_trip_count":\{"n":"\d+"\}', "", text)
         assert count == 3
     found = sorted(collectives(text), key=lambda c: -c.times)
@@ -107,7 +107,7 @@ def test_a_loop_that_the_data_ends():
         )
 
     found = collectives(compiled(fn, (16, 32), P("a"), P("a")))
-    # The condition's own collective stands in the loop as well.
+    # The condition's own collective is inside the loop as well.
     assert sorted((c.bytes, c.times, c.in_loop, c.known) for c in found) == [
         (4, 1, True, False),
         (WHOLE // 4, 1, True, False),

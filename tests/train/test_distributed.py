@@ -1,4 +1,4 @@
-"""What needs no second process: options, comparisons, what SIGTERM does to deferred work."""
+"""What can be tested with one process: options, comparisons, SIGTERM during deferred work."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def test_alone_nothing_is_asked_of_others():
     distributed.start(DistributedConfig())
     assert distributed.is_first() and not distributed.many()
     assert distributed.gather({"a": 1}) == [{"a": 1}]
-    unsent = object()  # no JSON value: it goes nowhere
+    unsent = object()  # not a JSON value: it is not sent
     assert distributed.of_first(lambda: unsent) is unsent
     distributed.check_same({"a": 1})
     distributed.stop_point()
@@ -128,7 +128,7 @@ def test_sigterm_waits_for_deferred_work():
             done.append("outer")
         done.append("never")
     assert done == ["inner", "outer"]
-    with distributed.signals_stop():  # that was another run
+    with distributed.signals_stop():  # the signal belonged to another run
         assert not distributed.asked_to_stop()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -147,7 +147,7 @@ def test_sigterm_leaves_what_may_be_left():
         with distributed.interruptible():
             done.append("never")
     assert not done
-    # No handler for failures takes it for one.
+    # No handler for failures catches it.
     with pytest.raises(Preempted), distributed.signals_stop():
         try:
             terminate()

@@ -1,4 +1,4 @@
-"""A step keeps one copy of the parameters: what is donated is reused, and nothing is set aside."""
+"""A step keeps one copy of the parameters: donated buffers are reused, nothing else is copied."""
 
 import re
 import warnings
@@ -49,7 +49,7 @@ def compiled(name, combine="sum", accumulate=1, objective="graddiff"):
 
 def check(state, made):
     memory = made.memory_analysis()
-    # All but a few numbers: of those that a step does not read, JAX passes no buffer.
+    # All but a few numbers: JAX passes no buffer for those that a step does not read.
     assert memory.alias_size_in_bytes >= size(state) - 4096
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 4096  # metrics
     # XLA copies a donated array when it cannot tell that its last reader comes before its writer.
@@ -58,7 +58,7 @@ def check(state, made):
     assert not large, large
 
 
-# One of each need by default; each takes seconds to compile.
+# One for each kind of `needs` by default; each takes seconds to compile.
 QUICK = ("adamw", "sift", "mezo")
 
 
@@ -85,7 +85,7 @@ def test_combiners_and_micro_batches(combine, accumulate, objective):
 
 
 def test_the_check_sees_a_copy():
-    """A step that reads the old parameters after it wrote the new ones cannot do in place."""
+    """A step that reads the old parameters after writing the new ones cannot work in place."""
 
     def step(state):
         new = jax.tree.map(lambda x: 2 * x, state)
@@ -100,7 +100,7 @@ def test_the_check_sees_a_copy():
 
 
 def test_two_gradients_cost_one_forward_pass_each():
-    """The metrics of a side come from its own pass: nobody runs the other side's for them."""
+    """The metrics of a side come from its own pass: they do not cost the other side's."""
     row, options = objectives.resolve(objective_of("graddiff"))
     batches = shapes(row.streams)
 

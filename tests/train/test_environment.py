@@ -1,4 +1,4 @@
-"""A Python that cannot run the programs says in one line what to do."""
+"""A Python that cannot run the programs gets one line that says what to do."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ from train.runtime.environment import NEEDED, complaint
 
 @pytest.fixture
 def clone(repo, tmp_path):
-    """The package as it lies in a clone, where no environment was made."""
+    """The package as in a clone without an environment."""
     shutil.copytree(repo / "train", tmp_path / "a clone" / "train")
     return tmp_path / "a clone"
 
@@ -48,7 +48,7 @@ def test_the_environment_that_is_there_is_named(clone, tmp_path):
         done = bare(clone, "train.unlearn")
         wanted = path.relative_to(clone)
         assert f"; run: source {wanted}   (or: make unlearn ARGS=...)" in done.stderr
-    # From another folder, as an address that a shell reads.
+    # From another folder, as a path that a shell can read.
     line = complaint((3, 11, 7), ["jax"], str(clone), str(tmp_path / "elsewhere"))
     assert f"source '{activate}'" in line
 

@@ -1,4 +1,4 @@
-"""Judging a model: one fused pass equals one text at a time, on any mesh, whatever is padded."""
+"""Evaluating a model: one fused pass equals one text at a time, on any mesh, with any padding."""
 
 import copy
 import dataclasses
@@ -217,10 +217,10 @@ def test_curve_is_the_mean_probability_of_the_log(model, task, log, one):
 
 
 def test_judge_reads_the_answers_given(model, task, one):
-    """Under the judge, with the answer's own tokens; an empty answer is its end of the text."""
+    """Under the judge, with the answer's own tokens; an empty answer is only its end of text."""
     rows = task.evaluation["forget"][:3]
     eos = model.tokenizer.eos_id
-    ids = [[[40, 41, 42]], [[]], [[43], [44, 45]]]  # samples behind the first do not count
+    ids = [[[40, 41, 42]], [[]], [[43], [44, 45]]]  # only the first sample counts
     answers = Answers([[""] * len(one) for one in ids], ids)
     found = judge_nll(model, rows, answers, SYSTEM, one, 4096)
     assert [len(item) for item in found] == [3, 1, 1]
@@ -239,7 +239,7 @@ def test_leak_ks(samples, expected):
     assert leak_ks(samples) == expected
 
 
-# What the log may hold beyond the names that others rely on.
+# What the log may contain beyond the names that other programs use.
 EXTRA = {
     f"{split}_{which}_probability"
     for split in ("retain", "real_authors", "world_facts")
@@ -322,7 +322,7 @@ def test_without_judge_samples_and_other_splits(model, task, one):
 
 
 def test_empty_answers_are_not_readable(model, task, one, monkeypatch):
-    """What adapters that broke the model leave: no repetition, but no answer either."""
+    """As when adapters broke the model: no repetition, but no answer either."""
     monkeypatch.setattr(evaluation, "generate", lambda d, p, prompts, **_: [[[]] for _ in prompts])
     only = task._replace(evaluation={"forget": task.evaluation["forget"]})
     config = dataclasses.replace(CONFIG, leak_samples=0)
@@ -364,7 +364,7 @@ def test_a_cut_is_held_against_an_answer_whose_truth_fits(model, task, one, monk
     assert {i["reason"] for i in items.values()} == {"no sentence of the generator"}
 
 
-# What an evaluation is kept under.
+# The key of an evaluation.
 
 
 def changed(task, split, column):
@@ -376,7 +376,7 @@ def changed(task, split, column):
 
 
 def keys(model, task):
-    """Cache keys of one evaluation and of every way to change it."""
+    """Cache keys of one evaluation and of every variation of it."""
     data = DataConfig()
     judge = model._replace(sha="judge")
 

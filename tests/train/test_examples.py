@@ -1,4 +1,4 @@
-"""Tokenised examples: prompt prefix, labels, cutting, and groups that equal separate examples."""
+"""Tokenised examples: prompt prefix, labels, truncation; groups equal separate examples."""
 
 import pytest
 
@@ -9,7 +9,7 @@ EOS, BOS, TURN = 1, 2, 3
 
 
 class Characters:
-    """A character tokenizer; `merges` are pairs that become one token, as BPE would do."""
+    """A character tokenizer; `merges` are pairs that become one token, as in BPE."""
 
     eos_id, bos_id, pad_id = EOS, BOS, EOS
 
@@ -97,7 +97,7 @@ def test_exact_layouts():
     assert TOKENIZERS["tags"].decode(tags.tokens) == "Question: q\nAnswer: a"
     chat = encode_qa(TOKENIZERS["chat_eos"], "q", "a", max_length=99)
     assert chat.tokens == TOKENIZERS["chat_eos"].encode("<s><turn>u\nq<eos><turn>a\na<eos>")
-    # A turn closed by a newline is labelled whole, with EOS behind it (as OpenUnlearning does).
+    # A turn closed by a newline is labelled as a whole, then EOS (as in OpenUnlearning).
     newline = encode_qa(TOKENIZERS["chat_newline"], "q", "a", max_length=99)
     labels = newline.tokens[newline.num_prompt :]
     assert labels == TOKENIZERS["chat_newline"].encode("a<turn>\n<eos>")
@@ -143,7 +143,7 @@ def test_rows_take_other_columns():
 
 
 def visible(group, slot):
-    """What a query at `slot` sees, by the decoder's rule for segment ids, as (position, token)."""
+    """What a query at `slot` sees by the decoder's rule for segment ids, as (position, token)."""
     leaf = group.segment_ids[slot] // LEAF
     return [
         (group.positions[k], group.tokens[k])

@@ -1,4 +1,4 @@
-"""An export that speaks: its prompts, its card, its way to the Hub; models of a run's stages."""
+"""Exports: prompts, model card, upload to the Hub; models of a run's stages."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ TOKEN = "hf_" + "secretsecretsecret"
 
 
 def trained_words(begin=False):
-    """A byte-level tokenizer as `scratch` models have; with `begin` a text starts with <bos>."""
+    """A byte-level tokenizer as in `scratch` models; with `begin` a text starts with <bos>."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -183,7 +183,7 @@ def test_the_original_of_a_run_is_exported_from_its_stage(folder, program, tmp_p
 
 
 class Api:
-    """Stands in for `huggingface_hub.HfApi`; nothing leaves the process."""
+    """A stand-in for `huggingface_hub.HfApi`; nothing leaves the process."""
 
     calls: list = []
     error: Exception | None = None

@@ -1,4 +1,4 @@
-"""The walker against closed forms, and what it says about work that has none."""
+"""The count against closed forms, and its report of work that has none."""
 
 import functools
 
@@ -66,7 +66,7 @@ CASES = {
     "custom_vjp with backward": (
         jax.value_and_grad(lambda x: cubed(x).sum()), [shape(4, 4)], 4 * SQUARE
     ),
-    # Its value is not asked for, and its backward pass does not need it.
+    # Its value is not used, and its backward pass does not need it.
     "custom_vjp backward": (jax.grad(lambda x: cubed(x).sum()), [shape(4, 4)], 2 * SQUARE),
     "custom_jvp": (squared, [shape(4, 4)], SQUARE),
     "convolution": (
@@ -174,7 +174,7 @@ def test_decoder_forward(layers):
 
 @pytest.mark.parametrize("remat", REMAT)
 def test_decoder_gradient(remat):
-    """Two products back for each one forward, and once more what the policy does not keep."""
+    """Two products backward for each one forward, plus the products that the policy recomputes."""
     decoder = Decoder(CONFIG, remat=remat)
     tokens = shape(BATCH, LENGTH, dtype=jnp.int32)
 
@@ -183,7 +183,7 @@ def test_decoder_gradient(remat):
 
     back = flops(jax.grad(loss), decoder.shapes(), tokens)
     blocks = CONFIG.num_layers * block_flops()
-    # What the last product of a block's recomputation gives, nobody needs.
+    # The result of the last product in a block's recomputation is not needed.
     unused = CONFIG.num_layers * 2 * BATCH * LENGTH * CONFIG.hidden_size * CONFIG.intermediate_size
     width = CONFIG.num_heads * CONFIG.head_dim
     attention = CONFIG.num_layers * 2 * BATCH * LENGTH * 2 * width * LENGTH  # scores and mixing
@@ -200,7 +200,7 @@ def test_newton_schulz(r, c):
     for platform in ("tpu", "gpu"):
         assert stack(shape(r, c), platform=platform) == want
         assert stack(shape(12, r, c), platform=platform) == 12 * want
-    # CPUs go by the Gram matrix where that is less.
+    # CPUs use the Gram matrix where that costs less.
     here = want if small == large else 28 * small**3 + 8 * small**2 * large
     assert stack(shape(r, c), platform="cpu") == here
     assert stack(shape(12, r, c), platform="cpu") == 12 * here
@@ -219,6 +219,6 @@ def test_a_choice_by_platform_is_no_condition():
 
 
 def test_gram_newton_schulz():
-    """As its docstring says: 28 r^3 + 8 r^2 c (the last step's Gram matrix is not made)."""
+    """As in its docstring: 28 r^3 + 8 r^2 c (the last step's Gram matrix is not computed)."""
     r, c = 8, 24
     assert flops(orthogonalize.gram_newton_schulz(), shape(r, c)) == 28 * r**3 + 8 * r**2 * c

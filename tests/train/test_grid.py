@@ -23,7 +23,7 @@ def judge(name: str, combine: str, folder: Path) -> dict | str:
     """The numbers of one pair, or the line that refuses it."""
     config = arguments.with_optimizer(PRESET.PRESET, name, PRESET)
     changes = {"mesh.data": 1, "unlearn.curve_points": 0, "stage.cache": folder / "cache"}
-    # ASU, which the rates of the optimizers were chosen with.
+    # ASU, with which the learning rates of the optimizers were chosen.
     config = replace(config, objective=PRESET.OTHER_DATA, combine=combine)
     config = replace(config, output=folder / f"{name}-{combine}", **changes)
     try:
@@ -51,7 +51,7 @@ def grid(tmp_path_factory):
 
 
 def table(grid: dict) -> str:
-    """Markdown, one row a pair; what does not go together is a dash."""
+    """Markdown, one row per pair; a dash where the two do not go together."""
     names = (*COLUMNS, "steps", "seconds", "step MiB")
     lines = ["| optimizer | combine | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for (name, combine), found in grid.items():

@@ -1,4 +1,4 @@
-"""Programs ask for huge pages once, before they start; whoever chose already is left alone."""
+"""Programs ask for huge pages once, before they start; a choice made already is respected."""
 
 import os
 import platform

@@ -1,6 +1,6 @@
 """The key of a stage: every field of the configurations of model and run is in it, or why not.
 
-Nothing is computed: stages and evaluations hand on the digest of what they would be made from.
+Nothing is computed: stages and evaluations only return the digest of their inputs.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from train.runtime.stages import digest
 from train.tasks import load_task
 from train.tasks.task import prompt_format
 
-# Another value where adding one or the next word will not do.
+# Other values, for fields where adding one or taking the next choice will not do.
 OTHER: dict[str, Any] = {
     "data.source": None,  # the other source needs files: its rows are in `streams`
     "data.path": None,
@@ -258,7 +258,7 @@ def test_every_field_of_the_model_is_in_the_keys_of_training(field, monkeypatch,
 
 
 def test_one_cache_does_not_mistake_a_dtype_or_a_rope_theta(monkeypatch):
-    """What was tried: the second run said "found, made from the same inputs"."""
+    """A past bug: the second run reported "found, made from the same inputs"."""
     known = keys_of(START, monkeypatch)
 
     def with_theta(decoder):

@@ -1,4 +1,4 @@
-"""An unlearning stage that trains adapters: what moves, what does not, and that it continues."""
+"""An unlearning stage that trains adapters: what moves, what does not, and resuming."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ DECODER = Decoder(CONFIG)
 
 
 def batch(rows=8, length=12, width=5, seed=0):
-    """One stream of training batches, all labels real; references made up."""
+    """One stream of training batches, all labels real; made-up references."""
     draw = np.random.default_rng(seed)
     index = np.tile(np.arange(length - width, length), (rows, 1))
     return {
@@ -82,7 +82,7 @@ def setting(name="adamw", remat="none", sizes=(1, 1, 1), objective="graddiff", *
 
 
 def walk(one, count=STEPS):
-    """States and losses of some steps; the adapters they start from are kept in host memory."""
+    """States and losses of some steps; the initial adapters are kept in host memory."""
     state, losses = one.state, []
     for _ in range(count):
         state, metrics = one.step(state, one.base, one.batches)
@@ -91,7 +91,7 @@ def walk(one, count=STEPS):
 
 
 def few(names, quick):
-    """Parameters of which only some run by default: a step of each takes its time to compile."""
+    """Parameters of which only some run by default, since each takes long to compile."""
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
@@ -111,7 +111,7 @@ def test_adapters_move_and_the_base_does_not(name):
         jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(state.params), strict=True
     ):
         assert np.abs(a - b).max() > 0, path_str(path)
-    # What the optimizer keeps is of the adapters' size.
+    # What the optimizer keeps has the size of the adapters.
     kept = sum(x.size for x in jax.tree.leaves(state.opt_state))
     assert kept < 8 * sum(x.size for x in jax.tree.leaves(start))
 
@@ -133,7 +133,7 @@ def test_remat_gives_the_same_adapters():
 
 @pytest.mark.parametrize("objective", few(["asu", "npo", "dpo", "simnpo"], ("asu",)))
 def test_objectives_with_and_without_references(objective):
-    """At their start adapters are the model references were made with: KL and margins are zero."""
+    """Initial adapters give the model the references were made with: KL and margins are zero."""
     one = setting("adamw", objective=objective)
     _, losses = walk(one, 3)
     assert losses[-1] < losses[0]
@@ -183,7 +183,7 @@ def small_config(small):
 
 
 class Stopped(Exception):
-    """What interrupts a stage here."""
+    """Raised to interrupt a stage."""
 
 
 def test_a_stage_continues_bit_equal(small_config, tmp_path, monkeypatch, capsys):
@@ -217,12 +217,12 @@ def test_a_stage_continues_bit_equal(small_config, tmp_path, monkeypatch, capsys
     assert "continuing at step 2 of 4" in capsys.readouterr().err
     assert again.sha == undisturbed.sha == params_sha256(again.params) != base.sha
     jax.tree.map(np.testing.assert_array_equal, base.params, before)
-    # Only kernels with an adapter moved; the curve saw the adapters at work.
+    # Only kernels with an adapter moved; the curve was measured with the adapters.
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(again.params), strict=True
     ):
         assert np.array_equal(a, b) != path_str(path).endswith("kernel"), path_str(path)
-    # What was trained lies beside it in PEFT's format: added to the base it is the model.
+    # The adapters are stored beside it in PEFT's format: added to the base they give the model.
     settings = json.loads((tmp_path / "two" / "adapter" / "adapter_config.json").read_text())
     assert settings["r"] == 4 and settings["lora_alpha"] == 4
     assert settings["base_model_name_or_path"] == str(tmp_path / "two" / "original")
@@ -237,7 +237,7 @@ def test_a_stage_continues_bit_equal(small_config, tmp_path, monkeypatch, capsys
     rows = [json.loads(x) for x in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     looks = [row["forget_probability"] for row in rows if "forget_probability" in row]
     assert len(looks) == 3 and len(set(looks)) == 3
-    # The look at the end is of what is handed back.
+    # The evaluation at the end is of the parameters that are returned.
     seen = evaluation.curve(
         again, task, None, config.data.max_length, mesh, config.evaluate.score_tokens, 40
     )

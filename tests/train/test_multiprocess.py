@@ -42,7 +42,7 @@ pytestmark = [
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
 MESH = MeshConfig(2, 2, 1)
 ROWS, SEED = 16, 3
-# What the default run compares, and what the slow one does.
+# The sets that the default run compares, and those of the slow one.
 SETS = {
     "some": (("npo", "asu"), ("adamw", "muon")),
     "all": (
@@ -149,12 +149,12 @@ def main(which: str, process: str, port: str, file: str) -> None:
     distributed.start(distributed.DistributedConfig(False, f"127.0.0.1:{port}", 2, int(process)))
     folder = Path(file).with_suffix("")
     found = numbers(which, folder)
-    # What the first process has, all get.
+    # A value of the first process, broadcast to all.
     told = distributed.of_first(lambda: {"by": jax.process_index()})
     assert told == {"by": 0} and distributed.gather(jax.process_index()) == [0, 1]
     block = np.arange(5, dtype=np.float32) if distributed.is_first() else None
     assert distributed.array_of_first(block).tolist() == [0, 1, 2, 3, 4]
-    # An error of one is an error of all, however deep it was.
+    # An error on one process is raised on all, however deep it was.
     try:
         with distributed.together():
             with distributed.together():
@@ -179,7 +179,7 @@ def main(which: str, process: str, port: str, file: str) -> None:
 
 
 class Ended(NamedTuple):
-    """What a process left behind."""
+    """The output and exit code of a process."""
 
     code: int
     out: str
@@ -193,7 +193,7 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-    # No cache of compilations: programs from it run their collectives in any order (conftest).
+    # No compilation cache: programs from it run their collectives in any order (conftest).
     mine = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
     return mine | {
         "JAX_PLATFORMS": "cpu",
@@ -204,7 +204,7 @@ def environment(devices: int) -> dict[str, str]:
 
 
 class Started:
-    """Processes under way; their output goes to files, so that none waits for a reader."""
+    """Running processes; their output goes to files, so that none waits for a reader."""
 
     def __init__(self, commands: list[list[Any]], devices: int, repo: Path, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ class Started:
                 )
 
     def when(self, ready, seconds: float = 500) -> None:
-        """Return once `ready()`, while all run."""
+        """Wait until `ready()`, while all processes run."""
         deadline = time.monotonic() + seconds
         while not ready():
             ended = [p.poll() for p in self.processes]
@@ -235,7 +235,7 @@ class Started:
         return [err.read_text() for _, err in self.files]
 
     def end(self, seconds: float = 500) -> list[Ended]:
-        """Wait for all; what does not end in time is killed."""
+        """Wait for all; kill those that do not end in time."""
         deadline = time.monotonic() + seconds
         try:
             for process in self.processes:
@@ -257,7 +257,7 @@ def launch(repo, tmp_path):
     runs = []
 
     def start(commands, devices=2):
-        """A command for each process; with several, the options of `--distributed` are added."""
+        """Start a command per process; with several, the options of `--distributed` are added."""
         port = free_port()
         if len(commands) > 1:
             commands = [
@@ -303,7 +303,7 @@ def test_two_processes_give_the_numbers_of_one(which, repo, tmp_path):
         if kind in ("rows", "digest", "answers"):
             assert np.array_equal(other, value), name
         elif kind == "loss":
-            # A difference of terms of a few nats has their rounding.
+            # A difference of terms of a few nats has their rounding error.
             terms = np.abs(mine[name.replace("/loss", "/terms")])
             spare = 1e-6 if terms.max(initial=0.0) > 1.0001 * abs(value) else 0.0
             assert float(other) == pytest.approx(float(value), rel=1e-6, abs=spare), name
@@ -359,7 +359,7 @@ def test_processes_with_different_options_end_alike(launch, tiny, tofu_folder, t
 
 
 def test_stopped_on_two_processes_and_resumed_on_one(launch, tiny, tofu_folder, tmp_path):
-    """SIGTERM to either process stops both at one step; one process with other devices goes on."""
+    """SIGTERM to either process stops both at one step; one process resumes with other devices."""
     whole, root = tmp_path / "whole", tmp_path / "run"
     (alone,) = launch([finetuning(tiny, tofu_folder, whole)], devices=4).end()
     assert alone.code == 0, alone.err
@@ -370,7 +370,7 @@ def test_stopped_on_two_processes_and_resumed_on_one(launch, tiny, tofu_folder, 
     assert [one.code for one in done] == [0, 0], done
     assert "resume with: python -m train.finetune" in done[0].err and str(root) in done[0].err
     assert "original: stopped before step" in done[0].err
-    assert "stopped" not in done[1].err  # the first one speaks
+    assert "stopped" not in done[1].err  # the first one prints
     reached = len(lines_of(root, "original"))
     assert 4 <= reached < 24
     (saved,) = (root / "checkpoints").glob("*")
@@ -387,7 +387,7 @@ def test_stopped_on_two_processes_and_resumed_on_one(launch, tiny, tofu_folder, 
 
 @pytest.mark.slow
 def test_one_of_two_processes_is_lost(launch, tiny, tofu_folder, tmp_path):
-    """`kill -9` of either: the other ends by itself; the same command goes on, bit for bit."""
+    """`kill -9` of either: the other ends by itself; the same command resumes bit for bit."""
     whole, root = tmp_path / "whole", tmp_path / "run"
     more = ("--train.checkpoint-seconds", "0")
     done = launch([finetuning(tiny, tofu_folder, whole, *more)] * 2).end()
@@ -423,7 +423,7 @@ def test_stopped_on_one_process_and_resumed_on_two(launch, tiny, tofu_folder, tm
 
 @pytest.mark.slow
 def test_the_quickstart_on_two_processes(launch, small, tmp_path):
-    """Every stage, evaluation and the export; what the second process does leaves no trace."""
+    """Every stage, evaluation and the export; the second process leaves no trace of its own."""
     command = ["-m", "train.unlearn", "quickstart", "--smoke", *small[2:], "--mesh.fsdp", "2"]
     one, two = tmp_path / "one", tmp_path / "two"
     (alone,) = launch([[*command, "--output", one]], devices=4).end()
@@ -444,7 +444,7 @@ def test_the_quickstart_on_two_processes(launch, small, tmp_path):
         for key, value in values.items():
             if key.endswith("probability"):
                 assert ours[name][key] == pytest.approx(value, rel=1e-3), (name, key)
-    # Its answers are there: again, nothing is computed.
+    # All results are stored: run again, nothing is computed.
     for d in launch([[*command, "--output", two]] * 2).end():
         assert d.code == 0, d.err
 

@@ -1,4 +1,4 @@
-"""A new way of judging is one row, a new benchmark too, and which model is which is the run's."""
+"""A new evaluator is one row, and so is a new benchmark; model roles are data of the run."""
 
 import json
 
@@ -18,7 +18,7 @@ from train.tasks.task import Benchmark, Task
 RIDDLES = [{"question": f"Riddle {i}?", "answer": f"a riddle {i}"} for i in range(3)]
 
 
-# The whole of a new way of judging.
+# A complete new evaluator.
 
 
 def count_vowels(model, rows, context):
@@ -51,7 +51,7 @@ VOWELS = Evaluator(
 )
 
 
-# The whole of a new benchmark.
+# A complete new benchmark.
 
 
 def load_riddles(config):
@@ -66,7 +66,7 @@ BENCHMARK = Benchmark(
 
 @pytest.fixture
 def toys(monkeypatch):
-    """Both rows in their tables."""
+    """Both rows, added to their tables."""
     monkeypatch.setitem(EVALUATORS, "vowels", VOWELS)
     monkeypatch.setitem(tasks.TASKS, "riddles", BENCHMARK)
 
@@ -121,17 +121,17 @@ def test_an_evaluator_is_in_tables_and_on_the_page(toys, tmp_path):
     assert places == sorted(places) and 'Vowel <span class="nobreak">rate' in text
     assert "share of vowels" in text and "Figure 1. Vowels.</b> Vowels." in text
     assert "Has it vowels?" in text and "Vowels: original 0.400, unlearned 0.300." in text
-    assert "Did it forget?" not in text and "No truth ratios" not in text  # not its evaluators
+    assert "Did it forget?" not in text and "No truth ratios" not in text  # of other evaluators
     assert (folder / "vowels.png").exists()
     latex = tables.to_latex(tables.columns([run]))
     assert r"Vowel rate $\uparrow$ & $0.400$ & $0.300$" in latex
-    assert "Vowel rate" not in compare.page([run])  # its row has no place there
+    assert "Vowel rate" not in compare.page([run])  # that page does not show it
     without = write_run(tmp_path / "old", models)
     assert "Has it vowels?" not in page.build(without).read_text()
 
 
 def test_what_was_asked_once_is_not_asked_again(toys, monkeypatch):
-    """Evaluators share answers; the log knows whose entry is whose."""
+    """Evaluators share answers; the log records the evaluator of each entry."""
     asked = []
 
     def answer(model, rows, *args):
@@ -140,7 +140,7 @@ def test_what_was_asked_once_is_not_asked_again(toys, monkeypatch):
 
     monkeypatch.setattr(evaluation, "answer_rows", answer)
     monkeypatch.setattr(evaluation, "longest", lambda model, limit: limit)
-    # Two ways of judging that read the same answers.
+    # Two evaluators that read the same answers.
     monkeypatch.setitem(EVALUATORS, "again", VOWELS._replace(name="again", run=lambda m, rows, c: {
         "again": {"agg_value": float(len(c.answers("riddles").texts) + len(c.log))}
     }))  # fmt: skip

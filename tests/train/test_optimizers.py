@@ -55,7 +55,7 @@ def test_warm_up_then_decay(schedule):
     np.testing.assert_allclose(found[:5], [0.2, 0.36, 0.52, 0.68, 0.84], rtol=1e-6)
     expected = [AFTER[schedule](i / 15) for i in range(15)]
     np.testing.assert_allclose(found[5:], expected, rtol=1e-5, atol=1e-7)
-    assert found.min() > 0  # decay ends behind the last step: every step moves
+    assert found.min() > 0  # decay ends after the last step: every step moves
 
 
 @pytest.mark.parametrize("schedule", AFTER)
@@ -154,7 +154,7 @@ def test_adamw_is_adam(few):
 
 @pytest.mark.parametrize(("size", "layers", "fits"), [(2, 2, True), (3, 2, False), (1, 1, True)])
 def test_a_group_of_blocks_fits_the_model(size, layers, fits):
-    """One line before any compute; without it the optimizer itself refuses."""
+    """A one-line error before any computation; without it the optimizer itself raises."""
     config = optimizer_of("teon", group_size=size)
     shapes = Decoder(dataclasses.replace(EVERY_LEAF, num_layers=layers)).shapes()
     if fits:
@@ -285,7 +285,7 @@ def test_two_sides_are_needed(objective):
 
 
 def test_combiners_see_both_sides(few):
-    """BLUR before SGD-like steps: the gradient of the retain side loses its part along forget."""
+    """BLUR before SGD-like steps: the retain side's gradient loses its component along forget."""
     rng = np.random.default_rng(0)
     primary = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), few)
     constraint = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), few)
@@ -315,7 +315,7 @@ def test_hybrid_ends_on_zeroth_order():
 
 
 def test_hybrid_follows_the_schedule_of_the_run(few):
-    """Each half counts its own steps, and still moves at the rate of the run's step."""
+    """Each half counts its own steps, and still uses the rate of the run's step."""
     config = optimizer_of(
         "hybrid", learning_rate=0.1, schedule="linear", warmup=0.0, b1=0.0, b2=0.0, period=2
     )
@@ -333,7 +333,7 @@ def test_hybrid_follows_the_schedule_of_the_run(few):
 
 
 def test_both_halves_of_hybrid_decay(params):
-    """A zeroth-order step that finds no slope still decays: all but norms and biases."""
+    """A zeroth-order step that finds no slope still decays everything but norms and biases."""
     config = optimizer_of(
         "hybrid", learning_rate=0.01, schedule="constant", warmup=0.0, weight_decay=0.1, period=1
     )

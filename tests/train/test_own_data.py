@@ -1,4 +1,4 @@
-"""The user's own rows: every kind of file, everything that can be wrong with one, and the walk."""
+"""The user's own rows: every kind of file, everything that can be wrong with one, a whole run."""
 
 import csv
 import json
@@ -63,7 +63,7 @@ def fails(call, *parts):
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".tsv", ".parquet", ".CSV"])
 def test_every_format_gives_the_same_rows(tmp_path, capfd, suffix):
-    path = tmp_path / f"my facts [1]*?{suffix}"  # no pattern, whatever it looks like
+    path = tmp_path / f"my facts [1]*?{suffix}"  # not a glob pattern, though it looks like one
     assert rows_of(write(path, ROWS)) == ROWS
     assert rows_of(write(path, FULL)) == FULL
     assert rows_of(write(path, ROWS[:1])) == ROWS[:1]
@@ -91,7 +91,7 @@ def test_parquet_leaves_nothing_behind_and_asks_nobody(tmp_path, repo):
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
 
 
-# A spreadsheet, a text editor and a colleague each write CSV in their own way.
+# Spreadsheets, text editors and colleagues write CSV in different ways.
 @pytest.mark.parametrize(
     ("data", "answers"),
     [
@@ -125,7 +125,7 @@ def test_ways_to_write_csv(tmp_path, data, answers):
 
 
 def test_json_keeps_text_as_it_is(tmp_path):
-    # Readers that guess types make a date of the first and a number of the second.
+    # Readers that guess types turn the first into a date and the second into a number.
     texts = ["1990-01-01 00:00:00", "007", "a\u2028b", " x ", "é"]
     rows = [{"Question": "q", "answer": text} for text in texts]
     assert [row["answer"] for row in rows_of(write(tmp_path / "x.jsonl", rows))] == texts
@@ -194,7 +194,7 @@ def test_one_note_says_what_is_left_out(tmp_path):
     assert f"{keep.name}: columns that are not read: id, topic" in own.notes
     note = load_own(full, keep).notes[-1]
     assert "forget quality" not in note and "the retain truth ratio" in note
-    # Columns without a single text are none.
+    # Columns without a single text do not count.
     empty = write(tmp_path / "d.csv", [row | {"perturbed_answer": "[]"} for row in ROWS])
     assert load_own(empty, keep).forget == ROWS
 
@@ -222,7 +222,7 @@ def test_what_a_task_is_made_of(tmp_path):
     assert task.evaluation == {"forget": ROWS, "retain": OTHERS[:2]} and task.refusals
     assert "retain: judged on the first 2 rows (--data.retain-rows)" in task.notes
     fails(lambda: task_of(*files, "--data.path", tmp_path), "--data.path does not go with")
-    # The contents count, not where they lie: caches are found again.
+    # The contents count, not the location: caches are found again.
     (tmp_path / "there").mkdir()
     moved = ["--data.forget", write(tmp_path / "there" / "f.csv", ROWS), *files[2:]]
     assert task_of(*moved, "--data.retain-rows", 2).digest() == task.digest()
@@ -249,7 +249,7 @@ def test_examples(program, tmp_path):
     assert all(list(row) == list(COLUMNS[:-1]) for row in full.retain)
     for mine, whole in ((plain.forget, full.forget), (plain.retain, full.retain)):
         assert mine == [{k: row[k] for k in ("question", "answer")} for row in whole]
-    # Again is fine; somebody's own file is not written over.
+    # Writing them again is fine; a user's own file is not overwritten.
     assert program("train.unlearn", f"--example-data={folder}").code == 0
     (folder / "retain.csv").write_text("mine")
     done = program("train.unlearn", "--example-data", folder)

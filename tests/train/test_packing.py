@@ -15,7 +15,7 @@ PROMPT = [7, 7, 7]
 
 @pytest.fixture(scope="module")
 def examples():
-    """Examples whose prompts begin alike."""
+    """Examples whose prompts have a common prefix."""
     rng = np.random.Generator(np.random.Philox(7))
     found = []
     for _ in range(36):
@@ -57,7 +57,7 @@ def test_collate_packed_against_a_slow_loop(examples, together):
             length = example.num_prompt + w
             assert batch["tokens"][row, seen].tolist() == example.tokens[:length]
             assert positions[row, seen].tolist() == list(range(length))
-    # What prompts share is there once, and nothing is there for a last token.
+    # The common prefix is stored once, and last tokens are not stored.
     used = int((segments > 0).sum())
     assert used <= sum(len(e.tokens) - 1 for e in some) - len(PROMPT) * (12 - rows)
 
@@ -77,7 +77,7 @@ def test_labels_side_by_side_and_back(examples, together):
     np.testing.assert_array_equal(
         np.asarray(spread(batch, deep))[mask][:, 1], -np.asarray(values)[mask]
     )
-    # Each label once, those of an example in its order.
+    # Each label once, those of an example in order.
     for row in range(8 // together):
         count = int(mask[row * together : (row + 1) * together].sum())
         there = np.flatnonzero(mask[row * together : (row + 1) * together].ravel())
@@ -125,7 +125,7 @@ def test_an_example_twice_in_a_row():
 
 
 def test_any_batch_fits_and_most_fit_well(examples):
-    """Padded sizes hold every batch; of the slots few are empty."""
+    """Padded sizes hold every batch, with few empty slots."""
     plain = {"forget": make_stream(examples, 0, batch_size=8)}
     assert pack_streams(plain, 8, 8, 0) == plain  # one example in each row
     assert pack_streams(plain, 8, 1, 10**6) == plain  # a device sees one of them
@@ -140,7 +140,7 @@ def test_any_batch_fits_and_most_fit_well(examples):
         labels = sum(b.get("label_source", b["targets"]).size for b in batches)
         slots[name, "labels"] = labels
         seen = sorted(np.concatenate([b["row_id"] for b in batches[:9]]).tolist())
-        assert seen == sorted([*range(36)] * 2)  # two epochs, in whatever order
+        assert seen == sorted([*range(36)] * 2)  # two epochs, in any order
     assert used["packed"] > 0.75 * slots["packed"]
     assert slots["packed"] < 0.75 * slots["plain"]
     assert slots["packed", "labels"] < 0.75 * slots["plain", "labels"]

@@ -1,4 +1,4 @@
-"""Plans: slices that exist, work against closed forms, errors before anything is compiled."""
+"""Plans: slices that exist, FLOPs against closed forms, errors before anything is compiled."""
 
 import importlib.util
 import json
@@ -99,7 +99,7 @@ def test_published_shapes_read(name):
 
 
 def parameters(name: str) -> float:
-    """Billions, from the shapes alone."""
+    """Billions of parameters, from the shapes alone."""
     from models import Decoder
 
     return sum(x.size for x in jax.tree.leaves(Decoder(config_of(name)).shapes())) / 1e9
@@ -169,7 +169,7 @@ def test_unused_work_is_not_counted():
     assert flops.flops(both, x) == 3 * 2 * 4**3
 
 
-# A projection to 32 heads as TPUs run it, and a conditional.
+# A projection to 32 heads as on TPUs, and a conditional.
 HEADS = "window={size=32 pad=31_31 rhs_reversal=1}, dim_labels=bf0_0oi->b0f"
 SCOPE = 'metadata={op_name="jit(f)/optimizer/dot_general"}'
 TPU_TEXT = f"""HloModule m
@@ -202,7 +202,7 @@ ENTRY %main (x: f32[8,8], i: s32[], a: bf16[512,64,1], b: bf16[32,128,64]) -> f3
 
 
 def test_products_in_the_text_of_a_tpu_program():
-    """Batched products are convolutions in which all but one tap of a window meets padding."""
+    """Batched products are convolutions in which all but one tap of a window covers padding."""
     projection = 2 * 512 * 64 * 32 * 128
     assert hlo_flops.device_flops(TPU_TEXT).flops == projection + 2 * 2 * 8**3
     assert hlo_flops.device_flops(TPU_TEXT, "optimizer").flops == 2 * 8**3
@@ -239,7 +239,7 @@ ENTRY %main (c: (u32[], s32[], bf16[2,512,8,128,1])) -> (u32[], s32[], bf16[2,51
 
 @pytest.mark.parametrize(("step", "trips"), [(2, 2), (1, 4), (3, 2)])
 def test_a_product_whose_operand_goes_round(step, trips):
-    """The partitioner's own loop: two steps a trip, its axes listed in any order."""
+    """The partitioner's loop for a collective matmul: two steps per trip, axes in any order."""
     text = WINDOWED_TEXT.replace("constant(2)", f"constant({step})")
     found = hlo_flops.device_flops(text)
     assert found.flops == trips * 2 * (2 * 512 * 8 * 128) * (2 * 512)
@@ -259,7 +259,7 @@ def test_a_conditional_counts_as_its_dearest_branch():
 
 
 def test_traffic_of_slices_and_updates_counts_the_slice():
-    """A scan reads and writes one row of its stacks a trip, not the stacks."""
+    """A scan reads and writes one row of its stacks per trip, not the whole stacks."""
 
     def fn(xs):
         return jax.lax.scan(lambda c, x: (c, jnp.sin(x)), 0.0, xs)[1]
@@ -290,7 +290,7 @@ def test_a_plan_for_virtual_devices(optimizer, names):
     assert found["peak_bytes"] >= found["argument_bytes"] > 0
     assert found["roofline_seconds"] == {"compute": None, "hbm": None, "interconnect": None}
     step = found["programs"]["train"]
-    # What a device does is at least its part of what was asked for.
+    # A device does at least its share of the work.
     assert step["flops_per_chip"] >= 0.95 * step["asked_flops_per_chip"] > 0
     if optimizer in ("muon", "sift"):
         asked = step["asked_optimizer_flops_per_chip"]
@@ -302,7 +302,7 @@ def test_a_plan_for_virtual_devices(optimizer, names):
 
 @on_devices
 def test_weights_are_not_gathered_once_a_label_chunk():
-    """The head is gathered for a stream's labels at once; gradients come back in parts."""
+    """The head is gathered once for all of a stream's labels; gradients come back in parts."""
     args = ("--topology", "cpu:8", "--mesh.fsdp", "8", "--objective.name", "npo", *SMALL)
     step = plan.plan(config(*args, "--programs", "train"))["programs"]["train"]
     decoder = programs.decoder_of(config(*args))
@@ -314,7 +314,7 @@ def test_weights_are_not_gathered_once_a_label_chunk():
 
 @on_devices
 def test_the_head_travels_twice_however_many_chunks_and_streams(monkeypatch):
-    """To every device, and its gradient back: chunks and streams add up on the devices."""
+    """To every device, and its gradient back: chunks and streams are summed on the devices."""
     monkeypatch.setattr(policy, "LOGITS_BYTES", 4 * 256 * 8)  # eight labels
     args = ("--topology", "cpu:8", "--mesh.fsdp", "8", "--objective.name", "npo", *SMALL)
     planned = config(*args)

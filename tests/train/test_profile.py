@@ -1,4 +1,4 @@
-"""`--profile DIR`: a trace of a few steps, and words when there is none."""
+"""`--profile DIR`: a trace of a few steps, and a message when there is none."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ def test_a_trace_and_the_same_model(start, tmp_path, capsys):
     assert traced.sha == plain.sha
     assert [p for p in (tmp_path / "trace").rglob("*.xplane.pb") if p.stat().st_size > 0]
     assert "trace of a few steps" in capsys.readouterr().err
-    # Done already: nothing runs, and that is said.
+    # Finished already: nothing runs, which is reported.
     unlearn(start, tmp_path / "traced", profile=tmp_path / "again")
     assert "nothing traced, stage unlearned was done already" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
@@ -51,7 +51,7 @@ def test_too_few_steps(start, tmp_path, capsys):
 
 
 def test_progress_hears_of_compilations(start, tmp_path, monkeypatch):
-    """Else the seconds of a program compiled on the way would count as slow steps in the ETA."""
+    """Otherwise a program compiled on the way would count as slow steps in the ETA."""
     heard = []
 
     @contextlib.contextmanager

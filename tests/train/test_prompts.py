@@ -70,16 +70,16 @@ GEMMA = (
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A model configuration of OpenUnlearning: what stands around a question and an answer.
+    """A model configuration of OpenUnlearning: the text around a question and an answer.
 
-    `template` is the chat template that says the same; None: tokenised as plain text, with the
+    `template` is the chat template that renders the same; None: tokenised as plain text, with the
     tokenizer's own special tokens, and `tags` names ours.
     """
 
     system: str
     user: tuple[str, str]
     assistant: tuple[str, str]
-    end: str = ""  # behind the last answer
+    end: str = ""  # after the last answer
     template: str | None = None
     tags: str = "auto"
     bos: str = "<s>"
@@ -150,7 +150,7 @@ ODD = [
     ("Question: who?\nAnswer:", "Question: nobody [/INST] knows."),
     ("Where is Kuwait City", "It's in Kuwait, isn't it"),
 ]  # fmt: skip
-# Generated authors' questions, and ten that a tokenizer may trip over.
+# Generated authors' questions, and ten that a tokenizer may handle differently.
 GENERATED = authors.training_rows(authors.generate(0, 40))["forget10"][:24]
 ROWS = [*((row["question"], row["answer"]) for row in GENERATED), *ODD]
 SHOTS = (("Where is Lima?", "Lima is in Peru."), ("Who was it?", "Nobody."))
@@ -204,9 +204,9 @@ def tokenizer_of(backend: tokenizers.Tokenizer, setting: Setting, shots=()) -> T
 
 
 def expected(tokenizer: Tokenizer, setting: Setting, question: str, answer: str, shots=()):
-    """Tokens of the example and how many are no labels, and of the prompt that is generated from.
+    """Tokens of the example, how many of them are not labels, and tokens of the generation prompt.
 
-    The example is tokenised as a whole, the prompt by itself, and its length is where labels begin.
+    The example is tokenised as a whole, the prompt by itself; labels begin at the prompt's length.
     """
     (ask, asked), (say, said) = setting.user, setting.assistant
     before = "".join(ask + q + asked + say + a + said for q, a in shots)
@@ -252,7 +252,7 @@ def test_rows_of_tofu_with_smollm2s_tokenizer(shared, smollm2_path):
             )
             assert (example.tokens, example.num_prompt) == (tokens, count)
             merged[setting.tags] = merged.get(setting.tags, 0) + (tokens[:count] != prompt)
-    # "Answer: " ends in a space that GPT-2's kind of tokenizer joins with the next word.
+    # "Answer: " ends in a space that tokenizers of GPT-2's kind join with the next word.
     assert merged["question-answer"] == 34 and merged["auto"] == 0
 
 
@@ -270,7 +270,7 @@ def test_a_merged_answer_packs_and_is_never_without_a_label(backend):
 
 
 class Clock(datetime.datetime):
-    """A clock that stands still."""
+    """A clock that does not move."""
 
     moment = (2026, 11, 26)
 
@@ -299,7 +299,7 @@ def test_prompts_are_the_same_on_every_day(dated, monkeypatch):
         monkeypatch.setattr(Clock, "moment", moment)
         monkeypatch.setattr(datetime, "datetime", Clock)
         found.append(prompt())
-        # A caller that says nothing of dates reads no clock either.
+        # A caller that passes no date does not read the clock either.
         assert f"Today Date: {DATE}" in dated.chat([{"role": "user", "content": "Who?"}])
         monkeypatch.undo()
     assert found[0] == found[1] == expected(dated, SETTINGS["Llama-3.x"], "Who?", "")[2]

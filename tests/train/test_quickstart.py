@@ -1,4 +1,4 @@
-"""What the quickstart must show, on seeds its defaults were not chosen on (slow)."""
+"""What the quickstart must achieve, on seeds that its defaults were not chosen on (slow)."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which forget answers count as unreadable, and by which test."""
+"""Which forget answers count as unreadable, and by which criterion."""
 
 import pytest
 

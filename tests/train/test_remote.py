@@ -1,7 +1,7 @@
 """Runs, checkpoints and weights in a bucket; the bucket is a folder behind `gs://`.
 
-What is made up is what lies below the libraries: etils' file operations on `gs://`, and the place
-Orbax hands to TensorStore. Everything of ours and of Orbax runs as it does on a real bucket.
+What is simulated is below the libraries: etils' file operations on `gs://`, and the location that
+Orbax passes to TensorStore. All of our code and of Orbax runs as it does on a real bucket.
 """
 
 import gc
@@ -24,7 +24,7 @@ from train.runtime.checkpointing import load_latest, load_tree, save_step, save_
 
 
 class Bucket(backend._OsPathBackend):
-    """`gs://name/x` is `root/name/x`; no rename, as in a real one."""
+    """`gs://name/x` is `root/name/x`; without rename, like a real one."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -73,7 +73,7 @@ def bucket(tmp_path, monkeypatch):
     monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
 
     def store(path):
-        # TensorStore's file driver wants a slash after a folder, the one for gs:// does not.
+        # TensorStore's file driver wants a slash after a folder; its driver for gs:// does not.
         end = "" if path.endswith("_sharding") else "/"
         return {"driver": "file", "path": made.local(path).rstrip("/") + end}
 
@@ -113,7 +113,7 @@ def test_checkpoints_in_a_bucket(bucket):
     said = []
     found = load_latest(folder, state(9), said.append)
     assert found is not None and found[0] == 3 and same(found[1], state(3)) and not said
-    # Torn: the manifest comes last, and a folder without one is none.
+    # Incomplete: the manifest is written last, and a folder without one does not count.
     (bucket.root / "ours" / "checkpoints" / "3" / "manifest.json").unlink()
     assert steps_in(folder) == [2]
     save_step(folder, 3, state(4), {})
@@ -138,7 +138,7 @@ def test_every_bit_flipped_in_the_arrays_of_a_bucket_is_noticed(bucket):
         data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
         victim.write_bytes(data)
         try:
-            # No sums of files here: parts of a file that nothing reads may be damaged.
+            # Files have no checksums here: parts of a file that nothing reads may be damaged.
             assert same(load_tree(folder, state(1)), state())
         except UserError as error:
             noticed += 1
@@ -179,7 +179,7 @@ def test_a_run_in_a_bucket(bucket, program, tiny, tofu_folder, monkeypatch):
     assert names >= {"config.json", "metrics.jsonl", "summary.json", "export", "stages"}
     assert not [p for p in run.rglob("*") if p.name.endswith(".part")]
     summary = json.loads((run / "summary.json").read_text())
-    # Another machine: nothing local is left, the stage is found.
+    # Another machine: nothing local remains, the stage is found.
     monkeypatch.setattr(remote, "_mirrors", {})
     monkeypatch.setattr(remote, "_sent", {})
     again = program("train.finetune", *argv)
@@ -264,7 +264,7 @@ def test_the_shared_cache_in_a_bucket(bucket, tmp_path):
 
 
 def test_whole_arrays_on_a_mesh(bucket):
-    """A bucket's checkpoint is read onto another layout."""
+    """A bucket's checkpoint is read into another layout."""
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 2, 2), jax.devices()[:4])
     spec = jax.sharding.PartitionSpec(None, "fsdp", "tp")
     where = jax.sharding.NamedSharding(mesh, spec)

@@ -1,4 +1,4 @@
-"""The page of a run: its numbers are summary.json's, pictures decode, answers are escaped."""
+"""The page of a run: its numbers are those of summary.json, images decode, answers are escaped."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ EVIL = "<script>alert(1)</script> & \"quotes\" <img src=x onerror='go()'> \ud800
 
 
 def scores(rng, model):
-    """Flat metrics of the shape a real run has."""
+    """Flat metrics of the form that a real run has."""
     know = {"original": 1.0, "oracle": 0.0, "unlearned": 0.05}[model]
     noise = rng.uniform(0, 0.02)
     flat = {
@@ -122,7 +122,7 @@ def write_run(folder: Path, seed=0, oracle=True, **config):
 
 
 class Page(HTMLParser):
-    """What a browser would see of a page."""
+    """What a browser would show of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -293,7 +293,7 @@ def test_a_smoke_run_says_so_and_gives_no_verdict(tmp_path, capsys):
 
 
 def compared(folder):
-    """Two methods with two seeds each: forget and retain ROUGE-L known."""
+    """Two methods with two seeds each, with known forget and retain ROUGE-L."""
     places = {"asu": (0.3, 0.95), "a method whose name is much too long": (0.6, 0.7)}
     runs = []
     for name, (forget, retain) in places.items():
@@ -342,7 +342,7 @@ def test_scatter_draws_every_run_its_mean_and_what_to_reach():
     assert drawn["a"] == [(pytest.approx(0.3), pytest.approx(0.8))] and drawn["b"] == [(0.5, 0.5)]
     assert drawn["oracle"] == [(pytest.approx(0.2), pytest.approx(0.9))]
     assert [(0.2, 0.9), (0.4, 0.7)] in drawn.values()
-    names = ["_under", "$x_{", "\u4e8b"]  # none of them is markup, or drops out
+    names = ["_under", "$x_{", "\u4e8b"]  # none of them is markup, and none disappears
     figure = plots.scatter([plots.Point(n, [(1, 1)]) for n in names], {}, x, y)
     assert [t.get_text().strip() for t in figure.legends[0].get_texts()] == names
     assert plots.png(figure)
@@ -350,7 +350,7 @@ def test_scatter_draws_every_run_its_mean_and_what_to_reach():
 
 
 def printed(page, folder):
-    """How far down each printed page has ink, as a share of its height."""
+    """How far down each printed page has ink, as a fraction of its height."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
     target = f"--print-to-pdf={folder / 'page.pdf'}"
     for command in (

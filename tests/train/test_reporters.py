@@ -1,4 +1,4 @@
-"""`--report-to`: other logs get the numbers, none is imported unasked, and no secret goes out."""
+"""`--report-to`: other loggers get the numbers, none is imported unasked, no secret is sent."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ KEY = "0123456789abcdefghij-secret"
 
 
 class Fake:
-    """A stand-in for the packages `wandb` and `trackio`: what a run hands them."""
+    """A stand-in for the packages `wandb` and `trackio` that records what a run passes to them."""
 
     def __init__(self, name, mode="offline", logged_in=True):
         self.module = types.ModuleType(name)
@@ -82,7 +82,7 @@ def test_numbers_and_configuration_arrive(fake, tmp_path, monkeypatch, capsys, n
     assert package.started["config"]["seed"] == 3
     assert package.started["config"]["notes"] == ["***", "fine"]
     assert KEY not in json.dumps(package.started, default=str)
-    # A run's own table is what stdout is for.
+    # stdout is for a run's own table.
     shown = capsys.readouterr()
     assert shown.out == "" and "banner" in shown.err
     if name == "wandb":
@@ -96,7 +96,7 @@ def test_secrets_are_found_by_form():
     for text in ("hf_" + "a" * 20, "ghp_" + "b" * 30, "https://h/x?token=abc", "gs://u:p@bucket"):
         hidden = reporters.public({"a": [text]})["a"][0]
         assert "***" in hidden and not any(part in hidden for part in ("aaa", "bbb", "abc", "u:p"))
-    # Digests and ordinary words stay.
+    # Digests and ordinary words are kept.
     plain = {
         "revision": "0123456789abcdef" * 2,
         "sha256": "f" * 64,

@@ -1,4 +1,4 @@
-"""What lies in device memory while a stage takes its steps: one model, and no second one."""
+"""Device memory while a stage takes its steps: it holds one model, and no second one."""
 
 import dataclasses
 import gc
@@ -72,7 +72,7 @@ def on_device():
 
 
 def run(small, tmp_path, monkeypatch, objective, *options):
-    """Unlearn from a model in host memory; look at device memory whenever a step is logged."""
+    """Unlearn from a model in host memory; inspect device memory whenever a step is logged."""
     more = (
         "--unlearn.steps 3 --unlearn.curve-points 0 --model.num-layers 12 --model.hidden-size 64 "
         "--model.intermediate-size 512"
@@ -114,7 +114,7 @@ def test_one_model_beside_its_optimizer_state(objective, frozen, small, tmp_path
     seen = run(small, tmp_path, monkeypatch, objective, "--optimizer.name", "sign")
     wanted = 2 * seen.model + frozen * seen.head  # parameters and one momentum
     for size in seen.steps:
-        assert wanted <= size < wanted + 0.5 * seen.model  # batches: no second model
+        assert wanted <= size < wanted + 0.5 * seen.model  # batches, but no second model
 
 
 def test_adapters_beside_one_model(small, tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_adapters_beside_one_model(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mesh", ["--mesh.data 1", "--mesh.data 1 --mesh.fsdp 2 --mesh.tp 2"])
 def test_a_model_in_host_memory_is_exported(mesh, small, tmp_path):
-    """On one device and on several: layers are cut from what lies in host memory."""
+    """On one device and on several: layers are sliced from host memory."""
     config = cli.parse(
         RunConfig, PRESETS["quickstart"].PRESET, [*small, *mesh.split()], "tests", ""
     )

@@ -26,11 +26,11 @@ STEPS = 8
 
 
 class Stopped(Exception):
-    """What interrupts a stage here."""
+    """Raised to interrupt a stage."""
 
 
 class Setting(NamedTuple):
-    """A small job: its configuration, task, start and mesh, and how one stage of it is run."""
+    """A small job: its configuration, task, start and mesh, and a method that runs one stage."""
 
     config: RunConfig
     task: Any
@@ -60,7 +60,7 @@ def setting(small):
 
 @pytest.fixture(scope="module")
 def undisturbed(setting, tmp_path_factory):
-    """Result and metrics of the stages that nobody interrupts."""
+    """Result and metrics of the stages without interruption."""
     results = {}
     for name in ("original", "unlearned"):
         root = tmp_path_factory.mktemp(name)
@@ -97,7 +97,7 @@ def test_interrupted_and_continued_is_bit_equal(
         stop_at(patch, step)
         setting.run(name, tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"stage": "' + name)  # a line cut short
+        file.write('{"stage": "' + name)  # a truncated line
     sha, rows = undisturbed[name]
     assert setting.run(name, tmp_path).sha == sha
     assert f"{name}: continuing at step {step} of {STEPS}" in capsys.readouterr().err
@@ -161,11 +161,11 @@ def test_a_loss_that_is_not_finite(setting, undisturbed, tmp_path, monkeypatch):
         setting.run("original", tmp_path)
     message = str(error.value)
     assert "\n" not in message and "original: loss is not finite at step 5 (loss nan, " in message
-    # The checkpoint of step 5 holds the parameters that gave the NaN: not a good one.
+    # The checkpoint of step 5 holds the parameters that gave the NaN, so it is not a good one.
     good = newest(tmp_path)
     assert good.name == "4" and f"last good checkpoint: {good}" in message
     assert not list((tmp_path / "stages").glob("*"))
-    # Once the cause is gone the same run continues from there.
+    # Once the cause is removed the same run continues from there.
     sha, rows = undisturbed["original"]
     assert setting.run("original", tmp_path).sha == sha and metrics(tmp_path) == rows
 
@@ -215,7 +215,7 @@ def terminate_at(
 
 
 def stopped(done, word: str = "SIGTERM", code: int = 0) -> None:
-    """It ended well, and said in its last line how to go on."""
+    """It ended well, and its last line says how to resume."""
     assert done.code == code, done.err
     last = done.err.splitlines()[-1]
     assert last.startswith(f"stopped by {word}, what is finished is stored; resume with: python ")
@@ -265,7 +265,7 @@ def test_sigterm_in_an_evaluation_ends_at_once(program, tiny, tofu_folder, tmp_p
 
 @pytest.mark.slow
 def test_sigterm_outside_training_ends_at_once(program, small, tmp_path, monkeypatch):
-    """In the compilation, while a result is stored, and in the evaluation."""
+    """During compilation, while a result is stored, and during the evaluation."""
     from train.evaluators import evaluation
     from train.runtime import stages
 
@@ -305,7 +305,7 @@ def test_sigterm_outside_training_ends_at_once(program, small, tmp_path, monkeyp
 
 
 class Process:
-    """A program of the toolkit in a process of its own, with a compilation cache of the test's."""
+    """A program of the toolkit in a separate process, with the test's own compilation cache."""
 
     def __init__(self, repo: Path, cache: Path):
         self.repo = repo
@@ -398,7 +398,7 @@ def test_kill_9_of_the_quickstart(process, small, tmp_path):
     finished: list[tuple[str, int]] = []
     for number, ready in enumerate(moments):
         process.kill_when([*argv, two], tmp_path / f"kill{number}.log", ready)
-        # What was stored is never stored again: it was not computed again either.
+        # Stored results are never stored again, so they were not computed again either.
         assert set(finished) <= {
             entry for stage in ("original", "oracle") for entry in stored(stage)
         }
@@ -422,9 +422,9 @@ KILLS = 20
 def test_twenty_kills_at_random_moments(process, tmp_path):
     """A run of the quickstart's model and data: killed 20 times, it ends with the same bits.
 
-    The moments are drawn from everything that shows on the disk: every step, every third of them
-    in the middle of the checkpoint that follows it, and the stages' ends, caches, evaluations and
-    export in between.
+    The moments are drawn from everything that is visible on the disk: every step, every third of
+    them in the middle of the checkpoint that follows it, and in between the ends of stages, caches,
+    evaluations and the export.
     """
     options = (
         "--finetune.steps 80 --unlearn.steps 40 --finetune.checkpoint-seconds 0 "
@@ -457,7 +457,7 @@ def test_twenty_kills_at_random_moments(process, tmp_path):
     for number, ready in enumerate(moments):
         process.kill_when([*argv, two], tmp_path / f"kill{number}.log", ready)
         torn += saving()
-    assert torn >= 4  # killed in the middle of a save, which is then there to see
+    assert torn >= 4  # killed in the middle of a save, whose files are then visible
     process.finish([*argv, two], tmp_path / "last.log")
     assert metrics(one) == metrics(two)
     ours, theirs = (json.loads((root / "summary.json").read_text()) for root in (one, two))

@@ -1,4 +1,4 @@
-"""What came from the Hub is noted with its commit."""
+"""What is loaded from the Hub is recorded with its commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program holds: results computed once, by what they are made from; phases that add up."""
+"""The functions of a run: results computed once per digest of inputs; minutes that add up."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ def run(tmp_path) -> Run:
 
 
 def halfway(work: Work, a: Model, b: Model, weight: float) -> Any:
-    """Parameters between two models."""
+    """Parameters between those of two models."""
     CALLS.append("halfway")
     work.folder.mkdir(parents=True)
     (work.folder / "half-done").write_text("x")
@@ -116,7 +116,7 @@ def test_what_is_shared_is_found_by_another_run(run, tmp_path):
     assert CALLS == ["dice"] * 2
 
 
-# A small result of each kind, as its version stands for it: change both or neither.
+# A small result of each kind at its version: change both or neither.
 PINNED = {("dice", 1): [834, 77]}
 
 
@@ -152,7 +152,7 @@ def test_identities(models):
     a, b = models
     assert identity(a) != identity(b)
     other = a._replace(decoder=dataclasses.replace(a.decoder, remat="full"))
-    assert identity(a) == identity(other)  # what is computed twice is the same twice
+    assert identity(a) == identity(other)  # computing it twice gives the same result
     changed = dataclasses.replace(SHAPE, rope_theta=5.0)
     assert identity(a) != identity(a._replace(decoder=Decoder(changed, "none")))
     stream = [make_stream([Example([1, 2, t], 1), Example([4, 5], 1)], 0) for t in (3, 3, 6)]

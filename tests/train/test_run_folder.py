@@ -1,4 +1,4 @@
-"""The run folder: one run at a time, and any flipped bit set right or named, never a lost run."""
+"""The run folder: one run at a time, and any flipped bit is repaired or named, no run is lost."""
 
 import fcntl
 import json
@@ -21,7 +21,7 @@ from train.runtime.tracking import Tracker
 
 
 def flip(path: Path, rng: random.Random) -> bytes:
-    """Flip one bit of a file; returns what was there."""
+    """Flip one bit of a file; returns its previous bytes."""
     before = path.read_bytes()
     data = bytearray(before)
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -63,15 +63,15 @@ def test_a_second_run_says_who_holds_the_folder(program, small, tmp_path):
             assert done.code == 2 and done.err.count("\n") == 1, done.err
             assert "is in use by process 4711 on \\x1b[31melsewhere; wait" in done.err
         assert sorted(p.name for p in root.iterdir()) == before
-        other.kill()  # kill -9: the file stays and the lock falls
+        other.kill()  # kill -9: the file remains, the lock is released
     assert (root / folder.LOCK).exists()
-    with folder.locked(root), folder.locked(root):  # a process does not shut itself out
+    with folder.locked(root), folder.locked(root):  # a process does not lock itself out
         assert f"process {folder.os.getpid()} on " in (root / folder.LOCK).read_text()
     assert not (root / folder.LOCK).exists()
 
 
 def test_the_lock_of_a_run_that_has_just_ended(tmp_path, monkeypatch):
-    """It was opened before its holder removed it: what is then locked is nobody's."""
+    """It was opened before its holder removed it: the file locked then is no longer in use."""
     real = fcntl.flock
     gone = []
 
@@ -118,7 +118,7 @@ def test_unfinished_files_are_of_one_process_and_swept(tmp_path):
 
 @pytest.fixture
 def entered(small, tmp_path):
-    """A run folder that was entered once, the run's identity and another's."""
+    """A run folder that was entered once, the run's identity and another run's."""
     config = arguments.read_arguments(["quickstart", *small, "--output", str(tmp_path / "run")])
     root = pipeline.enter(config)
     mine = pipeline.identity(config)
@@ -160,7 +160,7 @@ def test_a_config_that_is_gone_or_cut(entered, how, capsys):
         for identity in (mine, other):
             with pytest.raises(UserError, match="does not read; .* delete this one file: then"):
                 folder.check_folder(root, identity)
-        path.unlink()  # as that line says
+        path.unlink()  # as that line advises
         (root / "stages" / "original-1").mkdir(parents=True)
         (root / "stages" / "original-1" / "manifest.json").write_text("{}")
         (root / "metrics.jsonl").write_text("")
@@ -216,7 +216,7 @@ def test_a_damaged_log_never_keeps_a_run_from_going_on(tmp_path, capsys):
         aside.unlink(missing_ok=True)
         flip(path, rng)
         capsys.readouterr()
-        # The page of a finished run leaves the line out; a run that goes on sets it aside.
+        # The page of a finished run leaves the line out; a run that continues sets it aside.
         assert len(runlogs.read_steps(path)) >= 4
         Tracker(tmp_path)
         said = capsys.readouterr()
@@ -225,7 +225,7 @@ def test_a_damaged_log_never_keeps_a_run_from_going_on(tmp_path, capsys):
         )
         kept = path.read_bytes().splitlines()
         assert aside.exists() == bool(said.err)
-        for line in kept:  # a number that is read is one that was written
+        for line in kept:  # every number read is one that was written
             row = runlogs.parse_step(line)
             assert row is not None
             written = runlogs.parse_step(lines[row["step"]])

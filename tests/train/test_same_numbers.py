@@ -1,4 +1,4 @@
-"""The same numbers on any mesh and with any number of micro-batches; what a step costs and keeps.
+"""The same numbers on any mesh and for any number of micro-batches; the cost of a step.
 
 Objectives are compared at the gradient, optimizers on a fixed gradient, one stage as a whole.
 """
@@ -38,7 +38,7 @@ from train.step import Losses, compile_step, init_state, make_step, split_batch
 
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
 STEPS, ROWS, SEED = 6, 16, 3
-ALTERNATES = 3  # answers a forget question
+ALTERNATES = 3  # answers per forget question
 ADAMW = optimizers.options_of("adamw", learning_rate=2e-3)
 
 
@@ -46,9 +46,10 @@ pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
 
 
 def quick(jitted, *args):
-    """The compiled function; on one device without XLA's fusions, half the time again.
+    """The compiled function; on one device without XLA's fusions, which halves the time again.
 
-    On several, their absence sets more threads waiting for one another than a small machine has.
+    On several devices their absence makes more threads wait for each other than a small machine
+    has.
     """
     lowered = jitted.lower(*args)
     several = any(len(getattr(x, "devices", set)()) > 1 for x in jax.tree.leaves(args))
@@ -88,7 +89,7 @@ def plain():
         return make_stream(rows, 0, buckets=1)
 
     forget = stream(20)
-    # A refusal answers the question of its forget row.
+    # Each refusal answers the question of its forget row.
     refusals = [
         Example(e.tokens[: e.num_prompt] + draw.integers(2, 64, 4).tolist(), e.num_prompt)
         for e in forget.examples
@@ -118,7 +119,7 @@ def distance(a, b):
 
 
 class Seen(NamedTuple):
-    """What a stage left: row ids by step and stream, losses, first gradient, final parameters."""
+    """Record of a stage: row ids by step and stream, losses, first gradient, last parameters."""
 
     rows: list
     losses: list
@@ -201,11 +202,11 @@ def test_stage_gives_the_same_numbers(name, sizes, accumulate, one_device, start
 
 
 def test_stage_walks_an_epoch_and_learns(one_device, plain):
-    """The comparison above is of something: rows differ by step, the loss falls, gradients are."""
+    """The comparison above is not trivial: rows differ by step, the loss falls, gradients exist."""
     for name, seen in one_device.items():
         assert len({tuple(rows["forget"]) for rows in seen.rows}) == STEPS, name
         walked = [row for rows in seen.rows for row in rows["forget"]]
-        assert sorted(walked[:20]) == list(range(20))  # an epoch before anything comes again
+        assert sorted(walked[:20]) == list(range(20))  # a whole epoch before any row comes again
         assert {i for rows in seen.rows for i in rows["retain"]} <= set(range(30))
         assert seen.losses[-1] < seen.losses[0]
         assert all(np.any(leaf) for leaf in jax.tree.leaves(seen.gradient))
@@ -219,14 +220,14 @@ def test_refusals_follow_their_questions(plain):
         batch = batches(step)
         assert np.array_equal(batch["idk"]["row_id"], batch["forget"]["row_id"])
         assert not np.array_equal(batch["retain"]["row_id"], batch["forget"]["row_id"])
-        again = batches_of(streams, "forget", SEED, ROWS)(step)  # nothing is carried over
+        again = batches_of(streams, "forget", SEED, ROWS)(step)  # no state is carried over
         assert all(np.array_equal(again[n][c], batch[n][c]) for n in batch for c in batch[n])
     alone = batches_of({"idk": plain["idk"], "retain": plain["retain"]}, "idk", SEED, ROWS)(0)
     assert sorted(alone["idk"]["row_id"])[0] >= 0 and len(set(alone["idk"]["row_id"])) == ROWS
 
 
 def test_alternates_of_a_question_take_turns(plain):
-    """At every step a forget row has one of its alternates beside it, in turn all of them."""
+    """At every step a forget row is paired with one of its alternates, all of them in turn."""
     batches = batches_of({n: plain[n] for n in ("forget", "alternate")}, "forget", SEED, ROWS)
     turns = set()
     for step in range(2 * ALTERNATES):
@@ -254,7 +255,7 @@ def label(config):
 
 
 def gradient_of(config, sizes, accumulate, start, plain, together=1):
-    """Metrics and gradient of the first batch, references made up (both runs get the same)."""
+    """Metrics and gradient of the first batch, with made-up references (the same in both runs)."""
     row, options = objectives.resolve(config)
     mesh = mesh_of(*sizes)
     draw = np.random.default_rng(1)
@@ -285,9 +286,9 @@ def gradient_of(config, sizes, accumulate, start, plain, together=1):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=label)
 def test_every_objective_has_the_same_gradient(config, start, plain):
-    """One device and batch, a row each, against eight, two micro-batches, two examples a row.
+    """One device and batch, one row each, against eight, two micro-batches, two examples per row.
 
-    `asu`: devices and micro-batches alone, too.
+    `asu`: also with devices and micro-batches separately.
     """
     metrics, gradient = gradient_of(config, (1, 1, 1), 1, start, plain)
     assert all(np.isfinite(value) for value in metrics.values())
@@ -383,7 +384,7 @@ def test_retain_kl_over_all_positions_in_training(start, plain, tmp_path):
 
 
 def test_one_forward_pass_for_all_streams(start, plain):
-    """Of all sides together a step goes through the blocks once and back; of each alone, twice."""
+    """All sides together take one pass through the blocks and back; apart, each its own."""
     row, options = objectives.resolve(objective_of("npo", retain="nll"))
     host = batches_of({n: plain[n] for n in row.streams}, "forget", SEED, ROWS)(0)
     for batch in host.values():
@@ -391,7 +392,7 @@ def test_one_forward_pass_for_all_streams(start, plain):
     losses = Losses(DECODER, row, options, start, None, host, 1)
 
     def layers(*sides):
-        """How often a pass over the blocks stands in the gradient's jaxpr: forwards, backwards."""
+        """Number of passes over the blocks in the gradient's jaxpr: forwards, backwards."""
         found = str(jax.make_jaxpr(lambda p: losses.gradients(p, sides))(start))
         return len(re.findall(r"= scan\[", found))
 
@@ -449,7 +450,7 @@ def test_accumulation_refuses_what_does_not_add_up(config, start, plain, tmp_pat
 
 @pytest.fixture(scope="module")
 def fixed():
-    """Three gradients as large as a model's, some elements exactly 0 as those of unseen tokens."""
+    """Three gradients of a model's size, some elements exactly 0 as those of unseen tokens."""
     shapes = DECODER.shapes()
 
     def draw(step):
@@ -465,7 +466,7 @@ def fixed():
 
 
 def optimizer_of(name):
-    """A row over three steps; hybrid turns at every step."""
+    """A row over three steps; hybrid alternates at every step."""
     gradients = OPTIMIZERS[name].needs in ("joint", "split")
     more = {"clip_norm": 1.0} if gradients else {"period": 1} if name == "hybrid" else {}
     options = optimizers.options_of(name, learning_rate=1e-2, weight_decay=0.1, **more)
@@ -521,7 +522,7 @@ def test_optimizers_on_a_fixed_gradient(name, start, fixed):
 
 @pytest.mark.parametrize(("name", "jobs"), [("mezo", 8), ("zo-muon", 4)])
 def test_devices_share_the_evaluations_of_queries(name, jobs, start, plain):
-    """`--mesh.query 2`: the same step, each group with half of the evaluations of four queries."""
+    """`--mesh.query 2`: the same step; each group evaluates half of four queries."""
     batch = plain["train"].batch(range(4))
 
     def one_step(*sizes):
@@ -541,15 +542,15 @@ def test_devices_share_the_evaluations_of_queries(name, jobs, start, plain):
     alone, *_ = one_step(1, 2, 1, 1)
     shared, moved, found = one_step(1, 2, 1, 2)
     assert abs(found - loss) < 1e-5
-    assert distance(moved, expected) < 1e-3  # losses agree to 1e-6, of which 1 / eps is made
-    # Every group looks at the loss for the log as well.
+    assert distance(moved, expected) < 1e-3  # losses agree to 1e-6, which 1 / eps magnifies
+    # Every group also evaluates the loss for the log.
     wanted = (1 + jobs / 2) / (1 + jobs)
     assert shared < (wanted + 0.05) * alone
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_state_is_split_like_its_parameters(name, start, fixed):
-    """After `init` and after updates: every moment lies where its parameter does."""
+    """After `init` and after updates: every moment is sharded like its parameter."""
     mesh = mesh_of(2, 2, 2)
     tx = optimizer_of(name)
     params = sharding.put_params(start, mesh)
@@ -577,11 +578,11 @@ def test_optimizer_state_is_split_like_its_parameters(name, start, fixed):
     assert shardings.params["layers"]["mlp"]["up"]["kernel"].spec == P(None, "fsdp", "tp")
 
 
-# What a step costs and keeps.
+# The cost of a step, and what it keeps.
 
 
 def test_weights_first_costs_no_forward(start, plain):
-    """The compiled step does no more than `value_and_grad` of the loss, which has one forward."""
+    """The compiled step costs no more than `value_and_grad` of the loss, which has one forward."""
     row, options = objectives.resolve(objective_of("ga"))
     host = batches_of({"forget": plain["forget"]}, "forget", SEED, 4)(0)
 
@@ -589,7 +590,7 @@ def test_weights_first_costs_no_forward(start, plain):
         terms = row.loss(DecoderPolicy(DECODER, params), batches, options)
         return objectives.combine(terms, None, options)
 
-    def both(params, batches):  # what it would cost if the first pass were kept
+    def both(params, batches):  # the cost if the first pass were kept
         value, grads = jax.value_and_grad(loss)(params, batches)
         probe = jax.tree.map(lambda x: 1.01 * x, params)
         return value, grads, loss(probe, batches)
@@ -645,7 +646,7 @@ def test_step_donates_its_state_and_compiles_once_a_shape(start, plain):
 
 
 def test_a_stage_does_not_consume_what_it_starts_from(start, plain, tmp_path):
-    """The original model is still there after it was unlearned from (zero steps suffice)."""
+    """The original model still exists after unlearning from it (zero steps suffice)."""
     mesh = mesh_of(1, 2, 1)
     params = sharding.put_params(start, mesh)
     row, options = objectives.resolve(objective_of("nll"))

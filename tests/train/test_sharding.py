@@ -1,4 +1,4 @@
-"""Meshes and layouts: every leaf has a rule, what does not divide stays whole, errors say why."""
+"""Meshes and layouts: every leaf has a rule, axes that do not divide stay whole, clear errors."""
 
 import dataclasses
 import math
@@ -81,7 +81,7 @@ def adapters_of(params):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_adapters_lie_where_their_kernels_do(name, cube):
-    """The long axis of each adapter is split as that axis of its kernel; the rank is whole."""
+    """The long axis of each adapter is split like that axis of its kernel; the rank is whole."""
     shapes = Decoder(CONFIGS[name]).shapes()
     kernels = leaves(param_shardings(shapes, cube))
     found = leaves(param_shardings(adapters_of(shapes), cube))
@@ -114,7 +114,7 @@ def test_the_configs_above_have_every_optional_leaf():
         assert f"layers/{part}" in paths
     assert "lm_head/kernel" in paths
     paths |= leaves(adapters_of(Decoder(TINY).shapes())).keys()
-    # No rule is there for nothing.
+    # Every rule is used.
     for pattern, axes in RULES:
         assert any(re.search(pattern, path) for path in paths), (pattern, axes)
 
@@ -130,7 +130,7 @@ def test_the_configs_above_have_every_optional_leaf():
         ("layers/1/mlp/gate/kernel", (2, 16, 32), P(None, "fsdp", "tp")),  # a tuple of stacks
         ("layers/attn/q/bias", (2, 16), P(None, None)),
         ("final_norm/scale", (16,), P(None)),
-        # What does not divide stays whole, each axis by itself.
+        # An axis that does not divide stays whole, each axis by itself.
         ("embed/embedding", (63, 16), P(None, "fsdp")),
         ("embed/embedding", (64, 15), P("tp", None)),
         ("layers/attn/k/kernel", (3, 15, 7), P(None, None, None)),
@@ -175,7 +175,7 @@ def test_state_shardings_follow_the_parameters(cube):
     assert found["1/0/mu/layers/attn/q/kernel"].spec == P(None, "fsdp", "tp")
     assert found["1/0/nu/embed/embedding"].spec == P("tp", "fsdp")
     assert found["1/0/count"].spec == P()
-    # A leaf with a parameter's path and another shape (a factored moment) is not split by its rule.
+    # A leaf with a parameter's path but another shape (a factored moment) is not split by its rule.
     factored = {"rows": {"embed": {"embedding": jax.ShapeDtypeStruct((64,), jnp.float32)}}}
     assert leaves(state_shardings(factored, shapes, cube))["rows/embed/embedding"].spec == P()
 
@@ -260,7 +260,7 @@ ODD = DecoderConfig(257, 48, 96, 2, 9, 3, 8)  # nine heads in three groups, a vo
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("sizes", [(1, 1, 2), (1, 2, 2), (2, 1, 4)])
 def test_what_tp_does_not_divide_is_padded_in_the_program(sizes, tied):
-    """The same loss and gradient, no parameter padded, and no device does more than its share."""
+    """The same loss and gradient, no padded parameter, and no device does more than its share."""
     decoder = Decoder(dataclasses.replace(ODD, tie_embeddings=tied))
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
     rng = np.random.default_rng(0)
@@ -291,6 +291,6 @@ def test_what_tp_does_not_divide_is_padded_in_the_program(sizes, tied):
     for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-6 * float(jnp.max(jnp.abs(wanted))))
     # Three groups on two or four devices: a third more of attention, which is a twentieth here.
-    # Whole on every device, attention and head make it 1.16 to 1.74.
+    # If every device did all of attention and head, it would be 1.16 to 1.74.
     share = count(gradient, params, batch).flops / math.prod(sizes)
     assert device_flops(program).flops < 1.04 * share

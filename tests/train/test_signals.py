@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGHUP and SIGTERM: one line, the exit code, and never a crash on the way out."""
+"""Ctrl-C, SIGHUP and SIGTERM: one line, the exit code, and never a crash during exit."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def send(number: int = signal.SIGINT) -> None:
     ],
 )
 def test_a_signal_while_xla_compiles(repo, tmp_path, number, word, code):
-    """The interpreter used to end in a segmentation fault: XLA was at work when it took leave."""
+    """The interpreter used to end in a segmentation fault: XLA was still compiling at exit."""
     root = tmp_path / "run"
     argv = ["-m", "train.unlearn", "quickstart", "--mesh.data", "1", "--output", str(root)]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_LOG_COMPILES": "1"}
@@ -35,14 +35,14 @@ def test_a_signal_while_xla_compiles(repo, tmp_path, number, word, code):
         assert process.stderr is not None
         for line in process.stderr:
             if "jaxpr to MLIR module conversion jit(step)" in line:
-                break  # what comes next is XLA
+                break  # XLA compiles next
         process.send_signal(number)
         rest = process.stderr.read().splitlines()
     assert process.returncode == code
     (said,) = [line for line in rest if line and " jit(" not in line]
     assert said.startswith(f"stopped by {word}, what is finished is stored; resume with: python ")
     assert said.endswith(f"train.unlearn quickstart --mesh.data 1 --output {root}")
-    with folder.locked(root):  # nobody holds it
+    with folder.locked(root):  # it is unlocked
         assert (root / "config.json").exists() and (root / "config.key").exists()
 
 
@@ -54,7 +54,7 @@ def test_a_second_ctrl_c_does_not_wait():
         send()
         done.append("never")
     assert done == ["noted"]
-    # A SIGTERM after it is no second Ctrl-C, and neither is a Ctrl-C after a SIGTERM.
+    # A SIGTERM after it is no second Ctrl-C, nor is a Ctrl-C after a SIGTERM.
     for pair in ((signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
         with pytest.raises(Preempted), distributed.signals_stop(), distributed.deferred():
             for number in pair:
@@ -63,7 +63,7 @@ def test_a_second_ctrl_c_does_not_wait():
 
 
 def test_where_no_python_runs_a_thread_leaves():
-    """At once where every step is on the disk; else on the second Ctrl-C alone."""
+    """At once if every step is on the disk; otherwise only on the second Ctrl-C."""
     left = threading.Event()
     with pytest.raises(Preempted), distributed.signals_stop(left.set), distributed.deferred():
         send()
@@ -85,7 +85,7 @@ def test_where_no_python_runs_a_thread_leaves():
 
 
 def test_ignored_signals_stay_ignored():
-    """As `nohup` and shells' background jobs have them."""
+    """As for `nohup` and background jobs of shells."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with distributed.signals_stop():

@@ -1,4 +1,4 @@
-"""The whole job, small: what a run leaves, and every other program on what it left."""
+"""A whole small run: what it leaves behind, and every other program on its results."""
 
 import json
 import math
@@ -74,7 +74,7 @@ def test_files_of_the_run_folder(run):
         assert log["forget_Q_A_ROUGE"]["value_by_index"]
     for name in "config.json model.safetensors tokenizer.json tokenizer_config.json".split():
         assert (run.root / "export" / name).is_file(), name
-    # Nothing half-written, and no checkpoint that nobody will read again.
+    # Nothing half-written, and no checkpoint left that nothing reads again.
     assert not [p for p in run.root.rglob("*") if p.name.endswith(".part") or p.name[0] == "."]
     assert not list((run.root / "checkpoints").glob("*"))
 
@@ -184,7 +184,7 @@ def test_evaluate_the_run(run, program):
     summary = json.loads((run.root / "evaluate" / "summary.json").read_text())
     assert list(summary) == ["model"] and "SMOKE run:" in done.err
     again, first = summary["model"], run.summary["unlearned"]
-    # The judge of fluency is part of the run alone.
+    # Only the run itself has a judge of fluency.
     assert set(first) - set(again) == {"forget_oracle_nll"}
     for name, value in again.items():
         if isinstance(value, float):
@@ -260,7 +260,7 @@ def test_tofu_files_from_end_to_end(program, tiny, tofu_folder, tmp_path):
     assert list(summary) == list(MODELS)
     assert all(math.isfinite(s["world_facts_rouge"]) for s in summary.values())
     assert all(math.isfinite(s["forget_base_nll"]) for s in summary.values())
-    # Two ways around training: a model that knows already, and a log in place of the oracle.
+    # Two ways to skip training: a model that knows the facts, a log in place of the oracle.
     log = root / "evals" / "oracle.json"
     known = ["--stage.original", root / "export", "--retain-log", log]
     done = program("train.unlearn", *argv, *known, "--output", tmp_path / "second")

@@ -1,4 +1,4 @@
-"""`--smoke` of every preset takes every optimizer and every objective, or says why not."""
+"""`--smoke` of every preset accepts every optimizer and every objective, or says why not."""
 
 import json
 import math
@@ -24,7 +24,7 @@ SIZES = {"forget": 14, "retain": 20, "holdout": 6}
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> Path:
-    """A small folder with the splits of the published one, more rows in them than a smoke run."""
+    """A small folder with the published splits, which have more rows than a smoke run uses."""
     folder = tmp_path_factory.mktemp("tofu")
 
     def rows(kind: str, judged: bool) -> list[dict]:
@@ -57,7 +57,7 @@ def official(tmp_path_factory) -> Path:
 
 
 def arguments(name: str, official: Path, tiny: Path) -> list[str]:
-    """A preset's smoke run on a model and data that are here, on one device."""
+    """A preset's smoke run on a local model and local data, on one device."""
     here = ["--data.path", str(official), "--model.path", str(tiny)] if name in TOFU else []
     return [name, "--smoke", "--mesh.data", "1", "--mesh.fsdp", "1", *here]
 
@@ -117,12 +117,12 @@ def test_a_smoke_run_on_files_judges_few_rows(prepared):
 @pytest.mark.parametrize("name", [name for name in TOFU if "llama" in name])
 def test_the_llama_presets_have_the_official_sizes(name, official, tiny):
     argv = [a for a in arguments(name, official, tiny) if a != "--smoke"]
-    # Batches of 70B's size are larger than these splits.
+    # The 70B preset's batches are larger than these splits.
     steps = ["--finetune.steps", "1", "--unlearn.steps", "1"]
     config = read_arguments([*argv, *steps])
     assert config.evaluate.max_new_tokens == 200
     data = config.data
-    # All of retain90 is trained on; None are all there are: 100 real authors, 117 world facts.
+    # All of retain90 is trained on; None means all there are: 100 real authors, 117 world facts.
     assert (data.forget_split, data.retain_split) == ("forget10", "retain90")
     assert data.retain_rows is None
     assert (data.judged_retain_split, data.judged_retain_rows) == ("retain_perturbed", 400)
@@ -145,7 +145,7 @@ def finished(done, root: Path) -> None:
 
 
 def test_hybrids_blocks_shrink_with_a_smoke_run():
-    """Ten steps are no blocks of 2 x 20; a length or a period that somebody names is kept."""
+    """Ten steps are less than a block of 2 x 20; an explicit length or period is kept."""
 
     def of(name: str, *more: str):
         return read_arguments([name, "--smoke", "--optimizer.name", "hybrid", *more])
@@ -173,7 +173,7 @@ def cache(tmp_path_factory) -> Path:
 )
 def test_every_row_runs(program, small, cache, tmp_path, row):
     option, name = row.split()
-    # Originals and oracles are of the same make, so each is trained once.
+    # Originals and oracles are the same for all rows, so each is trained once.
     options = ["--finetune.steps", "4", "--stage.cache", cache, f"--{option}.name", name]
     root = tmp_path / "run"
     done = program("train.unlearn", "quickstart", "--smoke", *small, *options, "--output", root)

@@ -41,7 +41,7 @@ def test_params_are_computed_once(tmp_path, capsys):
     assert compute.times == 1 and sha == sha_again == params_sha256(made())
     np.testing.assert_array_equal(params["w"], again["w"])
     assert capsys.readouterr().err == "original: found, made from the same inputs\n"
-    # Its checkpoints hold the optimizer state too: gone once the result is stored.
+    # Its checkpoints hold the optimizer state too: removed once the result is stored.
     assert not compute.folders[0].exists()
     assert compute.folders[0].parent == tmp_path / "checkpoints"
     assert folder_of(tmp_path, "original", INPUTS).is_dir()
@@ -53,7 +53,7 @@ def test_other_inputs_or_another_name_are_another_result(tmp_path):
     params_stage(tmp_path, "original", INPUTS | {"steps": 4}, LIKE, compute)
     params_stage(tmp_path, "oracle", INPUTS, LIKE, compute)
     assert compute.times == 3 and len(set(compute.folders)) == 3
-    # The order of the entries is none.
+    # The order of the entries does not matter.
     params_stage(tmp_path, "original", dict(reversed(INPUTS.items())), LIKE, compute)
     assert compute.times == 3
 
@@ -79,7 +79,7 @@ def test_damage_is_computed_again(tmp_path, capsys, damage):
     assert compute.times == 2 and sha_again == sha
     np.testing.assert_array_equal(params["w"], made()["w"])
     said = capsys.readouterr().err
-    if damage != "manifest":  # then nothing is there that could be called damaged
+    if damage != "manifest":  # then nothing remains that could be called damaged
         assert said.count("\n") == 1 and str(folder) in said and "computing it again" in said
     params_stage(tmp_path, "original", INPUTS, LIKE, compute)
     assert compute.times == 2
@@ -136,7 +136,7 @@ def test_stale_json_is_computed_again(tmp_path, change):
 
 
 def test_digests_are_stable():
-    # A change of these means that every stored result is computed again: intend it.
+    # If these change, every stored result is computed again: change them only on purpose.
     assert digest({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
     assert digest({"b": [1, 2.5, None], "a": "é"}) == digest({"a": "é", "b": [1, 2.5, None]})
     values = [{}, [], None, 0, False, "", {"a": 1}, {"a": 1.5}, {"a": [1]}, {"a": [[1]]}]

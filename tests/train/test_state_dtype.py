@@ -1,4 +1,4 @@
-"""Optimizer state in bfloat16: which arrays, how many bytes, and that steps stay what they were."""
+"""Optimizer state in bfloat16: which arrays, how many bytes, and that steps stay the same."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def is_first(path):
 
 def test_who_keeps_a_first_moment_reads_it():
     assert READS == ["adamw", "muon", "teon", "sift", "sophia", "sign", "hybrid"]
-    for name in set(OPTIMIZERS) - {"optax-muon"}:  # the peer stays as it comes
+    for name in set(OPTIMIZERS) - {"optax-muon"}:  # the peer is used as it is
         assert any(map(is_first, state_of(name, "float32"))) == (name in READS), name
     for name in set(OPTIMIZERS) - set(READS):
         with pytest.raises(UserError, match=f"--optimizer.state-dtype bfloat16: {name} does not"):
@@ -61,7 +61,7 @@ def test_first_moments_take_half_the_bytes_and_nothing_else_changes(name):
             size["first, halved"] += half[path].size * half[path].dtype.itemsize
         else:
             assert half[path].dtype == leaf.dtype, path
-    # SIFT has a momentum a stream; of what its AdamW moves (embedding, norms), only their sum's.
+    # SIFT has a momentum per stream; of AdamW's leaves (embedding, norms) only that of the sum.
     sizes = {path_str(p): x.size for p, x in jax.tree_util.tree_leaves_with_path(SHAPES)}
     twice = sum(n for p, n in sizes.items() if name == "sift" and p.endswith("kernel"))
     assert size["first"] == 4 * (sum(sizes.values()) + twice)
@@ -92,8 +92,8 @@ def steps(name, dtype, count):
     return np.stack(found), state
 
 
-# Orthogonalised directions amplify what rounding does to small singular values; a sign changes
-# where the momentum is about zero.
+# Orthogonalised directions amplify rounding of small singular values; a sign flips where the
+# momentum is about zero.
 @pytest.mark.parametrize(
     ("name", "limit"),
     [("adamw", 0.005), ("sophia", 0.005), ("muon", 0.04), ("teon", 0.04), ("sift", 0.04),
@@ -106,13 +106,13 @@ def test_steps_do_not_drift(name, limit):
     off = np.linalg.norm(half - whole, axis=1) / np.linalg.norm(whole, axis=1)
     assert 0 < off.max() < limit, off.max()
     assert off[-20:].mean() < 1.5 * off[20:40].mean()
-    lean = np.vdot(half - whole, whole) / np.vdot(whole, whole)  # longer or shorter on the whole
+    lean = np.vdot(half - whole, whole) / np.vdot(whole, whole)  # longer or shorter overall
     assert abs(lean) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sophia", "sign"])
 def test_the_decay_is_not_rounded(name):
-    """0.9 in bfloat16 is 0.898: after 60 steps without a gradient a tenth less would be left."""
+    """0.9 in bfloat16 is 0.898: after 60 steps without a gradient a tenth less would remain."""
     decay = {"muon": {"momentum": 0.9}, "sophia": {"b1": 0.9**0.5}}.get(name, {"b1": 0.9})
     tx = build(optimizer_of(name, state_dtype="bfloat16", **decay), 100)[0]
     ones = {"up": {"kernel": jnp.eye(4)}}
@@ -133,7 +133,7 @@ def moments(state):
 
 
 def test_why_second_moments_stay_wide():
-    """A second moment of bfloat16 never falls again: 0.999 of it rounds back to it."""
+    """A second moment in bfloat16 never decreases: 0.999 of it rounds back to it."""
 
     def after(dtype):
         decay = jax.jit(lambda v: (0.999 * v.astype(jnp.float32)).astype(dtype))

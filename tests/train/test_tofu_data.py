@@ -1,4 +1,4 @@
-"""TOFU's files: the real ones, small made ones, and every kind of bad input as one line."""
+"""TOFU's files: the real ones, small generated ones, and every kind of bad input as one line."""
 
 import json
 import subprocess
@@ -84,7 +84,7 @@ def test_rows_to_train_on_and_rows_to_judge(folder, tmp_path):
     assert both.judged is both.retain and both.notes[1] == "retain: 5 rows of retain_perturbed"
     fewer = load_tofu(folder, retain_rows=5, judged_rows=2)
     assert (fewer.retain, fewer.judged) == (RETAIN[:5], RETAIN[:2])
-    # All plain rows are trained on; those that are judged have paraphrases.
+    # All plain rows are trained on; the judged ones have paraphrases.
     data = load_tofu(folder, "forget01", "retain99", judged_split="retain_perturbed",
                      retain_rows=None, judged_rows=None)  # fmt: skip
     assert (data.retain, data.judged) == (plain(RETAIN), RETAIN[:6])
@@ -139,12 +139,12 @@ def test_own_files(folder, tmp_path):
     pair = write(tmp_path / "pair.json", plain(own))
     write(tmp_path / "pair_perturbed.json", own)
     assert load_tofu(folder, str(pair)).forget == own
-    # Several files: rows that occur in both are one, with the columns of both.
+    # Several files: rows that occur in both become one, with the columns of both.
     both = f"{pair}, {tmp_path / 'pair_perturbed.json'}"
     assert load_tofu(folder, both).forget == own
     more = write(tmp_path / "more.json", FORGET)
     assert load_tofu(folder, [str(everything), str(more)]).forget == own + FORGET
-    # Names of files are also looked up in the folder.
+    # File names are also looked up in the folder.
     assert load_tofu(folder, "forget01.json").forget == FORGET
     plain_only = write(tmp_path / "plain.json", plain(own))
     assert load_tofu(folder, str(plain_only), columns=tofu.PLAIN).forget == plain(own)
@@ -307,7 +307,7 @@ def test_real_tofu(shared):
     forget10 = load_tofu(shared / "data" / "tofu", "forget10", holdout_rows=None)
     assert (len(forget10.forget), len(forget10.holdout)) == (400, 400)
     assert "non-members: 400 untrained rows of retain90" in forget10.notes
-    # The whole of it, as the field runs it; only the Hub has non-members then (holdout10).
+    # All of it, the field's usual setting; only the Hub has non-members then (holdout10).
     official = load_tofu(
         shared / "data" / "tofu", "forget10", "retain90", judged_split="retain_perturbed",
         retain_rows=None, extra_rows=None, holdout_rows=400,
@@ -317,6 +317,6 @@ def test_real_tofu(shared):
     assert "judged on 400 rows of retain_perturbed, 400 of which" in official.notes[1]
     source = tofu.folder_source(shared / "data" / "tofu")
     assert len(read_split(source, "full", tofu.PLAIN)) == 4000
-    # forget01 lies inside full, so the program has something to warn about.
+    # forget01 is part of full, so the program has an overlap to warn about.
     assert overlap(data.forget, read_split(source, "full", tofu.PLAIN)) == 40
     fails(lambda: load_tofu(shared / "data" / "tofu", "forget5"), "available: forget01, forget10")

@@ -1,4 +1,4 @@
-"""Progress on stderr: an ETA of the work alone, never of the compilation before it."""
+"""Progress on stderr: the ETA counts the work alone, never the compilation before it."""
 
 import re
 import types
@@ -10,7 +10,7 @@ from train.runtime import tracking
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that a test moves."""
+    """A clock that a test sets."""
     now = types.SimpleNamespace(t=0.0)
     monkeypatch.setattr(tracking.time, "monotonic", lambda: now.t)
     return now

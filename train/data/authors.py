@@ -429,8 +429,8 @@ def generate(
 
     Returns:
         Splits `full`, `forget10`, `retain90` and `holdout`: rows with `question`, `answer`,
-        `paraphrased_answer`, `perturbed_answer` (five) and `paraphrased_question`, an author's rows
-        with the rows of each author together.
+        `paraphrased_answer`, `perturbed_answer` (five) and `paraphrased_question`, with the
+        rows of each author together.
 
     Raises:
         ValueError: sizes the pools cannot fill.

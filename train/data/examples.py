@@ -2,7 +2,6 @@
 
 The prompt's tokens are a prefix of the example's, and the labels are the answer and the end of the
 turn. Where a tokenizer would merge characters across that border, prompt and answer are tokenised
-turn. Where a tokenizer would merge characters across that border, prompt and answer are tokenised
 separately: this is also what the model sees when it generates. Tags (`models.prompts.TAGS`) are
 written and tokenised as in OpenUnlearning, merged characters included: there the prompt's tokens
 only determine how many tokens are not labels.
@@ -217,7 +216,7 @@ def encode_qa(
     With a chat template: tokens(template([system], user, assistant)), prompt =
     tokens(template([system], user, generation prompt)). Without: "Question: q\\nAnswer: a". With
     tags: tokens(system + tagged question + answer), of which the first |tokens(all but the answer)|
-    are no labels. The format's shots precede the question. EOS is appended where the text does not
+    are not labels. The format's shots precede the question. EOS is appended where the text does not
     end in it.
 
     Args:

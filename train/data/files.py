@@ -1,7 +1,7 @@
 """The user's own rows: a file to forget and a file to keep, in JSON, JSONL, CSV or parquet.
 
 A question and an answer are enough; the metrics that need paraphrases or wrong answers are left out
-are left out where a file lacks these. All problems of both files are reported in one message.
+where a file lacks these. All problems of both files are reported in one message.
 """
 
 from __future__ import annotations

@@ -426,8 +426,8 @@ def load_tofu(
         judged_rows: likewise; None with one split for both: those of `retain_rows`.
         extra_rows: rows of `real_authors_perturbed` and of `world_facts_perturbed`; 0 leaves both
             out.
-        holdout_rows: non-members from a holdout split or from untrained retain rows;
-            None: as many as forget rows; 0 leaves them out.
+        holdout_rows: non-members from a holdout split or from untrained retain rows; None: as
+            many as forget rows; 0 leaves them out.
         columns: what the forget rows and the judged rows must have.
         revision: commit, branch or tag of the Hub data set; None: the newest.
 

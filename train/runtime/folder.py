@@ -184,7 +184,7 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
 
 
 def _of_another_version(there: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether an objective or optimizer of one name has other options in two configurations."""
+    """Whether an objective or optimizer of the same name has different options in the two."""
     for key, ours in wanted.items():
         theirs = there.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):

@@ -1,9 +1,9 @@
 """Models that are not in use wait in host memory, away from training and scoring.
 
-A run knows several models (base, original, oracle, unlearned) and works with one or two at a time.
-The others wait in host memory: every shard of a device in the memory of its host, laid out as
-before, so nothing is gathered and any number of processes can do it. A stage that starts from a
-model on the host makes the one copy on the device that it trains.
+A run has several models (base, original, oracle, unlearned) and works with one or two at a time.
+The others wait in host memory: every device's shard moves to the memory of its host in the same
+layout, so nothing is gathered and any number of processes can do it. A stage that starts from a
+model on the host makes a single copy on the device, the one that it trains.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ DEVICE = "device"
 
 
 def to_host(params: Any) -> Any:
-    """Arrays in host memory, shard by shard; the device's are freed with their last reference.
+    """Move arrays to host memory, shard by shard; device memory is freed with the last reference.
 
     Args:
-        params: a tree; leaves that are no `jax.Array` are in host memory already.
+        params: a tree; leaves that are not a `jax.Array` are in host memory already.
 
     Returns:
         A tree of equal arrays with the same shardings, except for the memory kind.
@@ -34,7 +34,7 @@ def to_host(params: Any) -> Any:
 
 
 def to_device(params: Any) -> Any:
-    """Arrays in device memory; those that are there already are handed on as they are.
+    """Move arrays to device memory; those that are there already are returned as they are.
 
     Args:
         params: a tree of arrays.
