@@ -1,18 +1,29 @@
-"""A new evaluator is one row, and so is a new benchmark; model roles are data of the run."""
+"""A new evaluator, benchmark, loss or optimizer is one row; model roles are data of the run."""
 
+import dataclasses
 import json
 
+import optax
 import pytest
 
-from jaxlib_unlearn import objectives
+from jaxlib_unlearn import losses, objectives
 from jaxlib_unlearn.errors import UserError
-from train import choices, pipeline, tasks
-from train.config import DataConfig, EvaluateConfig, RunConfig
+from jaxlib_unlearn.objectives import Objective
+from jaxlib_unlearn.objectives.base import Sided, named, retain_terms
+from jaxlib_unlearn.options import option
+from train import base_models, checks, choices, optimizers, pipeline, tasks
+from train.arguments import read_arguments
+from train.config import DataConfig, EvaluateConfig, RunConfig, replace
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.base import Evaluator, Finding, Metric, Picture, Verdict
 from train.evaluators.evaluation import Answers, Model
 from train.evaluators.roles import Roles
+from train.optimizer_options import Options as OptimizerOptions
+from train.optimizer_rows import Optimizer
 from train.reporting import compare, page, tables
+from train.run import Run
+from train.runtime import sharding
+from train.runtime.tracking import Tracker
 from train.tasks.task import Benchmark, Task
 
 RIDDLES = [{"question": f"Riddle {i}?", "answer": f"a riddle {i}"} for i in range(3)]
@@ -182,3 +193,98 @@ def test_roles_are_data_of_the_run(tmp_path):
     (folder / "run.json").write_text("{}")
     with pytest.raises(UserError, match="has no model 'unlearned'; finish the run first"):
         tables.load_run(folder)
+
+
+# A complete new loss: an objective with an option of its own.
+
+
+@dataclasses.dataclass(frozen=True)
+class Squared(Sided):
+    """Options of the toy objective."""
+
+    name: str = named("squared")
+    aim: float = option(2.0, "NLL that forget answers should have, nats per token.", above=0)
+
+
+def squared(policy, batches, options):
+    """``L = f (NLL(forget) - aim)^2 per token + r NLL(retain)``."""
+    batch = batches["forget"]
+    errors = (-policy.log_probs(batch) - options.aim) ** 2
+    forget = losses.masked_sum(errors, batch["target_mask"])
+    return {"forget": forget} | retain_terms(policy, batches, options)
+
+
+QA = ("question", "answer")
+SQUARED = Objective(
+    name="squared",
+    loss=squared,
+    streams=("forget", "retain"),
+    columns={"forget": QA, "retain": QA},
+    reference={},
+    forward={},
+    additive=True,
+    paper="-",
+    options=Squared,
+    summary="bring the NLL of forget answers to an aim",
+)
+
+
+# A complete new optimizer.
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipped(OptimizerOptions):
+    """Options of the toy optimizer."""
+
+    name: str = named("clipped")
+    limit: float = option(0.5, "largest element of a direction.", above=0)
+
+
+CLIPPED = Optimizer(
+    "clipped",
+    Clipped,
+    lambda c, schedule: optax.chain(optax.clip(c.limit), optax.scale_by_learning_rate(schedule)),
+    "joint",
+    "gradient descent with clipped elements",
+)
+
+
+@pytest.fixture
+def methods(monkeypatch):
+    """Both rows, added to their tables."""
+    monkeypatch.setitem(objectives.OBJECTIVES, "squared", SQUARED)
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "clipped", CLIPPED)
+
+
+ARGV = "quickstart --objective.name squared --optimizer.name clipped".split()
+
+
+def test_methods_are_on_the_command_line(methods):
+    found = read_arguments([*ARGV, "--objective.aim", "1.5", "--optimizer.limit", "0.25"])
+    assert (found.objective.aim, found.optimizer.limit) == (1.5, 0.25)
+    for options, words in (
+        ("--objective.aim 0", "aim is 0.0; it must be greater than 0"),
+        ("--optimizer.limit -1", "limit is -1.0; it must be greater than 0"),
+        ("--objective.beta 1", "objective 'squared' does not use beta"),
+        ("--optimizer.momentum 0.5", "clipped does not read it; its own are limit"),
+    ):
+        with pytest.raises(UserError, match=words):
+            checks.check_run(read_arguments([*ARGV, *options.split()]))
+    listed = "\n".join([*objectives.list_objectives(), *optimizers.list_optimizers()])
+    assert SQUARED.summary in listed and CLIPPED.summary in listed
+
+
+def test_methods_train(methods, small, tmp_path):
+    """Through the stage that all share: kept, found again, and other options are another stage."""
+    smaller = "--unlearn.steps 3 --unlearn.curve-points 0 --optimizer.learning-rate 0.5".split()
+    config = read_arguments([*ARGV, *small, *smaller])
+    task, mesh = tasks.load_task(config), sharding.make_mesh(config.mesh)
+    base = base_models.base_model(config, task, mesh)
+    run = Run(tmp_path, mesh, 0, Tracker(tmp_path))
+    trained = pipeline.unlearn(run, config, base, task)
+    assert trained.sha == pipeline.unlearn(run, config, base, task).sha != base.sha
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    errors = [step["forget_loss"] for step in logged]
+    assert len(errors) == 3 and errors[2] < errors[0]
+    other = replace(config, **{"objective.aim": 1.0})
+    assert pipeline.unlearn(run, other, base, task).sha != trained.sha
