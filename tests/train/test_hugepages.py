@@ -63,7 +63,7 @@ def is_a_choice() -> bool:
 def test_large_arrays_lie_in_them(asked):
     program = f"""
 import sys
-from train import hugepages
+from train.runtime import hugepages
 if {asked}:
     hugepages.ask()
 array = bytearray(2**28)
