@@ -97,7 +97,8 @@ def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
 
 def test_unfinished_files_are_of_one_process_and_swept(tmp_path):
     names = {files.part_of(tmp_path / "config.json").name}
-    code = "from train.runtime import files; from pathlib import Path; print(files.part_of(Path('x')).name)"
+    code = "from pathlib import Path; from train.runtime import files; "
+    code += "print(files.part_of(Path('x')).name)"
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         names.add(done.stdout.strip().replace("x.", "config.json.", 1))
