@@ -104,7 +104,8 @@ def test_the_code_digest_sees_the_code(monkeypatch, tmp_path):
     for package in distributed.PACKAGES:
         (tmp_path / package).mkdir()
         (tmp_path / package / "one.py").write_text("x = 1\n")
-    monkeypatch.setattr(distributed, "__file__", str(tmp_path / "train" / "runtime" / "distributed.py"))
+    here = tmp_path / "train" / "runtime" / "distributed.py"
+    monkeypatch.setattr(distributed, "__file__", str(here))
     found = {distributed.code_digest()}
     (tmp_path / "models" / "one.py").write_text("x = 2\n")
     found.add(distributed.code_digest())
