@@ -94,7 +94,7 @@ def test_a_benchmark_gives_rows_streams_and_evaluators(toys):
     assert pipeline.stream_rows(ascent, task, 0) == {"forget": RIDDLES[:2]}
     with pytest.raises(UserError, match="trained on 'retain', which the data do not have"):
         pipeline.stream_rows(objectives.resolve("graddiff")[0], task, 0)
-    assert choices.words.__wrapped__()["data.source"] == ("authors", "tofu", "riddles")
+    assert choices.known_words(RunConfig)["--data.source"] == ("authors", "tofu", "riddles")
     with pytest.raises(UserError, match="'riddle' is unknown; choose authors or tofu or riddles"):
         tasks.load_task(config(source="riddle"))
 
