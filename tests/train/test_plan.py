@@ -376,9 +376,9 @@ def test_presets_of_large_models(name):
     assert preset.preset == name and preset.model.dtype == "bfloat16"
     assert decoder.config.num_layers == (32 if "8b" in name else 80)
     assert preset.objective.name == "npo" and preset.mesh.fsdp == -1
-    for optimizer, dtype in (("adamw", "float32"), ("muon", "bfloat16"), ("teon", "bfloat16")):
+    for optimizer, dtype in (("adamw", None), ("muon", "bfloat16"), ("teon", "bfloat16")):
         found = config("--topology", "cpu:8", "--optimizer.name", optimizer, preset=name)
-        assert found.optimizer.comm_dtype == dtype
+        assert getattr(found.optimizer, "comm_dtype", None) == dtype
 
 
 # For TPUs, with libtpu
