@@ -250,8 +250,9 @@ CONFIGS = [
 
 
 def label(config):
-    more = "contrast" if config.contrast else None
-    return "-".join(x for x in (config.name, config.compat, config.retain, more) if x)
+    more = "contrast" if getattr(config, "contrast", 0) else None
+    parts = (config.name, config.compat, getattr(config, "retain", None), more)
+    return "-".join(x for x in parts if x)
 
 
 def gradient_of(config, sizes, accumulate, start, plain, together=1):
