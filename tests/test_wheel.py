@@ -70,7 +70,7 @@ def run_bare(site, code):
 def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {NAME}
-    assert f"{NAME}/optim/muon.py" in names
+    assert f"{NAME}/optim/spectral/muon.py" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
