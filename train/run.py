@@ -35,7 +35,7 @@ from train.runtime.folder import read_minutes, write_about
 from train.runtime.keys import stage_inputs
 from train.runtime.stages import digest, folder_of, json_stage, params_stage
 from train.runtime.tracking import Tracker, say
-from train.step import Trainable, all_of
+from train.step import Trainable, all_of, shaped
 
 
 class Clock:
@@ -267,21 +267,12 @@ def train(
             keep(trained)
         return training.finish(trained)
 
-    like = laid_out(start.params, mesh)
+    like = shaped(start.params, sharding.param_shardings(start.params, mesh))
     cache = run.cache if shared else None
     params, sha = params_stage(run.folder, name, inputs, like, make, cache)
     if recipe.profile is not None and not computed:
         say(f"--profile {recipe.profile}: nothing traced, stage {name} was done already")
     return start._replace(params=params, sha=sha)
-
-
-def laid_out(params: Any, mesh: Any) -> Any:
-    """Parameters as shapes that know where they lie on the mesh."""
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        params,
-        sharding.param_shardings(params, mesh),
-    )
 
 
 class Work(NamedTuple):
@@ -360,9 +351,8 @@ def compute(
 
     cache = run.cache if shared else None
     if like is not None:
-        params, sha = params_stage(
-            run.folder, name, key, laid_out(like.params, run.mesh), call, cache
-        )
+        shapes = shaped(like.params, sharding.param_shardings(like.params, run.mesh))
+        params, sha = params_stage(run.folder, name, key, shapes, call, cache)
         return like._replace(params=params, sha=sha)
     folder = folder_of(remote.home(run.folder), name, key)
     place = remote.home(run.folder) / "checkpoints" / folder.name
@@ -386,13 +376,7 @@ def identity(value: Any, where: str = "input") -> Any:
         {'rows': [{'question': 'Who?'}], 'weight': 0.5}
     """
     if isinstance(value, Model):
-        words = value.tokenizer
-        said = None if words is None else [words.backend.to_str(), words.chat_template]
-        return {
-            "params": value.sha,
-            "model": to_json(value.decoder.config),
-            "words": digest(said),
-        }
+        return value.identity()
     if isinstance(value, Stream):
         return {"stream": value.identity()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

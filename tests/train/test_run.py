@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn import objectives
-from models import Decoder, DecoderConfig
+from models import Decoder, DecoderConfig, Tokenizer
+from train import base_models
 from train import run as runs
 from train.config import UnlearnConfig
 from train.data.examples import Example
@@ -24,6 +25,7 @@ from train.runtime.checkpointing import params_sha256
 from train.runtime.folder import read_minutes
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
+from train.tasks.task import Task
 
 CALLS: list[str] = []
 SHAPE = DecoderConfig(
@@ -38,10 +40,15 @@ SHAPE = DecoderConfig(
 )
 
 
+@functools.cache
+def words() -> Tokenizer:
+    return base_models.train_tokenizer(Task([], [{"answer": "Ada."}], {}, [], []), 300)
+
+
 def model(seed: int) -> Model:
     decoder = Decoder(SHAPE, "none")
     params = decoder.init(jax.random.key(seed))
-    return Model(decoder, params, None, params_sha256(params))
+    return Model(decoder, params, words(), params_sha256(params))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +162,10 @@ def test_identities(models):
     assert identity(a) == identity(other)  # computing it twice gives the same result
     changed = dataclasses.replace(SHAPE, rope_theta=5.0)
     assert identity(a) != identity(a._replace(decoder=Decoder(changed, "none")))
+    # Another date in its prompts, or rows shown before a question.
+    for changes in ({"date": "1 Jan 2020"}, {"shots": (("Who?", "Ada."),)}):
+        layout = words().format._replace(**changes)
+        assert identity(a) != identity(a._replace(tokenizer=words().formatted(layout)))
     stream = [make_stream([Example([1, 2, t], 1), Example([4, 5], 1)], 0) for t in (3, 3, 6)]
     assert identity(stream[0]) == identity(stream[1]) != identity(stream[2])
     moved = make_stream([Example([1, 2], 1), Example([3, 4, 5], 1)], 0)  # the same tokens

@@ -18,13 +18,14 @@ from models import Tokenizer, arrays
 from models.decoder import Decoder
 from models.generate import SamplingConfig, generate
 from models.policy import score
-from train.config import EvaluateConfig
+from train.config import EvaluateConfig, to_json
 from train.data.batches import score_batches
 from train.data.examples import Example, Group, encode_group, encode_prompt, encode_qa
 from train.evaluators import EVALUATORS, chosen
 from train.evaluators.base import Rows, means
 from train.runtime import distributed, residency
 from train.runtime.sharding import batch_sharding, batch_ways, put_batch
+from train.runtime.stages import digest
 from train.runtime.tracking import progress
 from train.tasks.task import Task
 
@@ -40,6 +41,16 @@ class Model(NamedTuple):
     params: Any
     tokenizer: Tokenizer
     sha: str
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, as JSON values: parameters, shape, tokens, prompts."""
+        words = self.tokenizer
+        return {
+            "params": self.sha,
+            "model": to_json(self.decoder.config),
+            "tokenizer": digest([words.backend.to_str(), words.chat_template, words.eos_id]),
+            "format": words.format,
+        }
 
     def to_host(self) -> Model:
         """The model in host memory, where it waits until it is needed."""

@@ -8,19 +8,15 @@ from typing import Any
 from train.config import to_json
 from train.evaluators import EVALUATORS, chosen, evaluation
 from train.evaluators.roles import ROLES, Roles
-from train.runtime.stages import amend_json, digest, json_stage
+from train.runtime.stages import amend_json, json_stage
 
 
 def evaluation_inputs(
     model: Any, task: Any, evaluate: Any, data: Any, judge: Any, seed: int
 ) -> dict[str, Any]:
     """Everything an evaluation depends on."""
-    words = model.tokenizer
     return {
-        "params": model.sha,
-        "model": to_json(model.decoder.config),
-        "tokenizer": digest([words.backend.to_str(), words.chat_template, words.eos_id]),
-        "format": words.format,
+        **model.identity(),
         "task": task.digest(),
         "evaluate": to_json(evaluate),
         "judge": None if judge is None else [judge.sha, to_json(judge.decoder.config)],
