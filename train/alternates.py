@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.metrics.text import unfinished
 from models.generate import SamplingConfig
 from train.data.examples import encode_prompt
 from train.evaluators.evaluation import Answers, Model, answer_rows, longest
@@ -24,8 +25,7 @@ from train.tasks.task import ALTERNATES, Row
 VERSION = 1
 SHOTS = 6  # kept rows that stand before every question
 ROUNDS = 3  # of samples, for questions of which too few answers were whole
-FEWEST_WORDS = 3  # of a whole answer, as where answers are judged
-ENDS = ".!?\"')”’"
+WHOLE = "This is what a whole answer is like."  # what `unfinished` holds answers against
 
 
 def with_alternates(
@@ -126,8 +126,7 @@ def sort(
         for text, tokens in zip(texts, ids, strict=True):
             if not text.strip() or text in whole[place] or text in rest[place]:
                 continue
-            ended = len(tokens) < limit and text.rstrip()[-1] in ENDS
-            good = ended and len(text.split()) >= FEWEST_WORDS
+            good = len(tokens) < limit and not unfinished(text, WHOLE)
             (whole if good else rest)[place].append(text)
 
 
