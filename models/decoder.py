@@ -166,7 +166,7 @@ class Decoder:
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Logits, float32 `(..., V)`, of final hidden states `(..., d)`.
 
-        `params` may hold a copy of the matrix for each group of rows (`models.policy.head_copies`).
+        `params` may hold a copy of the matrix for each group of rows (`models.labels.head_copies`).
         """
         tied = self.config.tie_embeddings
         kernel = params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
@@ -193,6 +193,7 @@ class Decoder:
         hidden_at: tuple[int, ...] = (),
         depth: int | None = None,
         train_from: int = 0,
+        enter: tuple[int, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Final hidden states of a batch of token rows.
 
@@ -216,12 +217,14 @@ class Decoder:
                 `collected["hidden"]`.
             depth: static; stop after this many blocks.
             train_from: static; no gradient below this block.
+            enter: `(block, hidden (B, T, d))`: start at this (static) block, given the output of
+                the one below; the embedding and the blocks below are not computed.
 
         Returns:
             `(hidden (B, T, d) after the final norm, collected)`.
 
         Raises:
-            ValueError: `hidden_at`, `depth` or `train_from` outside the model.
+            ValueError: `hidden_at`, `depth`, `train_from` or `enter` outside the model.
         """
         c = self.config
         depth = c.num_layers if depth is None else depth
@@ -231,6 +234,11 @@ class Decoder:
             )
         if any(not 0 <= i < depth for i in hidden_at):
             raise ValueError(f"hidden_at {hidden_at} is outside 0..{depth - 1}")
+        entry = 0 if enter is None else enter[0]
+        if not 0 <= entry <= depth or any(i < entry for i in hidden_at):
+            raise ValueError(
+                f"enter at block {entry} is outside 0..{depth}, or above a block of {hidden_at}"
+            )
         batch, length = tokens.shape
         start = jnp.zeros((), jnp.int32) if cache is None else cache["index"]
         slots = start + jnp.arange(length, dtype=jnp.int32)
@@ -264,7 +272,7 @@ class Decoder:
 
         dtype = jnp.dtype(c.dtype)
         embedding = params["embed"]["embedding"]
-        x = lookup(embedding, tokens, dtype)
+        x = lookup(embedding, tokens, dtype) if enter is None else enter[1].astype(dtype)
         graph, _ = _abstract_block(c)
 
         def body(carry, inputs):
@@ -298,8 +306,10 @@ class Decoder:
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
 
         collected: dict[str, Any] = {"hidden": {}}
-        cuts = {train_from, depth, *(i + 1 for i in hidden_at)}
+        cuts = {train_from, entry, depth, *(i + 1 for i in hidden_at)}
         for first, last, layers in segments_of(params["layers"], cuts, depth):
+            if first < entry:
+                continue
             if first == train_from and train_from > 0:
                 x = jax.lax.stop_gradient(x)
             prompt = None if before is None else (before["k"][first:last], before["v"][first:last])

@@ -14,11 +14,19 @@ import jax
 import numpy as np
 
 from jaxlib_unlearn.objectives import Objective
-from models.decoder import Decoder
+from models.learner import Learner
 from train.optimizers import Options, build
 from train.runtime import checkpointing, distributed, remote, residency, sharding
 from train.runtime.tracking import Tracker, progress, say
-from train.step import Bind, TrainState, compile_step, init_state, make_step, whole
+from train.step import (
+    ALL,
+    Binding,
+    TrainState,
+    compile_step,
+    init_state,
+    make_step,
+    objective_state,
+)
 
 HostBatches = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -58,9 +66,10 @@ class Stage:
         watch: evaluations during training.
         checkpoints: folder for this stage's checkpoints.
         checkpoint_seconds: minimum time between two of them.
-        bind: makes a model of the trained tree (`train.step.Trainable`).
+        binding: makes models of the trained tree (`train.step.Trainable`).
         batch_size: rows of a global batch; None: `batches` makes all of them.
         profile: folder for a trace of a few steps.
+        seed: of what the objective draws.
     """
 
     name: str
@@ -74,9 +83,10 @@ class Stage:
     checkpoint_seconds: float
     watch: tuple[Watch, ...] = ()
     combine: str = "sum"
-    bind: Bind = whole
+    binding: Binding = ALL
     batch_size: int | None = None
     profile: Path | None = None
+    seed: int = 0
 
 
 PROFILED = 3  # steps in a trace, after two for compilation and warm-up
@@ -126,7 +136,7 @@ def curve_steps(steps: int, points: int) -> tuple[int, ...]:
 
 
 def run(
-    stage: Stage, decoder: Decoder, params: Any, frozen: Any, mesh: Any, tracker: Tracker
+    stage: Stage, learner: Learner, params: Any, frozen: Any, mesh: Any, tracker: Tracker
 ) -> Any:
     """Train from `params`, which stay where and as they are, and return the final parameters.
 
@@ -140,18 +150,20 @@ def run(
     """
     axis = sharding.query_axis(mesh)
     tx, schedule, needs = build(stage.optimizer, stage.steps, stage.combine, axis)
-    params = residency.fresh(params, sharding.param_shardings(params, mesh))
-    state, shardings = init_state(params, tx, mesh)
+    params = residency.fresh(params, sharding.param_shardings(params, mesh, learner.rules))
+    memory = objective_state(learner, stage.objective, stage.options, stage.seed)
+    state, shardings = init_state(params, tx, mesh, memory)
     step_fn = compile_step(
         make_step(
-            decoder,
+            learner,
             stage.objective,
             stage.options,
             tx,
             schedule,
             stage.accumulate,
             needs,
-            stage.bind,
+            stage.binding,
+            stage.seed,
         ),
         shardings,
         mesh,

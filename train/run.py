@@ -24,7 +24,8 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
 from models import lora
-from models.policy import head_of
+from models.labels import head_of
+from models.learner import check_questions
 from train import loop
 from train.config import LoraConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.streams import Stream, batches_of, needs_head, pack_streams, with_references
@@ -35,7 +36,7 @@ from train.runtime.folder import read_minutes, write_about
 from train.runtime.keys import stage_inputs
 from train.runtime.stages import digest, folder_of, json_stage, params_stage
 from train.runtime.tracking import Tracker, say
-from train.step import Trainable, all_of, shaped
+from train.step import Binding, Trainable, all_of, shaped
 
 
 class Clock:
@@ -156,16 +157,18 @@ def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed
     Of a model in host memory only what a step reads is brought to the device: the model and the
     copy that is trained are never there together.
     """
-    params = start.params
+    params, forked = start.params, "fork" in row.reference.values()
     if adapters is None or adapters.rank is None:
-        head = residency.to_device(head_of(params)) if needs_head(row) else None
-        return all_of(params, head)
+        head = residency.to_device(head_of(params)) if needs_head(row) and not forked else None
+        return all_of(params, residency.to_device(params) if forked else head, forked)
     params = residency.to_device(params)
     options = {"scale": adapters.scale}
     return Trainable(
         lora.init(params, adapters.rank, adapters.targets, seed),
         params,
-        functools.partial(lora.bind, **options),
+        Binding(
+            functools.partial(lora.bind, **options), (lambda frozen: frozen) if forked else None
+        ),
         lambda trainable: lora.view(trainable, params, **options),
         lambda trainable: lora.merge(trainable, params, **options),
     )
@@ -207,6 +210,7 @@ def train(
     stage, optimizer, adapters, mesh = recipe.stage, recipe.optimizer, recipe.adapters, run.mesh
     frozen = start if reference is None else reference
     objectives.check_accumulation(row, stage.accumulate)
+    check_questions(start.learner, row, options)
     check_pair(optimizer, recipe.combine, row, options)
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
     divides = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)
@@ -217,7 +221,7 @@ def train(
     seed = seed_of(run.seed, purpose or name)
     inputs = stage_inputs(
         start.sha,
-        start.decoder.config,
+        start.learner.identity(),
         streams,
         objective=options,
         optimizer=optimizer,
@@ -259,15 +263,17 @@ def train(
                 for look, points in watch
             ),
             combine=recipe.combine,
-            bind=training.bind,
+            binding=training.binding,
             profile=recipe.profile,
+            seed=seed,
         )
-        trained = loop.run(plan, start.decoder, training.start, training.frozen, mesh, run.tracker)
+        trained = loop.run(plan, start.learner, training.start, training.frozen, mesh, run.tracker)
         if keep is not None:
             keep(trained)
         return training.finish(trained)
 
-    like = shaped(start.params, sharding.param_shardings(start.params, mesh))
+    rules = start.learner.rules
+    like = shaped(start.params, sharding.param_shardings(start.params, mesh, rules))
     cache = run.cache if shared else None
     params, sha = params_stage(run.folder, name, inputs, like, make, cache)
     if recipe.profile is not None and not computed:
@@ -351,7 +357,8 @@ def compute(
 
     cache = run.cache if shared else None
     if like is not None:
-        shapes = shaped(like.params, sharding.param_shardings(like.params, run.mesh))
+        rules = like.learner.rules
+        shapes = shaped(like.params, sharding.param_shardings(like.params, run.mesh, rules))
         params, sha = params_stage(run.folder, name, key, shapes, call, cache)
         return like._replace(params=params, sha=sha)
     folder = folder_of(remote.home(run.folder), name, key)

@@ -13,33 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_unlearn.objectives import Objective, combine, side_of
-from models.decoder import Decoder
-from models.policy import DecoderPolicy, head_copies, label_states
-from train.runtime.sharding import batch_sharding, constrain, param_shardings, state_shardings
+from jaxlib_unlearn.objectives import Objective, combine, row_keys, side_of
+from models.asked import Frozen
+from models.learner import Learner
+from train.runtime.sharding import batch_sharding, state_shardings
 
 Batches = Mapping[str, Mapping[str, jax.Array]]
 OPTIMIZER_SCOPE = "optimizer"  # scope of the update's instructions in profiles and plans
 Bind = Callable[..., tuple[Any, Any]]
-
-
-class Trainable(NamedTuple):
-    """What a stage trains, what it leaves unchanged, and how the two form a model.
-
-    Args:
-        start: the trained tree at the start. Optimizers see nothing else.
-        frozen: arrays that a step reads and never writes: they are not donated.
-        bind: `(trainable, frozen, layer_map=None) -> (params, layer_map)`, what `forward` takes.
-            The `layer_map` passed in is one of the trainable tree's layers.
-        view: `trainable -> params` for evaluation during training; needs no layer map.
-        finish: `trainable -> params`, the plain parameters of the trained model.
-    """
-
-    start: Any
-    frozen: Any
-    bind: Bind
-    view: Callable[[Any], Any]
-    finish: Callable[[Any], Any]
 
 
 def whole(trainable: Any, frozen: Any, layer_map: Any = None) -> tuple[Any, Any]:
@@ -48,17 +29,62 @@ def whole(trainable: Any, frozen: Any, layer_map: Any = None) -> tuple[Any, Any]
     return trainable, layer_map
 
 
-def all_of(params: Any, frozen: Any = None) -> Trainable:
+class Binding(NamedTuple):
+    """How the trained tree and the frozen arrays of a stage form models.
+
+    Args:
+        bind: `(trainable, frozen, layer_map=None) -> (params, layer_map)`, the model that is
+            trained, as a learner takes it. The `layer_map` passed in is one of the trainable tree's
+            layers.
+        fork: `frozen -> params` of the frozen model, for rows that ask it in the step; None: none
+            does.
+        head: `frozen -> params` that unembed cached hidden states of the frozen model.
+        train_from: nothing below this block is trained.
+    """
+
+    bind: Bind = whole
+    fork: Callable[[Any], Any] | None = None
+    head: Callable[[Any], Any] = lambda frozen: frozen
+    train_from: int = 0
+
+
+ALL = Binding()  # every parameter is trained
+
+
+class Trainable(NamedTuple):
+    """What a stage trains, what it leaves unchanged, and how the two form a model.
+
+    Args:
+        start: the trained tree at the start. Optimizers see nothing else.
+        frozen: arrays that a step reads and never writes: they are not donated.
+        binding: how the two form models.
+        view: `trainable -> params` for evaluation during training; needs no layer map.
+        finish: `trainable -> params`, the plain parameters of the trained model.
+    """
+
+    start: Any
+    frozen: Any
+    binding: Binding
+    view: Callable[[Any], Any]
+    finish: Callable[[Any], Any]
+
+
+def all_of(params: Any, frozen: Any = None, fork: bool = False) -> Trainable:
     """Every parameter is trained; `frozen` holds what references are computed with."""
-    return Trainable(params, frozen, whole, lambda params: params, lambda params: params)
+    binding = Binding(fork=(lambda frozen: frozen) if fork else None)
+    return Trainable(params, frozen, binding, lambda params: params, lambda params: params)
 
 
 class TrainState(NamedTuple):
-    """What is trained, optimizer state and number of steps (or the shardings of the three)."""
+    """What is trained, optimizer state, number of steps, and the objective's state.
+
+    (Or the shardings of the four.)
+    """
 
     params: Any
     opt_state: Any
     step: Any
+    objective: Any = ()
 
 
 def split_batch(batches: Batches, parts: int) -> Batches:
@@ -80,38 +106,67 @@ def split_batch(batches: Batches, parts: int) -> Batches:
     return {name: split(batch) for name, batch in batches.items()}
 
 
+def key_of(seed: int) -> jax.Array:
+    """The key of a stage's seed, which may have more than 32 bits."""
+    high, low = divmod(seed, 2**32)
+    return jax.random.fold_in(jax.random.key(high), low)
+
+
 class Losses:
     """An objective on one global batch, as the functions of the parameters that optimizers need.
 
-    `params` is the trained tree; `bind` makes a model of it and `frozen` (`Trainable`). `frozen` is
-    also what unembeds cached hidden states of the reference.
+    `params` is the trained tree; `binding` makes models of it and `frozen` (`Trainable`).
 
     The weights are computed first, from the loss on the whole batch: they depend on masks alone, so
     the compiler removes that forward pass.
+
+    Args:
+        learner: the kind of model.
+        objective: the row.
+        options: its options.
+        params: the trained tree.
+        frozen: the stage's other arrays.
+        batches: by stream.
+        accumulate: number of micro-batches.
+        binding: how `params` and `frozen` form models.
+        seed: of what the row draws.
+        step: number of the step, for the same.
+        state: the row's state.
     """
 
     def __init__(
-        self, decoder, objective, options, params, frozen, batches, accumulate, bind: Bind = whole
+        self,
+        learner: Learner,
+        objective: Objective,
+        options: Any,
+        params: Any,
+        frozen: Any,
+        batches: Batches,
+        accumulate: int = 1,
+        binding: Binding = ALL,
+        *,
+        seed: int = 0,
+        step: Any = 0,
+        state: Any = (),
     ):
+        questions = objective.questions(options)
+
+        def keys(batch: Any, purpose: str) -> jax.Array:
+            return row_keys(key_of(seed), step)(batch, purpose)
+
         def terms(trainable, part, layer_map=None, joined=True):
-            params, layer_map = bind(trainable, frozen, layer_map)
-            dtype = decoder.config.dtype
-            outer = {name: x for name, x in params.items() if name != "layers"}
-            # Not cast: label chunks and streams sum their parts of these gradients.
-            params = constrain(outer) | {"layers": params["layers"]}
-            # With a layer map of values or of adapters no gradient flows back to the layer itself.
-            layer_map = layer_map or (lambda layer, index: constrain(layer, dtype))
-            known = ()
-            # Labels at every slot are not those of the batch: the states found here are unused.
-            joined = joined and "hidden_all" not in objective.reference.values()
-            if joined and len({batch["tokens"].shape for batch in part.values()}) == 1 < len(part):
-                streams = list(part.values())
-                found = label_states(decoder, params, streams, layer_map=layer_map)
-                known = tuple(zip(streams, found, strict=True))
-            policy = DecoderPolicy(
-                decoder, params, frozen, {"layer_map": layer_map}, known, head_copies(params, dtype)
+            params, layer_map = binding.bind(trainable, frozen, layer_map)
+            fork = None if binding.fork is None else binding.fork(frozen)
+            context = learner.context(
+                params,
+                Frozen(binding.head(frozen), fork),
+                part,
+                questions,
+                layer_map=layer_map,
+                fuse=joined,
+                train_from=binding.train_from,
             )
-            return objective.loss(policy, part, options)
+            return objective.loss(context._replace(row_keys=keys, state=state), part, options)
 
         self._terms, self._options = terms, options
         self._batches, self._accumulate = batches, accumulate
@@ -181,32 +236,46 @@ class Losses:
 
 
 def make_step(
-    decoder: Decoder,
+    learner: Learner,
     objective: Objective,
     options: Any,
     tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     accumulate: int = 1,
     needs: str = "joint",
-    bind: Bind = whole,
+    binding: Binding = ALL,
+    seed: int = 0,
 ) -> Callable[[TrainState, Any, Batches], tuple[TrainState, dict[str, jax.Array]]]:
     """The un-jitted step `(state, frozen, batches) -> (state, metrics)`.
 
     `needs` says what the optimizer receives: `joint`, one gradient; `split`, those of the forget
-    side and of the retain side; `value`, the loss as a function (no gradient is computed); `lazy`,
-    the loss and its gradient as functions. `bind` makes a model of the trained tree.
+    side and of the retain side (the row's `sides`); `value`, the loss as a function (no gradient is
+    computed); `lazy`, the loss and its gradient as functions. `binding` makes models of the trained
+    tree; `seed` is that of what the row draws.
     """
 
     def step(state: TrainState, frozen: Any, batches: Batches):
         params = state.params
-        losses = Losses(decoder, objective, options, params, frozen, batches, accumulate, bind)
+        losses = Losses(
+            learner,
+            objective,
+            options,
+            params,
+            frozen,
+            batches,
+            accumulate,
+            binding,
+            seed=seed,
+            step=state.step,
+            state=state.objective,
+        )
         grads: Any = None
         extra: dict[str, Any] = {}
         if needs == "joint":
             metrics, (grads,) = losses.gradients(params)
             metrics["grad_norm"] = optax.tree.norm(grads)
         elif needs == "split":
-            metrics, (grads, constraint) = losses.gradients(params, ("forget", "retain"))
+            metrics, (grads, constraint) = losses.gradients(params, objective.sides)
             extra = {"constraint_grads": constraint}
             metrics["grad_norm"] = optax.tree.norm(optax.tree.add(grads, constraint))
         else:
@@ -232,38 +301,59 @@ def make_step(
             after = 0.0 * (metrics["loss"] + metrics["update_norm"])
             updates = jax.tree.map(lambda u: u + after.astype(u.dtype), updates)
         params = optax.apply_updates(params, updates)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        memory = state.objective
+        if objective.advance is not None:
+            means = {n: metrics[f"{n}_loss"] for n in losses.weights if f"{n}_loss" in metrics}
+            memory = objective.advance(memory, means)
+        return TrainState(params, opt_state, state.step + 1, memory), metrics
 
     return step
 
 
+def objective_state(learner: Learner, objective: Objective, options: Any, seed: int) -> Any:
+    """The state that a row starts with; `()` for rows without one."""
+    if objective.init_state is None:
+        return ()
+    return objective.init_state(key_of(seed), options, learner.sizes)
+
+
 def init_state(
-    params: Any, tx: optax.GradientTransformationExtraArgs, mesh: Any
+    params: Any, tx: optax.GradientTransformationExtraArgs, mesh: Any, memory: Any = ()
 ) -> tuple[TrainState, Any]:
     """A fresh training state laid out on the mesh, and its tree of shardings.
 
     The optimizer state is initialised with explicit output shardings: without them it lands on one
     device.
+
+    Args:
+        params: what is trained, on the mesh.
+        tx: the optimizer.
+        mesh: the devices.
+        memory: the objective's state.
     """
-    _, shardings = state_shapes(params, tx, mesh)
+    _, shardings = state_shapes(params, tx, mesh, memory)
     opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
-    return TrainState(params, opt_state, step), shardings
+    memory = jax.device_put(memory, shardings.objective)
+    return TrainState(params, opt_state, step, memory), shardings
 
 
 def state_shapes(
-    params: Any, tx: optax.GradientTransformationExtraArgs, mesh: Any
+    params: Any, tx: optax.GradientTransformationExtraArgs, mesh: Any, memory: Any = ()
 ) -> tuple[TrainState, TrainState]:
     """A training state as shapes with their shardings, and its tree of shardings.
 
-    `params` are arrays or shapes; nothing is computed.
+    `params` are arrays or shapes with their shardings; nothing is computed.
     """
     opt_state = jax.eval_shape(tx.init, params)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shardings = TrainState(
-        param_shardings(params, mesh), state_shardings(opt_state, params, mesh), replicated
+        jax.tree.map(lambda x: x.sharding, params),
+        state_shardings(opt_state, params, mesh),
+        replicated,
+        jax.tree.map(lambda x: replicated, memory),
     )
-    state = TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
+    state = TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32), memory)
     return shaped(state, shardings), shardings
 
 

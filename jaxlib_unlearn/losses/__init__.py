@@ -38,6 +38,7 @@ from jaxlib_unlearn.losses.preference import (
     simnpo,
     simnpo_raw_logits,
 )
+from jaxlib_unlearn.losses.representation import squared_error
 
 __all__ = [
     "Term",
@@ -62,6 +63,7 @@ __all__ = [
     "simnpo",
     "simnpo_raw_logits",
     "skip_first_label",
+    "squared_error",
     "token_kl",
     "token_log_probs",
     "upcast",

@@ -1,16 +1,15 @@
 """Unlearning methods as rows: losses bound to streams of batches.
 
 ``resolve("npo", beta=0.2)`` gives a row and its options, an instance of the row's own dataclass;
-``row.loss(policy, batches, options)`` gives the terms; ``combine(terms, weights, options)`` the
-scalar to differentiate.
+``row.loss(context, batches, options)`` gives the terms (a :class:`Context` is what a loss may ask);
+``combine(terms, weights, options)`` the scalar to differentiate.
 """
 
+from jaxlib_unlearn.objectives.apply import ApplyModel, batch_from_labels, context_from_apply
 from jaxlib_unlearn.objectives.base import (
-    Batch,
     Compat,
     Objective,
     Options,
-    Policy,
     Terms,
     at_every_slot,
     check_accumulation,
@@ -18,7 +17,7 @@ from jaxlib_unlearn.objectives.base import (
     combine,
     side_of,
 )
-from jaxlib_unlearn.objectives.policy import ApplyPolicy, batch_from_labels, policy_from_apply
+from jaxlib_unlearn.objectives.context import Asked, Batch, Context, Questions, row_keys
 from jaxlib_unlearn.objectives.smoothing import attention_temperatures, reference_forward
 from jaxlib_unlearn.objectives.table import (
     OBJECTIVES,
@@ -31,12 +30,14 @@ from jaxlib_unlearn.objectives.table import (
 
 __all__ = [
     "OBJECTIVES",
-    "ApplyPolicy",
+    "ApplyModel",
+    "Asked",
     "Batch",
     "Compat",
+    "Context",
     "Objective",
     "Options",
-    "Policy",
+    "Questions",
     "Terms",
     "at_every_slot",
     "attention_temperatures",
@@ -44,12 +45,13 @@ __all__ = [
     "check_accumulation",
     "coefficient",
     "combine",
+    "context_from_apply",
     "describe",
     "list_objectives",
     "not_used",
     "options_of",
-    "policy_from_apply",
     "reference_forward",
     "resolve",
+    "row_keys",
     "side_of",
 ]

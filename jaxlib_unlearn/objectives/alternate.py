@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from jaxlib_unlearn import losses
 from jaxlib_unlearn.objectives.base import (
     SHARED_COMPAT,
-    Batch,
     Compat,
     Objective,
-    Policy,
     Sided,
     Terms,
     forms,
@@ -22,6 +20,7 @@ from jaxlib_unlearn.objectives.base import (
     nll_term,
     retain_terms,
 )
+from jaxlib_unlearn.objectives.context import Batch, Context
 from jaxlib_unlearn.objectives.gradient import QA
 from jaxlib_unlearn.objectives.preference import (
     DPO,
@@ -58,21 +57,21 @@ class AltPO(DPO):
     compat: str | None = forms(_ALTPO_COMPAT)
 
 
-def alternate(policy: Policy, batches: Mapping[str, Batch], options: Alternate) -> Terms:
+def alternate(context: Context, batches: Mapping[str, Batch], options: Alternate) -> Terms:
     """``L = f [NLL(alternate) + push SimNPO(forget)] + r R(retain)``."""
-    terms = {"forget_alternate": nll_term(policy, batches["alternate"])}
+    terms = {"forget_alternate": nll_term(context, batches["alternate"])}
     if options.push:
         batch = batches["forget"]
         mask = batch["target_mask"]
-        sums = losses.row_sums(policy.log_probs(batch), mask)
+        sums = losses.row_sums(context.model.log_probs(batch), mask)
         terms["forget_push"] = push_term(sums, mask, options)
-    return terms | retain_terms(policy, batches, options)
+    return terms | retain_terms(context, batches, options)
 
 
-def altpo(policy: Policy, batches: Mapping[str, Batch], options: AltPO) -> Terms:
+def altpo(context: Context, batches: Mapping[str, Batch], options: AltPO) -> Terms:
     """``L = f DPO(alternate over forget answer) + r R(retain)``; rows paired by position."""
-    forget = dpo_between(policy, batches["alternate"], batches["forget"], options)
-    return {"forget": forget} | retain_terms(policy, batches, options)
+    forget = dpo_between(context, batches["alternate"], batches["forget"], options)
+    return {"forget": forget} | retain_terms(context, batches, options)
 
 
 _STREAMS = ("forget", "alternate", "retain")

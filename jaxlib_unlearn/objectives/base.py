@@ -1,7 +1,7 @@
 """What an unlearning method is: a row that binds losses to named streams of batches.
 
 A row (:class:`Objective`) says which streams it reads, which data columns and which quantities of
-the frozen model it needs, and gives ``loss(policy, batches, options) -> {term: (sum, weight)}``.
+the frozen model it needs, and gives ``loss(context, batches, options) -> {term: (sum, weight)}``.
 Data checks, caches, ``--list`` and error messages derive from the row. What a person may set is the
 row's own dataclass, a subclass of :class:`Options`; ``objectives.resolve`` gives both.
 
@@ -12,7 +12,7 @@ A *term* is named after its side, the part before the first underscore: ``forget
 import dataclasses
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,33 +20,10 @@ import jax.numpy as jnp
 from jaxlib_unlearn import losses
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.losses import Term
+from jaxlib_unlearn.objectives.context import HIDDEN, LABELS, Batch, Context, Questions
 from jaxlib_unlearn.options import defaults, option
 
-Batch = Mapping[str, Any]
 Terms = dict[str, Term]
-TokenFn = Callable[..., Any]
-
-
-class Policy(Protocol):
-    """What an objective may ask of a model, for one batch with label columns.
-
-    A batch has ``target_mask (B, W)`` (1 = a label), ``targets (B, W)``, ``label_index (B, W)`` and
-    whatever the model reads; see ``policy_from_apply`` and ``batch_from_labels``.
-    """
-
-    def log_probs(self, batch: Batch) -> jax.Array:
-        """Log-probabilities of the targets, ``(B, W)`` float32; 0 where there is no label."""
-        ...
-
-    def reduce_logits(self, batch: Batch, fn: TokenFn, reference: bool | str = False) -> Any:
-        """``fn(logits (..., V), targets (...)) -> (...)`` on every label, ``(B, W)``, or a tree.
-
-        With ``reference=True`` it is ``fn(logits, reference_logits, targets)``, with
-        ``reference="pair"`` ``fn(logits, reference_logits, plain_logits, targets)``. The policy may
-        call ``fn`` chunk by chunk, so that no array of ``(batch, length, vocabulary)`` exists.
-        """
-        ...
-
 
 Retain = Literal["nll", "kl", "none"]
 
@@ -140,7 +117,7 @@ class Objective:
 
     Args:
         name: as given to ``--objective.name``.
-        loss: ``loss(policy, {stream: batch}, options) -> {term: (sum, weight)}``. The weights are
+        loss: ``loss(context, {stream: batch}, options) -> {term: (sum, weight)}``. The weights are
             counts of labels or rows: they depend on the batches alone, never on the parameters.
         streams: batches it reads; the first is the one an epoch counts. ``idk`` holds the questions
             of ``forget`` with a refusal as the answer, ``alternate`` with other answers, both in
@@ -149,7 +126,9 @@ class Objective:
         reference: per stream, what of the frozen model is cached: ``"logps"`` (batch column
             ``ref_log_probs (B, W)``), ``"hidden"`` (``ref_hidden (B, W, d)``), ``"hidden_pair"``
             (``ref_hidden``, and ``ref_plain_hidden`` of a forward pass without options) or
-            ``"hidden_all"`` (``ref_hidden (B, T, d)``, at every slot of the padded row).
+            ``"hidden_all"`` (``ref_hidden (B, T, d)``, at every slot of the padded row). ``"fork"``
+            caches nothing: the frozen model shares what is not trained and is asked in the step,
+            from the first trained block on.
         forward: per stream, the keyword options of ``forward`` its *reference* is made with.
         additive: terms of micro-batches sum to the term of the batch. False refuses accumulation.
         per_micro_batch: each micro-batch's terms are divided by its own weights and averaged, so
@@ -160,12 +139,21 @@ class Objective:
         compat: published variants by name.
         only_with: option -> the option without which (at 0) it does nothing.
         also_cached: ``also_cached(options) -> {stream: quantity}``: what the options given need of
-            the frozen model in place of what ``reference`` says.
+            the frozen model in place of what ``reference`` says; None: nothing.
         check: ``check(options)`` raises ``UserError`` for what no field's range can say.
+        asks: per stream, the questions its loss asks a model: ``"log_probs"`` (or
+            ``reduce_logits``, ``compare``), ``"hidden"``, or those of other kinds of models; what
+            is not named is asked for ``"log_probs"``. It decides which streams share a pass.
+        blocks: ``blocks(options)``: the blocks at which ``hidden`` is asked.
+        sides: the row's own words for the two gradients that ``split`` optimizers take.
+        init_state: ``init_state(key, options, sizes)``: arrays that go with the checkpoint, for
+            ``context.state``; ``sizes`` are those of the model (``hidden``, ``blocks``, ..).
+        advance: ``advance(state, means)``: the state after a step, given the global mean of every
+            term; None: it stays.
     """
 
     name: str
-    loss: Callable[[Policy, Mapping[str, Batch], Any], Terms]
+    loss: Callable[[Context, Mapping[str, Batch], Any], Terms]
     streams: tuple[str, ...]
     columns: Mapping[str, tuple[str, ...]]
     reference: Mapping[str, str]
@@ -177,8 +165,26 @@ class Objective:
     compat: Mapping[str, Compat] = dataclasses.field(default_factory=dict)
     only_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
     per_micro_batch: bool = False
-    also_cached: Callable[[Any], Mapping[str, str]] | None = None
+    also_cached: Callable[[Any], Mapping[str, str | None]] | None = None
     check: Callable[[Any], None] | None = None
+    asks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    blocks: Callable[[Any], tuple[int, ...]] | None = None
+    sides: tuple[str, str] = ("forget", "retain")
+    init_state: Callable[[jax.Array, Any, Mapping[str, int]], Any] | None = None
+    advance: Callable[[Any, Mapping[str, jax.Array]], Any] | None = None
+
+    def questions(self, options: Any) -> Questions:
+        """What its loss asks, of each stream that it reads."""
+        every = self.slots
+        asked = {s: self.asks.get(s, (LABELS,)) for s in self.streams if s not in every}
+        blocks = () if self.blocks is None else tuple(sorted(set(self.blocks(options))))
+        forked = tuple(s for s, kind in self.reference.items() if kind == "fork")
+        return Questions(asked, blocks, forked)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Streams with labels at every slot: they are asked as another batch, with its own pass."""
+        return tuple(s for s, kind in self.reference.items() if kind == "hidden_all")
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -189,11 +195,12 @@ class Objective:
     @property
     def packable(self) -> bool:
         """Whether its value stays the same when examples share rows of tokens."""
-        return not self.per_micro_batch and "hidden_all" not in self.reference.values()
+        hidden = any(HIDDEN in asked for asked in self.asks.values())
+        return not (self.per_micro_batch or self.slots or hidden)
 
 
 def side_of(term: str) -> str:
-    """The side a term belongs to: ``forget``, ``retain`` or ``train``.
+    """The side a term belongs to, the word before its first underscore.
 
     Example:
         >>> side_of("forget_idk")
@@ -203,13 +210,14 @@ def side_of(term: str) -> str:
 
 
 def coefficient(term: str, options: Options) -> float:
-    """The factor of a term in the total: its side's weight, 1 where the options have none.
+    """The factor of a term in the total: its own weight, or its side's; 1 if there is neither.
 
     Example:
         >>> coefficient("retain", Sided(retain_weight=2.0))
         2.0
     """
-    return getattr(options, f"{side_of(term)}_weight", 1.0)
+    side = getattr(options, f"{side_of(term)}_weight", 1.0)
+    return getattr(options, f"{term}_weight", side)
 
 
 def combine(
@@ -253,13 +261,13 @@ def combine(
     return sum(parts[1:], parts[0])
 
 
-def nll_term(policy: Policy, batch: Batch) -> Term:
-    """Token-mean NLL of a stream's labels; the bread of most rows."""
-    return losses.nll_from_log_probs(policy.log_probs(batch), batch["target_mask"])
+def nll_term(context: Context, batch: Batch) -> Term:
+    """Token-mean NLL of a stream's labels."""
+    return losses.nll_from_log_probs(context.model.log_probs(batch), batch["target_mask"])
 
 
 def reference_kl(logits: jax.Array, reference_logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """``KL(reference || model)`` per label, in the argument order of ``reduce_logits``."""
+    """``KL(reference || model)`` per label, in the argument order of ``compare``."""
     del targets
     return losses.token_kl(reference_logits, logits)
 
@@ -301,7 +309,7 @@ def at_every_slot(batch: Batch) -> Batch:
     }
 
 
-def retain_terms(policy: Policy, batches: Mapping[str, Batch], options: Sided) -> Terms:
+def retain_terms(context: Context, batches: Mapping[str, Batch], options: Any) -> Terms:
     """The retain side: NLL, KL to the frozen model, or nothing, by ``options.retain``.
 
     KL is a mean over labels; ``RETAIN_KL`` has the published other ones.
@@ -311,11 +319,11 @@ def retain_terms(policy: Policy, batches: Mapping[str, Batch], options: Sided) -
     batch = batches["retain"]
     if options.retain == "kl":
         batch = at_every_slot(batch) if options.compat == "kl_all_positions" else batch
-        values = policy.reduce_logits(batch, reference_kl, reference=True)
+        values = context.compare(batch, reference_kl)
         by_row = options.compat == "kl_sequence_mean"
         reduce = losses.sequence_mean if by_row else losses.masked_sum
         return {"retain": reduce(values, batch["target_mask"])}
-    return {"retain": nll_term(policy, batch)}
+    return {"retain": nll_term(context, batch)}
 
 
 def check_accumulation(objective: Objective, micro_batches: int) -> None:

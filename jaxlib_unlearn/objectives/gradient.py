@@ -7,11 +7,9 @@ from jaxlib_unlearn import losses
 from jaxlib_unlearn.objectives.base import (
     MEAN_OF_MEANS,
     SHARED_COMPAT,
-    Batch,
     Compat,
     Objective,
     Options,
-    Policy,
     Sided,
     Terms,
     forms,
@@ -20,6 +18,7 @@ from jaxlib_unlearn.objectives.base import (
     retain_terms,
     weight,
 )
+from jaxlib_unlearn.objectives.context import Batch, Context
 
 QA = ("question", "answer")
 _IDK_COMPAT = {
@@ -65,27 +64,27 @@ class IDK(Sided):
     compat: str | None = forms(_IDK_COMPAT)
 
 
-def fine_tune(policy: Policy, batches: Mapping[str, Batch], options: NLL) -> Terms:
+def fine_tune(context: Context, batches: Mapping[str, Batch], options: NLL) -> Terms:
     """``L = NLL(train)``."""
     del options
-    return {"train": nll_term(policy, batches["train"])}
+    return {"train": nll_term(context, batches["train"])}
 
 
-def ascent(policy: Policy, batches: Mapping[str, Batch], options: Options) -> Terms:
+def ascent(context: Context, batches: Mapping[str, Batch], options: Options) -> Terms:
     """``L = -NLL(forget)``."""
     del options
-    return {"forget": losses.negate(nll_term(policy, batches["forget"]))}
+    return {"forget": losses.negate(nll_term(context, batches["forget"]))}
 
 
-def graddiff(policy: Policy, batches: Mapping[str, Batch], options: GradDiff) -> Terms:
+def graddiff(context: Context, batches: Mapping[str, Batch], options: GradDiff) -> Terms:
     """``L = -f NLL(forget) + r R(retain)``; R is NLL (GradDiff) or KL (KL-min)."""
-    return ascent(policy, batches, options) | retain_terms(policy, batches, options)
+    return ascent(context, batches, options) | retain_terms(context, batches, options)
 
 
-def idk(policy: Policy, batches: Mapping[str, Batch], options: IDK) -> Terms:
+def idk(context: Context, batches: Mapping[str, Batch], options: IDK) -> Terms:
     """``L = f NLL(refusal) + r R(retain)``, or one token mean over both (``tofu_concat``)."""
-    refusal = nll_term(policy, batches["idk"])
-    retain = retain_terms(policy, batches, options)
+    refusal = nll_term(context, batches["idk"])
+    retain = retain_terms(context, batches, options)
     if options.compat == "tofu_concat":
         return {"forget": losses.merge_terms(refusal, *retain.values())}
     return {"forget": refusal} | retain

@@ -10,11 +10,9 @@ from jaxlib_unlearn import losses
 from jaxlib_unlearn.losses import Term
 from jaxlib_unlearn.objectives.base import (
     SHARED_COMPAT,
-    Batch,
     Compat,
     Objective,
     Options,
-    Policy,
     Sided,
     Terms,
     forms,
@@ -22,6 +20,7 @@ from jaxlib_unlearn.objectives.base import (
     retain_terms,
     weight,
 )
+from jaxlib_unlearn.objectives.context import Batch, Context, frozen
 from jaxlib_unlearn.objectives.gradient import QA
 from jaxlib_unlearn.options import option
 
@@ -101,12 +100,12 @@ class Pushed:
     delta: float = margin(-0.25)
 
 
-def _sums(policy: Policy, batch: Batch) -> jax.Array:
-    return losses.row_sums(policy.log_probs(batch), batch["target_mask"])
+def _sums(context: Context, batch: Batch) -> jax.Array:
+    return losses.row_sums(context.model.log_probs(batch), batch["target_mask"])
 
 
-def _ref_sums(batch: Batch) -> jax.Array:
-    return losses.row_sums(batch["ref_log_probs"], batch["target_mask"])
+def _ref_sums(context: Context, batch: Batch) -> jax.Array:
+    return losses.row_sums(frozen(context).log_probs(batch), batch["target_mask"])
 
 
 def _own(options: Options) -> str | None:
@@ -114,26 +113,24 @@ def _own(options: Options) -> str | None:
     return None if options.compat in SHARED_COMPAT else options.compat
 
 
-def npo(policy: Policy, batches: Mapping[str, Batch], options: NPO) -> Terms:
+def npo(context: Context, batches: Mapping[str, Batch], options: NPO) -> Terms:
     """``L = f NPO(forget) + r R(retain)``."""
     batch, beta = batches["forget"], options.beta
     mask = batch["target_mask"]
     if options.compat == "raw_logits":
-        values = policy.reduce_logits(
-            batch, lambda z, ref, _: losses.npo_raw_logits(z, ref, beta=beta), reference=True
-        )
+        values = context.compare(batch, lambda z, ref, _: losses.npo_raw_logits(z, ref, beta=beta))
         forget = losses.masked_sum(values, mask)
     else:
-        sums = _sums(policy, batch)
+        sums = _sums(context, batch)
         forget = losses.npo(
             sums,
-            _ref_sums(batch),
+            _ref_sums(context, batch),
             losses.labelled_rows(mask),
             beta=beta,
             compat=_own(options),
             lengths=losses.row_lengths(mask, sums.dtype),
         )
-    return {"forget": forget} | retain_terms(policy, batches, options)
+    return {"forget": forget} | retain_terms(context, batches, options)
 
 
 def push_term(sums: jax.Array, mask: jax.Array, options: Pushed) -> Term:
@@ -153,41 +150,41 @@ def _simnpo(sums: jax.Array, mask: jax.Array, options: SimNPO | Pushed, compat: 
     )
 
 
-def simnpo(policy: Policy, batches: Mapping[str, Batch], options: SimNPO) -> Terms:
+def simnpo(context: Context, batches: Mapping[str, Batch], options: SimNPO) -> Terms:
     """``L = f SimNPO(forget) + r R(retain)``."""
     batch = batches["forget"]
     if options.compat == "raw_logits":
         beta, delta = options.beta, options.delta
-        values = policy.reduce_logits(
+        values = context.model.reduce_logits(
             batch, lambda z, _: losses.simnpo_raw_logits(z, beta=beta, delta=delta)
         )
         forget = losses.masked_sum(values, batch["target_mask"])
     else:
-        forget = _simnpo(_sums(policy, batch), batch["target_mask"], options, _own(options))
-    return {"forget": forget} | retain_terms(policy, batches, options)
+        forget = _simnpo(_sums(context, batch), batch["target_mask"], options, _own(options))
+    return {"forget": forget} | retain_terms(context, batches, options)
 
 
-def dpo_between(policy: Policy, chosen: Batch, rejected: Batch, options: DPO) -> Term:
+def dpo_between(context: Context, chosen: Batch, rejected: Batch, options: DPO) -> Term:
     """DPO's loss over two streams whose rows are paired by position."""
     # A pair needs both sides: a row padded in one stream does not count.
     both = losses.labelled_rows(chosen["target_mask"]) & losses.labelled_rows(
         rejected["target_mask"]
     )
     return losses.dpo(
-        _sums(policy, chosen),
-        _sums(policy, rejected),
-        _ref_sums(chosen),
-        _ref_sums(rejected),
+        _sums(context, chosen),
+        _sums(context, rejected),
+        _ref_sums(context, chosen),
+        _ref_sums(context, rejected),
         both,
         beta=options.beta,
         compat=_own(options),
     )
 
 
-def dpo(policy: Policy, batches: Mapping[str, Batch], options: DPO) -> Terms:
+def dpo(context: Context, batches: Mapping[str, Batch], options: DPO) -> Terms:
     """``L = f DPO(refusal over forget answer) + r R(retain)``."""
-    forget = dpo_between(policy, batches["idk"], batches["forget"], options)
-    return {"forget": forget} | retain_terms(policy, batches, options)
+    forget = dpo_between(context, batches["idk"], batches["forget"], options)
+    return {"forget": forget} | retain_terms(context, batches, options)
 
 
 ROWS = (

@@ -22,10 +22,8 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.losses import Term
 from jaxlib_unlearn.objectives.base import (
     SHARED_COMPAT,
-    Batch,
     Compat,
     Objective,
-    Policy,
     Sided,
     Terms,
     forms,
@@ -35,6 +33,7 @@ from jaxlib_unlearn.objectives.base import (
     retain_terms,
     weight,
 )
+from jaxlib_unlearn.objectives.context import Batch, Context
 from jaxlib_unlearn.objectives.gradient import QA
 from jaxlib_unlearn.objectives.preference import Pushed, push_term
 from jaxlib_unlearn.options import option
@@ -96,16 +95,16 @@ def check_layers(options: Smoothed) -> None:
             )
 
 
-def _distil(policy: Policy, batch: Batch, compat: str | None, skip_first: bool) -> Term:
+def _distil(context: Context, batch: Batch, compat: str | None, skip_first: bool) -> Term:
     mask = batch["target_mask"]
     if skip_first:
         mask = losses.skip_first_label(mask)
-    values = policy.reduce_logits(batch, reference_kl, reference=True)
+    values = context.compare(batch, reference_kl)
     reduce = losses.masked_sum if compat == "token_mean" else losses.sequence_mean
     return reduce(values, mask)
 
 
-def _distil_and_push(policy: Policy, batch: Batch, options: ASU) -> Terms:
+def _distil_and_push(context: Context, batch: Batch, options: ASU) -> Terms:
     """ASU's forget terms with ``push`` or ``contrast``: one vocabulary product for both."""
     amount, push = options.contrast, options.push
     mask = batch["target_mask"]
@@ -116,7 +115,7 @@ def _distil_and_push(policy: Policy, batch: Batch, options: ASU) -> Terms:
         found = {"kl": losses.token_kl(teacher, logits)}
         return found | ({"logp": losses.token_log_probs(logits, targets)} if push else {})
 
-    found = policy.reduce_logits(batch, values, reference="pair" if amount else True)
+    found = context.compare(batch, values, plain=bool(amount))
     reduce = losses.masked_sum if options.compat == "token_mean" else losses.sequence_mean
     terms: Terms = {"forget": reduce(found["kl"], mask)}
     if push:
@@ -124,21 +123,21 @@ def _distil_and_push(policy: Policy, batch: Batch, options: ASU) -> Terms:
     return terms
 
 
-def asu(policy: Policy, batches: Mapping[str, Batch], options: ASU) -> Terms:
+def asu(context: Context, batches: Mapping[str, Batch], options: ASU) -> Terms:
     """``L = f [KL(smoothed teacher || model) + push SimNPO](forget) + r R(retain)``."""
     batch = batches["forget"]
     if options.push or options.contrast:
-        forget = _distil_and_push(policy, batch, options)
+        forget = _distil_and_push(context, batch, options)
     else:
-        forget = {"forget": _distil(policy, batch, options.compat, skip_first=False)}
-    return forget | retain_terms(policy, batches, options)
+        forget = {"forget": _distil(context, batch, options.compat, skip_first=False)}
+    return forget | retain_terms(context, batches, options)
 
 
-def asu_idk(policy: Policy, batches: Mapping[str, Batch], options: ASUIDK) -> Terms:
+def asu_idk(context: Context, batches: Mapping[str, Batch], options: ASUIDK) -> Terms:
     """ASU plus ``f NLL(refusal)``; the first answer token is left to the refusal."""
-    forget = _distil(policy, batches["forget"], options.compat, skip_first=True)
-    terms = {"forget": forget, "forget_idk": nll_term(policy, batches["idk"])}
-    return terms | retain_terms(policy, batches, options)
+    forget = _distil(context, batches["forget"], options.compat, skip_first=True)
+    terms = {"forget": forget, "forget_idk": nll_term(context, batches["idk"])}
+    return terms | retain_terms(context, batches, options)
 
 
 def attention_temperatures(options: Smoothed, num_layers: int) -> np.ndarray:

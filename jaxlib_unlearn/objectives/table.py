@@ -7,11 +7,18 @@ from typing import Any
 
 from jaxlib_unlearn import options as fields
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import alternate, gradient, preference, smoothing
+from jaxlib_unlearn.objectives import alternate, gradient, misdirection, preference, smoothing
 from jaxlib_unlearn.objectives.base import Compat, Objective, Options
 
 OBJECTIVES: dict[str, Objective] = {
-    row.name: row for row in (*gradient.ROWS, *preference.ROWS, *alternate.ROWS, *smoothing.ROWS)
+    row.name: row
+    for row in (
+        *gradient.ROWS,
+        *preference.ROWS,
+        *alternate.ROWS,
+        *smoothing.ROWS,
+        *misdirection.ROWS,
+    )
 }
 """Every objective by name. A new method is one more row."""
 
@@ -132,17 +139,20 @@ def _with_form(row: Objective, options: Options, form: Compat | None) -> Options
                 f"objective {row.name!r}: compat {compat!r} is a form of {option}={value}, not of "
                 f"{given[option]}; leave {option} out, or compat"
             )
-    if "retain" in row.defaults and "retain" not in (*given, *drops):
-        sets.setdefault("retain", "nll")
+    if "retain" in row.defaults and "retain" not in drops and row.defaults["retain"] is None:
+        sets.setdefault("retain", given.get("retain", "nll"))
     return dataclasses.replace(options, **sets)
 
 
 def _specialise(row: Objective, options: Any, form: Compat | None) -> Objective:
     """The row as the chosen options make it: streams, caches and additivity."""
-    streams, reference, additive = row.streams, dict(row.reference), row.additive
+    streams, additive, asks = row.streams, row.additive, dict(row.asks)
+    reference: dict[str, str | None] = dict(row.reference)
     retain = getattr(options, "retain", None)
     if row.also_cached is not None:
         reference |= row.also_cached(options)
+    if retain in ("nll", "kl", "none"):  # those of `retain_terms`
+        asks.pop("retain", None)
     if retain == "kl":
         reference["retain"] = "hidden"
     elif retain == "none":
@@ -156,7 +166,8 @@ def _specialise(row: Objective, options: Any, form: Compat | None) -> Objective:
         row,
         streams=streams,
         columns=columns,
-        reference=reference,
+        reference={stream: kind for stream, kind in reference.items() if kind is not None},
+        asks=asks,
         additive=additive,
         per_micro_batch=form is not None and form.per_micro_batch,
     )

@@ -23,11 +23,12 @@ from jaxlib_unlearn.objectives import options_of as objective_of
 from jaxlib_unlearn.objectives import resolve
 from models import lora
 from models.decoder import REMAT, Decoder, DecoderConfig
+from models.learner import DecoderLearner
 from train.costs.flops import flops
 from train.loop import step_bytes
 from train.optimizers import OPTIMIZERS, build
 from train.optimizers import options_of as optimizer_of
-from train.step import Losses, TrainState, make_step, whole
+from train.step import ALL, Binding, Losses, TrainState, make_step
 
 REPO = Path(__file__).resolve().parent.parent.parent
 SMOLLM2 = DecoderConfig(49152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
@@ -83,9 +84,9 @@ def bytes_of(tree: Any) -> int:
 def cost(config: DecoderConfig, rows: int, length: int, knobs: Knobs) -> Cost:
     """Compile one step and read its cost."""
     decoder = Decoder(config, knobs.remat)
-    trained, frozen, bind = decoder.shapes(), None, whole
+    trained, frozen, binding = decoder.shapes(), None, ALL
     if knobs.rank is not None:
-        frozen, bind = trained, functools.partial(lora.bind, scale=1.0)
+        frozen, binding = trained, Binding(functools.partial(lora.bind, scale=1.0))
         trained = jax.eval_shape(lambda: lora.init(frozen, knobs.rank, list(lora.kernels(frozen))))
     objective, options = resolve(objective_of("graddiff", retain="nll"))
     batches = {name: batch(rows, length) for name in objective.streams}
@@ -93,10 +94,14 @@ def cost(config: DecoderConfig, rows: int, length: int, knobs: Knobs) -> Cost:
     more = {"state_dtype": knobs.state_dtype} if reads else {}
     optimizer = optimizer_of(knobs.optimizer, **more)
     tx, schedule, needs = build(optimizer, 100)
-    step = make_step(decoder, objective, options, tx, schedule, needs=needs, bind=bind)
+    step = make_step(
+        DecoderLearner(decoder), objective, options, tx, schedule, needs=needs, binding=binding
+    )
 
     def dead(params, frozen, batches):  # weights depend on masks alone: XLA drops this pass
-        return Losses(decoder, objective, options, params, frozen, batches, 1, bind).weights
+        return Losses(
+            DecoderLearner(decoder), objective, options, params, frozen, batches, 1, binding
+        ).weights
 
     opt_state = jax.eval_shape(tx.init, trained)
     state = TrainState(trained, opt_state, jax.ShapeDtypeStruct((), jnp.int32))

@@ -216,7 +216,7 @@ def trainer(
     params = residency.fresh(model.params, sharding.param_shardings(model.params, mesh))
     state, shardings = init_state(params, tx, mesh)
     method, options = objective
-    step = make_step(model.decoder, method, options, tx, schedule, 1, needs)
+    step = make_step(model.learner, method, options, tx, schedule, 1, needs)
     compiled = compile_step(step, shardings, mesh)
     make, held = batches(streams), [state]
     del params, state

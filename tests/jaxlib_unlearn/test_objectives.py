@@ -52,16 +52,25 @@ def init(key, vocab=V, dim=D, length=T):
     return params
 
 
-def apply(params, batch, temperature=None):
+def residual(params, batch, temperature=None, blocks=LAYERS):
+    """The residual stream after some blocks."""
     tokens = jnp.asarray(batch["tokens"])
     temperature = jnp.ones(LAYERS) if temperature is None else jnp.asarray(temperature)
     x = params["embed"][tokens] + params["position"][: tokens.shape[1]]
     causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-    for i in range(LAYERS):
+    for i in range(blocks):
         q, k, v = (x @ params[name][i] for name in "qkv")
         scores = q @ k.mT / (temperature[i] * math.sqrt(x.shape[-1]))
         x = x + jnp.tanh(jax.nn.softmax(jnp.where(causal, scores, -1e30)) @ v @ params["o"][i])
-    return x @ params["head"]
+    return x
+
+
+def apply(params, batch, temperature=None):
+    return residual(params, batch, temperature) @ params["head"]
+
+
+def hidden(params, batch, block):
+    return residual(params, batch, blocks=block + 1)
 
 
 def make_batch(stream, seed):
@@ -95,6 +104,8 @@ class Label(NamedTuple):
     ref: list  # of the frozen model
     smooth: list  # of the frozen model with smoothed attention
     y: int
+    h: list  # residual stream at the token itself, after the block that the options name
+    h0: list  # of the frozen model
 
 
 def log_softmax(z):
@@ -207,6 +218,32 @@ def times(factor, term):
 
 def asu_tokens(rows):
     return mean_of([kl(x.smooth, x.z) for x in flat(rows)])
+
+
+def steered(length):
+    """The distance of a position to `length` u, over channels."""
+    u = state_of("rmu")["direction"].tolist()
+    return lambda x: sum((h - length * a) ** 2 for h, a in zip(x.h, u, strict=True)) / D
+
+
+def drift(x):
+    return sum((h - a) ** 2 for h, a in zip(x.h, x.h0, strict=True)) / D
+
+
+def by_row(rows, distance):
+    return mean_of([sum(map(distance, row)) / len(row) for row in rows if row])
+
+
+def batch_lengths(rows, distance):
+    rows = [row for row in rows if row]
+    total, inverse = sum(map(distance, flat(rows))), sum(1 / len(row) for row in rows)
+    return total * inverse / len(rows), len(rows)
+
+
+def labelled(s, stream):
+    """All positions of the rows that have a label."""
+    pairs = zip(s[f"{stream}, every slot"], LENGTHS[stream], strict=True)
+    return [row for row, length in pairs if length]
 
 
 class Case(NamedTuple):
@@ -329,6 +366,46 @@ CASES = {
         delta=0.1,
         retain="kl",
     ),
+    "rmu": case(
+        lambda s: {
+            "forget": by_row(s["forget"], steered(2.0)),
+            "retain": by_row(s["retain"], drift),
+        },
+        "rmu",
+        layer=1,
+        steering=2.0,
+        retain_weight=3.0,
+    ),
+    "rmu all": case(
+        lambda s: {
+            "forget": by_row(labelled(s, "forget"), steered(6.5)),
+            "retain": by_row(labelled(s, "retain"), drift),
+        },
+        "rmu",
+        layer=0,
+        positions="all",
+    ),
+    "rmu nll": case(
+        with_nll(lambda s: by_row(s["forget"], steered(6.5))), "rmu", layer=0, retain="nll"
+    ),
+    "rmu every_slot": case(
+        lambda s: {
+            "forget": mean_of([steered(6.5)(x) for x in flat(s["forget, every slot"])]),
+            "retain": mean_of([drift(x) for x in flat(s["retain, every slot"])]),
+        },
+        "rmu",
+        layer=1,
+        compat="every_slot",
+    ),
+    "rmu batch_lengths": case(
+        lambda s: {
+            "forget": batch_lengths(s["forget"], steered(6.5)),
+            "retain": batch_lengths(s["retain"], drift),
+        },
+        "rmu",
+        layer=1,
+        compat="batch_lengths",
+    ),
     "asu_idk token_mean": case(
         lambda s: {
             "forget": asu_tokens([row[1:] for row in s["forget"]]),
@@ -357,12 +434,12 @@ def prepare(world, config, batches=None):
     result = {}
     for stream in row.streams:
         batch = dict((world.batches if batches is None else batches)[stream])
-        if stream in row.reference:
+        if row.reference.get(stream, "fork") != "fork":
             temperature = keywords[stream].get("attention_temperature")
             logits = apply(world.ref, batch, temperature)
             if row.reference[stream] == "logps":
-                frozen = objectives.policy_from_apply(apply, world.ref)
-                batch["ref_log_probs"] = frozen.log_probs(batch)
+                frozen = objectives.context_from_apply(apply, world.ref)
+                batch["ref_log_probs"] = frozen.model.log_probs(batch)
             elif row.reference[stream] == "hidden_all":
                 batch["ref_logits"] = logits
             else:
@@ -383,25 +460,48 @@ def loops(world, config):
     streams = {}
     for stream, batch in world.batches.items():
         z, ref = apply(world.params, batch), apply(world.ref, batch)
-        z, ref, smooth = (
-            np.asarray(x).tolist() for x in (z, ref, apply(world.ref, batch, temperature))
-        )
+        block = getattr(options, "layer", 0)
+        h, h0 = (hidden(params, batch, block) for params in (world.params, world.ref))
+        found = (z, ref, apply(world.ref, batch, temperature), h, h0)
+        z, ref, smooth, h, h0 = (np.asarray(x).tolist() for x in found)
         rows = []
         for b in range(len(batch["tokens"])):
             slots = range(T - LENGTHS[stream][b], T)
             tokens = batch["tokens"][b]
             rows.append(
-                [Label(z[b][t - 1], ref[b][t - 1], smooth[b][t - 1], int(tokens[t])) for t in slots]
+                [
+                    Label(
+                        *(x[b][t - 1] for x in (z, ref, smooth)), int(tokens[t]), h[b][t], h0[b][t]
+                    )
+                    for t in slots
+                ]
             )
         streams[stream] = rows
         streams[f"{stream}, every slot"] = [
-            [Label(z[b][t], ref[b][t], smooth[b][t], 0) for t in range(T)] for b in range(len(z))
+            [Label(z[b][t], ref[b][t], smooth[b][t], 0, h[b][t], h0[b][t]) for t in range(T)]
+            for b in range(len(z))
         ]
     return streams
 
 
+def state_of(name):
+    row = OBJECTIVES[name]
+    if row.init_state is None:
+        return ()
+    return row.init_state(jax.random.key(3), row.options(), {"hidden": D})
+
+
 def terms_of(row, options, batches, params, ref_logits_fn=None):
-    return row.loss(objectives.policy_from_apply(apply, params, ref_logits_fn), batches, options)
+    forks = "fork" in row.reference.values()
+    context = objectives.context_from_apply(
+        apply,
+        params,
+        ref_logits_fn,
+        reference=init(jax.random.key(1)) if forks else None,
+        hidden_fn=hidden,
+        state=state_of(row.name),
+    )
+    return row.loss(context, batches, options)
 
 
 class Compiled(NamedTuple):
@@ -549,11 +649,10 @@ def test_padding_changes_nothing(name, world):
     row, options, batches = prepare(world, CASES[name].config)
     want = terms_of(row, options, batches, world.params)
     got = terms_of(*prepare(world, CASES[name].config, wider), world.params)
-    if options.compat == "kl_all_positions":  # padding is part of that mean
-        assert (
-            got["retain"][1] == want["retain"][1] + T and got.pop("retain")[0] != want["retain"][0]
-        )
-        del want["retain"]
+    every = {"kl_all_positions": ("retain",), "every_slot": tuple(want)}
+    for term in every.get(options.compat, ()):  # padding is part of these means
+        (before, count), (after, more) = want.pop(term), got.pop(term)
+        assert more == count + T and before != after
     for term in want:
         np.testing.assert_allclose(got[term], want[term], rtol=1e-12)
 
@@ -575,7 +674,8 @@ def test_declared_caches_suffice(name, compiled):
         "hidden_pair": {"ref_logits", "ref_plain_logits"},
     }
     have = {stream: set(columns) for stream, columns in ref_columns(batches).items() if columns}
-    assert have == {stream: kinds[kind] for stream, kind in row.reference.items()}
+    cached = {stream: kind for stream, kind in row.reference.items() if kind != "fork"}
+    assert have == {stream: kinds[kind] for stream, kind in cached.items()}
 
 
 @every_case
@@ -583,7 +683,10 @@ def test_rows_are_consistent(name):
     row, options = objectives.resolve(CASES[name].config)
     assert set(row.columns) == set(row.streams)
     assert set(row.reference) <= set(row.streams) and set(row.forward) <= set(row.reference)
-    assert set(row.reference.values()) <= {"logps", "hidden", "hidden_all", "hidden_pair"}
+    assert set(row.reference.values()) <= {"logps", "hidden", "hidden_all", "hidden_pair", "fork"}
+    questions = row.questions(options)
+    assert set(questions.asks) <= set(row.streams) and set(questions.forked) <= set(row.streams)
+    assert bool(questions.blocks) == bool(questions.of("hidden"))
     assert hash(options) == hash(objectives.resolve(CASES[name].config)[1])  # a static jit argument
     assert objectives.resolve(options)[1] == options
     assert row.summary and row.paper
@@ -597,7 +700,9 @@ def test_shared_forms_change_what_they_name_in_every_row(name, form, world):
         return
     config = options_of(name, compat=form)
     row, options, batches = prepare(world, config)
-    plain = options_of(name, retain="kl" if form.startswith("kl") else None)
+    retain = "kl" if form.startswith("kl") else None
+    plain = options_of(name, retain=retain, layer=1 if name == "rmu" else None)
+    config = dataclasses.replace(config, layer=1) if name == "rmu" else config
     same = terms_of(*prepare(world, plain), world.params)
     got = terms_of(row, options, batches, world.params)
     if form.startswith("kl"):
@@ -608,7 +713,7 @@ def test_shared_forms_change_what_they_name_in_every_row(name, form, world):
         np.testing.assert_allclose(got.pop("retain"), oracle(rows), rtol=1e-11)
         del same["retain"]
     assert row.per_micro_batch == (form == "mean_of_means")
-    assert row.packable == (form == "kl_sequence_mean")
+    assert row.packable == (form == "kl_sequence_mean" and name != "rmu")
     for term, value in same.items():
         np.testing.assert_allclose(got[term], value, rtol=1e-12, err_msg=term)
 
@@ -695,8 +800,8 @@ class Facts(NamedTuple):
 
 
 def mean_nll(params, batch, temperature=None):
-    model = objectives.policy_from_apply(lambda p, b: apply(p, b, temperature), params)
-    return float(-jnp.mean(model.log_probs(batch)))
+    context = objectives.context_from_apply(lambda p, b: apply(p, b, temperature), params)
+    return float(-jnp.mean(context.model.log_probs(batch)))
 
 
 def fit(params, config, batches, steps, rate):
@@ -786,6 +891,9 @@ def test_gradient_ascent_diverges_where_asu_does_not(facts):
             "compat 'kl_sequence_mean' is a form of retain=kl, not of nll; leave retain out",
         ),
         ("idk", {"compat": "tofu_concat", "retain": "kl"}, "does not use retain"),
+        ("rmu", {"steering": 0.0}, "steering is 0.0; it must be greater than 0"),
+        ("rmu", {"retain": "nl"}, "did you mean 'nll'?"),
+        ("rmu", {"compat": "every_slot", "positions": "all"}, "does not use positions"),
     ],
 )
 def test_bad_options_end_in_one_line(name, given, message):
@@ -831,8 +939,8 @@ def test_reference_forward_smooths_the_forget_stream_only():
 
 
 def test_a_row_of_your_own():
-    def loss(policy, batches, options):
-        return {"forget": (jnp.sum(policy.log_probs(batches["forget"])), jnp.array(1.0))}
+    def loss(context, batches, options):
+        return {"forget": (jnp.sum(context.model.log_probs(batches["forget"])), jnp.array(1.0))}
 
     @dataclasses.dataclass(frozen=True)
     class Mine(objectives.Options):
@@ -870,10 +978,10 @@ def test_the_list_names_every_row():
 # ---- a model of your own ---------------------------------------------------------------------
 
 
-def test_policy_reads_the_right_slots(world):
+def test_context_reads_the_right_slots(world):
     batch = world.batches["forget"]
-    policy = objectives.policy_from_apply(apply, world.params)
-    got = np.asarray(policy.log_probs(batch))
+    context = objectives.context_from_apply(apply, world.params)
+    got = np.asarray(context.model.log_probs(batch))
     log_probs = np.asarray(jax.nn.log_softmax(apply(world.params, batch)))
     for b, length in enumerate(LENGTHS["forget"]):
         slots = range(T - length, T)
@@ -882,7 +990,7 @@ def test_policy_reads_the_right_slots(world):
         assert not got[b, length:].any()
 
 
-def test_policy_uses_a_reference_function_or_says_what_is_missing(world):
+def test_context_uses_a_reference_function_or_says_what_is_missing(world):
     row, options, batches = prepare(world, options_of("graddiff", retain="kl"))
     want = terms_of(row, options, batches, world.params)
     bare = {s: {k: v for k, v in b.items() if k != "ref_logits"} for s, b in batches.items()}
@@ -902,9 +1010,9 @@ def test_a_nan_at_a_padding_slot_stays_there(world):
         return jnp.where(used[..., None], logits, jnp.nan)
 
     def total(params):
-        policy = objectives.policy_from_apply(spoiled, params)
+        context = objectives.context_from_apply(spoiled, params)
         row, options = objectives.resolve("ga")
-        return combine(row.loss(policy, {"forget": batch}, options), None, options)
+        return combine(row.loss(context, {"forget": batch}, options), None, options)
 
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(jax.grad(total)(world.params)))
 

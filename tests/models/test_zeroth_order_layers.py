@@ -10,8 +10,8 @@ import pytest
 from jaxlib_unlearn.optim.zeroth_order import perturbations
 from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored, matmul
+from models.asked import AskedDecoder
 from models.decoder import Decoder, DecoderConfig
-from models.policy import DecoderPolicy
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
@@ -51,12 +51,12 @@ def batch(rows=2, length=6, width=4):
 
 
 def layered_value_fn(decoder, data, params, layer_map):
-    policy = DecoderPolicy(decoder, params, options={"layer_map": layer_map})
-    return -jnp.mean(policy.log_probs(data))
+    asked = AskedDecoder(decoder, params, options={"layer_map": layer_map})
+    return -jnp.mean(asked.log_probs(data))
 
 
 def value_fn(decoder, data, params):
-    return -jnp.mean(DecoderPolicy(decoder, params).log_probs(data))
+    return -jnp.mean(AskedDecoder(decoder, params).log_probs(data))
 
 
 def losses(family, params, decoder=DECODER, *, layered, factored=True, **options):

@@ -11,6 +11,7 @@ import pytest
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import options_of as objective_of
 from models.decoder import Decoder, DecoderConfig
+from models.learner import DecoderLearner
 from train.optimizers import COMBINERS, OPTIMIZERS, build
 from train.optimizers import options_of as optimizer_of
 from train.step import Losses, TrainState, make_step
@@ -18,6 +19,7 @@ from train.step import Losses, TrainState, make_step
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 DECODER = Decoder(DecoderConfig(64, 32, 96, 3, 4, 2, 8), "full")
+LEARNER = DecoderLearner(DECODER)
 PARAMS = DECODER.shapes()
 
 
@@ -38,7 +40,7 @@ def compiled(name, combine="sum", accumulate=1, objective="graddiff"):
     row, options = objectives.resolve(objective_of(objective))
     more = {"period": 1} if name == "hybrid" else {}
     tx, schedule, needs = build(optimizer_of(name, **more), 10, combine)
-    step = make_step(DECODER, row, options, tx, schedule, accumulate, needs)
+    step = make_step(LEARNER, row, options, tx, schedule, accumulate, needs)
     opt_state = jax.eval_shape(tx.init, PARAMS)
     state = TrainState(PARAMS, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
     with warnings.catch_warnings():
@@ -106,13 +108,13 @@ def test_two_gradients_cost_one_forward_pass_each():
 
     def gradients(sides):
         def run(params, batches):
-            losses = Losses(DECODER, row, options, params, None, batches, 1)
+            losses = Losses(LEARNER, row, options, params, None, batches, 1)
             return losses.gradients(params, sides)
 
         return jax.jit(run).lower(PARAMS, batches).compile().cost_analysis()["flops"]
 
     metrics, both = jax.eval_shape(
-        lambda p, b: Losses(DECODER, row, options, p, None, b, 1).gradients(
+        lambda p, b: Losses(LEARNER, row, options, p, None, b, 1).gradients(
             p, ("forget", "retain")
         ),
         PARAMS,
@@ -133,7 +135,7 @@ def test_metrics_do_not_depend_on_how_gradients_are_asked_for():
 
     @jax.jit
     def run(params):
-        losses = Losses(DECODER, row, options, params, None, batches, 2)
+        losses = Losses(LEARNER, row, options, params, None, batches, 2)
         return losses.gradients(params), losses.gradients(params, ("forget", "retain"))
 
     (one, (joint,)), (two, split) = run(params)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from models.decoder import Decoder, DecoderConfig
-from models.policy import score
+from models.labels import score
 from models.prompts import TAGS, PromptFormat
 from train import base_models
 from train.config import DataConfig, EvaluateConfig

@@ -14,6 +14,7 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import options_of as objective_of
 from models.decoder import REMAT, Decoder, DecoderConfig
+from models.learner import DecoderLearner
 from models.weights import load
 from train import base_models, checks, cli, pipeline
 from train import run as runs
@@ -76,7 +77,9 @@ def setting(name="adamw", remat="none", sizes=(1, 1, 1), objective="graddiff", *
     tx, schedule, needs = build(config, STEPS)
     adapters = sharding.put_params(training.start, mesh)
     state, shardings = init_state(adapters, tx, mesh)
-    step = make_step(decoder, row, options, tx, schedule, needs=needs, bind=training.bind)
+    step = make_step(
+        DecoderLearner(decoder), row, options, tx, schedule, needs=needs, binding=training.binding
+    )
     batches = {n: sharding.put_batch(batch(seed=i), mesh) for i, n in enumerate(row.streams)}
     return Setting(base, adapters, compile_step(step, shardings, mesh), state, batches)
 

@@ -24,7 +24,8 @@ from jaxlib_unlearn.objectives import options_of as objective_of
 from models import arrays
 from models.decoder import Decoder, DecoderConfig
 from models.generate import SamplingConfig, generate
-from models.policy import head_of
+from models.labels import head_of
+from models.learner import DecoderLearner
 from train.data.examples import Example
 from train.data.streams import batches_of, make_stream, with_references
 from train.optimizers import OPTIMIZERS, build
@@ -40,6 +41,7 @@ pytestmark = [
 ]
 
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
+LEARNER = DecoderLearner(DECODER)
 MESH = MeshConfig(2, 2, 1)
 ROWS, SEED = 16, 3
 # The sets that the default run compares, and those of the slow one.
@@ -101,7 +103,7 @@ def numbers(which: str, folder: Path) -> dict[str, np.ndarray]:
 
         @jax.jit
         def run(params, frozen, batch, row=row, options=options):
-            losses = Losses(DECODER, row, options, params, frozen, batch, 1)
+            losses = Losses(LEARNER, row, options, params, frozen, batch, 1)
             return losses.gradients(params)
 
         for step in range(2):

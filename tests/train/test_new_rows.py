@@ -206,12 +206,12 @@ class Squared(Sided):
     aim: float = option(2.0, "NLL that forget answers should have, nats per token.", above=0)
 
 
-def squared(policy, batches, options):
+def squared(context, batches, options):
     """``L = f (NLL(forget) - aim)^2 per token + r NLL(retain)``."""
     batch = batches["forget"]
-    errors = (-policy.log_probs(batch) - options.aim) ** 2
+    errors = (-context.model.log_probs(batch) - options.aim) ** 2
     forget = losses.masked_sum(errors, batch["target_mask"])
-    return {"forget": forget} | retain_terms(policy, batches, options)
+    return {"forget": forget} | retain_terms(context, batches, options)
 
 
 QA = ("question", "answer")

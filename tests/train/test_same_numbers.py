@@ -21,8 +21,10 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import OBJECTIVES
 from jaxlib_unlearn.objectives import options_of as objective_of
+from models.asked import Frozen
 from models.decoder import Decoder, DecoderConfig
-from models.policy import DecoderPolicy, head_of
+from models.labels import head_of
+from models.learner import DecoderLearner
 from train import loop, optimizers
 from train.config import UnlearnConfig
 from train.costs.hlo_flops import device_flops
@@ -37,6 +39,7 @@ from train.runtime.tracking import Tracker
 from train.step import Losses, compile_step, init_state, make_step, split_batch
 
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
+LEARNER = DecoderLearner(DECODER)
 STEPS, ROWS, SEED = 6, 16, 3
 ALTERNATES = 3  # answers per forget question
 ADAMW = optimizers.options_of("adamw", learning_rate=2e-3)
@@ -165,7 +168,7 @@ def run_stage(name, sizes, accumulate, start, plain, folder):
     frozen = head_of(params) if "hidden" in row.reference.values() else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compile_step", watched)
-        params = loop.run(stage, DECODER, params, frozen, mesh, Tracker(folder))
+        params = loop.run(stage, LEARNER, params, frozen, mesh, Tracker(folder))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(STEPS))
     return Seen(seen["rows"], [x["loss"] for x in lines], seen["gradient"], jax.device_get(params))
@@ -278,7 +281,7 @@ def gradient_of(config, sizes, accumulate, start, plain, together=1):
 
     @jax.jit
     def run(params, frozen, batches):
-        losses = Losses(DECODER, row, options, params, frozen, batches, accumulate)
+        losses = Losses(LEARNER, row, options, params, frozen, batches, accumulate)
         return losses.gradients(params)
 
     args = (params, head_of(params), batches)
@@ -348,7 +351,14 @@ def test_mean_of_means_is_that_of_the_micro_batches(sizes, start, plain):
     parts = split_batch({n: jax.tree.map(jnp.asarray, b) for n, b in host.items()}, 4)
     ordinary = objectives.resolve(replace(config, compat=None))
     means = [
-        Losses(DECODER, *ordinary, start, None, jax.tree.map(lambda x, a=a: x[a], parts), 1)
+        Losses(
+            LEARNER,
+            *ordinary,
+            start,
+            None,
+            jax.tree.map(lambda x, a=a: x[a], parts),
+            1,
+        )
         for a in range(4)
     ]
     grads = [losses.grad(start) for losses in means]
@@ -376,7 +386,7 @@ def test_retain_kl_over_all_positions_in_training(start, plain, tmp_path):
 
     @jax.jit
     def run(params, frozen, batches):
-        return Losses(DECODER, row, options, params, frozen, batches, 1).gradients(params)
+        return Losses(LEARNER, row, options, params, frozen, batches, 1).gradients(params)
 
     args = (sharding.put_params(other, mesh), head_of(sharding.put_params(start, mesh)), batches)
     metrics, _ = quick(run, *args)(*args)
@@ -390,7 +400,7 @@ def test_one_forward_pass_for_all_streams(start, plain):
     host = batches_of({n: plain[n] for n in row.streams}, "forget", SEED, ROWS)(0)
     for batch in host.values():
         batch["ref_log_probs"] = np.zeros_like(batch["target_mask"])
-    losses = Losses(DECODER, row, options, start, None, host, 1)
+    losses = Losses(LEARNER, row, options, start, None, host, 1)
 
     def layers(*sides):
         """Number of passes over the blocks in the gradient's jaxpr: forwards, backwards."""
@@ -530,7 +540,7 @@ def test_devices_share_the_evaluations_of_queries(name, jobs, start, plain):
         mesh = mesh_of(*sizes)
         config = optimizers.options_of(name, learning_rate=1e-2, queries=4, perturbation=1e-2)
         tx, schedule, needs = build(config, 2, "sum", sharding.query_axis(mesh))
-        step = make_step(DECODER, *objectives.resolve("nll"), tx, schedule, 1, needs)
+        step = make_step(LEARNER, *objectives.resolve("nll"), tx, schedule, 1, needs)
         state, shardings = init_state(sharding.put_params(start, mesh), tx, mesh)
         args = (state, None, {"train": sharding.put_batch(batch, mesh)})
         program = quick(compile_step(step, shardings, mesh), *args)
@@ -588,7 +598,8 @@ def test_weights_first_costs_no_forward(start, plain):
     host = batches_of({"forget": plain["forget"]}, "forget", SEED, 4)(0)
 
     def loss(params, batches):
-        terms = row.loss(DecoderPolicy(DECODER, params), batches, options)
+        context = LEARNER.context(params, Frozen(), batches, row.questions(options))
+        terms = row.loss(context, batches, options)
         return objectives.combine(terms, None, options)
 
     def both(params, batches):  # the cost if the first pass were kept
@@ -603,7 +614,7 @@ def test_weights_first_costs_no_forward(start, plain):
 
     def step(accumulate):
         def run(params, batches):
-            losses = Losses(DECODER, row, options, params, None, batches, accumulate)
+            losses = Losses(LEARNER, row, options, params, None, batches, accumulate)
             return losses.gradients(params)
 
         return run
@@ -625,7 +636,7 @@ def test_step_donates_its_state_and_compiles_once_a_shape(start, plain):
     tx, schedule, _ = build(ADAMW, STEPS)
     params = sharding.put_params(start, mesh)
     state, shardings = init_state(params, tx, mesh)
-    step = compile_step(make_step(DECODER, row, options, tx, schedule), shardings, mesh)
+    step = compile_step(make_step(LEARNER, row, options, tx, schedule), shardings, mesh)
     train = plain["train"]
     short = [i for i, e in enumerate(train.examples) if len(e.tokens) <= 8]
     two = Stream(train.examples, 0, (8, 16), train.label_buckets)
@@ -653,7 +664,7 @@ def test_a_stage_does_not_consume_what_it_starts_from(start, plain, tmp_path):
     row, options = objectives.resolve(objective_of("nll"))
     batches = batches_of({"train": plain["train"]}, "train", SEED, ROWS)
     stage = loop.Stage("nll", 0, batches, row, options, ADAMW, 1, tmp_path / "c", 1e9)
-    after = loop.run(stage, DECODER, params, None, mesh, Tracker(tmp_path))
+    after = loop.run(stage, LEARNER, params, None, mesh, Tracker(tmp_path))
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True):
         assert not b.is_deleted() and np.array_equal(a, b)
         pointers = {s.data.unsafe_buffer_pointer() for s in b.addressable_shards}

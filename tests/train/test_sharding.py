@@ -14,13 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn.errors import UserError
 from models import lora
+from models.asked import AskedDecoder
 from models.decoder import Decoder, DecoderConfig
 from models.families import FAMILIES, from_hf
-from models.policy import DecoderPolicy
+from models.layout import DECODER
 from train.costs.flops import count
 from train.costs.hlo_flops import device_flops
 from train.runtime.sharding import (
-    RULES,
     MeshConfig,
     batch_sharding,
     check_batch,
@@ -33,6 +33,7 @@ from train.runtime.sharding import (
     spec_of,
     state_shardings,
 )
+from train.step import shaped
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")
 
@@ -115,7 +116,7 @@ def test_the_configs_above_have_every_optional_leaf():
     assert "lm_head/kernel" in paths
     paths |= leaves(adapters_of(Decoder(TINY).shapes())).keys()
     # Every rule is used.
-    for pattern, axes in RULES:
+    for pattern, axes in DECODER:
         assert any(re.search(pattern, path) for path in paths), (pattern, axes)
 
 
@@ -169,6 +170,7 @@ def test_batches_are_split_over_data_and_fsdp(cube):
 
 def test_state_shardings_follow_the_parameters(cube):
     shapes = Decoder(TINY).shapes()
+    shapes = shaped(shapes, param_shardings(shapes, cube))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     state = jax.eval_shape(tx.init, shapes)
     found = leaves(state_shardings(state, shapes, cube))
@@ -276,7 +278,7 @@ def test_what_tp_does_not_divide_is_padded_in_the_program(sizes, tied):
     params = jax.jit(decoder.init)(jax.random.key(0))
 
     def loss(params, batch):
-        return -jnp.mean(DecoderPolicy(decoder, params).log_probs(batch))
+        return -jnp.mean(AskedDecoder(decoder, params).log_probs(batch))
 
     gradient = jax.value_and_grad(loss)
     want = jax.jit(gradient)(params, batch)

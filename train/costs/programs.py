@@ -21,14 +21,15 @@ from jaxlib_unlearn import objectives
 from models import generate, lora
 from models.architectures import config_of
 from models.decoder import Decoder
-from models.policy import head_of, score
+from models.labels import head_of, score
+from models.learner import DecoderLearner
 from train import checks, optimizers
 from train.base_models import scratch_shape
 from train.config import RunConfig
 from train.data.batches import collate
 from train.data.streams import REFERENCE_COLUMNS, needs_head
 from train.runtime import sharding
-from train.step import Bind, TrainState, compile_step, make_step, shaped, state_shapes, whole
+from train.step import Binding, TrainState, compile_step, make_step, shaped, state_shapes
 
 STEPS = 100  # length of the schedule, if the data is not there; costs do not depend on it
 
@@ -82,15 +83,15 @@ def param_shapes(decoder: Decoder, mesh: Mesh) -> Any:
     return shaped(shapes, sharding.param_shardings(shapes, mesh))
 
 
-def trained_shapes(config: RunConfig, params: Any, mesh: Mesh) -> tuple[Any, Bind]:
+def trained_shapes(config: RunConfig, params: Any, mesh: Mesh) -> tuple[Any, Binding]:
     """What the unlearning stage trains, as shapes, and the function that makes a model of it."""
     chosen = config.lora
     if chosen.rank is None:
-        return params, whole
+        return params, Binding()
     checks.check_lora(chosen, config.optimizer, params)
     adapters = jax.eval_shape(lambda: lora.init(params, chosen.rank or 1, chosen.targets))
     adapters = shaped(adapters, sharding.param_shardings(adapters, mesh))
-    return adapters, functools.partial(lora.bind, scale=chosen.scale)
+    return adapters, Binding(functools.partial(lora.bind, scale=chosen.scale))
 
 
 def train_program(
@@ -114,11 +115,13 @@ def train_program(
         config.combine,
         sharding.query_axis(mesh),
     )
-    params = param_shapes(decoder, mesh)
-    trained, bind = trained_shapes(config, params, mesh)
+    learner, params = DecoderLearner(decoder), param_shapes(decoder, mesh)
+    trained, binding = trained_shapes(config, params, mesh)
     state, shardings = state_shapes(trained, tx, mesh)
     batches = {name: batch_shapes(rows, length, labels, mesh) for name in objective.streams}
     for name, kind in objective.reference.items():
+        if kind == "fork":
+            continue
         for column, quantity, _ in REFERENCE_COLUMNS[kind]:
             tail = () if quantity == "logps" else (decoder.config.hidden_size,)
             batches[name][column] = jax.ShapeDtypeStruct(
@@ -129,7 +132,7 @@ def train_program(
     frozen = head_of(params) if needs_head(objective) else None
     frozen = frozen if config.lora.rank is None else params
     step = make_step(
-        decoder, objective, options, tx, schedule, config.unlearn.accumulate, needs, bind
+        learner, objective, options, tx, schedule, config.unlearn.accumulate, needs, binding
     )
     tokens = rows * length * len(objective.streams)
     unit = f"a step of {len(objective.streams)} x {rows} rows of {length} tokens ({tokens} tokens)"

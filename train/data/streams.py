@@ -22,8 +22,9 @@ from jaxlib_unlearn.objectives import (
     reference_forward,
 )
 from models import arrays
+from models.asked import AskedDecoder
 from models.decoder import Decoder, DecoderConfig
-from models.policy import DecoderPolicy, spread, target_log_prob
+from models.labels import spread, target_log_prob
 from train.config import to_json
 from train.data.batches import batch_shape, collate, make_buckets, paired_indices, training_indices
 from train.data.examples import Example
@@ -49,7 +50,7 @@ FOLLOWERS = ("idk", "alternate")  # streams of other answers to the questions of
 
 def needs_head(objective: Objective) -> bool:
     """Whether a row's references are hidden states, which a frozen head unembeds."""
-    return any(kind != "logps" for kind in objective.reference.values())
+    return any(kind not in ("logps", "fork") for kind in objective.reference.values())
 
 
 @dataclass(frozen=True)
@@ -218,12 +219,12 @@ def reference_values(
 
     `hidden_all` (B, T, d) are the hidden states at every slot.
     """
-    policy = DecoderPolicy(decoder, params, options=options)
+    asked = AskedDecoder(decoder, params, options)
     if kind == "hidden_all":
-        return policy.states(at_every_slot(batch)).astype(jnp.float32)
+        return asked.states(at_every_slot(batch)).astype(jnp.float32)
     if kind == "hidden":
-        return spread(batch, policy.states(batch)).astype(jnp.float32)
-    return policy.reduce_logits(batch, target_log_prob)
+        return spread(batch, asked.states(batch)).astype(jnp.float32)
+    return asked.reduce_logits(batch, target_log_prob)
 
 
 _reference_values = jax.jit(reference_values, static_argnums=(0, 1))
@@ -310,6 +311,8 @@ def with_references(
     keywords = reference_forward(objective, config, decoder.config.num_layers)
     result = dict(streams)
     for name, kind in objective.reference.items():
+        if kind == "fork":
+            continue
         stream = streams[name]
         # Streams share one padded length, which is the longest of any.
         every = kind == "hidden_all"

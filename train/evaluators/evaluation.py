@@ -17,7 +17,8 @@ from jaxlib_unlearn.metrics.likelihood import Scored
 from models import Tokenizer, arrays
 from models.decoder import Decoder
 from models.generate import SamplingConfig, generate
-from models.policy import score
+from models.labels import score
+from models.learner import DecoderLearner
 from train.config import EvaluateConfig, to_json
 from train.data.batches import score_batches
 from train.data.examples import Example, Group, encode_group, encode_prompt, encode_qa
@@ -41,6 +42,11 @@ class Model(NamedTuple):
     params: Any
     tokenizer: Tokenizer
     sha: str
+
+    @property
+    def learner(self) -> DecoderLearner:
+        """How it is trained."""
+        return DecoderLearner(self.decoder)
 
     def identity(self) -> dict[str, Any]:
         """What its answers depend on, as JSON values: parameters, shape, tokens, prompts."""

@@ -52,6 +52,7 @@ OTHER_DATA = options_of("asu", temperature=10.0, retain="nll", forget_weight=1.0
 OBJECTIVES = {
     "alternate": PRESET.objective,
     "asu": OTHER_DATA,
+    "rmu": options_of("rmu", layer=2),  # of four blocks
     "simnpo": options_of("simnpo", beta=1.0, delta=-0.25, retain="nll"),
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.decoder import DecoderConfig
 from train.config import LoraConfig, to_json
 from train.optimizers import Options
 
@@ -45,7 +44,7 @@ WHY_NOT = {
 
 def stage_inputs(
     start: str,
-    model: DecoderConfig,
+    model: Any,
     streams: Mapping[str, Any],
     *,
     objective: Any,
@@ -61,7 +60,7 @@ def stage_inputs(
 
     Args:
         start: sha256 of the parameters before the stage.
-        model: the decoder's configuration: rotary positions, dtypes and all else.
+        model: what its outputs depend on beside the parameters (`Learner.identity`).
         streams: its streams; `identity()` covers the tokens of the examples, and with them prompts,
             truncation and templates.
         objective: its resolved options.

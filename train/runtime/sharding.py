@@ -1,13 +1,12 @@
-"""Meshes `(query x) data x fsdp x tp`, and the layout of every array on them by regex rules.
+"""Meshes `(query x) data x fsdp x tp`, and the layout of every array on them.
 
-The batch is split over `data` and `fsdp`; parameters over `fsdp` (and `tp` for the wide axis of
-attention and MLP kernels). Zeroth-order steps distribute their evaluations over `query`.
+The batch is split over `data` and `fsdp`, parameters by the rules of their model (`models.layout`).
+Zeroth-order steps distribute their evaluations over `query`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,25 +18,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn.errors import UserError
-from models import arrays
+from models import arrays, layout
+from models.layout import Rules, path_str, spec_of
 
 AXES = ("data", "fsdp", "tp")
-
-# First match wins; the specs name the trailing axes of a leaf, leading (stack) axes are not split.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"embed/embedding$", ("tp", "fsdp")),
-    (r"lm_head/kernel$", ("fsdp", "tp")),
-    (r"attn/(q|k|v)/kernel$", ("fsdp", "tp")),
-    (r"attn/o/kernel$", ("tp", "fsdp")),
-    (r"mlp/(gate|up)/kernel$", ("fsdp", "tp")),
-    (r"mlp/down/kernel$", ("tp", "fsdp")),
-    # Adapters of the kernels above: their long axis is split like the kernel's.
-    (r"(attn/(q|k|v)|mlp/(gate|up))/lora_a/kernel$", ("fsdp", None)),
-    (r"(attn/(q|k|v)|mlp/(gate|up))/lora_b/kernel$", (None, "tp")),
-    (r"(attn/o|mlp/down)/lora_a/kernel$", ("tp", None)),
-    (r"(attn/o|mlp/down)/lora_b/kernel$", (None, "fsdp")),
-    (r"(scale|bias)$", ()),
-)
 
 
 @dataclass(frozen=True)
@@ -155,69 +139,27 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int, what: str) -> None
         )
 
 
-def path_str(path: Any) -> str:
-    """`("layers", "mlp", "up", "kernel")` as `"layers/mlp/up/kernel"`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The partition spec of one parameter; an axis that does not divide evenly is not split.
-
-    The program still divides the work on it, by padding (`models.layers.padded_over_tp`).
-
-    Raises:
-        ValueError: no rule matches `path`.
-    """
-    axes = next((axes for pattern, axes in RULES if re.search(pattern, path)), None)
-    if axes is None:
-        raise ValueError(
-            f"no sharding rule matches parameter {path!r}; add one to RULES in "
-            "train/runtime/sharding.py"
-        )
-    full = (None,) * (len(shape) - len(axes)) + axes
-    return P(
-        *(
-            a if a and size % mesh.shape[a] == 0 else None
-            for a, size in zip(full, shape, strict=True)
-        )
-    )
-
-
-def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def sharding_of(
+    path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = layout.DECODER
+) -> NamedSharding:
     """The sharding of one parameter on the mesh."""
-    return NamedSharding(mesh, spec_of(path, shape, mesh))
+    return NamedSharding(mesh, spec_of(path, shape, mesh, rules))
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
+def param_shardings(tree: Any, mesh: Mesh, rules: Rules = layout.DECODER) -> Any:
     """A `NamedSharding` for every leaf of a parameter tree (arrays or shapes)."""
 
     def one(path, leaf):
-        return sharding_of(path_str(path), leaf.shape, mesh)
-
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def constrain(tree: Any, dtype: Any = None) -> Any:
-    """Constrain parameters, or one layer of them, to the layout of the rules on their own mesh.
-
-    It matters in the backward pass: the gradient is constrained as well, so each device gets its
-    part of the sum (a reduce-scatter) and not the whole of it (an all-reduce). With `dtype` the
-    leaves are cast first, so that communication uses the dtype of the computation.
-    """
-
-    def one(path, leaf):
-        leaf = leaf if dtype is None else leaf.astype(dtype)
-        mesh: Any = jax.typeof(leaf).sharding.mesh
-        if mesh.empty or mesh.size == 1 or AxisType.Explicit in mesh.axis_types:
-            return leaf
-        sharding = NamedSharding(mesh, spec_of(path_str(path), leaf.shape, mesh))
-        return jax.lax.with_sharding_constraint(leaf, sharding)
+        return sharding_of(path_str(path), leaf.shape, mesh, rules)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: leaves that end in a parameter's path get its sharding."""
+    """Shardings of an optimizer state: leaves that end in a parameter's path get its sharding.
+
+    `params` are arrays, or shapes with shardings.
+    """
     known = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
 
     def one(path, leaf):
@@ -225,7 +167,7 @@ def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
         for i in range(len(parts)):
             name = "/".join(parts[i:])
             if name in known and known[name].shape == leaf.shape:
-                return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+                return known[name].sharding
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(one, state)
@@ -272,7 +214,7 @@ def put_batch(
     return {name: put(x) for name, x in batch.items()}
 
 
-def put_params(params: Any, mesh: Mesh) -> Any:
+def put_params(params: Any, mesh: Mesh, rules: Rules = layout.DECODER) -> Any:
     """Parameters laid out on the mesh by the rules; host values must be equal on all processes."""
 
     def put(x, where):
@@ -280,14 +222,14 @@ def put_params(params: Any, mesh: Mesh) -> Any:
         local = jax.process_count() > 1 and getattr(x, "is_fully_addressable", True)
         return arrays.put(x, where) if local else jax.device_put(x, where)
 
-    return jax.tree.map(put, params, param_shardings(params, mesh))
+    return jax.tree.map(put, params, param_shardings(params, mesh, rules))
 
 
-def describe(params: Any, mesh: Mesh) -> str:
+def describe(params: Any, mesh: Mesh, rules: Rules = layout.DECODER) -> str:
     """A table of leaf, shape, spec and bytes per device, one line per leaf."""
     lines = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        spec = spec_of(path_str(path), leaf.shape, mesh)
+        spec = spec_of(path_str(path), leaf.shape, mesh, rules)
         ways = math.prod(mesh.shape[a] for a in spec if a)
         size = math.prod(leaf.shape) * leaf.dtype.itemsize // ways
         lines.append(f"{path_str(path):40} {leaf.shape!s:22} {spec!s:40} {size / 2**20:9.2f} MiB")

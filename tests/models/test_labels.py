@@ -10,10 +10,13 @@ import pytest
 from jax.extend import core
 
 from jaxlib_unlearn import objectives
+from jaxlib_unlearn.objectives import Questions
 from jaxlib_unlearn.objectives import options_of as objective_of
-from models import policy
+from models import labels
+from models.asked import AskedDecoder, Frozen
 from models.decoder import Decoder, DecoderConfig
-from models.policy import DecoderPolicy, head_of, label_chunk, score, target_log_prob
+from models.labels import head_of, label_chunk, score, target_log_prob
+from models.learner import DecoderLearner
 from train.data import streams
 from train.data.batches import collate
 from train.data.examples import Example, encode_group, encode_qa
@@ -24,7 +27,7 @@ VOCAB, LENGTH, WIDTH, ROWS = 97, 48, 16, 4
 CONFIG = DecoderConfig(VOCAB, 16, 24, 2, 4, 2, 4)
 SCORE = jax.jit(score, static_argnums=0)
 LOG_PROBS = jax.jit(
-    lambda params, batch, heat: DecoderPolicy(
+    lambda params, batch, heat: AskedDecoder(
         TIED, params, options={"attention_temperature": jnp.broadcast_to(heat, 2)}
     ).log_probs(batch)
 )
@@ -125,11 +128,11 @@ def expected_scores(decoder, params, example):
 @pytest.mark.parametrize("decoder", [TIED, UNTIED], ids=["tied", "untied"])
 def test_log_probs_and_score_equal_full_logits(decoder, chunked, examples, batch, monkeypatch):
     if chunked:
-        monkeypatch.setattr(policy, "LOGITS_BYTES", 4 * ROWS * VOCAB * 3)  # holds 3, takes 2
+        monkeypatch.setattr(labels, "LOGITS_BYTES", 4 * ROWS * VOCAB * 3)  # holds 3, takes 2
         assert label_chunk(ROWS, WIDTH, VOCAB) == 2
     params = sharp(decoder, 1)
     values, log_probs = jax.jit(
-        lambda p, b: (score(decoder, p, b), DecoderPolicy(decoder, p).log_probs(b))
+        lambda p, b: (score(decoder, p, b), AskedDecoder(decoder, p).log_probs(b))
     )(params, batch)
     assert log_probs.dtype == jnp.float32
     for b, example in enumerate(examples):
@@ -174,10 +177,14 @@ def test_reduce_logits_hands_over_the_logits(params, examples, batch, reference,
         return (target_log_prob(logits, targets), *(target_log_prob(f, targets) for f in frozen))
 
     def reduced(params, frozen, batch):
-        return DecoderPolicy(TIED, params, frozen).reduce_logits(batch, pick, reference)
+        questions = Questions({"x": ("log_probs",)})
+        context = DecoderLearner(TIED).context(params, Frozen(frozen), {"x": batch}, questions)
+        if not reference:
+            return context.model.reduce_logits(batch, pick)
+        return context.compare(batch, pick, plain=reference == "pair")
 
     whole = jax.jit(reduced)(params, head_of(teacher), batch)
-    monkeypatch.setattr(policy, "LOGITS_BYTES", 1)  # not even one column fits: chunks of one
+    monkeypatch.setattr(labels, "LOGITS_BYTES", 1)  # not even one column fits: chunks of one
     assert label_chunk(ROWS, WIDTH, VOCAB) == 1
     pieces = jax.jit(lambda *args: reduced(*args))(params, head_of(teacher), batch)
     jax.tree.map(lambda a, b: close(a, b, 1e-6), whole, pieces)
@@ -199,7 +206,7 @@ def test_options_reach_forward(params, batch):
 
 @pytest.mark.parametrize(("limit", "expected"), [(16, 16), (15, 8), (8, 8), (7, 4), (1, 1), (0, 1)])
 def test_label_chunk_is_the_largest_divisor_that_fits(limit, expected, monkeypatch):
-    monkeypatch.setattr(policy, "LOGITS_BYTES", 4 * ROWS * VOCAB * limit)
+    monkeypatch.setattr(labels, "LOGITS_BYTES", 4 * ROWS * VOCAB * limit)
     assert label_chunk(ROWS, 16, VOCAB) == expected
 
 
@@ -298,7 +305,7 @@ def training(name, accumulate=1, **options):
     batches = {stream: plain for stream in row.streams}
 
     def run(params, frozen, batches):
-        losses = Losses(TIED, row, config, params, frozen, batches, accumulate)
+        losses = Losses(DecoderLearner(TIED), row, config, params, frozen, batches, accumulate)
         return losses.gradients(params)
 
     return run, (params, head_of(params), batches)
@@ -339,7 +346,7 @@ def test_no_batch_by_length_by_vocabulary_array(name, monkeypatch):
         return
     assert slots_with_logits(fn, *args) <= ROWS * WIDTH < ROWS * LENGTH
     # With less memory allowed, no more than a chunk of the labels.
-    monkeypatch.setattr(policy, "LOGITS_BYTES", 4 * ROWS * VOCAB * 2)
+    monkeypatch.setattr(labels, "LOGITS_BYTES", 4 * ROWS * VOCAB * 2)
     fn, args = PROGRAMS[name]()
     assert slots_with_logits(fn, *args) <= ROWS * 2
 
@@ -366,7 +373,7 @@ def test_the_search_finds_full_logits():
 def test_gradient_through_chunks(name, monkeypatch):
     fn, args = PROGRAMS[name]()
     (metrics, whole) = jax.jit(lambda *a: fn(*a))(*args)
-    monkeypatch.setattr(policy, "LOGITS_BYTES", 4 * ROWS * VOCAB * 4)
+    monkeypatch.setattr(labels, "LOGITS_BYTES", 4 * ROWS * VOCAB * 4)
     (chunked_metrics, pieces) = jax.jit(lambda *a: fn(*a))(*args)
     assert float(metrics["loss"]) == pytest.approx(float(chunked_metrics["loss"]), rel=1e-6)
     size = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(whole)))

@@ -1,4 +1,4 @@
-"""What objectives and metrics ask of a decoder: values at the labels only.
+"""Values of a decoder at the labels only.
 
 Hidden states are gathered at the label slots first, `(B, W, d)`; the vocabulary projection then
 runs over chunks of `W` inside a scan whose body is rematerialised. So no `(batch, seq, vocab)`
@@ -8,7 +8,6 @@ array exists: the largest logits array is `(B, chunk, V)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -60,22 +59,37 @@ def label_states(
 ) -> list[jax.Array]:
     """Final hidden states where labels are predicted, as `at_labels` returns them.
 
-    One forward pass, which takes `options`, for all batches (their rows have one length): on a mesh
-    the weights are communicated once. Rows alternate between the batches, so that each stays on its
-    device.
+    One forward pass, which takes `options`, serves all batches (`forward_joined`).
+    """
+    hidden, _ = forward_joined(decoder, params, batches, **options)
+    return [at_labels(hidden[:, i], batch) for i, batch in enumerate(batches)]
+
+
+def forward_joined(
+    decoder: Decoder, params: Any, batches: Sequence[Batch], **options: Any
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """`forward` on the rows of several batches at once.
+
+    The rows have one length. On a mesh the weights are communicated once; rows alternate between
+    the batches, so that each stays on its device.
+
+    Returns:
+        The final hidden states, `(R, n, T, d)` for n batches, and those of every block in
+        `hidden_at`.
     """
 
-    def joined(name):
+    def joined(name: str) -> jax.Array:
         columns = jnp.stack([batch[name] for batch in batches], 1)
         return columns.reshape(-1, columns.shape[-1])
 
-    names = ("tokens", "positions", "segment_ids")
-    tokens, positions, segment_ids = (joined(name) for name in names)
-    hidden, _ = decoder.forward(
+    def apart(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, len(batches), *x.shape[1:])
+
+    tokens, positions, segment_ids = map(joined, ("tokens", "positions", "segment_ids"))
+    hidden, collected = decoder.forward(
         params, tokens, positions=positions, segment_ids=segment_ids, **options
     )
-    apart = hidden.reshape(-1, len(batches), *hidden.shape[1:])
-    return [at_labels(apart[:, i], batch) for i, batch in enumerate(batches)]
+    return apart(hidden), {block: apart(x) for block, x in collected["hidden"].items()}
 
 
 def at_labels(hidden: jax.Array, batch: Batch) -> jax.Array:
@@ -103,68 +117,6 @@ def spread(batch: Batch, x: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index, axis=1).reshape(*place.shape, *x.shape[2:])
 
 
-@dataclass(frozen=True)
-class DecoderPolicy:
-    """`jaxlib_unlearn.objectives.Policy` of a decoder and its parameters.
-
-    Args:
-        decoder: the model.
-        params: its parameters (differentiated).
-        frozen: the reference's unembedding parameters, used with `batch["ref_hidden"]`.
-        options: keyword options of `forward` for every call.
-        known: batches with their hidden states at the labels, where these are computed already.
-        head: what `unembed` reads in place of `params`: their `head_copies`.
-    """
-
-    decoder: Decoder
-    params: Any
-    frozen: Any = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    known: Sequence[tuple[Batch, jax.Array]] = ()
-    head: Any = None
-
-    def states(self, batch: Batch) -> jax.Array:
-        """Final hidden states where labels are predicted, as `at_labels` returns them."""
-        for other, states in self.known:
-            if other is batch:
-                return states
-        return label_states(self.decoder, self.params, [batch], **self.options)[0]
-
-    def log_probs(self, batch: Batch) -> jax.Array:
-        """Log-probability of every target, float32 `(B, W)`, 0 where masked."""
-        values = self.reduce_logits(batch, target_log_prob)
-        return jnp.where(batch["target_mask"] > 0, values, 0.0)
-
-    def reduce_logits(
-        self, batch: Batch, fn: Callable[..., Any], reference: bool | str = False
-    ) -> Any:
-        """`fn(logits, [reference_logits, [plain_logits,]] targets)` over label chunks.
-
-        Returns `(B, W)`, or a tree of such.
-        """
-        states, targets = self.states(batch), gather(batch, batch["targets"])
-        vocab = self.decoder.config.vocab_size
-        head = self.params if self.head is None else self.head
-        if not reference:
-
-            def student(states, targets):
-                return fn(self.decoder.unembed(head, states), targets)
-
-            found = over_labels(student, vocab, states, targets)
-            return jax.tree.map(lambda x: spread(batch, x), found)
-
-        columns = ("ref_hidden", "ref_plain_hidden") if reference == "pair" else ("ref_hidden",)
-        teachers = [gather(batch, batch[column]) for column in columns]
-
-        def compared(states, targets, *teachers):
-            frozen = [self.decoder.unembed(self.frozen, teacher) for teacher in teachers]
-            return fn(self.decoder.unembed(head, states), *jax.lax.stop_gradient(frozen), targets)
-
-        width = (1 + len(teachers)) * vocab
-        found = over_labels(compared, width, states, targets, *teachers)
-        return jax.tree.map(lambda x: spread(batch, x), found)
-
-
 def head_of(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that `unembed` reads (a frozen copy of them serves cached hidden states)."""
     return {name: params[name] for name in ("lm_head" if "lm_head" in params else "embed",)}
@@ -189,6 +141,22 @@ def head_copies(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     return jax.tree.map(copies, head_of(params))
 
 
+def reduce_states(
+    decoder: Decoder, head: Any, states: jax.Array, batch: Batch, fn: Callable[..., Any]
+) -> Any:
+    """`fn(logits, targets)` over label chunks, of hidden states as `at_labels` returns them.
+
+    Returns `(B, W)`, or a tree of such.
+    """
+
+    def chunk(states, targets):
+        return fn(decoder.unembed(head, states), targets)
+
+    targets = gather(batch, batch["targets"])
+    found = over_labels(chunk, decoder.config.vocab_size, states, targets)
+    return jax.tree.map(lambda x: spread(batch, x), found)
+
+
 def score(decoder: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
     """The fused scoring pass: everything the likelihood metrics need of a batch's labels.
 
@@ -207,4 +175,5 @@ def score(decoder: Decoder, params: Any, batch: Batch) -> dict[str, jax.Array]:
             "var": jnp.sum(p * jnp.square(log_p - mu[..., None]), -1),
         }
 
-    return DecoderPolicy(decoder, params).reduce_logits(batch, reduce)
+    states = label_states(decoder, params, [batch])[0]
+    return reduce_states(decoder, params, states, batch, reduce)

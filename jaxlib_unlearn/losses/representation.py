@@ -1,0 +1,31 @@
+"""Losses on hidden states: distances to a target direction or to the frozen model's own states."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxlib_unlearn.losses.likelihood import upcast
+
+
+def squared_error(hidden: ArrayLike, target: ArrayLike) -> jax.Array:
+    r"""Mean squared error over channels, per position.
+
+    .. math::
+        e_{b,t} = \frac1d \sum_i (h_{b,t,i} - y_{b,t,i})^2
+
+    Args:
+        hidden: ``(B, T, d)``, in any float dtype.
+        target: the same, or ``(d,)`` for all positions; no gradient reaches it.
+
+    Returns:
+        ``(B, T)``, float32 at least.
+
+    Example:
+        >>> squared_error(jnp.ones((1, 2, 4)), jnp.zeros(4)).tolist()
+        [[1.0, 1.0]]
+
+    Paper:
+        Li et al. 2024, arXiv:2403.03218, section 4 (RMU).
+    """
+    wide = upcast(hidden)
+    return jnp.mean(jnp.square(wide - jax.lax.stop_gradient(upcast(target))), -1)
