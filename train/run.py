@@ -28,7 +28,8 @@ from models.labels import head_of
 from models.learner import check_questions
 from train import loop
 from train.config import LoraConfig, TrainConfig, UnlearnConfig, to_json
-from train.data.streams import Stream, batches_of, needs_head, pack_streams, with_references
+from train.data.references import needs_head, with_references
+from train.data.streams import Stream, batches_of, pack_streams
 from train.evaluators.evaluation import Model
 from train.optimizers import Options, check_pair, check_steps
 from train.runtime import checkpointing, distributed, remote, residency, sharding

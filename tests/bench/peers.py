@@ -45,7 +45,8 @@ from train import optimizers
 from train.base_models import load_model
 from train.config import DataConfig, EvaluateConfig, ModelConfig
 from train.data.examples import Example, encode_prompt, encode_qa, encode_rows
-from train.data.streams import Stream, batches_of, make_stream, pack_streams, with_references
+from train.data.references import with_references
+from train.data.streams import Stream, batches_of, make_stream, pack_streams
 from train.data.tofu import read_json
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model, longest, score_items, score_rows

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxlib_unlearn.errors import UserError
 from train.config import RunConfig, to_json
-from train.data import streams
+from train.data import references
 from train.reporting import runlogs
 from train.runtime import checkpointing
 from train.runtime.folder import check_folder, enter_folder
@@ -45,12 +45,12 @@ def of_metrics(path: Path) -> Any:
 
 
 def cache(folder: Path) -> Path:
-    streams._write(folder / "forget-logps.npz", VALUES)
+    references._write(folder / "forget-logps.npz", VALUES)
     return folder / "forget-logps.npz"
 
 
 def of_cache(path: Path) -> Any:
-    found = streams._read(path, len(VALUES))
+    found = references._read(path, len(VALUES))
     if found is None:
         raise UserError("damaged, computed again")
     return [value.tolist() for value in found]

@@ -17,7 +17,7 @@ from models.asked import AskedDecoder, Frozen
 from models.decoder import Decoder, DecoderConfig
 from models.labels import head_of, label_chunk, score, target_log_prob
 from models.learner import DecoderLearner
-from train.data import streams
+from train.data import references
 from train.data.batches import collate
 from train.data.examples import Example, encode_group, encode_qa
 from train.step import Losses
@@ -164,7 +164,7 @@ def test_reduce_logits_hands_over_the_logits(params, examples, batch, reference,
     """
     teacher = sharp(TIED, 7)
     heat = jnp.array([1.0, 3.0])
-    states = jax.jit(streams.reference_values, static_argnums=(0, 1))
+    states = jax.jit(references.reference_values, static_argnums=(0, 1))
     batch = {
         **batch,
         "ref_hidden": states(TIED, "hidden", teacher, {"attention_temperature": heat}, batch),
@@ -331,7 +331,7 @@ def reference(kind):
     batch = device(collate(examples_of(), range(ROWS), LENGTH, WIDTH))
     heat = {"attention_temperature": jnp.ones(2)}
     return (
-        lambda params, batch: streams.reference_values(TIED, kind, params, heat, batch),
+        lambda params, batch: references.reference_values(TIED, kind, params, heat, batch),
         (sharp(TIED, 0), batch),
     )
 

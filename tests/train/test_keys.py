@@ -16,7 +16,7 @@ from models import DecoderConfig
 from models.layers import RopeScaling
 from train import base_models, cli, pipeline
 from train.config import OBJECTIVE, RunConfig, replace
-from train.data import streams
+from train.data import references, streams
 from train.data.examples import Example
 from train.evaluators import judging
 from train.optimizers import ROWS as OPTIMIZER
@@ -253,7 +253,7 @@ def test_every_field_of_the_model_is_in_the_keys_of_training(field, monkeypatch,
     stage = [digest(keys.stage_inputs("sha", c, {}, **options)) for c in (ours, theirs)]
     stream = streams.make_stream([Example([1, 2, 3], 1)], 0)
     asked = ("hidden", {}, stream)
-    cache = [digest(streams.reference_inputs("sha", c, *asked)) for c in (ours, theirs)]
+    cache = [digest(references.reference_inputs("sha", c, *asked)) for c in (ours, theirs)]
     assert stage[0] != stage[1] and cache[0] != cache[1]
 
 

@@ -27,7 +27,8 @@ from models.generate import SamplingConfig, generate
 from models.labels import head_of
 from models.learner import DecoderLearner
 from train.data.examples import Example
-from train.data.streams import batches_of, make_stream, with_references
+from train.data.references import with_references
+from train.data.streams import batches_of, make_stream
 from train.optimizers import OPTIMIZERS, build
 from train.optimizers import options_of as optimizer_of
 from train.runtime import checkpointing, distributed, sharding

@@ -13,7 +13,7 @@ import pytest
 from jaxlib_unlearn.errors import UserError
 from train import arguments, base_models, cli, exports, pipeline
 from train.config import RunConfig
-from train.data import streams
+from train.data import references
 from train.reporting import runlogs, tables
 from train.runtime import files, folder, seal, sharding
 from train.runtime.sharding import MeshConfig
@@ -243,12 +243,12 @@ def test_a_damaged_cache_is_computed_again(tmp_path, capsys):
     rng = random.Random(2)
     values = [np.random.default_rng(i).normal(size=(i + 1, 3)).astype(np.float32) for i in (0, 1)]
     path = tmp_path / "forget-hidden-1.npz"
-    streams._write(path, values)
+    references._write(path, values)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     noticed = 0
     for _ in range(200):
         before = flip(path, rng)
-        found = streams._read(path, 2)
+        found = references._read(path, 2)
         noticed += found is None
         if found is not None:
             assert all(a.tobytes() == b.tobytes() for a, b in zip(found, values, strict=True))
@@ -257,7 +257,7 @@ def test_a_damaged_cache_is_computed_again(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert said == [f"cache {path} is damaged; computing it again"] * noticed
     path.write_bytes(path.read_bytes()[:100])
-    assert streams._read(path, 2) is None and streams._read(tmp_path / "none.npz", 2) is None
+    assert references._read(path, 2) is None and references._read(tmp_path / "none.npz", 2) is None
 
 
 # The exported model.

@@ -29,7 +29,8 @@ from train import loop, optimizers
 from train.config import UnlearnConfig
 from train.costs.hlo_flops import device_flops
 from train.data.examples import Example
-from train.data.streams import Stream, batches_of, make_stream, pack_streams, with_references
+from train.data.references import with_references
+from train.data.streams import Stream, batches_of, make_stream, pack_streams
 from train.evaluators.evaluation import Model
 from train.optimizers import OPTIMIZERS, build
 from train.run import Recipe, Run, train

@@ -27,7 +27,7 @@ from train import checks, optimizers
 from train.base_models import scratch_shape
 from train.config import RunConfig
 from train.data.batches import collate
-from train.data.streams import REFERENCE_COLUMNS, needs_head
+from train.data.references import REFERENCE_COLUMNS, needs_head
 from train.runtime import sharding
 from train.step import Binding, TrainState, compile_step, make_step, shaped, state_shapes
 
