@@ -11,10 +11,17 @@ from jax.sharding import Mesh
 
 from jaxlib_unlearn import objectives, options
 from jaxlib_unlearn.errors import UserError
-from models import lora
+from models import lora, selection
 from models.weights import DTYPES
 from train import optimizers, suggest
-from train.config import EvaluateConfig, LoraConfig, RunConfig, TrainConfig, UnlearnConfig
+from train.config import (
+    EvaluateConfig,
+    LoraConfig,
+    RunConfig,
+    SelectConfig,
+    TrainConfig,
+    UnlearnConfig,
+)
 from train.data.examples import encode_prompt
 from train.evaluators.evaluation import Model, longest
 from train.optimizers import Options
@@ -99,6 +106,22 @@ def check_lora(config: LoraConfig, optimizer: Options, params: Any = None) -> No
             )
 
 
+def check_selection(select: SelectConfig, optimizer: Options, params: Any = None) -> None:
+    """Raise `UserError` for leaves and blocks that a model does not have or an optimizer refuses.
+
+    `params` (arrays or shapes) are the model's; None: it is not read yet.
+    """
+    for name in ("leaves", "blocks"):
+        if getattr(select, name) == ():
+            raise UserError(f"--train.{name} is empty; leave it out for all")
+    if params is None or not select.given:
+        return
+    chosen = selection.select(params, select.leaves, select.blocks)
+    check_row = optimizers.OPTIMIZERS[optimizer.name].check_runs
+    if check_row is not None:
+        check_row(optimizer, [(run.first, run.last) for run in chosen.runs if run.trained])
+
+
 def check_writable(option: str, folder: Path) -> None:
     """Raise `UserError` unless a local folder is there, or can be made, and takes files."""
     try:
@@ -122,6 +145,12 @@ def check_run(config: RunConfig) -> Mesh:
     objectives.check_accumulation(objective, config.unlearn.accumulate)
     optimizers.check_pair(config.optimizer, config.combine, objective, settings)
     check_lora(config.lora, config.optimizer)
+    check_selection(config.train, config.optimizer)
+    if config.lora.rank is not None and config.train.given:
+        raise UserError(
+            "--train.leaves and --train.blocks choose among the model's own parameters, which "
+            "--lora.rank leaves as they are; use --lora.targets, or leave --lora.rank out"
+        )
     reporters.check(reporters.chosen(config.report_to, config.tensorboard))
     if config.profile is not None:
         check_writable("--profile", config.profile)

@@ -232,6 +232,25 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class SelectConfig:
+    """Which leaves the unlearning stage trains, where it does not train all.
+
+    Optimizer state and gradients exist for these alone, and nothing below the first of them is
+    differentiated.
+    """
+
+    leaves: tuple[str, ...] | None = option(
+        None, "names of leaves, as parts of their paths (`mlp/down`, `q`, `embed`); None: all."
+    )
+    blocks: tuple[int, ...] | None = option(None, "numbers of blocks, from 0 on; None: all.", low=0)
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is chosen."""
+        return self.leaves is not None or self.blocks is not None
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """Start from results that exist."""
 
@@ -296,6 +315,7 @@ class RunConfig:
         words=tuple(optimizers.COMBINERS),
     )
     lora: LoraConfig = LoraConfig()
+    train: SelectConfig = SelectConfig()
     mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export_dtype: str = option("float32", "dtype of the exported weights.", choices=tuple(DTYPES))

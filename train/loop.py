@@ -66,7 +66,7 @@ class Stage:
         watch: evaluations during training.
         checkpoints: folder for this stage's checkpoints.
         checkpoint_seconds: minimum time between two of them.
-        binding: makes models of the trained tree (`train.step.Trainable`).
+        binding: makes models of the trained tree (`train.trainable.Trainable`).
         batch_size: rows of a global batch; None: `batches` makes all of them.
         profile: folder for a trace of a few steps.
         seed: of what the objective draws.

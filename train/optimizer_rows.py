@@ -51,6 +51,8 @@ class Optimizer:
         sides: evaluations a query of a zeroth-order row; 0: it has none.
         check_blocks: `check_blocks(options, num_layers)` raises `UserError` for a model that it
             cannot train with these options.
+        check_runs: `check_runs(options, runs)` raises `UserError` for runs of blocks, `(first,
+            last)`, that it cannot train alone.
         check_rank: `check_rank(rank)` raises `UserError` for adapters that it cannot train.
         check_steps: `check_steps(options, steps)` raises `UserError` for a number of steps that it
             cannot take.
@@ -64,6 +66,7 @@ class Optimizer:
     summary: str
     sides: int = 0
     check_blocks: Callable[[Any, int], None] | None = None
+    check_runs: Callable[[Any, list[tuple[int, int]]], None] | None = None
     check_rank: Callable[[int], None] | None = None
     check_steps: Callable[[Any, int], None] | None = None
     shortened: Callable[[Any, int], Any] | None = None
@@ -210,6 +213,16 @@ def _blocks_of_teon(c: Teon, num_layers: int) -> None:
         )
 
 
+def _runs_of_teon(c: Teon, runs: list[tuple[int, int]]) -> None:
+    for first, last in runs:
+        if first % c.group_size or (last - first) % c.group_size:
+            raise UserError(
+                f"--train.blocks {first} to {last - 1}: teon groups blocks by {c.group_size} from "
+                "block 0 on, and this range cuts a group; choose whole groups, or "
+                "--optimizer.group-size 1"
+            )
+
+
 def _no_adapters_for_teon(rank: int) -> None:
     raise UserError(
         "--lora.rank does not go with optimizer teon, which orthogonalises one projection of "
@@ -266,6 +279,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "joint",
             "Muon with q, k and v of neighbouring blocks orthogonalised together",
             check_blocks=_blocks_of_teon,
+            check_runs=_runs_of_teon,
             check_rank=_no_adapters_for_teon,
         ),
         Optimizer(

@@ -15,6 +15,7 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import tofu
 from jaxlib_unlearn.objectives import Objective
+from models.learner import check_questions
 from train import base_models, checks
 from train.alternates import with_alternates
 from train.config import LoraConfig, RunConfig, to_json
@@ -139,19 +140,21 @@ def _fit(config: RunConfig, task: Any, layout: Any, mesh: Any, retain_log: Any) 
         base = base_models.base_model(config, task, mesh)
     base = base._replace(tokenizer=base.tokenizer.formatted(layout))
     checks.check_lora(config.lora, config.optimizer, base.params)
+    checks.check_selection(config.train, config.optimizer, base.params)
     checks.check_blocks(config.optimizer, base.decoder.config.num_layers)
     if config.stage.original is None:
         checks.check_blocks(config.finetune.optimizer, base.decoder.config.num_layers)
     data = config.data
     task = checks.fit_task(task, base, config.evaluate, data.system_prompt, data.max_length)
-    check_stages(config, task, base.decoder.config.num_layers, retain_log)
+    check_stages(config, task, base, retain_log)
     return task, base
 
 
-def check_stages(config: RunConfig, task: Any, num_layers: int, retain_log: Any = None) -> None:
+def check_stages(config: RunConfig, task: Any, base: Model, retain_log: Any = None) -> None:
     """Raise `UserError` for stages without a step, or that objective or optimizer cannot take."""
     objective, options = objectives.resolve(config.objective)
-    objectives.reference_forward(objective, options, num_layers)
+    objectives.reference_forward(objective, options, base.decoder.config.num_layers)
+    check_questions(base.learner, objective, options)
     if config.data.alternates and lacks_alternates(objective, task):
         check_alternates(config)
     else:
@@ -296,6 +299,7 @@ def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
                 adapters,
                 config.data.row_tokens,
                 config.profile,
+                config.train,
             ),
             watch=(Watch(look, config.unlearn.curve_points),),
             keep=None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import time
 import zlib
@@ -23,21 +22,20 @@ import jax
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
-from models import lora
-from models.labels import head_of
 from models.learner import check_questions
 from train import loop
-from train.config import LoraConfig, TrainConfig, UnlearnConfig, to_json
-from train.data.references import needs_head, with_references
+from train.config import LoraConfig, SelectConfig, TrainConfig, UnlearnConfig, to_json
+from train.data.references import with_references
 from train.data.streams import Stream, batches_of, pack_streams
 from train.evaluators.evaluation import Model
 from train.optimizers import Options, check_pair, check_steps
-from train.runtime import checkpointing, distributed, remote, residency, sharding
+from train.runtime import checkpointing, distributed, remote, sharding
 from train.runtime.folder import read_minutes, write_about
 from train.runtime.keys import stage_inputs
 from train.runtime.stages import digest, folder_of, json_stage, params_stage
 from train.runtime.tracking import Tracker, say
-from train.step import Binding, Trainable, all_of, shaped
+from train.step import shaped
+from train.trainable import trainable_of
 
 
 class Clock:
@@ -118,6 +116,7 @@ class Recipe:
         adapters: low-rank adapters in the place of the parameters; None: all parameters.
         row_tokens: about how many tokens a row holds that short examples share; 0: none is shared.
         profile: folder for a trace of a few steps.
+        select: leaves that are trained, by name and by block; None: all.
     """
 
     stage: TrainConfig | UnlearnConfig
@@ -126,6 +125,7 @@ class Recipe:
     adapters: LoraConfig | None = None
     row_tokens: int = 0
     profile: Path | None = None
+    select: SelectConfig | None = None
 
 
 class Watch(NamedTuple):
@@ -150,29 +150,6 @@ def num_steps(config: TrainConfig | UnlearnConfig, rows: int, optimizer: Options
         raise UserError(f"a stage of {rows} rows has no step; raise its epochs or steps")
     check_steps(optimizer, steps)
     return steps
-
-
-def trainable_of(start: Model, row: Objective, adapters: LoraConfig | None, seed: int) -> Trainable:
-    """What a stage trains: the parameters of a model, or adapters beside them.
-
-    Of a model in host memory only what a step reads is brought to the device: the model and the
-    copy that is trained are never there together.
-    """
-    params, forked = start.params, "fork" in row.reference.values()
-    if adapters is None or adapters.rank is None:
-        head = residency.to_device(head_of(params)) if needs_head(row) and not forked else None
-        return all_of(params, residency.to_device(params) if forked else head, forked)
-    params = residency.to_device(params)
-    options = {"scale": adapters.scale}
-    return Trainable(
-        lora.init(params, adapters.rank, adapters.targets, seed),
-        params,
-        Binding(
-            functools.partial(lora.bind, **options), (lambda frozen: frozen) if forked else None
-        ),
-        lambda trainable: lora.view(trainable, params, **options),
-        lambda trainable: lora.merge(trainable, params, **options),
-    )
 
 
 def train(
@@ -231,6 +208,7 @@ def train(
         batch_size=stage.batch_size,
         seed=seed,
         adapters=adapters,
+        select=recipe.select,
         accumulate=stage.accumulate if row.per_micro_batch else None,
     )
     if frozen.sha != start.sha:
@@ -243,7 +221,15 @@ def train(
             ready = with_references(
                 streams, row, options, frozen.decoder, frozen.params, frozen.sha, mesh, run.folder
             )
-        training = trainable_of(start, row, adapters, run.seed)
+        training = trainable_of(
+            start.params,
+            row,
+            adapters,
+            recipe.select,
+            seed=run.seed,
+            dtype=start.decoder.config.dtype,
+            mesh=mesh,
+        )
         here = sharding.rows_here(mesh, stage.batch_size)
         plan = loop.Stage(
             name=name,

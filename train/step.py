@@ -51,30 +51,6 @@ class Binding(NamedTuple):
 ALL = Binding()  # every parameter is trained
 
 
-class Trainable(NamedTuple):
-    """What a stage trains, what it leaves unchanged, and how the two form a model.
-
-    Args:
-        start: the trained tree at the start. Optimizers see nothing else.
-        frozen: arrays that a step reads and never writes: they are not donated.
-        binding: how the two form models.
-        view: `trainable -> params` for evaluation during training; needs no layer map.
-        finish: `trainable -> params`, the plain parameters of the trained model.
-    """
-
-    start: Any
-    frozen: Any
-    binding: Binding
-    view: Callable[[Any], Any]
-    finish: Callable[[Any], Any]
-
-
-def all_of(params: Any, frozen: Any = None, fork: bool = False) -> Trainable:
-    """Every parameter is trained; `frozen` holds what references are computed with."""
-    binding = Binding(fork=(lambda frozen: frozen) if fork else None)
-    return Trainable(params, frozen, binding, lambda params: params, lambda params: params)
-
-
 class TrainState(NamedTuple):
     """What is trained, optimizer state, number of steps, and the objective's state.
 
@@ -115,7 +91,7 @@ def key_of(seed: int) -> jax.Array:
 class Losses:
     """An objective on one global batch, as the functions of the parameters that optimizers need.
 
-    `params` is the trained tree; `binding` makes models of it and `frozen` (`Trainable`).
+    `params` is the trained tree; `binding` makes models of it and `frozen`.
 
     The weights are computed first, from the loss on the whole batch: they depend on masks alone, so
     the compiler removes that forward pass.

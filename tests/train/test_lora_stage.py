@@ -17,7 +17,6 @@ from models.decoder import REMAT, Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from models.weights import load
 from train import base_models, checks, cli, pipeline
-from train import run as runs
 from train.config import LoraConfig, RunConfig
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model
@@ -31,6 +30,7 @@ from train.runtime.sharding import MeshConfig, make_mesh, path_str
 from train.runtime.tracking import Tracker
 from train.step import compile_step, init_state, make_step
 from train.tasks import load_task
+from train.trainable import trainable_of
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
 
@@ -72,7 +72,7 @@ def setting(name="adamw", remat="none", sizes=(1, 1, 1), objective="graddiff", *
     base = sharding.put_params(decoder.init(jax.random.key(0)), mesh)
     row, options = objectives.resolve(objective_of(objective))
     model = Model(decoder, base, None, "base")
-    training = runs.trainable_of(model, row, LoraConfig(4, 8.0), 0)
+    training = trainable_of(model.params, row, LoraConfig(4, 8.0))
     config = optimizer_of(name, learning_rate=1e-2, schedule="constant", warmup=0.0, **more)
     tx, schedule, needs = build(config, STEPS)
     adapters = sharding.put_params(training.start, mesh)

@@ -7,7 +7,6 @@ its arrays, so what is planned is what will run.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,18 +17,27 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn import objectives
-from models import generate, lora
+from jaxlib_unlearn.objectives import Objective
+from models import generate
 from models.architectures import config_of
 from models.decoder import Decoder
-from models.labels import head_of, score
+from models.labels import score
 from models.learner import DecoderLearner
 from train import checks, optimizers
 from train.base_models import scratch_shape
 from train.config import RunConfig
 from train.data.batches import collate
-from train.data.references import REFERENCE_COLUMNS, needs_head
+from train.data.references import REFERENCE_COLUMNS
 from train.runtime import sharding
-from train.step import Binding, TrainState, compile_step, make_step, shaped, state_shapes
+from train.step import (
+    TrainState,
+    compile_step,
+    make_step,
+    objective_state,
+    shaped,
+    state_shapes,
+)
+from train.trainable import Trainable, trainable_of
 
 STEPS = 100  # length of the schedule, if the data is not there; costs do not depend on it
 
@@ -83,15 +91,22 @@ def param_shapes(decoder: Decoder, mesh: Mesh) -> Any:
     return shaped(shapes, sharding.param_shardings(shapes, mesh))
 
 
-def trained_shapes(config: RunConfig, params: Any, mesh: Mesh) -> tuple[Any, Binding]:
-    """What the unlearning stage trains, as shapes, and the function that makes a model of it."""
-    chosen = config.lora
-    if chosen.rank is None:
-        return params, Binding()
-    checks.check_lora(chosen, config.optimizer, params)
-    adapters = jax.eval_shape(lambda: lora.init(params, chosen.rank or 1, chosen.targets))
-    adapters = shaped(adapters, sharding.param_shardings(adapters, mesh))
-    return adapters, Binding(functools.partial(lora.bind, scale=chosen.scale))
+def trained_shapes(
+    config: RunConfig, params: Any, mesh: Mesh, objective: Objective, dtype: Any
+) -> Trainable:
+    """What the unlearning stage trains, as shapes laid out on the mesh.
+
+    Raises:
+        UserError: adapters, leaves or blocks that the model or the optimizer cannot have.
+    """
+    checks.check_lora(config.lora, config.optimizer, params)
+    checks.check_selection(config.train, config.optimizer, params)
+    made = trainable_of(params, objective, config.lora, config.train, dtype=dtype)
+
+    def laid(tree: Any) -> Any:
+        return shaped(tree, sharding.param_shardings(tree, mesh))
+
+    return made._replace(start=laid(made.start), frozen=laid(made.frozen))
 
 
 def train_program(
@@ -116,8 +131,9 @@ def train_program(
         sharding.query_axis(mesh),
     )
     learner, params = DecoderLearner(decoder), param_shapes(decoder, mesh)
-    trained, binding = trained_shapes(config, params, mesh)
-    state, shardings = state_shapes(trained, tx, mesh)
+    made = trained_shapes(config, params, mesh, objective, decoder.config.dtype)
+    memory = jax.eval_shape(lambda: objective_state(learner, objective, options, 0))
+    state, shardings = state_shapes(made.start, tx, mesh, memory)
     batches = {name: batch_shapes(rows, length, labels, mesh) for name in objective.streams}
     for name, kind in objective.reference.items():
         if kind == "fork":
@@ -129,15 +145,13 @@ def train_program(
                 jnp.float32,
                 sharding=sharding.batch_sharding(mesh),
             )
-    frozen = head_of(params) if needs_head(objective) else None
-    frozen = frozen if config.lora.rank is None else params
     step = make_step(
-        learner, objective, options, tx, schedule, config.unlearn.accumulate, needs, binding
+        learner, objective, options, tx, schedule, config.unlearn.accumulate, needs, made.binding
     )
     tokens = rows * length * len(objective.streams)
     unit = f"a step of {len(objective.streams)} x {rows} rows of {length} tokens ({tokens} tokens)"
     return AbstractProgram(
-        "train", compile_step(step, shardings, mesh), (state, frozen, batches), unit
+        "train", compile_step(step, shardings, mesh), (state, made.frozen, batches), unit
     )
 
 
@@ -212,7 +226,9 @@ def update_program(config: RunConfig, decoder: Decoder, mesh: Mesh) -> tuple[Any
     tx, _, needs = optimizers.build(config.optimizer, STEPS, config.combine)
     if needs not in ("joint", "split"):
         return None
-    trained, _ = trained_shapes(config, param_shapes(decoder, mesh), mesh)
+    objective, _ = objectives.resolve(config.objective)
+    params = param_shapes(decoder, mesh)
+    trained = trained_shapes(config, params, mesh, objective, decoder.config.dtype).start
     state, _ = state_shapes(trained, tx, mesh)
 
     def update(grads, opt_state, params, other):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from train.config import LoraConfig, to_json
+from train.config import LoraConfig, SelectConfig, to_json
 from train.optimizers import Options
 
 # Increase it when the same inputs may give another result: stored results are then not found.
@@ -54,6 +54,7 @@ def stage_inputs(
     batch_size: int,
     seed: int,
     adapters: LoraConfig | None,
+    select: SelectConfig | None = None,
     accumulate: int | None = None,
 ) -> dict[str, Any]:
     """Everything the parameters after a training stage depend on, as JSON values.
@@ -70,6 +71,7 @@ def stage_inputs(
         batch_size: rows of a stream in a global batch.
         seed: the stage's own.
         adapters: what is trained in place of the parameters, if anything.
+        select: leaves that are trained, if not all.
         accumulate: number of micro-batches, for an objective whose value depends on it.
     """
     inputs = {
@@ -86,6 +88,8 @@ def stage_inputs(
     }
     if adapters is not None and adapters.rank is not None:
         inputs["lora"] = to_json(adapters)
+    if select is not None and select.given:
+        inputs["select"] = to_json(select)
     if accumulate is not None:
         inputs["accumulate"] = accumulate
     return inputs

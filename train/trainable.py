@@ -1,0 +1,131 @@
+"""What a stage trains: all parameters, adapters beside them, or leaves by name and block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlib_unlearn.objectives import Objective
+from models import lora, selection
+from models.labels import head_of
+from train.config import LoraConfig, SelectConfig
+from train.data.references import needs_head
+from train.runtime import residency, sharding
+from train.step import Binding
+
+
+class Trainable(NamedTuple):
+    """What a stage trains, what it leaves unchanged, and how the two form a model.
+
+    Args:
+        start: the trained tree at the start. Optimizers see nothing else.
+        frozen: arrays that a step reads and never writes: they are not donated.
+        binding: how the two form models.
+        view: `trainable -> params` for evaluation during training; needs no layer map.
+        finish: `trainable -> params`, the plain parameters of the trained model.
+    """
+
+    start: Any
+    frozen: Any
+    binding: Binding
+    view: Callable[[Any], Any]
+    finish: Callable[[Any], Any]
+
+
+def trainable_of(
+    params: Any,
+    row: Objective,
+    adapters: LoraConfig | None = None,
+    select: SelectConfig | None = None,
+    *,
+    seed: int = 0,
+    dtype: Any = None,
+    mesh: Any = None,
+) -> Trainable:
+    """What a stage trains of a model.
+
+    Of a model in host memory only what a step reads is brought to the device: the model and the
+    copy that is trained are never there together. Shapes in place of arrays give shapes.
+
+    Args:
+        params: of the model (arrays or shapes).
+        row: the objective, whose references are kept beside what is trained.
+        adapters: low-rank adapters in the place of the parameters.
+        select: leaves chosen by name and by block.
+        seed: of what the adapters are drawn from.
+        dtype: of the computation.
+        mesh: the devices, for what is cut out; None: left to the compiler.
+
+    Raises:
+        UserError: a name or a block that the model does not have.
+    """
+    forked = "fork" in row.reference.values()
+    if adapters is not None and adapters.rank is not None:
+        return _adapters(params, adapters, forked, seed)
+    if select is not None and select.given:
+        return _selected(params, select, row, dtype, mesh)
+    frozen = None
+    if forked:
+        frozen = residency.to_device(params)
+    elif needs_head(row):
+        frozen = residency.to_device(head_of(params))
+    binding = Binding(fork=_itself if forked else None)
+    return Trainable(params, frozen, binding, _itself, _itself)
+
+
+def _itself(tree: Any) -> Any:
+    return tree
+
+
+def _adapters(params: Any, adapters: LoraConfig, forked: bool, seed: int) -> Trainable:
+    params = residency.to_device(params)
+    scale = adapters.scale
+
+    def draw() -> Any:
+        return lora.init(params, adapters.rank or 1, adapters.targets, seed)
+
+    shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+    return Trainable(
+        jax.eval_shape(draw) if shapes else draw(),
+        params,
+        Binding(functools.partial(lora.bind, scale=scale), _itself if forked else None),
+        lambda trainable: lora.view(trainable, params, scale=scale),
+        lambda trainable: lora.merge(trainable, params, scale=scale),
+    )
+
+
+def _selected(
+    params: Any, select: SelectConfig, row: Objective, dtype: Any, mesh: Any
+) -> Trainable:
+    forked = "fork" in row.reference.values()
+    chosen = selection.select(params, select.leaves, select.blocks)
+    cut = functools.partial(selection.split, chosen=chosen)
+    on_device = residency.to_device(params)
+    shapes = jax.eval_shape(cut, on_device)
+    where = None if mesh is None else sharding.param_shardings(shapes, mesh)
+    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+        start, rest = shapes
+    else:
+        start, rest = jax.jit(cut, out_shardings=where)(on_device)
+    whole = functools.partial(selection.bind, chosen=chosen, dtype=dtype)
+    # The head may be among what is trained: cached hidden states are unembedded by the frozen one.
+    head = head_of(on_device) if needs_head(row) else None
+    binding = Binding(
+        lambda trainable, frozen, layer_map=None: whole(trainable, frozen["rest"], layer_map),
+        (lambda frozen: selection.view(frozen["start"], frozen["rest"], chosen=chosen))
+        if forked
+        else None,
+        lambda frozen: frozen["head"],
+        chosen.train_from,
+    )
+    frozen = {"rest": rest, "head": head, "start": start if forked else None}
+    return Trainable(
+        start,
+        frozen,
+        binding,
+        lambda trainable: selection.view(trainable, rest, chosen=chosen),
+        lambda trainable: selection.finish(trainable, params, chosen=chosen),
+    )
