@@ -70,7 +70,7 @@ def split_batch(batches: Batches, parts: int) -> Batches:
     """
 
     def split(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        rows = batch["tokens"].shape[0]
+        rows = min(x.shape[0] for x in batch.values())
 
         def cut(x):
             tail = x.shape[1:]

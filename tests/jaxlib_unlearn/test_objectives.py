@@ -698,11 +698,10 @@ def test_shared_forms_change_what_they_name_in_every_row(name, form, world):
     if form not in OBJECTIVES[name].compat:
         assert "retain" not in OBJECTIVES[name].streams and form != "mean_of_means"
         return
-    config = options_of(name, compat=form)
+    config = options_of(name, compat=form, layer=1 if name == "rmu" else None)
     row, options, batches = prepare(world, config)
     retain = "kl" if form.startswith("kl") else None
     plain = options_of(name, retain=retain, layer=1 if name == "rmu" else None)
-    config = dataclasses.replace(config, layer=1) if name == "rmu" else config
     same = terms_of(*prepare(world, plain), world.params)
     got = terms_of(row, options, batches, world.params)
     if form.startswith("kl"):
