@@ -213,7 +213,7 @@ Column = dict[int, Any]
 
 
 def _worst(column: Column) -> int:
-    """The first item of a column that is not finite."""
+    """Index of the first item of a column that is not finite."""
     return next(index for index, value in column.items() if not np.isfinite(value).all())
 
 
@@ -350,4 +350,5 @@ def _read_tofu(blocks: Mapping, source: str) -> dict[str, Column]:
 
 
 def truth_ratio_name(split: str) -> str:
+    """The entry of a split's truth ratio in EVAL.json."""
     return "forget_truth_ratio" if split == "forget" else f"{PREFIXES[split]}_Truth_Ratio"
