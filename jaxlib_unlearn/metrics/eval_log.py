@@ -149,7 +149,7 @@ def _check_tables(data: Any, source: str) -> None:
         odd = name in names and name != "privleak" and not isinstance(table, Mapping | None)
         if odd or (isinstance(table, Mapping) and table.get("value_by_index") == {}):
             raise UserError(
-                f"{source}: not an evaluation log ({name} is no table of items); give the full "
+                f"{source}: not an evaluation log ({name} is not a table of items); give the full "
                 "log, not a summary"
             )
 
@@ -160,7 +160,9 @@ def _check_ranges(log: EvalLog) -> None:
         share = name in log.auc or name.endswith(SHARES)
         high = 1.0 + 1e-6 if share else np.inf  # probabilities are rounded
         if np.ndim(values) > 1:
-            raise UserError(f"{log.source}: {name} is no number per item; evaluate the model again")
+            raise UserError(
+                f"{log.source}: {name} is not one number per item; evaluate the model again"
+            )
         odd = np.min(values) < 0 or np.max(values) > high
         if odd and (share or name.endswith("truth_ratio")):
             wanted = "between 0 and 1" if share else "0 or more"

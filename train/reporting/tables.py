@@ -68,7 +68,7 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: it cannot be read or is not JSON.
     """
-    return reading.read_json(path, "give a whole one", what="is not valid JSON")
+    return reading.read_json(path, "give an undamaged copy", what="is not valid JSON")
 
 
 def load_run(folder: str | Path) -> Run:
