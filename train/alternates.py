@@ -1,10 +1,10 @@
-"""Other answers to the questions to forget, sampled from the model before it learnt the facts.
+"""Alternate answers to the forget questions, sampled from the model before it learnt the facts.
 
-The model is shown answered questions of the rows to keep, so that it answers in their manner, and
-what it then says about the rest is made up: what an oracle's answers are like, at the price of some
-sampling in place of a training run. The true answers are never shown.
+Answered questions of the retain rows serve as few-shot examples, so that the model answers in their
+style; what it says about the facts to forget is then made up, as an oracle's answers are, for the
+cost of some sampling instead of a training run. The true answers are never shown.
 
-AltPO (Mekala et al. 2024, arXiv 2409.13474) samples alternates from the model that knows.
+AltPO (Mekala et al. 2024, arXiv 2409.13474) samples them from the model that knows the facts.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from train.run import Run, Work, compute
 from train.tasks.task import ALTERNATES, Row
 
 VERSION = 1
-SHOTS = 6  # kept rows that stand before every question
-ROUNDS = 3  # of samples, for questions of which too few answers were whole
-WHOLE = "This is what a whole answer is like."  # what `unfinished` holds answers against
+SHOTS = 6  # retain rows before every question
+ROUNDS = 3  # of sampling, for questions with too few complete answers
+WHOLE = "This is what a whole answer is like."  # the reference of `unfinished`
 
 
 def with_alternates(
     run: Run, base: Model, forget: list[Row], retain: list[Row], **how: Any
 ) -> list[Row]:
-    """The rows to forget with `count` other answers each, in the column `alternate_answer`.
+    """The forget rows with `count` alternate answers each, in the column `alternate_answer`.
 
     Args:
-        run: where they are stored.
+        run: the run that stores them.
         base: the model before it learnt the facts.
-        forget: rows without other answers.
-        retain: rows, some of which are shown.
+        forget: rows without alternate answers.
+        retain: rows from which the few-shot examples are drawn.
         how: `system_prompt`, `count`, `max_new_tokens`, `generate_rows` of `sample`.
 
     Raises:
-        UserError: the prompts with what is shown do not fit into the model's context.
+        UserError: a prompt with its few-shot examples does not fit into the model's context.
     """
     questions = [row["question"] for row in forget]
     shown = [[row["question"], row["answer"]] for row in retain]
@@ -69,10 +69,10 @@ def sample(
     max_new_tokens: int,
     generate_rows: int,
 ) -> list[list[str]]:
-    """`count` answers to each question, whole ones first.
+    """`count` answers to each question, complete ones first.
 
-    Twice as many are drawn as are wanted (temperature 1, nucleus 0.9), again where too few of them
-    ended by themselves. One that was cut is taken only where three rounds gave no other.
+    A round draws `2 * count` answers (temperature 1, nucleus 0.9) to each question that has too few
+    complete ones. Answers that were cut off are used only where all rounds gave too few others.
     """
     keys = jax.random.split(work.key, ROUNDS + 1)
     shown = jax.random.permutation(keys[0], len(kept))[:SHOTS].tolist()
@@ -113,7 +113,7 @@ def sort(
     whole: list[list[str]],
     rest: list[list[str]],
 ) -> None:
-    """Add new answers to those of their questions: whole ones, and others that say something.
+    """Add new answers to those of their questions: complete ones, and others that are not empty.
 
     Example:
         >>> whole, rest = [[]], [[]]
@@ -138,7 +138,7 @@ def _check_length(
         size = len(encode_prompt(model.tokenizer, row["question"], system_prompt=system_prompt))
         if size + new_tokens > context:
             raise UserError(
-                f"--data.alternates: a question behind {SHOTS} shown rows has {size} tokens, and "
+                f"--data.alternates: a question after {SHOTS} shown rows has {size} tokens, and "
                 f"with {new_tokens} new ones the model's context of {context} is too short; give "
                 f"the rows a column {ALTERNATES!r}"
             )

@@ -1,4 +1,4 @@
-"""The configuration that a command line asks for: a preset or a file, with options over it."""
+"""The configuration of a command line: a preset or a file, overridden by options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.config import RunConfig, replace
 from train.optimizers import OPTIMIZERS
 from train.presets import PRESETS
 
-# Options that bring rows of one's own in the place of a preset's.
+# Options that replace the rows of a preset.
 OTHER_DATA = ("--data.forget", "--data.retain", "--data.path", "--data.source")
 
 
@@ -22,7 +22,7 @@ def read_arguments(
 ) -> Any:
     """The configuration of a command line: a preset, or `--config FILE`, with overrides.
 
-    `cls` may be a configuration with more options, those of another `program`.
+    `cls` may have more options than `RunConfig`, those of another `program`.
     """
     if argv[0] == "--config":
         if len(argv) < 2:
@@ -38,7 +38,7 @@ def read_arguments(
         prog, summary = f"{program} {argv[0]}", preset.SUMMARY
     name = cli.option_value(rest, "--objective.name")
     if name is not None and name != default.objective.name:
-        # Options tuned for the objective at hand mean nothing to another one.
+        # Options tuned for one objective mean nothing to another.
         objective, _ = objectives.resolve(name)
         suited = preset.OBJECTIVES if preset is not None else {}
         default = replace(
@@ -46,14 +46,14 @@ def read_arguments(
             objective=suited.get(objective.name, objectives.options_of(objective.name)),
         )
     elif name is None and any(cli.option_value(rest, option) for option in OTHER_DATA):
-        # The preset's objective may need what its own data alone have.
+        # The preset's objective may need columns that other data lack.
         default = replace(default, objective=getattr(preset, "OTHER_DATA", default.objective))
     name = cli.option_value(rest, "--optimizer.name")
     if name is not None and name != default.optimizer.name:
         default = with_optimizer(default, name, preset)
     other = any(cli.option_value(rest, m) for m in ("--model.path", "--stage.original"))
     if other and preset is not None and default.objective in preset.OBJECTIVES.values():
-        # Blocks and temperatures tuned for the preset's model mean nothing to another one.
+        # Blocks and temperatures tuned for the preset's model do not carry over to another.
         default = replace(default, objective=objectives.options_of(default.objective.name))
     if "--smoke" in rest and preset is not None:
         default = replace(default, smoke=True, **preset.SMOKE)
@@ -64,7 +64,7 @@ def read_arguments(
 
 
 def with_optimizer(config: RunConfig, name: str, preset: Any) -> RunConfig:
-    """The configuration with another optimizer: as the preset suits it, else its row's own rate."""
+    """The configuration with another optimizer: as tuned for the preset, else at its row's rate."""
     row = suggest.choose(name, OPTIMIZERS, "optimizer")
     optimizer, changes = getattr(preset, "OPTIMIZERS", {}).get(row.name, (None, {}))
     if optimizer is None:

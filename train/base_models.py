@@ -1,4 +1,4 @@
-"""The model a run starts from: random and tiny, or loaded from where a person says."""
+"""The model that a run starts from: tiny with random weights, or loaded from a path."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train_tokenizer(task: Task, vocab_size: int) -> Tokenizer:
 
 
 def scratch_shape(m: ModelConfig, vocab_size: int, context: int) -> DecoderConfig:
-    """The shape of a model that starts from random weights.
+    """The configuration of a decoder that starts from random weights.
 
     Raises:
         UserError: sizes that do not divide one another.
@@ -93,7 +93,7 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
 
 
 def masking_pad_ids(model: Model) -> Model:
-    """The model with every token that is its padding token left out of attention.
+    """The model with all tokens of the padding id masked from attention.
 
     Raises:
         UserError: the tokenizer has no padding token.
@@ -108,7 +108,7 @@ def masking_pad_ids(model: Model) -> Model:
 
 
 def model_source(path: str) -> str | Path:
-    """What `models.load` takes for a `--model.path`: `smollm2` is the installed package's file.
+    """What `models.load` reads for a `--model.path`: for `smollm2` the installed package's file.
 
     Raises:
         UserError: that package is not installed.
@@ -125,7 +125,7 @@ def model_source(path: str) -> str | Path:
 
 
 def check_model(path: str, revision: str | None = None) -> None:
-    """Raise `UserError` for a `--model.path` where nothing can be, before anything is read."""
+    """Raise `UserError` for a `--model.path` without a model, before anything is read."""
     if path != "scratch":
         check_source(model_source(path), revision)
     elif revision is not None:
@@ -142,7 +142,7 @@ def load_model(
 ) -> Model:
     """A model from an HF folder, a `.gguf` file, a Hub id or `smollm2`, to compute in `dtype`.
 
-    Of a Hub id the commit is said, and added to `notes`.
+    For a Hub id the commit is printed and added to `notes`.
 
     Raises:
         UserError: nothing is found at the path, an export there is damaged, or the mesh splits more

@@ -1,4 +1,4 @@
-"""What is refused before compute: settings that cannot work, and rows that a model cannot read."""
+"""What is refused before compute: settings that cannot work, and rows that do not fit a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from train.tasks.task import Row, Task
 def check_numbers(config: Any, prefix: str = "--") -> None:
     """Raise `UserError` for a value of a configuration (nested ones too) that its field excludes.
 
-    Of an objective's options only what no number may be: its ranges are checked with its row.
+    An objective's options are only checked for NaN and overflow here; its row checks the ranges.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -57,7 +57,7 @@ def check_stage(
 
 
 def check_finetuning(stage: TrainConfig, mesh: Mesh) -> None:
-    """As `check_stage`; raises for an optimizer that needs more than its one side, too."""
+    """As `check_stage`, and raise for an optimizer that needs a forget and a retain side."""
     check_stage(stage, stage.optimizer, mesh, "fine-tuning")
     nll = objectives.resolve("nll")
     optimizers.check_pair(stage.optimizer, "sum", *nll)
@@ -78,7 +78,7 @@ def check_blocks(optimizer: Options, num_layers: int) -> None:
 def check_lora(config: LoraConfig, optimizer: Options, params: Any = None) -> None:
     """Raise `UserError` for adapters that an optimizer or a model cannot have.
 
-    `params` (arrays or shapes) are the model's; None: it is not read yet.
+    `params` (arrays or shapes) are the model's; None: it has not been read yet.
     """
     if config.rank is None:
         odd = [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
@@ -123,7 +123,7 @@ def check_selection(select: SelectConfig, optimizer: Options, params: Any = None
 
 
 def check_writable(option: str, folder: Path) -> None:
-    """Raise `UserError` unless a local folder is there, or can be made, and takes files."""
+    """Raise `UserError` unless a local folder exists or can be made, and is writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -169,7 +169,7 @@ def check_run(config: RunConfig) -> Mesh:
 def fit_rows(
     rows: list[Row], model: Model, system_prompt: str | None, max_length: int, what: str
 ) -> list[Row]:
-    """The rows whose prompt leaves room for a label; the others are counted in a line.
+    """The rows whose prompt leaves room for a label; a message counts the others.
 
     Raises:
         UserError: no row is left.
@@ -197,10 +197,10 @@ def fit_task(
     system_prompt: str | None,
     max_length: int,
 ) -> Task:
-    """The task with the rows that the model can read; what is left out becomes a note.
+    """The task with the rows that fit the model; what is left out becomes a note.
 
     Raises:
-        UserError: a split of which no row is left, or rows without the column that is asked.
+        UserError: a split of which no row is left, or rows without the column to be asked.
     """
     column = evaluate.leak_question
     if evaluate.leak_samples and not all(column in r for r in task.evaluation.get("forget", ())):

@@ -1,6 +1,6 @@
-"""What `--help` shows of the options: those people use first, their texts and their words.
+"""What `--help` shows of the options: the most used first, their descriptions and choices.
 
-All of it comes from the fields that the values are checked against, of the rows in use.
+All of it derives from the fields of the rows in use, which values are checked against as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from jaxlib_unlearn.options import words_of
 from train.rows import rows_of
 
-# In the order of a first run: what is forgotten, from what model, how, and where it goes.
+# In the order of a first run: what is forgotten, by which model, how, and where it is logged.
 FIRST = (
     "--seed --smoke --output --data.path --data.forget --data.retain --data.forget-split "
     "--model.path --stage.original --stage.cache --retain-log --objective.name --objective.retain "
@@ -25,9 +25,9 @@ FIRST = (
 
 
 class Option(typing.NamedTuple):
-    """An option: its name on the command line, type, default, text, group, and what words it takes.
+    """An option: name on the command line, type, default, description, group, accepted words.
 
-    Without words it takes numbers, paths or free text.
+    Without words it accepts numbers, paths or free text.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Option(typing.NamedTuple):
 
 
 def texts(cls: type) -> dict[str, str]:
-    """What the docstring of a class says about its arguments, for fields that do not say it.
+    """Descriptions of arguments from the docstring of a class, for fields without their own.
 
     Example:
         >>> from train.runtime.sharding import MeshConfig
@@ -53,7 +53,7 @@ def texts(cls: type) -> dict[str, str]:
 
 
 def options(cls: type, default: Any, prefix: str = "") -> Iterator[Option]:
-    """Every option of a configuration, with the defaults of one of its values, for its rows."""
+    """Every option of a configuration, with the rows and the values of `default`."""
     hints, said = typing.get_type_hints(cls), {}
     for base in reversed(cls.__mro__):
         said |= texts(base)
@@ -73,7 +73,7 @@ def options(cls: type, default: Any, prefix: str = "") -> Iterator[Option]:
 
 
 def known_words(cls: type, prefix: str = "--") -> dict[str, tuple[str, ...]]:
-    """Every option of a configuration, of all rows, and the words it takes.
+    """Every option of a configuration, of all rows, and the words that it accepts.
 
     Example:
         >>> from train.config import RunConfig
@@ -94,7 +94,7 @@ def known_words(cls: type, prefix: str = "--") -> dict[str, tuple[str, ...]]:
 
 
 def _words(name: str, field: dataclasses.Field) -> tuple[str, ...]:
-    """The words an option takes; those of benchmarks are in their table, which needs all this."""
+    """The words that an option accepts; those of `--data.source` are looked up only when asked."""
     if name != "--data.source":
         return words_of(field)
     from train import tasks
@@ -103,7 +103,7 @@ def _words(name: str, field: dataclasses.Field) -> tuple[str, ...]:
 
 
 def grouped(cls: type, default: Any) -> type:
-    """The same options as a dataclass for `--help`, those of `FIRST` in front of the others."""
+    """The same options as a dataclass for `--help`, those of `FIRST` before the others."""
     import tyro
 
     every = {option.name: option for option in options(cls, default)}
@@ -131,7 +131,7 @@ def grouped(cls: type, default: Any) -> type:
 
 
 def _metavar(option: Option) -> str | None:
-    """`{a,b}` for an option that is one of some words; None: tyro's own for its type."""
+    """`{a,b}` for an option with a choice of words; None: tyro's own for its type."""
     known = option.words
     if not known:
         return None

@@ -1,7 +1,7 @@
-"""The command line: presets overridden by tyro, and errors a person can act on.
+"""The command line: presets overridden by options, and errors that a user can act on.
 
-Bad input ends in one line on stderr and exit code 2, before compute; a run that cannot go on exits
-1 in one line.
+Bad input ends in one line on stderr and exit code 2, before compute; a run that cannot continue
+ends in one line and exit code 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from train.reporting.plain import plain
 from train.rows import places, rows_of
 from train.runtime import files
 
-# A full or protected disk is no fault of the program, wherever it shows.
+# A full or write-protected disk is not a bug, wherever the error is raised.
 UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     errno.ENAMETOOLONG,
@@ -41,7 +41,7 @@ UNWRITABLE = (
 
 
 def option_names(cls: type, default: Any = None) -> list[str]:
-    """Every `--a.b-c` option of a configuration: of all rows, or of those that `default` has."""
+    """Every `--a.b-c` option of a configuration: of all rows, or of the rows in `default`."""
     if default is None:
         return list(known_words(cls))
     return [option.name for option in options(cls, default)]
@@ -65,10 +65,10 @@ def check_options(cls: type, args: Sequence[str]) -> None:
 
 
 def with_rows(config: Any, args: Sequence[str]) -> Any:
-    """The configuration with the rows that `--objective.name` and the like name.
+    """The configuration with the rows chosen by `--objective.name` and the like.
 
     Raises:
-        UserError: a name that is unknown, or an option of another row.
+        UserError: an unknown name, or an option of another row.
     """
     for place, rows, chosen in list(places(config)):
         prefix = f"--{place.replace('_', '-')}."
@@ -85,12 +85,12 @@ def with_rows(config: Any, args: Sequence[str]) -> Any:
 
 
 def meant(name: str, value: str, known: Mapping[str, Sequence[str]]) -> str:
-    """The option that was meant, whatever group it stands in, and its value if a word.
+    """The option that was meant, in whatever group, with its value where that is a known word.
 
     Args:
-        name: what was written.
-        value: what stood behind it.
-        known: the options there are, and the words that each takes.
+        name: the option as given.
+        value: the argument after it.
+        known: all options, and the words that each accepts.
 
     Example:
         >>> known = {"--seed": (), "--optimizer.name": ("adamw", "muon"), "--optimizer.rank": ()}
@@ -118,7 +118,7 @@ def meant(name: str, value: str, known: Mapping[str, Sequence[str]]) -> str:
 
 
 def option_value(args: Sequence[str], option: str) -> str | None:
-    """The value an option has on a command line, `--a b` or `--a=b`; None when it is not there."""
+    """The value of an option on a command line, `--a b` or `--a=b`; None when it is absent."""
     for arg, following in itertools.zip_longest(args, args[1:]):
         name, equals, value = arg.partition("=")
         if name.replace("_", "-") == option:
@@ -151,7 +151,7 @@ def parse(cls: type, default: Any, args: Sequence[str], prog: str, summary: str)
 
 
 def _complaint(printed: str) -> str:
-    """What tyro says is wrong, on one line: a title, a rule, the message, a rule, help."""
+    """The message of a tyro error on one line; its box has a title, the message and help."""
     words = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", " ", printed)
     blocks = [" ".join(block.split()) for block in re.split(r"[-─]{4,}", words)]
     blocks = [block for block in blocks if block]
@@ -167,7 +167,7 @@ def from_json(cls: Any, value: Any, name: str = "") -> Any:
         name: dotted name of the entry, for errors.
 
     Raises:
-        UserError: an entry that is unknown or of another type.
+        UserError: an unknown entry, or one of another type.
     """
     if dataclasses.is_dataclass(cls):
         if not isinstance(value, dict):
@@ -221,7 +221,7 @@ def read_config(cls: type, path: Path) -> Any:
 
 
 def unusable(error: OSError) -> str:
-    """What a person can do about a path that cannot be written, or cannot be a path."""
+    """The message for a path that cannot be written or is not valid, and what to do about it."""
     name = plain(shortened_path(error.filename or "a file"))
     if error.errno == errno.ENAMETOOLONG:
         return f"{name}: {error.strerror}; give a shorter path"
@@ -229,14 +229,14 @@ def unusable(error: OSError) -> str:
 
 
 def command() -> str:
-    """The command line of this process, to start it again."""
+    """The command line that starts this process again."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = sys.argv[0] if spec is None else f"-m {spec.name.removesuffix('.__main__')}"
     return f"python {name} {shlex.join(sys.argv[1:])}".rstrip()
 
 
 def _end(code: int) -> typing.NoReturn:
-    """End this process at once; what it left in temporary folders is removed."""
+    """Remove the temporary folders of this process and end it at once."""
     from train.runtime import remote
 
     remote.forget()
@@ -251,12 +251,12 @@ def main(program: Callable[[list[str]], None]) -> None:
     from train.loop import TrainingError
     from train.runtime import distributed
 
-    # A function of `__main__` is this process's only work; elsewhere somebody else goes on.
+    # A function of `__main__` is all that this process does; another caller may go on.
     ours = program.__module__ == "__main__"
     stopping = threading.Lock()
 
     def stop() -> typing.NoReturn:
-        stopping.acquire()  # for good: of two threads that come here the second waits for the end
+        stopping.acquire()  # never released: a second thread waits here until the process ends
         word, code = distributed.stopped_by()
         with contextlib.suppress(OSError, ValueError):
             if sys.stderr.isatty():  # over "^C" and a progress bar
@@ -265,7 +265,7 @@ def main(program: Callable[[list[str]], None]) -> None:
             f"stopped by {word}, what is finished is stored; resume with: {command()}"
         )
         if ours and (code or not distributed.many()):
-            # No farewell: the interpreter's crashes where XLA still compiles or computes.
+            # No orderly shutdown: it crashes while XLA still compiles or computes.
             _end(code)
         sys.exit(code)
 

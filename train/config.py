@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, overridden on the command line by tyro.
 
-What an option is, may be and is called in `--help` stands in its field. The fields of the objective
-and of the optimizers are those of the rows in use, see `rows`.
+The field of an option has its range or choices and its description in `--help`. The fields of the
+objective and of the optimizers are those of the rows in use, see `rows`.
 """
 
 from __future__ import annotations
@@ -73,19 +73,19 @@ class DataConfig:
     )
     row_tokens: int = option(
         320,
-        "short training examples share rows of about that many tokens, behind what their prompts "
-        "begin with; 0: a row each. The losses are the same.",
+        "short training examples are packed into rows of about that many tokens, after the start "
+        "that their prompts share; 0: one row each. The losses are the same.",
         low=0,
     )
     forget_rows: int | None = option(
-        None, "how many rows of the forget split are used, from the first on; None: all.", low=1
+        None, "how many rows of the forget split are used, from the first; None: all.", low=1
     )
     retain_split: str = option(
         "retain_perturbed",
         "name of the split that is kept and trained on (`retain90`), or a JSON file.",
     )
     judged_retain_split: str = option(
-        "retain_perturbed", "name of the split, or a JSON file, on which keeping is judged."
+        "retain_perturbed", "name of the split, or a JSON file, on which retention is evaluated."
     )
     judged_retain_rows: int | None = option(
         None, "how many of its rows; None: as many as `retain_rows`.", low=1
@@ -98,13 +98,12 @@ class DataConfig:
     )
     template_date: str = option(DATE, "today's date in chat templates that print one.")
     few_shot: Path | None = option(
-        None, "JSON file of answered questions that stand before every question."
+        None, "JSON file of answered questions that precede every question in the prompt."
     )
     alternates: int = option(
         3,
-        "other answers a forget question that are sampled from the model before it learns the "
-        "facts, for objectives that teach some, where the rows bring no `alternate_answer`; 0: "
-        "none.",
+        "alternate answers per forget question, sampled from the model before it learns the facts, "
+        "for objectives that train on them, where the rows have no `alternate_answer`; 0: none.",
         low=0,
     )
     forget: Path | None = option(
@@ -113,7 +112,7 @@ class DataConfig:
         "are enough), in place of `source`; goes with `retain`.",
     )
     retain: Path | None = option(
-        None, "file of your own rows to keep: all are trained on, the first `retain_rows` judged."
+        None, "file of your own rows to keep: trained on all, evaluated on the first `retain_rows`."
     )
 
 
@@ -145,21 +144,21 @@ class ModelConfig:
     )
     dtype: str = option(
         "float32",
-        "what the model computes in, `float32` or `bfloat16`; its parameters stay float32.",
+        "dtype of the computation, `float32` or `bfloat16`; parameters stay float32.",
         choices=COMPUTE,
     )
     remat: str = option(
         "dots",
         "what the backward pass recomputes: `none`, `dots` (all but the projections: half of the "
-        "temporaries for hardly more work, which where memory is slow is less time) or `full` "
-        "(whole blocks: a quarter, for a quarter more work).",
+        "temporaries for hardly more compute, and faster where memory bandwidth is the limit) or "
+        "`full` (whole blocks: a quarter of the temporaries, for a quarter more compute).",
         choices=tuple(REMAT),
     )
     mask_all_pad_id_tokens: bool = option(
         False,
-        "no token attends to one whose id is the padding token's, wherever it stands, as in "
-        "OpenUnlearning: with Llama-3's templates to no end of a turn. For comparison with its "
-        "numbers; training, scoring and generation alike.",
+        "mask every token with the padding token's id from attention, as OpenUnlearning does; with "
+        "Llama-3's templates these include the ends of turns. For comparison with its numbers; "
+        "applies to training, scoring and generation.",
     )
 
 
@@ -176,7 +175,7 @@ class TrainConfig:
     steps: int | None = option(None, "optimizer steps; None: from `epochs`.", low=1)
     batch_size: int = option(8, "global rows of each stream in a step.", low=1)
     accumulate: int = option(
-        1, "micro-batches a step is split into; the numbers do not depend on it.", low=1
+        1, "micro-batches that a step is split into; results do not depend on it.", low=1
     )
     optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW())
     curve_points: int = option(
@@ -197,7 +196,7 @@ class UnlearnConfig:
     steps: int | None = option(None, "optimizer steps; None: from `epochs`.", low=1)
     batch_size: int = option(8, "global rows of each stream in a step.", low=1)
     accumulate: int = option(
-        1, "micro-batches a step is split into; the numbers do not depend on it.", low=1
+        1, "micro-batches that a step is split into; results do not depend on it.", low=1
     )
     curve_points: int = option(
         5, "evaluations of forget and retain along the stage (0: none).", low=0
@@ -209,10 +208,10 @@ class UnlearnConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters in place of the parameters, in the unlearning stage.
+    """Low-rank adapters, trained in the unlearning stage instead of the parameters.
 
-    The model is frozen, the optimizer sees the adapters alone, and what is judged and exported is
-    the model with the adapters merged into it.
+    The model is frozen, only the adapters are optimised, and the model with the adapters merged
+    into it is evaluated and exported.
     """
 
     rank: int | None = option(
@@ -223,7 +222,7 @@ class LoraConfig:
         "the adapters' term is multiplied by alpha / rank; None: the rank, so by 1.",
         low=1e-30,
     )
-    targets: tuple[str, ...] = option(TARGETS, "kernels that get one, by name.", words=TARGETS)
+    targets: tuple[str, ...] = option(TARGETS, "names of the kernels to adapt.", words=TARGETS)
 
     @property
     def scale(self) -> float:
@@ -252,7 +251,7 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Start from results that exist."""
+    """Start from existing results."""
 
     original: str | None = option(None, "a model (HF folder or GGUF) that already knows the facts.")
     cache: Path | None = option(
@@ -266,12 +265,12 @@ class StageConfig:
 class EvaluateConfig:
     """How models are judged."""
 
-    max_new_tokens: int = option(64, "greedy answers are cut there.", low=1)
+    max_new_tokens: int = option(64, "length limit of an answer in tokens.", low=1)
     leak_samples: int = option(
-        16, "sampled answers a forget question, for leak@k (0: none).", low=0
+        16, "sampled answers per forget question, for leak@k (0: none).", low=0
     )
     leak_temperature: float = option(1.0, "their sampling temperature.", low=0, high=1e9)
-    leak_top_p: float = option(1.0, "their nucleus mass.", low=1e-9, high=1)
+    leak_top_p: float = option(1.0, "probability mass of their nucleus.", low=1e-9, high=1)
     leak_question: str = option(
         "question", "`question` or `paraphrased_question`.", choices=QUESTIONS
     )
@@ -328,7 +327,7 @@ class RunConfig:
     distributed: DistributedConfig = DistributedConfig()
     report_to: str = option(
         "",
-        "logs that get the numbers too, with commas between them: tensorboard, wandb, trackio.",
+        "trackers that receive the metrics too, comma-separated: tensorboard, wandb, trackio.",
         words=tuple(reporters.REPORTERS),
     )
 

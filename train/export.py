@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         run = source
     seal.check(source if run is None else run / "export")
     if run is None and args.model != "unlearned":
-        raise UserError(f"--model {args.model} needs a run folder; {args.source} is none")
+        raise UserError(f"--model {args.model} needs a run folder; {args.source} is not one")
     with contextlib.ExitStack() as held:
         folder = args.output
         if folder is None and run is not None and args.dtype is None and args.model == "unlearned":
@@ -89,7 +89,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def read(source: str, run: Path | None, which: str) -> tuple[Any, str, int | None]:
-    """A model with its tokenizer, the text of its card, and the maximum length of its answers."""
+    """A model with its tokenizer, the text of its card, and the length limit of its answers."""
     import models
     from train.base_models import model_source
     from train.reporting import card
@@ -138,7 +138,7 @@ def of_stage(run: tables.Run, which: str, sha: str | None) -> Any:
         if manifest and checkpointing.combined(manifest["digests"]) == sha:
             return dataclasses.replace(alike, params=checkpointing.load_tree(folder, like))
     raise UserError(
-        f"{run.folder}: no {which} model in its stages; with --stage.cache it lies there: run the "
+        f"{run.folder}: no {which} model in its stages; --stage.cache keeps it elsewhere: run the "
         "command again without"
     )
 

@@ -16,7 +16,7 @@ from train.runtime.tracking import say
 
 
 def speaking(tokenizer: Any) -> Any:
-    """A tokenizer whose chat template renders its model's prompts, if its own does not."""
+    """The tokenizer, with a chat template that renders the prompts where its own does not."""
     if tokenizer.has_chat_template and tokenizer.format.tags is None:
         return tokenizer
     found = tokenizer.with_template(written_chat_template(tokenizer))
@@ -37,7 +37,7 @@ def export_model(
     """Export a model as an HF folder, unless the folder already holds it with the same card.
 
     `text` is the model card; None: one that says where the model comes from. `max_new_tokens` is
-    the maximum length of its answers unless asked otherwise.
+    the default maximum length of its answers.
     """
     text = (
         card.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text
@@ -53,7 +53,7 @@ def export_model(
             if not wrong:
                 return True
             say(f"{folder / wrong[0]} is damaged; exporting it again")
-        for stale in (folder, *folder.parent.glob(f".{folder.name}.*")):  # of a killed export
+        for stale in (folder, *folder.parent.glob(f".{folder.name}.*")):  # left by a killed export
             shutil.rmtree(stale, ignore_errors=True)
         return False
 

@@ -1,6 +1,6 @@
-"""What a person may set of each optimizer: a dataclass a row of `optimizer_rows`.
+"""The options of the optimizers, one dataclass per row of `optimizer_rows`.
 
-Fields of one name mean the same in every row that has them.
+A field means the same in every row that has it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def named(name: str) -> Any:
 
 def rate(default: float) -> Any:
     """The field `learning_rate` of a row's options: where it starts when a preset says nothing."""
-    doc = "peak; one value serves the matrices of muon, teon and sift and AdamW's rest."
+    doc = "peak; in muon, teon and sift one value serves the matrices and AdamW's leaves."
     return option(default, doc, above=0, wanted="positive")
 
 
 def decay(default: float, doc: str) -> Any:
-    """A decay, up to 1 and without it.
+    """A field for a decay rate in [0, 1).
 
-    A mean with decay 1 never takes up a gradient, and dividing it by 1 - 1^t gives no number.
+    With decay 1 a mean never takes up a gradient, and its bias correction divides by 0.
     """
     return option(default, doc, low=0, below=1)
 
@@ -37,22 +37,22 @@ def decay(default: float, doc: str) -> Any:
 def state_dtype() -> Any:
     """The field `state_dtype` of a row's options.
 
-    A step changes a first moment by 5 to 10 %, and bfloat16 tells 0.4 % apart (decays of 0.99 would
-    leave it up to a fifth short of a steady gradient). Second moments stay float32: with b2 0.999
-    one of bfloat16 would never fall, as 0.1 % of it rounds to nothing.
+    A step changes a first moment by 5 to 10 %, and bfloat16 resolves 0.4 % (with a decay of 0.99 it
+    would stay up to a fifth below a steady gradient). Second moments stay float32: with b2 0.999
+    one in bfloat16 would never fall, as a change of 0.1 % is rounded away.
     """
-    doc = "of first moments and momenta: float32, or bfloat16, half their bytes."
+    doc = "of first moments and momenta: float32, or bfloat16 for half their memory."
     return option("float32", doc, choices=DTYPES)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every optimizer's options have; a row's own are a subclass of it."""
+    """The options that all optimizers share; those of a row are a subclass."""
 
     name: str = named("")
     learning_rate: float = rate(1e-5)
     schedule: str = option(
-        "linear", "of the learning rate; the last two decay to 0.", choices=SCHEDULES
+        "linear", "of the learning rate; linear and cosine decay to 0.", choices=SCHEDULES
     )
     warmup: float = option(0.1, "fraction of the steps of linear warm-up.", low=0, high=1)
     weight_decay: float = option(
@@ -65,32 +65,32 @@ class Options:
 
 @dataclass(frozen=True)
 class Adam:
-    """AdamW's numbers, of the rows that use it for all parameters or for some."""
+    """Options of the rows that use AdamW for all parameters or for some."""
 
     b1: float = decay(0.9, "first-moment decay of AdamW.")
     b2: float = decay(0.999, "second-moment decay of AdamW.")
-    # Adam divides 0 by it where a gradient was never anything else.
+    # Adam divides 0 by it where a gradient has always been 0.
     eps: float = option(1e-8, "AdamW's epsilon.", low=1e-30)
     state_dtype: str = state_dtype()
 
 
 @dataclass(frozen=True)
 class Momentum:
-    """Of the rows that orthogonalise a momentum."""
+    """Options of the rows that orthogonalise a momentum."""
 
     momentum: float = decay(0.95, "momentum of the matrices.")
 
 
 @dataclass(frozen=True)
 class Sent:
-    """Of the rows that send matrices to the devices that orthogonalise them."""
+    """Options of the rows that send matrices to the devices that orthogonalise them."""
 
     comm_dtype: str = option(
         "float32",
-        "what matrices are rounded to on the way to the devices that orthogonalise them, and "
-        "directions on the way back: float32, or bfloat16, half the bytes and the temporary memory "
-        "of those collectives. On one device, too, so that a run does not depend on how many there "
-        "are.",
+        "dtype to which matrices are rounded when they are sent to the devices that orthogonalise "
+        "them, and directions on the way back: float32, or bfloat16 for half the bytes and "
+        "temporary memory of those collectives. It applies on one device too, so that results do "
+        "not depend on the number of devices.",
         choices=DTYPES,
     )
 
@@ -142,14 +142,14 @@ class Sift(Adam, Momentum, Options):
     """Options of `sift`."""
 
     name: str = named("sift")
-    rank: int = option(256, "of the bases; at most half the matrix.", low=1)
+    rank: int = option(256, "rank of the bases; at most half the matrix.", low=1)
     bases: str = option(
         "subspace",
-        "how they are found: iterated from the last step's, or exactly.",
+        "how the bases are found: by iteration from the last step's, or exactly.",
         choices=BASES,
     )
     threshold: float = option(
-        0.0, "a matrix is fused where the cosine of its two momenta lies below."
+        0.0, "a matrix takes the fused step where the cosine of its momenta is lower."
     )
 
 
@@ -188,8 +188,8 @@ class ZOMuon(Options):
 
     name: str = named("zo-muon")
     learning_rate: float = rate(1e-2)
-    rank: int = option(64, "of the subspace.", low=1)
-    refresh: int = option(100, "steps that a subspace is kept for.", low=1)
+    rank: int = option(64, "rank of the subspace.", low=1)
+    refresh: int = option(100, "steps for which a subspace is kept.", low=1)
     vector_rate: float = option(1e-7, "learning rate of norms and biases, constant.", low=0)
     queries: int = queries(4)
     perturbation: float = perturbation()
@@ -200,7 +200,7 @@ class Hybrid(Adam, Options):
     """Options of `hybrid`."""
 
     name: str = named("hybrid")
-    period: int = option(20, "steps of one kind before it turns to the other kind.", low=1)
+    period: int = option(20, "AdamW steps before as many zeroth-order ones, in turn.", low=1)
     zo_learning_rate: float | None = option(
         None,
         "peak of the zeroth-order steps; None: `learning_rate`.",

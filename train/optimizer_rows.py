@@ -2,8 +2,7 @@
 
 A row's `needs` is `joint`, one gradient of the weighted sum of the objective's terms; `split`, the
 gradients of its forget and of its retain side; `value`, the loss as a function and no gradient;
-`lazy`, both as functions. Another optimizer is one more dataclass of options, function and
-row.
+`lazy`, both as functions. To add an optimizer, add a dataclass of options, a function and a row.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ class Optimizer:
 
     Args:
         name: as given to `--optimizer.name`.
-        options: the dataclass of what a person may set.
+        options: the dataclass of its options.
         build: the transformation; a zeroth-order row's also takes the mesh axis that shares its
             evaluations.
-        needs: what the step must hand it.
+        needs: what the step must pass to it.
         summary: a line for `--list`.
-        sides: evaluations a query of a zeroth-order row; 0: it has none.
+        sides: loss evaluations per query of a zeroth-order row; 0: it has none.
         check_blocks: `check_blocks(options, num_layers)` raises `UserError` for a model that it
             cannot train with these options.
         check_runs: `check_runs(options, runs)` raises `UserError` for runs of blocks, `(first,
@@ -56,7 +55,7 @@ class Optimizer:
         check_rank: `check_rank(rank)` raises `UserError` for adapters that it cannot train.
         check_steps: `check_steps(options, steps)` raises `UserError` for a number of steps that it
             cannot take.
-        shortened: the options with which a shortened run of `steps` is taken.
+        shortened: `shortened(options, steps)`: the options for a shortened run.
     """
 
     name: str
@@ -80,7 +79,7 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float | None:
-        """Where to start when a preset says nothing; None: AdamW's will do."""
+        """The rate to start from when a preset gives none; None: AdamW's default."""
         default = self.options().learning_rate
         return None if default == AdamW().learning_rate else default
 
@@ -104,7 +103,7 @@ def _adamw(c: AdamW, schedule: optax.Schedule):
 
 
 def _with_matrices(make: Callable[..., Any], **options: Any):
-    """Muon, TEON or SIFT: matrices move with AdamW's typical RMS, the rest is AdamW's."""
+    """Muon, TEON or SIFT: matrix updates have AdamW's typical RMS, AdamW trains the rest."""
 
     def build(c: Any, schedule: optax.Schedule):
         more = {name: value(c) for name, value in options.items()}
@@ -128,7 +127,7 @@ def _comm_dtype(c: Sent) -> str | None:
 
 
 def _optax_muon(c: OptaxMuon, schedule: optax.Schedule):
-    """The peer, told which leaves are matrices: left alone it takes scanned ones for vectors."""
+    """`optax.contrib.muon`, given the matrices: on its own it takes scanned ones for vectors."""
 
     def dimensions(params: Any) -> Any:
         leaves = [
@@ -184,7 +183,7 @@ def _zo_muon(c: ZOMuon, schedule: optax.Schedule, axis: str | None):
 
 
 def _hybrid(c: Hybrid, schedule: optax.Schedule, axis: str | None):
-    """Both halves follow the run's schedule, although each counts its own steps alone."""
+    """Both halves follow the run's schedule, although each counts only its own steps."""
     ratio = 1.0 if c.zo_learning_rate is None else c.zo_learning_rate / c.learning_rate
 
     def at(phase: int, factor: float) -> optax.Schedule:

@@ -1,4 +1,4 @@
-"""Optimizers by name: their options, schedules and combiners, and what goes together.
+"""Optimizers by name: options, schedules, combiners, and which of them go together.
 
 The rows are in `optimizer_rows`, with what each needs from the step. A combiner turns two gradients
 into one and fits `joint` rows only.
@@ -36,12 +36,12 @@ SEES = {
 
 
 def list_optimizers() -> list[str]:
-    """One line a row: name, what a step sees, summary."""
+    """One line per row: name, what a step sees, summary."""
     return [f"{row.name:10}  {SEES[row.needs]:13}  {row.summary}" for row in OPTIMIZERS.values()]
 
 
 def list_combiners() -> list[str]:
-    """One line a combiner, from the first line of its documentation."""
+    """One line per combiner, from the first line of its docstring."""
     told = {
         name: "the gradient of the weighted sum" if make is None else _summary(make)
         for name, make in COMBINERS.items()
@@ -76,7 +76,7 @@ def options_of(name: str, /, **given: Any) -> Any:
         given: options of the row; None: the row's default.
 
     Raises:
-        UserError: an unknown name, or an option that the row does not read.
+        UserError: an unknown name, or an option that the row does not have.
 
     Example:
         >>> options_of("sift", rank=8).rank
@@ -91,7 +91,7 @@ def options_of(name: str, /, **given: Any) -> Any:
 
 
 def other(config: Options, name: str) -> Any:
-    """The options of another optimizer that read what these were set to, where it reads it at all.
+    """The options of another optimizer, with the values set in `config` that it has as well.
 
     Example:
         >>> other(options_of("muon", learning_rate=0.5, momentum=0.9), "adamw").learning_rate
@@ -126,7 +126,7 @@ def check(config: Options) -> None:
 
 
 def check_mesh(config: Options, mesh: Any) -> None:
-    """Raise `UserError` for a query axis that the optimizer's evaluations do not divide over."""
+    """Raise `UserError` for a query axis that does not divide the optimizer's evaluations."""
     ways = mesh.shape.get("query", 1)
     row = suggest.choose(config.name, OPTIMIZERS, "optimizer")
     jobs = row.sides * getattr(config, "queries", 0)
@@ -178,7 +178,7 @@ def check_steps(config: Options, steps: int) -> None:
 
 
 def fitted(config: Options, steps: int) -> Any:
-    """The options with which a shortened run of `steps` is taken: hybrid's blocks shrink with it.
+    """The options for a shortened run of `steps`: hybrid's period shrinks with it.
 
     Example:
         >>> fitted(options_of("hybrid", period=20), 10).period
@@ -191,9 +191,9 @@ def fitted(config: Options, steps: int) -> Any:
 def build(
     config: Options, steps: int, combine: str = "sum", axis: str | None = None
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule, str]:
-    """The transformation of `config` over `steps`, its schedule, and what the step must hand it.
+    """The transformation of `config` over `steps`, its schedule, and what the step must pass to it.
 
-    `axis` is the mesh axis over which zeroth-order steps share their evaluations out.
+    `axis` is the mesh axis over which zeroth-order steps distribute their evaluations.
     """
     check(config)
     row, schedule = OPTIMIZERS[config.name], make_schedule(config, steps)

@@ -18,7 +18,7 @@ from train.reporting.plain import plain, shown
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, with the nearest right option."""
+    """A parser that reports errors as `UserError`."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see python -m train.report --help")
@@ -43,7 +43,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         const=Path("comparison.html"),
         help="the runs on a page, forget against retain (default: comparison.html)",
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="every number, one a line")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="every number, one per line")
     parser.add_argument("--latex", type=Path, metavar="FILE", help="the table as a LaTeX tabular")
     parser.add_argument("--all", action="store_true", help="all metrics, not only the main ones")
     known = [o for a in parser._actions for o in a.option_strings if o.startswith("--")]

@@ -1,7 +1,7 @@
-"""Fields of a configuration whose type follows from a name: `--objective.name`, `--optimizer.name`.
+"""Fields of a configuration whose type depends on a name: `--objective.name`, `--optimizer.name`.
 
-A table has a row for each name, and each row its own dataclass of options. Whoever reads options,
-from a command line or a file, first reads the name and then takes that row's dataclass.
+A table has a row for each name, and each row its own dataclass of options. Command lines and files
+are read in this order: first the name, then the options of that row's dataclass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Rows(NamedTuple):
     Args:
         table: rows by name; a row's `options` is a dataclass with a field `name`.
         options_of: `options_of(name, **given)`: a row's options.
-        other: `other(options, name)`: the options of the row of that name, in place of these.
+        other: `other(options, name)`: the options of the row `name`, to replace `options`.
         refusal: `refusal(row, option, value, prefix)`: the error for an option of another row.
     """
 
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
     refusal: Callable[[Any, str, Any, str], UserError]
 
     def words(self) -> dict[str, tuple[str, ...]]:
-        """The options of all rows, each with the words that it may be in any of them."""
+        """The options of all rows, each with the words that any of them accepts."""
         found: dict[str, tuple[str, ...]] = {"name": tuple(self.table)}
         for row in self.table.values():
             for field in dataclasses.fields(row.options):
@@ -41,10 +41,10 @@ class Rows(NamedTuple):
     def read(
         self, entries: Mapping[str, Any], default: str, prefix: str
     ) -> tuple[type, dict[str, Any]]:
-        """The dataclass that a file's entries are of, and those of them that are its own.
+        """The options dataclass for the entries of a file, and the entries that belong to it.
 
-        Earlier versions wrote the options of all rows: those of others are left out where they were
-        not set (None, or their default), and None where a row has a number of its own.
+        Earlier versions wrote the options of all rows. Those of other rows are dropped where they
+        were not set (None, or the default); a None is dropped where the row has its own default.
 
         Raises:
             UserError: an unknown name, or an option of another row that was set.
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
                 if value is not None or getattr(options, name) is None or name == "name":
                     found[name] = value
             elif name not in every:
-                found[name] = value  # refused as what no version has written
+                found[name] = value  # left for `cli.from_json` to refuse
             elif value is not None and value not in self._defaults(name):
                 raise self.refusal(row, name, value, prefix)
         return type(options), found
@@ -75,7 +75,7 @@ def chosen(rows: Rows, default: Any) -> Any:
 
 
 def rows_of(field: dataclasses.Field) -> Rows | None:
-    """The table that a field chooses from; None: its type is what it says."""
+    """The table that a field chooses from; None for an ordinary field."""
     return field.metadata.get("rows")
 
 

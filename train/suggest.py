@@ -1,4 +1,4 @@
-"""Words that a person chose from a table, and the one that was meant where it is not there."""
+"""Look-up of names in a table, with the nearest one suggested for an unknown name."""
 
 from __future__ import annotations
 

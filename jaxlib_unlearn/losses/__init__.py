@@ -1,7 +1,7 @@
-"""What is minimised, at array level: every loss returns ``(sum, weight)``.
+"""Losses on arrays; every loss returns ``(sum, weight)``.
 
 The value of a loss is ``sum / weight``. Keeping the two apart lets a training step add both over
-micro-batches and devices and divide once, so a number never depends on how the batch was cut or
+micro-batches and devices and divide once, so a value never depends on how the batch was split or
 padded. All losses compute in float32 (float64 when given float64), ignore masked positions with
 ``jnp.where`` (a masked ``-inf`` or NaN reaches neither value nor gradient), and never send a
 gradient into a teacher or reference argument.

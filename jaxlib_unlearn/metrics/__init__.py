@@ -1,4 +1,4 @@
-"""How an unlearned model is judged: host-side numpy, one topic per file.
+"""Metrics of unlearned models, in host-side numpy, one topic per file.
 
 `leak` best-of-k leakage, `likelihood` scores of one text from its token log-probabilities,
 `text` overlap and repetition, `privacy` membership inference and distribution tests, `eval_log`

@@ -149,7 +149,7 @@ def _check_tables(data: Any, source: str) -> None:
         odd = name in names and name != "privleak" and not isinstance(table, Mapping | None)
         if odd or (isinstance(table, Mapping) and table.get("value_by_index") == {}):
             raise UserError(
-                f"{source}: not an evaluation log ({name} is no table of items); give the full "
+                f"{source}: not an evaluation log ({name} is not a table of items); give the full "
                 "log, not a summary"
             )
 
@@ -160,7 +160,9 @@ def _check_ranges(log: EvalLog) -> None:
         share = name in log.auc or name.endswith(SHARES)
         high = 1.0 + 1e-6 if share else np.inf  # probabilities are rounded
         if np.ndim(values) > 1:
-            raise UserError(f"{log.source}: {name} is no number per item; evaluate the model again")
+            raise UserError(
+                f"{log.source}: {name} is not one number per item; evaluate the model again"
+            )
         odd = np.min(values) < 0 or np.max(values) > high
         if odd and (share or name.endswith("truth_ratio")):
             wanted = "between 0 and 1" if share else "0 or more"
@@ -213,7 +215,7 @@ Column = dict[int, Any]
 
 
 def _worst(column: Column) -> int:
-    """The first item of a column that is not finite."""
+    """Index of the first item of a column that is not finite."""
     return next(index for index, value in column.items() if not np.isfinite(value).all())
 
 
@@ -350,4 +352,5 @@ def _read_tofu(blocks: Mapping, source: str) -> dict[str, Column]:
 
 
 def truth_ratio_name(split: str) -> str:
+    """The entry of a split's truth ratio in EVAL.json."""
     return "forget_truth_ratio" if split == "forget" else f"{PREFIXES[split]}_Truth_Ratio"

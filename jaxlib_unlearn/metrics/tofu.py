@@ -108,7 +108,7 @@ def utility_components(log: Log) -> dict[str, float]:
 
 
 def utility_name(count: int) -> str:
-    """The name of the harmonic mean of so many components.
+    """The name of the harmonic mean of `count` components.
 
     Only the mean of all nine is TOFU's model utility; a mean of fewer is another quantity and has
     another name, so that it is never compared with a published one.

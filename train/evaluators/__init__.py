@@ -1,7 +1,7 @@
-"""How a model is judged: the table of evaluators, one file a way of judging (see `base.py`).
+"""The table of evaluators, one file per kind of evaluation (see `base.py`).
 
-A new one is a file with an `Evaluator` row and its name here; a benchmark in `train/tasks/` says
-which of them judge it.
+To add one, write a file with an `Evaluator` row and list it here; each benchmark in `train/tasks/`
+names the evaluators that it uses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from train.evaluators import (
 )
 from train.evaluators.base import Evaluator
 
-# In the order in which they run and stand in a log; `after` of a row changes it for readers.
+# In the order in which they run and appear in a log; a metric's `after` changes it in reports.
 EVALUATORS: dict[str, Evaluator] = {
     row.name: row
     for row in (
@@ -34,7 +34,7 @@ EVALUATORS: dict[str, Evaluator] = {
         leak.ROW,
     )
 }
-# Those that questions with one right answer each have in common.
+# The evaluators for questions with one right answer each.
 QUESTION_ANSWERING = (
     *("tofu", "memorization", "membership", "utility"),
     *("readability", "fact_recall", "fluency", "leak"),
@@ -42,6 +42,6 @@ QUESTION_ANSWERING = (
 
 
 def chosen(names: Iterable[str]) -> list[Evaluator]:
-    """The rows with these names, in the order of the table; names that it lacks are left out."""
+    """The rows with these names, in table order; unknown names are ignored."""
     wanted = set(names)
     return [row for name, row in EVALUATORS.items() if name in wanted]

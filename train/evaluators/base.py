@@ -1,8 +1,8 @@
-"""What a way of judging is made of: a run over rows, metrics, and what is said and drawn of them.
+"""The parts of an evaluator: a function over rows, metrics, verdicts, pictures, definitions.
 
 An evaluator is one file with one `Evaluator` row; `train/evaluators/__init__.py` lists the rows.
-Logs, `summary.json`, tables, verdicts, pictures and their order follow from the rows. The files
-import nothing heavy: a report is shown without starting JAX.
+Logs, `summary.json`, tables, verdicts, pictures and their order derive from the rows. These files
+import nothing heavy at the top, so that a report can be shown without starting JAX.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Log = Mapping[str, Any]
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 Named = TypeVar("Named", bound="Metric | Verdict | Picture | Definition")
 
-REFERENCE = "reference"  # the target of a metric that should be as the reference model's
+REFERENCE = "reference"  # target of a metric that should equal the reference model's
 ARROWS = {"up": "↑", "down": "↓", "oracle": "≈", "zero": "→0", "": ""}
 DIRECTIONS = {
     "up": "higher is better",
@@ -29,21 +29,21 @@ DIRECTIONS = {
 
 
 class Metric(NamedTuple):
-    """A number of `summary.json` and what a reader needs to know about it.
+    """A metric of `summary.json` and what a reader needs to know about it.
 
     Args:
-        name: in `summary.json`; `{n}` in it stands for a whole number (`leak_at_{n}`).
-        label: in tables.
+        name: key in `summary.json`; `{n}` in it stands for an integer (`leak_at_{n}`).
+        label: its name in tables.
         words: what it measures.
-        direction: `up`, `down`, `near` (its target) or none.
-        target: of `near`: a number, or `REFERENCE` for the value of the reference model.
-        main: in the short tables.
-        after: name of the metric that it follows in tables; else it follows its row's others.
-        ends: of the numbers n, short tables show the smallest and the largest alone.
-        stands_for: name of the metric whose place it takes where that one was not measured.
-        log10_of: name of the metric of which it is the decimal logarithm.
-        compare: place in the comparison of runs, from 1 on; 0: not shown there.
-        family: the name with `{n}` that it was made from.
+        direction: which values are better: `up`, `down`, `near` (the target) or "" (none).
+        target: for `near`: a number, or `REFERENCE` for the value of the reference model.
+        main: whether the short tables show it.
+        after: name of the metric that it follows in tables; "": the one before it in its row.
+        ends: of a family, the short tables show only the smallest and the largest n.
+        stands_for: name of the metric that it replaces where that one was not measured.
+        log10_of: name of the metric whose decimal logarithm it is.
+        compare: position in the comparison of runs, from 1; 0: not shown there.
+        family: of a member of a family, the name with `{n}`.
     """
 
     name: str
@@ -61,14 +61,14 @@ class Metric(NamedTuple):
 
     @property
     def better(self) -> str:
-        """Key of `ARROWS` and `DIRECTIONS`; `near` for a target that has no sign of its own."""
+        """Key of `ARROWS` and `DIRECTIONS`; `near` for a target without an entry there."""
         if self.direction != "near":
             return self.direction
         return {REFERENCE: "oracle", 0: "zero"}.get(self.target or 0, "near")
 
     @property
     def arrow(self) -> str:
-        """Which way is better, as a sign.
+        """Which way is better, as a symbol.
 
         Example:
             >>> [Metric("a", "A", "", "near", target).arrow for target in (REFERENCE, 0, 0.5)]
@@ -109,7 +109,7 @@ class Finding(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A metric of the models that have a role; None where it was not measured."""
+    """A metric of the model in each role; None where it was not measured."""
 
     start: float | None
     reference: float | None
@@ -117,13 +117,13 @@ class Scores(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What verdicts and pictures are made from.
+    """What verdicts and pictures are computed from.
 
     Args:
         summary: flat metrics by model.
         logs: per-item logs by model.
         roles: which model is which.
-        questions: behind forget quality (0: not known).
+        questions: number of questions behind forget quality (0: unknown).
     """
 
     summary: Mapping[str, Mapping[str, Any]]
@@ -141,7 +141,7 @@ class Results(NamedTuple):
         return self.summary[self.roles.judged]
 
     def across(self, name: str) -> str:
-        """A metric of all models that have it, `original 0.990, oracle 0.502`."""
+        """A metric of all models that have it, as `original 0.990, oracle 0.502`."""
         pairs = [(m, self.summary[m].get(name)) for m in self.roles.order(self.summary)]
         return ", ".join(f"{m} {format_number(v)}" for m, v in pairs if number(v) is not None)
 
@@ -150,8 +150,8 @@ class Verdict(NamedTuple):
     """A question that the report answers in words.
 
     Args:
-        name: of this verdict.
-        find: gives the answer; None: the report does not ask.
+        name: key of the verdict, for `after`.
+        find: gives the finding, or None to leave the question out.
         after: name of the verdict that it follows.
     """
 
@@ -165,11 +165,11 @@ class Picture(NamedTuple):
 
     Args:
         name: of its file in the run folder.
-        title: above it.
+        title: heading above it.
         draw: gives a Matplotlib figure, or None without enough data.
-        alt: what it shows, in words.
-        caption: below it.
-        missing: what stands in its place where there is not enough data.
+        alt: gives the text alternative.
+        caption: text below it.
+        missing: text in its place where there is not enough data.
         after: name of the picture that it follows.
     """
 
@@ -183,7 +183,7 @@ class Picture(NamedTuple):
 
 
 class Definition(NamedTuple):
-    """How a number is computed, for the end of the report (HTML); `after` as of a metric."""
+    """How a metric is computed, for the end of the HTML report; `after` as in `Metric`."""
 
     name: str
     text: str
@@ -191,7 +191,7 @@ class Definition(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two metrics against which runs are drawn: x to the right, y upwards."""
+    """Two metrics that runs are plotted by: x to the right, y upwards."""
 
     x: str
     y: str
@@ -200,10 +200,10 @@ class Pair(NamedTuple):
 
 
 class Context(Protocol):
-    """What an evaluator may ask for. Scores and answers are memoised: evaluators share them.
+    """What an evaluator may request. Scores and answers are memoised, so evaluators share them.
 
-    `config` is the run's `EvaluateConfig`; `judge` the model under which answers are read again, or
-    None; `log` what the evaluators before this one have found.
+    `config` is the run's `EvaluateConfig`; `judge` the model whose NLL of the answers measures
+    fluency, or None; `log` the entries of the evaluators before this one.
     """
 
     config: Any
@@ -221,38 +221,38 @@ class Context(Protocol):
         ...
 
     def judged(self, split: str) -> list[list[float]]:
-        """NLL under `judge` of every token of a split's greedy answers."""
+        """NLL in nats under `judge` of every token of a split's greedy answers."""
         ...
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gives, computed for the first evaluator that asks with this key."""
+        """The result of `make`, memoised under `key`."""
         ...
 
 
 def means(log: Log, metrics: Sequence[Metric]) -> dict[str, Any]:
-    """`agg_value` of the entries that are named as a metric."""
+    """`agg_value` of the entries that have the name of a metric."""
     return {m.name: log[m.name]["agg_value"] for m in metrics if m.name in log}
 
 
 class Evaluator(NamedTuple):
-    """A way of judging.
+    """A kind of evaluation: a row of the table in `train/evaluators/__init__.py`.
 
     Args:
-        name: in the table of evaluators.
+        name: its key in the table.
         run: `(model, rows by split, context) -> {entry: {"agg_value", "value_by_index"}}`, the part
-            of the per-item log that it adds; nothing where the splits it needs are not there.
-        metrics: its numbers in `summary.json`, in reading order.
+            of the per-item log that it adds; empty where a split that it needs is missing.
+        metrics: its metrics in `summary.json`, in reading order.
         summarize: `(log, reference log) -> flat metrics`; None: the means of the entries that have
             the name of a metric.
-        derive: as `summarize`, for numbers that are no mean of one entry of their own; they come
-            after those of all evaluators.
-        compare: `(log, reference log) -> log` with what compares it with the reference, which may
-            be judged later than the model.
-        verdicts: questions of the report.
+        derive: as `summarize`, for metrics that are not the mean of one entry; they come after the
+            metrics of all evaluators.
+        compare: `(log, reference log) -> log` with its comparisons with the reference, which may be
+            evaluated later than the model.
+        verdicts: questions that the report answers.
         pictures: of the report.
-        pairs: what runs are compared by.
-        definitions: how its numbers are computed.
-        version: in the key of cached logs; raise it when a number may change.
+        pairs: the metrics that runs are compared by.
+        definitions: how its metrics are computed.
+        version: part of the key of cached logs; raise it when a value may change.
     """
 
     name: str
@@ -269,7 +269,7 @@ class Evaluator(NamedTuple):
 
 
 def arranged(rows: Iterable[Named]) -> list[Named]:
-    """Rows as they come, each that names another in `after` directly behind that one.
+    """Rows in the given order, but each that has `after` follows the row named there.
 
     Example:
         >>> rows = [Metric("a", "", ""), Metric("b", "", ""), Metric("c", "", "", after="a")]
@@ -282,7 +282,7 @@ def arranged(rows: Iterable[Named]) -> list[Named]:
     waiting = [row for row in rows if row.after in names]
     while waiting:
         ready = [row for row in waiting if any(row.after == other.name for other in placed)]
-        if not ready:  # they wait for one another
+        if not ready:  # a cycle of `after`
             return placed + waiting
         for row in ready:
             anchors = [i for i, o in enumerate(placed) if row.after in (o.name, o.after)]

@@ -1,7 +1,7 @@
-"""Judging one model: what is asked of it, once each, and the log that its evaluators make of it.
+"""Evaluating one model: its scores and answers, each computed once, and the resulting log.
 
-Every scored text comes from `score` (vocabulary only at labels); the answers to one question share
-its prompt. The result is a per-item log in the form of OpenUnlearning's EVAL.json.
+Texts are scored by `score`, which computes logits only at labels; the answers to one question share
+its prompt. The result is a per-item log in the format of OpenUnlearning's EVAL.json.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from train.runtime.stages import digest
 from train.runtime.tracking import progress
 from train.tasks.task import Task
 
-# Part of every cache key, with the evaluators' own: raise it when a number may change.
+# Part of every cache key, beside the evaluators' versions: raise it when a value may change.
 VERSION = 3
 QUANTITIES = ("logp", "match", "mu", "var")
 
 
 class Model(NamedTuple):
-    """A model as the programs hand it around."""
+    """A decoder with its parameters, tokenizer and the sha256 of the parameters."""
 
     decoder: Decoder
     params: Any
@@ -49,7 +49,7 @@ class Model(NamedTuple):
         return DecoderLearner(self.decoder)
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on, as JSON values: parameters, shape, tokens, prompts."""
+        """What its answers depend on, as JSON values: weights, shapes, tokenizer, prompt format."""
         words = self.tokenizer
         return {
             "params": self.sha,
@@ -59,21 +59,21 @@ class Model(NamedTuple):
         }
 
     def to_host(self) -> Model:
-        """The model in host memory, where it waits until it is needed."""
+        """The model with its parameters in host memory."""
         return self._replace(params=residency.to_host(self.params))
 
     def to_device(self) -> Model:
-        """The model in device memory."""
+        """The model with its parameters in device memory."""
         return self._replace(params=residency.to_device(self.params))
 
 
 def num_parameters(params: Any) -> int:
-    """Elements of a parameter tree."""
+    """Number of elements of a parameter tree."""
     return sum(x.size for x in jax.tree.leaves(params))
 
 
 def longest(model: Model, max_length: int) -> int:
-    """`max_length`, or the model's context where that is shorter."""
+    """`max_length` in tokens, or the model's context where that is shorter."""
     return min(max_length, model.decoder.config.max_position_embeddings)
 
 
@@ -83,7 +83,7 @@ _score = jax.jit(score, static_argnums=0)
 def score_items(
     model: Model, items: Sequence[Example | Group], mesh: Any, batch_tokens: int, label: str
 ) -> list[dict[str, np.ndarray]]:
-    """Per item, `logp`, `match`, `mu`, `var` and `answer` of its labels, in item order."""
+    """`logp`, `match`, `mu`, `var`, `answer` and `targets` at the labels of each item, in order."""
     found: list[dict[str, np.ndarray]] = [{} for _ in items]
     ways = batch_ways(mesh)
     pad = model.tokenizer.pad_id or 0
@@ -105,7 +105,7 @@ def score_items(
 
 
 def _answers(row: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The texts of a row that are scored, by what they are."""
+    """The answers of a row to be scored, by kind."""
     found = {"answers": [row["answer"]]}
     if "paraphrased_answer" in row:
         found["paraphrased"] = [row["paraphrased_answer"]]
@@ -152,9 +152,9 @@ def score_rows(
 
 
 class Answers(NamedTuple):
-    """Generated answers of a list of rows: `samples` texts each, their token ids, the prompts.
+    """Generated answers to a list of rows: texts and token ids by row and sample, and the prompts.
 
-    Prompts are decoded without special tokens, as OpenUnlearning's logs have them.
+    Prompts are decoded without special tokens, as in OpenUnlearning's logs.
     """
 
     texts: list[list[str]]
@@ -174,7 +174,7 @@ def answer_rows(
     mesh: Any,
     label: str,
 ) -> Answers:
-    """Answers to the questions in `column`, greedy or sampled; a draw belongs to its row."""
+    """Answers to the questions in `column`, greedy or sampled; random draws are keyed by row."""
     prompts = [
         encode_prompt(model.tokenizer, row[column], system_prompt=system_prompt) for row in rows
     ]
@@ -213,7 +213,7 @@ def judge_nll(
     mesh: Any,
     batch_tokens: int,
 ) -> list[list[float]]:
-    """NLL of every token of each row's first answer under `judge`: fluency as another sees it."""
+    """NLL in nats, under `judge`, of every token of each row's first answer: a fluency measure."""
     items = []
     for row, ids in zip(rows, answers.ids, strict=True):
         prompt = encode_prompt(judge.tokenizer, row["question"], system_prompt=system_prompt)
@@ -225,7 +225,7 @@ def judge_nll(
 
 @dataclass
 class Context:
-    """What the evaluators of one model share; see `base.Context`. Nothing is asked twice."""
+    """What the evaluators of one model share, each result computed once; see `base.Context`."""
 
     model: Model
     rows: Rows
@@ -240,13 +240,13 @@ class Context:
     found: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gives, computed for the first evaluator that asks with this key."""
+        """The result of `make`, memoised under `key`."""
         if key not in self.found:
             self.found[key] = make()
         return self.found[key]
 
     def scores(self, split: str) -> dict[str, list[Any]]:
-        """`score_rows` of a split: one pass over all of its texts."""
+        """`score_rows` of a split: one pass over all of its answers."""
         return self.once(
             ("scores", split),
             lambda: score_rows(
@@ -316,24 +316,24 @@ def evaluate_model(
     name: str,
     judge: Model | None = None,
 ) -> dict[str, Any]:
-    """The per-item log of a model: what every evaluator of the task adds, in the table's order.
+    """The per-item log of a model: the entries of the task's evaluators, in table order.
 
     Args:
-        model: who is judged.
+        model: the model to evaluate.
         task: its `evaluation` splits and its `evaluators`.
         config: sampling and batch sizes.
         system_prompt: of the chat template.
         max_length: longest example in tokens.
-        mesh: where it runs.
+        mesh: devices to run on.
         seed: of the sampled answers.
-        name: shown in the progress.
+        name: shown in the progress bars.
         judge: model whose NLL of the greedy forget answers is measured; None: left out.
 
     Returns:
         {entry: {"agg_value": ..., "value_by_index": {"0": {...}}}}.
 
     Raises:
-        ValueError: an evaluator that the table lacks, or one that writes another's entry.
+        ValueError: an unknown evaluator, or one that writes an entry of another.
     """
     if unknown := set(task.evaluators) - set(EVALUATORS):
         raise ValueError(f"unknown evaluators {sorted(unknown)}; known: {list(EVALUATORS)}")
@@ -357,17 +357,17 @@ def evaluate_model(
 
 
 def summarize(log: Mapping[str, Any], retain_log: Any, model: Model) -> dict[str, Any]:
-    """The flat metrics of a log by its evaluators, and the parameters' number and sha256.
+    """The flat metrics of a log, and the number and sha256 of the model's parameters.
 
-    `retain_log` is the reference model's, or one in its place. Every row of the table reads what it
-    finds: what was not measured is not there.
+    `retain_log` is the log of the reference model, or of one in its place. Every evaluator reads
+    the entries that it finds: what was not measured is absent.
     """
     flat: dict[str, Any] = {}
     shared = set()
     for row in EVALUATORS.values():
         if row.summarize is None:
             flat |= means(log, row.metrics)
-        elif row.summarize not in shared:  # several rows may have one reader
+        elif row.summarize not in shared:  # several rows may share a function
             shared.add(row.summarize)
             flat |= row.summarize(log, retain_log)
     for row in EVALUATORS.values():
@@ -386,7 +386,7 @@ def curve(
     batch_tokens: int,
     limit: int,
 ) -> dict[str, float]:
-    """A quick look: mean answer probability on the first `limit` rows of forget and of retain."""
+    """A quick estimate: mean answer probability on the first `limit` forget and retain rows."""
     max_length = longest(model, max_length)
     values = {}
     for split in (s for s in ("forget", "retain") if s in task.evaluation):

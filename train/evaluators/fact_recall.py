@@ -1,4 +1,4 @@
-"""Fact recall: how many of the true values of a fact stand in the greedy answer to it."""
+"""Fact recall: the share of the true values of a fact that occur in the greedy answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METRICS = (
 
 
 def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
-    """Which values of its fact each answer holds; only generated rows say what their fact is."""
+    """The share of its fact's values in each answer; only generated rows say what those are."""
     import numpy as np
 
     from jaxlib_unlearn.metrics import text
@@ -48,7 +48,7 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
 
 
 def draw(results: Results) -> Any:
-    """Bars of the recall on both sides."""
+    """Bar chart of the recall on the facts to forget and to keep."""
     from train.reporting import plots
 
     return plots.fact_recall(results.summary, results.roles)
@@ -59,18 +59,18 @@ PICTURE = Picture(
     "Fact recall",
     draw,
     lambda results: (
-        "Bars, a pair a model. Facts to forget: "
+        "Bars, a pair per model. Facts to forget: "
         f"{results.across('forget_fact_recall')}; facts to keep: "
         f"{results.across('retain_fact_recall')}."
     ),
-    "How many of the true values (names, dates, words) stand in the greedy answers. The "
+    "How many of the true values (names, dates, words) occur in the greedy answers. The "
     "oracle, which never saw the facts to forget, gets some of them right by chance.",
     "No fact recall: only generated authors say which words of an answer are the fact.",
 )
 DEFINITIONS = (
     Definition(
         "fact recall",
-        "Fact recall: share of the values of a fact (names, dates, words) that stand in the "
+        "Fact recall: share of the values of a fact (names, dates, words) that occur in the "
         "greedy answer as whole words; mean over questions. Only rows of the author generator "
         "say what their values are.",
         after="nll",

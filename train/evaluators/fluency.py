@@ -1,4 +1,4 @@
-"""Fluency: word pairs that a greedy answer repeats, and what its tokens cost another model."""
+"""Fluency: how often greedy answers repeat word pairs, and their NLL under another model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METRICS = (
            "nats per token of its forget answers under the model before fine-tuning (readability)",
            "down", main=True),
     Metric("repeated_bigram_rate", "Repeated bigrams",
-           "share of word pairs said before in the same answer (readability)",
+           "share of word pairs that occurred before in the same answer (readability)",
            "down", main=True),
 )  # fmt: skip
 
@@ -47,7 +47,7 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
 
 
 def summarize(log: Any, reference: Any) -> dict[str, Any]:
-    """The means, repetition first."""
+    """The means of the entries, repetition first."""
     names = ("repeated_bigram_rate", "forget_oracle_nll", "forget_base_nll")
     return {name: log[name]["agg_value"] for name in names if name in log}
 

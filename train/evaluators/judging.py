@@ -1,4 +1,4 @@
-"""Judging every model of a run alike: logs found by what they are made from, and compared."""
+"""Evaluating every model of a run in the same way: logs cached by their inputs, and compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.runtime.stages import amend_json, json_stage
 def evaluation_inputs(
     model: Any, task: Any, evaluate: Any, data: Any, judge: Any, seed: int
 ) -> dict[str, Any]:
-    """Everything an evaluation depends on."""
+    """Everything an evaluation depends on: the inputs of its cache key."""
     return {
         **model.identity(),
         "task": task.digest(),
@@ -38,9 +38,9 @@ def evaluate_cached(
     name: str,
     cache: Path | None = None,
 ) -> Any:
-    """The per-item log of a model, from `evals/NAME.json` when that was made from the same.
+    """The per-item log of a model, from `evals/NAME.json` when that has the same inputs.
 
-    `config` has `data`, `evaluate` and `seed`: that of a run, or of `train.evaluate`.
+    `config` is that of a run or of `train.evaluate`, with `data`, `evaluate` and `seed`.
     """
     inputs = evaluation_inputs(model, task, config.evaluate, config.data, judge, config.seed)
 
@@ -63,13 +63,13 @@ def evaluate_cached(
 def summarize(
     logs: dict[str, Any], models: dict[str, Any], retain_log: Any, roles: Roles = ROLES
 ) -> dict[str, Any]:
-    """Flat metrics of every model, compared with the log of the reference or the one given."""
+    """Flat metrics of every model, compared with `retain_log` or else the reference's log."""
     reference = retain_log if retain_log is not None else logs.get(roles.reference)
     return {name: evaluation.summarize(log, reference, models[name]) for name, log in logs.items()}
 
 
 def compare_logs(root: Path, logs: dict[str, Any], retain_log: Any, roles: Roles = ROLES) -> None:
-    """The logs in `evals/` with what compares them with the reference, which is judged later."""
+    """Add comparisons with the reference, which is evaluated later, to the logs in `evals/`."""
     reference = retain_log if retain_log is not None else logs.get(roles.reference)
     for name, log in logs.items():
         for row in EVALUATORS.values():

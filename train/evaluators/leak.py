@@ -63,17 +63,17 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
 
 
 def derive(log: Log, reference: Any) -> dict[str, Any]:
-    """leak@k under a name for each k."""
+    """leak@k as one metric for each k."""
     return {METRIC.of(k).name: v for k, v in log.get(ENTRY, {"agg_value": {}})["agg_value"].items()}
 
 
 def measured_ks(scores: Iterable[str]) -> list[int]:
-    """The k of the `leak_at_k` metrics that are there, ascending."""
+    """The k of the `leak_at_k` metrics that were measured, ascending."""
     return sorted(k for name in scores if (k := METRIC.count_in(name)) is not None)
 
 
 def leak_scores(log: dict[str, Any]) -> list[list[float]]:
-    """Scores of the sampled answers, a row a question, cut to the shortest row."""
+    """Scores of the sampled answers, one list per question, cut to the shortest list."""
     inner = log["leak"] if isinstance(log.get("leak"), dict) else log
     rows = [v["scores"] for v in items_of(inner, ENTRY).values() if v.get("scores")]
     n = min((len(row) for row in rows), default=0)
@@ -81,7 +81,7 @@ def leak_scores(log: dict[str, Any]) -> list[list[float]]:
 
 
 def leaks(results: Results) -> Finding | None:
-    """The largest k against the reference's."""
+    """leak@k at the largest k, compared with the reference's."""
     ks = measured_ks(results.judged)
     if not ks:
         return None
@@ -103,7 +103,7 @@ def leaks(results: Results) -> Finding | None:
 
 
 def draw(results: Results) -> Any:
-    """leak@k over k, a line a model."""
+    """leak@k over k, one line per model."""
     import numpy as np
 
     from train.reporting import plots
@@ -118,10 +118,10 @@ def draw(results: Results) -> Any:
 
 
 def alt(results: Results) -> str:
-    """The values at the largest k."""
+    """The text alternative: the values at the largest k."""
     ks = measured_ks(results.judged)
     at = f"; at k = {ks[-1]}: {results.across(METRIC.of(ks[-1]).name)}." if ks else "."
-    return "leak@k over k, a line a model" + at
+    return "leak@k over k, one line per model" + at
 
 
 PICTURE = Picture(

@@ -1,4 +1,4 @@
-"""Membership: whether attacks tell the rows to forget from rows that nobody trained on."""
+"""Membership inference: whether attacks distinguish rows to forget from rows never trained on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
 
 
 def compare(log: Log, reference: Any) -> dict[str, Any]:
-    """The log with `privleak` against the reference in the place of an AUC of 0.5."""
+    """The log with `privleak` relative to the reference instead of an AUC of 0.5."""
     from jaxlib_unlearn.metrics import tofu
 
     return tofu.with_reference(log, reference)

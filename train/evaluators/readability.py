@@ -1,8 +1,8 @@
-"""Which forget answers are no readable answers: empty, cut or broken, and by which test.
+"""Readability: which forget answers are empty, cut off or broken, and by which test.
 
-A question whose true answer is a sentence of the author generator wants such a sentence back.
-Elsewhere an answer needs three words and an end, where the true answer has them, and must not cost
-more nats a token, under the run's judge, than 99 % of the oracle's own answers.
+Where the true answer is a sentence of the author generator, the answer must be one too. Elsewhere
+it needs three words and the end of a sentence, if the true answer has them, and its NLL per token
+under the run's judge must not exceed that of 99 % of the oracle's own answers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ METRIC, RULE = "forget_unreadable", "unreadable_rule"
 NLLS = ("forget_oracle_nll", "forget_base_nll")
 UNREADABLE, BROKEN = 0.10, 0.25
 REPEATED = 0.05
-# Which model judges the answers, and how many nats a token they may cost above the oracle's own.
+# The judge, and how many nats per token the NLL of answers may exceed that of the oracle's own.
 JUDGES = {
     "forget_oracle_nll": ("the oracle", 2.0),
     "forget_base_nll": ("the model before fine-tuning", 1.0),
@@ -49,12 +49,12 @@ TOO_COSTLY = f"NLL above the {PERCENTILE}th percentile of the oracle's answers"
 
 
 def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
-    """The greedy forget answers by their texts alone."""
+    """The tests of the greedy forget answers that need only their texts."""
     if "forget" not in rows:
         return {}
     limit = context.config.max_new_tokens
     truths, answers = context.scores("forget")["answers"], context.answers("forget")
-    # A model without an end-of-text token is never done; its answers are not held for cut.
+    # A model without an end-of-text token never stops; its answers do not count as cut off.
     ends = model.tokenizer.eos_id is not None
     entry = log_entry(
         [texts[0] for texts in answers.texts],
@@ -66,25 +66,25 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
 
 
 class Judged(NamedTuple):
-    """Forget answers of one model: by index why not ("": readable), and the tests applied."""
+    """Forget answers of one model: reasons by index ("": readable), and the tests applied."""
 
     reasons: dict[str, str]
     rule: str
 
     @property
     def rate(self) -> float:
-        """Share that is not readable."""
+        """Share of answers that are not readable."""
         return sum(map(bool, self.reasons.values())) / len(self.reasons)
 
 
 def why_not(answer: str, truth: str, cut: bool = False, may_be_cut: bool = False) -> str:
-    """Why an answer is not readable by its text alone, "" where it is.
+    """Why an answer is unreadable, from its text alone; "" for a readable one.
 
     Args:
         answer: what the model said.
         truth: the right answer.
-        cut: generation stopped at its limit.
-        may_be_cut: the right answer does not fit into that limit either.
+        cut: generation stopped at its length limit.
+        may_be_cut: the right answer exceeds that limit too.
 
     Example:
         >>> why_not("A contract with a a a a a driver.", "The author was born in Lima on May 7.")
@@ -102,9 +102,9 @@ def why_not(answer: str, truth: str, cut: bool = False, may_be_cut: bool = False
 def log_entry(
     answers: Sequence[str], truths: Sequence[str], cut: Sequence[bool], may_be_cut: Sequence[bool]
 ) -> dict[str, Any]:
-    """The entry of an evaluation log, by the texts alone.
+    """The readability entry of an evaluation log, from the texts alone.
 
-    The NLL part needs the oracle's log as well: `judge` adds it.
+    The NLL test needs the oracle's log as well: `judge` adds it.
     """
     items = {}
     for i, (answer, truth, *ends) in enumerate(zip(answers, truths, cut, may_be_cut, strict=True)):
@@ -128,7 +128,7 @@ def _nll(log: Any, name: str) -> dict[str, float]:
 
 
 def judge(log: Mapping[str, Any], reference: Any = None) -> Judged | None:
-    """All tests on the forget answers of a log.
+    """Applies all tests to the forget answers of a log.
 
     Args:
         log: of the evaluated model.
@@ -136,7 +136,7 @@ def judge(log: Mapping[str, Any], reference: Any = None) -> Judged | None:
             another program, or no oracle) that test is left out, and the rule says so.
 
     Returns:
-        None for a log without the measure (of an earlier version, or another program).
+        `Judged`; None for a log without this entry (of an earlier version or another program).
     """
     items = _items(log, ENTRY)
     if not items:
@@ -162,13 +162,13 @@ def judge(log: Mapping[str, Any], reference: Any = None) -> Judged | None:
 
 
 def summarize(log: Mapping[str, Any], reference: Any = None) -> dict[str, Any]:
-    """`forget_unreadable`, and in words which tests it counts; empty where it was not measured."""
+    """`forget_unreadable` and the tests behind it in words; empty where it was not measured."""
     judged = judge(log, reference)
     return {} if judged is None else {METRIC: judged.rate, RULE: judged.rule}
 
 
 def readable(results: Results) -> Finding:
-    """The share that is not readable, repetition, and what the answers cost the judge."""
+    """The share of unreadable answers, repetition, and the answers' NLL under the judge."""
     question = "Are its answers readable?"
     counted, rate = results.scores(METRIC), results.scores("repeated_bigram_rate")
     checks, parts = [], []

@@ -22,7 +22,7 @@ class Roles(NamedTuple):
     judged: str = "unlearned"
 
     def order(self, models: Iterable[str]) -> list[str]:
-        """Models in reading order: start, reference and judged where they are there, then others.
+        """Models in reading order: start, reference and judged where present, then others by name.
 
         Example:
             >>> Roles().order(["b", "unlearned", "a", "original"])
@@ -36,7 +36,7 @@ ROLES = Roles()
 
 
 def roles_of(named: Any) -> Roles:
-    """The roles that `run.json` names; those of every run before it named them for anything else.
+    """The roles that `run.json` names; the defaults where it names none, as in older runs.
 
     Example:
         >>> roles_of({"judged": "merged"}).judged, roles_of(None).judged

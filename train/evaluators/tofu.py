@@ -1,7 +1,7 @@
-"""TOFU's way of judging: probability, ROUGE-L and truth ratio of each split, forget quality.
+"""TOFU's evaluation: probability, ROUGE-L and truth ratio of each split, forget quality.
 
-One scoring pass over all answers to a question, one greedy answer to it. The log has the names of
-OpenUnlearning's EVAL.json, so that its logs are read here and ours there.
+All given answers to a question are scored in one pass, and one is generated greedily. The log uses
+the names of OpenUnlearning's EVAL.json, so that each program reads the other's logs.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
 
 
 def summarize(log: Log, reference: Any) -> dict[str, Any]:
-    """Everything that the form of EVAL.json defines, memorisation, membership and utility too."""
+    """All metrics of the EVAL.json format, including memorisation, membership and utility."""
     from jaxlib_unlearn.metrics import eval_log, tofu
 
     if not eval_log.has_metrics(log):
@@ -113,10 +113,10 @@ def summarize(log: Log, reference: Any) -> dict[str, Any]:
 
 
 def truth_ratios(log: dict[str, Any]) -> list[float]:
-    """The values R of the forget questions; empty when they were not measured.
+    """The truth ratios R of the forget questions; empty when they were not measured.
 
     Raises:
-        UserError: the log is no evaluation log.
+        UserError: the log is not an evaluation log.
     """
     from jaxlib_unlearn.metrics.eval_log import parse_log
 
@@ -135,7 +135,7 @@ def decades(p: float) -> float:
 
 
 def forgot(results: Results) -> Finding:
-    """Forget ROUGE-L against the reference's."""
+    """Forget ROUGE-L, compared with the reference's."""
     question, s = "Did it forget?", results.scores("forget_rouge")
     if s.judged is None:
         return Finding(question, "unknown", "not measured", "No forget ROUGE-L in this run.")
@@ -175,7 +175,7 @@ def kept(results: Results) -> Finding:
     if u.start is not None and u.judged is not None:
         text += f" Model utility went from {show(u.start)} to {show(u.judged)}"
         text += "." if u.reference is None else f", the oracle has {show(u.reference)}."
-        # Training the oracle moves it too; what unlearning costs is what is below both.
+        # Training the oracle changes utility too: unlearning's cost is what falls below both.
         floor = u.start if u.reference is None else min(u.start, u.reference)
         fell = u.judged < MOSTLY_KEPT * floor
         if fell:
@@ -218,7 +218,7 @@ def told_apart(results: Results) -> Finding:
 
 
 def draw(results: Results) -> Any:
-    """Distributions of the truth ratio."""
+    """Cumulative distributions of the truth ratio."""
     import numpy as np
 
     from train.reporting import plots

@@ -1,4 +1,4 @@
-"""Model utility: one number for what a model still can do, from what the other rows found."""
+"""Model utility: one number for what a model can still do, from the other evaluators' entries."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
 
 
 def summarize(log: Log, reference: Any) -> dict[str, Any]:
-    """Nothing: TOFU's reader works it out from the items."""
+    """Nothing: `tofu.summarize` computes it from the items."""
     return {}
 
 
 def name_in(scores: Iterable[str]) -> str:
-    """The name that model utility has in these scores: `model_utility` or `model_utility_of_N`.
+    """The name of model utility in these scores: `model_utility` or `model_utility_of_N`.
 
     Example:
         >>> name_in({"model_utility_of_3": 0.5})

@@ -1,8 +1,8 @@
 """The presets, one file each.
 
-`PRESET` is a `RunConfig`, `SUMMARY` one line about it, `SMOKE` the values that `--smoke` shrinks,
-`OBJECTIVES` the options that suit it, by objective, and `OPTIMIZERS` those by optimizer, each with
-the other options that change (`unlearn.steps`).
+`PRESET` is a `RunConfig`, `SUMMARY` one line about it, `SMOKE` the values that `--smoke` sets,
+`OBJECTIVES` the options tuned for it, by objective, and `OPTIMIZERS` those by optimizer, each with
+the other options that it changes (`unlearn.steps`).
 """
 
 from types import ModuleType

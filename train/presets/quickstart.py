@@ -1,4 +1,4 @@
-"""quickstart: fictitious authors and a tiny Llama-shaped model, all of it made in the run.
+"""quickstart: fictitious authors and a tiny Llama-shaped model, both made in the run.
 
     python -m train.unlearn quickstart
 
@@ -43,12 +43,13 @@ PRESET = RunConfig(
 # For rows without alternate answers. It breaks the text of three answers in ten.
 OTHER_DATA = options_of("asu", temperature=10.0, retain="nll", forget_weight=1.0)
 
-# Options that suit this preset, by objective; others start from their own defaults.
-# Alternates: three per question keep the model as unsure between wrong values as the oracle is
-# (with more it becomes too uniform, with fewer it learns one of them). The push ends at half the
-# NLL of a fact that the oracle guesses (1.4 to 1.6 nats a token): the other answers push as well.
-# SimNPO: the push on an answer fades as sigma(-(NLL + 0.25)). It forgets more than smoothing does,
-# and breaks the text on some seeds; with the published beta of 4.5 the facts stay.
+# Options tuned for this preset, by objective; others start from their own defaults.
+# Alternates: with three per question the model is as unsure between wrong values as the oracle
+# (with more it becomes too uniform, with fewer it learns one of them). The push away from a true
+# answer ends at half the NLL that it has under the oracle (1.4 to 1.6 nats per token), since the
+# alternates lower its probability as well.
+# SimNPO: the gradient of an answer has the weight sigma(-(NLL + 0.25)). It forgets more than ASU,
+# but breaks the text on some seeds; with the published beta of 4.5 the facts remain.
 OBJECTIVES = {
     "alternate": PRESET.objective,
     "asu": OTHER_DATA,
@@ -56,10 +57,10 @@ OBJECTIVES = {
     "simnpo": options_of("simnpo", beta=1.0, delta=-0.25, retain="nll"),
 }
 
-# By optimizer: its options, and the other options that change. Values of the loss alone say little
-# about the gradient: such a run takes more steps, still forgets less and loses more.
-# (MeZO with one query per step diverges from 3e-4 on and changes nothing in 600 steps at 1e-4;
-# ZO-Muon at 3e-2 forgets as much as the others and loses more than half of what was to be kept.)
+# By optimizer: its options, and the other options that it changes. Zeroth-order optimizers take
+# more steps, and still forget less and lose more of what should be kept.
+# (MeZO with one query per step diverges from a rate of 3e-4 on and changes nothing in 600 steps at
+# 1e-4; ZO-Muon at 3e-2 forgets as much as the others but loses over half of what should be kept.)
 OPTIMIZERS = {
     "sophia": (replace(other(PRESET.optimizer, "sophia"), learning_rate=1e-4), {}),
     "sign": (replace(other(PRESET.optimizer, "sign"), learning_rate=1e-4), {}),

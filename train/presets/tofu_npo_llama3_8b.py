@@ -52,7 +52,7 @@ PRESET = RunConfig(
 
 OBJECTIVES = {"npo": PRESET.objective}
 
-# Their products use bfloat16 on accelerators in any case.
+# Their matrix products use bfloat16 on accelerators in any case.
 OPTIMIZERS = {
     name: (replace(other(PRESET.optimizer, name), comm_dtype="bfloat16"), {})
     for name in ("muon", "teon")

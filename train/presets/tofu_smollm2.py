@@ -36,7 +36,7 @@ PRESET = RunConfig(
         optimizer=AdamW(learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0),
     ),
     unlearn=UnlearnConfig(epochs=6, batch_size=8, curve_points=3),
-    # Smoothing the first blocks breaks the text before the facts; the middle ones hold the facts.
+    # The middle blocks hold the facts; smoothing the first ones breaks the text before the facts.
     objective=options_of(
         "asu", temperature=5.0, layers=tuple(range(8, 20)), retain="nll", forget_weight=0.2
     ),
@@ -44,7 +44,7 @@ PRESET = RunConfig(
     evaluate=EvaluateConfig(max_new_tokens=72, leak_samples=16, judge="base"),
 )
 
-# Options that suit this preset, by objective; others start from their own defaults.
+# Options tuned for this preset, by objective; others start from their own defaults.
 OBJECTIVES = {"asu": PRESET.objective}
 
 SMOKE = {

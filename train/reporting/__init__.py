@@ -1,1 +1,1 @@
-"""What a run says when it is done: tables, pictures, verdicts, pages, cards."""
+"""Reports of finished runs: tables, pictures, verdicts, HTML pages, model cards."""

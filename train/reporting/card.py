@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how it was judged, made and can be checked."""
+"""The model card (README.md) of an exported model: what it is, how it was made and evaluated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TAGS = ("jaxlib-unlearn",)
 
 
 def cell(text: Any) -> str:
-    """Text for a cell of a Markdown table: one line, its markup shown and not followed.
+    """Text for a cell of a Markdown table: one line, with markup escaped.
 
     Example:
         >>> cell("a | <b>\\nc")
@@ -49,7 +49,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _front(tags: Sequence[str], base: str | None = None, data: str | None = None) -> list[str]:
-    """What the Hub reads of a card; every value is a JSON string, which YAML reads as one."""
+    """The YAML front matter, for the Hub; values are JSON strings, which YAML reads alike."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
     lines += [f"- {json.dumps(tag)}" for tag in (*TAGS, *tags)]
     lines += [f"base_model: {json.dumps(base)}"] if base else []
@@ -63,7 +63,7 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _base(config: dict[str, Any]) -> str | None:
-    """The Hub id a run started from; None for a folder, a file or random weights."""
+    """The Hub id that a run started from; None for a folder, a file or random weights."""
     path = str(_section(config, "stage").get("original") or _section(config, "model").get("path"))
     owner, _, name = path.partition("/")
     is_id = owner and name and "/" not in name and not path.startswith((".", "~"))
@@ -71,7 +71,7 @@ def _base(config: dict[str, Any]) -> str | None:
 
 
 def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
-    """The card of a run's unlearned model, without the digests of its files.
+    """The card of a run's unlearned model, without file digests.
 
     Args:
         run: configuration and summary; the same run gives the same text.
@@ -113,7 +113,7 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
     lines += ["", "## Numbers", "", *_table(("", *models), numbers), ""]
     lines += [f"{metrics_table.LEGEND}.", ""]
     lines += ["## Use", "", USE]
-    told = run._replace(about={})  # minutes differ from one time to the next, the model does not
+    told = run._replace(about={})  # timings differ between repetitions, the model does not
     lines += ["## How it was made", "", "```sh", clean(command(told), 4000), "```", ""]
     lines += _table(("", ""), facts(told, logs))
     lines += ["", "## Limits", "", *(f"- {cell(text)}" for text in limitations(told, logs)), ""]
@@ -121,7 +121,7 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
 
 
 def plain(what: str, sha: str | None = None) -> str:
-    """The card of a model that no run judged.
+    """The card of a model that no run evaluated.
 
     Args:
         what: one sentence on where it comes from.
@@ -137,14 +137,14 @@ def of_adapter(what: str, base: str, command: str | None) -> str:
 
     Args:
         what: one sentence on what they are.
-        base: where the model that they belong to is.
-        command: what writes that model there; None: it is there.
+        base: path or Hub id of their base model.
+        command: writes the base model to that path; None: it exists already.
     """
     front = _front(("unlearning", "lora"))
     front[1] = "library_name: peft"
     lines = [*front, "# LoRA adapter", "", cell(what), ""]
     if command:
-        lines += ["They belong to the model that the run trained before, which this writes:", ""]
+        lines += ["Their base model is the original of the run; this command exports it:", ""]
         lines += ["```sh", clean(command), "```", ""]
     lines += [
         "```python",
@@ -163,8 +163,8 @@ def with_digests(text: str, folder: Path) -> str:
     """The card with the sha256 of every other file of a finished folder.
 
     Args:
-        text: of `of_run` or `plain`.
-        folder: what is exported.
+        text: card from `of_run` or `plain`.
+        folder: the exported folder.
     """
     rows = []
     for path in sorted(folder.iterdir()):

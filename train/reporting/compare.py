@@ -1,4 +1,4 @@
-"""Several runs on one page: forget against retain, and the numbers that decide.
+"""Several runs on one page: forget against retain, and a table of the main metrics.
 
 python -m train.report RUN RUN ... --html FILE
 """
@@ -36,7 +36,7 @@ def short_names(labels: Sequence[str]) -> list[str]:
 
 
 def _measured(runs: Sequence[Run]) -> set[str]:
-    """The metrics of the models that the runs are about."""
+    """The names of the metrics of the runs' judged models."""
     return {name for run in runs for name in metrics_table.metrics_of(run.judged)}
 
 
@@ -46,7 +46,7 @@ def _pairs(found: Sequence[dict[str, Any]], x: str, y: str) -> list[tuple[float,
 
 
 def _drawn(runs: Sequence[Run]) -> list[Pair]:
-    """What is drawn against what: the pairs of the runs' evaluators, under the names they have."""
+    """The pairs of metrics of the runs' evaluators, under the names that the runs have."""
     rows = chosen(name for run in runs for name in run.evaluators)
     names = _measured(runs)
     return [
@@ -58,11 +58,11 @@ def _drawn(runs: Sequence[Run]) -> list[Pair]:
 
 
 def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> list[Drawn]:
-    """The scatter of every pair of metrics that the runs have.
+    """A scatter plot of every pair of metrics that the runs have.
 
     Args:
         found: experiments as `tables.groups` gives them.
-        names: a short name each.
+        names: a short name for each.
     """
     every = [run for _, members in found for run in members]
     smoke = "SMOKE: " if any(run.config.get("smoke") for run in every) else ""

@@ -1,6 +1,6 @@
-"""What the numbers of `summary.json` mean, which way is better, in what order they are read.
+"""What the metrics of `summary.json` mean, which way is better, and their reading order.
 
-All of it follows from the rows in `train/evaluators/`.
+All of it derives from the rows in `train/evaluators/`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from train.reporting.numbers import format_number as format_number
 from train.reporting.numbers import number as number
 
 LEGEND = "↑ higher, ↓ lower, ≈ close to the oracle, →0 close to zero is better"
-# Facts about a model, not measures of it.
+# Properties of a model that are not metrics.
 FACTS = {"num_parameters"}
 
 
@@ -28,7 +28,7 @@ def metrics() -> list[Metric]:
 
 
 def _find(name: str, known: list[Metric]) -> tuple[int, int]:
-    """Where a metric stands among the known ones, and its n; behind them when it is not known."""
+    """Position of a metric among the known ones, and its n; unknown metrics come last."""
     for i, metric in enumerate(known):
         if metric.name == name:
             return i, 0
@@ -39,7 +39,7 @@ def _find(name: str, known: list[Metric]) -> tuple[int, int]:
 
 
 def describe(name: str) -> Metric:
-    """What is known about a metric; any `leak_at_K` and `model_utility_of_N`, others as they are.
+    """The description of a metric, `leak_at_K` and the like included; a bare one if unknown.
 
     Example:
         >>> describe("leak_at_8").label, describe("model_utility_of_3").label
@@ -54,7 +54,7 @@ def describe(name: str) -> Metric:
 
 
 def variants(name: str, names: Iterable[str]) -> list[str]:
-    """Those of `names` that are this metric or stand in its place, sorted.
+    """Those of `names` that are this metric or replace it, sorted.
 
     Example:
         >>> variants("model_utility", ["privleak", "model_utility_of_3"])
@@ -64,7 +64,7 @@ def variants(name: str, names: Iterable[str]) -> list[str]:
 
 
 def metrics_of(scores: dict[str, Any]) -> dict[str, float]:
-    """The numbers of one model, with the logarithms that are shown beside them."""
+    """The metrics of one model, with the logarithms that are shown beside them."""
     found = {k: number(v) for k, v in scores.items() if k not in FACTS}
     values = {k: v for k, v in found.items() if v is not None}
     for metric in metrics():
@@ -75,6 +75,6 @@ def metrics_of(scores: dict[str, Any]) -> dict[str, float]:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Metric names in reading order: the table's, numbered ones by number, the others by name."""
+    """Metric names in reading order: known ones, families by n, then unknown ones by name."""
     known = metrics()
     return sorted(set(names), key=lambda name: (*_find(name, known), name))

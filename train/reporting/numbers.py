@@ -1,4 +1,4 @@
-"""How a number is read from JSON and how it is shown: the same everywhere."""
+"""How numbers are read from JSON and formatted, the same everywhere."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ MISSING = "–"
 
 
 def number(value: Any) -> float | None:
-    """A finite or infinite float; None for what is missing, NaN or not a number."""
+    """A finite or infinite float; None for NaN and whatever is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         return None
     return float(value)
 
 
 def format_number(value: Any) -> str:
-    """The one way numbers are shown: three decimals, exponents when tiny, one decimal when large.
+    """A number as text: three decimals, an exponent when tiny, one decimal when large.
 
     Example:
         >>> [format_number(v) for v in (0.12345, 3.905e-22, -99.46, 0, None)]

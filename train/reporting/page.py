@@ -1,4 +1,4 @@
-"""The page of a run: its pictures, its table and what it says, as one self-contained HTML file."""
+"""The report of a run: verdicts, table and pictures in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Drawn(NamedTuple):
 
 
 def curves(run: Run) -> Picture:
-    """The picture of the steps: what a run logs while it trains, whatever judges it."""
+    """The picture of the training curves, which does not depend on the evaluators."""
     logged = read_steps(run.folder / "metrics.jsonl", _say)
     steps = [r for r in logged if r["stage"] == run.roles.judged]
 
@@ -59,7 +59,7 @@ def curves(run: Run) -> Picture:
 
 
 def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Drawn]:
-    """The pictures of a run: its steps, and what its evaluators draw."""
+    """The pictures of a run: its training curves, and those of its evaluators."""
     from train.reporting import plots
 
     results = Results(run.summary, logs, run.roles)
@@ -78,6 +78,7 @@ def _say(message: str) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
+    """Write a file; a failure is a `UserError`."""
     try:
         files.write(path, data)
     except OSError as error:
@@ -110,13 +111,13 @@ def build(run_dir: str | Path) -> Path:
     """Write `report.html` and its pictures (`curves.png` and others) into a run folder.
 
     Args:
-        run_dir: folder with config.json, summary.json, and if there metrics.jsonl and evals/.
+        run_dir: folder with config.json, summary.json and optionally metrics.jsonl and evals/.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: not the folder of a finished run, a damaged file, or a write that failed.
+        UserError: not the folder of a finished run, a damaged file, or a failed write.
     """
     run = tables.load_run(run_dir)
     logs = read_evals(run)
@@ -184,7 +185,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def embed(picture: Drawn, png: bytes) -> dict[str, Any]:
-    """A picture as the templates take it."""
+    """A picture as the values that the templates expect."""
     width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
     data = base64.b64encode(png).decode("ascii")
     return {

@@ -1,16 +1,16 @@
-"""Text from files and options as a terminal, a CSV file or a LaTeX table may show it."""
+"""Text from files and options, made safe for terminals, CSV files and LaTeX tables."""
 
 from __future__ import annotations
 
 import unicodedata
 from typing import Any
 
-# What turns the direction of the text around it: a name may not rearrange the line it stands in.
+# Bidirectional control characters: a name must not reorder the line that contains it.
 TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def shown(text: Any) -> str:
-    r"""Text with control characters, line breaks and lone surrogates written out.
+    r"""Text with control characters, line breaks and lone surrogates escaped.
 
     An escape sequence in a name would move the cursor or change colours; a line break would end the
     line of a message.

@@ -2,7 +2,7 @@
 
 Arrays in, PNG out.
 
-Sized to stay legible at phone width; told apart by dash and marker as well as by colour.
+Sized to stay legible at phone width; lines differ in dash and marker as well as in colour.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "forget": {"color": "#A0287A", "linestyle": "-", "marker": "o"},
     "retain": {"color": "#007F5F", "linestyle": (0, (5, 2)), "marker": "s"},
 }
-# Of the models without a role (`attacked:…`), in turn.
+# Styles of models without a role (`attacked:…`), in turn.
 FURTHER: tuple[dict[str, Any], ...] = (
     {"color": "#8C6D00", "linestyle": (0, (5, 1, 1, 1)), "marker": "v"},
     {"color": "#5B3FA8", "linestyle": (0, (3, 1)), "marker": "D"},
@@ -41,7 +41,7 @@ WIDTH = 5.0
 
 
 def styles(models: Sequence[str], roles: Roles) -> dict[str, dict[str, Any]]:
-    """How each model is drawn: by its role, the others one after the other."""
+    """The style of each model: that of its role, or else the next of `FURTHER`."""
     named = dict(zip(roles, ("start", "reference", "judged"), strict=True))
     others = [model for model in models if model not in named]
     further = {model: FURTHER[i % len(FURTHER)] for i, model in enumerate(others)}
@@ -93,7 +93,7 @@ def png(figure: Figure, title: str = "") -> bytes:
     if title:
         figure.suptitle(title, fontsize=FONT + 1, fontweight="bold")
     with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; the page beside it is not.
+        # Scripts that the font lacks are drawn as boxes; the text of the page is not affected.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
@@ -118,7 +118,7 @@ def curves(
 
     Args:
         steps: the stage's lines of `metrics.jsonl`.
-        reference: the reference model's flat metrics, drawn as a level to reach.
+        reference: the reference model's flat metrics, drawn as the target level.
         roles: which model is which.
 
     Returns:
@@ -172,7 +172,7 @@ def fact_recall(summary: Mapping[str, Mapping[str, Any]], roles: Roles = ROLES) 
         roles: which model is which.
 
     Returns:
-        The figure, or None where no row said what its values are.
+        The figure, or None where no row says what its values are.
     """
     parts = ("forget", "retain")
     known = {f"{part}_fact_recall" for part in parts}
@@ -205,7 +205,7 @@ def fact_recall(summary: Mapping[str, Mapping[str, Any]], roles: Roles = ROLES) 
 
 
 class Point(NamedTuple):
-    """An experiment in the scatter: its short name, and (x, y) of each of its runs."""
+    """An experiment in the scatter plot: its short name, and (x, y) of each of its runs."""
 
     name: str
     values: list[tuple[float, float]]
@@ -222,13 +222,13 @@ def scatter(
     y: Metric,
     roles: Roles = ROLES,
 ) -> Figure | None:
-    """Runs in the plane of two metrics: a small mark a run, a large one the mean over its seeds.
+    """Runs plotted by two metrics: a small mark per run, a large one for the mean over seeds.
 
     Args:
-        points: the unlearned models, an experiment each.
-        fixed: original and oracle, drawn hollow as what to leave and what to reach.
-        x: the metric across.
-        y: the metric up.
+        points: the unlearned models, one point per experiment.
+        fixed: original and oracle, the start and the target, drawn hollow.
+        x: metric of the horizontal axis.
+        y: metric of the vertical axis.
         roles: which model is which.
 
     Returns:
@@ -289,7 +289,7 @@ def leak_curve(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def leak(
     scores: dict[str, np.ndarray], points: dict[str, dict[int, float]], roles: Roles = ROLES
 ) -> Figure | None:
-    """leak@k over k, a line a model; marks are the values in `summary.json`.
+    """leak@k over k, one line per model; marks are the values in `summary.json`.
 
     Args:
         scores: per model (prompts, n) in [0, 1].
@@ -364,7 +364,7 @@ def truth_ratio(ratios: Ratios, roles: Roles = ROLES) -> Figure | None:
         x = np.sort(np.concatenate([u, o]))
         a, b = ecdf(u, x), ecdf(o, x)
         i = int(np.argmax(np.abs(a - b)))
-        # The middle of the stretch where the gap is this wide, so that the bar touches both steps.
+        # The middle of the interval with this gap, so that the bar touches both curves.
         at = np.sqrt(x[i] * (x[i + 1] if i + 1 < len(x) else high))
         ends = sorted((float(a[i]), float(b[i])))
         ax.plot([at, at], ends, color="black", linewidth=2.4, solid_capstyle="butt", zorder=5)

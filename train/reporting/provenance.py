@@ -1,4 +1,4 @@
-"""What was run, how to run it again, and what its numbers do not say: in words."""
+"""A run in words: what was run, how to repeat it, and the limitations of its numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.reporting.numbers import format_number
 from train.reporting.runlogs import clean
 from train.reporting.tables import Run
 
-# Options the command on the page repeats; the whole configuration stands below it.
+# Options that the command on the page repeats; the whole configuration is shown below it.
 RERUN = (
     "seed",
     "data.path",
@@ -28,7 +28,7 @@ RERUN = (
 
 
 def command(run: Run) -> str:
-    """The command that does the run again, an option a line."""
+    """The command that repeats the run, one option per line."""
     given = run.config.get("command")
     if given:
         return given if isinstance(given, str) else shlex.join(str(word) for word in given)
@@ -80,7 +80,7 @@ def _model(run: Run) -> str:
 
 
 def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """What was run, as name and text."""
+    """What was run, as pairs of name and text."""
     config, data = run.config, run.config.get("data")
     log = logs.get(run.roles.judged, {})
     counts = []
@@ -135,7 +135,7 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def limitations(run: Run, logs: dict[str, dict[str, Any]]) -> list[str]:
-    """What the numbers do not say, and the run's own notes."""
+    """The limitations of the numbers, and the run's own notes."""
     n = len(truth_ratios(logs.get(run.roles.judged, {})))
     out = []
     if run.config.get("smoke"):

@@ -1,4 +1,4 @@
-"""What a run folder holds per step and per question: `metrics.jsonl` and `evals/`."""
+"""The logs of a run folder per step and per question: `metrics.jsonl` and `evals/`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CRC = re.compile(rb'(.*), "crc": ([0-9]{1,10})\}', re.DOTALL)
 
 
 def step_line(stage: str, step: int, scalars: dict[str, float]) -> str:
-    """A line of `metrics.jsonl`: a JSON object that ends with the CRC-32 of what it is without.
+    """A line of `metrics.jsonl`: a JSON object whose last entry is the CRC-32 of the rest.
 
     Example:
         >>> step_line("original", 3, {"loss": 0.5})
@@ -37,9 +37,9 @@ def step_line(stage: str, step: int, scalars: dict[str, float]) -> str:
 
 
 def parse_step(line: bytes) -> dict[str, Any] | None:
-    """What a line of `metrics.jsonl` says, without its CRC-32; None when it is damaged.
+    """The object on a line of `metrics.jsonl`, without its CRC-32; None when it is damaged.
 
-    Lines without one (of an earlier version) pass if they are steps at all.
+    Lines without a CRC-32 (of an earlier version) pass if they describe a step.
     """
     if (found := CRC.fullmatch(line)) is not None:
         line = found[1] + b"}"
@@ -56,15 +56,15 @@ def parse_step(line: bytes) -> dict[str, Any] | None:
 def split_steps(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[tuple[int, bytes]]]:
     """The lines of `metrics.jsonl` that are steps, and the damaged ones with their numbers.
 
-    A last line without its end is neither: the run was killed while it wrote it.
+    An unterminated last line is neither: the run was killed while it wrote it.
 
     Raises:
-        UserError: the file is there and cannot be read.
+        UserError: the file exists and cannot be read.
     """
     try:
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give it back its rights") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; restore its permissions") from None
     steps, bad = [], []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -79,7 +79,7 @@ def read_steps(path: Path, say: Callable[[str], None] = print) -> list[dict[str,
 
     Args:
         path: the file; absent counts as empty.
-        say: takes a line about lines that are damaged and left out.
+        say: receives a message about damaged lines, which are left out.
     """
     steps, bad = split_steps(path)
     if bad:
@@ -95,7 +95,7 @@ def read_evals(run: Run) -> dict[str, dict[str, Any]]:
     """Per-item logs by model; the retain log stands in for a reference that was not trained.
 
     Raises:
-        UserError: a log is there but unreadable.
+        UserError: a log exists and cannot be read.
     """
     models = run.roles.order({*run.roles, *run.summary})
     paths = {model: run.folder / "evals" / f"{model}.json" for model in models}
@@ -131,7 +131,7 @@ def question_of(prompt: str) -> str:
 
 
 def clean(text: Any, limit: int = 700) -> str:
-    """Text that a page can hold: no control characters or lone surrogates, cut where it is long."""
+    """Text for a page: no control characters or lone surrogates, cut after `limit` characters."""
     text = str(text).encode("utf-8", "replace").decode("utf-8").strip()
     text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} characters more)"
@@ -142,7 +142,7 @@ def samples(
     reference: dict[str, Any] | None = None,
     roles: Roles = ROLES,
 ) -> list[dict[str, Any]]:
-    """Questions at even distances through each split, with every model's greedy answer.
+    """Evenly spaced questions of each split, with every model's greedy answer.
 
     `reference` is the log that sets the limits of readability, where the run has one of its own.
     """
@@ -174,7 +174,7 @@ def samples(
         if entries:
             out.append({
                 "title": "Facts to forget" if part == "forget" else "Facts to keep",
-                "how": f"{len(entries)} of {len(items)} questions, at even distances through the "
+                "how": f"{len(entries)} of {len(items)} questions, evenly spaced through the "
                 "split and not chosen by hand; greedy answers.",
                 "entries": entries,
             })  # fmt: skip

@@ -1,4 +1,4 @@
-"""Runs as tables: what each number means, mean and spread over seeds, terminal, CSV and LaTeX."""
+"""Runs as tables: mean and spread over seeds, for the terminal, as CSV and as LaTeX."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from train.runtime import files
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Two runs are the same experiment when only these differ, wherever in the config they stand.
+# Two runs are the same experiment when they differ only in these, at any level of the config.
 INCIDENTAL = {
     *("seed", "output", "command", "tensorboard", "mesh", "remat", "row_tokens", "curve_points"),
     *("notes", "report_to"),
@@ -38,9 +38,9 @@ INCIDENTAL = {
 
 
 class Run(NamedTuple):
-    """A finished run folder: `config.json`, `summary.json` by model, `run.json` where it is.
+    """A finished run folder: `config.json`, `summary.json` by model, `run.json` where present.
 
-    `roles` says which of its models is which, `evaluators` how they were judged.
+    `roles` says which of its models is which, `evaluators` which evaluators were run.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: it cannot be read or is not JSON.
     """
-    return reading.read_json(path, "give a whole one", what="is not valid JSON")
+    return reading.read_json(path, "give an undamaged copy", what="is not valid JSON")
 
 
 def load_run(folder: str | Path) -> Run:
@@ -112,14 +112,14 @@ def load_run(folder: str | Path) -> Run:
             f"{folder / 'summary.json'} has no model {roles.judged!r}; finish the run first"
         )
     judged_by = about.get("evaluators")
-    if not isinstance(judged_by, list):  # of a run before it was written down
+    if not isinstance(judged_by, list):  # a run of an earlier version, which did not record it
         judged_by = QUESTION_ANSWERING
     evaluators = tuple(name for name in judged_by if isinstance(name, str))
     return Run(folder, config, summary, about, tuple(notes), roles, evaluators)
 
 
 def _about(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """What `run.json` says of a run, and a note where it does not read: no number hangs on it."""
+    """The content of `run.json`, and a note where it is damaged: no metric depends on it."""
     if not path.is_file():
         return {}, []
     try:
@@ -154,7 +154,7 @@ class Cell(NamedTuple):
         return format_number(self.mean) + (f" ± {self.spread()}" if self.sd is not None else "")
 
     def spread(self) -> str:
-        """The standard deviation with as many decimals as the mean is shown with."""
+        """The standard deviation with as many decimals as the mean."""
         mean = format_number(self.mean)
         if self.sd is None or "e" in mean or not math.isfinite(self.sd):
             return format_number(self.sd)
@@ -172,7 +172,7 @@ class Column(NamedTuple):
 
     @property
     def n(self) -> int:
-        """How many runs it stands for."""
+        """The number of runs."""
         return len(self.seeds)
 
 
@@ -198,7 +198,7 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Runs that differ only by seed, together, each group with a label that tells it apart."""
+    """Runs grouped by experiment (apart from `INCIDENTAL`), each group with a distinct label."""
     keyed: dict[str, list[Run]] = {}
     flats: dict[str, dict[str, Any]] = {}
     for run in {run.folder.resolve(): run for run in runs}.values():
@@ -214,7 +214,7 @@ def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
         if len({json.dumps(f.get(name), default=str) for f in flats.values()}) > 1
     ]
     shown = [n for n in names if n in differ or len(flats) == 1 and n != "combine"]
-    # Other fields follow from a method's name where the names alone tell the groups apart.
+    # Where the names alone tell the groups apart, the other fields follow from them.
     told = {tuple(str(f.get(n)) for n in (*shown, "smoke")) for f in flats.values()}
     rest = [] if len(told) == len(flats) else [n for n in differ if n not in names][:4]
     out = []
@@ -268,7 +268,7 @@ def _rows(cols: Sequence[Column], main: bool) -> list[str]:
     known = {name: describe(name) for name in names}
     ends = {m.family: [n for n in names if known[n].family == m.family] for m in known.values()}
     logs = {m.name: m.log10_of for m in known.values() if m.log10_of}
-    # A mean of p over seeds says nothing; its decades do.
+    # A mean of p over seeds is meaningless; the mean of log10 p is not.
     hidden = set(logs if all(column.n == 1 for column in cols) else logs.values())
     return [
         n
@@ -326,7 +326,7 @@ def terminal(cols: Sequence[Column], width: int = 80, main: bool = True) -> list
 
 
 def to_csv(cols: Sequence[Column]) -> str:
-    """One line a number: experiment, model, metric, n, mean, sd, seeds (all digits kept)."""
+    """One line per number: experiment, model, metric, n, mean, sd, seeds (all digits kept)."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["experiment", "model", "metric", "n", "mean", "sd", "seeds"])
@@ -347,7 +347,7 @@ _TEX = {
 
 
 def escape_tex(text: str) -> str:
-    """Text that LaTeX prints as it is.
+    """Text escaped so that LaTeX prints it literally.
 
     Example:
         >>> escape_tex("a_b & 5%")
@@ -395,7 +395,7 @@ def show(cols: Sequence[Column], every: bool = False) -> None:
     """Print the tables on stdout, as wide as the terminal.
 
     Args:
-        cols: of `columns`.
+        cols: from `columns`.
         every: all metrics, not only the main ones.
     """
     from rich.console import Console

@@ -1,7 +1,7 @@
-"""What the numbers of a run say in words: forgotten, kept, readable, like the oracle, leaking.
+"""The verdicts on a run in words: forgotten, kept, readable, like the oracle, leaking.
 
-The questions are those of the run's evaluators. The limits are stated in the text, so that a reader
-can disagree with them.
+The questions are those of the run's evaluators. The texts state the limits, so that a reader can
+disagree with them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def verdicts(
 
     Args:
         summary: flat metrics by model, the judged one among them.
-        n: questions behind forget quality (0: not known).
-        smoke: it was a smoke run: nothing can be found from it.
+        n: number of questions behind forget quality (0: unknown).
+        smoke: a smoke run, from which nothing can be concluded.
         roles: which model is which.
-        evaluators: names of those that judged the run.
+        evaluators: names of the run's evaluators.
     """
     if smoke:
         return []

@@ -1,6 +1,6 @@
-"""Benchmarks: the rows of a run by split, what it is trained on, and which evaluators judge it.
+"""Benchmarks: the rows of a run by split, its training streams and its evaluators.
 
-One file a benchmark, with a `Benchmark` row that is named here.
+Each benchmark is one file with a `Benchmark` row that is listed here.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ TASKS: dict[str, Benchmark] = {row.name: row for row in (authors.ROW, tofu.ROW, 
 
 
 def sources() -> tuple[str, ...]:
-    """What `--data.source` can be."""
+    """The values that `--data.source` accepts."""
     return tuple(name for name, row in TASKS.items() if not row.options)
 
 
 def find(data: Mapping[str, Any]) -> Benchmark | None:
-    """The benchmark that the fields of a data configuration choose; None: there is none.
+    """The benchmark that a data configuration selects, or None.
 
     Example:
         >>> find({"source": "tofu"}).name, find({"source": "tofu", "forget": "rows.json"}).name
@@ -55,7 +55,7 @@ def load_task(config: RunConfig) -> Task:
 
 
 def hub_id(config: Mapping[str, Any]) -> str | None:
-    """The Hub id of the data set of a run's `config.json`; None where it read files."""
+    """The Hub id of the data set that a run's `config.json` names; None where it read files."""
     data = config.get("data")
     row = find(data) if isinstance(data, Mapping) and not data.get("path") else None
     return None if row is None else row.hub

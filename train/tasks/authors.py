@@ -10,10 +10,10 @@ from train.tasks.task import ALTERNATES, STREAMS, Benchmark, Task, no_splits
 
 
 def load(config: RunConfig) -> Task:
-    """Authors to forget, to keep and to ask about, and some that nobody is trained on.
+    """Authors to forget, to keep and to evaluate on, and some that no model is trained on.
 
     Raises:
-        UserError: options of other sources, or a number of authors that does not work.
+        UserError: options of other sources, or an unusable number of authors.
     """
     data = config.data
     if data.path is not None:

@@ -1,4 +1,4 @@
-"""Rows of one's own: a file of facts to forget and one of facts to keep."""
+"""The user's own rows: a file of facts to forget and one of facts to keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: a task's rows, the streams made of them, and how questions are written."""
+"""What benchmarks share: a task's rows, the streams made from them, and the prompt format."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from train.evaluators import QUESTION_ANSWERING
 from train.runtime.stages import digest
 
 Row = dict[str, Any]
-ALTERNATES = "alternate_answer"  # column: other answers to the question, a text or several
+ALTERNATES = "alternate_answer"  # column: alternate answers to the question, a text or a list
 
 
 class Task(NamedTuple):
-    """What a run works on.
+    """The data of a run.
 
     Args:
         forget: rows to forget (training and evaluation).
-        retain: rows the original and the oracle learn and unlearning keeps.
+        retain: rows that the original and the oracle learn and that unlearning should keep.
         evaluation: rows by split: forget, retain, real_authors, world_facts, holdout (absent ones
             left out).
         refusals: answers of the `idk` stream.
-        notes: what the report must say about the choice.
-        evaluators: names of those that judge its models.
+        notes: remarks on the choice of rows for the report.
+        evaluators: names of the evaluators of its models.
         streams: what an objective may be trained on, `(task, seed) -> rows` by name; None: those of
             questions and answers.
     """
@@ -49,7 +49,7 @@ class Task(NamedTuple):
         """The rows of a stream.
 
         Raises:
-            UserError: the task has none of that name, or lacks what it is made of.
+            UserError: the task has no such stream, or its rows lack what the stream needs.
         """
         streams = STREAMS if self.streams is None else self.streams
         if name not in streams:
@@ -66,11 +66,11 @@ class Benchmark(NamedTuple):
     Args:
         name: for `--data.source`.
         load: reads or makes the rows of a run's configuration.
-        evaluators: names of the evaluators that judge its models.
+        evaluators: names of the evaluators of its models.
         streams: what an objective may be trained on, `(task, seed) -> rows` by name.
-        options: fields of the data's configuration that choose it where one is given; with any, it
-            cannot be chosen by its name.
-        hub: id of the data set on the Hub that it reads where no `--data.path` is given.
+        options: fields of `DataConfig` that select it when one of them is set; a benchmark that
+            lists any cannot be selected by its name.
+        hub: Hub id of the data set that it reads where no `--data.path` is given.
     """
 
     name: str
@@ -82,10 +82,10 @@ class Benchmark(NamedTuple):
 
 
 def prompt_format(data: DataConfig, prefix: str = "--data.") -> PromptFormat:
-    """How the questions of a run are written; options are named with `prefix`.
+    """The prompt format of a run; errors name options with `prefix`.
 
     Raises:
-        UserError: an unknown template, a date written in another way, a file that cannot be used.
+        UserError: an unknown template, a malformed date, or an unusable file.
     """
     suggest.check_choice(f"{prefix}template", data.template, ("auto", *TAGS))
     try:
@@ -101,7 +101,7 @@ def prompt_format(data: DataConfig, prefix: str = "--data.") -> PromptFormat:
 
 
 def no_splits(data: DataConfig, source: str) -> None:
-    """Raise `UserError` for a named split where `source` has none to choose from."""
+    """Raise `UserError` for a named retain split where `source` has no splits to choose from."""
     for name in ("retain_split", "judged_retain_split"):
         if getattr(data, name) != getattr(DataConfig, name):
             raise UserError(
@@ -111,12 +111,12 @@ def no_splits(data: DataConfig, source: str) -> None:
 
 
 def alternate_rows(rows: Sequence[Row]) -> list[Row]:
-    """The forget questions with their other answers, as many for each (the `alternate` stream).
+    """The forget questions with their alternate answers, equally many each: stream `alternate`.
 
-    A row that brings fewer than the others repeats its own in turn.
+    A row with fewer answers than others repeats them in turn.
 
     Raises:
-        UserError: a row without any.
+        UserError: a row without alternate answers.
 
     Example:
         >>> rows = [{"question": "Who?", "answer": "Ada", "alternate_answer": ["Bo", "Cy"]}]
@@ -143,7 +143,7 @@ def alternate_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def texts(task: Task) -> Iterator[str]:
-    """Every text of a task but other answers, to train a tokenizer on."""
+    """Every text of a task except alternate answers, to train a tokenizer on."""
     for rows in (task.retain, *task.evaluation.values()):
         for row in rows:
             for column, value in row.items():
