@@ -17,19 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.layers import (
-    LINEAR,
-    Block,
-    KeyValues,
-    RopeScaling,
-    batch_sharded,
-    lookup,
-    padded_over_tp,
-    rms_norm,
-    rope_frequencies,
-    rotary,
-    visible,
-)
+from models.activation_sharding import batch_sharded, lookup, padded_over_tp
+from models.attention import KeyValues, visible
+from models.layers import LINEAR, Block, RopeScaling, rms_norm, rope_frequencies, rotary
 
 Params = Mapping[str, Any]
 LayerMap = Callable[[Any, jax.Array], Any]

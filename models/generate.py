@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from models.activation_sharding import batch_sharded
 from models.arrays import host, put
 from models.chunks import bucket, chunks, make_plan
 from models.decoder import Decoder, Params
-from models.layers import batch_sharded
 from models.sampling import SamplingConfig, row_keys, sample_tokens
 
 __all__ = ["SamplingConfig", "generate", "row_keys", "sample_tokens"]

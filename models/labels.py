@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from models.activation_sharding import batch_sharded, batch_ways
 from models.decoder import Decoder
-from models.layers import batch_sharded, batch_ways
 
 Batch = Mapping[str, jax.Array]
 LOGITS_BYTES = 256 * 2**20  # largest logits array of one chunk, float32, on one device

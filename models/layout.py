@@ -40,7 +40,8 @@ def path_str(path: Any) -> str:
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = DECODER) -> P:
     """The partition spec of one parameter; an axis that does not divide evenly is not split.
 
-    The program still divides the work on it, by padding (`models.layers.padded_over_tp`).
+    The program still divides the work on it, by padding
+    (`models.activation_sharding.padded_over_tp`).
 
     Raises:
         ValueError: no rule matches `path`.

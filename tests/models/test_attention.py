@@ -1,12 +1,12 @@
-"""Attention over causal keys is computed in blocks: the same numbers, fewer products."""
+"""Attention by blocks, with shared keys and over several parts, against slow loops."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.attention import KeyValues, attend, causal_blocks, visible
 from models.decoder import Decoder, DecoderConfig
-from models.layers import KeyValues, attend, causal_blocks, visible
 from train.costs.flops import flops
 
 BATCH, HEADS, KV_HEADS, SIZE = 2, 4, 2, 8
@@ -79,6 +79,28 @@ def test_no_block_reads_keys_behind_its_end():
     k, v = k.at[:, end:].set(jnp.nan), v.at[:, end:].set(jnp.nan)
     found = attend(q, [KeyValues(k, v, mask, causal=True)], 0.3)
     assert np.isfinite(found[:, :end]).all() and np.isnan(found[:, end:]).all()
+
+
+@pytest.mark.parametrize("rows", [(6,), (2,), (1,), (6, 2), (1, 6), (3, 2)])
+def test_rows_that_share_keys_equal_rows_with_copies(rows):
+    """Each part's keys are shared by B / R consecutive rows; parts have one softmax together."""
+    batch, length, rng = 6, 3, np.random.default_rng(0)
+    q = rng.standard_normal((batch, length, HEADS, SIZE), np.float32)
+    parts = []
+    for i, r in enumerate(rows):
+        k, v = rng.standard_normal((2, r, 4 + i, KV_HEADS, SIZE), np.float32)
+        parts.append(KeyValues(k, v, rng.random((batch, 1, length, 4 + i)) < 0.7))
+    k, v = (
+        np.concatenate([part[i].repeat(batch // len(part.k), 0) for part in parts], 1)
+        for i in (0, 1)
+    )
+    mask = np.concatenate([part.mask for part in parts], -1)
+    seen = mask.any(-1).transpose(0, 2, 1)[..., None]
+    # `causal` would be a tracer as an argument.
+    found = jax.jit(lambda q, *kvm: attend(q, [KeyValues(*x) for x in kvm], 0.3))(
+        q, *(part[:3] for part in parts)
+    )
+    np.testing.assert_allclose(found * seen, reference(q, k, v, mask), rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("length", range(1, 700, 37))
