@@ -28,7 +28,6 @@ Coming from ``optax.contrib.muon`` (its own spellings raise a TypeError that say
 - ``muon_weight_dimension_numbers``: ``matrices=``, the same objects.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,8 +35,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_unlearn.optim.first_moments import keep_first_moments, widen
-from jaxlib_unlearn.optim.matrices import MatrixAxes, Specs, labels, resolve, trailing_axes
+from jaxlib_unlearn.optim.first_moments import widen
+from jaxlib_unlearn.optim.matrices import MatrixAxes, Specs, resolve, trailing_axes
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.passing import passing_by
 from jaxlib_unlearn.optim.spectral.direction import (
@@ -50,13 +49,11 @@ from jaxlib_unlearn.optim.spectral.direction import (
     shape_parts,
 )
 from jaxlib_unlearn.optim.spectral.post import Post
+from jaxlib_unlearn.optim.spectral.rest import AdamWRest, DecayMask, with_adamw
 from jaxlib_unlearn.optim.spectral.splitting import Splits
 from jaxlib_unlearn.optim.spellings import with_optax_spellings
 
 Resolver = Callable[[Any], list[MatrixAxes | None]]
-
-DecayMask = Any
-"""None, a tree of bools like the parameters (or a prefix of one), or a function that returns it."""
 
 MUON_STATIC_ARGS = (
     "nesterov",
@@ -249,104 +246,11 @@ def muon(
         direction,
         learning_rate,
         weight_decay,
-        functools.partial(
-            rest_by_adamw,
-            learning_rate,
-            adam_learning_rate,
-            adam_b1,
-            adam_b2,
-            adam_eps,
-            adam_weight_decay,
-            mu_dtype,
-        ),
-        lambda params: labels(params, matrices=matrices, layout=layout),
+        AdamWRest(adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay, mu_dtype),
         weight_decay_mask,
+        matrices,
+        layout,
     )
-
-
-def rest_by_adamw(
-    learning_rate: optax.ScalarOrSchedule,
-    adam_learning_rate: optax.ScalarOrSchedule | None,
-    b1: jax.typing.ArrayLike,
-    b2: jax.typing.ArrayLike,
-    eps: jax.typing.ArrayLike,
-    weight_decay: float | jax.Array,
-    mu_dtype: jax.typing.DTypeLike | None,
-    mask: DecayMask = None,
-) -> optax.GradientTransformationExtraArgs:
-    """The AdamW for the leaves that are not matrices; arguments as in :func:`muon`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> tx = rest_by_adamw(0.1, None, 0.9, 0.999, 1e-8, 0.0, jnp.bfloat16)
-        >>> tx.init(jnp.ones(2))[0].mu.dtype
-        dtype(bfloat16)
-    """
-    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    return keep_first_moments(
-        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask), mu_dtype
-    )
-
-
-def with_adamw(
-    direction: optax.GradientTransformationExtraArgs,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: float | jax.Array,
-    adamw: Callable[[DecayMask], optax.GradientTransformation],
-    find_labels: Callable[[Any], Any],
-    weight_decay_mask: DecayMask = None,
-) -> optax.GradientTransformationExtraArgs:
-    """A direction with decay and learning rate for the matrices, another optimizer for the rest.
-
-    Args:
-        direction: for the leaves labelled "muon".
-        learning_rate: of the matrices.
-        weight_decay: of the matrices, decoupled.
-        adamw: makes the optimizer of the leaves labelled "adamw" from what decays.
-        find_labels: ``params ->`` labels. Extra arguments that are trees like the parameters
-            (``constraint_grads``) are masked alike.
-        weight_decay_mask: what decays, in both parts.
-
-    Returns:
-        A transformation whose updates have the gradients' dtypes.
-
-    Example:
-        >>> import jax.numpy as jnp, optax
-        >>> tx = with_adamw(scale_by_muon(), 0.1, 0.0, lambda mask: optax.adamw(1e-3), labels)
-        >>> sorted(tx.init({"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}).inner_states)
-        ['adamw', 'muon']
-    """
-
-    def both(tree):
-        mask = weight_decay_mask
-        if callable(mask):
-            # Here it sees all parameters; inside the partition it would see its part of them. And
-            # what it returns may be callable as well (equinox), so both parts get a function.
-            decays = mask(tree)
-            mask = lambda _: decays  # noqa: E731
-        return optax.partition(
-            {
-                "muon": optax.chain(
-                    direction,
-                    optax.add_decayed_weights(weight_decay, mask),
-                    optax.scale_by_learning_rate(learning_rate),
-                ),
-                "adamw": adamw(mask),
-            },
-            find_labels,
-            mask_compatible_extra_args=True,
-        )
-
-    def init(params):
-        return both(params).init(params)
-
-    def update(updates, state, params=None, **extra_args):
-        tx = both(updates if params is None else params)
-        # AdamW with a wider momentum would widen the updates.
-        new, state = tx.update(updates, state, params, **extra_args)
-        return optax.tree.cast_like(new, updates), state
-
-    return passing_by(optax.GradientTransformationExtraArgs(init, update))
 
 
 def every_matrix(tree: Any) -> list[MatrixAxes | None]:

@@ -29,17 +29,17 @@ Worth knowing before use:
   those in the momenta's own dtype, without what that cannot resolve.)
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Unpack
 
 import jax
 import optax
 
-from jaxlib_unlearn.optim.matrices import Specs, labels, resolve
-from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
-from jaxlib_unlearn.optim.spectral.muon import DecayMask, every_matrix, rest_by_adamw, with_adamw
+from jaxlib_unlearn.optim.matrices import Specs, resolve
+from jaxlib_unlearn.optim.signatures import spelled_out
+from jaxlib_unlearn.optim.spectral.muon import every_matrix
+from jaxlib_unlearn.optim.spectral.rest import AdamWRest, DecayMask, with_adamw
 from jaxlib_unlearn.optim.spectral.sift_direction import (
+    SiftOptions,
     sift_direction,
     sum_streams,
     with_constraints,
@@ -71,27 +71,14 @@ SIFT_STATIC_ARGS = (
 
 
 @with_optax_spellings
+@spelled_out(sift_direction, before="shape_scale")
 def scale_by_sift(
     *,
-    beta: jax.typing.ArrayLike = 0.95,
-    nesterov: bool = True,
-    rank: int = 256,
-    rank_cap: bool = True,
-    threshold: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 0.0,
-    spatial_mask: Any = None,
-    step_gate: Callable[[jax.Array], Any] | Sequence[int] | None = None,
-    msign: str = "gram",
-    tol: jax.typing.ArrayLike = 1e-14,
-    bases: str = "svd",
-    passes: int = 2,
-    first_passes: int = 8,
-    oversample: int = 8,
-    match_norm: bool = False,
-    orthogonalize: Orthogonalizer | str | None = None,
     shape_scale: str = "unit",
     num_constraints: int = 1,
     seed: int = 0,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    **options: Unpack[SiftOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction of SIFT, with the gradient's sign: no learning rate, no decay.
 
@@ -161,48 +148,20 @@ def scale_by_sift(
     """
     direction = sift_direction(
         every_matrix,
-        beta=beta,
-        nesterov=nesterov,
-        threshold=threshold,
-        spatial_mask=spatial_mask,
-        step_gate=step_gate,
-        tol=tol,
-        rank=rank,
-        rank_cap=rank_cap,
-        msign=msign,
-        bases=bases,
-        passes=passes,
-        first_passes=first_passes,
-        oversample=oversample,
-        match_norm=match_norm,
-        orthogonalize=by_name(orthogonalize),
         shape_scale=shape_scale,
         num_constraints=num_constraints,
         seed=seed,
         mu_dtype=mu_dtype,
+        **options,
     )
     return with_constraints(direction, num_constraints)
 
 
 @with_optax_spellings
+@spelled_out(sift_direction, before="shape_scale")
 def sift(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta: jax.typing.ArrayLike = 0.95,
-    nesterov: bool = True,
-    rank: int = 256,
-    rank_cap: bool = True,
-    threshold: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 0.0,
-    spatial_mask: Any = None,
-    step_gate: Callable[[jax.Array], Any] | Sequence[int] | None = None,
-    msign: str = "gram",
-    tol: jax.typing.ArrayLike = 1e-14,
-    bases: str = "svd",
-    passes: int = 2,
-    first_passes: int = 8,
-    oversample: int = 8,
-    match_norm: bool = False,
-    orthogonalize: Orthogonalizer | str | None = None,
     shape_scale: str = "width",
     num_constraints: int = 1,
     seed: int = 0,
@@ -216,6 +175,7 @@ def sift(
     matrices: Specs = None,
     layout: str = "in_out",
     mu_dtype: jax.typing.DTypeLike | None = None,
+    **options: Unpack[SiftOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SIFT for the hidden matrices, AdamW on the sum of the gradients for everything else.
 
@@ -263,42 +223,20 @@ def sift(
     """
     direction = sift_direction(
         lambda tree: resolve(tree, matrices, layout),
-        beta=beta,
-        nesterov=nesterov,
-        threshold=threshold,
-        spatial_mask=spatial_mask,
-        step_gate=step_gate,
-        tol=tol,
-        rank=rank,
-        rank_cap=rank_cap,
-        msign=msign,
-        bases=bases,
-        passes=passes,
-        first_passes=first_passes,
-        oversample=oversample,
-        match_norm=match_norm,
-        orthogonalize=by_name(orthogonalize),
         shape_scale=shape_scale,
         num_constraints=num_constraints,
         seed=seed,
         mu_dtype=mu_dtype,
-    )
-    adamw = functools.partial(
-        rest_by_adamw,
-        learning_rate,
-        adam_learning_rate,
-        adam_b1,
-        adam_b2,
-        adam_eps,
-        adam_weight_decay,
-        mu_dtype,
+        **options,
     )
     both = with_adamw(
         direction,
         learning_rate,
         weight_decay,
-        lambda mask: optax.chain(sum_streams(num_constraints), adamw(mask)),
-        lambda params: labels(params, matrices=matrices, layout=layout),
+        AdamWRest(adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay, mu_dtype),
         weight_decay_mask,
+        matrices,
+        layout,
+        before_rest=sum_streams(num_constraints),
     )
     return with_constraints(both, num_constraints)

@@ -5,8 +5,8 @@
 
 import functools
 import operator
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ import optax
 
 from jaxlib_unlearn.optim.combine import check_streams, check_unspent
 from jaxlib_unlearn.optim.matrices import sharding_role
-from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
+from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.passing import passing_by
 from jaxlib_unlearn.optim.spectral.buckets import map_matrices, map_stacks
 from jaxlib_unlearn.optim.spectral.direction import SHAPE_SCALES
-from jaxlib_unlearn.optim.spectral.fusion import BASES, JORDAN, MSIGNS, Method, matrix_function
+from jaxlib_unlearn.optim.spectral.fusion import BASES, MSIGNS, Method, matrix_function
 from jaxlib_unlearn.optim.spectral.localization import Candidates, find_candidates, limit_at
 from jaxlib_unlearn.optim.spectral.muon import Resolver, update_momentum
 from jaxlib_unlearn.optim.spectral.subspace import random_block
@@ -40,28 +40,48 @@ class SiftState(NamedTuple):
     basis: Any  # bases="subspace": left vectors, stack axes + (stream, min(in, out), k); else ()
 
 
+class SiftOptions(TypedDict, total=False):
+    """The options that ``optim.scale_by_sift`` and ``optim.sift`` pass on as they come."""
+
+    beta: jax.typing.ArrayLike
+    nesterov: bool
+    rank: int
+    rank_cap: bool
+    threshold: jax.typing.ArrayLike | Callable[[jax.Array], Any]
+    spatial_mask: Any
+    step_gate: Callable[[jax.Array], Any] | Sequence[int] | None
+    msign: str
+    tol: jax.typing.ArrayLike
+    bases: str
+    passes: int
+    first_passes: int
+    oversample: int
+    match_norm: bool
+    orthogonalize: Orthogonalizer | str | None
+
+
 def sift_direction(
     find_axes: Resolver,
     *,
-    beta,
-    nesterov: bool,
-    threshold,
-    spatial_mask,
-    step_gate,
-    tol,
-    rank: int,
-    rank_cap: bool,
-    msign: str,
-    bases: str,
-    passes: int,
-    first_passes: int,
-    oversample: int,
-    match_norm: bool,
-    orthogonalize: Orthogonalizer | None,
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    rank: int = 256,
+    rank_cap: bool = True,
+    threshold: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 0.0,
+    spatial_mask: Any = None,
+    step_gate: Callable[[jax.Array], Any] | Sequence[int] | None = None,
+    msign: str = "gram",
+    tol: jax.typing.ArrayLike = 1e-14,
+    bases: str = "svd",
+    passes: int = 2,
+    first_passes: int = 8,
+    oversample: int = 8,
+    match_norm: bool = False,
+    orthogonalize: Orthogonalizer | str | None = None,
     shape_scale: str,
     num_constraints: int,
     seed: int,
-    mu_dtype,
+    mu_dtype: jax.typing.DTypeLike | None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of ``optim.scale_by_sift``, whose arguments these are.
 
@@ -76,7 +96,7 @@ def sift_direction(
         passes,
         first_passes,
         match_norm,
-        JORDAN if orthogonalize is None else orthogonalize,
+        by_name(orthogonalize),
     )
     _check(beta, method, oversample, shape_scale, num_constraints)
     factor, streams = SHAPE_SCALES[shape_scale], num_constraints + 1

@@ -23,7 +23,6 @@ import optax
 from jaxlib_unlearn.optim.matrices import (
     MatrixAxes,
     Specs,
-    labels,
     resolve,
     sharding_role,
 )
@@ -31,14 +30,9 @@ from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.spectral.buckets import is_tall, map_stacks
 from jaxlib_unlearn.optim.spectral.direction import Meet, Part
 from jaxlib_unlearn.optim.spectral.groups import ATTENTION, Groups, check_groups, picker, rows_of
-from jaxlib_unlearn.optim.spectral.muon import (
-    DecayMask,
-    every_matrix,
-    rest_by_adamw,
-    scale_by_momentum,
-    with_adamw,
-)
+from jaxlib_unlearn.optim.spectral.muon import every_matrix, scale_by_momentum
 from jaxlib_unlearn.optim.spectral.post import Post
+from jaxlib_unlearn.optim.spectral.rest import AdamWRest, DecayMask, with_adamw
 from jaxlib_unlearn.optim.spectral.splitting import Splits
 from jaxlib_unlearn.optim.spellings import with_optax_spellings
 
@@ -242,18 +236,10 @@ def teon(
         direction,
         learning_rate,
         weight_decay,
-        functools.partial(
-            rest_by_adamw,
-            learning_rate,
-            adam_learning_rate,
-            adam_b1,
-            adam_b2,
-            adam_eps,
-            adam_weight_decay,
-            mu_dtype,
-        ),
-        lambda params: labels(params, matrices=matrices, layout=layout),
+        AdamWRest(adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay, mu_dtype),
         weight_decay_mask,
+        matrices,
+        layout,
     )
 
 

@@ -1,30 +1,30 @@
 """Zeroth-order methods that keep arrays as large as the parameters: HiZOO and R-AdaZO."""
 
+from typing import Unpack
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn.optim.zeroth_order import perturbations
 from jaxlib_unlearn.optim.zeroth_order.engine import COMMON_STATIC_ARGS, zeroth_order
-from jaxlib_unlearn.optim.zeroth_order.leaves import Trainable
+from jaxlib_unlearn.optim.zeroth_order.options import (
+    CentralOptions,
+    ZOOptions,
+    zeroth_order_method,
+)
 from jaxlib_unlearn.optim.zeroth_order.steps import Rule
 
 HIZOO_STATIC_ARGS = tuple(name for name in COMMON_STATIC_ARGS if name != "estimator")
 RADA_ZO_STATIC_ARGS = ("directions", "bias_correction", *COMMON_STATIC_ARGS)
 
 
+@zeroth_order_method
 def hizoo(
     learning_rate: optax.ScalarOrSchedule,
     *,
     smoothing: jax.typing.ArrayLike = 1e-8,
-    num_queries: int = 1,
-    eps: jax.typing.ArrayLike = 1e-3,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    seed: int = 0,
-    query_batch: int | None = None,
-    query_axis: str | None = None,
-    trainable: Trainable | None = None,
-    rng_impl: str = "threefry2x32",
+    **options: Unpack[CentralOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""HiZOO: directions scaled by a diagonal curvature estimated from the same values.
 
@@ -36,29 +36,7 @@ def hizoo(
     Args:
         learning_rate: eta, a number or a schedule.
         smoothing: alpha. H starts at one, in float32: in half precision it could not change.
-        num_queries: q, directions averaged per step.
-        eps: epsilon.
-        weight_decay: lambda, of matrices.
-        seed: of all draws.
-        query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are split.
-        trainable: path -> whether a leaf is trained; None for all.
-        rng_impl: random bit generator.
-
-    Returns:
-        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
-
-    Raises:
-        ValueError: a bad argument, or a masked tree.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> params, tx = {"w": jnp.ones((2, 3))}, hizoo(1e-3)
-        >>> def step(params, state):
-        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
-        >>> updates, state = jax.jit(step)(params, tx.init(params))
-        >>> updates["w"].shape, round(float(state.value), 3)
-        ((2, 3), 6.0)
+        options: those that all methods share.
 
     References:
         Zhao et al., arXiv:2402.15173.
@@ -76,17 +54,11 @@ def hizoo(
         learning_rate,
         perturbations.curvature(),
         rule=Rule({"hessian": 1.0}, apply, curvature=True),
-        num_queries=num_queries,
-        eps=eps,
-        weight_decay=weight_decay,
-        seed=seed,
-        query_batch=query_batch,
-        query_axis=query_axis,
-        trainable=trainable,
-        rng_impl=rng_impl,
+        **options,
     )
 
 
+@zeroth_order_method
 def rada_zo(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -95,15 +67,7 @@ def rada_zo(
     zeta: jax.typing.ArrayLike = 1e-8,
     bias_correction: bool = True,
     directions: str = "sphere",
-    num_queries: int = 1,
-    eps: jax.typing.ArrayLike = 1e-3,
-    estimator: str = "central",
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    seed: int = 0,
-    query_batch: int | None = None,
-    query_axis: str | None = None,
-    trainable: Trainable | None = None,
-    rng_impl: str = "threefry2x32",
+    **options: Unpack[ZOOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""R-AdaZO: Adam's moments of a zeroth-order estimate, the second one of the *momentum*.
 
@@ -127,30 +91,7 @@ def rada_zo(
             afterwards both factors would leave the first step as long as without).
         directions: "sphere", over all parameters at once, with the factor d and the radius eps
             sqrt(d); or "gaussian".
-        num_queries: q, directions averaged per step.
-        eps: epsilon.
-        estimator: "central", "forward" or "jvp".
-        weight_decay: lambda, of matrices.
-        seed: of all draws.
-        query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are split.
-        trainable: path -> whether a leaf is trained; None for all.
-        rng_impl: random bit generator.
-
-    Returns:
-        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
-
-    Raises:
-        ValueError: a bad argument, or a masked tree.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> params, tx = {"w": jnp.ones((2, 3))}, rada_zo(1e-3)
-        >>> def step(params, state):
-        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
-        >>> updates, state = jax.jit(step)(params, tx.init(params))
-        >>> updates["w"].shape, round(float(state.value), 3)
-        ((2, 3), 6.0)
+        options: those that all methods share.
 
     References:
         Shu et al., "Refining adaptive zeroth-order optimization at ease" (ICML 2025).
@@ -162,15 +103,7 @@ def rada_zo(
         learning_rate,
         families[directions](),
         rule=adaptive_rule(b1, b2, zeta, bias_correction),
-        num_queries=num_queries,
-        eps=eps,
-        estimator=estimator,
-        weight_decay=weight_decay,
-        seed=seed,
-        query_batch=query_batch,
-        query_axis=query_axis,
-        trainable=trainable,
-        rng_impl=rng_impl,
+        **options,
     )
 
 

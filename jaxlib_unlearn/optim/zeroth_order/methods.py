@@ -1,7 +1,8 @@
 r"""The published zeroth-order methods: each a family of directions and its own defaults.
 
 All share the options of ``engine.zeroth_order`` and its ``update(None, state, params,
-value_fn=f)``. Evaluations of the loss per step, with q = ``num_queries``:
+value_fn=f)``; their documentation and example are in ``zeroth_order.options``. Evaluations of the
+loss per step, with q = ``num_queries``:
 
 =============  ==========  ==================  =====================================
 method         estimator   evaluations         arrays kept beside the parameters
@@ -21,7 +22,8 @@ Compare methods at equal evaluations, not at equal steps. Their bare directions 
 ``scale_by_zeroth_order(family, ...)``.
 """
 
-import jax
+from typing import Unpack
+
 import optax
 
 from jaxlib_unlearn.optim.zeroth_order import perturbations
@@ -33,7 +35,7 @@ from jaxlib_unlearn.optim.zeroth_order.adaptive import (
     rada_zo,
 )
 from jaxlib_unlearn.optim.zeroth_order.engine import COMMON_STATIC_ARGS, zeroth_order
-from jaxlib_unlearn.optim.zeroth_order.leaves import Trainable
+from jaxlib_unlearn.optim.zeroth_order.options import ZOOptions, zeroth_order_method
 
 __all__ = [
     "HIZOO_STATIC_ARGS",
@@ -61,18 +63,9 @@ SUBZERO_STATIC_ARGS = ("rank", "refresh_every", *COMMON_STATIC_ARGS)
 SUBSPACE_MEZO_STATIC_ARGS = ("rank", "refresh_every", *COMMON_STATIC_ARGS)
 
 
+@zeroth_order_method
 def mezo(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    num_queries: int = 1,
-    eps: jax.typing.ArrayLike = 1e-3,
-    estimator: str = "central",
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    seed: int = 0,
-    query_batch: int | None = None,
-    query_axis: str | None = None,
-    trainable: Trainable | None = None,
-    rng_impl: str = "threefry2x32",
+    learning_rate: optax.ScalarOrSchedule, **options: Unpack[ZOOptions]
 ) -> optax.GradientTransformationExtraArgs:
     r"""MeZO: a dense Gaussian direction, central differences.
 
@@ -82,63 +75,21 @@ def mezo(
 
     Args:
         learning_rate: eta, a number or a schedule.
-        num_queries: q, directions averaged per step.
-        eps: epsilon.
-        estimator: "central", "forward" or "jvp".
-        weight_decay: lambda, of matrices.
-        seed: of all draws.
-        query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are split.
-        trainable: path -> whether a leaf is trained; None for all.
-        rng_impl: random bit generator.
-
-    Returns:
-        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
-
-    Raises:
-        ValueError: a bad argument, or a masked tree.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> params, tx = {"w": jnp.ones((2, 3))}, mezo(1e-3)
-        >>> def step(params, state):
-        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
-        >>> updates, state = jax.jit(step)(params, tx.init(params))
-        >>> updates["w"].shape, round(float(state.value), 3)
-        ((2, 3), 6.0)
+        options: those that all methods share.
 
     References:
         Malladi et al., arXiv:2305.17333, algorithm 1.
     """
-    return zeroth_order(
-        learning_rate,
-        perturbations.dense(),
-        num_queries=num_queries,
-        eps=eps,
-        estimator=estimator,
-        weight_decay=weight_decay,
-        seed=seed,
-        query_batch=query_batch,
-        query_axis=query_axis,
-        trainable=trainable,
-        rng_impl=rng_impl,
-    )
+    return zeroth_order(learning_rate, perturbations.dense(), **options)
 
 
+@zeroth_order_method
 def sparse_mezo(
     learning_rate: optax.ScalarOrSchedule,
     *,
     keep: float = 0.8,
     mask: str = "step",
-    num_queries: int = 1,
-    eps: jax.typing.ArrayLike = 1e-3,
-    estimator: str = "central",
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    seed: int = 0,
-    query_batch: int | None = None,
-    query_axis: str | None = None,
-    trainable: Trainable | None = None,
-    rng_impl: str = "threefry2x32",
+    **options: Unpack[ZOOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""MeZO with a random mask on its directions.
 
@@ -151,64 +102,22 @@ def sparse_mezo(
             their "sparsity" is this share or one minus it.
         mask: "step" for a new mask every step (as in public code), "static" for one. It is random,
             not by magnitude as in the paper.
-        num_queries: q, directions averaged per step.
-        eps: epsilon.
-        estimator: "central", "forward" or "jvp".
-        weight_decay: lambda, of matrices.
-        seed: of all draws.
-        query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are split.
-        trainable: path -> whether a leaf is trained; None for all.
-        rng_impl: random bit generator.
-
-    Returns:
-        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
-
-    Raises:
-        ValueError: a bad argument, or a masked tree.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> params, tx = {"w": jnp.ones((2, 3))}, sparse_mezo(1e-3)
-        >>> def step(params, state):
-        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
-        >>> updates, state = jax.jit(step)(params, tx.init(params))
-        >>> updates["w"].shape, round(float(state.value), 3)
-        ((2, 3), 6.0)
+        options: those that all methods share.
 
     References:
         Liu et al., arXiv:2402.15751.
     """
-    return zeroth_order(
-        learning_rate,
-        perturbations.sparse(keep, mask),
-        num_queries=num_queries,
-        eps=eps,
-        estimator=estimator,
-        weight_decay=weight_decay,
-        seed=seed,
-        query_batch=query_batch,
-        query_axis=query_axis,
-        trainable=trainable,
-        rng_impl=rng_impl,
-    )
+    return zeroth_order(learning_rate, perturbations.sparse(keep, mask), **options)
 
 
+@zeroth_order_method
 def lozo(
     learning_rate: optax.ScalarOrSchedule,
     *,
     rank: int = 4,
     refresh_every: int = 100,
     divide_vectors: bool = False,
-    num_queries: int = 1,
-    eps: jax.typing.ArrayLike = 1e-3,
-    estimator: str = "central",
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    seed: int = 0,
-    query_batch: int | None = None,
-    query_axis: str | None = None,
-    trainable: Trainable | None = None,
-    rng_impl: str = "threefry2x32",
+    **options: Unpack[ZOOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""LOZO: low-rank directions, one factor kept for some steps.
 
@@ -222,30 +131,7 @@ def lozo(
         refresh_every: steps between two draws of V.
         divide_vectors: divide the estimate for vectors by r too, as public code does, which biases
             it.
-        num_queries: q, directions averaged per step.
-        eps: epsilon.
-        estimator: "central", "forward" or "jvp".
-        weight_decay: lambda, of matrices.
-        seed: of all draws.
-        query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are split.
-        trainable: path -> whether a leaf is trained; None for all.
-        rng_impl: random bit generator.
-
-    Returns:
-        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
-
-    Raises:
-        ValueError: a bad argument, or a masked tree.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> params, tx = {"w": jnp.ones((2, 3))}, lozo(1e-3)
-        >>> def step(params, state):
-        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
-        >>> updates, state = jax.jit(step)(params, tx.init(params))
-        >>> updates["w"].shape, round(float(state.value), 3)
-        ((2, 3), 6.0)
+        options: those that all methods share.
 
     References:
         Chen et al., arXiv:2410.07698.
@@ -254,32 +140,17 @@ def lozo(
         learning_rate,
         perturbations.uvt(rank, divide_vectors),
         refresh_every=refresh_every,
-        num_queries=num_queries,
-        eps=eps,
-        estimator=estimator,
-        weight_decay=weight_decay,
-        seed=seed,
-        query_batch=query_batch,
-        query_axis=query_axis,
-        trainable=trainable,
-        rng_impl=rng_impl,
+        **options,
     )
 
 
+@zeroth_order_method
 def subzero(
     learning_rate: optax.ScalarOrSchedule,
     *,
     rank: int = 48,
     refresh_every: int = 1000,
-    num_queries: int = 1,
-    eps: jax.typing.ArrayLike = 1e-3,
-    estimator: str = "central",
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    seed: int = 0,
-    query_batch: int | None = None,
-    query_axis: str | None = None,
-    trainable: Trainable | None = None,
-    rng_impl: str = "threefry2x32",
+    **options: Unpack[ZOOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SubZero: directions between two orthonormal bases that are kept for some steps.
 
@@ -290,65 +161,24 @@ def subzero(
         learning_rate: eta, a number or a schedule.
         rank: r.
         refresh_every: steps between two draws of U and V.
-        num_queries: q, directions averaged per step.
-        eps: epsilon.
-        estimator: "central", "forward" or "jvp".
-        weight_decay: lambda, of matrices.
-        seed: of all draws.
-        query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are split.
-        trainable: path -> whether a leaf is trained; None for all.
-        rng_impl: random bit generator.
-
-    Returns:
-        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
-
-    Raises:
-        ValueError: a bad argument, or a masked tree.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> params, tx = {"w": jnp.ones((2, 3))}, subzero(1e-3)
-        >>> def step(params, state):
-        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
-        >>> updates, state = jax.jit(step)(params, tx.init(params))
-        >>> updates["w"].shape, round(float(state.value), 3)
-        ((2, 3), 6.0)
+        options: those that all methods share.
 
     References:
         Yu et al., arXiv:2410.08989.
     """
     return zeroth_order(
-        learning_rate,
-        perturbations.uzv(rank),
-        refresh_every=refresh_every,
-        num_queries=num_queries,
-        eps=eps,
-        estimator=estimator,
-        weight_decay=weight_decay,
-        seed=seed,
-        query_batch=query_batch,
-        query_axis=query_axis,
-        trainable=trainable,
-        rng_impl=rng_impl,
+        learning_rate, perturbations.uzv(rank), refresh_every=refresh_every, **options
     )
 
 
+@zeroth_order_method
 def subspace_mezo(
     learning_rate: optax.ScalarOrSchedule,
     *,
     rank: int = 64,
     refresh_every: int = 100,
     aux_learning_rate: optax.ScalarOrSchedule | None = 1e-7,
-    num_queries: int = 1,
-    eps: jax.typing.ArrayLike = 1e-3,
-    estimator: str = "central",
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    seed: int = 0,
-    query_batch: int | None = None,
-    query_axis: str | None = None,
-    trainable: Trainable | None = None,
-    rng_impl: str = "threefry2x32",
+    **options: Unpack[ZOOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""MeZO inside a random subspace on the output side of every matrix.
 
@@ -361,30 +191,7 @@ def subspace_mezo(
         refresh_every: steps between two draws of P.
         aux_learning_rate: eta of vectors; None for ``learning_rate``. P is not rescaled:
             matrices need about out / r times MeZO's rate.
-        num_queries: q, directions averaged per step.
-        eps: epsilon.
-        estimator: "central", "forward" or "jvp".
-        weight_decay: lambda, of matrices.
-        seed: of all draws.
-        query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are split.
-        trainable: path -> whether a leaf is trained; None for all.
-        rng_impl: random bit generator.
-
-    Returns:
-        A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
-
-    Raises:
-        ValueError: a bad argument, or a masked tree.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> params, tx = {"w": jnp.ones((2, 3))}, subspace_mezo(1e-3)
-        >>> def step(params, state):
-        ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
-        >>> updates, state = jax.jit(step)(params, tx.init(params))
-        >>> updates["w"].shape, round(float(state.value), 3)
-        ((2, 3), 6.0)
+        options: those that all methods share.
 
     References:
         Lang et al., arXiv:2602.17155 (the ablation of ZO-Muon without orthogonalisation).
@@ -394,13 +201,5 @@ def subspace_mezo(
         perturbations.subspace(rank),
         refresh_every=refresh_every,
         aux_learning_rate=aux_learning_rate,
-        num_queries=num_queries,
-        eps=eps,
-        estimator=estimator,
-        weight_decay=weight_decay,
-        seed=seed,
-        query_batch=query_batch,
-        query_axis=query_axis,
-        trainable=trainable,
-        rng_impl=rng_impl,
+        **options,
     )

@@ -5,15 +5,18 @@ refresh, before any query (the code draws another one per query on refresh steps
 of the signal there).
 """
 
+from typing import Unpack
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn.optim.matrices import Specs
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
+from jaxlib_unlearn.optim.signatures import spelled_out
 from jaxlib_unlearn.optim.spellings import with_optax_spellings
 from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
-from jaxlib_unlearn.optim.zeroth_order.leaves import Trainable
+from jaxlib_unlearn.optim.zeroth_order.options import DrawOptions
 from jaxlib_unlearn.optim.zeroth_order.perturbations import subspace
 
 ZO_MUON_STATIC_ARGS = (
@@ -34,7 +37,16 @@ ZO_MUON_STATIC_ARGS = (
 """``static_args`` for ``optax.inject_hyperparams(zo_muon, static_args=...)``."""
 
 
+class _Options(DrawOptions, total=False):
+    """What the engine is told as it comes; the arguments of ``zo_muon`` explain it."""
+
+    matrices: Specs
+    layout: str
+    factored: bool
+
+
 @with_optax_spellings
+@spelled_out(zeroth_order)
 def scale_by_zo_muon(
     *,
     num_queries: int = 4,
@@ -43,14 +55,7 @@ def scale_by_zo_muon(
     refresh_every: int = 100,
     estimator: str = "forward",
     orthogonalize: Orthogonalizer | str | None = None,
-    seed: int = 0,
-    query_batch: int | None = None,
-    query_axis: str | None = None,
-    trainable: Trainable | None = None,
-    matrices: Specs = None,
-    layout: str = "in_out",
-    factored: bool = True,
-    rng_impl: str = "threefry2x32",
+    **options: Unpack[_Options],
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of ZO-Muon, with the gradient's sign: no learning rates, no decay.
 
@@ -75,18 +80,12 @@ def scale_by_zo_muon(
         refresh_every=refresh_every,
         estimator=estimator,
         reshape_core=_orthogonalizer(orthogonalize),
-        seed=seed,
-        query_batch=query_batch,
-        query_axis=query_axis,
-        trainable=trainable,
-        matrices=matrices,
-        layout=layout,
-        factored=factored,
-        rng_impl=rng_impl,
+        **options,
     )
 
 
 @with_optax_spellings
+@spelled_out(zeroth_order)
 def zo_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -98,14 +97,7 @@ def zo_muon(
     orthogonalize: Orthogonalizer | str | None = None,
     aux_learning_rate: optax.ScalarOrSchedule | None = 1e-7,
     weight_decay: jax.typing.ArrayLike = 0.0,
-    seed: int = 0,
-    query_batch: int | None = None,
-    query_axis: str | None = None,
-    trainable: Trainable | None = None,
-    matrices: Specs = None,
-    layout: str = "in_out",
-    factored: bool = True,
-    rng_impl: str = "threefry2x32",
+    **options: Unpack[_Options],
 ) -> optax.GradientTransformationExtraArgs:
     r"""ZO-Muon: Muon's direction inside a random subspace, from values of the loss alone.
 
@@ -175,14 +167,7 @@ def zo_muon(
         reshape_core=_orthogonalizer(orthogonalize),
         aux_learning_rate=aux_learning_rate,
         weight_decay=weight_decay,
-        seed=seed,
-        query_batch=query_batch,
-        query_axis=query_axis,
-        trainable=trainable,
-        matrices=matrices,
-        layout=layout,
-        factored=factored,
-        rng_impl=rng_impl,
+        **options,
     )
 
 

@@ -1,0 +1,112 @@
+"""What the zeroth-order methods share beside the engine: common options and their documentation.
+
+A method is a function that chooses a family of directions for ``engine.zeroth_order``, and what is
+its own about the step. :func:`zeroth_order_method` adds the rest:
+
+    @zeroth_order_method
+    def mezo(learning_rate, **options: Unpack[ZOOptions]):
+        return zeroth_order(learning_rate, perturbations.dense(), **options)
+"""
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import ParamSpec, TypedDict, TypeVar
+
+import jax
+
+from jaxlib_unlearn.optim.signatures import spelled_out
+from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
+from jaxlib_unlearn.optim.zeroth_order.leaves import Trainable
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# The defaults are those of ``engine.zeroth_order``.
+
+
+class DrawOptions(TypedDict, total=False):
+    """How directions are drawn and evaluated, whatever they are."""
+
+    seed: int
+    query_batch: int | None
+    query_axis: str | None
+    trainable: Trainable | None
+    rng_impl: str
+
+
+class CentralOptions(DrawOptions, total=False):
+    """Options of a method that has one estimator, central differences."""
+
+    num_queries: int
+    eps: jax.typing.ArrayLike
+    weight_decay: jax.typing.ArrayLike
+
+
+class ZOOptions(CentralOptions, total=False):
+    """Options of every other method."""
+
+    estimator: str
+
+
+_PLACE = "options: those that all methods share."
+
+_ARGS = {
+    "num_queries": "q, directions averaged per step.",
+    "eps": "epsilon.",
+    "estimator": '"central", "forward" or "jvp".',
+    "weight_decay": "lambda, of matrices.",
+    "seed": "of all draws.",
+    "query_batch": "evaluations at a time; None for one.",
+    "query_axis": "mesh axis over which evaluations are split.",
+    "trainable": "path -> whether a leaf is trained; None for all.",
+    "rng_impl": "random bit generator.",
+}
+
+_SECTIONS = """\
+Returns:
+    A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
+
+Raises:
+    ValueError: a bad argument, or a masked tree.
+
+Example:
+    >>> import jax, jax.numpy as jnp
+    >>> params, tx = {"w": jnp.ones((2, 3))}, NAME(1e-3)
+    >>> def step(params, state):
+    ...     return tx.update(None, state, params, value_fn=lambda p: jnp.sum(p["w"]))
+    >>> updates, state = jax.jit(step)(params, tx.init(params))
+    >>> updates["w"].shape, round(float(state.value), 3)
+    ((2, 3), 6.0)
+"""
+
+
+def zeroth_order_method(factory: Callable[P, R]) -> Callable[P, R]:
+    """A zeroth-order method with the common options in its signature and its documentation.
+
+    Args:
+        factory: ``(learning_rate, *, ..., **options) -> transformation``. Its docstring has an
+            entry ``options: those that all methods share.`` in "Args:", in whose place theirs are
+            put, and "References:", before which the other sections are.
+
+    Returns:
+        The method.
+
+    Example:
+        >>> from typing import Unpack
+        >>> from jaxlib_unlearn.optim.zeroth_order import perturbations
+        >>> @zeroth_order_method
+        ... def ours(learning_rate, *, keep: float = 0.5, **options: Unpack[ZOOptions]):
+        ...     return zeroth_order(learning_rate, perturbations.sparse(keep), **options)
+        >>> list(inspect.signature(ours).parameters)[:4]
+        ['learning_rate', 'keep', 'num_queries', 'eps']
+    """
+    method = spelled_out(zeroth_order)(factory)
+    doc = inspect.getdoc(factory)
+    if doc:  # there is none under -OO
+        shown = inspect.signature(method).parameters
+        args = "\n".join(f"{name}: {text}" for name, text in _ARGS.items() if name in shown)
+        doc = doc.replace(_PLACE, textwrap.indent(args, "    ").lstrip())
+        sections = _SECTIONS.replace("NAME", factory.__name__)
+        method.__doc__ = doc.replace("\nReferences:", f"\n{sections}\nReferences:")
+    return method
