@@ -16,6 +16,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import MOST, option
 from train import cli
 from train.config import DataConfig, EvaluateConfig, RunConfig, replace, to_json
+from train.evaluators.roles import ROLES
 from train.presets import tofu_smollm2
 from train.reporting.plain import shown
 from train.reporting.verdict import SMOKE as SMOKE_RUN
@@ -76,7 +77,7 @@ def read_arguments(argv: list[str]) -> EvaluateRun:
     default = EvaluateRun(model=argv[0])
     if (target / "summary.json").exists() and (target / "config.json").exists():
         config = cli.read_config(RunConfig, target / "config.json")
-        oracle = target / "evals" / "oracle.json"
+        oracle = target / "evals" / f"{ROLES.reference}.json"
         default = EvaluateRun(
             model=str(target / "export"),
             seed=config.seed,

@@ -344,12 +344,14 @@ def judge(run: Run, config: RunConfig, opened: Opened, found: Mapping[str, Model
         run: where the logs go.
         config: how models are judged.
         opened: the task, and the model before training.
-        found: models by their role; only what unlearning made is this run's alone.
+        found: models by their role; what is made after the start and the reference is this run's
+            alone.
     """
-    fluent = {"oracle": found.get("oracle"), "base": opened.base}.get(config.evaluate.judge)
+    judge = config.evaluate.judge
+    fluent = opened.base if judge == "base" else found.get(judge)
     logs = {}
     for name, model in found.items():
-        cache = None if name == "unlearned" else config.stage.cache
+        cache = config.stage.cache if name in (ROLES.start, ROLES.reference) else None
         with phase(run, f"evaluate {name}"):
             logs[name] = evaluate_cached(
                 config, model, opened.task, fluent, run.folder, run.mesh, name, cache
