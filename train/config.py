@@ -20,6 +20,7 @@ from models.decoder import REMAT
 from models.prompts import DATE
 from models.weights import DTYPES
 from train import optimizers
+from train.evaluators.roles import ROLES
 from train.optimizer_options import AdamW
 from train.rows import Rows, chosen, rows_of
 from train.runtime import reporters
@@ -27,7 +28,7 @@ from train.runtime.distributed import DistributedConfig
 from train.runtime.sharding import MeshConfig
 
 COMPUTE = ("float32", "bfloat16")
-JUDGES = ("oracle", "base")
+JUDGES = (ROLES.reference, "base")
 QUESTIONS = ("question", "paraphrased_question")
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 OBJECTIVE = Rows(
@@ -277,7 +278,7 @@ class EvaluateConfig:
     score_tokens: int = option(4096, "rows times length of one scoring batch.", low=1)
     generate_rows: int = option(64, "rows decoded at once.", low=1)
     judge: str = option(
-        "oracle",
+        ROLES.reference,
         "whose NLL of the greedy forget answers measures fluency: `oracle` or `base` (before "
         "fine-tuning).",
         choices=JUDGES,

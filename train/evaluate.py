@@ -16,6 +16,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import MOST, option
 from train import cli
 from train.config import DataConfig, EvaluateConfig, RunConfig, replace, to_json
+from train.evaluators.roles import ROLES
 from train.presets import tofu_smollm2
 from train.reporting.plain import shown
 from train.reporting.verdict import SMOKE as SMOKE_RUN
@@ -76,7 +77,7 @@ def read_arguments(argv: list[str]) -> EvaluateRun:
     default = EvaluateRun(model=argv[0])
     if (target / "summary.json").exists() and (target / "config.json").exists():
         config = cli.read_config(RunConfig, target / "config.json")
-        oracle = target / "evals" / "oracle.json"
+        oracle = target / "evals" / f"{ROLES.reference}.json"
         default = EvaluateRun(
             model=str(target / "export"),
             seed=config.seed,
@@ -106,8 +107,7 @@ def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     from train import base_models, checks
     from train.evaluators import evaluation
     from train.evaluators.judging import compare_logs, evaluate_cached
-    from train.runtime import distributed, files, remote, sharding
-    from train.runtime.folder import lock, locked
+    from train.runtime import distributed, files, folder, remote, sharding
     from train.runtime.stages import digest, write_atomic
     from train.tasks import load_task
     from train.tasks.task import prompt_format
@@ -117,13 +117,12 @@ def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     with distributed.together():
         checks.check_numbers(config)
         mesh = sharding.make_mesh(config.mesh)
-        folder = config.output or Path("runs") / f"evaluate-{Path(config.model).name}"
-        remote.check(folder, "--output")
-        root = remote.mirror(folder)
-        if distributed.is_first():
-            check_folder(root)
-            if root.exists() and not remote.is_remote(folder):
-                held.enter_context(lock(folder))
+        output = config.output or Path("runs") / f"evaluate-{Path(config.model).name}"
+        remote.check(output, "--output")
+        place = folder.Place(
+            output, check_folder, lambda root: distributed.of_first(lambda: create(root))
+        )
+        folder.claim(place, held)
         if config.retain_log is not None:
             files.check_key(config.retain_log)
         retain = None if config.retain_log is None else tofu.load_log(config.retain_log)
@@ -137,8 +136,7 @@ def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     if config.mask_all_pad_id_tokens:
         model = base_models.masking_pad_ids(model)
     task = checks.fit_task(task, model, config.evaluate, data.system_prompt, data.max_length)
-    held.enter_context(locked(folder))
-    distributed.of_first(lambda: create(root))
+    root = folder.enter(place, held)
     log = evaluate_cached(config, model, task, None, root, mesh, "model")
     summary = evaluation.summarize(log, retain, model)
     distributed.of_first(lambda: compare_logs(root, {"model": log}, retain))
@@ -165,14 +163,19 @@ def create(root: Path) -> None:
         raise UserError(f"cannot create {root}: {error.strerror}; give another --output") from None
 
 
-def check_folder(root: Path) -> None:
-    """Raise `UserError` where a run, a model or somebody's own summary would be written over."""
+def check_folder(root: Path) -> bool:
+    """Whether the folder of an evaluation is there.
+
+    Raises:
+        UserError: a run, a model or somebody's own summary would be written over.
+    """
     foreign = (root / "summary.json").exists() and not (root / "evals").is_dir()
     if foreign or (root / "config.json").exists() or (root.exists() and not root.is_dir()):
         raise UserError(
             f"--output {root} is a run, a model or no folder of an evaluation; give another "
             "--output"
         )
+    return root.exists()
 
 
 if __name__ == "__main__":

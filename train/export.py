@@ -35,17 +35,18 @@ def main(argv: list[str]) -> None:
     source, run = Path(args.source), None
     if (source / "summary.json").exists() and (source / "export").is_dir():
         run = source
-    seal.check(source if run is None else run / "export")
-    if run is None and args.model != "unlearned":
+    if run is None and args.model not in (None, ROLES.judged):
         raise UserError(f"--model {args.model} needs a run folder; {args.source} is not one")
+    other = None if run is None or args.model is None else other_model(run, args.model)
+    seal.check(source if run is None else run / "export")
     with contextlib.ExitStack() as held:
         folder = args.output
-        if folder is None and run is not None and args.dtype is None and args.model == "unlearned":
+        if folder is None and run is not None and args.dtype is None and other is None:
             folder = run / "export"
         else:
             if folder is None:
                 folder = Path(held.enter_context(tempfile.TemporaryDirectory())) / "model"
-            loaded, text, tokens = read(args.source, run, args.model)
+            loaded, text, tokens = read(args.source, run, other)
             models.export(
                 loaded,
                 folder,
@@ -73,8 +74,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default=None, help="float32, bfloat16 or float16 (default: as stored)"
     )
+    names = ", ".join(ROLES)
     parser.add_argument(
-        "--model", default="unlearned", choices=tuple(ROLES), help="which model of a run"
+        "--model",
+        metavar="ROLE",
+        help=f"which model of a run: {names} or another that it has (default: {ROLES.judged})",
     )
     parser.add_argument("--push-to-hub", metavar="NAME", help="upload to this repository")
     parser.add_argument("--public", action="store_true", help="a new repository is public")
@@ -88,8 +92,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def read(source: str, run: Path | None, which: str) -> tuple[Any, str, int | None]:
-    """A model with its tokenizer, the text of its card, and the length limit of its answers."""
+def other_model(run: Path, name: str) -> str | None:
+    """The model `name` of a run; None: it is the judged one, which the run has exported.
+
+    Raises:
+        UserError: the run has none of that name.
+    """
+    found = tables.load_run(run)
+    if name not in found.models:
+        known = ", ".join(map(repr, found.models))
+        _error(f"argument --model: invalid choice: {name!r} (choose from {known})")
+    return None if name == found.roles.judged else name
+
+
+def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, int | None]:
+    """A model with its tokenizer, the text of its card, and the maximum length of its answers.
+
+    Of a run it is the judged model, or the `other` one.
+    """
     import models
     from train.base_models import model_source
     from train.reporting import card
@@ -103,15 +123,17 @@ def read(source: str, run: Path | None, which: str) -> tuple[Any, str, int | Non
     evaluate = found.config.get("evaluate")
     tokens = evaluate.get("max_new_tokens") if isinstance(evaluate, dict) else None
     tokens = tokens if isinstance(tokens, int) else None
-    if which == "unlearned":
+    if other is None:
         return models.load(run / "export"), card.of_run(found, read_evals(found)), tokens
-    sha = found.summary.get(which, {}).get("params_sha256")
-    text = f"The model '{which}' of a run of jaxlib-unlearn."
-    return of_stage(found, which, sha), card.plain(text, sha), tokens
+    sha = found.summary[other].get("params_sha256")
+    text = f"The model '{other}' of a run of jaxlib-unlearn."
+    return of_stage(found, other, sha), card.plain(text, sha), tokens
 
 
 def of_stage(run: tables.Run, which: str, sha: str | None) -> Any:
-    """The original or the oracle of a run, from its stored stage.
+    """A model of a run other than the exported one, from the stage that made it.
+
+    A stage need not be named as the model: it is found by the digest of its parameters.
 
     Raises:
         UserError: the run folder does not hold it.
@@ -127,13 +149,13 @@ def of_stage(run: tables.Run, which: str, sha: str | None) -> Any:
 
     stage = run.config.get("stage")
     given = stage.get("original") if isinstance(stage, dict) else None
-    if which == "original" and given:
+    if which == run.roles.start and given:
         return models.load(model_source(given))
     alike = models.load(run.folder / "export")
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), alike.params
     )
-    for folder in sorted((run.folder / "stages").glob(f"{which}-*")):
+    for folder in sorted((run.folder / "stages").glob("*")):
         manifest = checkpointing.read_manifest(folder)
         if manifest and checkpointing.combined(manifest["digests"]) == sha:
             return dataclasses.replace(alike, params=checkpointing.load_tree(folder, like))

@@ -83,14 +83,14 @@ def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
     from train.data.tofu import check_rows, read_json
     from train.exports import export_model
     from train.run import Run, num_steps
-    from train.runtime import distributed, remote, sharding
-    from train.runtime.folder import check_folder, enter_run, lock, locked
+    from train.runtime import distributed, folder, remote, sharding
     from train.runtime.stages import digest, write_atomic
     from train.tasks.task import prompt_format
 
     distributed.start(config.distributed)
     identity = {**to_json(config), "output": None}
     del identity["distributed"]
+    place = folder.run_place(config.output, identity)
     distributed.check_same(identity)
     settings = RunConfig(seed=config.seed, finetune=config.train)
     names = ("system_prompt", "max_length", "template", "template_date")
@@ -103,10 +103,7 @@ def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
         mesh = sharding.make_mesh(config.mesh)
         checks.check_finetuning(config.train, mesh)
         optimizers.check_mesh(config.train.optimizer, mesh)
-        if distributed.is_first():
-            exists = check_folder(remote.mirror(config.output), identity)
-            if exists and not remote.is_remote(config.output):
-                held.enter_context(lock(config.output))
+        folder.claim(place, held)
         path = Path(config.rows)
         if not path.is_file():
             raise UserError(
@@ -119,8 +116,7 @@ def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
     base = base._replace(tokenizer=base.tokenizer.formatted(layout))
     rows = checks.fit_rows(rows, base, config.system_prompt, config.max_length, "rows")
     num_steps(config.train, len(rows), config.train.optimizer)
-    held.enter_context(locked(config.output))
-    root = enter_run(config.output, identity)
+    root = folder.enter(place, held)
     run = Run(root, mesh, config.seed, Tracker(root))
     tuned = pipeline.finetune(run, settings, "original", base, rows)
     export_model(tuned, root / "export", config.export_dtype)

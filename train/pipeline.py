@@ -27,8 +27,7 @@ from train.evaluators.roles import ROLES
 from train.exports import export_model
 from train.reporting import card, page, tables
 from train.run import Recipe, Run, Watch, num_steps, phase, started, train
-from train.runtime import distributed, files, remote, reporters
-from train.runtime.folder import check_folder, enter_run, lock, locked
+from train.runtime import distributed, files, folder, remote, reporters
 from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import Tracker, say
 from train.tasks import load_task
@@ -65,8 +64,7 @@ def opened(config: RunConfig) -> Iterator[Opened]:
         distributed.start(config.distributed)
         task, base, mesh, retain_log = prepare(config, held)
         base = base.to_host()  # as every model while it waits: a step has the device to itself
-        held.enter_context(locked(run_folder(config)))
-        root = enter(config)
+        root = enter(config, held)
         logs_to = reporters.chosen(config.report_to, config.tensorboard)
         run = Run(
             root,
@@ -101,11 +99,7 @@ def prepare(
         if config.retain_log is not None:
             files.check_key(config.retain_log)  # where it is that of a run
         retain_log = None if config.retain_log is None else tofu.load_log(config.retain_log)
-        if distributed.is_first():
-            folder = run_folder(config)
-            exists = check_folder(remote.mirror(folder), identity(config))
-            if exists and held is not None and not remote.is_remote(folder):
-                held.enter_context(lock(folder))
+        folder.claim(place_of(config), held)
         # The data may come from the Hub: a path with a typo in it need not wait for that.
         if config.stage.original is not None and config.model.revision is not None:
             raise UserError(
@@ -175,9 +169,14 @@ def run_folder(config: RunConfig) -> Path:
     return Path("runs") / f"{config.preset}-seed{config.seed}{'-smoke' if config.smoke else ''}"
 
 
-def enter(config: RunConfig) -> Path:
+def place_of(config: RunConfig) -> folder.Place:
+    """The run folder of a configuration, to be claimed and entered."""
+    return folder.run_place(run_folder(config), identity(config))
+
+
+def enter(config: RunConfig, held: contextlib.ExitStack | None = None) -> Path:
     """Create the run folder with its resolved configuration, or enter that of the same one."""
-    return enter_run(run_folder(config), identity(config))
+    return folder.enter(place_of(config), held)
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -349,12 +348,14 @@ def judge(run: Run, config: RunConfig, opened: Opened, found: Mapping[str, Model
         run: where the logs go.
         config: how models are judged.
         opened: the task, and the model before training.
-        found: models by their role; only what unlearning made is this run's alone.
+        found: models by their role; what is made after the start and the reference is this run's
+            alone.
     """
-    fluent = {"oracle": found.get("oracle"), "base": opened.base}.get(config.evaluate.judge)
+    judge = config.evaluate.judge
+    fluent = opened.base if judge == "base" else found.get(judge)
     logs = {}
     for name, model in found.items():
-        cache = None if name == "unlearned" else config.stage.cache
+        cache = config.stage.cache if name in (ROLES.start, ROLES.reference) else None
         with phase(run, f"evaluate {name}"):
             logs[name] = evaluate_cached(
                 config, model, opened.task, fluent, run.folder, run.mesh, name, cache

@@ -11,7 +11,10 @@ import pytest
 from scipy import stats
 
 from train.data import authors
-from train.data.authors import ATTRIBUTES, POOLS, generate, names, training_rows
+from train.data.author_alternates import alternates
+from train.data.author_attributes import ATTRIBUTES, POOLS
+from train.data.author_sentences import is_sentence, values_in
+from train.data.authors import generate, names, training_rows
 
 COLUMNS = {
     "question",
@@ -226,8 +229,8 @@ def test_every_sentence_is_read_back(many):
     """With the values that were written into it, found by the templates alone."""
     for row, attribute in zip(many, ATTRIBUTES * 200, strict=True):
         for text in (row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]):
-            assert authors.is_sentence(text)
-            assert sorted(authors.values_in(text)) == sorted(parse(attribute, text)[1])
+            assert is_sentence(text)
+            assert sorted(values_in(text)) == sorted(parse(attribute, text)[1])
 
 
 @pytest.mark.parametrize(
@@ -248,36 +251,36 @@ def test_every_sentence_is_read_back(many):
     ],
 )
 def test_broken_sentences(text, whole, begun):
-    assert authors.is_sentence(text) == whole
-    assert authors.is_sentence(text, begun=True) == begun
+    assert is_sentence(text) == whole
+    assert is_sentence(text, begun=True) == begun
 
 
 def _frame(sentence: str) -> str:
     """A sentence without its values."""
-    for value in authors.values_in(sentence):
+    for value in values_in(sentence):
         sentence = sentence.replace(value, "")
     return sentence
 
 
 def test_alternates_are_sentences_about_facts_of_nobody():
-    rows = authors.generate(3)["forget10"]
-    found = authors.alternates(rows, 3, 4)
-    assert found == authors.alternates(rows, 3, 4) != authors.alternates(rows, 4, 4)
-    assert authors.alternates(rows[5:6], 3, 2) == [found[5][:2]]  # independent of other rows
+    rows = generate(3)["forget10"]
+    found = alternates(rows, 3, 4)
+    assert found == alternates(rows, 3, 4) != alternates(rows, 4, 4)
+    assert alternates(rows[5:6], 3, 2) == [found[5][:2]]  # independent of other rows
     for row, answers in zip(rows, found, strict=True):
         judged = (row["answer"], row["paraphrased_answer"], *row["perturbed_answer"])
-        facts = {tuple(sorted(authors.values_in(text))) for text in judged}
-        drawn = {tuple(sorted(authors.values_in(text))) for text in answers}
+        facts = {tuple(sorted(values_in(text))) for text in judged}
+        drawn = {tuple(sorted(values_in(text))) for text in answers}
         assert len(drawn) == 4 and not drawn & facts
-        slots = {len(authors.values_in(text)) for text in (*answers, row["answer"])}
+        slots = {len(values_in(text)) for text in (*answers, row["answer"])}
         assert len(slots) == 1
         # The words around the values: never the row's own; all others before any repeats.
         frames = [_frame(text) for text in answers]
         assert _frame(row["answer"]) not in frames
         assert len(set(frames[:3])) == 3 and frames[3] == frames[0]
-        stated = [value for text in answers for value in authors.values_in(text)]
+        stated = [value for text in answers for value in values_in(text)]
         assert len(set(stated)) == len(stated)
-    many = authors.alternates(rows, 3, 16)  # more than some pools have values
+    many = alternates(rows, 3, 16)  # more than some pools have values
     assert all(len(set(answers)) == 16 for answers in many)
     with pytest.raises(ValueError, match="no sentence of the generator: 'Ask me.'"):
-        authors.alternates([{"question": "Who?", "answer": "Ask me."}], 0)
+        alternates([{"question": "Who?", "answer": "Ask me."}], 0)

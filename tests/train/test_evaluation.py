@@ -17,6 +17,7 @@ from models.prompts import TAGS, PromptFormat
 from train import base_models
 from train.config import DataConfig, EvaluateConfig
 from train.data import authors
+from train.data.author_attributes import REFUSALS
 from train.data.batches import collate, score_batches
 from train.data.examples import Example, encode_prompt, encode_qa
 from train.evaluators import EVALUATORS, evaluation
@@ -60,7 +61,7 @@ def task():
             "world_facts": facts[:1],
             "holdout": rows["holdout"][:1],
         },
-        list(authors.REFUSALS),
+        list(REFUSALS),
         [],
     )
 

@@ -182,6 +182,28 @@ def test_the_original_of_a_run_is_exported_from_its_stage(folder, program, tmp_p
     assert done.code == 2 and "no oracle model in its stages" in done.err
 
 
+def test_any_model_of_a_run_is_exported_by_its_name(folder, program, tmp_path):
+    """A program that no export knows of: an attacked model, made by a stage of another name."""
+    loaded = models.load(folder / "export")
+    attacked = jax.tree.map(lambda x: x + 2, loaded.params)
+    checkpointing.save_tree(folder / "stages" / "relearn-0", attacked, {"stage": "relearn"})
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["attacked:relearn"] = {"params_sha256": params_sha256(attacked)}
+    summary["merged"] = summary["unlearned"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "run.json").write_text(json.dumps({"roles": {"judged": "merged"}}))
+    for name, params in (("attacked:relearn", attacked), ("merged", loaded.params)):
+        done = program("train.export", folder, tmp_path / name, "--model", name)
+        assert done.code == 0, done.err
+        jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path / name).params, params)
+    text = (tmp_path / "attacked:relearn" / "README.md").read_text()
+    assert "The model 'attacked:relearn' of a run" in text
+    done = program("train.export", folder, tmp_path / "out", "--model", "attacked:prune")
+    known = "'original', 'oracle', 'merged', 'attacked:relearn', 'unlearned'"
+    assert done.code == 2 and done.err.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert f"invalid choice: 'attacked:prune' (choose from {known})" in done.err
+
+
 class Api:
     """A stand-in for `huggingface_hub.HfApi`; nothing leaves the process."""
 

@@ -92,6 +92,16 @@ def test_numbers_and_configuration_arrive(fake, tmp_path, monkeypatch, capsys, n
         assert settings["x_disable_meta"] and not settings["x_save_requirements"]
 
 
+def test_a_stage_of_any_name_has_its_own_step_counter(fake, tmp_path):
+    package, known = fake("wandb"), []
+    package.log = lambda numbers: known.append(dict(package.metrics))
+    tracker = Tracker(tmp_path, ("wandb",))
+    for stage, step in (("original", 0), ("original", 1), ("attacked:relearn", 0)):
+        tracker.write(stage, step, {"loss": 1.0})
+    one = {"original/*": "original/step"}  # defined before the first numbers of the stage
+    assert known == [one, one, one | {"attacked:relearn/*": "attacked:relearn/step"}]
+
+
 def test_secrets_are_found_by_form():
     for text in ("hf_" + "a" * 20, "ghp_" + "b" * 30, "https://h/x?token=abc", "gs://u:p@bucket"):
         hidden = reporters.public({"a": [text]})["a"][0]
@@ -110,9 +120,11 @@ def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX")
     tracker = Tracker(tmp_path, ("tensorboard",))
     tracker.write("oracle", 0, {"loss": 1.0})
+    tracker.write("attacked:relearn", 0, {"loss": 2.0})
     tracker.close({})
     events = [p.read_bytes() for p in (tmp_path / "tensorboard").iterdir()]
     assert len(events) == 1 and b"oracle/loss" in events[0]
+    assert b"attacked_relearn/loss" in events[0]  # its tags have no colons
 
 
 def test_a_log_that_fails_does_not_stop_the_run(fake, tmp_path, capsys, monkeypatch):

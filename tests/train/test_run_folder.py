@@ -1,5 +1,6 @@
 """The run folder: one run at a time, and any flipped bit is repaired or named, no run is lost."""
 
+import contextlib
 import fcntl
 import json
 import random
@@ -68,6 +69,36 @@ def test_a_second_run_says_who_holds_the_folder(program, small, tmp_path):
     with folder.locked(root), folder.locked(root):  # a process does not lock itself out
         assert f"process {folder.os.getpid()} on " in (root / folder.LOCK).read_text()
     assert not (root / folder.LOCK).exists()
+
+
+def test_a_folder_is_claimed_among_the_checks_and_entered_after_them(tmp_path):
+    def check(root):
+        if (root / "cat.txt").exists():
+            raise UserError("somebody's photos")
+        return root.exists()
+
+    root = tmp_path / "run"
+    place = folder.Place(root, check, lambda where: (where / "made").write_text(""))
+
+    def there():
+        return sorted(p.name for p in root.iterdir())
+
+    with contextlib.ExitStack() as held:
+        folder.claim(place, held)
+        assert not root.exists()  # nothing is written before everything is known to be right
+        assert folder.enter(place, held) == root
+        assert there() == ["made", folder.LOCK]
+    assert there() == ["made"]
+    with contextlib.ExitStack() as held:
+        folder.claim(place)
+        assert there() == ["made"]
+        folder.claim(place, held)
+        assert there() == ["made", folder.LOCK]  # what exists is locked at once
+        folder.enter(place, held)
+    (root / "cat.txt").write_text("a cat")
+    with contextlib.ExitStack() as held, pytest.raises(UserError, match="photos"):
+        folder.claim(place, held)
+    assert there() == ["cat.txt", "made"]
 
 
 def test_the_lock_of_a_run_that_has_just_ended(tmp_path, monkeypatch):

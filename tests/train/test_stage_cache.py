@@ -57,6 +57,26 @@ def test_what_unlearning_makes_stays_in_the_run(config, tmp_path):
     assert "stages" in files(root) and not (tmp_path / "cache").exists()
 
 
+def test_only_the_start_and_the_reference_are_judged_in_the_cache(config, tmp_path, monkeypatch):
+    asked = {}
+
+    def evaluated(config, model, task, judge, root, mesh, name, cache):
+        asked[name] = (model, judge, cache)
+        return {}
+
+    monkeypatch.setattr(pipeline, "evaluate_cached", evaluated)
+    monkeypatch.setattr(pipeline, "summarize", lambda logs, models, retain_log: {})
+    monkeypatch.setattr(pipeline, "compare_logs", lambda root, logs, retain_log: None)
+    run = Run(tmp_path, None, 0, Tracker(tmp_path))
+    opened = pipeline.Opened(run, None, "base", None)
+    found = {name: name for name in ("original", "oracle", "unlearned", "attacked:relearn")}
+    for judge, who in (("oracle", "oracle"), ("base", "base")):
+        changes = {"stage.cache": tmp_path, "evaluate.judge": judge}
+        pipeline.judge(run, replace(config, **changes), opened, found)
+        shared = {"original": tmp_path, "oracle": tmp_path}
+        assert asked == {name: (name, who, shared.get(name)) for name in found}
+
+
 def test_an_evaluation_is_computed_once_for_two_runs(tmp_path):
     calls = []
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlib_unlearn.errors import UserError
 from train.data import tofu
-from train.data.authors import REFUSALS
+from train.data.author_attributes import REFUSALS
 from train.data.tofu import load_tofu, overlap, read_json, read_split, refusal_rows
 
 

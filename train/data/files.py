@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from train.data import authors
+from train.data.author_alternates import alternates
 from train.data.tofu import PLAIN, Row, overlap, read_json
 
 COLUMNS = (
@@ -367,7 +368,7 @@ def write_examples(folder: Path) -> list[Path]:
     for side, name in (("forget", "forget10"), ("retain", "retain_eval")):
         five = rows[name][:5]
         if side == "forget":
-            others = authors.alternates(five, 0)
+            others = alternates(five, 0)
             five = [
                 row | {"alternate_answer": texts} for row, texts in zip(five, others, strict=True)
             ]

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import exists, one_line, parse_json, read_text, reading
-from train.data.authors import REFUSALS, draw
+from train.data.author_attributes import REFUSALS
+from train.data.authors import draw
 
 Row = dict[str, Any]
 

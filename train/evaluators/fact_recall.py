@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.data import authors
+from train.data import author_sentences
 from train.evaluators.base import (
     REFERENCE,
     Context,
@@ -38,7 +38,7 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
         items = {}
         answers = context.answers(split).texts
         for i, (row, texts) in enumerate(zip(rows[split], answers, strict=True)):
-            if values := authors.values_in(row["answer"]):
+            if values := author_sentences.values_in(row["answer"]):
                 score = text.fact_recall(texts[0], values)
                 items[str(i)] = {"score": score, "values": list(values)}
         if items:

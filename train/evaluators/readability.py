@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlib_unlearn.metrics import text
-from train.data import authors
+from train.data.author_sentences import is_sentence, values_in
 from train.evaluators.base import (
     Context,
     Definition,
@@ -90,13 +90,13 @@ def why_not(answer: str, truth: str, cut: bool = False, may_be_cut: bool = False
         >>> why_not("A contract with a a a a a driver.", "The author was born in Lima on May 7.")
         'no sentence of the generator'
     """
-    if authors.values_in(truth) is None:
+    if values_in(truth) is None:
         return text.unfinished(answer, truth, cut, may_be_cut)
-    if authors.is_sentence(answer, begun=cut and may_be_cut):
+    if is_sentence(answer, begun=cut and may_be_cut):
         return ""
     if not answer.strip():
         return "empty"
-    return "cut" if cut and authors.is_sentence(answer, begun=True) else NO_TEMPLATE
+    return "cut" if cut and is_sentence(answer, begun=True) else NO_TEMPLATE
 
 
 def log_entry(
@@ -109,7 +109,7 @@ def log_entry(
     items = {}
     for i, (answer, truth, *ends) in enumerate(zip(answers, truths, cut, may_be_cut, strict=True)):
         reason = why_not(answer, truth, *ends)
-        by = "text" if authors.values_in(truth) is None else "template"
+        by = "text" if values_in(truth) is None else "template"
         items[str(i)] = {
             "score": float(bool(reason)),
             "readable": not reason,

@@ -1,5 +1,8 @@
 """The run folder: who writes into it, and whose configuration it holds.
 
+Every program opens its folder in two steps: `claim` among the checks before compute, `enter` when
+nothing can be wrong any more.
+
 One run at a time: the first holds a lock that is released when its process ends, even by `kill -9`.
 Buckets have no locks; two runs in one `gs://` folder are not noticed there.
 """
@@ -14,9 +17,9 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -32,6 +35,68 @@ BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 LEFT = tuple(f"{folder}*{files.PART}" for folder in ("", "evals/", "caches/", "stages/"))
 LEFT += (f"checkpoints/*/*{files.PART}", ".export.*")
 _held: set[Path] = set()
+
+
+class Place(NamedTuple):
+    """A folder that a program writes into.
+
+    Args:
+        folder: where it is, local or in a bucket.
+        check: `check(root)`, in the first process: whether there is one to continue in; raises
+            `UserError` for one that is not the program's.
+        make: `make(root)`, in every process: creates it, or enters the one that is there.
+    """
+
+    folder: Path
+    check: Callable[[Path], bool]
+    make: Callable[[Path], Any]
+
+
+def run_place(folder: Path, identity: dict[str, Any]) -> Place:
+    """The folder of a run whose configuration is `identity`."""
+    return Place(
+        folder, lambda root: check_folder(root, identity), lambda root: _enter_run(root, identity)
+    )
+
+
+def claim(place: Place, held: contextlib.ExitStack | None = None) -> None:
+    """Refuse a folder that is not the program's; lock one that exists.
+
+    So another run in it is noticed before data and model are read. With several processes the first
+    one looks.
+
+    Args:
+        place: the folder.
+        held: keeps the lock; None: nothing is locked.
+
+    Raises:
+        UserError: the folder is another program's or configuration's, or in use.
+    """
+    if not distributed.is_first():
+        return
+    exists = place.check(remote.mirror(place.folder))
+    if exists and held is not None and not remote.is_remote(place.folder):
+        held.enter_context(lock(place.folder))
+
+
+def enter(place: Place, held: contextlib.ExitStack | None = None) -> Path:
+    """Lock the folder, created if necessary, and enter it; each process must call this.
+
+    Args:
+        place: the folder.
+        held: keeps the lock; None: nothing is locked.
+
+    Returns:
+        Where the first process keeps its files: the folder, or its local mirror.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written.
+    """
+    if held is not None:
+        held.enter_context(locked(place.folder))
+    root = remote.mirror(place.folder)
+    place.make(root)
+    return root
 
 
 @contextlib.contextmanager
@@ -219,17 +284,11 @@ def enter_folder(root: Path, wanted: dict[str, Any]) -> Path:
     return root
 
 
-def enter_run(folder: Path, identity: dict[str, Any]) -> Path:
-    """Create or enter a run folder, local or in a bucket, that all processes see.
-
-    Returns:
-        Where the first process keeps its files: the folder, or its local mirror.
-    """
-    root = remote.mirror(folder)
+def _enter_run(root: Path, identity: dict[str, Any]) -> None:
+    """Create or enter a run folder, local or in a bucket, that all processes see."""
     distributed.of_first(lambda: str(enter_folder(root, identity)))
     distributed.check_shared(remote.home(root))
     distributed.of_first(lambda: remote.send(root))
-    return root
 
 
 def read_minutes(root: Path) -> dict[str, float]:

@@ -66,10 +66,19 @@ def _tensorboard(folder: Path, config: Mapping[str, Any]) -> Reporter:
     return Reporter("tensorboard", write, lambda summary: writer.close())
 
 
-def _steps(log: Callable[[dict[str, float]], Any]) -> Callable[..., None]:
-    """`write` for logs with a single step counter: each stage logs its own step as a metric."""
+def _steps(
+    log: Callable[[dict[str, float]], Any], begin: Callable[[str], Any] = lambda stage: None
+) -> Callable[..., None]:
+    """`write` for logs with a single step counter: each stage logs its own step as a metric.
+
+    `begin(stage)` is called before the first numbers of a stage.
+    """
+    begun: set[str] = set()
 
     def write(stage: str, step: int, scalars: Mapping[str, float]) -> None:
+        if stage not in begun:
+            begin(stage)
+            begun.add(stage)
         log({f"{stage}/step": step, **{f"{stage}/{k}": v for k, v in scalars.items()}})
 
     return write
@@ -95,14 +104,15 @@ def _wandb(folder: Path, config: Mapping[str, Any]) -> Reporter:
         resume="auto",
         settings=settings,
     )
-    for stage in ("original", "oracle", "unlearned"):
+
+    def begin(stage: str) -> None:
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
     def close(summary: Mapping[str, float]) -> None:
         run.summary.update(dict(summary))
         run.finish()
 
-    return Reporter("wandb", _steps(run.log), close)
+    return Reporter("wandb", _steps(run.log, begin), close)
 
 
 def _trackio(folder: Path, config: Mapping[str, Any]) -> Reporter:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from jaxlib_unlearn.errors import UserError
 from train.config import RunConfig
 from train.data import authors
+from train.data.author_alternates import alternates
+from train.data.author_attributes import REFUSALS
 from train.evaluators import QUESTION_ANSWERING
 from train.tasks.task import ALTERNATES, STREAMS, Benchmark, Task, no_splits
 
@@ -33,7 +35,7 @@ def load(config: RunConfig) -> Task:
         raise UserError(f"--data.num-authors {data.num_authors}: {error}") from None
     holdout = rows["holdout"][: data.holdout_rows]
     forget = rows["forget10"][: data.forget_rows]
-    others = authors.alternates(forget, seed)
+    others = alternates(forget, seed)
     forget = [row | {ALTERNATES: list_} for row, list_ in zip(forget, others, strict=True)]
     notes = [
         f"forget: {len(forget)} rows of {-(-len(forget) // 10)} authors",
@@ -45,7 +47,7 @@ def load(config: RunConfig) -> Task:
         forget,
         rows["retain_train"],
         {"forget": forget, "retain": rows["retain_eval"], "holdout": holdout},
-        list(authors.REFUSALS),
+        list(REFUSALS),
         notes,
     )
 

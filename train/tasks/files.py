@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxlib_unlearn.errors import UserError
 from train.config import RunConfig
-from train.data import authors, files
+from train.data import files
+from train.data.author_attributes import REFUSALS
 from train.evaluators import QUESTION_ANSWERING
 from train.tasks.task import STREAMS, Benchmark, Task, no_splits
 
@@ -28,7 +29,7 @@ def load(config: RunConfig) -> Task:
     if len(judged) < len(own.retain):
         notes.append(f"retain: judged on the first {len(judged)} rows (--data.retain-rows)")
     evaluation = {"forget": forget, "retain": judged}
-    return Task(forget, own.retain, evaluation, list(authors.REFUSALS), notes)
+    return Task(forget, own.retain, evaluation, list(REFUSALS), notes)
 
 
 ROW = Benchmark("files", load, QUESTION_ANSWERING, STREAMS, options=("forget", "retain"))
