@@ -20,7 +20,7 @@ from train import base_models, checks
 from train.alternates import with_alternates
 from train.config import LoraConfig, RunConfig, to_json
 from train.data.examples import Encoded, encode_rows
-from train.data.streams import Stream, make_stream
+from train.data.streams import Examples, make_stream
 from train.evaluators.evaluation import Model, curve, longest, num_parameters
 from train.evaluators.judging import compare_logs, evaluate_cached, summarize
 from train.evaluators.roles import ROLES
@@ -202,9 +202,12 @@ def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encod
     return encoded
 
 
-def stream_of(model: Model, encoded: Encoded, batch_size: int) -> Stream:
-    """A training stream of encoded examples."""
-    return make_stream(encoded.examples, model.tokenizer.pad_id or 0, batch_size=batch_size)
+def stream_of(
+    model: Model, encoded: Encoded, batch_size: int, follows: str | None = None
+) -> Examples:
+    """A training stream of encoded examples; `follows`: the stream that it is paired with."""
+    pad_id = model.tokenizer.pad_id or 0
+    return make_stream(encoded.examples, pad_id, batch_size=batch_size, follows=follows)
 
 
 def finetune(run: Run, config: RunConfig, name: str, base: Model, rows: list[Row]) -> Model:
@@ -271,13 +274,21 @@ def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[R
     return {name: task.stream(name, seed) for name in objective.streams}
 
 
+def unlearning_streams(
+    config: RunConfig, objective: Objective, original: Model, task: Task
+) -> dict[str, Examples]:
+    """The streams that an objective reads, as the model reads them."""
+    size = config.unlearn.batch_size
+    return {
+        name: stream_of(original, encode(original, rows, config, name), size, task.follows(name))
+        for name, rows in stream_rows(objective, task, config.seed).items()
+    }
+
+
 def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
     """The unlearning stage: the objective's streams, its caches, its optimizer."""
     objective, options = objectives.resolve(config.objective)
-    streams = {
-        name: stream_of(original, encode(original, rows, config, name), config.unlearn.batch_size)
-        for name, rows in stream_rows(objective, task, config.seed).items()
-    }
+    streams = unlearning_streams(config, objective, original, task)
 
     def look(model: Model) -> dict[str, float]:
         data, tokens = config.data, config.evaluate.score_tokens

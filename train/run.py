@@ -26,7 +26,8 @@ from models.learner import check_questions
 from train import loop
 from train.config import LoraConfig, SelectConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.references import with_references
-from train.data.streams import Stream, batches_of, pack_streams
+from train.data.stream import Stream
+from train.data.streams import batches_of, pack_streams
 from train.evaluators.evaluation import Model
 from train.optimizers import Options, check_pair, check_steps
 from train.runtime import checkpointing, distributed, remote, sharding
@@ -195,7 +196,7 @@ def train(
     row_tokens = recipe.row_tokens if row.packable else 0
     streams = pack_streams(streams, stage.batch_size, divides, row_tokens)
     main = row.streams[0]
-    steps = num_steps(stage, len(streams[main].examples), optimizer)
+    steps = num_steps(stage, len(streams[main]), optimizer)
     seed = seed_of(run.seed, purpose or name)
     inputs = stage_inputs(
         start.sha,

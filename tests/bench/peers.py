@@ -46,7 +46,8 @@ from train.base_models import load_model
 from train.config import DataConfig, EvaluateConfig, ModelConfig
 from train.data.examples import Example, encode_prompt, encode_qa, encode_rows
 from train.data.references import with_references
-from train.data.streams import Stream, batches_of, make_stream, pack_streams
+from train.data.stream import Stream
+from train.data.streams import Examples, batches_of, make_stream, pack_streams
 from train.data.tofu import read_json
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model, longest, score_items, score_rows
@@ -193,7 +194,7 @@ def batches(streams: Mapping[str, Stream]) -> Callable[[int], dict[str, dict[str
     return batches_of(streams, next(iter(streams)), SEED, BATCH)
 
 
-def examples_of(stream: Stream, batch: Mapping[str, np.ndarray]) -> list[Any]:
+def examples_of(stream: Examples, batch: Mapping[str, np.ndarray]) -> list[Any]:
     """The examples in a batch, in the form that the torch side takes."""
     chosen = (stream.examples[i] for i in batch["row_id"].ravel() if i >= 0)
     return [(example.tokens, example.num_prompt) for example in chosen]

@@ -15,12 +15,20 @@ from train.data.batches import (
     paired_indices,
     process_slice,
     score_batches,
+    shuffled,
     training_indices,
 )
 from train.data.examples import LEAF, Example, Group
 
 LENGTHS = (16, 32, 64)
 LABELS = (8, 16, 32)
+
+
+def training(seed, stream, step, batch_size, num_rows):
+    """Rows of a step in shuffled epochs."""
+    return training_indices(
+        lambda epoch: shuffled(seed, stream, epoch, num_rows), step, batch_size, num_rows
+    )
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +169,7 @@ def test_score_batches_of_groups():
 
 @pytest.mark.parametrize("num_rows", [1, 5, 12, 16, 40])
 def test_every_epoch_is_a_permutation(num_rows):
-    stream = np.concatenate(
-        [training_indices(3, "forget", s, 8, num_rows) for s in range(num_rows)]
-    )
+    stream = np.concatenate([training(3, "forget", s, 8, num_rows) for s in range(num_rows)])
     for epoch in range(8):
         part = stream[epoch * num_rows : (epoch + 1) * num_rows]
         assert sorted(part.tolist()) == list(range(num_rows))
@@ -175,17 +181,17 @@ def test_indices_depend_on_seed_stream_and_step_alone():
     def draw(function, seed=0, stream="retain", step=4):
         return function(seed, stream, step, 16, 1000).tolist()
 
-    for function in (training_indices, paired_indices):
+    for function in (training, paired_indices):
         assert draw(function) == draw(function)
         others = [draw(function, seed=1), draw(function, stream="x"), draw(function, step=5)]
         assert all(draw(function) != other for other in others)
         with pytest.raises(ValueError):
             function(0, "retain", 0, 4, 0)
     # Resuming needs the step only: the batch of step 4 does not need the earlier ones.
-    whole = training_indices(0, "retain", 0, 16 * 5, 1000)
-    assert draw(training_indices) == whole[64:].tolist()
+    whole = training(0, "retain", 0, 16 * 5, 1000)
+    assert draw(training) == whole[64:].tolist()
     # Pinned: raw Philox bits are the same on every platform and numpy version.
-    assert training_indices(0, "forget", 0, 6, 10).tolist() == [2, 3, 4, 7, 5, 6]
+    assert training(0, "forget", 0, 6, 10).tolist() == [2, 3, 4, 7, 5, 6]
     assert paired_indices(0, "retain", 0, 6, 10).tolist() == [2, 8, 6, 6, 8, 6]
 
 
@@ -198,12 +204,12 @@ def test_paired_indices_are_uniform():
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_same_rows_and_shapes_on_any_number_of_processes(examples, processes):
     for step in range(6):
-        indices = training_indices(5, "forget", step, 8, len(examples))
+        indices = training(5, "forget", step, 8, len(examples))
         shape = batch_shape([examples[i] for i in indices], LENGTHS, LABELS)
         whole = collate([examples[i] for i in indices], indices.tolist(), *shape)
         parts = []
         for process in range(processes):
-            again = training_indices(5, "forget", step, 8, len(examples))
+            again = training(5, "forget", step, 8, len(examples))
             mine = process_slice(again, process, processes)
             shape_here = batch_shape([examples[i] for i in again], LENGTHS, LABELS)
             assert shape_here == shape

@@ -77,7 +77,7 @@ def streams_of(names) -> dict[str, Any]:
         count = 30 if name == "retain" else 20
         sizes = [(int(draw.integers(3, 8)), int(draw.integers(1, 9))) for _ in range(count)]
         rows = [Example(draw.integers(2, 64, p + a).tolist(), p) for p, a in sizes]
-        found[name] = make_stream(rows, 0, buckets=1)
+        found[name] = make_stream(rows, 0, buckets=1, follows="forget" if name == "idk" else None)
     return {name: found[name] for name in names}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from models import Decoder, DecoderConfig, Tokenizer
-from train import base_models
+from train import base_models, pipeline
 from train import run as runs
-from train.config import UnlearnConfig
+from train.config import RunConfig, TrainConfig, UnlearnConfig
+from train.data.batches import collate, shuffled
 from train.data.examples import Example
 from train.data.streams import make_stream
 from train.evaluators.evaluation import Model
@@ -191,6 +193,80 @@ def test_purpose_and_reference_of_a_stage(run, models):
     assert trained("two") != one
     assert trained("three", purpose="one") == one == trained("one", reference=a)
     assert trained("one", reference=b) != one
+
+
+class Blocks:
+    """Tokens of equal length: a stream of which the trainer knows the protocol alone."""
+
+    follows = None
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def identity(self):
+        return hashlib.sha256(self.tokens.tobytes()).hexdigest()
+
+    def epoch_order(self, seed, name, epoch):
+        return shuffled(seed, name, epoch, len(self))
+
+    def shape(self, rows):
+        return 16, 16
+
+    def batch(self, rows, shape, step):
+        return collate([Example(self.tokens[i].tolist(), 1) for i in rows], rows, *shape)
+
+
+def test_a_stage_takes_any_stream(run, models):
+    """The same batches from another kind of stream give the same parameters, under another key."""
+    tokens = np.random.default_rng(0).integers(1, 64, (9, 8))
+    kinds = {
+        "blocks": Blocks(tokens),
+        "rows": make_stream([Example(t, 1) for t in tokens.tolist()], 0),
+    }
+    recipe = Recipe(
+        TrainConfig(batch_size=2, epochs=1), options_of("adamw", learning_rate=1e-2), row_tokens=99
+    )
+    found = {
+        name: runs.train(
+            run,
+            name,
+            models[0],
+            objectives.resolve("nll"),
+            {"train": stream},
+            recipe,
+            purpose="same",
+        )
+        for name, stream in kinds.items()
+    }
+    assert found["blocks"].sha == found["rows"].sha != models[0].sha
+    assert identity(kinds["blocks"]) != identity(kinds["rows"])
+    streams = {"forget": kinds["blocks"], "retain": kinds["rows"]}
+    with pytest.raises(TypeError, match="stream forget: .* cached for examples alone"):
+        runs.train(run, "npo", models[0], objectives.resolve("npo"), streams, recipe)
+
+
+def test_streams_of_other_answers_follow_their_questions(models):
+    """Who follows whom comes from the table of the task's streams, whatever the objective."""
+    rows = [
+        {"question": f"Who {i}?", "answer": "Ada.", "alternate_answer": ["Bo", "Cy"]} for i in "ab"
+    ]
+    task = Task(rows, rows[:1], {}, ["I do not know."], [])
+    shape = dataclasses.replace(SHAPE, max_position_embeddings=256)
+    base = models[0]._replace(decoder=Decoder(shape, "none"))
+    for name, wanted in (
+        ("nll", {"train": None}),
+        ("idk", {"idk": "forget", "retain": None}),
+        ("dpo", {"forget": None, "idk": "forget", "retain": None}),
+        ("alternate", {"forget": None, "alternate": "forget", "retain": None}),
+    ):
+        objective, _ = objectives.resolve(name)
+        streams = pipeline.unlearning_streams(RunConfig(), objective, base, task)
+        assert {stream: made.follows for stream, made in streams.items()} == wanted
+        if "alternate" in streams:
+            assert len(streams["alternate"]) == 2 * len(streams["forget"]) == 4
 
 
 def test_minutes_go_on_where_an_earlier_start_ended(run):

@@ -30,7 +30,7 @@ from train.config import UnlearnConfig
 from train.costs.hlo_flops import device_flops
 from train.data.examples import Example
 from train.data.references import with_references
-from train.data.streams import Stream, batches_of, make_stream, pack_streams
+from train.data.streams import Examples, batches_of, make_stream, pack_streams
 from train.evaluators.evaluation import Model
 from train.optimizers import OPTIMIZERS, build
 from train.run import Recipe, Run, train
@@ -101,7 +101,7 @@ def plain():
     streams = {
         "forget": forget,
         "retain": stream(30),
-        "idk": make_stream(refusals, 0, buckets=1),
+        "idk": make_stream(refusals, 0, buckets=1, follows="forget"),
         "train": stream(40),
     }
     alternates = [
@@ -109,7 +109,7 @@ def plain():
         for e in forget.examples
         for k in range(ALTERNATES)
     ]
-    return streams | {"alternate": make_stream(alternates, 0, buckets=1)}
+    return streams | {"alternate": make_stream(alternates, 0, buckets=1, follows="forget")}
 
 
 def distance(a, b):
@@ -640,7 +640,7 @@ def test_step_donates_its_state_and_compiles_once_a_shape(start, plain):
     step = compile_step(make_step(LEARNER, row, options, tx, schedule), shardings, mesh)
     train = plain["train"]
     short = [i for i, e in enumerate(train.examples) if len(e.tokens) <= 8]
-    two = Stream(train.examples, 0, (8, 16), train.label_buckets)
+    two = Examples(train.examples, 0, (8, 16), train.label_buckets)
     assert len(short) >= 8
     lengths = set()
     for rows in (short[:8], range(8), short[-8:], range(8, 16)):

@@ -8,12 +8,13 @@ follows from the global batch alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from jaxlib_unlearn.errors import UserError
 from train.data.examples import Example, Group
+from train.data.stream import Order
 
 Batch = dict[str, np.ndarray]
 
@@ -237,22 +238,33 @@ def score_batches(
             )
 
 
-def _bits(seed: int, purpose: str, index: int) -> np.random.Philox:
+def random_bits(seed: int, purpose: str, index: int) -> np.random.Philox:
     """Random bits that belong to (seed, purpose, index), the same on every platform and process."""
     key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big")
     return np.random.Philox(np.random.SeedSequence([seed, key, index]))
 
 
+def shuffled(seed: int, stream: str, epoch: int, num_rows: int) -> np.ndarray:
+    """The order of one epoch of a stream that fits in memory: a permutation, (num_rows,) int64.
+
+    Example:
+        >>> sorted(shuffled(0, "forget", 0, 4).tolist())
+        [0, 1, 2, 3]
+    """
+    # Raw bits and a stable sort: numpy never changes those, but may `Generator.permutation`.
+    bits = random_bits(seed, f"epoch/{stream}", epoch).random_raw(num_rows)
+    return np.argsort(bits, kind="stable")
+
+
 def training_indices(
-    seed: int, stream: str, step: int, batch_size: int, num_rows: int
+    order: Callable[[int], Order], step: int, batch_size: int, num_rows: int
 ) -> np.ndarray:
     """Rows of the global batch at `step`: every row once per epoch, in a new order each time.
 
-    i = step * batch_size + b;  index_b = permutation[seed, stream, i // num_rows][i % num_rows].
+    i = step * batch_size + b;  index_b = order(i // num_rows)[i % num_rows].
 
     Args:
-        seed: the run's seed.
-        stream: what the order is for, such as `"forget"`.
+        order: epoch -> its order, such as `shuffled`.
         step: counted from 0; nothing else is needed to resume.
         batch_size: rows of the global batch (a batch may reach into the next epoch).
         num_rows: rows of the stream.
@@ -261,7 +273,9 @@ def training_indices(
         (batch_size,) int64.
 
     Example:
-        >>> sorted(int(i) for s in range(2) for i in training_indices(0, "forget", s, 3, 6))
+        >>> def order(epoch):
+        ...     return shuffled(0, "forget", epoch, 6)
+        >>> sorted(int(i) for s in range(2) for i in training_indices(order, s, 3, 6))
         [0, 1, 2, 3, 4, 5]
     """
     if num_rows < 1:
@@ -270,11 +284,7 @@ def training_indices(
     indices = np.empty(batch_size, np.int64)
     for epoch in np.unique(place // num_rows):
         here = place // num_rows == epoch
-        # Raw bits and a stable sort: numpy never changes those, but may `Generator.permutation`.
-        order = np.argsort(
-            _bits(seed, f"epoch/{stream}", int(epoch)).random_raw(num_rows), kind="stable"
-        )
-        indices[here] = order[place[here] % num_rows]
+        indices[here] = order(int(epoch))[place[here] % num_rows]
     return indices
 
 
@@ -295,7 +305,7 @@ def paired_indices(seed: int, stream: str, step: int, batch_size: int, num_rows:
     """
     if num_rows < 1:
         raise ValueError("indices of a stream without rows")
-    draws = _bits(seed, f"paired/{stream}", step).random_raw(batch_size)
+    draws = random_bits(seed, f"paired/{stream}", step).random_raw(batch_size)
     return (draws % np.uint64(num_rows)).astype(np.int64)
 
 

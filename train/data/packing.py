@@ -6,6 +6,7 @@ stored side by side: neither tokens nor labels are padded to the longest example
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from train.data.batches import (
     empty_batch,
     item_size,
     make_buckets,
+    shuffled,
     training_indices,
 )
 from train.data.examples import Example, pack, packed_length, shared_prefix
@@ -93,12 +95,14 @@ def make_packing(
     Returns:
         The packing.
     """
+    count = len(examples)
+    order = functools.cache(lambda epoch: shuffled(0, "packing", epoch, count))
     lengths, labels = [], []
     for step in range(max(16, SAMPLE // batch_size)):
-        index = training_indices(0, "packing", step, batch_size, len(examples))
+        index = training_indices(order, step, batch_size, count)
         batch = [examples[i] for i in index]
-        order = balanced([len(e.tokens) for e in batch], together)
-        rows = [[batch[i] for i in row] for row in order.reshape(-1, together)]
+        dealt = balanced([len(e.tokens) for e in batch], together)
+        rows = [[batch[i] for i in row] for row in dealt.reshape(-1, together)]
         lengths.append(max(map(packed_length, rows)))
         labels.append(max(map(num_labels, rows)))
     shared = shared_prefix(examples)

@@ -23,7 +23,8 @@ from models.decoder import Decoder, DecoderConfig
 from models.labels import spread, target_log_prob
 from train.config import to_json
 from train.data.batches import batch_shape, collate
-from train.data.streams import Stream
+from train.data.stream import Stream
+from train.data.streams import Examples
 from train.runtime import distributed, files, residency
 from train.runtime.keys import VERSION
 from train.runtime.sharding import batch_ways, put_batch
@@ -70,7 +71,7 @@ _reference_values = jax.jit(reference_values, static_argnums=(0, 1))
 def _references(
     decoder: Decoder,
     params: Any,
-    stream: Stream,
+    stream: Examples,
     kind: str,
     options: Mapping[str, Any],
     mesh: Any,
@@ -151,9 +152,14 @@ def with_references(
         if kind == "fork":
             continue
         stream = streams[name]
+        if not isinstance(stream, Examples):
+            raise TypeError(
+                f"stream {name}: the frozen model's values are cached for examples alone"
+            )
         # Streams share one padded length, which is the longest of any.
         every = kind == "hidden_all"
-        slots = max(s.length_buckets[-1] for s in streams.values()) if every else 0
+        known = [s for s in streams.values() if isinstance(s, Examples)]
+        slots = max(s.length_buckets[-1] for s in known) if every else 0
         columns = {}
         for column, quantity, with_options in REFERENCE_COLUMNS[kind]:
             options = keywords[name] if with_options else {}

@@ -1,10 +1,11 @@
-"""Streams of training batches: which rows a step sees, tokenised, padded, with cached references.
+"""Streams of examples, and the batches of several streams: which rows a step sees.
 
 A batch is a pure function of (seed, stream, step), so resuming needs nothing but the step.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +13,22 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from train.data.batches import batch_shape, collate, make_buckets, paired_indices, training_indices
+from train.data.batches import (
+    batch_shape,
+    collate,
+    make_buckets,
+    paired_indices,
+    shuffled,
+    training_indices,
+)
 from train.data.examples import Example
 from train.data.packing import Packing, balanced, collate_packed, fits, make_packing
-
-FOLLOWERS = ("idk", "alternate")  # streams of other answers to the questions of the main stream
+from train.data.stream import Order, Packable, Stream
 
 
 @dataclass(frozen=True)
-class Stream:
-    """The examples of one stream and, per example, the cached reference columns.
+class Examples:
+    """A stream of examples and, per example, the cached reference columns.
 
     Args:
         examples: tokenised rows.
@@ -31,6 +38,7 @@ class Stream:
         references: column name -> one array per example, first axis its labels.
         packing: how examples share rows of tokens; None: each has its own.
         every_slot: references are stored for every slot of a padded row, not for its labels.
+        follows: name of the stream whose rows these belong to; None: of none.
     """
 
     examples: Sequence[Example]
@@ -40,6 +48,11 @@ class Stream:
     references: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
     packing: Packing | None = None
     every_slot: bool = False
+    follows: str | None = None
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.examples)
 
     def identity(self) -> str:
         """sha256 of the examples: of their lengths, of where answers begin, and of their tokens."""
@@ -49,11 +62,28 @@ class Stream:
             found.update(np.asarray(example.tokens, "<i4").tobytes())
         return found.hexdigest()
 
-    def order(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """An order of these rows in which examples that share a row fill it evenly."""
+    def epoch_order(self, seed: int, name: str, epoch: int) -> np.ndarray:
+        """All rows, shuffled."""
+        return shuffled(seed, name, epoch, len(self))
+
+    def fits(self, together: int, length: int) -> bool:
+        """Whether rows of `together` examples have at most `length` tokens on average."""
+        return fits(self.examples, together, length)
+
+    def packed(self, together: int, batch_size: int) -> Examples:
+        """The stream with `together` examples in each row of tokens."""
+        return replace(
+            self,
+            label_buckets=self.label_buckets[-1:],  # costs nothing, and saves compilations
+            packing=make_packing(self.examples, together, batch_size),
+        )
+
+    def arranged(self, rows: np.ndarray) -> np.ndarray:
+        """These rows in an order in which examples that share a row of tokens fill it evenly."""
         if self.packing is None:
-            return np.arange(len(rows))
-        return balanced([len(self.examples[i].tokens) for i in rows], self.packing.together)
+            return rows
+        sizes = [len(self.examples[i].tokens) for i in rows]
+        return rows[balanced(sizes, self.packing.together)]
 
     def shape(self, rows: Sequence[int] | np.ndarray) -> tuple[int, ...]:
         """The padded sizes of a batch of these rows: tokens, labels; and labels of packed rows."""
@@ -65,9 +95,9 @@ class Stream:
         return length, width, slots
 
     def batch(
-        self, rows: Sequence[int] | np.ndarray, shape: tuple[int, ...] | None = None
+        self, rows: Sequence[int] | np.ndarray, shape: tuple[int, ...] | None = None, step: int = 0
     ) -> dict[str, np.ndarray]:
-        """The padded batch of these rows."""
+        """The padded batch of these rows, the same at every step."""
         chosen, ids = [self.examples[i] for i in rows], [int(i) for i in rows]
         length, width, *slots = self.shape(rows) if shape is None else shape
         if self.packing is None:
@@ -86,8 +116,12 @@ class Stream:
 
 
 def make_stream(
-    examples: Sequence[Example], pad_id: int, buckets: int = 2, batch_size: int = 1
-) -> Stream:
+    examples: Sequence[Example],
+    pad_id: int,
+    buckets: int = 2,
+    batch_size: int = 1,
+    follows: str | None = None,
+) -> Examples:
     """A stream with at most `buckets` padded lengths (each pair of lengths is a compilation).
 
     The lengths are quantiles of the longest of `batch_size` examples: its quantile q is the
@@ -101,7 +135,7 @@ def make_stream(
 
     lengths = [len(e.tokens) for e in examples]
     labels = [len(e.tokens) - e.num_prompt for e in examples]
-    return Stream(examples, pad_id, marks(lengths), marks(labels))
+    return Examples(examples, pad_id, marks(lengths), marks(labels), follows=follows)
 
 
 def pack_streams(
@@ -111,6 +145,7 @@ def pack_streams(
 
     Unpacked short rows leave slots empty (the longest of a batch sets their length), and each
     recomputes the common prefix of all prompts; packed rows do neither. The losses are the same.
+    One forward pass may serve all streams: all of them are packed, or none.
 
     Args:
         streams: those of one stage.
@@ -119,22 +154,15 @@ def pack_streams(
             device.
         length: tokens that a row should hold; 0 leaves one example in each.
     """
+    able = {name: stream for name, stream in streams.items() if isinstance(stream, Packable)}
     fitting = [
         k
         for k in range(2, divides + 1)
-        if divides % k == 0 and all(fits(s.examples, k, length) for s in streams.values())
+        if divides % k == 0 and all(stream.fits(k, length) for stream in able.values())
     ]
-    if not fitting:
+    if not fitting or len(able) < len(streams):
         return dict(streams)
-    together = max(fitting)
-    return {
-        name: replace(
-            stream,
-            label_buckets=stream.label_buckets[-1:],  # costs nothing, and saves compilations
-            packing=make_packing(stream.examples, together, batch_size),
-        )
-        for name, stream in streams.items()
-    }
+    return {name: stream.packed(max(fitting), batch_size) for name, stream in able.items()}
 
 
 def batches_of(
@@ -146,29 +174,68 @@ def batches_of(
 ) -> Callable[[int], dict[str, dict[str, np.ndarray]]]:
     """`step -> {stream: batch}`: `main` is iterated epoch by epoch, other streams are sampled.
 
-    `idk` and `alternate` follow `main` row by row; where one has several rows for each, the steps
-    use them in turn. Indices and shape are those of the global batch, of which only the rows `here`
-    (`sharding.rows_here`; None: all) are built. Examples that share rows are ordered so that the
-    rows of a batch have similar lengths.
+    A stream that follows another goes with it row by row; where it has several rows for each, the
+    steps use them in turn. Indices and shape are those of the global batch, of which only the rows
+    `here` (`sharding.rows_here`; None: all) are built. Examples that share rows are ordered so that
+    the rows of a batch have similar lengths.
+
+    Raises:
+        ValueError: a stream follows none of the others, or has not equally many rows for each.
     """
+    turns = _turns(streams, main)
+
+    @functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
+    def order(epoch: int) -> Order:
+        return streams[main].epoch_order(seed, main, epoch)
+
+    def drawn(name: str, step: int) -> np.ndarray:
+        stream = streams[name]
+        if name == main:
+            index = training_indices(order, step, batch_size, len(stream))
+        else:
+            index = paired_indices(seed, name, step, batch_size, len(stream))
+        return stream.arranged(index) if isinstance(stream, Packable) else index
 
     def batches(step: int) -> dict[str, dict[str, np.ndarray]]:
-        rows = {}
-        for name, stream in streams.items():
-            if name == main or name in FOLLOWERS:
-                leader = streams[main]
-                count = len(leader.examples)
-                index = training_indices(seed, main, step, batch_size, count)
-                index = index[leader.order(index)]
-                turns = len(stream.examples) // count
-                rows[name] = index * turns + step % turns
-            else:
-                index = paired_indices(seed, name, step, batch_size, len(stream.examples))
-                rows[name] = index[stream.order(index)]
-        # One shape for all streams: few combinations to compile.
-        shapes = [streams[name].shape(index) for name, index in rows.items()]
-        shape = tuple(map(max, *shapes)) if len(shapes) > 1 else shapes[0]
+        rows = {name: drawn(name, step) for name in streams if name not in turns}
+        for name, (leader, each) in turns.items():
+            rows[name] = rows[leader] * each + step % each
+        rows = {name: rows[name] for name in streams}
+        shapes = _common({name: streams[name].shape(index) for name, index in rows.items()})
         mine = {name: index if here is None else index[here] for name, index in rows.items()}
-        return {name: streams[name].batch(index, shape) for name, index in mine.items()}
+        return {
+            name: streams[name].batch(index, shapes[name], step) for name, index in mine.items()
+        }
 
     return batches
+
+
+def _turns(streams: Mapping[str, Stream], main: str) -> dict[str, tuple[str, int]]:
+    """The streams that follow another one of these: which, and how many rows they have for each."""
+    leaders = {
+        name: stream.follows
+        for name, stream in streams.items()
+        if name != main and stream.follows is not None
+    }
+    found = {}
+    for name, leader in leaders.items():
+        if leader not in streams or leader in leaders:
+            able = ", ".join(other for other in streams if other not in leaders)
+            raise ValueError(f"stream {name} follows {leader}, but can follow only {able}")
+        each, rest = divmod(len(streams[name]), len(streams[leader]))
+        if rest or not each:
+            raise ValueError(
+                f"stream {name} follows {leader}, but its {len(streams[name])} rows are no multiple "
+                f"of the {len(streams[leader])} there"
+            )
+        found[name] = (leader, each)
+    return found
+
+
+def _common(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """One shape for all streams with equally many sizes: few combinations to compile."""
+    largest: dict[int, tuple[int, ...]] = {}
+    for shape in shapes.values():
+        known = largest.get(len(shape), shape)
+        largest[len(shape)] = tuple(max(pair) for pair in zip(shape, known, strict=True))
+    return {name: largest[len(shape)] for name, shape in shapes.items()}

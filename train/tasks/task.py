@@ -28,8 +28,8 @@ class Task(NamedTuple):
         refusals: answers of the `idk` stream.
         notes: remarks on the choice of rows for the report.
         evaluators: names of the evaluators of its models.
-        streams: what an objective may be trained on, `(task, seed) -> rows` by name; None: those of
-            questions and answers.
+        streams: what an objective may be trained on, `(task, seed) -> rows` by name (`Paired` where
+            they belong to the rows of another); None: those of questions and answers.
     """
 
     forget: list[Row]
@@ -51,13 +51,37 @@ class Task(NamedTuple):
         Raises:
             UserError: the task has no such stream, or its rows lack what the stream needs.
         """
-        streams = STREAMS if self.streams is None else self.streams
+        streams = self._streams()
         if name not in streams:
             raise UserError(
                 f"this objective is trained on {name!r}, which the data do not have (they have "
                 f"{', '.join(streams)}); choose another --objective.name"
             )
         return streams[name](self, seed)
+
+    def follows(self, name: str) -> str | None:
+        """Name of the stream whose rows those of a stream belong to; None: of none."""
+        made = self._streams()[name]
+        return made.follows if isinstance(made, Paired) else None
+
+    def _streams(self) -> Mapping[str, Callable[[Task, int], list[Row]]]:
+        return STREAMS if self.streams is None else self.streams
+
+
+class Paired(NamedTuple):
+    """Rows of a stream that belong to the rows of another, equally many to each in its order.
+
+    Args:
+        rows: `(task, seed) -> rows`.
+        follows: name of the other stream.
+    """
+
+    rows: Callable[[Task, int], list[Row]]
+    follows: str
+
+    def __call__(self, task: Task, seed: int) -> list[Row]:
+        """The rows."""
+        return self.rows(task, seed)
 
 
 class Benchmark(NamedTuple):
@@ -156,7 +180,7 @@ def texts(task: Task) -> Iterator[str]:
 STREAMS: Mapping[str, Callable[[Task, int], list[Row]]] = {
     "forget": lambda task, seed: task.forget,
     "retain": lambda task, seed: task.retain,
-    "idk": lambda task, seed: tofu.refusal_rows(task.forget, task.refusals, seed),
-    "alternate": lambda task, seed: alternate_rows(task.forget),
+    "idk": Paired(lambda t, seed: tofu.refusal_rows(t.forget, t.refusals, seed), "forget"),
+    "alternate": Paired(lambda task, seed: alternate_rows(task.forget), "forget"),
     "train": lambda task, seed: task.forget + task.retain,
 }
