@@ -144,8 +144,8 @@ def test_rows_that_follow():
         ({"b": ("nowhere", 6)}, "stream b follows nowhere, but can follow only a"),
         ({"b": ("b", 6)}, "stream b follows b, but can follow only a"),
         ({"b": ("a", 6), "c": ("b", 6)}, "stream c follows b, but can follow only a"),
-        ({"b": ("a", 9)}, "stream b follows a, but its 9 rows are no multiple of the 6"),
-        ({"b": ("a", 3)}, "stream b follows a, but its 3 rows are no multiple of the 6"),
+        ({"b": ("a", 9)}, "stream b follows a, but its 9 rows are not a multiple of the 6"),
+        ({"b": ("a", 3)}, "stream b follows a, but its 3 rows are not a multiple of the 6"),
     ],
 )
 def test_rows_that_cannot_follow(more, message):

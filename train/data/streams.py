@@ -225,8 +225,8 @@ def _turns(streams: Mapping[str, Stream], main: str) -> dict[str, tuple[str, int
         each, rest = divmod(len(streams[name]), len(streams[leader]))
         if rest or not each:
             raise ValueError(
-                f"stream {name} follows {leader}, but its {len(streams[name])} rows are no multiple "
-                f"of the {len(streams[leader])} there"
+                f"stream {name} follows {leader}, but its {len(streams[name])} rows are not a "
+                f"multiple of the {len(streams[leader])} there"
             )
         found[name] = (leader, each)
     return found
