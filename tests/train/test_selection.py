@@ -337,9 +337,7 @@ def test_a_model_that_does_not_answer_is_refused():
     with pytest.raises(UserError, match="output of block 10; the model has blocks 0 to 9"):
         check_questions(LEARNER, *objectives.resolve("rmu", layer=10))
     asks = dataclasses.replace(ROW, asks={"forget": ("noise",)})
-    with pytest.raises(
-        UserError, match="asks a model for noise, which this kind of model"
-    ):
+    with pytest.raises(UserError, match="asks a model for noise, which this kind of model"):
         check_questions(LEARNER, asks, OPTIONS)
 
 
