@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxlib_unlearn.objectives import Objective
 from models.learner import Learner
+from train.hyper import hyper_of, static_of, traced_step
 from train.optimizers import Options, build
 from train.runtime import checkpointing, distributed, remote, residency, sharding
 from train.runtime.tracking import Tracker, progress, say
@@ -24,7 +25,6 @@ from train.step import (
     TrainState,
     compile_step,
     init_state,
-    make_step,
     objective_state,
 )
 
@@ -135,6 +135,31 @@ def curve_steps(steps: int, points: int) -> tuple[int, ...]:
     return tuple(sorted({round(steps * i / points) for i in range(points + 1)})) if points else ()
 
 
+_COMPILED: dict[Any, dict[Any, tuple[Any, dict[str, float]]]] = {}
+KEPT = 4  # kinds of steps whose programs are kept for later stages of this process
+
+
+def _programs(stage: Stage, learner: Learner, mesh: Any) -> dict[Any, Any]:
+    """Compiled steps of stages that differ in numbers alone, by the shapes of their arguments."""
+    if stage.binding is not ALL:
+        return {}
+    row = stage.objective
+    key = (
+        learner,
+        row.loss,
+        tuple(row.reference.items()),
+        static_of(stage.options, stage.optimizer),
+        stage.combine,
+        stage.accumulate,
+        mesh,
+    )
+    found = _COMPILED.pop(key, {})
+    _COMPILED[key] = found
+    while len(_COMPILED) > KEPT:
+        del _COMPILED[next(iter(_COMPILED))]
+    return found
+
+
 def run(
     stage: Stage, learner: Learner, params: Any, frozen: Any, mesh: Any, tracker: Tracker
 ) -> Any:
@@ -149,25 +174,24 @@ def run(
         Preempted: the run was asked to stop.
     """
     axis = sharding.query_axis(mesh)
-    tx, schedule, needs = build(stage.optimizer, stage.steps, stage.combine, axis)
+    tx, _, _ = build(stage.optimizer, stage.steps, stage.combine, axis)
     params = residency.fresh(params, sharding.param_shardings(params, mesh, learner.rules))
     memory = objective_state(learner, stage.objective, stage.options, stage.seed)
     state, shardings = init_state(params, tx, mesh, memory)
-    step_fn = compile_step(
-        make_step(
-            learner,
-            stage.objective,
-            stage.options,
-            tx,
-            schedule,
-            stage.accumulate,
-            needs,
-            stage.binding,
-            stage.seed,
-        ),
-        shardings,
-        mesh,
+    hyper = jax.device_put(
+        hyper_of(stage.options, stage.optimizer, stage.steps, stage.seed), shardings.step
     )
+    step = traced_step(
+        learner,
+        stage.objective,
+        stage.options,
+        stage.optimizer,
+        stage.combine,
+        axis,
+        stage.accumulate,
+        stage.binding,
+    )
+    compiled = _programs(stage, learner, mesh)
     start = 0
     found = checkpointing.load_latest(stage.checkpoints, state, say)
     if found is not None:
@@ -203,15 +227,19 @@ def run(
             )
         return values["loss"]
 
-    compiled: dict[Any, tuple[Any, dict[str, float]]] = {}
+    step_fn = compile_step(step, shardings, mesh)
     spent: list[float] = []  # seconds of the compilations since progress was last shown
 
     def program(state, batches):
         """The step for batches of these shapes, compiled once, and its MiB on a device."""
-        shapes = tuple((n, k, x.shape) for n, b in batches.items() for k, x in b.items())
+        leaves = jax.tree.leaves((state, frozen))
+        shapes = (
+            *(f"{n} {k} {x.shape}" for n, b in batches.items() for k, x in b.items()),
+            *(f"{x.shape} {x.dtype} {x.sharding}" for x in leaves),
+        )
         if shapes not in compiled:
             began = time.monotonic()
-            made = step_fn.lower(state, frozen, batches).compile()
+            made = step_fn.lower(state, hyper, frozen, batches).compile()
             spent.append(time.monotonic() - began)
             size = step_bytes(made)
             compiled[shapes] = made, {} if size is None else {"step_mib": round(size / 2**20, 3)}
@@ -257,7 +285,7 @@ def run(
             run_step, look = program(state, batches)
             look = look | looked(step, state)
             distributed.unsaved(True)
-            state, metrics = run_step(state, frozen, batches)
+            state, metrics = run_step(state, hyper, frozen, batches)
             pending = (step, metrics, look)
             advance(1, f"loss {loss:.4f}" if math.isfinite(loss) else "", sum(spent))
             spent.clear()

@@ -6,11 +6,14 @@ into one and fits `joint` rows only.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn import optim, options
@@ -53,19 +56,44 @@ def _summary(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").splitlines()[0].partition(": ")[2].rstrip(".")
 
 
+def schedule_numbers(config: Options, steps: int) -> dict[str, float]:
+    """What a schedule depends on: its peak, the steps of warm-up, and the steps behind them."""
+    warm = min(steps - 1, round(config.warmup * steps)) if steps > 1 else 0
+    return {
+        "peak": float(config.learning_rate),
+        "warm": float(warm),
+        "rest": float(max(1, steps - warm)),
+    }
+
+
 def make_schedule(config: Options, steps: int) -> optax.Schedule:
     """Learning rate over `steps`: linear warm-up, then constant, linear or cosine decay to 0."""
-    warm = min(steps - 1, round(config.warmup * steps)) if steps > 1 else 0
-    peak, rest = config.learning_rate, max(1, steps - warm)
-    forms = (
-        optax.constant_schedule(peak),
-        optax.linear_schedule(peak, 0.0, rest),
-        optax.cosine_decay_schedule(peak, rest),
-    )
-    after = forms[SCHEDULES.index(config.schedule)]
-    if warm == 0:
-        return after
-    return optax.join_schedules([optax.linear_schedule(peak / warm, peak, warm), after], [warm])
+    return schedule_of(config.schedule, schedule_numbers(config, steps))
+
+
+def schedule_of(form: str, numbers: Mapping[str, Any]) -> optax.Schedule:
+    """A schedule of these numbers, which may be traced.
+
+    Args:
+        form: one of `SCHEDULES`.
+        numbers: from `schedule_numbers`.
+
+    Example:
+        >>> rate = schedule_of("linear", {"peak": 1.0, "warm": 2.0, "rest": 4.0})
+        >>> [float(rate(step)) for step in range(7)]
+        [0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    peak, warm, rest = (numbers[name] for name in ("peak", "warm", "rest"))
+
+    def rate(count: Any) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32)
+        first = peak / jnp.maximum(warm, 1.0)
+        rise = (first - peak) * (1 - step / jnp.maximum(warm, 1.0)) + peak
+        done = jnp.clip(step - warm, 0.0, rest) / rest
+        falls = (1.0, 1 - done, 0.5 * (1 + jnp.cos(jnp.pi * done)))
+        return jnp.where(step < warm, rise, peak * falls[SCHEDULES.index(form)])
+
+    return rate
 
 
 def options_of(name: str, /, **given: Any) -> Any:
@@ -196,10 +224,19 @@ def build(
     `axis` is the mesh axis over which zeroth-order steps distribute their evaluations.
     """
     check(config)
-    row, schedule = OPTIMIZERS[config.name], make_schedule(config, steps)
+    suggest.choose(combine, COMBINERS, "--combine")
+    return transformation(config, schedule_numbers(config, steps), combine, axis)
+
+
+def transformation(
+    config: Options, numbers: Mapping[str, Any], combine: str = "sum", axis: str | None = None
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule, str]:
+    """As `build`, of checked options and of `schedule_numbers`, which may be traced."""
+    config = dataclasses.replace(config, learning_rate=numbers["peak"])
+    row, schedule = OPTIMIZERS[config.name], schedule_of(config.schedule, numbers)
     more = (axis,) if row.sides else ()
     tx, needs = row.build(config, schedule, *more), row.needs
-    make_combiner = suggest.choose(combine, COMBINERS, "--combine")
+    make_combiner = COMBINERS[combine]
     if make_combiner is not None:
         tx, needs = optax.chain(make_combiner(), tx), "split"
     if config.clip_norm is not None and needs == "split":

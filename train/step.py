@@ -6,6 +6,7 @@ the weight over all of them, so no result depends on how the batch was split.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -82,9 +83,8 @@ def split_batch(batches: Batches, parts: int) -> Batches:
     return {name: split(batch) for name, batch in batches.items()}
 
 
-def key_of(seed: int) -> jax.Array:
-    """The key of a stage's seed, which may have more than 32 bits."""
-    high, low = divmod(seed, 2**32)
+def key_of(high: Any, low: Any) -> jax.Array:
+    """The key of a stage's seed, `high * 2^32 + low`."""
     return jax.random.fold_in(jax.random.key(high), low)
 
 
@@ -105,7 +105,7 @@ class Losses:
         batches: by stream.
         accumulate: number of micro-batches.
         binding: how `params` and `frozen` form models.
-        seed: of what the row draws.
+        key: of what the row draws; None: it draws nothing.
         step: number of the step, for the same.
         state: the row's state.
     """
@@ -121,14 +121,14 @@ class Losses:
         accumulate: int = 1,
         binding: Binding = ALL,
         *,
-        seed: int = 0,
+        key: jax.Array | None = None,
         step: Any = 0,
         state: Any = (),
     ):
         questions = objective.questions(options)
 
         def keys(batch: Any, purpose: str) -> jax.Array:
-            return row_keys(key_of(seed), step)(batch, purpose)
+            return row_keys(jax.random.key(0) if key is None else key, step)(batch, purpose)
 
         def terms(trainable, part, layer_map=None, joined=True):
             params, layer_map = binding.bind(trainable, frozen, layer_map)
@@ -220,14 +220,14 @@ def make_step(
     accumulate: int = 1,
     needs: str = "joint",
     binding: Binding = ALL,
-    seed: int = 0,
+    key: jax.Array | None = None,
 ) -> Callable[[TrainState, Any, Batches], tuple[TrainState, dict[str, jax.Array]]]:
     """The un-jitted step `(state, frozen, batches) -> (state, metrics)`.
 
     `needs` says what the optimizer receives: `joint`, one gradient; `split`, those of the forget
     side and of the retain side (the row's `sides`); `value`, the loss as a function (no gradient is
     computed); `lazy`, the loss and its gradient as functions. `binding` makes models of the trained
-    tree; `seed` is that of what the row draws.
+    tree; `key` is that of what the row draws.
     """
 
     def step(state: TrainState, frozen: Any, batches: Batches):
@@ -241,7 +241,7 @@ def make_step(
             batches,
             accumulate,
             binding,
-            seed=seed,
+            key=key,
             step=state.step,
             state=state.objective,
         )
@@ -290,7 +290,7 @@ def objective_state(learner: Learner, objective: Objective, options: Any, seed: 
     """The state that a row starts with; `()` for rows without one."""
     if objective.init_state is None:
         return ()
-    return objective.init_state(key_of(seed), options, learner.sizes)
+    return objective.init_state(key_of(*divmod(seed, 2**32)), options, learner.sizes)
 
 
 def init_state(
@@ -341,11 +341,15 @@ def shaped(tree: Any, shardings: Any) -> Any:
 
 
 def compile_step(step: Callable[..., Any], shardings: TrainState, mesh: Any) -> Callable[..., Any]:
-    """`jit` of a step with its layout fixed on both sides and the state's buffers donated."""
+    """`jit` of a step with its layout fixed on both sides and the state's buffers donated.
+
+    The step takes a state, whatever else, and batches last.
+    """
+    others = len(inspect.signature(step).parameters) - 2
     replicated = shardings.step
     return jax.jit(
         step,
-        in_shardings=(shardings, None, batch_sharding(mesh)),
+        in_shardings=(shardings, *[None] * others, batch_sharding(mesh)),
         out_shardings=(shardings, replicated),
         donate_argnums=(0,),
     )

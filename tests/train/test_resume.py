@@ -141,18 +141,19 @@ def test_stopped_in_the_middle_of_a_checkpoint(setting, undisturbed, tmp_path, m
 
 def poison(patch: pytest.MonkeyPatch, step: int) -> None:
     """Make the loss of one step NaN."""
-    real = loop.make_step
+    real = loop.traced_step
 
-    def make_step(*args):
+    def traced_step(*args):
         inner = real(*args)
 
-        def run(state, frozen, batches):
-            after, values = inner(state, frozen, batches)
+        def run(state, hyper, frozen, batches):
+            after, values = inner(state, hyper, frozen, batches)
             return after, values | {"loss": jnp.where(state.step == step, jnp.nan, values["loss"])}
 
         return run
 
-    patch.setattr(loop, "make_step", make_step)
+    patch.setattr(loop, "traced_step", traced_step)
+    patch.setattr(loop, "_COMPILED", {})
 
 
 def test_a_loss_that_is_not_finite(setting, undisturbed, tmp_path, monkeypatch):
@@ -276,6 +277,7 @@ def test_sigterm_outside_training_ends_at_once(program, small, tmp_path, monkeyp
     done = program("train.unlearn", *argv, one)
     assert done.code == 0, done.err
     with monkeypatch.context() as patch:
+        patch.setattr(loop, "_COMPILED", {})
         terminate_at(patch, loop, "compile_step", lambda *args: True)
         done = program("train.unlearn", *argv, two)
     stopped(done)

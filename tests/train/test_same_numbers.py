@@ -153,9 +153,9 @@ def run_stage(name, sizes, accumulate, start, plain, folder):
 
         programs = []
 
-        def call(state, frozen, batches):
+        def call(state, hyper, frozen, batches):
             seen["rows"].append({n: np.asarray(b["row_id"]).tolist() for n, b in batches.items()})
-            state, metrics = programs[0](state, frozen, batches)
+            state, metrics = programs[0](state, hyper, frozen, batches)
             if seen["gradient"] is None:
                 mu = optax.tree.get(state.opt_state, "mu")
                 seen["gradient"] = jax.tree.map(lambda x: np.array(x) / (1 - ADAMW.b1), mu)
@@ -169,6 +169,7 @@ def run_stage(name, sizes, accumulate, start, plain, folder):
     frozen = head_of(params) if "hidden" in row.reference.values() else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compile_step", watched)
+        patch.setattr(loop, "_COMPILED", {})
         params = loop.run(stage, LEARNER, params, frozen, mesh, Tracker(folder))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(STEPS))

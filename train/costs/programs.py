@@ -28,11 +28,11 @@ from train.base_models import scratch_shape
 from train.config import RunConfig
 from train.data.batches import collate
 from train.data.references import REFERENCE_COLUMNS
+from train.hyper import hyper_of, traced_step
 from train.runtime import sharding
 from train.step import (
     TrainState,
     compile_step,
-    make_step,
     objective_state,
     shaped,
     state_shapes,
@@ -124,12 +124,8 @@ def train_program(
     sharding.check_batch(mesh, rows, config.unlearn.accumulate, "unlearning")
     optimizers.check_mesh(config.optimizer, mesh)
     checks.check_blocks(config.optimizer, decoder.config.num_layers)
-    tx, schedule, needs = optimizers.build(
-        config.optimizer,
-        config.unlearn.steps or STEPS,
-        config.combine,
-        sharding.query_axis(mesh),
-    )
+    axis, steps = sharding.query_axis(mesh), config.unlearn.steps or STEPS
+    tx, _, _ = optimizers.build(config.optimizer, steps, config.combine, axis)
     learner, params = DecoderLearner(decoder), param_shapes(decoder, mesh)
     made = trained_shapes(config, params, mesh, objective, decoder.config.dtype)
     memory = jax.eval_shape(lambda: objective_state(learner, objective, options, 0))
@@ -145,13 +141,22 @@ def train_program(
                 jnp.float32,
                 sharding=sharding.batch_sharding(mesh),
             )
-    step = make_step(
-        learner, objective, options, tx, schedule, config.unlearn.accumulate, needs, made.binding
+    step = traced_step(
+        learner,
+        objective,
+        options,
+        config.optimizer,
+        config.combine,
+        axis,
+        config.unlearn.accumulate,
+        made.binding,
     )
+    hyper = jax.eval_shape(lambda: hyper_of(options, config.optimizer, steps))
+    hyper = shaped(hyper, jax.tree.map(lambda _: shardings.step, hyper))
     tokens = rows * length * len(objective.streams)
     unit = f"a step of {len(objective.streams)} x {rows} rows of {length} tokens ({tokens} tokens)"
     return AbstractProgram(
-        "train", compile_step(step, shardings, mesh), (state, made.frozen, batches), unit
+        "train", compile_step(step, shardings, mesh), (state, hyper, made.frozen, batches), unit
     )
 
 
