@@ -578,11 +578,38 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, make, says):
 
 def test_program_starts_without_the_heavy_imports():
     code = (
-        "import sys, train.report; "
+        "import sys, train.report; train.report.main(['r', '--cvs']); "
         "print([m for m in ('jax', 'matplotlib', 'jinja2', 'rich', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "argv, wanted",
+    [
+        ("r --html", {"html": "comparison.html"}),
+        ("r --html --all", {"html": "comparison.html", "all": "True"}),
+        ("--html x.html r", {"html": "x.html"}),
+        ("r --csv None", {"csv": "None"}),
+        ("r --csv=x --latex y", {"csv": "x", "latex": "y"}),
+        ("-- r", {}),
+        ("--html r", "error: the following arguments are required: RUN; see python -m "),
+        ("r --cvs x", "error: unknown option --cvs; did you mean --csv?\n"),
+        ("r --al", "error: unknown option --al; did you mean --all?\n"),
+        ("r --no-all", "error: unknown option --no-all; did you mean --all?\n"),
+        ("r --zzz", "error: unknown option --zzz; known: --help, --html, --csv, --latex, --all\n"),
+        ("r --csv", "error: argument --csv: expected one argument; see python -m "),
+    ],
+)
+def test_arguments(capsys, argv, wanted):
+    if isinstance(wanted, str):
+        assert report.main(argv.split()) == 2
+        assert capsys.readouterr().err.startswith(wanted)
+    else:
+        found = vars(report._parse(argv.split()))
+        assert [*map(str, found.pop("runs"))] == ["r"]
+        assert {name: str(value) for name, value in found.items() if value} == wanted
 
 
 def test_program(tmp_path, capsys):

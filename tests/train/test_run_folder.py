@@ -116,6 +116,23 @@ def test_the_lock_of_a_run_that_has_just_ended(tmp_path, monkeypatch):
         assert gone and (tmp_path / folder.LOCK).exists()
 
 
+def test_the_lock_of_a_run_that_has_just_ended_on_nfs(tmp_path, monkeypatch):
+    """A file that is removed while it is open keeps a name there, so links do not tell."""
+    real = fcntl.flock
+    gone = []
+
+    def flock(file, how):
+        real(file, how)
+        if not gone:
+            (tmp_path / ".nfs0001").hardlink_to(tmp_path / folder.LOCK)
+            gone.append((tmp_path / folder.LOCK).unlink())
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with folder.locked(tmp_path), (tmp_path / folder.LOCK).open("a") as other:
+        with pytest.raises(BlockingIOError):
+            real(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
     def flock(file, how):
         raise OSError(folder.errno.ENOLCK, "No locks available")

@@ -52,3 +52,17 @@ def test_a_short_job_shows_nothing(clock, capsys):
             clock.t += 0.5
             advance()
     assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_a_line_is_written_over(clock, capsys, monkeypatch):
+    """Nothing else is asked of the terminal: a run that is killed leaves it as it was."""
+    monkeypatch.setattr(tracking.sys.stderr, "isatty", lambda: True)
+    with tracking.progress("train [1]", 2) as advance:
+        for _ in range(2):
+            clock.t += 10
+            advance(1, "loss [red]1[/red]")
+    first, second, end = capsys.readouterr().err.split("\r\x1b[K")[1:]
+    assert "\x1b" not in first + second + end and "\r" not in first + second + end
+    assert re.fullmatch(r"train \[1\] █{12}░{12} 1/2 +loss \[red\]1\[/red\]", first)
+    assert re.fullmatch(r"train \[1\] █{24} 2/2 +ETA 0:00 +loss \[red\]1\[/red\]", second)
+    assert end == "train [1]: 2 in 20 s\n"
