@@ -73,6 +73,16 @@ def option(
     return dataclasses.field(default=default, metadata=metadata | more)
 
 
+def is_zero(value: Any) -> bool:
+    """Whether an option is the number 0, which leaves a term out; a traced number is not.
+
+    Example:
+        >>> is_zero(0.0), is_zero(0.5)
+        (True, False)
+    """
+    return isinstance(value, int | float) and value == 0
+
+
 def check(options: Any, name: Callable[[str], str] = str) -> None:
     """Check every field of a dataclass against its own metadata.
 

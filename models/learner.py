@@ -26,7 +26,8 @@ class Learner(Protocol):
 
     `answers` are the questions it can be asked, `rules` how its parameters lie on a mesh, `layered`
     whether it takes a `layer_map` (a function of one layer's parameters, applied where the layer is
-    used), `sizes` numbers that a row's state may depend on.
+    used), `sizes` numbers that a row's state may depend on, `dtype` what
+    it computes in.
     """
 
     @property
@@ -37,6 +38,8 @@ class Learner(Protocol):
     def layered(self) -> bool: ...
     @property
     def sizes(self) -> Mapping[str, int]: ...
+    @property
+    def dtype(self) -> str: ...
 
     def identity(self) -> Any:
         """What its outputs depend on beside the parameters: a frozen dataclass or JSON values."""
@@ -115,6 +118,11 @@ class DecoderLearner:
         """Width of the residual stream, number of blocks, size of the vocabulary."""
         c = self.decoder.config
         return {"hidden": c.hidden_size, "blocks": c.num_layers, "vocab": c.vocab_size}
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return self.decoder.config.dtype
 
     def identity(self) -> Any:
         """The decoder's configuration: rotary positions, dtypes and all else."""

@@ -193,9 +193,12 @@ def check_pair(config: Options, combine: str, objective: Objective, settings: An
 
 
 def two_sided(objective: Objective, settings: Any) -> bool:
-    """Whether the objective's terms have a forget and a retain side, with its options."""
-    retain = getattr(settings, "retain", None) not in (None, "none")
-    return retain and "retain" in objective.streams and len(objective.streams) > 1
+    """Whether the objective's terms have two sides, with its options."""
+    if getattr(settings, "retain", "") in (None, "none"):
+        return False
+    if objective.sides != ("forget", "retain"):
+        return True  # the row says so
+    return "retain" in objective.streams and len(objective.streams) > 1
 
 
 def check_steps(config: Options, steps: int) -> None:

@@ -25,7 +25,7 @@ from jaxlib_unlearn.objectives import Objective
 from models.learner import check_questions
 from train import loop
 from train.config import LoraConfig, SelectConfig, TrainConfig, UnlearnConfig, to_json
-from train.data.references import with_references
+from train.data.references import cached_streams, with_references
 from train.data.stream import Stream
 from train.data.streams import batches_of, pack_streams
 from train.evaluators.evaluation import Model
@@ -218,17 +218,20 @@ def train(
 
     def make(checkpoints: Path) -> Any:
         computed.append(name)
-        with distributed.interruptible():
-            ready = with_references(
-                streams, row, options, frozen.decoder, frozen.params, frozen.sha, mesh, run.folder
-            )
+        ready = streams
+        if cached_streams(row):
+            with distributed.interruptible():
+                ready = with_references(
+                    streams, row, options, frozen.decoder, frozen.params, frozen.sha, mesh,
+                    run.folder,
+                )  # fmt: skip
         training = trainable_of(
             start.params,
             row,
             adapters,
             recipe.select,
             seed=run.seed,
-            dtype=start.decoder.config.dtype,
+            dtype=start.learner.dtype,
             mesh=mesh,
         )
         here = sharding.rows_here(mesh, stage.batch_size)

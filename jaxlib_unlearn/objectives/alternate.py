@@ -31,6 +31,7 @@ from jaxlib_unlearn.objectives.preference import (
     push_term,
     pushes,
 )
+from jaxlib_unlearn.options import is_zero
 
 _ALTPO_COMPAT = {
     "no_factor": Compat("without the factor 2/beta (TOFU's DPO)", additive=True),
@@ -60,7 +61,7 @@ class AltPO(DPO):
 def alternate(context: Context, batches: Mapping[str, Batch], options: Alternate) -> Terms:
     """``L = f [NLL(alternate) + push SimNPO(forget)] + r R(retain)``."""
     terms = {"forget_alternate": nll_term(context, batches["alternate"])}
-    if options.push:
+    if not is_zero(options.push):
         batch = batches["forget"]
         mask = batch["target_mask"]
         sums = losses.row_sums(context.model.log_probs(batch), mask)

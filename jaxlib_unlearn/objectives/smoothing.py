@@ -36,7 +36,7 @@ from jaxlib_unlearn.objectives.base import (
 from jaxlib_unlearn.objectives.context import Batch, Context
 from jaxlib_unlearn.objectives.gradient import QA
 from jaxlib_unlearn.objectives.preference import Pushed, push_term
-from jaxlib_unlearn.options import option
+from jaxlib_unlearn.options import is_zero, option
 
 _COMPAT = {
     "token_mean": Compat("token mean instead of sequence mean (MUSE)", additive=True),
@@ -107,18 +107,19 @@ def _distil(context: Context, batch: Batch, compat: str | None, skip_first: bool
 def _distil_and_push(context: Context, batch: Batch, options: ASU) -> Terms:
     """ASU's forget terms with ``push`` or ``contrast``: one vocabulary product for both."""
     amount, push = options.contrast, options.push
+    plain, pushed = not is_zero(amount), not is_zero(push)
     mask = batch["target_mask"]
 
     def values(logits: jax.Array, *rest: jax.Array) -> dict[str, jax.Array]:
         *frozen, targets = rest
-        teacher = losses.contrast(frozen[0], frozen[1], amount) if amount else frozen[0]
+        teacher = losses.contrast(frozen[0], frozen[1], amount) if plain else frozen[0]
         found = {"kl": losses.token_kl(teacher, logits)}
-        return found | ({"logp": losses.token_log_probs(logits, targets)} if push else {})
+        return found | ({"logp": losses.token_log_probs(logits, targets)} if pushed else {})
 
-    found = context.compare(batch, values, plain=bool(amount))
+    found = context.compare(batch, values, plain=plain)
     reduce = losses.masked_sum if options.compat == "token_mean" else losses.sequence_mean
     terms: Terms = {"forget": reduce(found["kl"], mask)}
-    if push:
+    if pushed:
         terms["forget_push"] = push_term(losses.row_sums(found["logp"], mask), mask, options)
     return terms
 
@@ -126,7 +127,7 @@ def _distil_and_push(context: Context, batch: Batch, options: ASU) -> Terms:
 def asu(context: Context, batches: Mapping[str, Batch], options: ASU) -> Terms:
     """``L = f [KL(smoothed teacher || model) + push SimNPO](forget) + r R(retain)``."""
     batch = batches["forget"]
-    if options.push or options.contrast:
+    if not (is_zero(options.push) and is_zero(options.contrast)):
         forget = _distil_and_push(context, batch, options)
     else:
         forget = {"forget": _distil(context, batch, options.compat, skip_first=False)}

@@ -22,12 +22,12 @@ from models import generate
 from models.architectures import config_of
 from models.decoder import Decoder
 from models.labels import score
-from models.learner import DecoderLearner
+from models.learner import DecoderLearner, Learner
 from train import checks, optimizers
 from train.base_models import scratch_shape
 from train.config import RunConfig
 from train.data.batches import collate
-from train.data.references import REFERENCE_COLUMNS
+from train.data.references import REFERENCE_COLUMNS, cached_streams
 from train.hyper import hyper_of, traced_step
 from train.runtime import sharding
 from train.step import (
@@ -124,16 +124,10 @@ def train_program(
     sharding.check_batch(mesh, rows, config.unlearn.accumulate, "unlearning")
     optimizers.check_mesh(config.optimizer, mesh)
     checks.check_blocks(config.optimizer, decoder.config.num_layers)
-    axis, steps = sharding.query_axis(mesh), config.unlearn.steps or STEPS
-    tx, _, _ = optimizers.build(config.optimizer, steps, config.combine, axis)
     learner, params = DecoderLearner(decoder), param_shapes(decoder, mesh)
     made = trained_shapes(config, params, mesh, objective, decoder.config.dtype)
-    memory = jax.eval_shape(lambda: objective_state(learner, objective, options, 0))
-    state, shardings = state_shapes(made.start, tx, mesh, memory)
     batches = {name: batch_shapes(rows, length, labels, mesh) for name in objective.streams}
-    for name, kind in objective.reference.items():
-        if kind == "fork":
-            continue
+    for name, kind in cached_streams(objective).items():
         for column, quantity, _ in REFERENCE_COLUMNS[kind]:
             tail = () if quantity == "logps" else (decoder.config.hidden_size,)
             batches[name][column] = jax.ShapeDtypeStruct(
@@ -141,23 +135,58 @@ def train_program(
                 jnp.float32,
                 sharding=sharding.batch_sharding(mesh),
             )
-    step = traced_step(
-        learner,
-        objective,
-        options,
-        config.optimizer,
-        config.combine,
-        axis,
-        config.unlearn.accumulate,
-        made.binding,
-    )
-    hyper = jax.eval_shape(lambda: hyper_of(options, config.optimizer, steps))
-    hyper = shaped(hyper, jax.tree.map(lambda _: shardings.step, hyper))
     tokens = rows * length * len(objective.streams)
-    unit = f"a step of {len(objective.streams)} x {rows} rows of {length} tokens ({tokens} tokens)"
-    return AbstractProgram(
-        "train", compile_step(step, shardings, mesh), (state, hyper, made.frozen, batches), unit
+    return step_program(
+        learner,
+        (objective, options),
+        config.optimizer,
+        made,
+        batches,
+        mesh,
+        f"a step of {len(objective.streams)} x {rows} rows of {length} tokens ({tokens} tokens)",
+        combine=config.combine,
+        accumulate=config.unlearn.accumulate,
+        steps=config.unlearn.steps or STEPS,
     )
+
+
+def step_program(
+    learner: Learner,
+    objective: tuple[Objective, Any],
+    optimizer: optimizers.Options,
+    made: Trainable,
+    batches: Any,
+    mesh: Mesh,
+    unit: str,
+    *,
+    combine: str = "sum",
+    accumulate: int = 1,
+    steps: int = STEPS,
+) -> AbstractProgram:
+    """One training step of any kind of model.
+
+    Args:
+        learner: the kind of model.
+        objective: a row and its options.
+        optimizer: how a step is taken.
+        made: what is trained, as shapes laid out on the mesh.
+        batches: shapes of the batches by stream.
+        mesh: the devices.
+        unit: what one step processes.
+        combine: how the gradients of the two sides become one.
+        accumulate: micro-batches.
+        steps: length of the schedule.
+    """
+    row, options = objective
+    axis = sharding.query_axis(mesh)
+    tx, _, _ = optimizers.build(optimizer, steps, combine, axis)
+    memory = jax.eval_shape(lambda: objective_state(learner, row, options, 0))
+    state, shardings = state_shapes(made.start, tx, mesh, memory)
+    step = traced_step(learner, row, options, optimizer, combine, axis, accumulate, made.binding)
+    hyper = jax.eval_shape(lambda: hyper_of(options, optimizer, steps))
+    hyper = shaped(hyper, jax.tree.map(lambda _: shardings.step, hyper))
+    args = (state, hyper, made.frozen, batches)
+    return AbstractProgram("train", compile_step(step, shardings, mesh), args, unit)
 
 
 def score_program(

@@ -20,12 +20,12 @@ Row = dict[str, Any]
 NUM_PERTURBED = 5
 
 # Syllables are chosen so that no combination is a word or a real person's full name.
-_FIRST = (
+_FIRST: tuple[list[str], list[str]] = (
     "Bel Cor Dar Fen Gal Hel Jor Kel Lor Mir Nev Or Per Quil Ros Sel Tor Ul Ver Wyl Yar "
     "Zan".split(),
     "adrin ebor ivan olen umar atha ewyn ilda osko una avek elio".split(),
 )
-_LAST = (
+_LAST: tuple[list[str], list[str]] = (
     "Bram Cald Drev Elm Fald Grim Hask Jarn Kest Lind Morv Nald Orm Prav Rusk Stel Tarn Ulv Vest "
     "Wend Yelm Zorn".split(),
     "aquist ebeck ivaro omere usky athorpe ewell inova ofeld ulane astra ecote".split(),

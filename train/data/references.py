@@ -41,9 +41,14 @@ REFERENCE_COLUMNS = {
 }
 
 
+def cached_streams(objective: Objective) -> dict[str, str]:
+    """The streams of which something of the frozen model is cached, and what."""
+    return {name: kind for name, kind in objective.reference.items() if kind != "fork"}
+
+
 def needs_head(objective: Objective) -> bool:
     """Whether a row's references are hidden states, which a frozen head unembeds."""
-    return any(kind not in ("logps", "fork") for kind in objective.reference.values())
+    return any(kind != "logps" for kind in cached_streams(objective).values())
 
 
 def reference_values(
@@ -148,9 +153,7 @@ def with_references(
     """
     keywords = reference_forward(objective, config, decoder.config.num_layers)
     result = dict(streams)
-    for name, kind in objective.reference.items():
-        if kind == "fork":
-            continue
+    for name, kind in cached_streams(objective).items():
         stream = streams[name]
         if not isinstance(stream, Examples):
             raise TypeError(

@@ -6,6 +6,7 @@ changes every field of the configurations of model and run and expects one or th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ def stage_inputs(
     inputs = {
         "version": VERSION,
         "start": start,
-        "model": to_json(model),
+        "model": to_json(model) if dataclasses.is_dataclass(model) else model,
         "streams": {name: stream.identity() for name, stream in streams.items()},
         "objective": to_json(objective),
         "optimizer": to_json(optimizer),
