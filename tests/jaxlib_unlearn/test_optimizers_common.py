@@ -20,8 +20,6 @@ from flax.training.train_state import TrainState
 
 from jaxlib_unlearn import optim
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 RATE = 0.05
 
 

@@ -34,8 +34,6 @@ from train.runtime.sharding import (
     state_shardings,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_afresh")
-
 TINY = DecoderConfig(64, 16, 32, 2, 4, 2, 4)
 HF = {
     "vocab_size": 64,
