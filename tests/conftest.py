@@ -32,6 +32,14 @@ REPO = Path(__file__).resolve().parent.parent
 collect_ignore = [] if importlib.util.find_spec("torch") else ["bench/torch_peers.py"]
 
 
+# The quickstart, shrunk to a few seconds; tests have 8 virtual devices, runs use one.
+SMALL = (
+    "--mesh.data 1 --model.hidden-size 32 --model.num-layers 2 --model.intermediate-size 64 "
+    "--model.num-heads 2 --model.num-kv-heads 1 --model.vocab-size 512 --data.num-authors 10 "
+    "--data.holdout-rows 6 --finetune.batch-size 8 --unlearn.batch-size 8 "
+    "--evaluate.leak-samples 2 --evaluate.max-new-tokens 8"
+).split()
+
 # Files that take longest, in this order: with `--dist loadfile` one of them begun last would keep
 # one worker busy alone.
 HEAVY = (
@@ -55,6 +63,7 @@ def pytest_collection_modifyitems(items):
 # one.
 QUICK = jax.config.jax_platforms == "cpu"
 FUSIONS = "xla_cpu_use_fusion_emitters"
+KEPT = 0.05  # seconds of compilation from which on a program is kept
 MANY = 25_000  # memory maps
 
 
@@ -69,16 +78,17 @@ class State:
 def compile_options(*args, _real=compiler.get_compile_options, **options):
     """JAX's own, without fusions where they are not wanted.
 
-    Programs of several devices are not kept: from the cache, XLA's CPU programs run their
-    collectives in any order, one device waits in one all-reduce, another in the next, and after
-    40 s the process is aborted.
+    Programs that are measured are not kept, nor those of several devices: from the cache, XLA's CPU
+    programs run their collectives in any order, one device waits in one all-reduce, another in the
+    next, and after 40 s the process is aborted.
     """
     State.programs += 1
     made = _real(*args, **options)
     alone = made.num_replicas == made.num_partitions == 1
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05 if alone else 1e9)
     if alone and not State.fused:
         made.env_option_overrides = [*made.env_option_overrides, *(State.unfused or ())]
+    kept = alone and not (QUICK and State.fused)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT if kept else 1e9)
     return made
 
 
@@ -147,10 +157,20 @@ def few_mappings():
 
 @pytest.fixture(scope="session")
 def quick_environment() -> dict[str, str]:
-    """For programs that a test starts on one device: compile as quickly as the tests do."""
+    """For programs that a test starts on one device: they compile as quickly as the tests do."""
     flags = [os.environ.get("XLA_FLAGS", "")]
     flags += [f"--{name}={str(value).lower()}" for name, value in State.unfused or ()]
-    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(flags).strip()}
+    found = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(flags).strip()}
+    if folder := jax.config.jax_compilation_cache_dir:
+        found |= {"JAX_COMPILATION_CACHE_DIR": folder}
+        found |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(KEPT)}
+    return found
+
+
+@pytest.fixture(scope="session")
+def small() -> list[str]:
+    """Options that shrink the quickstart to a few seconds."""
+    return list(SMALL)
 
 
 @pytest.fixture(scope="session")
