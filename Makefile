@@ -27,6 +27,8 @@ ARGS ?=
 TPU_VENV = $(VENV)-tpu
 ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(VENV)" UV="$(UV)" sh .ci/environment
 RUN = $(VENV)/bin/python
+# A file's fixtures are made by one worker; tests/conftest.py puts the longest files first.
+BY_FILE = --dist loadfile --no-loadscope-reorder
 TPU_ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(TPU_VENV)" UV="$(UV)" sh .ci/environment
 TPU_RUN = JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python
 
@@ -46,7 +48,7 @@ unlearn:  ## any run in the same environment: make unlearn ARGS="quickstart --ob
 
 test:  ## the tests, without the slow ones and those that need torch
 	$(ENVIRONMENT) train test tensorboard
-	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) $(BY_FILE) $(ARGS)
 
 parity:  ## the tests that compare with torch (installs it into the same environment)
 	$(ENVIRONMENT) train test parity

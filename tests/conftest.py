@@ -18,6 +18,7 @@ for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -31,21 +32,110 @@ REPO = Path(__file__).resolve().parent.parent
 collect_ignore = [] if importlib.util.find_spec("torch") else ["bench/torch_peers.py"]
 
 
+# The quickstart, shrunk to a few seconds; tests have 8 virtual devices, runs use one.
+SMALL = (
+    "--mesh.data 1 --model.hidden-size 32 --model.num-layers 2 --model.intermediate-size 64 "
+    "--model.num-heads 2 --model.num-kv-heads 1 --model.vocab-size 512 --data.num-authors 10 "
+    "--data.holdout-rows 6 --finetune.batch-size 8 --unlearn.batch-size 8 "
+    "--evaluate.leak-samples 2 --evaluate.max-new-tokens 8"
+).split()
+
+# Files that take longest, in this order: with `--dist loadfile` one of them begun last would keep
+# one worker busy alone.
+HEAVY = (
+    "test_colab test_smoke test_optimizers_common test_objectives test_resume test_same_numbers "
+    "test_multiprocess test_sift test_optimizer_sharding test_evaluation test_generate test_plan "
+    "test_run test_wrappers test_zeroth_order test_losses test_muon test_decoder test_bench "
+    "test_fuzz test_own_data test_lora_stage test_remote test_sharding test_smollm2"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    """The heaviest files first."""
+    places = {name: place for place, name in enumerate(HEAVY)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(HEAVY)))
+
+
+# Most of a test's time is XLA's. Tests want its semantics, not its speed: without LLVM's optimiser
+# and without fused kernels a program compiles in a third of the time. Programs of several devices
+# keep their fusions: without them more threads wait for each other than a small machine has.
+# `@pytest.mark.fused` is for tests that measure a program, `optimised` for those that run a large
+# one.
+QUICK = jax.config.jax_platforms == "cpu"
+FUSIONS = "xla_cpu_use_fusion_emitters"
+KEPT = 0.05  # seconds of compilation from which on a program is kept
+MANY = 25_000  # memory maps
+
+
+class State:
+    """What the compilations of this process are told, and how many there were."""
+
+    fused = True
+    unfused: list[tuple[str, bool]] | None = None  # not known yet
+    programs = 0
+
+
+def compile_options(*args, _real=compiler.get_compile_options, **options):
+    """JAX's own, without fusions where they are not wanted.
+
+    Programs that are measured are not kept, nor those of several devices: from the cache, XLA's CPU
+    programs run their collectives in any order, one device waits in one all-reduce, another in the
+    next, and after 40 s the process is aborted.
+    """
+    State.programs += 1
+    made = _real(*args, **options)
+    alone = made.num_replicas == made.num_partitions == 1
+    if alone and not State.fused:
+        made.env_option_overrides = [*made.env_option_overrides, *(State.unfused or ())]
+    kept = alone and not (QUICK and State.fused)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT if kept else 1e9)
+    return made
+
+
 def pytest_configure(config):
-    """Keep compiled programs between runs: most of a test's time is XLA's."""
+    """Keep compiled programs between tests and runs."""
     # A shell that starts the tests in the background ignores these signals, and programs leave
     # ignored signals alone, which is not what tests of signals are about.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    compiler.get_compile_options = compile_options
     cache = getattr(config, "cache", None)
     if cache is None or jax.config.jax_compilation_cache_dir:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax-one-device")))
-    # A bounded cache is locked: xdist's workers share it, and JAX's writes are not atomic.
-    jax.config.update("jax_compilation_cache_max_size", 2**30)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    folder = cache.mkdir("jax-programs")
+    if not hasattr(config, "workerinput"):  # JAX would look at every file before each it writes
+        files = [p for p in folder.iterdir() if p.is_file()]
+        if sum(p.stat().st_size for p in files) > 2**30:
+            for p in files:
+                p.unlink(missing_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def compile_quickly(quick: bool, fused: bool) -> None:
+    """How the next programs are compiled."""
+    if not fused and State.unfused is None:
+        State.unfused = [(FUSIONS, False)]
+        try:
+            jax.jit(lambda x: x).lower(1.0).compile(compiler_options=dict(State.unfused))
+        except jax.errors.JaxRuntimeError:  # an XLA that does not know the option
+            State.unfused = []
+    State.fused = fused
+    jax.config.update("jax_disable_most_optimizations", quick)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before fixtures are made, which compile too."""
+    quick = QUICK and not {"optimised", "libtpu"} & set(item.keywords)
+    compile_quickly(quick, not quick or "fused" in item.keywords)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """Doctests of the packages print what users see."""
+    compile_quickly(quick=False, fused=True)
 
 
 @pytest.fixture(autouse=True)
@@ -57,30 +147,30 @@ def few_mappings():
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+    if State.programs < 100 or not maps.exists():
+        return
+    State.programs = 0
+    if maps.read_bytes().count(b"\n") > MANY:
         jax.clear_caches()
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def compiled_afresh():
-    """For modules that compute on several devices: none of their programs are cached.
+@pytest.fixture(scope="session")
+def quick_environment() -> dict[str, str]:
+    """For programs that a test starts on one device: they compile as quickly as the tests do."""
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    flags += [f"--{name}={str(value).lower()}" for name, value in State.unfused or ()]
+    found = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(flags).strip()}
+    if folder := jax.config.jax_compilation_cache_dir:
+        found |= {"JAX_COMPILATION_CACHE_DIR": folder}
+        found |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(KEPT)}
+    return found
 
-    XLA's CPU programs from the cache run their collectives in any order: one device waits in one
-    all-reduce, another in the next, and after 40 s the process is aborted.
-    """
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
-
-@pytest.fixture(scope="module")
-def cheap_compilation():
-    """For modules that compile many small programs: most of that time is XLA's optimiser."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="session")
+def small() -> list[str]:
+    """Options that shrink the quickstart to a few seconds."""
+    return list(SMALL)
 
 
 @pytest.fixture(scope="session")

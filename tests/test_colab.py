@@ -28,11 +28,16 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, tmp_path, monkeypatch):
+def test_notebook_runs(path, tmp_path, monkeypatch, small, quick_environment):
     monkeypatch.setenv("JAXLIB_UNLEARN_SMOKE", "1")
     monkeypatch.setenv("JAXLIB_UNLEARN_RUNS", str(tmp_path))
-    # The kernel must not inherit eight devices or pytest's compilation cache, and it plots inline.
+    monkeypatch.setenv("JAXLIB_UNLEARN_OPTIONS", " ".join([*small, "--finetune.steps 12"]))
+    # The kernel must not inherit eight devices, and it plots inline.
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for name, value in quick_environment.items():
+        # The plans are of eight devices, and their programs are measured.
+        if path.stem[:2] != "04" or name == "JAX_DISABLE_MOST_OPTIMIZATIONS":
+            monkeypatch.setenv(name, value)
     monkeypatch.delenv("MPLBACKEND", raising=False)
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(

@@ -113,7 +113,7 @@ assert len(jax.devices("cpu")) == 3
             "flax orbax transformers datasets torch grain tokenizers rouge_score matplotlib",
         ),
         ("models", "transformers datasets torch matplotlib tensorflow"),
-        ("train", "transformers torch tensorflow"),
+        ("train", "transformers torch tensorflow datasets wandb trackio tensorboardX"),
     ],
 )
 def test_importing_is_light(package, heavy):

@@ -43,6 +43,7 @@ def test_bench_writes_its_table(repo, tmp_path, capsys, monkeypatch):
     assert all(row["work"] in table for row in told["rows"])
 
 
+@pytest.mark.fused
 def test_memory_of_a_step(repo, tmp_path, monkeypatch):
     """On a tiny model: Adam's two moments are counted, and a step without gradients is smaller."""
     bench = load(repo, "memory")
@@ -58,6 +59,7 @@ def test_memory_of_a_step(repo, tmp_path, monkeypatch):
     assert adamw > 4 and 1 < mezo < adamw  # parameters, two moments, a gradient; none
 
 
+@pytest.mark.fused
 def test_memory_of_what_saves_it(repo, tmp_path, monkeypatch):
     """On a tiny model: the columns are there, and every option lowers the number it is for."""
     bench = load(repo, "memory")

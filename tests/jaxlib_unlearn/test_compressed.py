@@ -15,8 +15,6 @@ from jaxlib_unlearn.optim.sign import (
     sign_momentum,
 )
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
 
 

@@ -10,8 +10,6 @@ from jaxlib_unlearn.optim import orthogonalize as o
 from jaxlib_unlearn.optim.arrays import polar_factor
 from jaxlib_unlearn.optim.spectral.subspace import gram_inverse_root
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 PARAMS = {"layers": {"q": {"kernel": np.ones((2, 4, 4))}}, "up": {"kernel": np.ones((6, 4))}}
 
 

@@ -51,7 +51,6 @@ def test_what_is_not_ours_is_left_to_jax(impl, dtype):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-@pytest.mark.usefixtures("compiled_afresh")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_devices_draw_their_own_part(kind):
     """Added to a sharded parameter: the numbers of one device, without communication."""
@@ -66,6 +65,7 @@ def test_devices_draw_their_own_part(kind):
     assert "all-" not in add.as_text() and "collective" not in add.as_text()
 
 
+@pytest.mark.fused
 def test_no_array_of_numbers_is_kept():
     """On one device a draw is part of the loop that adds it: no temporary of the array's size."""
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)

@@ -13,8 +13,6 @@ from flax.training.train_state import TrainState
 
 from jaxlib_unlearn.optim.spectral.sift import scale_by_sift, sift
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 WIDTHS = (6, 8, 4)
 STEPS = 3
 

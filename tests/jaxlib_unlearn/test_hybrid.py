@@ -18,8 +18,6 @@ from jaxlib_unlearn.optim.hybrid import (
 )
 from jaxlib_unlearn.optim.sharpness import sam
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 
 class ToyState(NamedTuple):
     count: jax.Array

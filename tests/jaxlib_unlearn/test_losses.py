@@ -351,7 +351,6 @@ def test_a_batch_without_labels_is_zero_over_zero(name, data):
     assert [float(x) for x in run(name, empty)[0][1]] == [0.0, 0.0]
 
 
-@pytest.mark.usefixtures("compiled_afresh")
 @pytest.mark.parametrize("spec", [("data", None, None), ("data", None, "model")])
 @pytest.mark.parametrize("name", ["nll", "kl", "asu, seq_mean", "npo, raw_logits"])
 def test_eight_devices_agree_with_one(name, spec):

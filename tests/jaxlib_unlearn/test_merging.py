@@ -7,8 +7,6 @@ import pytest
 
 from jaxlib_unlearn import merging
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 FORGET = np.array([[2, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]], float)
 RETAIN = np.array([[-1, 1, 0, 0], [2, 0, 0, 1], [0, 0, -2, 0], [0, 1, 0, 1]], float)
 

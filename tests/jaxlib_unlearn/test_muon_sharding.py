@@ -17,10 +17,7 @@ from jaxlib_unlearn.optim import orthogonalize
 from jaxlib_unlearn.optim.spectral import buckets
 from train.costs.collectives import collectives
 
-pytestmark = [
-    pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
-    pytest.mark.usefixtures("compiled_afresh"),
-]
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
 def make_mesh(kind):

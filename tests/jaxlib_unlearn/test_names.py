@@ -14,8 +14,6 @@ import pytest
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.orthogonalize import TABLES, by_name
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 PARAMS = {"layers": {"q": {"kernel": jnp.ones((2, 4, 3))}}, "bias": jnp.ones(3)}
 
 

@@ -26,10 +26,7 @@ from jaxlib_unlearn.optim.spectral.teon import teon
 from train.costs.collectives import collectives
 from train.runtime.sharding import path_str
 
-pytestmark = [
-    pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
-    pytest.mark.usefixtures("compiled_afresh"),
-]
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
 class Row(NamedTuple):

@@ -17,8 +17,6 @@ from jaxlib_unlearn.optim.zeroth_order.directions import (
 from jaxlib_unlearn.optim.zeroth_order.engine import _regenerates
 from jaxlib_unlearn.optim.zeroth_order.leaves import Stack, layout_of
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 PARAMS = {
     "embed": {"embedding": jnp.zeros((9, 4))},
     "layers": {"up": {"kernel": jnp.zeros((3, 4, 6)), "bias": jnp.zeros((3, 6))}},

@@ -13,8 +13,6 @@ from jaxlib_unlearn.optim.spectral import fusion
 from jaxlib_unlearn.optim.spectral.muon import muon, scale_by_muon
 from jaxlib_unlearn.optim.spectral.sift import SIFT_STATIC_ARGS, scale_by_sift, sift
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 FORGET = np.array([[2, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]], float)
 RETAIN = np.array([[-1, 1, 0, 0], [2, 0, 0, 1], [0, 0, -2, 0], [0, 1, 0, 1]], float)
 FUSED = {

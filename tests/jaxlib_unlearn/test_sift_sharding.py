@@ -13,10 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn.optim.spectral.sift import sift
 
-pytestmark = [
-    pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
-    pytest.mark.usefixtures("compiled_afresh", "cheap_compilation"),
-]
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 MESHES = {"8": ((8,), ("fsdp",)), "4x2": ((4, 2), ("fsdp", "tp"))}
 KINDS = [AxisType.Auto, AxisType.Explicit]

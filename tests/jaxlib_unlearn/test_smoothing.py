@@ -18,8 +18,6 @@ from jaxlib_unlearn.optim.sharpness import (
     smoothed_gradient,
 )
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
 
 
@@ -163,6 +161,7 @@ def test_a_draw_belongs_to_seed_step_and_leaf():
         assert np.abs(np.asarray(base["a"]) - other).min() > 1e-3
 
 
+@pytest.mark.fused
 def test_memory_does_not_grow_with_the_samples():
     params = {"w": jnp.ones((16, 16))}
 

@@ -13,8 +13,6 @@ from jaxlib_unlearn.optim.spectral.muon import muon, scale_by_muon
 from jaxlib_unlearn.optim.spectral.post import Post, normuon
 from jaxlib_unlearn.optim.spectral.splitting import Split, cut, find_split, join
 
-pytestmark = pytest.mark.usefixtures("compiled_afresh", "cheap_compilation")
-
 
 def draw(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape)

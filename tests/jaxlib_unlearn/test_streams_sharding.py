@@ -18,10 +18,7 @@ from jaxlib_unlearn.optim.sophia import sophia
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
 from train.costs.collectives import collectives
 
-pytestmark = [
-    pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"),
-    pytest.mark.usefixtures("compiled_afresh"),
-]
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 SHAPES = {"layers": {"up": (2, 16, 32), "bias": (2, 32)}, "head": (32, 24)}
 SPECS = {"layers": {"up": P(None, "fsdp", "tp"), "bias": P(None, "tp")}, "head": P("tp", "fsdp")}

@@ -7,8 +7,6 @@ import pytest
 
 from jaxlib_unlearn.optim.spectral import subspace
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 
 def with_spectrum(shape, values, seed=0):
     rng = np.random.default_rng(seed)

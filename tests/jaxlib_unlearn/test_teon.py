@@ -13,8 +13,6 @@ from jaxlib_unlearn.optim.spectral.splitting import Split
 from jaxlib_unlearn.optim.spectral.teon import scale_by_teon, teon
 from train.costs.flops import flops
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 
 def draw(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape)

@@ -11,8 +11,6 @@ import pytest
 from jaxlib_unlearn.optim import combine as combiners
 from jaxlib_unlearn.optim.combine import blur, blur_combine, pcgrad, weighted_sum
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
 COMBINERS = {
     "blur": (blur, combiners.BLUR_STATIC_ARGS, {"gamma": 0.5, "constraint_weight": 2.0}),

@@ -13,8 +13,6 @@ from jaxlib_unlearn.optim.combine import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.spectral.sift import scale_by_sift, sift
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
 
 

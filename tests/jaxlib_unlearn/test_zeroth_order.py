@@ -20,8 +20,6 @@ from jaxlib_unlearn.optim.zeroth_order.estimate import estimate
 from jaxlib_unlearn.optim.zeroth_order.leaves import layout_of
 from jaxlib_unlearn.optim.zeroth_order.steps import Rule
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 SHAPES = {
     "tall": (5, 3),
     "wide": (3, 6),

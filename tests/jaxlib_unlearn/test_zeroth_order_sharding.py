@@ -13,8 +13,6 @@ from jaxlib_unlearn.optim.zeroth_order import methods
 from jaxlib_unlearn.optim.zeroth_order.zo_muon import zo_muon
 from train.costs.collectives import collectives
 
-pytestmark = pytest.mark.usefixtures("compiled_afresh", "cheap_compilation")
-
 X = np.random.default_rng(1).normal(size=(4, 16)).astype(np.float32)
 
 

@@ -12,8 +12,6 @@ from jaxlib_unlearn.optim.zeroth_order.methods import subspace_mezo
 from jaxlib_unlearn.optim.zeroth_order.perturbations import MASK, QUERY, draw_core, subspace
 from jaxlib_unlearn.optim.zeroth_order.zo_muon import ZO_MUON_STATIC_ARGS, scale_by_zo_muon, zo_muon
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 A, B, C = 3.4445, -4.7750, 2.0315
 
 

@@ -302,6 +302,7 @@ def test_remat_has_the_same_gradient(tokens):
         jax.tree.map(lambda a, b: close(a, b, 1e-6), plain, other)
 
 
+@pytest.mark.fused
 def test_remat_trades_memory_for_products():
     """Each policy keeps less than the one before it, and computes more products twice."""
     tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)

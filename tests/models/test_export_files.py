@@ -16,7 +16,6 @@ from models import lora
 from models.decoder import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(61, 32, 48, 3, 4, 2, 8)
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 
 @pytest.fixture(scope="module")

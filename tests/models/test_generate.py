@@ -236,6 +236,7 @@ def test_dropping_rows_never_takes_more_memory(params, prompts, monkeypatch):
     assert seen and all(after <= before for before, after in seen)
 
 
+@pytest.mark.fused
 def test_the_prompt_of_many_samples_is_read_once(params):
     """No array of the program holds the prompt's keys for every sample."""
     batch, width, room = 16, 40, 9
@@ -331,6 +332,7 @@ def test_equal_buckets_and_a_sweep_compile_once(params, prompts):
     assert [b - a for a, b in zip(before, compiled(), strict=True)] == [1, 1]
 
 
+@pytest.mark.fused
 def test_the_cache_is_updated_in_place(params):
     batch, slots, room = 8, 24, 200
     decoder = Decoder(dataclasses.replace(DECODER.config, num_layers=8))
@@ -363,7 +365,6 @@ def test_the_cache_is_updated_in_place(params):
     assert memory.temp_size_in_bytes < rows.cache["k"].nbytes
 
 
-@pytest.mark.usefixtures("compiled_afresh")
 def test_a_mesh_changes_nothing(params, prompts):
     axes = ("data", "fsdp")
     mesh = jax.make_mesh((2, 2), axes, axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -373,7 +374,6 @@ def test_a_mesh_changes_nothing(params, prompts):
         assert answer(placed, prompts[:3], num_samples=3, sharding=sharding) == alone
 
 
-@pytest.mark.usefixtures("compiled_afresh")
 def test_heads_that_tp_does_not_divide(prompts):
     decoder = Decoder(DecoderConfig(61, 24, 48, 2, 3, 3, 8))
     params = jax.jit(decoder.init)(jax.random.key(0))

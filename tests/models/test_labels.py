@@ -54,9 +54,6 @@ def examples_of(seed=0, rows=ROWS):
     return [Example(draw.integers(2, VOCAB, p + a).tolist(), p) for p, a in sizes]
 
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
-
 @pytest.fixture(scope="module")
 def params():
     return sharp(TIED, 0)

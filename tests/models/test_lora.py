@@ -21,8 +21,6 @@ DECODER = Decoder(CONFIG)
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 SCALE = 0.5
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 
 @pytest.fixture(scope="module")
 def base():
@@ -181,6 +179,7 @@ def test_gradient_is_the_chain_rule_on_the_merged_model(base, tokens):
                     np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5 * size + 1e-12)
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("remat", REMAT)
 def test_no_copy_of_the_base(remat):
     """Temporaries of a gradient hold neither the adapted kernels nor gradients of them."""

@@ -11,6 +11,8 @@ import pytest
 
 import models
 
+pytestmark = pytest.mark.optimised
+
 LENGTH = 48  # one compiled length for every text here
 
 

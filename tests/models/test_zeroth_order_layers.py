@@ -13,8 +13,6 @@ from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored, matmul
 from models.asked import AskedDecoder
 from models.decoder import Decoder, DecoderConfig
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 CONFIG = DecoderConfig(
     vocab_size=24,
     hidden_size=8,
@@ -199,6 +197,7 @@ def _temporaries(fn, *args, **jit_options):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sparse", "uzv")]
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("name", ["dense", "subspace", *SLOW])
 def test_memory_of_value_stage_and_of_the_whole_step(name):
     """Temporaries, compiled, at 8 x 128 tokens, with directions drawn one layer at a time."""

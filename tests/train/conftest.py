@@ -10,14 +10,6 @@ from unittest import mock
 
 import pytest
 
-# The quickstart, shrunk to a few seconds; tests have 8 virtual devices, runs use one.
-SMALL = (
-    "--mesh.data 1 --model.hidden-size 32 --model.num-layers 2 --model.intermediate-size 64 "
-    "--model.num-heads 2 --model.num-kv-heads 1 --model.vocab-size 512 --data.num-authors 10 "
-    "--data.holdout-rows 6 --finetune.batch-size 8 --unlearn.batch-size 8 "
-    "--evaluate.leak-samples 2 --evaluate.max-new-tokens 8"
-).split()
-
 
 class Done(NamedTuple):
     """A finished program."""
@@ -55,13 +47,7 @@ def program():
 
 
 @pytest.fixture(scope="session")
-def small() -> list[str]:
-    """Options that shrink the quickstart to a few seconds."""
-    return list(SMALL)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
+def tiny(small, tmp_path_factory) -> Path:
     """The folder of a tiny random model with a tokenizer (2 blocks, context 96)."""
     import models
     from models.weights import Loaded
@@ -71,7 +57,7 @@ def tiny(tmp_path_factory) -> Path:
     from train.runtime import sharding
     from train.tasks import load_task
 
-    options = [*SMALL, "--data.max-length", "96"]
+    options = [*small, "--data.max-length", "96"]
     config = cli.parse(RunConfig, PRESETS["quickstart"].PRESET, options, "tests", "")
     base = base_models.base_model(config, load_task(config), sharding.make_mesh(config.mesh))
     folder = tmp_path_factory.mktemp("model") / "tiny"

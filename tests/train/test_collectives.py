@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 from train.costs.collectives import Collective, collectives, summary
 
-pytestmark = pytest.mark.usefixtures("compiled_afresh")
 on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 ROWS = tuple((2 * i, 2 * i + 1) for i in range(4))

@@ -16,7 +16,7 @@ from train.optimizers import COMBINERS, OPTIMIZERS, build
 from train.optimizers import options_of as optimizer_of
 from train.step import Losses, TrainState, make_step
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
+pytestmark = pytest.mark.fused
 
 DECODER = Decoder(DecoderConfig(64, 32, 96, 3, 4, 2, 8), "full")
 LEARNER = DecoderLearner(DECODER)

@@ -42,9 +42,6 @@ CONFIG = EvaluateConfig(max_new_tokens=6, leak_samples=4, generate_rows=16)
 SYSTEM = "Be brief."
 
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
-
-
 @pytest.fixture(scope="module")
 def task():
     """Four authors with three questions; authors and facts are rows of the same kind."""

@@ -32,8 +32,6 @@ from train.step import compile_step, init_state, make_step
 from train.tasks import load_task
 from train.trainable import trainable_of
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
-
 STEPS = 4
 CONFIG = DecoderConfig(64, 16, 32, 2, 4, 2, 4)
 DECODER = Decoder(CONFIG)
@@ -159,6 +157,7 @@ def test_same_numbers_on_a_mesh(name):
         assert off < 1e-3
 
 
+@pytest.mark.fused
 def test_a_step_donates_the_adapters_and_reads_the_base():
     one = setting("adamw")
     compiled = one.step.lower(one.state, one.base, one.batches).compile()

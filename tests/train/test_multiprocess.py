@@ -36,10 +36,7 @@ from train.runtime.digests import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.step import Losses, init_state
 
-pytestmark = [
-    pytest.mark.multiprocess,
-    pytest.mark.usefixtures("compiled_afresh", "cheap_compilation"),
-]
+pytestmark = pytest.mark.multiprocess
 
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
 LEARNER = DecoderLearner(DECODER)

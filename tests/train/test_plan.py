@@ -21,7 +21,8 @@ from train.plan import PlanConfig, needed_bytes
 from train.presets import PRESETS
 from train.runtime import sharding
 
-pytestmark = pytest.mark.usefixtures("compiled_afresh")
+pytestmark = pytest.mark.fused
+
 on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 without_libtpu = importlib.util.find_spec("libtpu") is None
 KEYS = {

@@ -15,6 +15,8 @@ from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
 
+pytestmark = pytest.mark.optimised
+
 SEEDS = (3, 4, 5, 6, 7, 8)  # the defaults were chosen on 0, 1, 2
 
 

@@ -22,8 +22,6 @@ from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
-
 
 def pointers(x):
     return {shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards}

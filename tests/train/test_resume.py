@@ -307,16 +307,11 @@ def test_sigterm_outside_training_ends_at_once(program, small, tmp_path, monkeyp
 
 
 class Process:
-    """A program of the toolkit in a separate process, with the test's own compilation cache."""
+    """A program of the toolkit in a separate process."""
 
-    def __init__(self, repo: Path, cache: Path):
+    def __init__(self, repo: Path, environment: dict[str, str]):
         self.repo = repo
-        self.env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONWARNINGS": "ignore",
-        }
+        self.env = os.environ | environment | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
 
     def start(self, argv: list[Any], log: Path) -> subprocess.Popen:
         with log.open("a") as file:
@@ -344,8 +339,8 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def process(repo, tmp_path_factory):
-    return Process(repo, tmp_path_factory.mktemp("cache"))
+def process(repo, quick_environment):
+    return Process(repo, quick_environment)
 
 
 def lines(root: Path, stage: str) -> int:

@@ -46,24 +46,6 @@ ALTERNATES = 3  # answers per forget question
 ADAMW = optimizers.options_of("adamw", learning_rate=2e-3)
 
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation", "compiled_afresh")
-
-
-def quick(jitted, *args):
-    """The compiled function; on one device without XLA's fusions, which halves the time again.
-
-    On several devices their absence makes more threads wait for each other than a small machine
-    has.
-    """
-    lowered = jitted.lower(*args)
-    several = any(len(getattr(x, "devices", set)()) > 1 for x in jax.tree.leaves(args))
-    try:
-        options = {} if several else {"xla_cpu_use_fusion_emitters": False}
-        return lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError:  # an XLA that does not know the option
-        return lowered.compile()
-
-
 def mesh_of(*sizes):
     return make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
 
@@ -147,7 +129,7 @@ def run_stage(name, sizes, accumulate, start, plain, folder):
 
         def compiled(*args):
             assert not programs  # one shape: one compilation
-            programs.append(quick(jitted, *args))
+            programs.append(jitted.lower(*args).compile())
             call.memory_analysis = programs[0].memory_analysis
             return call
 
@@ -287,7 +269,7 @@ def gradient_of(config, sizes, accumulate, start, plain, together=1):
         return losses.gradients(params)
 
     args = (params, head_of(params), batches)
-    return jax.device_get(quick(run, *args)(*args))
+    return jax.device_get(run.lower(*args).compile()(*args))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=label)
@@ -391,7 +373,7 @@ def test_retain_kl_over_all_positions_in_training(start, plain, tmp_path):
         return Losses(LEARNER, row, options, params, frozen, batches, 1).gradients(params)
 
     args = (sharding.put_params(other, mesh), head_of(sharding.put_params(start, mesh)), batches)
-    metrics, _ = quick(run, *args)(*args)
+    metrics, _ = run.lower(*args).compile()(*args)
     want = np.mean([kl for _, kl in label_values(host["retain"], other, start)])
     assert float(metrics["retain_loss"]) == pytest.approx(want, rel=1e-4)
 
@@ -515,7 +497,7 @@ def updates_of(name, sizes, start, fixed):
 
     update = jax.jit(one_step, out_shardings=(shardings.params, where), donate_argnums=(1,))
     first, extra = handed(name, grads, 0)
-    update = quick(update, first, opt_state, params, extra)
+    update = update.lower(first, opt_state, params, extra).compile()
     for step in range(3):
         one, extra = handed(name, grads, step)
         updates, opt_state = update(one, opt_state, params, extra)
@@ -545,7 +527,7 @@ def test_devices_share_the_evaluations_of_queries(name, jobs, start, plain):
         step = make_step(LEARNER, *objectives.resolve("nll"), tx, schedule, 1, needs)
         state, shardings = init_state(sharding.put_params(start, mesh), tx, mesh)
         args = (state, None, {"train": sharding.put_batch(batch, mesh)})
-        program = quick(compile_step(step, shardings, mesh), *args)
+        program = compile_step(step, shardings, mesh).lower(*args).compile()
         flops = device_flops(program).flops
         state, metrics = program(*args)
         moved = jax.tree.map(lambda a, b: np.asarray(a) - b, jax.device_get(state.params), start)
@@ -610,7 +592,7 @@ def test_weights_first_costs_no_forward(start, plain):
         return value, grads, loss(probe, batches)
 
     def cost(fn):
-        compiled = quick(jax.jit(fn), start, host)
+        compiled = jax.jit(fn).lower(start, host).compile()
         dots = len(re.findall(r" dot\(| custom-call\(|__onednn", compiled.as_text()))
         return compiled.cost_analysis()["flops"], dots
 

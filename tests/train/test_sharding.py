@@ -35,8 +35,6 @@ from train.runtime.sharding import (
 )
 from train.step import shaped
 
-pytestmark = pytest.mark.usefixtures("compiled_afresh")
-
 TINY = DecoderConfig(64, 16, 32, 2, 4, 2, 4)
 HF = {
     "vocab_size": 64,

@@ -11,8 +11,6 @@ from train.optimizers import OPTIMIZERS, build, check
 from train.optimizers import options_of as optimizer_of
 from train.runtime.sharding import path_str
 
-pytestmark = pytest.mark.usefixtures("cheap_compilation")
-
 SHAPES = Decoder(DecoderConfig(32, 8, 12, 2, 2, 1, 4)).shapes()
 READS = [name for name, row in OPTIMIZERS.items() if "state_dtype" in row.own]
 FIRST = {"mu", "mu_constraint"}  # the fields of a state that hold first moments and momenta

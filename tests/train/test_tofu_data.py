@@ -1,7 +1,6 @@
 """TOFU's files: the real ones, small generated ones, and every kind of bad input as one line."""
 
 import json
-import subprocess
 import sys
 import types
 
@@ -287,11 +286,6 @@ def test_hub_revision(hub, folder):
 def test_hub_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     fails(lambda: load_tofu(None), "needs the package `datasets`")
-
-
-def test_datasets_is_imported_lazily(repo):
-    code = "import sys, train.data.tofu; sys.exit('datasets' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=repo, check=False).returncode == 0
 
 
 def test_real_tofu(shared):
