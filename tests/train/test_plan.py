@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from models import policy
+from models import labels
 from models.architectures import ALIASES, ARCHITECTURES, config_of
 from models.weights import find_smollm2
 from train import plan
@@ -316,7 +316,7 @@ def test_weights_are_not_gathered_once_a_label_chunk():
 @on_devices
 def test_the_head_travels_twice_however_many_chunks_and_streams(monkeypatch):
     """To every device, and its gradient back: chunks and streams are summed on the devices."""
-    monkeypatch.setattr(policy, "LOGITS_BYTES", 4 * 256 * 8)  # eight labels
+    monkeypatch.setattr(labels, "LOGITS_BYTES", 4 * 256 * 8)  # eight labels
     args = ("--topology", "cpu:8", "--mesh.fsdp", "8", "--objective.name", "npo", *SMALL)
     planned = config(*args)
     decoder = programs.decoder_of(planned)

@@ -58,9 +58,11 @@ def _lock(folder: Path, name: str) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             say(f"{name}: another run is computing it; waiting")
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: as in a bucket, two runs may compute the same
         yield
 
 
