@@ -1,6 +1,8 @@
 """`--stage.cache`: runs that start from the same original and oracle train and judge them once."""
 
 import dataclasses
+import errno
+import fcntl
 import threading
 from pathlib import Path
 
@@ -112,6 +114,15 @@ def test_of_two_runs_that_want_a_stage_one_waits(tmp_path, monkeypatch):
         order.append("first")
     thread.join(30)
     assert order == ["original: another run is computing it; waiting", "first", "second"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with stages.alone(tmp_path / "stages" / "original-1", "original"):
+        assert (tmp_path / "stages").is_dir()
 
 
 def test_the_cache_is_no_part_of_what_a_run_is(config, tmp_path):

@@ -58,7 +58,7 @@ def _lock(folder: Path, name: str) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             say(f"{name}: another run is computing it; waiting")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
