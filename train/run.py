@@ -188,6 +188,11 @@ def train(
     row, options = objective
     stage, optimizer, adapters, mesh = recipe.stage, recipe.optimizer, recipe.adapters, run.mesh
     frozen = start if reference is None else reference
+    if frozen.sha != start.sha and "fork" in row.reference.values():
+        raise UserError(
+            f"objective {row.name!r} asks a frozen model that shares the start's parameters, so no "
+            "other reference can be given"
+        )
     objectives.check_accumulation(row, stage.accumulate)
     check_questions(start.learner, row, options)
     check_pair(optimizer, recipe.combine, row, options)

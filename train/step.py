@@ -257,11 +257,9 @@ def make_step(
         else:
             metrics = losses.look(params)
             # The known loss saves the forward estimator an evaluation.
-            extra = {
-                "value": metrics["loss"],
-                "value_fn": losses.value,
-                "layered_value_fn": losses.value,
-            }
+            extra = {"value": metrics["loss"], "value_fn": losses.value}
+            if learner.layered:
+                extra["layered_value_fn"] = losses.value
             if needs == "lazy":
                 extra["grad_fn"] = losses.grad
         with jax.named_scope(OPTIMIZER_SCOPE):

@@ -17,11 +17,12 @@ from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner, check_questions
 from train import base_models, checks, pipeline
 from train.arguments import read_arguments
-from train.config import SelectConfig
+from train.config import SelectConfig, UnlearnConfig
 from train.costs.flops import count_jaxpr
+from train.evaluators.evaluation import Model
 from train.optimizers import build
 from train.optimizers import options_of as optimizer_of
-from train.run import Run
+from train.run import Recipe, Run, train
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.step import Losses, init_state, make_step, objective_state
@@ -312,6 +313,30 @@ def test_state_and_updates_are_of_three_matrices(params, name):
         else:
             blocks = np.abs(np.asarray(a - b)).max((1, 2)) > 0
             assert blocks.tolist() == [5 <= i <= 7 for i in range(10)]
+
+
+def test_the_copy_of_a_fork_is_planned(params):
+    """A fork holds a second copy of what is trained, and nothing else twice."""
+
+    def size(tree):
+        return sum(x.size for x in jax.tree.leaves(tree))
+
+    shapes = LEARNER.shapes()
+    plain, _ = objectives.resolve("rmu", retain="nll")
+    for select in (None, DOWN):
+        alone, forked = (trainable_of(shapes, row, select=select) for row in (plain, ROW))
+        assert size(forked.frozen) - size(alone.frozen) == size(forked.start)
+        assert (alone.binding.fork is None) and forked.binding.fork is not None
+        assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(forked.frozen))
+
+
+def test_a_fork_needs_the_start_as_its_reference(tmp_path):
+    mesh = sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1])
+    run = Run(tmp_path, mesh, 0, Tracker(tmp_path))
+    model = Model(LEARNER.decoder, {}, None, "one")  # pyright: ignore[reportArgumentType]
+    recipe = Recipe(UnlearnConfig(), optimizer_of("adamw"))
+    with pytest.raises(UserError, match="no other reference can be given"):
+        train(run, "x", model, (ROW, OPTIONS), {}, recipe, reference=model._replace(sha="other"))
 
 
 def test_rmu_reaches_its_direction_and_keeps_the_rest(params):

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Context, Objective
 from jaxlib_unlearn.objectives.base import Options, named, weight
+from jaxlib_unlearn.optim.zeroth_order.perturbations import matmul
 from models.learner import check_questions
 from train import run as runs
 from train.config import TrainConfig
@@ -45,7 +47,6 @@ CLASSES, SIZE, WIDTH, BLOCKS = 4, 12, 8, 2
 class Asked(NamedTuple):
     """The denoiser, as objectives ask it."""
 
-    learner: Any
     params: Any
     layer_map: Any
 
@@ -59,7 +60,7 @@ class Asked(NamedTuple):
             layer, index = inputs
             layer = layer if self.layer_map is None else self.layer_map(layer, index)
             up, down = layer["mlp"]["up"]["kernel"], layer["mlp"]["down"]["kernel"]
-            return x + self.learner.matmul(jnp.tanh(self.learner.matmul(x, up)), down), None
+            return x + matmul(jnp.tanh(matmul(x, up)), down), None
 
         x, _ = jax.lax.scan(block, x, (params["layers"], jnp.arange(BLOCKS)))
         return x @ params["outlet"]["kernel"]
@@ -67,45 +68,34 @@ class Asked(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ToyLearner:
-    width: int = WIDTH
     answers = frozenset(("noise",))
-    layered = True
-    dtype = "float32"
     rules = ((r"/(up|inlet)/kernel$", ("fsdp", "tp")), (r".", ()))
-
-    @property
-    def sizes(self):
-        return {"blocks": BLOCKS}
-
-    @staticmethod
-    def matmul(x, kernel):
-        from jaxlib_unlearn.optim.zeroth_order.perturbations import matmul
-
-        return matmul(x, kernel)
+    layered, dtype = True, "float32"
+    sizes = types.MappingProxyType({"blocks": BLOCKS})
 
     def identity(self):
-        return {"kind": "toy denoiser", "width": self.width}
+        return "toy denoiser"
 
     def shapes(self):
         def leaf(*shape):
             return jax.ShapeDtypeStruct(shape, jnp.float32)
 
         return {
-            "inlet": {"kernel": leaf(SIZE, self.width)},
-            "classes": {"embedding": leaf(CLASSES, self.width)},
+            "inlet": {"kernel": leaf(SIZE, WIDTH)},
+            "classes": {"embedding": leaf(CLASSES, WIDTH)},
             "layers": {
                 "mlp": {
-                    "up": {"kernel": leaf(BLOCKS, self.width, 16)},
-                    "down": {"kernel": leaf(BLOCKS, 16, self.width)},
+                    "up": {"kernel": leaf(BLOCKS, WIDTH, 16)},
+                    "down": {"kernel": leaf(BLOCKS, 16, WIDTH)},
                 }
             },
-            "outlet": {"kernel": leaf(self.width, SIZE)},
+            "outlet": {"kernel": leaf(WIDTH, SIZE)},
         }
 
     def context(
         self, params, frozen, batches, questions, *, layer_map=None, fuse=True, train_from=0
     ):
-        return Context(Asked(self, params, layer_map))
+        return Context(Asked(params, layer_map))
 
 
 class ToyModel(NamedTuple):
