@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlib_unlearn.objectives import Objective
 from models.learner import Learner
@@ -50,11 +51,13 @@ def hyper_of(options: Any, optimizer: optimizers.Options, steps: int, seed: int 
         steps: of the stage.
         seed: of what the objective draws.
     """
-    return {
-        "objective": {n: jnp.asarray(float(getattr(options, n))) for n in traced_fields(options)},
-        "schedule": jax.tree.map(jnp.asarray, optimizers.schedule_numbers(optimizer, steps)),
-        "seed": jnp.asarray(divmod(seed, 2**32), jnp.uint32),
+    dtype = jnp.result_type(float)
+    numbers = {
+        "objective": {name: getattr(options, name) for name in traced_fields(options)},
+        "schedule": optimizers.schedule_numbers(optimizer, steps),
     }
+    found = jax.tree.map(lambda x: np.asarray(x, dtype), numbers)
+    return found | {"seed": np.asarray(divmod(seed, 2**32), np.uint32)}
 
 
 def static_of(options: Any, optimizer: optimizers.Options) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxlib_unlearn.objectives import Objective
+from models import arrays
 from models.learner import Learner
 from train.hyper import hyper_of, static_of, traced_step
 from train.optimizers import Options, build
@@ -178,9 +179,8 @@ def run(
     params = residency.fresh(params, sharding.param_shardings(params, mesh, learner.rules))
     memory = objective_state(learner, stage.objective, stage.options, stage.seed)
     state, shardings = init_state(params, tx, mesh, memory)
-    hyper = jax.device_put(
-        hyper_of(stage.options, stage.optimizer, stage.steps, stage.seed), shardings.step
-    )
+    numbers = hyper_of(stage.options, stage.optimizer, stage.steps, stage.seed)
+    hyper = jax.tree.map(lambda x: arrays.put(x, shardings.step), numbers)
     step = traced_step(
         learner,
         stage.objective,

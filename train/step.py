@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxlib_unlearn.objectives import Objective, combine, row_keys, side_of
+from models import arrays
 from models.asked import Frozen
 from models.learner import Learner
 from train.runtime.sharding import batch_sharding, state_shardings
@@ -308,7 +310,9 @@ def init_state(
     _, shardings = state_shapes(params, tx, mesh, memory)
     opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
-    memory = jax.device_put(memory, shardings.objective)
+    memory = jax.tree.map(
+        lambda x, where: arrays.put(np.asarray(x), where), memory, shardings.objective
+    )
     return TrainState(params, opt_state, step, memory), shardings
 
 
