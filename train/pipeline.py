@@ -190,10 +190,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encoded:
     """Tokenise a stream; cut and dropped rows are said."""
-    limit = longest(model, config.data.max_length)
-    encoded = encode_rows(
-        model.tokenizer, rows, system_prompt=config.data.system_prompt, max_length=limit
-    )
+    limit, encoded = longest(model, config.data.max_length), encode_all(model, rows, config)
     if encoded.num_cut or encoded.num_dropped:
         say(
             f"{what}: {encoded.num_cut} example(s) cut at {limit} tokens, {encoded.num_dropped} "
@@ -202,24 +199,54 @@ def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encod
     return encoded
 
 
+def encode_all(model: Model, rows: list[Row], config: RunConfig) -> Encoded:
+    """Tokenise rows as the model reads them."""
+    return encode_rows(
+        model.tokenizer,
+        rows,
+        system_prompt=config.data.system_prompt,
+        max_length=longest(model, config.data.max_length),
+    )
+
+
 def stream_of(
-    model: Model, encoded: Encoded, batch_size: int, follows: str | None = None
+    model: Model,
+    encoded: Encoded,
+    batch_size: int,
+    follows: str | None = None,
+    sized_by: Encoded | None = None,
 ) -> Examples:
     """A training stream of encoded examples; `follows`: the stream that it is paired with."""
-    pad_id = model.tokenizer.pad_id or 0
-    return make_stream(encoded.examples, pad_id, batch_size=batch_size, follows=follows)
+    return make_stream(
+        encoded.examples,
+        model.tokenizer.pad_id or 0,
+        batch_size=batch_size,
+        follows=follows,
+        sized_by=None if sized_by is None else sized_by.examples,
+    )
 
 
-def finetune(run: Run, config: RunConfig, name: str, base: Model, rows: list[Row]) -> Model:
-    """Plain fine-tuning of `base`: the original (forget + retain) or the oracle (retain alone)."""
+def finetune(
+    run: Run,
+    config: RunConfig,
+    name: str,
+    base: Model,
+    rows: list[Row],
+    among: list[Row] | None = None,
+) -> Model:
+    """Plain fine-tuning of `base`: the original (forget + retain) or the oracle (retain alone).
+
+    `among`: rows for whose sizes the steps are compiled, where others are trained on as well.
+    """
     with phase(run, name):
         encoded = encode(base, rows, config, name)
+        sizes = None if among is None else encode_all(base, among, config)
         return train(
             run,
             name,
             base,
             objectives.resolve("nll"),
-            {"train": stream_of(base, encoded, config.finetune.batch_size)},
+            {"train": stream_of(base, encoded, config.finetune.batch_size, sized_by=sizes)},
             Recipe(config.finetune, config.finetune.optimizer, row_tokens=config.data.row_tokens),
             shared=True,
         )

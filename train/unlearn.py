@@ -80,7 +80,8 @@ def run(config: RunConfig) -> Path:
         if config.stage.original is None:
             found["original"] = pipeline.finetune(run, config, "original", base, knows).to_host()
         if config.oracle and retain_log is None and config.stage.original is None:
-            found["oracle"] = pipeline.finetune(run, config, "oracle", base, task.retain).to_host()
+            oracle = pipeline.finetune(run, config, "oracle", base, task.retain, knows)
+            found["oracle"] = oracle.to_host()
         elif config.oracle and retain_log is None:
             say(
                 "oracle: trained from the same start is not possible with --stage.original; give "

@@ -39,6 +39,8 @@ class Examples:
         packing: how examples share rows of tokens; None: each has its own.
         every_slot: references are stored for every slot of a padded row, not for its labels.
         follows: name of the stream whose rows these belong to; None: of none.
+        sized_by: examples for whose sizes rows are padded, so that streams of like examples share
+            compiled steps; None: its own.
     """
 
     examples: Sequence[Example]
@@ -49,6 +51,7 @@ class Examples:
     packing: Packing | None = None
     every_slot: bool = False
     follows: str | None = None
+    sized_by: Sequence[Example] | None = None
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -68,14 +71,14 @@ class Examples:
 
     def fits(self, together: int, length: int) -> bool:
         """Whether rows of `together` examples have at most `length` tokens on average."""
-        return fits(self.examples, together, length)
+        return fits(self.sized_by or self.examples, together, length)
 
     def packed(self, together: int, batch_size: int) -> Examples:
         """The stream with `together` examples in each row of tokens."""
         return replace(
             self,
             label_buckets=self.label_buckets[-1:],  # costs nothing, and saves compilations
-            packing=make_packing(self.examples, together, batch_size),
+            packing=make_packing(self.sized_by or self.examples, together, batch_size),
         )
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:
@@ -121,6 +124,7 @@ def make_stream(
     buckets: int = 2,
     batch_size: int = 1,
     follows: str | None = None,
+    sized_by: Sequence[Example] | None = None,
 ) -> Examples:
     """A stream with at most `buckets` padded lengths (each pair of lengths is a compilation).
 
@@ -133,9 +137,10 @@ def make_stream(
         shares = [((i + 1) / buckets) ** (1 / batch_size) for i in range(buckets)]
         return make_buckets([ordered[math.ceil(q * len(ordered)) - 1] for q in shares], buckets)
 
-    lengths = [len(e.tokens) for e in examples]
-    labels = [len(e.tokens) - e.num_prompt for e in examples]
-    return Examples(examples, pad_id, marks(lengths), marks(labels), follows=follows)
+    measured = sized_by or examples
+    lengths = marks([len(e.tokens) for e in measured])
+    labels = marks([len(e.tokens) - e.num_prompt for e in measured])
+    return Examples(examples, pad_id, lengths, labels, follows=follows, sized_by=sized_by)
 
 
 def pack_streams(
