@@ -32,7 +32,7 @@ def traced_fields(options: Any) -> tuple[str, ...]:
     Example:
         >>> from jaxlib_unlearn.objectives import options_of
         >>> traced_fields(options_of("asu", retain="nll"))
-        ('forget_weight', 'temperature', 'beta', 'delta', 'retain_weight')
+        ('forget_weight', 'retain_weight', 'temperature', 'beta', 'delta')
     """
     types = typing.get_type_hints(type(options))
     return tuple(

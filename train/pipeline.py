@@ -15,7 +15,7 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import tofu
 from jaxlib_unlearn.objectives import Objective
-from models.learner import check_questions
+from models.learner import DecoderLearner, check_questions
 from train import base_models, checks
 from train.alternates import with_alternates
 from train.config import LoraConfig, RunConfig, to_json
@@ -140,15 +140,17 @@ def _fit(config: RunConfig, task: Any, layout: Any, mesh: Any, retain_log: Any) 
         checks.check_blocks(config.finetune.optimizer, base.decoder.config.num_layers)
     data = config.data
     task = checks.fit_task(task, base, config.evaluate, data.system_prompt, data.max_length)
-    check_stages(config, task, base, retain_log)
+    check_stages(config, task, base.learner, retain_log)
     return task, base
 
 
-def check_stages(config: RunConfig, task: Any, base: Model, retain_log: Any = None) -> None:
+def check_stages(
+    config: RunConfig, task: Any, learner: DecoderLearner, retain_log: Any = None
+) -> None:
     """Raise `UserError` for stages without a step, or that objective or optimizer cannot take."""
     objective, options = objectives.resolve(config.objective)
-    objectives.reference_forward(objective, options, base.decoder.config.num_layers)
-    check_questions(base.learner, objective, options)
+    objectives.reference_forward(objective, options, learner.decoder.config.num_layers)
+    check_questions(learner, objective, options)
     if config.data.alternates and lacks_alternates(objective, task):
         check_alternates(config)
     else:

@@ -7,6 +7,8 @@ import pytest
 import models
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import options_of
+from models.decoder import Decoder, DecoderConfig
+from models.learner import DecoderLearner
 from train import alternates, pipeline
 from train.config import DataConfig, RunConfig, replace
 from train.evaluators.evaluation import Answers, Model
@@ -114,8 +116,9 @@ def test_a_context_too_short_for_what_is_shown(run, base):
     ],
 )
 def test_no_model_to_sample_from(changes, words):
+    learner = DecoderLearner(Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4)))
     task = Task(FORGET, RETAIN, {}, [], [])
     config = replace(CONFIG, **changes)
     with pytest.raises(UserError, match=words):
-        pipeline.check_stages(config, task, 2)
-    pipeline.check_stages(replace(CONFIG, **{"model.path": "smollm2"}), task, 2)
+        pipeline.check_stages(config, task, learner)
+    pipeline.check_stages(replace(CONFIG, **{"model.path": "smollm2"}), task, learner)

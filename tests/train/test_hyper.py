@@ -120,7 +120,7 @@ def test_schedules_are_those_of_optax(schedule, warmup):
     want = optax.join_schedules([rise, after], [warm]) if warm else after
     counts = np.arange(STEPS + 3)
     got = [make_schedule(options, STEPS)(i) for i in counts]
-    np.testing.assert_allclose(got, [want(i) for i in counts], rtol=1e-6, atol=1e-11)
+    np.testing.assert_allclose(got, [want(i) for i in counts], rtol=1e-5, atol=1e-11)
 
 
 def test_what_is_an_argument_and_what_is_not():
@@ -138,6 +138,7 @@ def test_what_is_an_argument_and_what_is_not():
 
 
 def run_stage(mesh, params, folder, **changes):
+    folder.mkdir()
     row, settings = objectives.resolve("simnpo", beta=changes.pop("beta", 2.5), retain="nll")
     host = {s: batch(i) for i, s in enumerate(row.streams)}
     stage = loop.Stage(

@@ -37,7 +37,15 @@ from train.run import Recipe, Run, train
 from train.runtime import sharding
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker
-from train.step import Losses, compile_step, init_state, make_step, split_batch
+from train.step import (
+    Losses,
+    compile_step,
+    init_state,
+    make_step,
+    objective_state,
+    split_batch,
+)
+from train.trainable import trainable_of
 
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
 LEARNER = DecoderLearner(DECODER)
@@ -228,8 +236,13 @@ def test_alternates_of_a_question_take_turns(plain):
 # Objectives at the gradient.
 
 
+def configured(name, **options):
+    """A row's options, of blocks that the model has."""
+    return objective_of(name, **options, **({"layer": 1} if name == "rmu" else {}))
+
+
 CONFIGS = [
-    *(objective_of(name) for name in OBJECTIVES),
+    *(configured(name) for name in OBJECTIVES),
     objective_of("graddiff", retain="kl", forget_weight=0.3, retain_weight=2.0),
     objective_of("idk", compat="tofu_concat"),
     objective_of("asu", push=1.0, contrast=1.0),
@@ -256,19 +269,24 @@ def gradient_of(config, sizes, accumulate, start, plain, together=1):
             "ref_plain_hidden": [draw.standard_normal((n, 16), np.float32) for n in labels],
         }
         streams[name] = replace(plain[name], references=columns)
-    if together > 1:
+    if together > 1 and row.packable:
         streams = pack_streams(streams, ROWS, together, length=10**6)
         assert all(stream.packing.together == together for stream in streams.values())
     host = batches_of(streams, row.streams[0], SEED, ROWS)(0)
     batches = {name: sharding.put_batch(batch, mesh) for name, batch in host.items()}
     params = sharding.put_params(start, mesh)
+    training = trainable_of(params, row)
+    memory = objective_state(LEARNER, row, options, SEED)
 
     @jax.jit
     def run(params, frozen, batches):
-        losses = Losses(LEARNER, row, options, params, frozen, batches, accumulate)
+        losses = Losses(
+            LEARNER, row, options, params, frozen, batches, accumulate, training.binding,
+            state=memory,
+        )  # fmt: skip
         return losses.gradients(params)
 
-    args = (params, head_of(params), batches)
+    args = (params, head_of(params) if training.frozen is None else training.frozen, batches)
     return jax.device_get(run.lower(*args).compile()(*args))
 
 

@@ -126,6 +126,7 @@ def test_leaves_are_chosen_by_name_and_block(params, leaves, blocks, inner, oute
         (["mlp/dwn"], None, "--train.leaves mlp/dwn: no leaf of the model has that name"),
         (["own"], None, "attn/q"),
         (["down"], [10], "--train.blocks 10: the model has blocks 0 to 9"),
+        (["down"], [-1], "--train.blocks -1: the model has blocks 0 to 9"),
         (["final_norm"], [1], "--train.blocks goes with leaves of blocks"),
     ],
 )
@@ -373,7 +374,7 @@ def test_a_selected_stage_from_the_command_line(small, tmp_path):
     task, mesh = load_task(config), sharding.make_mesh(config.mesh)
     base = base_models.base_model(config, task, mesh)
     run = Run(tmp_path, mesh, 0, Tracker(tmp_path))
-    pipeline.check_stages(config, task, base)
+    pipeline.check_stages(config, task, base.learner)
     trained = pipeline.unlearn(run, config, base, task)
     assert trained.sha == pipeline.unlearn(run, config, base, task).sha != base.sha
     for (path, a), b in zip(
@@ -391,4 +392,4 @@ def test_a_selected_stage_from_the_command_line(small, tmp_path):
         ["quickstart", *small, "--objective.name", "rmu", "--objective.layer", "4"]
     )
     with pytest.raises(UserError, match="output of block 2"):
-        pipeline.check_stages(empty, task, base)
+        pipeline.check_stages(empty, task, base.learner)

@@ -64,14 +64,14 @@ def arguments(name: str, official: Path, tiny: Path) -> list[str]:
 
 @pytest.fixture(scope="module", params=PRESETS)
 def prepared(request, official, tiny):
-    """A preset's name, its prepared task and the number of its model's blocks."""
+    """A preset's name, its prepared task and how its model is trained."""
     argv = arguments(request.param, official, tiny)
     task, base, _, _ = pipeline.prepare(read_arguments(argv))
-    return request.param, argv, task, base.decoder.config.num_layers
+    return request.param, argv, task, base.learner
 
 
 def test_every_pair_of_optimizer_and_objective_is_taken_or_refused(prepared, monkeypatch):
-    name, argv, task, layers = prepared
+    name, argv, task, learner = prepared
     whole = [*argv, "--optimizer.name", "hybrid", "--objective.name", "npo"]
     parsed = read_arguments(whole)
     # The names are in the default that is parsed on: without the parser it is hundreds a second.
@@ -84,6 +84,8 @@ def test_every_pair_of_optimizer_and_objective_is_taken_or_refused(prepared, mon
         for objective in objectives.OBJECTIVES:
             names = ["--optimizer.name", optimizer, "--objective.name", objective]
             config = read_arguments([*argv, *names])
+            if objective == "rmu":  # of the two blocks of the local model
+                config = replace(config, **{"objective.layer": 1})
             resolved = objectives.resolve(config.objective)
             if row.needs == "split" and not two_sided(*resolved):
                 with pytest.raises(UserError) as error:
@@ -98,8 +100,8 @@ def test_every_pair_of_optimizer_and_objective_is_taken_or_refused(prepared, mon
                 with pytest.raises(
                     UserError, match="has none; give the rows a column 'alternate_a"
                 ):
-                    pipeline.check_stages(replace(config, **{"data.alternates": 0}), task, layers)
-            pipeline.check_stages(config, task, layers)
+                    pipeline.check_stages(replace(config, **{"data.alternates": 0}), task, learner)
+            pipeline.check_stages(config, task, learner)
             assert (config.optimizer.name, config.objective.name) == (optimizer, objective)
         steps = config.unlearn.steps
         jax.eval_shape(build(config.optimizer, steps)[0].init, SHAPES)
