@@ -332,3 +332,15 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, where):
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
     found = load_latest(tmp_path, make_state(9), print)
     assert found is not None and found[0] == 1
+
+
+def test_a_machine_that_was_suspended_while_it_saved(tmp_path, monkeypatch):
+    """Orbax gives up after 20 minutes of the wall's clock; what to do then is another thing."""
+
+    def save(folder, tree):
+        raise TimeoutError("ChainedFuture completed 0/2 futures but timed out after 1250 seconds.")
+
+    monkeypatch.setattr(checkpointing, "_save", save)
+    with pytest.raises(UserError, match="suspended.*the same command continues") as error:
+        checkpointing.save_tree(tmp_path / "1", {"x": jnp.ones(2)}, {})
+    assert "free space" not in str(error.value) and not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -140,19 +141,26 @@ def test_stopped_in_the_middle_of_a_checkpoint(setting, undisturbed, tmp_path, m
 
 
 def poison(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Make the loss of one step NaN."""
-    real = loop.traced_step
+    """Report a loss of NaN at one step; the program is the same."""
+    real = loop.compile_step
 
-    def traced_step(*args):
-        inner = real(*args)
+    def compile_step(*args):
+        jitted = real(*args)
 
-        def run(state, hyper, frozen, batches):
-            after, values = inner(state, hyper, frozen, batches)
-            return after, values | {"loss": jnp.where(state.step == step, jnp.nan, values["loss"])}
+        def compiled(*args):
+            made = jitted.lower(*args).compile()
 
-        return run
+            def call(state, *rest):
+                here = int(state.step) == step
+                after, values = made(state, *rest)
+                return after, values | ({"loss": jnp.asarray(jnp.nan)} if here else {})
 
-    patch.setattr(loop, "traced_step", traced_step)
+            call.memory_analysis = made.memory_analysis
+            return call
+
+        return SimpleNamespace(lower=lambda *args: SimpleNamespace(compile=lambda: compiled(*args)))
+
+    patch.setattr(loop, "compile_step", compile_step)
     patch.setattr(loop, "_COMPILED", {})
 
 

@@ -97,10 +97,12 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
         if distributed.is_first():
             remote.remove(part)
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        advice = "free space or choose another --output"
+        if isinstance(error, TimeoutError):  # Orbax waits 20 minutes by the clock on the wall
+            reason = "it took too long (was the machine suspended?)"
+            advice = "the same command continues from the checkpoint before it"
         kind = distributed.Agreed if isinstance(error, distributed.Agreed) else UserError
-        raise kind(
-            f"cannot write checkpoint {folder}: {reason}; free space or choose another --output"
-        ) from None
+        raise kind(f"cannot write checkpoint {folder}: {reason}; {advice}") from None
     return manifest
 
 
