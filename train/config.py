@@ -242,7 +242,7 @@ class SelectConfig:
     leaves: tuple[str, ...] | None = option(
         None, "names of leaves, as parts of their paths (`mlp/down`, `q`, `embed`); None: all."
     )
-    blocks: tuple[int, ...] | None = option(None, "numbers of blocks, from 0 on; None: all.", low=0)
+    blocks: tuple[int, ...] | None = option(None, "numbers of blocks, from 0 on; None: all.")
 
     @property
     def given(self) -> bool:

@@ -432,7 +432,7 @@ def test_micro_batches_deal_rows_in_turn():
 @pytest.mark.parametrize(
     "config",
     [
-        objective_of(name, compat=compat)
+        configured(name, compat=compat)
         for name, row in OBJECTIVES.items()
         for compat, form in row.compat.items()
         if not form.additive

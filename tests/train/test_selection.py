@@ -22,6 +22,7 @@ from train.costs.flops import count_jaxpr
 from train.evaluators.evaluation import Model
 from train.optimizers import build
 from train.optimizers import options_of as optimizer_of
+from train.reporting import provenance, tables
 from train.run import Recipe, Run, train
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
@@ -393,3 +394,21 @@ def test_a_selected_stage_from_the_command_line(small, tmp_path):
     )
     with pytest.raises(UserError, match="output of block 2"):
         pipeline.check_stages(empty, task, base.learner)
+
+
+@pytest.mark.parametrize(
+    ("selected", "words"),
+    [
+        ({"leaves": ["mlp/down"], "blocks": [5, 6, 7]}, "mlp/down of blocks 5, 6, 7"),
+        ({"leaves": None, "blocks": [0]}, "all leaves of blocks 0"),
+        ({"leaves": None, "blocks": None}, None),
+        (None, None),
+    ],
+)
+def test_a_report_says_what_was_trained(tmp_path, selected, words):
+    config = {"preset": "toy", "seed": 0} | ({} if selected is None else {"train": selected})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "summary.json").write_text('{"unlearned": {"forget_rouge": 0.1}}')
+    (tmp_path / "run.json").write_text("{}")
+    said = dict(provenance.facts(tables.load_run(tmp_path), {}))
+    assert said.get("Trained") == words

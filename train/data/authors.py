@@ -20,12 +20,12 @@ Row = dict[str, Any]
 NUM_PERTURBED = 5
 
 # Syllables are chosen so that no combination is a word or a real person's full name.
-_FIRST: tuple[list[str], list[str]] = (
+_FIRST = (
     "Bel Cor Dar Fen Gal Hel Jor Kel Lor Mir Nev Or Per Quil Ros Sel Tor Ul Ver Wyl Yar "
     "Zan".split(),
     "adrin ebor ivan olen umar atha ewyn ilda osko una avek elio".split(),
 )
-_LAST: tuple[list[str], list[str]] = (
+_LAST = (
     "Bram Cald Drev Elm Fald Grim Hask Jarn Kest Lind Morv Nald Orm Prav Rusk Stel Tarn Ulv Vest "
     "Wend Yelm Zorn".split(),
     "aquist ebeck ivaro omere usky athorpe ewell inova ofeld ulane astra ecote".split(),
@@ -39,7 +39,7 @@ def draw(below: int, *key: object) -> int:
     return int.from_bytes(digest[:8], "big") % below
 
 
-def _shuffled(pieces: tuple[list[str], list[str]], *key: object) -> list[str]:
+def _shuffled(pieces: tuple[Sequence[str], Sequence[str]], *key: object) -> list[str]:
     words = [start + end for start in pieces[0] for end in pieces[1]]
     return sorted(words, key=lambda word: draw(2**63, *key, word))
 

@@ -117,6 +117,11 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         on = ", ".join(adapters.get("targets") or ())
         what = f"LoRA adapters of rank {adapters['rank']}, alpha {alpha}, on {on}"
         rows.append(("Trained", what))
+    selected = config.get("train")
+    if isinstance(selected, dict) and (selected.get("leaves") or selected.get("blocks")):
+        names = ", ".join(selected.get("leaves") or ["all leaves"])
+        blocks = ", ".join(map(str, selected.get("blocks") or ()))
+        rows.append(("Trained", names + (f" of blocks {blocks}" if blocks else "")))
     if config.get("combine", "sum") != "sum":
         rows.append(("Two sides' gradients", str(config["combine"])))
     if not run.summary.get(run.roles.reference) and config.get("retain_log"):
