@@ -390,7 +390,7 @@ def test_a_selected_stage_from_the_command_line(small, tmp_path):
     with pytest.raises(UserError, match="use --lora.targets, or leave --lora.rank out"):
         checks.check_run(both)
     empty = read_arguments(
-        ["quickstart", *small, "--objective.name", "rmu", "--objective.layer", "4"]
+        ["quickstart", *small, "--objective.name", "rmu", "--objective.layer", "2"]
     )
     with pytest.raises(UserError, match="output of block 2"):
         pipeline.check_stages(empty, task, base.learner)
