@@ -6,7 +6,7 @@ every optimizer once it has one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,13 +74,14 @@ class Learner(Protocol):
         ...
 
 
-def check_questions(learner: Learner, row: Objective, options: Any) -> None:
+def check_questions(learner: Learner, row: Objective, options: Any, train_from: int = 0) -> None:
     """Raise `UserError` for an objective that asks what a model does not answer.
 
     Args:
         learner: the kind of model.
         row: the objective.
         options: its options.
+        train_from: nothing below this block is trained.
     """
     questions = row.questions(options)
     asked = {question for some in questions.asks.values() for question in some}
@@ -94,10 +95,16 @@ def check_questions(learner: Learner, row: Objective, options: Any) -> None:
     depth = learner.sizes.get("blocks", 0)
     for block in questions.blocks:
         if not 0 <= block < depth:
+            there = f"blocks 0 to {depth - 1}; choose one of them" if depth else "no blocks"
             raise UserError(
-                f"objective {row.name!r} reads the output of block {block}; the model has blocks 0 "
-                f"to {depth - 1}"
+                f"objective {row.name!r} reads the output of block {block}; the model has {there}"
             )
+    if asked == {HIDDEN} and train_from > max(questions.blocks):
+        raise UserError(
+            f"objective {row.name!r} reads the output of block {max(questions.blocks)} and nothing "
+            f"above it, and block {train_from} is the first that is trained; choose lower "
+            "--train.blocks, or a higher block to read"
+        )
 
 
 @dataclass(frozen=True)
@@ -157,10 +164,14 @@ class DecoderLearner:
         if train_from and questions.forked:
             blocks.add(train_from - 1)
         model = AskedDecoder(decoder, params, options, blocks=tuple(sorted(blocks)))
-        if fuse:
-            for streams, labels, hidden in passes(questions, batches):
-                if len({batches[s]["tokens"].shape for s in streams}) == 1 < len(streams):
-                    model.learn([batches[s] for s in streams], labels=labels, hidden=hidden)
+        # A fork starts from the output of the block below it, which the same pass collects.
+        entered = questions.forked if train_from else ()
+        for streams, labels, hidden in passes(questions, batches, entered):
+            together = fuse and len({batches[s]["tokens"].shape for s in streams}) == 1
+            for group in [streams] if together else [[s] for s in streams]:
+                # The labels of one stream alone are asked for where the loss asks.
+                if len(group) > 1 or hidden:
+                    model.learn([batches[s] for s in group], labels=labels, hidden=hidden)
         model = AskedDecoder(
             decoder, params, options, head_copies(params, dtype), model.blocks, model.known
         )
@@ -186,18 +197,19 @@ class DecoderLearner:
 
 
 def passes(
-    questions: Questions, batches: Mapping[str, Batch]
+    questions: Questions, batches: Mapping[str, Batch], entered: Sequence[str] = ()
 ) -> list[tuple[list[str], bool, bool]]:
     """The forward passes that serve a row: streams, whether for labels, whether for hidden states.
 
-    Streams that are asked for hidden states alone have a pass that ends below the others.
+    Streams that are asked for hidden states alone have a pass that ends below the others. Of those
+    `entered`, the frozen model reads a hidden state of the model.
 
     Example:
         >>> passes(Questions({"forget": ("hidden",), "retain": ("hidden",)}), {"forget": {},
         ...        "retain": {}})
         [(['forget', 'retain'], False, True)]
     """
-    hidden = [s for s in batches if s in questions.of(HIDDEN)]
+    hidden = [s for s in batches if s in (*questions.of(HIDDEN), *entered)]
     labels = [s for s in batches if s in questions.of(LABELS)]
     both = any(s in labels for s in hidden)
     found = [(labels, True, both)] if labels else []

@@ -107,12 +107,16 @@ def select(
     return Selection(tuple(inner), tuple(outer), tuple(runs))
 
 
-def split(params: Any, chosen: Selection) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(
+    params: Any, chosen: Selection, cut: Callable[[Any, str, int, int], Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The trained tree, and all the rest.
 
     Args:
         params: a decoder's parameters, with one stack of layers.
         chosen: from `select`.
+        cut: `(leaf, path, first, last) ->` these layers of a stacked leaf; None: a slice. A leaf
+            outside the layers is given as one layer of its own, from 0 to its first axis.
 
     Returns:
         `(trainable, frozen)`. Under `layers` the first has one stack, or as many as there are runs
@@ -128,14 +132,24 @@ def split(params: Any, chosen: Selection) -> tuple[dict[str, Any], dict[str, Any
         >>> [sorted(stack["mlp"]) for stack in frozen["layers"]]
         [['down', 'gate', 'up'], ['gate', 'up'], ['down', 'gate', 'up']]
     """
+    cut = cut or (lambda x, path, first, last: x[first:last])
     stacks, rest = [], []
+
+    def whole(path: Any, x: Any) -> Any:
+        return cut(x, layout.path_str(path), 0, x.shape[0])
+
     for run in chosen.runs:
-        cut = jax.tree.map(lambda x, run=run: x[run.first : run.last], params["layers"])
+
+        def layers(path: Any, x: Any, run: Run = run) -> Any:
+            return cut(x, f"layers/{layout.path_str(path)}", run.first, run.last)
+
+        part = jax.tree_util.tree_map_with_path(layers, params["layers"])
         if run.trained:
-            stacks.append(_pick(cut, lambda path: path in chosen.inner))
-            cut = _pick(cut, lambda path: path not in chosen.inner)
-        rest.append(cut)
+            stacks.append(_pick(part, lambda path: path in chosen.inner))
+            part = _pick(part, lambda path: path not in chosen.inner)
+        rest.append(part)
     outside = {name: part for name, part in params.items() if name != "layers"}
+    outside = jax.tree_util.tree_map_with_path(whole, outside)
     trainable = _pick(outside, lambda path: path in chosen.outer)
     if stacks:
         trainable["layers"] = stacks[0] if len(stacks) == 1 else tuple(stacks)
@@ -215,12 +229,12 @@ def finish(trainable: Mapping[str, Any], params: Any, *, chosen: Selection) -> A
         if not name.startswith("layers/") or inner not in chosen.inner:
             return x
         parts = tuple(flat[i][inner] for i in range(len(runs)))
-        where = getattr(x, "sharding", None)
         firsts = tuple(run.first for run in runs)
-        if where is not None and where.memory_kind == "pinned_host":
-            x, where = jax.device_put(x, where.with_memory_kind("device")), None
-        made = jax.jit(_filled, static_argnums=2)(x, parts, firsts)
-        return made if where is None else jax.device_put(made, where)
+        where = getattr(x, "sharding", None)  # a traced one has none
+        if where is not None:
+            where = where.with_memory_kind("device")
+            x = jax.device_put(x, where)
+        return jax.jit(_filled, static_argnums=2, out_shardings=where)(x, parts, firsts)
 
     return jax.tree_util.tree_map_with_path(one, params)
 

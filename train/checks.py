@@ -13,7 +13,7 @@ from jaxlib_unlearn import objectives, options
 from jaxlib_unlearn.errors import UserError
 from models import lora, selection
 from models.weights import DTYPES
-from train import optimizers, suggest
+from train import optimizers, suggest, trainable
 from train.config import (
     EvaluateConfig,
     LoraConfig,
@@ -117,9 +117,15 @@ def check_selection(select: SelectConfig, optimizer: Options, params: Any = None
     if params is None or not select.given:
         return
     chosen = selection.select(params, select.leaves, select.blocks)
-    check_row = optimizers.OPTIMIZERS[optimizer.name].check_runs
-    if check_row is not None:
-        check_row(optimizer, [(run.first, run.last) for run in chosen.runs if run.trained])
+    row = optimizers.OPTIMIZERS[optimizer.name]
+    if row.check_runs is not None:
+        runs = [(run.first, run.last) for run in chosen.runs if run.trained]
+        row.check_runs(optimizer, runs, chosen.runs[-1].last)
+    if row.sides and not any(path.endswith("kernel") for path in chosen.inner):
+        raise UserError(
+            f"--train.leaves: {row.name} moves one layer of a stack at a time, and no kernel of a "
+            "block is among the leaves; choose one, or another --optimizer.name"
+        )
 
 
 def check_writable(option: str, folder: Path) -> None:
@@ -146,11 +152,7 @@ def check_run(config: RunConfig) -> Mesh:
     optimizers.check_pair(config.optimizer, config.combine, objective, settings)
     check_lora(config.lora, config.optimizer)
     check_selection(config.train, config.optimizer)
-    if config.lora.rank is not None and config.train.given:
-        raise UserError(
-            "--train.leaves and --train.blocks choose among the model's own parameters, which "
-            "--lora.rank leaves as they are; use --lora.targets, or leave --lora.rank out"
-        )
+    trainable.refuse_both(config.lora, config.train)
     reporters.check(reporters.chosen(config.report_to, config.tensorboard))
     if config.profile is not None:
         check_writable("--profile", config.profile)

@@ -244,6 +244,10 @@ class SelectConfig:
     )
     blocks: tuple[int, ...] | None = option(None, "numbers of blocks, from 0 on; None: all.")
 
+    def __post_init__(self) -> None:
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(sorted(set(self.blocks))))
+
     @property
     def given(self) -> bool:
         """Whether anything is chosen."""

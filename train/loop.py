@@ -147,8 +147,9 @@ def _programs(stage: Stage, learner: Learner, mesh: Any) -> dict[Any, Any]:
     row = stage.objective
     key = (
         learner,
-        row.loss,
+        (row.loss, row.sides, row.advance),
         tuple(row.reference.items()),
+        tuple(row.asks.items()),
         static_of(stage.options, stage.optimizer),
         stage.combine,
         stage.accumulate,
@@ -228,15 +229,12 @@ def run(
         return values["loss"]
 
     step_fn = compile_step(step, shardings, mesh)
+    fixed = tuple((x.shape, x.dtype, x.sharding) for x in jax.tree.leaves((state, frozen)))
     spent: list[float] = []  # seconds of the compilations since progress was last shown
 
     def program(state, batches):
         """The step for batches of these shapes, compiled once, and its MiB on a device."""
-        leaves = jax.tree.leaves((state, frozen))
-        shapes = (
-            *(f"{n} {k} {x.shape}" for n, b in batches.items() for k, x in b.items()),
-            *(f"{x.shape} {x.dtype} {x.sharding}" for x in leaves),
-        )
+        shapes = (fixed, *((n, k, x.shape) for n, b in batches.items() for k, x in b.items()))
         if shapes not in compiled:
             began = time.monotonic()
             made = step_fn.lower(state, hyper, frozen, batches).compile()

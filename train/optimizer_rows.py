@@ -50,8 +50,8 @@ class Optimizer:
         sides: loss evaluations per query of a zeroth-order row; 0: it has none.
         check_blocks: `check_blocks(options, num_layers)` raises `UserError` for a model that it
             cannot train with these options.
-        check_runs: `check_runs(options, runs)` raises `UserError` for runs of blocks, `(first,
-            last)`, that it cannot train alone.
+        check_runs: `check_runs(options, runs, num_layers)` raises `UserError` for runs of blocks,
+            `(first, last)`, that it cannot train alone.
         check_rank: `check_rank(rank)` raises `UserError` for adapters that it cannot train.
         check_steps: `check_steps(options, steps)` raises `UserError` for a number of steps that it
             cannot take.
@@ -65,7 +65,7 @@ class Optimizer:
     summary: str
     sides: int = 0
     check_blocks: Callable[[Any, int], None] | None = None
-    check_runs: Callable[[Any, list[tuple[int, int]]], None] | None = None
+    check_runs: Callable[[Any, list[tuple[int, int]], int], None] | None = None
     check_rank: Callable[[int], None] | None = None
     check_steps: Callable[[Any, int], None] | None = None
     shortened: Callable[[Any, int], Any] | None = None
@@ -212,9 +212,10 @@ def _blocks_of_teon(c: Teon, num_layers: int) -> None:
         )
 
 
-def _runs_of_teon(c: Teon, runs: list[tuple[int, int]]) -> None:
+def _runs_of_teon(c: Teon, runs: list[tuple[int, int]], num_layers: int) -> None:
     for first, last in runs:
-        if first % c.group_size or (last - first) % c.group_size:
+        # What is left over at the end of the model is never grouped.
+        if first % c.group_size or (last % c.group_size and last < num_layers):
             raise UserError(
                 f"--train.blocks {first} to {last - 1}: teon groups blocks by {c.group_size} from "
                 "block 0 on, and this range cuts a group; choose whole groups, or "

@@ -32,6 +32,7 @@ from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import Tracker, say
 from train.tasks import load_task
 from train.tasks.task import ALTERNATES, Row, Task, prompt_format
+from train.trainable import train_from
 
 CURVE_ROWS = 40
 
@@ -150,7 +151,7 @@ def check_stages(
     """Raise `UserError` for stages without a step, or that objective or optimizer cannot take."""
     objective, options = objectives.resolve(config.objective)
     objectives.reference_forward(objective, options, learner.decoder.config.num_layers)
-    check_questions(learner, objective, options)
+    check_questions(learner, objective, options, train_from(learner.shapes(), config.train))
     if config.data.alternates and lacks_alternates(objective, task):
         check_alternates(config)
     else:

@@ -292,7 +292,7 @@ def knobs(config: PlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
             out.append("--model.dtype bfloat16")
         if getattr(config.optimizer, "state_dtype", None) == "float32":
             out.append("--optimizer.state-dtype bfloat16")
-        if config.lora.rank is None:
+        if config.lora.rank is None and not config.train.given:
             out.append("--lora.rank 16")
         out.append("a larger --topology")
     if not all(p["fits"] for name, p in done.items() if name != "train"):

@@ -36,7 +36,7 @@ from train.runtime.keys import stage_inputs
 from train.runtime.stages import digest, folder_of, json_stage, params_stage
 from train.runtime.tracking import Tracker, say
 from train.step import shaped
-from train.trainable import trainable_of
+from train.trainable import train_from, trainable_of
 
 
 class Clock:
@@ -194,7 +194,8 @@ def train(
             "other reference can be given"
         )
     objectives.check_accumulation(row, stage.accumulate)
-    check_questions(start.learner, row, options)
+    first = train_from(start.params, recipe.select)
+    check_questions(start.learner, row, options, first)
     check_pair(optimizer, recipe.combine, row, options)
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
     divides = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
 from models import lora, selection
 from models.labels import head_of
 from train.config import LoraConfig, SelectConfig
 from train.data.references import needs_head
 from train.runtime import residency, sharding
-from train.step import Binding
+from train.step import ALL, Binding
 
 
 class Trainable(NamedTuple):
@@ -48,7 +49,8 @@ def trainable_of(
     """What a stage trains of a model.
 
     Of a model in host memory only what a step reads is brought to the device: the model and the
-    copy that is trained are never there together. Shapes in place of arrays give shapes.
+    copy that is trained are never there together. A fork needs both. Shapes in place of arrays give
+    shapes.
 
     Args:
         params: of the model (arrays or shapes).
@@ -60,10 +62,11 @@ def trainable_of(
         mesh: the devices, for what is cut out; None: left to the compiler.
 
     Raises:
-        UserError: a name or a block that the model does not have.
+        UserError: a name or a block that the model does not have; adapters and chosen leaves.
     """
     forked = "fork" in row.reference.values()
     if adapters is not None and adapters.rank is not None:
+        refuse_both(adapters, select)
         return _adapters(params, adapters, forked, seed)
     if select is not None and select.given:
         return _selected(params, select, row, dtype, mesh)
@@ -72,7 +75,7 @@ def trainable_of(
         frozen = residency.to_device(params)
     elif needs_head(row):
         frozen = residency.to_device(head_of(params))
-    binding = Binding(fork=_itself if forked else None)
+    binding = Binding(fork=_itself) if forked else ALL
     return Trainable(params, frozen, binding, _itself, _itself)
 
 
@@ -97,22 +100,34 @@ def _adapters(params: Any, adapters: LoraConfig, forked: bool, seed: int) -> Tra
     )
 
 
+def refuse_both(adapters: LoraConfig, select: SelectConfig | None) -> None:
+    """Raise `UserError` for adapters and chosen leaves in one stage."""
+    if adapters.rank is not None and select is not None and select.given:
+        raise UserError(
+            "--train.leaves and --train.blocks choose among the model's own parameters, which "
+            "--lora.rank leaves as they are; use --lora.targets, or leave --lora.rank out"
+        )
+
+
+def train_from(shapes: Any, select: SelectConfig | None) -> int:
+    """The first block that a gradient has to reach."""
+    if select is None or not select.given:
+        return 0
+    return selection.select(shapes, select.leaves, select.blocks).train_from
+
+
 def _selected(
     params: Any, select: SelectConfig, row: Objective, dtype: Any, mesh: Any
 ) -> Trainable:
     forked = "fork" in row.reference.values()
     chosen = selection.select(params, select.leaves, select.blocks)
-    cut = functools.partial(selection.split, chosen=chosen)
-    on_device = residency.to_device(params)
-    shapes = jax.eval_shape(cut, on_device)
-    where = None if mesh is None else sharding.param_shardings(shapes, mesh)
-    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
-        start, rest = shapes
-    else:
-        start, rest = jax.jit(cut, out_shardings=where)(on_device)
+    start, rest = selection.split(params, chosen, functools.partial(_cut, mesh=mesh))
     whole = functools.partial(selection.bind, chosen=chosen, dtype=dtype)
-    # The head may be among what is trained: cached hidden states are unembedded by the frozen one.
-    head = head_of(on_device) if needs_head(row) else None
+    head = None
+    if needs_head(row):  # cached hidden states are unembedded by the frozen one
+        head = {name: rest.get(name, {}) for name in head_of(params)}
+        if any(path.split("/")[0] in head for path in chosen.outer):
+            head = residency.to_device(head_of(params))
     binding = Binding(
         lambda trainable, frozen, layer_map=None: whole(trainable, frozen["rest"], layer_map),
         (lambda frozen: selection.view(frozen["start"], frozen["rest"], chosen=chosen))
@@ -121,6 +136,8 @@ def _selected(
         lambda frozen: frozen["head"],
         chosen.train_from,
     )
+    if not forked:  # a copy of it is trained
+        start = residency.to_host(start)
     frozen = {"rest": rest, "head": head, "start": start if forked else None}
     return Trainable(
         start,
@@ -129,3 +146,14 @@ def _selected(
         lambda trainable: selection.view(trainable, rest, chosen=chosen),
         lambda trainable: selection.finish(trainable, params, chosen=chosen),
     )
+
+
+def _cut(x: Any, path: str, first: int, last: int, mesh: Any = None) -> Any:
+    """Layers `first` to `last - 1` of a leaf, on the device, where one leaf at a time is whole."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda x: x[first:last], x)
+    if (first, last) == (0, x.shape[0]):
+        return residency.to_device(x)
+    shape = (last - first, *x.shape[1:])
+    where = None if mesh is None else sharding.sharding_of(path, shape, mesh)
+    return jax.jit(lambda x: x[first:last], out_shardings=where)(residency.to_device(x))

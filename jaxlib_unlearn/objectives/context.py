@@ -50,8 +50,8 @@ class Context(NamedTuple):
 
     Args:
         model: the model that is trained.
-        reference: the frozen model, as far as the row's ``reference`` asks for it; None: not at
-            all.
+        reference: the frozen model, as far as the row's ``reference`` asks for it; asked for more,
+            it raises ``ValueError``.
         compare: ``compare(batch, fn)`` is ``fn(logits, reference_logits, targets)`` on every label,
             both logits in one chunk. With ``plain=True`` it is ``fn(logits, reference_logits,
             plain_logits, targets)``, for rows whose reference is ``hidden_pair``.

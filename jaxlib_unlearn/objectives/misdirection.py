@@ -8,7 +8,8 @@ which is drawn once, and :math:`h^0` the frozen model's:
       + r \, E \, \lVert h_l(x_r) - h^0_l(x_r) \rVert^2 / d
 
 Published runs train ``mlp/down`` of the blocks l - 2, l - 1 and l alone. Nothing above block l is
-computed, and the frozen model shares all blocks below the first trained one.
+computed, and the frozen model shares all blocks below the first trained one. Where all parameters
+are trained, it is a second copy of the whole model.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ _COMPAT = {
 
 @dataclasses.dataclass(frozen=True)
 class RMU(Options):
-    """Options of ``rmu``: those of the paper for Zephyr-7B."""
+    """Options of ``rmu``: layer, steering and retain weight as in the paper for Zephyr-7B."""
 
     name: str = named("rmu")
     compat: str | None = forms(_COMPAT)

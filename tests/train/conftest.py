@@ -40,6 +40,14 @@ def run_program(module: str, *argv: str | Path) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture(autouse=True)
+def own_steps():
+    """What a test patches does not reach the compiled steps of the next one."""
+    yield
+    if (loop := sys.modules.get("train.loop")) is not None:
+        loop._COMPILED.clear()
+
+
 @pytest.fixture(scope="session")
 def program():
     """`program("train.unlearn", "quickstart", ...) -> (code, out, err)`, in this process."""

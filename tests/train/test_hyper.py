@@ -1,6 +1,7 @@
 """Numbers that are arguments of the compiled step: the same steps, one program, several at once."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -13,13 +14,16 @@ from jaxlib_unlearn import objectives
 from models.decoder import Decoder, DecoderConfig
 from models.labels import head_of
 from models.learner import DecoderLearner
-from train import loop
+from train import base_models, loop, pipeline
+from train.arguments import read_arguments
 from train.hyper import hyper_of, static_of, traced_fields, traced_step
 from train.optimizers import OPTIMIZERS, build, make_schedule
 from train.optimizers import options_of as optimizer_of
+from train.run import Run
 from train.runtime.sharding import MeshConfig, make_mesh, put_batch, put_params
 from train.runtime.tracking import Tracker
 from train.step import init_state, make_step, objective_state
+from train.tasks import load_task
 from train.trainable import trainable_of
 
 CONFIG = DecoderConfig(31, 8, 16, 2, 2, 1, 4)
@@ -190,3 +194,20 @@ def test_several_members_at_once(mesh, params, name):
             want,
         )
     assert optax.tree.norm(optax.tree.sub(alone[0], alone[2])) > 0
+
+
+def test_original_and_oracle_share_their_programs(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_COMPILED", {})
+    config = read_arguments(["quickstart", *small, "--finetune.steps", "4"])
+    task, mesh = load_task(config), make_mesh(config.mesh)
+    base = base_models.base_model(config, task, mesh)
+    run = Run(tmp_path, mesh, 0, Tracker(tmp_path))
+    knows = task.forget + task.retain
+    pipeline.finetune(run, config, "original", base, knows)
+    (programs,) = loop._COMPILED.values()
+    before = dict(programs)
+    pipeline.finetune(run, config, "oracle", base, task.retain, knows)
+    assert list(loop._COMPILED.values()) == [programs]
+    assert set(before) <= set(programs) and len(programs) < 2 * len(before)
+    used = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len({line["stage"] for line in used}) == 2

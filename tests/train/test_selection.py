@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.interpreters import partial_eval
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models import selection
+from models.asked import Frozen
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner, check_questions
 from train import base_models, checks, pipeline
@@ -142,7 +144,11 @@ def test_teon_takes_whole_groups(params):
     for blocks in ((5, 6), (4, 5, 6)):
         with pytest.raises(UserError, match="this range cuts a group"):
             checks.check_selection(SelectConfig(("q",), blocks), teon, params)
-    checks.check_selection(SelectConfig(("q",), (4, 5)), teon, params)
+    for fine in (SelectConfig(("q",), (4, 5)), SelectConfig(("q",))):
+        checks.check_selection(fine, teon, params)
+    four = optimizer_of("teon", group_size=4)  # blocks 8 and 9 are left over in the model, too
+    for fine in (SelectConfig(("q",)), SelectConfig(("q",), (4, 5, 6, 7, 8, 9))):
+        checks.check_selection(fine, four, params)
     trained = trainable_of(params, ROW, select=SelectConfig(("q",), (4, 5))).start
     whole = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params)
     tx = build(teon, 10)[0]
@@ -155,6 +161,14 @@ def test_teon_takes_whole_groups(params):
         rtol=1e-4,
         atol=1e-8,
     )
+
+
+@pytest.mark.parametrize("name", ["mezo", "zo-muon", "hybrid"])
+def test_zeroth_order_needs_a_kernel_of_a_block(params, name):
+    for leaves in (("final_norm",), ("embed",), ("attn_norm",)):
+        with pytest.raises(UserError, match=f"{name} moves one layer of a stack at a time"):
+            checks.check_selection(SelectConfig(leaves), optimizer_of(name), params)
+    checks.check_selection(SelectConfig(("attn_norm", "down")), optimizer_of(name), params)
 
 
 # RMU with three matrices and a fork
@@ -252,8 +266,6 @@ def scans(jaxpr, found=None):
 
 
 def test_rmu_computes_the_prefix_once_and_nothing_above(params):
-    from jax.interpreters import partial_eval as pe
-
     training = trainable_of(params, ROW, select=DOWN)
 
     def gradient(start, frozen, batches):
@@ -263,7 +275,7 @@ def test_rmu_computes_the_prefix_once_and_nothing_above(params):
 
     args = (training.start, training.frozen, jax.tree.map(jnp.asarray, BATCHES))
     closed = jax.make_jaxpr(gradient)(*args)
-    live, _ = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     # Forward: blocks 0 to 4, then 5 to 7 of both streams; 5 to 7 of the frozen model for retain;
     # backward: 7 to 5.
     assert sorted(scans(live)) == [3, 3, 3, 5]
@@ -273,13 +285,39 @@ def test_rmu_computes_the_prefix_once_and_nothing_above(params):
             apart._replace(frozen=frozen), start=start, batches=batches
         ).gradients(start)
     )(apart.start, apart.frozen, args[2])
-    all_live, _ = pe.dce_jaxpr(plain.jaxpr, [True] * len(plain.jaxpr.outvars))
+    all_live, _ = partial_eval.dce_jaxpr(plain.jaxpr, [True] * len(plain.jaxpr.outvars))
     part, whole = (
         count_jaxpr(jax.extend.core.ClosedJaxpr(j, c.consts)).flops
         for j, c in ((live, closed), (all_live, plain))
     )
     # 8 blocks of two streams forward and twice that backward, and 8 of one: 56; here 8 + 8 + 3 + 12
     assert part < 0.6 * whole
+
+
+def test_a_fork_that_is_asked_for_labels_shares_the_prefix(params):
+    """NPO with the frozen model in the step, in place of a cache: the same loss, one prefix."""
+    row, options = objectives.resolve("npo", retain="none")
+    forking = dataclasses.replace(row, reference={"forget": "fork"})
+    one = {"forget": BATCHES["forget"]}
+    training = trainable_of(params, forking, select=DOWN)
+    cached = trainable_of(params, row, select=DOWN)
+    frozen = LEARNER.context(params, Frozen(), one, row.questions(options)).model
+    known = {"forget": one["forget"] | {"ref_log_probs": frozen.log_probs(one["forget"])}}
+    start = moved(training.start)
+    value = losses_of(training, start=start, batches=one, row=forking, options=options).value(start)
+    want = losses_of(cached, start=start, batches=known, row=row, options=options).value(start)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+
+    def gradient(start, frozen, batches):
+        return losses_of(
+            training._replace(frozen=frozen), start=start, batches=batches, row=forking,
+            options=options,
+        ).gradients(start)  # fmt: skip
+
+    closed = jax.make_jaxpr(gradient)(start, training.frozen, jax.tree.map(jnp.asarray, one))
+    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    # forward 0 to 4, 5 to 7, 8 and 9; the frozen model's 5 to 7, 8 and 9; backward the same
+    assert sorted(scans(live)) == [2, 2, 2, 3, 3, 3, 5]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "mezo", "zo-muon"])
@@ -363,6 +401,9 @@ def test_rmu_reaches_its_direction_and_keeps_the_rest(params):
 def test_a_model_that_does_not_answer_is_refused():
     with pytest.raises(UserError, match="output of block 10; the model has blocks 0 to 9"):
         check_questions(LEARNER, *objectives.resolve("rmu", layer=10))
+    with pytest.raises(UserError, match="block 4 and nothing above it, and block 5 is the first"):
+        check_questions(LEARNER, *objectives.resolve("rmu", layer=4), train_from=5)
+    check_questions(LEARNER, *objectives.resolve("rmu", layer=4, retain="nll"), train_from=5)
     asks = dataclasses.replace(ROW, asks={"forget": ("noise",)})
     with pytest.raises(UserError, match="asks a model for noise, which this kind of model"):
         check_questions(LEARNER, asks, OPTIONS)
@@ -410,5 +451,8 @@ def test_a_report_says_what_was_trained(tmp_path, selected, words):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "summary.json").write_text('{"unlearned": {"forget_rouge": 0.1}}')
     (tmp_path / "run.json").write_text("{}")
-    said = dict(provenance.facts(tables.load_run(tmp_path), {}))
-    assert said.get("Trained") == words
+    run = tables.load_run(tmp_path)
+    assert dict(provenance.facts(run, {})).get("Trained") == words
+    repeated = provenance.command(run)
+    assert ("--train.blocks 5 6 7" in repeated) == (words == "mlp/down of blocks 5, 6, 7")
+    assert ("--train." in repeated) == (words is not None)

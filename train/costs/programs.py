@@ -22,7 +22,7 @@ from models import generate
 from models.architectures import config_of
 from models.decoder import Decoder
 from models.labels import score
-from models.learner import DecoderLearner, Learner
+from models.learner import DecoderLearner, Learner, check_questions
 from train import checks, optimizers
 from train.base_models import scratch_shape
 from train.config import RunConfig
@@ -37,7 +37,7 @@ from train.step import (
     shaped,
     state_shapes,
 )
-from train.trainable import Trainable, trainable_of
+from train.trainable import Trainable, refuse_both, train_from, trainable_of
 
 STEPS = 100  # length of the schedule, if the data is not there; costs do not depend on it
 
@@ -101,6 +101,7 @@ def trained_shapes(
     """
     checks.check_lora(config.lora, config.optimizer, params)
     checks.check_selection(config.train, config.optimizer, params)
+    refuse_both(config.lora, config.train)
     made = trainable_of(params, objective, config.lora, config.train, dtype=dtype)
 
     def laid(tree: Any) -> Any:
@@ -125,6 +126,7 @@ def train_program(
     optimizers.check_mesh(config.optimizer, mesh)
     checks.check_blocks(config.optimizer, decoder.config.num_layers)
     learner, params = DecoderLearner(decoder), param_shapes(decoder, mesh)
+    check_questions(learner, objective, options, train_from(params, config.train))
     made = trained_shapes(config, params, mesh, objective, decoder.config.dtype)
     batches = {name: batch_shapes(rows, length, labels, mesh) for name in objective.streams}
     for name, kind in cached_streams(objective).items():

@@ -20,6 +20,9 @@ RERUN = (
     "objective.name",
     "optimizer.name",
     "combine",
+    "lora.rank",
+    "train.leaves",
+    "train.blocks",
     "model.path",
     "stage.original",
     "retain_log",
@@ -38,7 +41,8 @@ def command(run: Run) -> str:
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
-            lines.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
+            words = map(str, value if isinstance(value, list) else [value])
+            lines.append(f"--{name.replace('_', '-')} {shlex.join(words)}")
     return " \\\n    ".join(lines + ["--smoke"] * bool(run.config.get("smoke")))
 
 
