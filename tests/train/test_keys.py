@@ -30,6 +30,8 @@ from train.tasks.task import prompt_format
 
 # Other values, for fields where adding one or taking the next choice will not do.
 OTHER: dict[str, Any] = {
+    "train.leaves": ("down",),
+    "train.blocks": (1,),
     "data.source": None,  # the other source needs files: its rows are in `streams`
     "data.path": None,
     "data.forget_split": None,  # generated authors have one; rows are in `streams`
