@@ -38,7 +38,7 @@ ZO_MUON_STATIC_ARGS = (
 
 
 class _Options(DrawOptions, total=False):
-    """What the engine is told as it comes; the arguments of ``zo_muon`` explain it."""
+    """Options that go to the engine as they are; the arguments of ``zo_muon`` explain them."""
 
     matrices: Specs
     layout: str
