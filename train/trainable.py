@@ -144,7 +144,7 @@ def _selected(
         frozen,
         binding,
         lambda trainable: selection.view(trainable, rest, chosen=chosen),
-        lambda trainable: selection.finish(trainable, params, chosen=chosen),
+        lambda trainable: residency.to_device(selection.finish(trainable, params, chosen=chosen)),
     )
 
 

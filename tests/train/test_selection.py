@@ -417,7 +417,9 @@ def test_a_selected_stage_from_the_command_line(small, tmp_path):
     base = base_models.base_model(config, task, mesh)
     run = Run(tmp_path, mesh, 0, Tracker(tmp_path))
     pipeline.check_stages(config, task, base.learner)
+    base = base.to_host()  # where a program's models wait
     trained = pipeline.unlearn(run, config, base, task)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(trained.params)} == {"device"}
     assert trained.sha == pipeline.unlearn(run, config, base, task).sha != base.sha
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(trained.params), jax.tree.leaves(base.params),
