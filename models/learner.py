@@ -7,7 +7,7 @@ every optimizer once it has one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -172,9 +172,7 @@ class DecoderLearner:
                 # The labels of one stream alone are asked for where the loss asks.
                 if len(group) > 1 or hidden:
                     model.learn([batches[s] for s in group], labels=labels, hidden=hidden)
-        model = AskedDecoder(
-            decoder, params, options, head_copies(params, dtype), model.blocks, model.known
-        )
+        model = replace(model, head=head_copies(params, dtype))
         reference = AskedReference(decoder, frozen, model, train_from, questions.blocks)
 
         def compare(batch: Batch, fn: TokenFn, plain: bool = False) -> Any:

@@ -107,7 +107,7 @@ class Losses:
         batches: by stream.
         accumulate: number of micro-batches.
         binding: how `params` and `frozen` form models.
-        key: of what the row draws; None: it draws nothing.
+        key: of what the row draws; None: it may not draw.
         step: number of the step, for the same.
         state: the row's state.
     """
@@ -129,9 +129,6 @@ class Losses:
     ):
         questions = objective.questions(options)
 
-        def keys(batch: Any, purpose: str) -> jax.Array:
-            return row_keys(jax.random.key(0) if key is None else key, step)(batch, purpose)
-
         def terms(trainable, part, layer_map=None, joined=True):
             params, layer_map = binding.bind(trainable, frozen, layer_map)
             fork = None if binding.fork is None else binding.fork(frozen)
@@ -144,7 +141,10 @@ class Losses:
                 fuse=joined,
                 train_from=binding.train_from,
             )
-            return objective.loss(context._replace(row_keys=keys, state=state), part, options)
+            context = context._replace(state=state)
+            if key is not None:
+                context = context._replace(row_keys=row_keys(key, step))
+            return objective.loss(context, part, options)
 
         self._terms, self._options = terms, options
         self._batches, self._accumulate = batches, accumulate
