@@ -125,7 +125,7 @@ def test_scoring_refuses_longer_rows(gpt2, one, monkeypatch):
 
 def test_the_longest_example_is_bounded_by_the_positions(gpt2):
     assert longest(gpt2, CONTEXT) == CONTEXT
-    with pytest.raises(UserError, match="--data.max-length: 49 tokens, more than the 48 positions"):
+    with pytest.raises(UserError, match="max-length: 49 tokens, more than the 48 positions"):
         longest(gpt2, CONTEXT + 1)
     assert longest(make_rotary(), CONTEXT + 1) == CONTEXT
 
@@ -135,7 +135,7 @@ def test_the_finetuning_program_takes_a_family_and_refuses_its_end(gpt2, program
     loaded = models.Loaded(gpt2.decoder.config, gpt2.params, gpt2.tokenizer)
     folder = models.export(loaded, tmp_path / "model")
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    argv = [tmp_path / "rows.json", "--model.path", folder, "--mesh.data", "1"]
+    argv = [folder, tmp_path / "rows.json", "--mesh.data", "1"]
     argv += ["--train.steps", "2", "--train.batch-size", "2", "--output", tmp_path / "out"]
     done = program("train.finetune", *argv)  # the default is 512 tokens
     assert done.code == 2 and not (tmp_path / "out").exists()

@@ -86,7 +86,7 @@ def longest(model: Model, max_length: int) -> int:
     Raises:
         UserError: it is more than the positions that the model has learned.
     """
-    check_positions(model.decoder.config.learned_positions, max_length, "--data.max-length")
+    check_positions(model.decoder.config.learned_positions, max_length, "max-length")
     return min(max_length, model.decoder.config.max_position_embeddings)
 
 
