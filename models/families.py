@@ -244,7 +244,10 @@ def new_config(
     decided: dict[str, Any] = {
         "qk_norm": row.qk_norm,
         "activation": next(iter(row.activations.values())),
-        **{name: row.defaults.get(key, key is True) for name, key in row.biases.items()},
+        **{
+            name: row.defaults.get(key, False) if isinstance(key, str) else key
+            for name, key in row.biases.items()
+        },
         **row.fields,
         **changes,
     }
@@ -503,7 +506,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         UserError: the family cannot express the configuration (`from_hf` would differ).
     """
     family = family_of(config)
-    words = {ours: theirs for theirs, ours in reversed(family.activations.items())}
+    words = {ours: theirs for theirs, ours in reversed(list(family.activations.items()))}
     named = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
