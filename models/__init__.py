@@ -1,4 +1,4 @@
-"""Decoder language models in JAX: load, run and export Llama, Mistral, Qwen and SmolLM2."""
+"""Decoder language models in JAX: load, run and export Llama, Mistral, Qwen, GPT-2 and OPT."""
 
 from models import lora
 from models.decoder import Decoder, DecoderConfig

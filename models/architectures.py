@@ -46,6 +46,29 @@ def _llama(
     }
 
 
+def _gpt2(hidden: int, layers: int, heads: int) -> Mapping[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_embd": hidden,
+        "n_layer": layers,
+        "n_head": heads,
+        "n_positions": 1024,
+    }
+
+
+def _opt(hidden: int, layers: int, heads: int) -> Mapping[str, Any]:
+    return {
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": hidden,
+        "ffn_dim": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 2048,
+    }
+
+
 _SMALL = (4096, 14336, 32, 32)
 _LARGE = (8192, 28672, 80, 64)
 
@@ -73,6 +96,15 @@ ARCHITECTURES: dict[str, Mapping[str, Any]] = {
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
+    "openai-community/gpt2": _gpt2(768, 12, 12),
+    "openai-community/gpt2-medium": _gpt2(1024, 24, 16),
+    "openai-community/gpt2-large": _gpt2(1280, 36, 20),
+    "openai-community/gpt2-xl": _gpt2(1600, 48, 25),
+    "facebook/opt-125m": _opt(768, 12, 12),
+    "facebook/opt-1.3b": _opt(2048, 24, 32),
+    "facebook/opt-2.7b": _opt(2560, 32, 32),
+    "facebook/opt-6.7b": _opt(4096, 32, 32),
+    "facebook/opt-13b": _opt(5120, 40, 40),
 }
 ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 

@@ -12,9 +12,34 @@ MOST_LAYERS = 10_000
 LARGEST_FLOAT = 1e15
 # Limits by the last part of the names used in files.
 MOST = {
-    **dict.fromkeys(("num_hidden_layers", "block_count"), MOST_LAYERS),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_rms_epsilon"), 1.0),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "block_count"), MOST_LAYERS),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon", "layer_norm_rms_epsilon"), 1.0),
 }
+
+
+def check_positions(learned: int | None, length: int, what: str) -> None:
+    """Raise `UserError` for more tokens than a model has learned positions.
+
+    JAX clamps an index that is out of range: all tokens behind the last row of the table would
+    silently be at its position.
+
+    Args:
+        learned: how many there are (`DecoderConfig.learned_positions`); None: rotary ones, which
+            have no end.
+        length: tokens of a row, or the last position plus one.
+        what: it is, for the message.
+
+    Example:
+        >>> check_positions(256, 257, "prompt 3")
+        Traceback (most recent call last):
+        ...
+        jaxlib_unlearn.errors.UserError: prompt 3: 257 tokens, more than the 256 positions that ...
+    """
+    if learned is not None and length > learned:
+        raise UserError(
+            f"{what}: {length} tokens, more than the {learned} positions that the model has "
+            f"learned; use at most {learned}, or a model with rotary positions"
+        )
 
 
 def check_size(name: str, value: int | float, where: str) -> None:

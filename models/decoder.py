@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -19,7 +19,17 @@ from flax import nnx
 
 from models.activation_sharding import batch_sharded, lookup, padded_over_tp
 from models.attention import KeyValues, visible
-from models.layers import LINEAR, Block, RopeScaling, rms_norm, rope_frequencies, rotary
+from models.bounds import check_positions
+from models.layers import (
+    ACTIVATIONS,
+    LINEAR,
+    MLPS,
+    NORMS,
+    Block,
+    RopeScaling,
+    rope_frequencies,
+    rotary,
+)
 
 Params = Mapping[str, Any]
 LayerMap = Callable[[Any, jax.Array], Any]
@@ -34,12 +44,28 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 }
 
 
+# The words that a configuration takes.
+WORDS = {
+    "norm": tuple(NORMS),
+    "positions": ("rotary", "learned"),
+    "mlp": tuple(MLPS),
+    "activation": tuple(ACTIVATIONS),
+}
+
+
+def _later(default: Any) -> Any:
+    """A field younger than stored results: at its default it is in no key (`to_json`)."""
+    return field(default=default, metadata={"later": True})
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """Shape and conventions of a decoder; families (`models.families`) differ only in these.
 
     `unattended` is a token id that no query sees (it sees others): published code that masks every
-    padding id also masks the ends of turns where both are the same token.
+    padding id also masks the ends of turns where both are the same token. `WORDS` lists what
+    `norm`, `positions`, `mlp` and `activation` may be. Learned positions are a table of
+    `max_position_embeddings` rows after `position_offset` (2 in OPT) that no token is at.
     """
 
     vocab_size: int
@@ -62,11 +88,30 @@ class DecoderConfig:
     family: str = "llama"
     dtype: str = "float32"
     unattended: int | None = None
+    norm: str = _later("rms")
+    positions: str = _later("rotary")
+    position_offset: int = _later(0)
+    mlp: str = _later("gated")
+    activation: str = _later("silu")
+
+    @property
+    def learned_positions(self) -> int | None:
+        """How many positions the model has learned; None: rotary ones, which have no end."""
+        return self.max_position_embeddings if self.positions == "learned" else None
 
 
 @functools.lru_cache(maxsize=64)
 def _abstract_block(config: DecoderConfig) -> tuple[Any, Any]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: Block(config)))
+    return _abstract(lambda: Block(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_norm(config: DecoderConfig) -> tuple[Any, Any]:
+    return _abstract(lambda: NORMS[config.norm](config.hidden_size, config.norm_eps))
+
+
+def _abstract(make: Callable[[], nnx.Module]) -> tuple[Any, Any]:
+    graph, state = nnx.split(nnx.eval_shape(make))
     return graph, nnx.to_pure_dict(state)
 
 
@@ -81,7 +126,7 @@ class Decoder:
             kept); `full`, whole blocks (their inputs alone are kept).
 
     Raises:
-        ValueError: unknown `remat`.
+        ValueError: unknown `remat`, or a word of the configuration that is none of `WORDS`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -98,11 +143,14 @@ class Decoder:
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(f"remat is one of {', '.join(REMAT)}, got {self.remat!r}")
+        for name, words in WORDS.items():
+            if (found := getattr(self.config, name)) not in words:
+                raise ValueError(f"{name} is one of {', '.join(words)}, got {found!r}")
 
     def shapes(self) -> dict[str, Any]:
         """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
         c = self.config
-        _, block = _abstract_block(c)
+        (_, block), (_, norm) = _abstract_block(c), _abstract_norm(c)
 
         def leaf(*shape):
             return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -110,8 +158,11 @@ class Decoder:
         tree = {
             "embed": {"embedding": leaf(c.vocab_size, c.hidden_size)},
             "layers": jax.tree.map(lambda x: leaf(c.num_layers, *x.shape), block),
-            "final_norm": {"scale": leaf(c.hidden_size)},
+            "final_norm": {name: leaf(*x.shape) for name, x in norm.items()},
         }
+        if c.positions == "learned":
+            rows = c.max_position_embeddings + c.position_offset
+            tree["positions"] = {"embedding": leaf(rows, c.hidden_size)}
         if not c.tie_embeddings:
             tree["lm_head"] = {"kernel": leaf(c.hidden_size, c.vocab_size)}
         return tree
@@ -215,6 +266,7 @@ class Decoder:
 
         Raises:
             ValueError: `hidden_at`, `depth`, `train_from` or `enter` outside the model.
+            UserError: rows longer than the positions that the model has learned.
         """
         c = self.config
         depth = c.num_layers if depth is None else depth
@@ -230,6 +282,8 @@ class Decoder:
                 f"enter at block {entry} is outside 0..{depth}, or above a block of {hidden_at}"
             )
         batch, length = tokens.shape
+        if positions is None and cache is None:
+            check_positions(c.learned_positions, length, "a row of tokens")
         start = jnp.zeros((), jnp.int32) if cache is None else cache["index"]
         slots = start + jnp.arange(length, dtype=jnp.int32)
         positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else positions
@@ -255,7 +309,9 @@ class Decoder:
             )
             earlier = jnp.full((segments.shape[1],), -1, jnp.int32)
             prompt_mask = visible(query, (earlier, segments, places), c.sliding_window)
-        table = rotary(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        table = None
+        if c.positions == "rotary":
+            table = rotary(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
         temperature = jnp.broadcast_to(
             jnp.asarray(attention_temperature, jnp.float32), (c.num_layers,)
         )
@@ -263,6 +319,8 @@ class Decoder:
         dtype = jnp.dtype(c.dtype)
         embedding = params["embed"]["embedding"]
         x = lookup(embedding, tokens, dtype) if enter is None else enter[1].astype(dtype)
+        if enter is None and c.positions == "learned":
+            x = x + lookup(params["positions"]["embedding"], positions + c.position_offset, dtype)
         graph, _ = _abstract_block(c)
 
         def body(carry, inputs):
@@ -317,7 +375,7 @@ class Decoder:
                 "positions": key[2],
                 "index": start + length,
             }
-        return rms_norm(x, params["final_norm"]["scale"], c.norm_eps), collected
+        return nnx.merge(_abstract_norm(c)[0], params["final_norm"])(x), collected
 
 
 def segments_of(layers: Any, cuts: set[int], depth: int):

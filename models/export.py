@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import numpy as np
 
 from jaxlib_unlearn.errors import UserError
 from models.arrays import host as on_host
-from models.families import SLOTS, to_hf
+from models.families import FAMILIES, family_of, to_hf
+from models.tensors import Slot, joined
 from models.tokenizer import Tokenizer
 from models.weights import DTYPES, INDEX, Loaded, flatten, shortened
 
@@ -36,6 +37,7 @@ ADAPTER_KEYS = (
     *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout"),
     *("target_modules", "bias", "fan_in_fan_out", "inference_mode"),
 )
+PATTERNS = ("rank_pattern", "alpha_pattern")  # beside these where kernels share a tensor
 
 
 def export(
@@ -151,6 +153,7 @@ def export_adapter(
     rank: int,
     alpha: float,
     base: str,
+    family: str = "llama",
     card: str | None = None,
 ) -> Path:
     r"""Write adapters of `models.lora` as PEFT's adapter_config.json and adapter_model.safetensors.
@@ -160,6 +163,9 @@ def export_adapter(
         \mathrm{lora\_B} = B^T\,(\mathrm{out}, r), \qquad
         y = x W + \frac{\alpha}{r}\, (x A)\, B
 
+    Adapters of n kernels that files hold in one tensor (q, k and v of GPT-2) become one of rank
+    n r, with their factors beside each other and B block-diagonal.
+
     Where several processes share the adapters each must call it; the first one writes.
 
     Args:
@@ -168,6 +174,7 @@ def export_adapter(
         rank: r.
         alpha: numerator of the term's scale.
         base: the model that they belong to: a folder or Hub id.
+        family: of that model.
         card: what README.md says; None: no such file.
 
     Returns:
@@ -179,33 +186,46 @@ def export_adapter(
     Paper: Hu et al., arXiv:2106.09685, section 4.1.
     """
     folder = Path(folder).expanduser().absolute()
-    names = {slot.path.removesuffix("/kernel"): slot.hf.removesuffix(".weight") for slot in SLOTS}
+    slots = {slot.path: slot for slot in FAMILIES[family].table.slots if slot.layered}
     stacks = adapters["layers"]
     tensors: dict[str, np.ndarray] = {}
-    modules: dict[str, None] = {}
+    modules: dict[str, int] = {}
+    transposed = True
     index = 0
     for stack in stacks if isinstance(stacks, tuple) else (stacks,):
         flat = flatten(stack, "layers/")
-        for path, leaf in flat.items():
-            kernel, factor, _ = path.rsplit("/", 2)  # layers/attn/q, lora_a, kernel
-            hf, name = names[kernel], {"lora_a": "lora_A", "lora_b": "lora_B"}[factor]
-            modules[hf.rsplit(".", 1)[1]] = None
-            for row, matrix in enumerate(on_host(leaf)):
-                key = f"base_model.model.{hf.format(index + row)}.{name}.weight"
-                tensors[key] = np.ascontiguousarray(matrix.T)
+        held: dict[str, list[Slot]] = {}  # layers/attn/q/lora_a/kernel is of layers/attn/q/kernel
+        for kernel in dict.fromkeys(path.rsplit("/", 2)[0] for path in flat):
+            slot = slots[f"{kernel}/kernel"]
+            held.setdefault(slot.hf.removesuffix(".weight"), []).append(slot)
+        for hf, parts in held.items():
+            modules[_module(hf, slots.values())] = len(parts)
+            transposed = parts[0].transpose
+            for row, (a, b) in enumerate(_factors(flat, sorted(parts, key=lambda p: p.part))):
+                key = f"base_model.model.{hf.format(index + row)}"
+                tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(a.T)
+                tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(b.T)
         index += len(next(iter(flat.values())))
+
+    def number(value: float) -> float:
+        return int(value) if float(value).is_integer() else value
+
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": number(alpha),
         "lora_dropout": 0.0,
         "target_modules": list(modules),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": not transposed,
         "inference_mode": True,
     }
+    several = {name: count for name, count in modules.items() if count > 1}
+    if several:
+        settings["rank_pattern"] = {name: rank * count for name, count in several.items()}
+        settings["alpha_pattern"] = {name: number(alpha * n) for name, n in several.items()}
 
     def fill(temporary: Path) -> None:
         from safetensors.numpy import save_file
@@ -221,6 +241,31 @@ def export_adapter(
     return folder
 
 
+def _module(hf: str, slots: Iterable[Slot]) -> str:
+    """What PEFT calls a module: the end of its name, as much as makes it differ from the others."""
+    short = hf.rsplit(".", 1)[1]
+    names = {slot.hf.removesuffix(".weight") for slot in slots}
+    alike = [name for name in names if name.rsplit(".", 1)[1] == short]
+    return short if len(alike) == 1 else ".".join(hf.rsplit(".", 2)[1:])
+
+
+def _factors(flat: Mapping[str, Any], slots: list[Slot]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`(A, B)` of one tensor, block by block; those of the kernels that it holds are joined."""
+    pairs = [
+        [on_host(flat[slot.path.replace("/kernel", f"/{name}/kernel")]) for slot in slots]
+        for name in ("lora_a", "lora_b")
+    ]
+    for lefts, rights in zip(zip(*pairs[0], strict=True), zip(*pairs[1], strict=True), strict=True):
+        count, width = slots[0].part[1], rights[0].shape[1]
+        if count == 1:
+            yield lefts[0], rights[0]
+            continue
+        wide = [np.zeros((len(right), count * width), right.dtype) for right in rights]
+        for slot, right, row in zip(slots, rights, wide, strict=True):
+            row[:, slot.part[0] * width : (slot.part[0] + 1) * width] = right
+        yield np.concatenate(lefts, 1), np.concatenate(wide, 0)
+
+
 def _exporter(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["exporter"]
 
@@ -229,7 +274,7 @@ def _adapter_exporter(folder: Path) -> Any:
     # PEFT warns about unknown keys, so no marker can be written; PEFT itself writes three times as
     # many keys.
     found = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    return EXPORTER if set(found) == set(ADAPTER_KEYS) else None
+    return EXPORTER if set(found) - set(PATTERNS) == set(ADAPTER_KEYS) else None
 
 
 def _check_replaceable(
@@ -285,28 +330,28 @@ def _leaves(params: Any) -> list[tuple[str, Any]]:
 def _tensors(loaded: Loaded, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """Name and host array of every tensor, block by block, one at a time."""
     flat = _leaves(loaded.params)
-    known = {slot.path for slot in SLOTS}
-    extra = sorted({path for path, _ in flat} - known)
+    slots = family_of(loaded.config).table.slots
+    extra = sorted({path for path, _ in flat} - {slot.path for slot in slots})
     if extra:
         raise UserError(f"parameters {shortened(extra)} have no name in a Hugging Face folder")
 
-    def host(leaf: Any, transpose: bool) -> np.ndarray:
-        array = on_host(leaf).astype(dtype)
+    def host(leaves: list[Any], transpose: bool) -> np.ndarray:
+        arrays = [on_host(leaf).astype(dtype) for leaf in leaves]
+        array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, -1)
         return np.ascontiguousarray(array.T if transpose else array)
 
     stacks = loaded.params["layers"]
     stacks = stacks if isinstance(stacks, tuple) else (stacks,)
     outer = dict(flat[: len(flat) - sum(len(flatten(stack)) for stack in stacks)])
-    for slot in SLOTS:
-        if slot.path in outer:
-            yield slot.hf, host(outer[slot.path], slot.transpose)
+    for slot, paths in joined(slots, outer):
+        yield slot.hf, host([outer[path] for path in paths], slot.transpose)
     index = 0
     for stack in stacks:
         leaves = flatten(stack, "layers/")
         for row in range(len(next(iter(leaves.values())))):
-            for slot in SLOTS:
-                if slot.path in leaves:
-                    yield slot.hf.format(index), host(leaves[slot.path][row], slot.transpose)
+            for slot, paths in joined(slots, leaves):
+                parts = [leaves[path][row] for path in paths]
+                yield slot.hf.format(index), host(parts, slot.transpose)
             index += 1
     if index != loaded.config.num_layers:
         raise ValueError(f"{index} blocks of parameters, the config has {loaded.config.num_layers}")

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from models.activation_sharding import batch_sharded
 from models.arrays import host, put
+from models.bounds import check_positions
 from models.chunks import bucket, chunks, make_plan
 from models.decoder import Decoder, Params
 from models.sampling import SamplingConfig, row_keys, sample_tokens
@@ -261,6 +262,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, one that fills the context, or inconsistent counts.
+        UserError: a prompt longer than the positions that the model has learned.
 
     Example:
         >>> from models.decoder import DecoderConfig
@@ -280,6 +282,9 @@ def generate(
     if len(row_ids) != len(prompts):
         raise ValueError(f"{len(row_ids)} row_ids for {len(prompts)} prompts")
     for i, prompt in enumerate(prompts):
+        check_positions(
+            c.learned_positions, len(prompt) + 1, f"prompt {i} and the first token of its answer"
+        )
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens, outside 1..{context - 1}")
     if not prompts:

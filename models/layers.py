@@ -1,4 +1,4 @@
-"""The layers of a decoder block (Flax NNX): RMSNorm, rotary positions, attention, gated MLP.
+"""The layers of a decoder block (Flax NNX): norms, rotary positions, attention, MLPs.
 
 The modules never leave this package: `models.decoder` splits one abstract block into a graph
 definition and merges it with one layer's slice of the stacked parameters inside the scan body.
@@ -6,6 +6,7 @@ definition and merges it with one layer's slice of the stacked parameters inside
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,26 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return normal.astype(x.dtype) * scale.astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`, statistics in float32, last axis."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,)))
+        self.bias = nnx.Param(jnp.zeros((size,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, -1, keepdims=True)
+        normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
+        return normal.astype(x.dtype) * self.scale[...].astype(x.dtype) + self.bias[...].astype(
+            x.dtype
+        )
+
+
+NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
 class Linear(nnx.Module):
     """`x @ kernel (+ bias)`, the kernel `(in, out)` or a `Factored` one."""
 
@@ -118,39 +139,65 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
     def __call__(self, x, table, temperature, keep: Callable):
+        """`table`: of `rotary`; None: queries and keys are not rotated."""
         batch, length, _ = x.shape
         q = self.q(x).reshape(batch, length, self.heads, self.head_dim)
         k = self.k(x).reshape(batch, length, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(batch, length, self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, table), rotate(k, table)
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
         q = q * (1.0 / temperature).astype(q.dtype)
         parts, cache = keep(k, v)
         y = attend(q, parts, self.head_dim**-0.5)
         return self.o(y.reshape(batch, length, self.heads * self.head_dim)), cache
 
 
+# `gelu_new` is the approximation by tanh, as GPT-2 has it.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
 class MLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """`down(act(gate(x)) * up(x))`."""
 
     def __init__(self, c):
         self.gate = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
         self.up = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
         self.down = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+        self.activation = c.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+class PlainMLP(nnx.Module):
+    """`down(act(up(x)))`."""
+
+    def __init__(self, c):
+        self.up = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+        self.activation = c.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+MLPS: dict[str, type[MLP | PlainMLP]] = {"gated": MLP, "plain": PlainMLP}
 
 
 class Block(nnx.Module):
     """Pre-norm residual block; `keep(k, v) -> (parts to attend to, cache)` may cache them."""
 
     def __init__(self, c):
-        self.attn_norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.attn_norm = NORMS[c.norm](c.hidden_size, c.norm_eps)
         self.attn = Attention(c)
-        self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.mlp = MLP(c)
+        self.mlp_norm = NORMS[c.norm](c.hidden_size, c.norm_eps)
+        self.mlp = MLPS[c.mlp](c)
 
     def __call__(self, x, table, temperature, keep: Callable):
         y, cache = self.attn(self.attn_norm(x), table, temperature, keep)

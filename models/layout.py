@@ -18,6 +18,7 @@ Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 DECODER: Rules = (
     (r"embed/embedding$", ("tp", "fsdp")),
+    (r"positions/embedding$", (None, "fsdp")),  # few rows, of which every device needs most
     (r"lm_head/kernel$", ("fsdp", "tp")),
     (r"attn/(q|k|v)/kernel$", ("fsdp", "tp")),
     (r"attn/o/kernel$", ("tp", "fsdp")),

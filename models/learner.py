@@ -122,9 +122,13 @@ class DecoderLearner:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Width of the residual stream, number of blocks, size of the vocabulary."""
+        """Width of the residual stream, number of blocks, size of the vocabulary; and how many
+        positions are learned, if they are."""
         c = self.decoder.config
-        return {"hidden": c.hidden_size, "blocks": c.num_layers, "vocab": c.vocab_size}
+        found = {"hidden": c.hidden_size, "blocks": c.num_layers, "vocab": c.vocab_size}
+        if c.learned_positions is not None:
+            found["positions"] = c.learned_positions
+        return found
 
     @property
     def dtype(self) -> str:

@@ -43,7 +43,7 @@ class Selection(NamedTuple):
     @property
     def train_from(self) -> int:
         """The first block that a gradient has to reach."""
-        if any(path.startswith("embed") for path in self.outer):
+        if any(path.startswith(("embed", "positions")) for path in self.outer):
             return 0
         return next((run.first for run in self.runs if run.trained), self.runs[-1].last)
 

@@ -30,8 +30,9 @@ from jaxlib_unlearn.reading import exists, one_line, reading
 from models import bounds, hub, safetensors_files
 from models.arrays import read_into
 from models.decoder import Decoder, DecoderConfig
-from models.families import SLOTS, from_hf
+from models.families import family_of, from_hf
 from models.stored import Stored
+from models.tensors import Slot, Table
 from models.tokenizer import Tokenizer, read_json
 
 DTYPES = {
@@ -258,31 +259,35 @@ def assemble(
         UserError: every tensor that is missing, mis-shaped, unreadable or without a place.
     """
     shapes = flatten(Decoder(config).shapes())
+    table = family_of(config).table
+    missing: dict[str, None] = {}
+    wrong: dict[str, None] = {}
+    unreadable: dict[str, None] = {}
     used: set[str] = set()
-    missing: list[str] = []
-    wrong: list[str] = []
-    unreadable: list[str] = []
-    plan: list[tuple[str, int | None, str, bool]] = []
-    for slot in SLOTS:
+    plan: list[tuple[Slot, int | None, str]] = []
+    prefix = table.optional_prefix
+    if names == "hf" and any(name.startswith(prefix) for name in stored):
+        prefix = ""
+    for slot in table.slots:
         if slot.path not in shapes:
             continue
-        template = slot.hf if names == "hf" else slot.gguf
-        layered = slot.path.startswith("layers/")
-        shape = shapes[slot.path].shape[1:] if layered else shapes[slot.path].shape
-        want = shape[::-1] if slot.transpose else shape
-        found = [template.format(i) for i in range(config.num_layers)] if layered else [template]
-        for layer, name in enumerate(found):
+        template = slot.hf.removeprefix(prefix) if names == "hf" else slot.gguf
+        shape = shapes[slot.path].shape
+        want = slot.stored_shape(shape[1:] if slot.layered else shape)
+        layers = range(config.num_layers) if slot.layered else (None,)
+        for layer in layers:
+            name = template.format(layer)
             used.add(name)
             if name not in stored:
-                missing.append(name)
-            elif stored[name].shape != tuple(want):
-                wrong.append(f"{name} {stored[name].shape} instead of {tuple(want)}")
+                missing[name] = None
+            elif stored[name].shape != want:
+                wrong[f"{name} {stored[name].shape} instead of {want}"] = None
             elif stored[name].kind not in READABLE[names]:
-                unreadable.append(f"{name} ({stored[name].kind})")
-            plan.append((slot.path, layer if layered else None, name, slot.transpose))
-    extra = [n for n in stored if n not in used and not _ignored(n, config)]
+                unreadable[f"{name} ({stored[name].kind})"] = None
+            plan.append((slot, layer, name))
+    extra = [n for n in stored if n not in used and not _ignored(n, config, table)]
     problems = [
-        f"{label}: {shortened(items)}"
+        f"{label}: {shortened(list(items))}"
         for label, items in (
             ("missing", missing),
             ("wrong shape", wrong),
@@ -303,20 +308,22 @@ def assemble(
             "download it again, or save it in one dtype"
         )
     _check_memory(shapes, dtype, shardings, where)
-    _check_tied(config, stored, names, dtype, where)
+    if names == "hf" and config.tie_embeddings:
+        embedding = table.hf("embed/embedding").removeprefix(prefix)
+        _check_tied(stored, table.hf("lm_head/kernel"), embedding, dtype, where)
     leaves: dict[str, Any] = {}
-    for path, layer, name, transpose in sorted(plan, key=lambda entry: stored[entry[2]].order):
-        shape = shapes[path].shape
+    for slot, layer, name in sorted(plan, key=lambda entry: stored[entry[2]].order):
+        path, shape = slot.path, shapes[slot.path].shape
         sharding = None if shardings is None else shardings(path, shape)
         if layer is None:
-            leaves[path] = _read(stored[name], name, where, shape, sharding, transpose, dtype)
+            leaves[path] = _read(stored[name], name, where, shape, sharding, slot, dtype)
             continue
         if path not in leaves:
             leaves[path] = _empty(shape, dtype, sharding)()
-        block = _read(stored[name], name, where, shape[1:], _of_block(sharding), transpose, dtype)
+        block = _read(stored[name], name, where, shape[1:], _of_block(sharding), slot, dtype)
         leaves[path] = _set_block(leaves[path], block, np.int32(layer))
     tree: dict[str, Any] = {}
-    for path in dict.fromkeys(entry[0] for entry in plan):
+    for path in dict.fromkeys(entry[0].path for entry in plan):
         insert(tree, path, leaves[path])
     return tree
 
@@ -369,14 +376,18 @@ def _read(
     where: str,
     shape: tuple[int, ...],
     sharding: Sharding | None,
-    transpose: bool,
+    slot: Slot,
     dtype: np.dtype,
 ) -> jax.Array:
-    """A tensor on its devices; this process reads only the rows that its own devices need, once."""
+    """A leaf on its devices; this process reads only the rows that its own devices need, once."""
     found: dict[tuple[int, int], np.ndarray] = {}
+    last_size = stored.shape[-1] // slot.part[1]
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        rows, *rest = index[::-1] if transpose else index
+        of_leaf = index[::-1] if slot.transpose else index
+        start, stop, _ = of_leaf[-1].indices(last_size)
+        before = slot.part[0] * last_size
+        rows, *rest = (*of_leaf[:-1], slice(before + start, before + stop))
         first, last, _ = rows.indices(stored.shape[0])
         if (first, last) not in found:
             with reading(f"{where}: {name}", "download it again"):
@@ -389,7 +400,7 @@ def _read(
                 check_finite(kept, f"{name}, read as {dtype.name},", where, wider)
             found[first, last] = kept
         value = found[first, last][(slice(None), *rest)]
-        return (value.T if transpose else value).astype(dtype, order="C")
+        return (value.T if slot.transpose else value).astype(dtype, order="C")
 
     if sharding is None:
         return jnp.asarray(part(tuple(slice(0, size) for size in shape)))
@@ -418,19 +429,19 @@ def _set_block(stack: jax.Array, block: jax.Array, layer: jax.Array) -> jax.Arra
     return jax.lax.dynamic_update_index_in_dim(stack, block, layer, 0)
 
 
-def _ignored(name: str, config: DecoderConfig) -> bool:
-    """Tensors that add nothing to the model: rotary tables, and the copy of a tied embedding."""
-    if name.endswith("rotary_emb.inv_freq") or name == "rope_freqs.weight":
+def _ignored(name: str, config: DecoderConfig, table: Table) -> bool:
+    """Tensors that add nothing to the model: `Table.unused`, and the copy of a tied embedding."""
+    if re.search(table.unused, name):
         return True
     return config.tie_embeddings and name in ("lm_head.weight", "output.weight")
 
 
 def _check_tied(
-    config: DecoderConfig, stored: Mapping[str, Stored], names: str, dtype: np.dtype, where: str
+    stored: Mapping[str, Stored], head_name: str, name: str, dtype: np.dtype, where: str
 ) -> None:
     # Some checkpoints store the tied head too. One that differs must not be dropped silently.
-    head, embedding = (stored.get(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
-    if names != "hf" or not config.tie_embeddings or head is None or embedding is None:
+    head, embedding = stored.get(head_name), stored.get(name)
+    if head is None or embedding is None:
         return
 
     def same(first: int) -> bool:
@@ -439,8 +450,8 @@ def _check_tied(
 
     if head.shape != embedding.shape or not all(map(same, range(0, head.shape[0], 4096))):
         raise UserError(
-            f"{where}: config.json ties the embeddings, but lm_head.weight differs from "
-            "model.embed_tokens.weight; set tie_word_embeddings to false"
+            f"{where}: config.json ties the embeddings, but {head_name} differs from {name}; set "
+            "tie_word_embeddings to false"
         )
 
 

@@ -338,8 +338,28 @@ class RunConfig:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values (paths as strings)."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    """A dataclass as plain JSON values (paths as strings).
+
+    A field with `later` in its metadata is left out at its default: it is younger than results that
+    were stored without it, and these keep their keys.
+
+    Example:
+        >>> from models import DecoderConfig
+        >>> shape = DecoderConfig(16, 8, 16, 2, 2, 1, 4)
+        >>> "norm" in to_json(shape), to_json(dataclasses.replace(shape, norm="layer"))["norm"]
+        (False, 'layer')
+    """
+    return json.loads(json.dumps(_without_later(config, dataclasses.asdict(config)), default=str))
+
+
+def _without_later(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if dataclasses.is_dataclass(value):
+            _without_later(value, values[each.name])
+        elif each.metadata.get("later") and value == each.default:
+            del values[each.name]
+    return values
 
 
 def replace(config: Any, **changes: Any) -> Any:

@@ -344,11 +344,15 @@ def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
             watch=(Watch(look, config.unlearn.curve_points),),
             keep=None
             if adapters is None
-            else lambda trained: export_adapter(trained, adapters, config, run.folder),
+            else lambda trained: export_adapter(
+                trained, adapters, config, run.folder, original.decoder.config.family
+            ),
         )
 
 
-def export_adapter(trained: Any, adapters: LoraConfig, config: RunConfig, root: Path) -> None:
+def export_adapter(
+    trained: Any, adapters: LoraConfig, config: RunConfig, root: Path, family: str
+) -> None:
     """Write `RUN/adapter`: what was trained beside the original, in PEFT's format.
 
     It belongs to the original as the run has it: the given one, or that trained in the run, which
@@ -371,6 +375,7 @@ def export_adapter(trained: Any, adapters: LoraConfig, config: RunConfig, root: 
             rank=rank,
             alpha=rank if adapters.alpha is None else adapters.alpha,
             base=base,
+            family=family,
             card=card.of_adapter(what, base, None if known else command),
         )
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import option
+from models.bounds import check_positions
 from train import cli, suggest
 from train.config import RunConfig
 from train.costs import PROGRAMS
@@ -104,6 +105,7 @@ def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh, list(topology.devices))
     sharding.check_heads(mesh, decoder.config.num_heads)
     length = config.length or config.data.max_length
+    check_positions(decoder.config.learned_positions, length, "--length or --data.max-length")
     labels = config.labels or length
     wanted = []
     if "train" in config.programs:

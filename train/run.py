@@ -22,11 +22,12 @@ import jax
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
+from models.bounds import check_positions
 from models.learner import check_questions
 from train import loop
 from train.config import LoraConfig, SelectConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.references import cached_streams, with_references
-from train.data.stream import Stream
+from train.data.stream import Positioned, Stream
 from train.data.streams import batches_of, pack_streams
 from train.evaluators.evaluation import Model
 from train.optimizers import Options, check_pair, check_steps
@@ -196,6 +197,10 @@ def train(
     objectives.check_accumulation(row, stage.accumulate)
     first = train_from(start.params, recipe.select)
     check_questions(start.learner, row, options, first)
+    for key, stream in streams.items():
+        if isinstance(stream, Positioned):
+            learned = start.learner.sizes.get("positions")
+            check_positions(learned, stream.longest, f"{name}, rows of {key}")
     check_pair(optimizer, recipe.combine, row, options)
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
     divides = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)

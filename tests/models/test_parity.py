@@ -49,7 +49,21 @@ CASES = {
     ),
     "qwen3": ("qwen3", {"head_dim": 16, "rope_parameters": {"rope_theta": 1e6}}),
     "qwen3-bias": ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {}),
+    "gpt2-relu": (
+        "gpt2",
+        {"activation_function": "relu", "n_inner": None, "tie_word_embeddings": False},
+    ),
+    "opt": ("opt", {}),
+    "opt-gelu": ("opt", {"activation_function": "gelu_new", "tie_word_embeddings": False}),
+    "opt-no-bias": ("opt", {"enable_bias": False}),
 }
+
+
+def sizes_of(family: str) -> dict[str, int]:
+    """`SIZES` as the family's config.json calls them."""
+    key = FAMILIES[family].key
+    return {key(name): size for name, size in SIZES.items() if key(name)}
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +107,13 @@ def pair(request, transformers, tmp_path_factory):
 
     family, changes = CASES[request.param]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **SIZES | changes)
+    config = transformers.AutoConfig.for_model(family, **sizes_of(family) | changes)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, value in model.named_parameters():
             # Larger than the usual 0.02, norms and biases too: every term must matter.
-            value.copy_(0.3 * torch.randn(value.shape) + ("norm" in name))
+            norm = "norm" in name or ".ln_" in name
+            value.copy_(0.3 * torch.randn(value.shape) + norm)
     folder = tmp_path_factory.mktemp(request.param)
     model.eval().save_pretrained(folder)
     small_tokenizer().save(folder)
@@ -114,6 +129,12 @@ def test_logits(pair, tokens):
     theirs = pair.torch_logits(tokens.astype(np.int64))
     assert np.abs(theirs).max() > 1
     np.testing.assert_allclose(pair.logits(tokens), theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("pair", ["gpt2", "gpt2-relu", "opt", "opt-gelu"], indirect=True)
+def test_logits_to_a_hundred_thousandth(pair, tokens):
+    theirs = pair.torch_logits(tokens.astype(np.int64))
+    assert np.abs(pair.logits(tokens) - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
 def test_left_padding(pair, tokens):
@@ -135,12 +156,19 @@ def test_left_padding(pair, tokens):
     np.testing.assert_allclose(ours[0, pad:], alone[0], rtol=0, atol=1e-4)
 
 
+def places(pair, rows=2):
+    """Positions for transformers' OPT, which counts those of a row without the masked tokens."""
+    if pair.ours.config.family != "opt":
+        return {}
+    return {"position_ids": np.arange(24)[None].repeat(rows, 0)}
+
+
 def test_padding_slots_read_their_row(pair, tokens):
     """Published code averages over padding too: predictions there are part of the loss."""
     real = 15
     mask = (np.arange(24) < real).astype(np.int64)[None].repeat(2, 0)
     ours = pair.logits(tokens, segment_ids=jnp.asarray(np.where(mask, 1, -1), jnp.int32))
-    theirs = pair.torch_logits(tokens.astype(np.int64), attention_mask=mask)
+    theirs = pair.torch_logits(tokens.astype(np.int64), attention_mask=mask, **places(pair))
     window = pair.ours.config.sliding_window or 24
     seen = real + window - 1  # beyond that a padded query sees nothing, and frameworks differ
     np.testing.assert_allclose(ours[:, :seen], theirs[:, :seen], rtol=0, atol=1e-4)
@@ -154,7 +182,9 @@ def test_masked_pad_ids_are_read_by_none(pair, tokens):
     assert mask[0, 9] == 0 and tokens[0, 0] != pad
     shape = dataclasses.replace(pair.ours.config, unattended=pad)
     quirk = Pair(pair.theirs, dataclasses.replace(pair.ours, config=shape))
-    theirs = pair.torch_logits(tokens[:1].astype(np.int64), attention_mask=mask[:1])
+    theirs = pair.torch_logits(
+        tokens[:1].astype(np.int64), attention_mask=mask[:1], **places(pair, 1)
+    )
     ours = quirk.logits(tokens[:1])
     reading = mask[0] > 0
     np.testing.assert_allclose(ours[0, reading], theirs[0, reading], rtol=0, atol=1e-4)
@@ -206,12 +236,10 @@ def test_exported_folder_loads_in_transformers(pair, tokens, transformers, tmp_p
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_left_out_mean_what_they_mean_in_transformers(family, transformers):
-    required = {k: SIZES[k] for k in ("vocab_size", "intermediate_size")} | {
-        "hidden_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 32,
-        "model_type": family,
-    }
+    wide = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 32}
+    required = {k: SIZES[k] for k in ("vocab_size", "intermediate_size")} | wide
+    key = FAMILIES[family].key
+    required = {key(name): size for name, size in required.items()} | {"model_type": family}
     theirs = transformers.AutoConfig.for_model(**required).to_dict()
     assert from_hf(required) == from_hf(theirs)
 
@@ -330,12 +358,13 @@ def test_gguf_tokenizer_equals_theirs(smollm2_path, transformers, tmp_path):
 
 # PEFT reads a property that transformers has renamed.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", ["llama-bias", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-bias", "qwen3", "gpt2", "opt"])
 def test_adapters_load_in_peft(name, transformers, tokens, tmp_path):
     """The model with the exported adapter in PEFT gives the outputs of ours with its own."""
     peft = pytest.importorskip("peft")
     family, changes = CASES[name]
-    config = from_hf(transformers.AutoConfig.for_model(family, **SIZES | changes).to_dict())
+    theirs = transformers.AutoConfig.for_model(family, **sizes_of(family) | changes)
+    config = from_hf(theirs.to_dict())
     draw = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: jnp.asarray(0.3 * draw.standard_normal(x.shape), jnp.float32),
@@ -348,7 +377,12 @@ def test_adapters_load_in_peft(name, transformers, tokens, tmp_path):
     )
     models.export(base, tmp_path / "base")
     models.export_adapter(
-        adapters, tmp_path / "adapter", rank=4, alpha=6.0, base=str(tmp_path / "base")
+        adapters,
+        tmp_path / "adapter",
+        rank=4,
+        alpha=6.0,
+        base=str(tmp_path / "base"),
+        family=family,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", attn_implementation="eager"
@@ -356,7 +390,8 @@ def test_adapters_load_in_peft(name, transformers, tokens, tmp_path):
     plain = torch_logits(model, tokens.astype(np.int64))
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     loaded = {n: p for n, p in adapted.named_parameters() if "lora_" in n}
-    assert len(loaded) == 2 * 4 * config.num_layers and all(
+    modules = 3 if family == "gpt2" else 4  # q and v are in one tensor
+    assert len(loaded) == 2 * modules * config.num_layers and all(
         p.abs().max() > 0 for p in loaded.values()
     )
     theirs = torch_logits(adapted, tokens.astype(np.int64))

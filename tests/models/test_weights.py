@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import models
 from jaxlib_unlearn.errors import UserError
 from models.decoder import Decoder, DecoderConfig
-from models.families import SLOTS, from_hf, to_hf
+from models.families import FAMILIES, from_hf, new_config, to_hf
 from models.gguf_files import unpermute
 from models.layers import RopeScaling, rope_frequencies
 from models.weights import DTYPES, flatten
@@ -46,7 +46,29 @@ CONFIGS = {
     "qwen2": dataclasses.replace(BASE, family="qwen2", qkv_bias=True),
     "qwen2-window": dataclasses.replace(BASE, family="qwen2", qkv_bias=True, sliding_window=4),
     "qwen3": dataclasses.replace(BASE, family="qwen3", qk_norm=True, head_dim=16),
-}
+    **{
+        f"{family}{name}": new_config(
+            family,
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=3,
+            num_heads=4,
+            context=24,
+            **changes,
+        )
+        for family in ("gpt2", "opt")
+        for name, changes in {
+            "": {},
+            "-untied": {"tie_embeddings": False},
+            "-activation": {"activation": "silu"},
+        }.items()
+    },
+    "opt-no-bias": new_config(
+        "opt", vocab_size=40, hidden_size=32, num_layers=2, num_heads=2, context=8,
+        qkv_bias=False, o_bias=False, mlp_bias=False,
+    ),
+}  # fmt: skip
 
 
 def small_tokenizer(size: int = 40) -> models.Tokenizer:
@@ -483,7 +505,7 @@ def write_gguf(path, config, params, kind="F32", arch="llama", **changes):
     flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     quant = gguf.GGMLQuantizationType[kind]
     held = {}
-    for slot in SLOTS:
+    for slot in FAMILIES[arch if arch in FAMILIES else "llama"].table.slots:
         if slot.path not in flat:
             continue
         leaf = flat[slot.path]

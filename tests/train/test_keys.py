@@ -15,7 +15,7 @@ import pytest
 from models import DecoderConfig
 from models.layers import RopeScaling
 from train import base_models, cli, pipeline
-from train.config import OBJECTIVE, RunConfig, replace
+from train.config import OBJECTIVE, RunConfig, replace, to_json
 from train.data import references, streams
 from train.data.examples import Example
 from train.evaluators import judging
@@ -27,6 +27,9 @@ from train.runtime.keys import WHY_NOT
 from train.runtime.stages import digest
 from train.tasks import load_task
 from train.tasks.task import prompt_format
+
+# Of a small decoder, as it was before there were families with learned positions.
+OLD_SHAPE = "ff5f01387c1620582d09c86ac5aa655bbf4fcefd7f1cf0045d158cc7db4ede06"
 
 # Other values, for fields where adding one or taking the next choice will not do.
 OTHER: dict[str, Any] = {
@@ -81,6 +84,10 @@ OTHER: dict[str, Any] = {
     "rope_scaling": RopeScaling("linear", 2.0),
     "sliding_window": 8,
     "dtype": "bfloat16",
+    "norm": "layer",
+    "positions": "learned",
+    "mlp": "plain",
+    "activation": "relu",
 }
 
 
@@ -257,6 +264,17 @@ def test_every_field_of_the_model_is_in_the_keys_of_training(field, monkeypatch,
     asked = ("hidden", {}, stream)
     cache = [digest(references.reference_inputs("sha", c, *asked)) for c in (ours, theirs)]
     assert stage[0] != stage[1] and cache[0] != cache[1]
+
+
+def test_fields_younger_than_stored_results_are_in_no_key_at_their_defaults():
+    """Results that were stored before the families with learned positions are still found."""
+    shape = DecoderConfig(16, 8, 16, 2, 2, 1, 4)
+    assert digest(to_json(shape)) == OLD_SHAPE
+    young = {f.name for f in dataclasses.fields(shape) if f.metadata.get("later")}
+    assert young == {"norm", "positions", "position_offset", "mlp", "activation"}
+    for name in young:
+        other = dataclasses.replace(shape, **{name: another(name, getattr(shape, name))})
+        assert to_json(other)[name] != getattr(shape, name)
 
 
 def test_one_cache_does_not_mistake_a_dtype_or_a_rope_theta(monkeypatch):

@@ -52,9 +52,11 @@ HF = {
 
 def family_configs():
     """Every family, tied and untied, with every bias its config file can ask for."""
-    for name in FAMILIES:
+    for name, family in FAMILIES.items():
+        named = {family.key(key): value for key, value in HF.items() if family.key(key)}
+        named[family.key("hidden_act")] = next(iter(family.activations))
         for tied in (True, False):
-            raw = {**HF, "model_type": name, "tie_word_embeddings": tied}
+            raw = {**named, "model_type": name, "tie_word_embeddings": tied}
             yield f"{name}-{'tied' if tied else 'untied'}", from_hf(raw)
             raw |= {"attention_bias": True, "mlp_bias": True}
             yield f"{name}-{'tied' if tied else 'untied'}-biases", from_hf(raw)
@@ -84,7 +86,7 @@ def test_adapters_lie_where_their_kernels_do(name, cube):
     shapes = Decoder(CONFIGS[name]).shapes()
     kernels = leaves(param_shardings(shapes, cube))
     found = leaves(param_shardings(adapters_of(shapes), cube))
-    assert len(found) == 14
+    assert len(found) == 2 * len(lora.kernels(shapes))
     for path, where in found.items():
         stem, which, _ = path.rsplit("/", 2)
         spec = kernels[f"{stem}/kernel"].spec
@@ -101,6 +103,8 @@ def test_every_leaf_of_every_family_has_a_rule(name, cube):
         used = [axis for axis in where.spec if axis is not None]
         if path.endswith(("scale", "bias")):
             assert used == [], path
+        elif path == "positions/embedding":
+            assert used == ["fsdp"]
         else:
             assert sorted(used) == ["fsdp", "tp"], path
         if path.startswith("layers"):
@@ -111,7 +115,7 @@ def test_the_configs_above_have_every_optional_leaf():
     paths = set().union(*(leaves(Decoder(c).shapes()) for c in CONFIGS.values()))
     for part in ("attn/q/bias", "attn/o/bias", "mlp/up/bias", "attn/q_norm/scale"):
         assert f"layers/{part}" in paths
-    assert "lm_head/kernel" in paths
+    assert {"lm_head/kernel", "positions/embedding", "final_norm/bias"} <= paths
     paths |= leaves(adapters_of(Decoder(TINY).shapes())).keys()
     # Every rule is used.
     for pattern, axes in DECODER:
@@ -129,6 +133,7 @@ def test_the_configs_above_have_every_optional_leaf():
         ("layers/1/mlp/gate/kernel", (2, 16, 32), P(None, "fsdp", "tp")),  # a tuple of stacks
         ("layers/attn/q/bias", (2, 16), P(None, None)),
         ("final_norm/scale", (16,), P(None)),
+        ("positions/embedding", (34, 16), P(None, "fsdp")),
         # An axis that does not divide stays whole, each axis by itself.
         ("embed/embedding", (63, 16), P(None, "fsdp")),
         ("embed/embedding", (64, 15), P("tp", None)),

@@ -70,6 +70,17 @@ class Group(NamedTuple):
     num_cut: int = 0
 
 
+def num_positions(item: Example | Group) -> int:
+    """Positions that an example or a group needs: its tokens, or the last position plus one.
+
+    Example:
+        >>> shared = Group([5, 6, 7], [0, 1, 1], [], [], [], [])
+        >>> num_positions(Example([5, 6, 7], 1)), num_positions(shared)
+        (3, 2)
+    """
+    return max(item.positions) + 1 if isinstance(item, Group) else len(item.tokens)
+
+
 class Encoded(NamedTuple):
     """Examples of a split with their row numbers, and the counts a run prints.
 

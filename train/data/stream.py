@@ -60,6 +60,16 @@ class Stream(Protocol):
 
 
 @runtime_checkable
+class Positioned(Stream, Protocol):
+    """A stream whose rows are tokens at positions, of which a model may have learned a few."""
+
+    @property
+    def longest(self) -> int:
+        """Positions of its longest row."""
+        ...
+
+
+@runtime_checkable
 class Packable(Stream, Protocol):
     """A stream whose rows are so short that several may share one row of tokens."""
 

@@ -65,6 +65,11 @@ class Examples:
             found.update(np.asarray(example.tokens, "<i4").tobytes())
         return found.hexdigest()
 
+    @property
+    def longest(self) -> int:
+        """Positions of the longest example."""
+        return max(len(example.tokens) for example in self.examples)
+
     def epoch_order(self, seed: int, name: str, epoch: int) -> np.ndarray:
         """All rows, shuffled."""
         return shuffled(seed, name, epoch, len(self))

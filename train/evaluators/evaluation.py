@@ -15,13 +15,21 @@ import numpy as np
 
 from jaxlib_unlearn.metrics.likelihood import Scored
 from models import Tokenizer, arrays
+from models.bounds import check_positions
 from models.decoder import Decoder
 from models.generate import SamplingConfig, generate
 from models.labels import score
 from models.learner import DecoderLearner
 from train.config import EvaluateConfig, to_json
 from train.data.batches import score_batches
-from train.data.examples import Example, Group, encode_group, encode_prompt, encode_qa
+from train.data.examples import (
+    Example,
+    Group,
+    encode_group,
+    encode_prompt,
+    encode_qa,
+    num_positions,
+)
 from train.evaluators import EVALUATORS, chosen
 from train.evaluators.base import Rows, means
 from train.runtime import distributed, residency
@@ -73,7 +81,12 @@ def num_parameters(params: Any) -> int:
 
 
 def longest(model: Model, max_length: int) -> int:
-    """`max_length` in tokens, or the model's context where that is shorter."""
+    """`max_length` in tokens, or the model's context where that is shorter.
+
+    Raises:
+        UserError: it is more than the positions that the model has learned.
+    """
+    check_positions(model.decoder.config.learned_positions, max_length, "max-length")
     return min(max_length, model.decoder.config.max_position_embeddings)
 
 
@@ -84,6 +97,9 @@ def score_items(
     model: Model, items: Sequence[Example | Group], mesh: Any, batch_tokens: int, label: str
 ) -> list[dict[str, np.ndarray]]:
     """`logp`, `match`, `mu`, `var`, `answer` and `targets` at the labels of each item, in order."""
+    learned = model.decoder.config.learned_positions
+    for i, item in enumerate(items):
+        check_positions(learned, num_positions(item), f"{label}, row {i}")
     found: list[dict[str, np.ndarray]] = [{} for _ in items]
     ways = batch_ways(mesh)
     pad = model.tokenizer.pad_id or 0
