@@ -29,6 +29,7 @@ from jaxlib_unlearn.losses.likelihood import (
     row_sums,
     token_log_probs,
     upcast,
+    without_last,
 )
 from jaxlib_unlearn.losses.preference import (
     answer_preservation,
@@ -67,4 +68,5 @@ __all__ = [
     "token_kl",
     "token_log_probs",
     "upcast",
+    "without_last",
 ]

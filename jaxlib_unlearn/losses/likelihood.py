@@ -124,6 +124,22 @@ def row_lengths(mask: ArrayLike, dtype: jax.typing.DTypeLike = jnp.float32) -> j
     return jnp.sum((jnp.asarray(mask) > 0).astype(dtype), -1)
 
 
+def without_last(mask: ArrayLike, count: int) -> jax.Array:
+    """The mask without the last ``count`` labels of each row, ``(B, W) -> (B, W)`` bool.
+
+    Args:
+        mask: ``(B, W)``, positive at labels.
+        count: how many are left out; rows with no more labels have none.
+
+    Example:
+        >>> without_last(jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]]), 1).tolist()
+        [[True, True, False, False], [False, False, False, False]]
+    """
+    labels = jnp.asarray(mask) > 0
+    following = jnp.cumsum(labels[..., ::-1], -1)[..., ::-1]
+    return labels & (following > count)
+
+
 def labelled_rows(mask: ArrayLike) -> jax.Array:
     """Which rows have a label at all, ``(B, W) -> (B,)`` bool: padding rows have none.
 

@@ -8,7 +8,6 @@ keeps the sentence and replaces the fact; SimNPO's loss on the true answers, whi
 import dataclasses
 from collections.abc import Mapping
 
-from jaxlib_unlearn import losses
 from jaxlib_unlearn.objectives.base import (
     SHARED_COMPAT,
     Compat,
@@ -63,9 +62,8 @@ def alternate(context: Context, batches: Mapping[str, Batch], options: Alternate
     terms = {"forget_alternate": nll_term(context, batches["alternate"])}
     if not is_zero(options.push):
         batch = batches["forget"]
-        mask = batch["target_mask"]
-        sums = losses.row_sums(context.model.log_probs(batch), mask)
-        terms["forget_push"] = push_term(sums, mask, options)
+        log_probs = context.model.log_probs(batch)
+        terms["forget_push"] = push_term(log_probs, batch["target_mask"], options)
     return terms | retain_terms(context, batches, options)
 
 
@@ -91,7 +89,7 @@ ROWS = (
         options=Alternate,
         summary="teach other answers, and push the true ones down to delta nats a token",
         compat=SHARED_COMPAT,
-        only_with={"beta": "push", "delta": "push"},
+        only_with=dict.fromkeys(("beta", "delta", "spare_end"), "push"),
     ),
     Objective(
         name="altpo",

@@ -98,6 +98,13 @@ class Pushed:
     push: float = pushes(0.0)
     beta: float = inverse_temperature(1.0)
     delta: float = margin(-0.25)
+    spare_end: int = option(
+        0,
+        "labels at the end of an answer that are not pushed down (a full stop, the end of the "
+        "turn): a model that unlearns them no longer stops.",
+        low=0,
+        later=True,
+    )
 
 
 def _sums(context: Context, batch: Batch) -> jax.Array:
@@ -133,9 +140,16 @@ def npo(context: Context, batches: Mapping[str, Batch], options: NPO) -> Terms:
     return {"forget": forget} | retain_terms(context, batches, options)
 
 
-def push_term(sums: jax.Array, mask: jax.Array, options: Pushed) -> Term:
-    """``options.push`` times SimNPO's loss, for rows whose log-probabilities sum to ``sums``."""
-    total, rows = _simnpo(sums, mask, options, None)
+def push_term(log_probs: jax.Array, mask: jax.Array, options: Pushed) -> Term:
+    """``options.push`` times SimNPO's loss on all labels but the last ``options.spare_end``.
+
+    Args:
+        log_probs: ``(B, W)`` of the labels, in nats.
+        mask: ``(B, W)``, positive at labels.
+        options: of the row.
+    """
+    mask = losses.without_last(mask, options.spare_end) if options.spare_end else mask
+    total, rows = _simnpo(losses.row_sums(log_probs, mask), mask, options, None)
     return options.push * total, rows
 
 

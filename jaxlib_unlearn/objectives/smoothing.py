@@ -120,7 +120,7 @@ def _distil_and_push(context: Context, batch: Batch, options: ASU) -> Terms:
     reduce = losses.masked_sum if options.compat == "token_mean" else losses.sequence_mean
     terms: Terms = {"forget": reduce(found["kl"], mask)}
     if pushed:
-        terms["forget_push"] = push_term(losses.row_sums(found["logp"], mask), mask, options)
+        terms["forget_push"] = push_term(found["logp"], mask, options)
     return terms
 
 
@@ -219,7 +219,7 @@ ROWS = (
         options=ASU,
         summary="distil the frozen model with smoothed attention: fluent, fact-free answers",
         compat=_COMPAT,
-        only_with={"beta": "push", "delta": "push"},
+        only_with=dict.fromkeys(("beta", "delta", "spare_end"), "push"),
         also_cached=lambda options: {"forget": "hidden_pair"} if options.contrast else {},
         check=check_layers,
     ),

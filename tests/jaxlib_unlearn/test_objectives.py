@@ -174,7 +174,8 @@ def npo_raw(rows, beta):
     return mean_of([sum(pref(r - z, beta) for z, r in pair) / V for pair in pairs])
 
 
-def simnpo(rows, beta, delta):
+def simnpo(rows, beta, delta, spared=0):
+    rows = [row[: max(0, len(row) - spared)] for row in rows]
     return mean_of([pref(row_nll(row) / len(row) - delta, beta) for row in rows if row])
 
 
@@ -331,6 +332,18 @@ CASES = {
         push=0.4,
         beta=8.0,
         delta=0.9,
+    ),
+    "alternate spare_end": case(
+        lambda s: {
+            "forget_alternate": nll(s["alternate"]),
+            "forget_push": times(0.4, simnpo(s["forget"], 8.0, 0.9, spared=2)),
+            "retain": nll(s["retain"]),
+        },
+        "alternate",
+        push=0.4,
+        beta=8.0,
+        delta=0.9,
+        spare_end=2,
     ),
     "alternate alone": case(
         lambda s: {"forget_alternate": nll(s["alternate"])}, "alternate", push=0.0, retain="none"

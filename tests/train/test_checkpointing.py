@@ -251,6 +251,15 @@ def test_wrong_digest_in_the_manifest(copy):
     fails(lambda: load_tree(copy, make_state(1)), "damaged (1 array(s)", name)
 
 
+def test_a_name_of_a_file_with_control_characters_is_printed_without_them(copy):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["files"] = {"a\x1b[2J\x91.ocdbt": 1} | manifest["files"]
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="damaged .1 file") as error:
+        load_tree(copy, make_state(1))
+    assert str(error.value).isprintable()
+
+
 def test_another_models_checkpoint(saved):
     state = make_state()
     more = state._replace(params=state.params | {"lm_head": {"kernel": jnp.zeros((16, 40))}})

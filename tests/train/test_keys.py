@@ -53,6 +53,7 @@ OTHER: dict[str, Any] = {
     "model.revision": None,  # of what is loaded, as `model.path`
     "objective.push": 0.7,
     "objective.contrast": 0.7,
+    "objective.spare_end": 2,
     "data.seed": 7,
     "data.system_prompt": "Be brief.",
     "data.max_length": 40,

@@ -287,6 +287,21 @@ def test_a_damaged_log_never_keeps_a_run_from_going_on(tmp_path, capsys):
         assert path.read_bytes() == b""
 
 
+def test_damage_to_the_checksum_of_a_step_hides_no_other(tmp_path):
+    """In a log with checksums a line that has lost its own is damaged, whatever else it holds."""
+    path = tmp_path / "metrics.jsonl"
+    Tracker(tmp_path).write("original", 0, {"loss": 0.5})
+    Tracker(tmp_path).write("original", 1, {"loss": 0.25})
+    sound = path.read_bytes()
+    bare = b'{"stage": "original", "step": 0, "loss": 0.5}\n'
+    for before, after in ((b"0.5", b"0.9"), (b"loss", b"lost")):
+        path.write_bytes(sound.replace(before, after, 1).replace(b'"crc"', b'"brc"', 1))
+        steps, bad = runlogs.split_steps(path)
+        assert [row["step"] for _, row in steps] == [1] and [number for number, _ in bad] == [1]
+    path.write_bytes(bare)  # of a version without checksums
+    assert runlogs.split_steps(path) == ([(bare[:-1], json.loads(bare))], [])
+
+
 def test_a_damaged_cache_is_computed_again(tmp_path, capsys):
     rng = random.Random(2)
     values = [np.random.default_rng(i).normal(size=(i + 1, 3)).astype(np.float32) for i in (0, 1)]

@@ -56,7 +56,8 @@ def parse_step(line: bytes) -> dict[str, Any] | None:
 def split_steps(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[tuple[int, bytes]]]:
     """The lines of `metrics.jsonl` that are steps, and the damaged ones with their numbers.
 
-    An unterminated last line is neither: the run was killed while it wrote it.
+    An unterminated last line is neither: the run was killed while it wrote it. Lines without a
+    CRC-32 are damaged where others have one: damage to that entry must not hide other damage.
 
     Raises:
         UserError: the file exists and cannot be read.
@@ -66,9 +67,10 @@ def split_steps(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[tu
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; restore its permissions") from None
     steps, bad = [], []
+    checked = any(CRC.fullmatch(line) for line in lines)
     for number, line in enumerate(lines, 1):
         if line.strip():
-            row = parse_step(line)
+            row = parse_step(line) if CRC.fullmatch(line) or not checked else None
             bad += [(number, line)] if row is None else []
             steps += [] if row is None else [(line, row)]
     return steps, bad

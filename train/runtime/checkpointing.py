@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.reading import one_line
 from train.runtime import distributed, files, remote
 from train.runtime.digests import combined, params_sha256, tree_digests, tree_shapes
 
@@ -151,8 +152,8 @@ def load_tree(folder: Path, like: Any) -> Any:
         names = sorted(set(kept) | set(there)) if isinstance(kept, dict) else []
         odd = [n for n in names if kept.get(n) != there.get(n)] or [MANIFEST]
         raise UserError(
-            f"checkpoint {folder} is damaged ({len(odd)} file(s), first {odd[0]}); delete that "
-            "folder"
+            f"checkpoint {folder} is damaged ({len(odd)} file(s), first {one_line(odd[0])}); "
+            "delete that folder"
         )
     try:
         with distributed.together(), _quiet():
