@@ -26,8 +26,8 @@ class Learner(Protocol):
 
     `answers` are the questions it can be asked, `rules` how its parameters lie on a mesh, `layered`
     whether it takes a `layer_map` (a function of one layer's parameters, applied where the layer is
-    used), `sizes` numbers that a row's state may depend on, `dtype` what
-    it computes in.
+    used), `factored` the leaves outside its layers that it takes as `Factored` as well, `sizes`
+    numbers that a row's state may depend on, `dtype` what it computes in.
     """
 
     @property
@@ -36,6 +36,8 @@ class Learner(Protocol):
     def rules(self) -> layout.Rules: ...
     @property
     def layered(self) -> bool: ...
+    @property
+    def factored(self) -> tuple[str, ...]: ...
     @property
     def sizes(self) -> Mapping[str, int]: ...
     @property
@@ -119,6 +121,7 @@ class DecoderLearner:
     answers = frozenset((LABELS, HIDDEN))
     rules = layout.DECODER
     layered = True
+    factored = ("embed/embedding", "lm_head/kernel")
 
     @property
     def sizes(self) -> dict[str, int]:
