@@ -26,8 +26,9 @@ class Learner(Protocol):
 
     `answers` are the questions it can be asked, `rules` how its parameters lie on a mesh, `layered`
     whether it takes a `layer_map` (a function of one layer's parameters, applied where the layer is
-    used), `factored` the leaves outside its layers that it takes as `Factored` as well, `sizes`
-    numbers that a row's state may depend on, `dtype` what it computes in.
+    used), `sizes` numbers that a row's state may depend on, `dtype` what
+    it computes in. It may have `factored`, the paths of leaves outside its layers that it takes as
+    `Factored` as well: row-wise directions then need no copy of them for every row.
     """
 
     @property
@@ -36,8 +37,6 @@ class Learner(Protocol):
     def rules(self) -> layout.Rules: ...
     @property
     def layered(self) -> bool: ...
-    @property
-    def factored(self) -> tuple[str, ...]: ...
     @property
     def sizes(self) -> Mapping[str, int]: ...
     @property

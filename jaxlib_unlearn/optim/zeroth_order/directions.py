@@ -5,6 +5,7 @@ The walk, the layer map that runs inside a decoder's scan, and the sum over quer
 numbers: all three go through ``draw_core`` with the absolute index of the layer.
 """
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlib_unlearn.optim.draws import drawn_once
 from jaxlib_unlearn.optim.matrices import path_str
 from jaxlib_unlearn.optim.zeroth_order.leaves import Layout, Stack
 from jaxlib_unlearn.optim.zeroth_order.perturbations import (
@@ -349,5 +351,7 @@ def _query(draws: Draws, query: jax.Array, offset: jax.Array) -> tuple[jax.Array
 
 
 def _moved(family, leaf, index, key, mask_key, scale, x, basis, moments, factored=False):
-    core = draw_core(family, leaf, key, mask_key, index, moments)
+    draw = functools.partial(draw_core, family, leaf, key, mask_key, index, moments)
+    # Parts are evaluated together: what belongs to one is broadcast over its tokens.
+    core = drawn_once(draw, mask_key) if family.parts else draw()
     return perturb(family, leaf, x, core, basis, scale, factored)

@@ -237,13 +237,11 @@ def fzoo(
         \\ \sigma^2 = \tfrac{1}{q - 1} \textstyle\sum_i (f_i - \bar f)^2
 
     Steps are longer where the loss is flat: a multiple of the loss takes the same steps. Where all
-    losses agree there is no step. ``state.coeffs`` are those that were divided.
+    losses agree there is no step. ``num_queries`` is at least 2, and ``state.coeffs`` are the
+    quotients.
 
     Args:
         learning_rate: eta, a number or a schedule.
-        num_queries: q, directions per step, at least 2; a step evaluates the loss q + 1 times.
-        eps: epsilon.
-        weight_decay: lambda, of matrices.
         options: those that all methods share.
 
     References:

@@ -52,7 +52,7 @@ def take(batch: Any, part: Part) -> Any:
         >>> import jax.numpy as jnp
         >>> batch = {"tokens": jnp.arange(4), "label": jnp.arange(8)}
         >>> {name: x.tolist() for name, x in take(batch, Part(1, 4)).items()}
-        {'tokens': [1], 'label': [2, 3]}
+        {'label': [2, 3], 'tokens': [1]}
     """
 
     def one(x: jax.Array) -> jax.Array:
