@@ -120,7 +120,7 @@ class DecoderLearner:
     answers = frozenset((LABELS, HIDDEN))
     rules = layout.DECODER
     layered = True
-    factored = ("embed/embedding", "lm_head/kernel")
+    factored = ("embed/embedding", "positions/embedding", "lm_head/kernel")
 
     @property
     def sizes(self) -> dict[str, int]:

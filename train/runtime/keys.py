@@ -43,18 +43,6 @@ WHY_NOT = {
 }
 
 
-def keyed(options: Any) -> dict[str, Any]:
-    """Options as JSON values; those that came `later`, where they are not at their default.
-
-    Results that were stored before there were such options are found under their keys.
-    """
-    found = to_json(options)
-    for field in dataclasses.fields(options):
-        if field.metadata.get("later") and getattr(options, field.name) == field.default:
-            found.pop(field.name, None)
-    return found
-
-
 def stage_inputs(
     start: str,
     model: Any,
@@ -93,7 +81,7 @@ def stage_inputs(
         "model": to_json(model) if dataclasses.is_dataclass(model) else model,
         "streams": {name: stream.identity() for name, stream in streams.items()},
         "objective": to_json(objective),
-        "optimizer": keyed(optimizer),
+        "optimizer": to_json(optimizer),
         "combine": combine,
         "steps": steps,
         "batch_size": batch_size,
