@@ -40,7 +40,10 @@ SEES = {
 
 def list_optimizers() -> list[str]:
     """One line per row: name, what a step sees, summary."""
-    return [f"{row.name:10}  {SEES[row.needs]:13}  {row.summary}" for row in OPTIMIZERS.values()]
+    width = max(map(len, OPTIMIZERS))
+    return [
+        f"{row.name:{width}}  {SEES[row.needs]:13}  {row.summary}" for row in OPTIMIZERS.values()
+    ]
 
 
 def list_combiners() -> list[str]:

@@ -66,8 +66,8 @@ def drawn_once(draw: Callable[[], jax.Array], key: jax.Array) -> jax.Array:
 
     Args:
         draw: draws numbers.
-        key: any typed key that is not batched where ``draw`` is under ``vmap``; its value has no
-            influence.
+        key: any typed key that is an argument of the program, and not batched where ``draw`` is
+            under ``vmap``; its value has no influence.
 
     Returns:
         ``draw()``.

@@ -18,7 +18,7 @@ from train.costs.flops import count
 from train.step import Losses
 
 ROWS, LENGTH, WIDTH = 4, 6, 4
-CONFIG = DecoderConfig(24, 8, 12, 2, 2, 1, 4, qkv_bias=True, qk_norm=True)
+CONFIG = DecoderConfig(24, 8, 12, 2, 2, 1, 4)
 
 
 def batch():
@@ -43,9 +43,15 @@ def losses_of(learner, params):
     return Losses(learner, *objectives.resolve("nll"), params, None, data)
 
 
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_layers_and_tables_as_factors_equal_materialised_copies(tied):
-    learner = DecoderLearner(Decoder(dataclasses.replace(CONFIG, tie_embeddings=tied)))
+TABLES = [
+    {"tie_embeddings": False, "positions": "learned"},
+    pytest.param({"tie_embeddings": True}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("more", TABLES, ids=["head and positions", "tied"])
+def test_layers_and_tables_as_factors_equal_materialised_copies(more):
+    learner = DecoderLearner(Decoder(dataclasses.replace(CONFIG, **more)))
     params = learner.decoder.init(jax.random.key(0))
     # Large enough that rounding is not magnified, and attention does not become a choice.
     tx = optim.rowwise(0.1, rank=2, num_queries=ROWS, eps=0.25)
