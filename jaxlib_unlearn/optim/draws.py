@@ -70,7 +70,7 @@ def drawn_once(draw: Callable[[], jax.Array], key: jax.Array) -> jax.Array:
             under ``vmap``; its value has no influence.
 
     Returns:
-        ``draw()``.
+        ``draw()``, up to the last bit, in which fused loops may differ.
 
     Example:
         >>> import jax

@@ -88,6 +88,7 @@ def test_what_is_drawn_once_is_the_same_and_an_array_of_its_own():
 
     shared = (0, 0, None)
     compiled = [jax.jit(jax.vmap(fn, shared)).lower(*args).compile() for fn in (once, again)]
-    np.testing.assert_array_equal(*(program(*args) for program in compiled))
+    # Which products and sums XLA contracts differs from loop to loop: the last bit may too.
+    np.testing.assert_allclose(*(program(*args) for program in compiled), rtol=3e-7)
     if jax.default_backend() == "cpu":
         assert ["while(" in program.as_text() for program in compiled] == [True, False]
