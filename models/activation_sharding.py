@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored
+
 
 def _batch_axes(like: jax.Array) -> tuple[Any, tuple[str, ...]]:
     """The mesh of `like`, and those of its Auto axes that the batch is split over.
@@ -87,7 +89,7 @@ def padded_over_tp(x: jax.Array, axis: int) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+def lookup(table: jax.Array | Factored, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Embedding lookup, `table[tokens]`.
 
     With fsdp each device looks up all tokens in its columns of the table, and one all-to-all turns
@@ -95,7 +97,7 @@ def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     (and all-reduce a gradient of that size) or copy the whole batch to every device.
 
     Args:
-        table: embeddings `(V, d)`.
+        table: embeddings `(V, d)`, or a `Factored` table.
         tokens: int32 `(B, T)`.
         dtype: of the result; the gradient is summed in the table's dtype.
 
@@ -106,6 +108,9 @@ def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
         >>> lookup(jnp.eye(3), jnp.array([[2, 0]]), jnp.float32).tolist()
         [[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
     """
+    if isinstance(table, Factored):
+        term = table.left[tokens].astype(dtype) @ table.right.astype(dtype).T
+        return lookup(table.kernel, tokens, dtype) + term
     mesh, axes = _batch_axes(table)
     columns = [a for a in axes if a == "fsdp" and table.shape[1] % mesh.shape[a] == 0]
     if not columns:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored
 from models.activation_sharding import batch_sharded, lookup, padded_over_tp
 from models.attention import KeyValues, visible
 from models.bounds import check_positions
@@ -207,10 +208,22 @@ class Decoder:
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Logits, float32 `(..., V)`, of final hidden states `(..., d)`.
 
-        `params` may hold a copy of the matrix for each group of rows (`models.labels.head_copies`).
+        `params` may hold a copy of the matrix for each group of rows (`models.labels.head_copies`),
+        or a `Factored` one.
         """
         tied = self.config.tie_embeddings
         kernel = params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
+        if isinstance(kernel, Factored):
+            head = {"embed": {"embedding": kernel.kernel}, "lm_head": {"kernel": kernel.kernel}}
+            inner, outer = kernel[:0:-1] if tied else kernel[1:]
+            thin = hidden @ inner.astype(hidden.dtype)
+            low = jnp.einsum(
+                "...r,vr->...v",
+                thin,
+                outer.astype(hidden.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            return self.unembed(head, hidden) + low
         kernel = padded_over_tp(kernel.astype(hidden.dtype), kernel.ndim - (2 if tied else 1))
         if kernel.ndim == 2:
             rows, product = hidden, "...d,vd->...v" if tied else "...d,dv->...v"
@@ -321,6 +334,8 @@ class Decoder:
         x = lookup(embedding, tokens, dtype) if enter is None else enter[1].astype(dtype)
         if enter is None and c.positions == "learned":
             x = x + lookup(params["positions"]["embedding"], positions + c.position_offset, dtype)
+        if isinstance(embedding, Factored):
+            embedding = embedding.kernel
         graph, _ = _abstract_block(c)
 
         def body(carry, inputs):

@@ -13,6 +13,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored
+
 # First match wins; the specs name the trailing axes of a leaf, leading (stack) axes are not split.
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
@@ -71,6 +73,8 @@ def constrain(tree: Any, dtype: Any = None, rules: Rules = DECODER) -> Any:
     """
 
     def one(path, leaf):
+        if isinstance(leaf, Factored):  # its factors are thin
+            return leaf._replace(kernel=one(path, leaf.kernel))
         leaf = leaf if dtype is None else leaf.astype(dtype)
         mesh: Any = jax.typeof(leaf).sharding.mesh
         if mesh.empty or mesh.size == 1 or AxisType.Explicit in mesh.axis_types:
@@ -78,4 +82,4 @@ def constrain(tree: Any, dtype: Any = None, rules: Rules = DECODER) -> Any:
         sharding = NamedSharding(mesh, spec_of(path_str(path), leaf.shape, mesh, rules))
         return jax.lax.with_sharding_constraint(leaf, sharding)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda x: isinstance(x, Factored))

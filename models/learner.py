@@ -27,7 +27,8 @@ class Learner(Protocol):
     `answers` are the questions it can be asked, `rules` how its parameters lie on a mesh, `layered`
     whether it takes a `layer_map` (a function of one layer's parameters, applied where the layer is
     used), `sizes` numbers that a row's state may depend on, `dtype` what
-    it computes in.
+    it computes in. It may have `factored`, the paths of leaves outside its layers that it takes as
+    `Factored` as well: row-wise directions then need no copy of them for every row.
     """
 
     @property
@@ -119,6 +120,7 @@ class DecoderLearner:
     answers = frozenset((LABELS, HIDDEN))
     rules = layout.DECODER
     layered = True
+    factored = ("embed/embedding", "positions/embedding", "lm_head/kernel")
 
     @property
     def sizes(self) -> dict[str, int]:

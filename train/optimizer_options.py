@@ -105,6 +105,20 @@ def perturbation() -> Any:
     return option(1e-3, "size of a perturbation.", low=1e-12)
 
 
+def vector_rate() -> Any:
+    """The field `vector_rate` of a zeroth-order row's options."""
+    return option(1e-7, "learning rate of norms and biases, constant.", low=0)
+
+
+def query_batch() -> Any:
+    """The field `query_batch` of a zeroth-order row's options."""
+    doc = (
+        "evaluations at a time: activations grow with it, and low-rank directions share the "
+        "products with the weights; None: one."
+    )
+    return option(None, doc, low=1, later=True)
+
+
 @dataclass(frozen=True)
 class AdamW(Adam, Options):
     """Options of `adamw`."""
@@ -180,6 +194,94 @@ class MeZO(Options):
     learning_rate: float = rate(1e-7)
     queries: int = queries(1)
     perturbation: float = perturbation()
+    query_batch: int | None = query_batch()
+
+
+@dataclass(frozen=True)
+class SparseMeZO(MeZO):
+    """Options of `sparse-mezo`."""
+
+    name: str = named("sparse-mezo")
+    keep: float = option(
+        0.8, "share of the parameters that a step perturbs.", above=0, high=1, wanted="in (0, 1]"
+    )
+    mask: str = option(
+        "step",
+        "which ones: drawn anew at every step, or once (static).",
+        choices=("step", "static"),
+    )
+
+
+@dataclass(frozen=True)
+class HiZOO(MeZO):
+    """Options of `hizoo`."""
+
+    name: str = named("hizoo")
+    curvature_rate: float = option(
+        1e-8, "share of a step's curvature in the estimate of it.", low=0, high=1
+    )
+
+
+@dataclass(frozen=True)
+class LowRank(MeZO):
+    """Options of the rows whose directions lie in subspaces that are kept for some steps."""
+
+    rank: int = option(4, "rank of the subspace.", low=1)
+    refresh: int = option(100, "steps for which a subspace is kept.", low=1)
+
+
+@dataclass(frozen=True)
+class LOZO(LowRank):
+    """Options of `lozo`."""
+
+    name: str = named("lozo")
+
+
+@dataclass(frozen=True)
+class SubZero(LowRank):
+    """Options of `subzero`."""
+
+    name: str = named("subzero")
+    rank: int = option(48, "rank of the subspace.", low=1)
+    refresh: int = option(1000, "steps for which a subspace is kept.", low=1)
+
+
+@dataclass(frozen=True)
+class SubspaceMeZO(LowRank):
+    """Options of `subspace-mezo`."""
+
+    name: str = named("subspace-mezo")
+    # Its subspace holds rank / width of a gradient: about width / rank of MeZO's rate.
+    learning_rate: float = rate(1e-6)
+    rank: int = option(64, "rank of the subspace.", low=1)
+    vector_rate: float = vector_rate()
+
+
+@dataclass(frozen=True)
+class FZOO(MeZO):
+    """Options of `fzoo`."""
+
+    name: str = named("fzoo")
+    learning_rate: float = rate(1e-5)
+    queries: int = option(8, "perturbations of a zeroth-order step.", low=2)
+
+
+@dataclass(frozen=True)
+class Rowwise(Options):
+    """Options of `rowwise`."""
+
+    name: str = named("rowwise")
+    learning_rate: float = rate(1e-7)
+    rank: int = option(1, "rank of a direction.", low=1)
+    queries: int | None = option(
+        None,
+        "equal parts of the batch with a direction each; None: one for every row.",
+        low=1,
+    )
+    perturbation: float = perturbation()
+    query_batch: int | None = option(
+        None, "evaluations of a part at a time; None: as many as there are parts.", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -190,9 +292,17 @@ class ZOMuon(Options):
     learning_rate: float = rate(1e-2)
     rank: int = option(64, "rank of the subspace.", low=1)
     refresh: int = option(100, "steps for which a subspace is kept.", low=1)
-    vector_rate: float = option(1e-7, "learning rate of norms and biases, constant.", low=0)
+    vector_rate: float = vector_rate()
     queries: int = queries(4)
     perturbation: float = perturbation()
+    orthogonalize: str = option(
+        "ns",
+        "what becomes of the mean estimate of a matrix in the subspace: ns (orthogonalised by "
+        "Newton-Schulz iterations), svd (exactly), or normalize (only scaled to the same norm).",
+        choices=("ns", "svd", "normalize"),
+        later=True,
+    )
+    query_batch: int | None = query_batch()
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,23 @@ from jaxlib_unlearn import optim
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim import matrices
 from train.optimizer_options import (
+    FZOO,
+    LOZO,
     AdamW,
+    HiZOO,
     Hybrid,
     MeZO,
     Muon,
     OptaxMuon,
     Options,
+    Rowwise,
     Sent,
     Sift,
     Sign,
     Sophia,
+    SparseMeZO,
+    SubspaceMeZO,
+    SubZero,
     Teon,
     ZOMuon,
 )
@@ -48,6 +55,7 @@ class Optimizer:
         needs: what the step must pass to it.
         summary: a line for `--list`.
         sides: loss evaluations per query of a zeroth-order row; 0: it has none.
+        parts: whether its queries are parts of the batch, see `zeroth_order.parts`.
         check_blocks: `check_blocks(options, num_layers)` raises `UserError` for a model that it
             cannot train with these options.
         check_runs: `check_runs(options, runs, num_layers)` raises `UserError` for runs of blocks,
@@ -64,6 +72,7 @@ class Optimizer:
     needs: str
     summary: str
     sides: int = 0
+    parts: bool = False
     check_blocks: Callable[[Any, int], None] | None = None
     check_runs: Callable[[Any, list[tuple[int, int]], int], None] | None = None
     check_rank: Callable[[int], None] | None = None
@@ -159,27 +168,35 @@ def _sign(c: Sign, schedule: optax.Schedule):
     return optim.sign_momentum(schedule, beta=c.b1, **more)
 
 
-def _mezo(c: MeZO, schedule: optax.Schedule, axis: str | None):
-    return optim.mezo(
-        schedule,
-        num_queries=c.queries,
-        eps=c.perturbation,
-        query_axis=axis,
-        weight_decay=c.weight_decay,
-    )
+def _zeroth_order(make: Callable[..., Any], **options: Any):
+    """A zeroth-order method; `options` are its own arguments, each by its field or a function."""
+
+    def build(c: Any, schedule: optax.Schedule, axis: str | None):
+        own = {
+            name: value(c) if callable(value) else getattr(c, value)
+            for name, value in options.items()
+        }
+        return make(
+            schedule,
+            num_queries=c.queries,
+            eps=c.perturbation,
+            query_batch=c.query_batch,
+            query_axis=axis,
+            weight_decay=c.weight_decay,
+            **own,
+        )
+
+    return build
 
 
-def _zo_muon(c: ZOMuon, schedule: optax.Schedule, axis: str | None):
-    return optim.zo_muon(
-        schedule,
-        num_queries=c.queries,
-        query_axis=axis,
-        rank=c.rank,
-        eps=c.perturbation,
-        refresh_every=c.refresh,
-        aux_learning_rate=c.vector_rate,
-        weight_decay=c.weight_decay,
-    )
+def _orthogonalizer(c: ZOMuon) -> str | None:
+    return None if c.orthogonalize == "ns" else c.orthogonalize
+
+
+def _rowwise(c: Rowwise, schedule: optax.Schedule, axis: str | None):
+    if c.queries is None:
+        raise ValueError("queries is None: `optimizers.over_rows` sets it to the rows of a batch")
+    return _zeroth_order(optim.rowwise, rank="rank")(c, schedule, axis)
 
 
 def _hybrid(c: Hybrid, schedule: optax.Schedule, axis: str | None):
@@ -297,14 +314,89 @@ OPTIMIZERS: dict[str, Optimizer] = {
         ),
         Optimizer("sophia", Sophia, _sophia, "joint", "clipped diagonal second-order steps"),
         Optimizer("sign", Sign, _sign, "joint", "sign of the momentum, one bit a parameter"),
-        Optimizer("mezo", MeZO, _mezo, "value", "zeroth order, dense perturbations", sides=2),
+        Optimizer(
+            "mezo",
+            MeZO,
+            _zeroth_order(optim.mezo),
+            "value",
+            "zeroth order, dense perturbations",
+            sides=2,
+        ),
+        Optimizer(
+            "sparse-mezo",
+            SparseMeZO,
+            _zeroth_order(optim.sparse_mezo, keep="keep", mask="mask"),
+            "value",
+            "zeroth order, perturbations of a random share of the parameters",
+            sides=2,
+        ),
+        Optimizer(
+            "hizoo",
+            HiZOO,
+            _zeroth_order(optim.hizoo, smoothing="curvature_rate"),
+            "value",
+            "zeroth order, perturbations scaled by a diagonal curvature",
+            sides=2,
+        ),
+        Optimizer(
+            "lozo",
+            LOZO,
+            _zeroth_order(optim.lozo, rank="rank", refresh_every="refresh"),
+            "value",
+            "zeroth order, low-rank perturbations with one factor kept",
+            sides=2,
+        ),
+        Optimizer(
+            "subzero",
+            SubZero,
+            _zeroth_order(optim.subzero, rank="rank", refresh_every="refresh"),
+            "value",
+            "zeroth order, low-rank perturbations between two kept bases",
+            sides=2,
+        ),
+        Optimizer(
+            "subspace-mezo",
+            SubspaceMeZO,
+            _zeroth_order(
+                optim.subspace_mezo,
+                rank="rank",
+                refresh_every="refresh",
+                aux_learning_rate="vector_rate",
+            ),
+            "value",
+            "zeroth order in a subspace: zo-muon without its orthogonalisation",
+            sides=2,
+        ),
         Optimizer(
             "zo-muon",
             ZOMuon,
-            _zo_muon,
+            _zeroth_order(
+                optim.zo_muon,
+                rank="rank",
+                refresh_every="refresh",
+                aux_learning_rate="vector_rate",
+                orthogonalize=_orthogonalizer,
+            ),
             "value",
             "zeroth order in a subspace, orthogonalised",
             sides=1,
+        ),
+        Optimizer(
+            "fzoo",
+            FZOO,
+            _zeroth_order(optim.fzoo),
+            "value",
+            "zeroth order, random signs, steps over the deviation of the losses",
+            sides=1,
+        ),
+        Optimizer(
+            "rowwise",
+            Rowwise,
+            _rowwise,
+            "value",
+            "zeroth order, low-rank perturbations, another one for every row of the batch",
+            sides=2,
+            parts=True,
         ),
         Optimizer(
             "hybrid",

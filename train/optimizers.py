@@ -40,7 +40,10 @@ SEES = {
 
 def list_optimizers() -> list[str]:
     """One line per row: name, what a step sees, summary."""
-    return [f"{row.name:10}  {SEES[row.needs]:13}  {row.summary}" for row in OPTIMIZERS.values()]
+    width = max(map(len, OPTIMIZERS))
+    return [
+        f"{row.name:{width}}  {SEES[row.needs]:13}  {row.summary}" for row in OPTIMIZERS.values()
+    ]
 
 
 def list_combiners() -> list[str]:
@@ -153,10 +156,43 @@ def check(config: Options) -> None:
         )
 
 
+def over_rows(config: Any, rows: int, what: str = "a") -> Any:
+    """The options for batches of so many rows: a row that evaluates parts of them has one a row.
+
+    Args:
+        config: of an optimizer.
+        rows: of a global batch.
+        what: whose batch it is, for the message.
+
+    Raises:
+        UserError: a number of parts that does not divide the rows.
+
+    Example:
+        >>> over_rows(options_of("rowwise"), 8).queries
+        8
+    """
+    if not suggest.choose(config.name, OPTIMIZERS, "optimizer").parts:
+        return config
+    parts = rows if config.queries is None else config.queries
+    if parts < 1 or rows % parts:
+        raise UserError(
+            f"--optimizer.queries {parts}: {what} batch of {rows} rows does not divide into so "
+            f"many parts of {config.name}; use a divisor of {rows}, or leave it out for one a row"
+        )
+    return dataclasses.replace(config, queries=parts)
+
+
 def check_mesh(config: Options, mesh: Any) -> None:
-    """Raise `UserError` for a query axis that does not divide the optimizer's evaluations."""
+    """Raise `UserError` for a mesh that does not divide the optimizer's evaluations."""
     ways = mesh.shape.get("query", 1)
     row = suggest.choose(config.name, OPTIMIZERS, "optimizer")
+    for axis in ("data", "fsdp") if row.parts else ():
+        if mesh.shape.get(axis, 1) > 1:
+            raise UserError(
+                f"--mesh.{axis} {mesh.shape[axis]}: {row.name} evaluates rows on their own, which "
+                f"cannot be split; let devices share them: --mesh.query {mesh.shape[axis]} "
+                f"--mesh.{axis} 1"
+            )
     jobs = row.sides * getattr(config, "queries", 0)
     if ways > 1 and not jobs:
         raise UserError(
@@ -172,8 +208,15 @@ def check_mesh(config: Options, mesh: Any) -> None:
 
 def check_pair(config: Options, combine: str, objective: Objective, settings: Any) -> None:
     """Raise `UserError` for an optimizer, a combiner and an objective that do not go together."""
-    needs = suggest.choose(config.name, OPTIMIZERS, "optimizer").needs
+    row = suggest.choose(config.name, OPTIMIZERS, "optimizer")
+    needs = row.needs
     suggest.choose(combine, COMBINERS, "--combine")
+    if row.parts and (objective.per_micro_batch or not objective.additive):
+        raise UserError(
+            f"optimizer {config.name} takes the loss of every part of a batch, and objective "
+            f"{objective.name} with this compat form does not add up over rows; use mezo, or drop "
+            "compat"
+        )
     if combine != "sum" and needs != "joint":
         why = {
             "split": "takes the two gradients itself",

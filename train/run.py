@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from train.data.references import cached_streams, with_references
 from train.data.stream import Positioned, Stream
 from train.data.streams import batches_of, pack_streams
 from train.evaluators.evaluation import Model
-from train.optimizers import Options, check_pair, check_steps
+from train.optimizers import OPTIMIZERS, Options, check_pair, check_steps, over_rows
 from train.runtime import checkpointing, distributed, remote, sharding
 from train.runtime.folder import read_minutes, write_about
 from train.runtime.keys import stage_inputs
@@ -187,7 +188,8 @@ def train(
         UserError: parts that do not go together.
     """
     row, options = objective
-    stage, optimizer, adapters, mesh = recipe.stage, recipe.optimizer, recipe.adapters, run.mesh
+    stage, adapters, mesh = recipe.stage, recipe.adapters, run.mesh
+    optimizer = over_rows(recipe.optimizer, stage.batch_size)
     frozen = start if reference is None else reference
     if frozen.sha != start.sha and "fork" in row.reference.values():
         raise UserError(
@@ -203,7 +205,10 @@ def train(
             check_positions(learned, stream.longest, f"{name}, rows of {key}")
     check_pair(optimizer, recipe.combine, row, options)
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
-    divides = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)
+    # Examples that share a row of tokens are in one part of the batch.
+    parts = optimizer.queries if OPTIMIZERS[optimizer.name].parts else 1
+    alone = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)
+    divides = math.gcd(alone, stage.batch_size // parts)
     row_tokens = recipe.row_tokens if row.packable else 0
     streams = pack_streams(streams, stage.batch_size, divides, row_tokens)
     main = row.streams[0]

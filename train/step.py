@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from jaxlib_unlearn.objectives import Objective, combine, row_keys, side_of
+from jaxlib_unlearn.optim.zeroth_order.parts import Part, take
 from models import arrays
 from models.asked import Frozen
 from models.learner import Learner
@@ -180,8 +181,15 @@ class Losses:
         mine = {n: total for n, total in sums.items() if side in (None, side_of(n))}
         return combine(weighted, self.weights, self._options, side), mine
 
-    def value(self, params: Any, layer_map: Any = None) -> jax.Array:
-        """`sum_t coef_t * sum_t / weight_t` over the whole batch."""
+    def value(self, params: Any, layer_map: Any = None, part: Part | None = None) -> jax.Array:
+        """`sum_t coef_t * sum_t / weight_t` over the whole batch, or the loss of one of its parts.
+
+        A part is divided by its share of the global weights, so that the mean over all parts is the
+        value of the whole batch. It is not split into micro-batches.
+        """
+        if part is not None:
+            rows = {name: take(batch, part) for name, batch in self._batches.items()}
+            return part.count * self._total(params, rows, None, layer_map)[0]
         return self._over_parts(lambda part: self._total(params, part, None, layer_map)[0])
 
     def look(self, params: Any) -> dict[str, jax.Array]:
@@ -262,6 +270,7 @@ def make_step(
             extra = {"value": metrics["loss"], "value_fn": losses.value}
             if learner.layered:
                 extra["layered_value_fn"] = losses.value
+                extra["factored_leaves"] = getattr(learner, "factored", ())
             if needs == "lazy":
                 extra["grad_fn"] = losses.grad
         with jax.named_scope(OPTIMIZER_SCOPE):

@@ -9,7 +9,7 @@ attributes as usual.
 - Two gradients (``update`` also takes ``constraint_grads``): ``sift``; ``blur``, ``pcgrad`` and
   ``weighted_sum`` in front of any other.
 - Zeroth order (``value_fn``): ``mezo``, ``sparse_mezo``, ``lozo``, ``subzero``, ``hizoo``,
-  ``subspace_mezo``, ``zo_muon``, ``rada_zo``.
+  ``subspace_mezo``, ``zo_muon``, ``rada_zo``, ``fzoo``, ``rowwise``.
 - Optimizer grade, smoothing (``value_fn``, ``grad_fn``): ``sign_momentum``, ``quantize_updates``,
   ``sophia``; ``sam``, ``randomised_smoothing``; ``alternate``.
 - Wrappers: ``accumulate``, ``finite``, ``clip_streams``.
@@ -52,20 +52,24 @@ from jaxlib_unlearn.optim.spectral.teon import TEON_STATIC_ARGS, scale_by_teon, 
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
 from jaxlib_unlearn.optim.zeroth_order import methods
 from jaxlib_unlearn.optim.zeroth_order.bare import (
+    scale_by_fzoo,
     scale_by_hizoo,
     scale_by_lozo,
     scale_by_mezo,
     scale_by_rada_zo,
+    scale_by_rowwise,
     scale_by_sparse_mezo,
     scale_by_subspace_mezo,
     scale_by_subzero,
 )
 from jaxlib_unlearn.optim.zeroth_order.engine import ZOState
 from jaxlib_unlearn.optim.zeroth_order.methods import (
+    fzoo,
     hizoo,
     lozo,
     mezo,
     rada_zo,
+    rowwise,
     sparse_mezo,
     subspace_mezo,
     subzero,
@@ -78,6 +82,7 @@ STATIC_ARGS: dict[str, tuple[str, ...]] = {
     "blur": combine.BLUR_STATIC_ARGS,
     "clip_streams": wrappers.CLIP_STREAMS_STATIC_ARGS,
     "finite": wrappers.FINITE_STATIC_ARGS,
+    "fzoo": methods.FZOO_STATIC_ARGS,
     "hizoo": methods.HIZOO_STATIC_ARGS,
     "lozo": methods.LOZO_STATIC_ARGS,
     "mezo": methods.MEZO_STATIC_ARGS,
@@ -86,6 +91,7 @@ STATIC_ARGS: dict[str, tuple[str, ...]] = {
     "quantize_updates": sign.QUANTIZE_UPDATES_STATIC_ARGS,
     "rada_zo": methods.RADA_ZO_STATIC_ARGS,
     "randomised_smoothing": sharpness.RANDOMISED_SMOOTHING_STATIC_ARGS,
+    "rowwise": methods.ROWWISE_STATIC_ARGS,
     "sam": sharpness.SAM_STATIC_ARGS,
     "sift": SIFT_STATIC_ARGS,
     "sign_momentum": sign.SIGN_MOMENTUM_STATIC_ARGS,
@@ -100,11 +106,13 @@ STATIC_ARGS: dict[str, tuple[str, ...]] = {
 """What ``optax.inject_hyperparams(factory, static_args=STATIC_ARGS[name])`` must not trace."""
 
 for _bare in (
+    scale_by_fzoo,
     scale_by_hizoo,
     scale_by_lozo,
     scale_by_mezo,
     scale_by_muon,
     scale_by_rada_zo,
+    scale_by_rowwise,
     scale_by_sift,
     scale_by_sign_momentum,
     scale_by_sophia,
@@ -132,6 +140,7 @@ __all__ = [
     "clip_streams",
     "ends_on_zeroth_order",
     "finite",
+    "fzoo",
     "hizoo",
     "keep_first_moments",
     "lozo",
@@ -145,12 +154,15 @@ __all__ = [
     "rada_zo",
     "randomised_smoothing",
     "round_to_zeroth_order",
+    "rowwise",
     "sam",
+    "scale_by_fzoo",
     "scale_by_hizoo",
     "scale_by_lozo",
     "scale_by_mezo",
     "scale_by_muon",
     "scale_by_rada_zo",
+    "scale_by_rowwise",
     "scale_by_sift",
     "scale_by_sign_momentum",
     "scale_by_sophia",

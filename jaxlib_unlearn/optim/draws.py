@@ -8,6 +8,7 @@ zeroth-order step draws every direction three times: on a CPU that was most of i
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,6 +55,42 @@ def normal(
     if ours:
         return _normal(key, tuple(shape))
     return jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
+
+
+def drawn_once(draw: Callable[[], jax.Array], key: jax.Array) -> jax.Array:
+    """The numbers of ``draw()``, as an array that its consumers read.
+
+    XLA fuses a draw into what uses it: one loop where it is added to a parameter, but where it is
+    broadcast over tokens every token draws it again. On CPUs an optimisation barrier is gone before
+    XLA fuses; what stays is a loop of one round whose number of rounds it does not know.
+
+    Args:
+        draw: draws numbers.
+        key: any typed key that is an argument of the program, and not batched where ``draw`` is
+            under ``vmap``; its value has no influence.
+
+    Returns:
+        ``draw()``, up to the last bit, in which fused loops may differ.
+
+    Example:
+        >>> import jax
+        >>> key = jax.random.key(3)
+        >>> bool((drawn_once(lambda: normal(key, (5,)), key) == normal(key, (5,))).all())
+        True
+    """
+    shape = jax.eval_shape(draw)
+
+    def loop(word):
+        rounds = jnp.minimum(1, 1 + (word >> 31).astype(jnp.int32))
+        start = jnp.zeros(shape.shape, shape.dtype)
+        return jax.lax.fori_loop(0, rounds, lambda i, _: draw(), start)
+
+    def barrier(word):
+        del word
+        return jax.lax.optimization_barrier(draw())
+
+    word = jax.random.key_data(key).reshape(-1)[0]
+    return jax.lax.platform_dependent(word, cpu=loop, default=barrier)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -26,7 +26,7 @@ from models.decoder import REMAT, Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train.costs.flops import flops
 from train.loop import step_bytes
-from train.optimizers import OPTIMIZERS, build
+from train.optimizers import OPTIMIZERS, build, over_rows
 from train.optimizers import options_of as optimizer_of
 from train.step import ALL, Binding, Losses, TrainState, make_step
 
@@ -92,7 +92,7 @@ def cost(config: DecoderConfig, rows: int, length: int, knobs: Knobs) -> Cost:
     batches = {name: batch(rows, length) for name in objective.streams}
     reads = "state_dtype" in OPTIMIZERS[knobs.optimizer].own
     more = {"state_dtype": knobs.state_dtype} if reads else {}
-    optimizer = optimizer_of(knobs.optimizer, **more)
+    optimizer = over_rows(optimizer_of(knobs.optimizer, **more), rows)
     tx, schedule, needs = build(optimizer, 100)
     step = make_step(
         DecoderLearner(decoder), objective, options, tx, schedule, needs=needs, binding=binding

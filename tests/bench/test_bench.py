@@ -83,6 +83,31 @@ def test_memory_of_what_saves_it(repo, tmp_path, monkeypatch):
     assert 2 * parameters <= plain[0] < 2.01 * parameters
 
 
+@pytest.mark.parametrize(
+    ("only", "count"),
+    [
+        (("query-batch",), 1),
+        pytest.param(("rowwise",), 3, marks=pytest.mark.slow),
+        pytest.param(("step",), 8, marks=pytest.mark.slow),
+    ],
+)
+def test_zeroth_order_against_forward_passes(repo, tmp_path, monkeypatch, capsys, only, count):
+    """On a tiny model: the contents of the table, not the timings."""
+    bench = load(repo, "zeroth_order")
+    tiny = DecoderConfig(64, 32, 64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
+    monkeypatch.setattr(bench, "SMOLLM2", tiny)
+    sizes = "--rows 2 --length 8 --labels 4 --repeats 1".split()
+    bench.main([*sizes, "--only", *only, "--output", str(tmp_path)])
+    told = json.loads((tmp_path / "zeroth_order.json").read_text())
+    assert set(told) == {"device", "model", "rows"} and len(told["rows"]) == count
+    assert told["model"] == "2 blocks, 2 x 8 tokens"
+    for row in told["rows"]:
+        assert row["ours"] > 0 and row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
+    table = (tmp_path / "zeroth_order.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert all(row["work"] in table for row in told["rows"])
+
+
 @pytest.fixture
 def tiny_llama(tmp_path):
     """A folder with a random byte-level Llama of two layers."""

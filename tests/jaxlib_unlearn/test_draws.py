@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlib_unlearn.optim.draws import normal, threefry
+from jaxlib_unlearn.optim.draws import drawn_once, normal, threefry
 from train.costs import hlo
 
 SHAPES = [(), (1,), (2, 0), (7, 33, 5), (1000,), (3, 1, 129)]
@@ -73,3 +73,22 @@ def test_no_array_of_numbers_is_kept():
     program = jax.jit(lambda key, x: x + normal(key, x.shape)).lower(key, x).compile()
     assert program.memory_analysis().temp_size_in_bytes < 2**16
     assert not any(v.line.opcode == "while" for v in hlo.visits(hlo.parse(program)))
+
+
+def test_what_is_drawn_once_is_the_same_and_an_array_of_its_own():
+    """Under vmap, too; and broadcast over tokens it is read, not drawn again for each."""
+    args = jax.random.split(jax.random.key(0), 3), jnp.ones((3, 50, 1)), jax.random.key(7)
+
+    def once(key, tokens, step):
+        return tokens * drawn_once(lambda: normal(key, (40,)), step)
+
+    def again(key, tokens, step):
+        del step
+        return tokens * normal(key, (40,))
+
+    shared = (0, 0, None)
+    compiled = [jax.jit(jax.vmap(fn, shared)).lower(*args).compile() for fn in (once, again)]
+    # Which products and sums XLA contracts differs from loop to loop: the last bit may too.
+    np.testing.assert_allclose(*(program(*args) for program in compiled), rtol=3e-7)
+    if jax.default_backend() == "cpu":
+        assert ["while(" in program.as_text() for program in compiled] == [True, False]

@@ -264,7 +264,10 @@ def test_bare_zeroth_order_is_the_method_without_its_rate(name):
     assert float(abs(b).min()) > 0
 
 
-ZEROTH = ["hizoo", "lozo", "mezo", "rada_zo", "sparse_mezo", "subspace_mezo", "subzero"]
+ZEROTH = [
+    *("fzoo", "hizoo", "lozo", "mezo", "rada_zo", "rowwise", "sparse_mezo", "subspace_mezo"),
+    "subzero",
+]
 
 
 @pytest.mark.parametrize("name", ZEROTH)

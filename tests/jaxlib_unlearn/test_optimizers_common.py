@@ -96,6 +96,8 @@ ROWS = [
     whole("subspace_mezo", optim.subspace_mezo, "value", rank=2),
     whole("zo_muon", optim.zo_muon, "value", rank=2),
     whole("rada_zo", optim.rada_zo, "value"),
+    whole("fzoo", optim.fzoo, "value", num_queries=2),
+    whole("rowwise", optim.rowwise, "value"),
     bare("scale_by_muon", optim.scale_by_muon),
     bare("scale_by_teon", optim.scale_by_teon),
     bare("scale_by_sift", optim.scale_by_sift, "split"),

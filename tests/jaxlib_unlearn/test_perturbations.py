@@ -60,6 +60,8 @@ ROWS = {
     "uzv": families.uzv(2),
     "subspace": families.subspace(2),
     "curvature": families.curvature(),
+    "signs": families.signs(),
+    "rowwise": families.rowwise(2),
 }
 
 
@@ -105,7 +107,7 @@ def test_layers_queries_leaves_and_steps_draw_different_numbers():
 
 
 def test_low_rank_directions_have_their_rank_and_scale():
-    for name, rank in (("uvt", 2), ("uzv", 2), ("subspace", 2)):
+    for name, rank in (("uvt", 2), ("uzv", 2), ("subspace", 2), ("rowwise", 2)):
         z = np.asarray(directions(ROWS[name], {"w": jnp.zeros((6, 5))}, 1)["w"][0])
         values = np.linalg.svd(z, compute_uv=False)
         assert values[rank - 1] > 1e-3 and values[rank] < 1e-5, name
@@ -143,7 +145,7 @@ def test_curvature_divides_by_the_root():
     np.testing.assert_allclose(divided, plain / 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dense", "uvt", "uzv", "subspace", "sphere"])
+@pytest.mark.parametrize("name", ["dense", "uvt", "uzv", "subspace", "sphere", "rowwise"])
 def test_estimates_of_a_linear_loss_are_unbiased(name):
     family = ROWS.get(name, families.sphere())
     params = {"w": jnp.zeros((6, 5))}

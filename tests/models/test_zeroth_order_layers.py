@@ -31,6 +31,7 @@ FAMILIES = {
     "uvt": perturbations.uvt(2),
     "uzv": perturbations.uzv(2),
     "subspace": perturbations.subspace(2),
+    "signs": perturbations.signs(),
 }
 
 

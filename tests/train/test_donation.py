@@ -12,7 +12,7 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import options_of as objective_of
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from train.optimizers import COMBINERS, OPTIMIZERS, build
+from train.optimizers import COMBINERS, OPTIMIZERS, build, over_rows
 from train.optimizers import options_of as optimizer_of
 from train.step import Losses, TrainState, make_step
 
@@ -39,7 +39,7 @@ def size(tree):
 def compiled(name, combine="sum", accumulate=1, objective="graddiff"):
     row, options = objectives.resolve(objective_of(objective))
     more = {"period": 1} if name == "hybrid" else {}
-    tx, schedule, needs = build(optimizer_of(name, **more), 10, combine)
+    tx, schedule, needs = build(over_rows(optimizer_of(name, **more), 2), 10, combine)
     step = make_step(LEARNER, row, options, tx, schedule, accumulate, needs)
     opt_state = jax.eval_shape(tx.init, PARAMS)
     state = TrainState(PARAMS, opt_state, jax.ShapeDtypeStruct((), jnp.int32))

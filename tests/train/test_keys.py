@@ -108,7 +108,7 @@ def another(name: str, value: Any) -> Any:
         return OTHER[name]
     last = name.rpartition(".")[2]
     choices = {"schedule": "constant", "bases": "svd", "state_dtype": "bfloat16", "name": "muon"}
-    choices["comm_dtype"] = "bfloat16"
+    choices |= {"comm_dtype": "bfloat16", "mask": "static", "orthogonalize": "svd"}
     if last in choices:
         return choices[last]
     if isinstance(value, bool):

@@ -20,7 +20,7 @@ from train import base_models, checks, cli, pipeline
 from train.config import LoraConfig, RunConfig
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model
-from train.optimizers import OPTIMIZERS, build
+from train.optimizers import OPTIMIZERS, build, over_rows
 from train.optimizers import options_of as optimizer_of
 from train.presets import PRESETS
 from train.run import Run
@@ -72,7 +72,7 @@ def setting(name="adamw", remat="none", sizes=(1, 1, 1), objective="graddiff", *
     model = Model(decoder, base, None, "base")
     training = trainable_of(model.params, row, LoraConfig(4, 8.0))
     config = optimizer_of(name, learning_rate=1e-2, schedule="constant", warmup=0.0, **more)
-    tx, schedule, needs = build(config, STEPS)
+    tx, schedule, needs = build(over_rows(config, 8), STEPS)
     adapters = sharding.put_params(training.start, mesh)
     state, shardings = init_state(adapters, tx, mesh)
     step = make_step(

@@ -25,6 +25,7 @@ from train.optimizers import (
     check_steps,
     make_schedule,
     other,
+    over_rows,
 )
 from train.optimizers import options_of as optimizer_of
 from train.runtime.sharding import path_str
@@ -267,7 +268,7 @@ def test_pairs(name, combine):
     message = refusal(name, combine)
     if OPTIMIZERS[name].needs == "joint" or combine == "sum":
         assert message is None
-        assert build(optimizer_of(name), 2, combine)[2] == (
+        assert build(over_rows(optimizer_of(name), 4), 2, combine)[2] == (
             OPTIMIZERS[name].needs if combine == "sum" else "split"
         )
     else:

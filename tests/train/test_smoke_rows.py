@@ -14,7 +14,7 @@ from train import checks, cli, pipeline
 from train.arguments import read_arguments
 from train.config import replace
 from train.data.authors import draw
-from train.optimizers import OPTIMIZERS, build, check_steps, two_sided
+from train.optimizers import OPTIMIZERS, build, check_steps, over_rows, two_sided
 from train.presets import PRESETS
 
 SHAPES = Decoder(DecoderConfig(32, 8, 12, 4, 2, 1, 4)).shapes()
@@ -103,8 +103,9 @@ def test_every_pair_of_optimizer_and_objective_is_taken_or_refused(prepared, mon
                     pipeline.check_stages(replace(config, **{"data.alternates": 0}), task, learner)
             pipeline.check_stages(config, task, learner)
             assert (config.optimizer.name, config.objective.name) == (optimizer, objective)
-        steps = config.unlearn.steps
-        jax.eval_shape(build(config.optimizer, steps)[0].init, SHAPES)
+        steps, optimizer = config.unlearn.steps, config.optimizer
+        whole = over_rows(optimizer, config.unlearn.batch_size)
+        jax.eval_shape(build(whole, steps)[0].init, SHAPES)
     assert 0 < refused < len(objectives.OBJECTIVES)
 
 

@@ -256,6 +256,7 @@ def test_the_numbers_do_not_depend_on_devices_or_micro_batches(
         ("sift", {"rank": 4}),
         ("zo-muon", {"rank": 4}),
         ("mezo", {}),
+        ("rowwise", {}),
         ("adamw", {"combine": "blur"}),
     ],
 )

@@ -123,7 +123,8 @@ def train_program(
     optimizers.check_pair(config.optimizer, config.combine, objective, options)
     rows = config.unlearn.batch_size
     sharding.check_batch(mesh, rows, config.unlearn.accumulate, "unlearning")
-    optimizers.check_mesh(config.optimizer, mesh)
+    optimizer = optimizers.over_rows(config.optimizer, rows, "the unlearning")
+    optimizers.check_mesh(optimizer, mesh)
     checks.check_blocks(config.optimizer, decoder.config.num_layers)
     learner, params = DecoderLearner(decoder), param_shapes(decoder, mesh)
     check_questions(learner, objective, options, train_from(params, config.train))
@@ -141,7 +142,7 @@ def train_program(
     return step_program(
         learner,
         (objective, options),
-        config.optimizer,
+        optimizer,
         made,
         batches,
         mesh,
@@ -259,7 +260,8 @@ def update_program(config: RunConfig, decoder: Decoder, mesh: Mesh) -> tuple[Any
 
     Their work is mostly the model's, several times over.
     """
-    tx, _, needs = optimizers.build(config.optimizer, STEPS, config.combine)
+    optimizer = optimizers.over_rows(config.optimizer, config.unlearn.batch_size)
+    tx, _, needs = optimizers.build(optimizer, STEPS, config.combine)
     if needs not in ("joint", "split"):
         return None
     objective, _ = objectives.resolve(config.objective)

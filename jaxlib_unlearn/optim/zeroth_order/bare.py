@@ -51,10 +51,12 @@ def _bare(method: Callable[..., Any]) -> Callable[..., optax.GradientTransformat
     return scale_by
 
 
+scale_by_fzoo = _bare(methods.fzoo)
 scale_by_hizoo = _bare(methods.hizoo)
 scale_by_lozo = _bare(methods.lozo)
 scale_by_mezo = _bare(methods.mezo)
 scale_by_rada_zo = _bare(methods.rada_zo)
+scale_by_rowwise = _bare(methods.rowwise)
 scale_by_sparse_mezo = _bare(methods.sparse_mezo)
 scale_by_subspace_mezo = _bare(methods.subspace_mezo)
 scale_by_subzero = _bare(methods.subzero)

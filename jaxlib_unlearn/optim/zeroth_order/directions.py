@@ -5,13 +5,15 @@ The walk, the layer map that runs inside a decoder's scan, and the sum over quer
 numbers: all three go through ``draw_core`` with the absolute index of the layer.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlib_unlearn.optim.draws import drawn_once
 from jaxlib_unlearn.optim.matrices import path_str
 from jaxlib_unlearn.optim.zeroth_order.leaves import Layout, Stack
 from jaxlib_unlearn.optim.zeroth_order.perturbations import (
@@ -19,6 +21,7 @@ from jaxlib_unlearn.optim.zeroth_order.perturbations import (
     Family,
     Leaf,
     Moments,
+    as_leaf,
     draw_basis,
     draw_core,
     is_low_rank,
@@ -27,6 +30,7 @@ from jaxlib_unlearn.optim.zeroth_order.perturbations import (
 )
 
 LayerMap = Callable[[Any, jax.Array], Any]
+AT_ONCE = 64  # queries whose factors are multiplied together
 
 
 class Draws(NamedTuple):
@@ -115,21 +119,24 @@ def layered(
     query: jax.Array,
     offset: jax.Array,
     factored: bool,
-) -> tuple[list[jax.Array], LayerMap]:
+    outer: Collection[str] = (),
+) -> tuple[list[Any], LayerMap]:
     """As :func:`perturbed` for the leaves that are not stacked, and a map for the others.
 
     Returns:
         The leaves, stacked ones unperturbed, and ``layer_map(layer_params, index)`` that perturbs
-        one layer; with ``factored`` its low-rank kernels are ``Factored``.
+        one layer; with ``factored`` its low-rank kernels are ``Factored``, and so are those leaves
+        that are not stacked whose paths are in ``outer``.
 
     Raises:
         ValueError: no stacked layers, or stacks under several names.
     """
     key, scale = _query(draws, query, offset)
-    out = list(arrays)
+    out: list[Any] = list(arrays)
     for i in _trainable(layout)[0]:
-        entry = (arrays[i], draws.bases[i], draws.moments[i])
-        out[i] = _moved(family, layout.leaves[i], None, key, draws.mask_key, scale, *entry)
+        leaf, entry = layout.leaves[i], (arrays[i], draws.bases[i], draws.moments[i])
+        low = factored and leaf.path in outer
+        out[i] = _moved(family, leaf, None, key, draws.mask_key, scale, *entry, low)
     prefixes = {stack.prefix for stack in layout.stacks}
     if len(prefixes) != 1:
         raise ValueError(
@@ -244,6 +251,57 @@ def weighted_sums(
     return sums[0], (sums[1] if len(sums) > 1 else None)
 
 
+def product_sum(
+    family: Family,
+    leaf: Leaf,
+    draws: Draws,
+    index: jax.Array | None,
+    basis: Basis,
+    weights: jax.Array,
+) -> jax.Array:
+    """``sum_i w_i Z_i`` of one layer, for low-rank directions that are not linear in their core.
+
+    The factors of up to ``AT_ONCE`` queries are drawn together and multiplied as one product, so
+    that the sum is written once for all of them.
+
+    Args:
+        family: what a direction is.
+        leaf: the parameter.
+        draws: of the step.
+        index: absolute index of the layer, or None.
+        basis: of this layer.
+        weights: ``(q,)``.
+
+    Returns:
+        The sum, of the leaf's own shape.
+    """
+    assert leaf.axes is not None
+    count, fan_in = weights.shape[0], leaf.axes.sizes(leaf.shape)[1]
+    weights = weights.astype(wide(leaf.dtype))
+
+    def factors(query):
+        key = jax.random.fold_in(draws.key, query)
+        core = draw_core(family, leaf, key, draws.mask_key, index, {})
+        return family.factors(core, basis, fan_in)  # pyright: ignore[reportOptionalCall]
+
+    def some(queries, weights):
+        left, right = jax.vmap(factors)(queries)
+        return jnp.einsum("q,qnir,qnor->nio", weights, left, right, precision="highest")
+
+    queries = jnp.arange(count, dtype=jnp.int32)
+    if count <= AT_ONCE:
+        return as_leaf(leaf, some(queries, weights))
+    chunks = -(-count // AT_ONCE)
+    missing = chunks * AT_ONCE - count  # further queries, of weight 0
+    queries = jnp.arange(chunks * AT_ONCE, dtype=jnp.int32).reshape(chunks, AT_ONCE)
+    weights = jnp.pad(weights, (0, missing)).reshape(chunks, AT_ONCE)
+    start = jnp.zeros(leaf.axes.sizes(leaf.shape), weights.dtype)
+    total, _ = jax.lax.scan(
+        lambda sum_, some_: (sum_ + some(*some_), None), start, (queries, weights)
+    )
+    return as_leaf(leaf, total)
+
+
 def gain(family: Family, leaf: Leaf) -> float:
     """What the estimate for a leaf is multiplied by."""
     if leaf.axes is None:
@@ -293,5 +351,7 @@ def _query(draws: Draws, query: jax.Array, offset: jax.Array) -> tuple[jax.Array
 
 
 def _moved(family, leaf, index, key, mask_key, scale, x, basis, moments, factored=False):
-    core = draw_core(family, leaf, key, mask_key, index, moments)
+    draw = functools.partial(draw_core, family, leaf, key, mask_key, index, moments)
+    # Parts are evaluated together: what belongs to one is broadcast over its tokens.
+    core = drawn_once(draw, mask_key) if family.parts else draw()
     return perturb(family, leaf, x, core, basis, scale, factored)

@@ -16,6 +16,7 @@ place, so parameters do not drift. A step is often below the spacing of bfloat16
 the entries of a 2048 x 2048 matrix change at all): keep float32 master weights.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ from jaxlib_unlearn.optim.zeroth_order.directions import (
 )
 from jaxlib_unlearn.optim.zeroth_order.estimate import ESTIMATORS, estimate
 from jaxlib_unlearn.optim.zeroth_order.leaves import Layout, Trainable, layout_of
+from jaxlib_unlearn.optim.zeroth_order.parts import Part
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Family, wide
 from jaxlib_unlearn.optim.zeroth_order.steps import Rule, steps
 
@@ -81,6 +83,7 @@ def zeroth_order(
     refresh_every: int = 100,
     rule: Rule | None = None,
     reshape_core: Orthogonalizer | None = None,
+    reshape_coeffs: Callable[[jax.Array], jax.Array] | None = None,
     aux_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
     seed: int = 0,
@@ -100,8 +103,12 @@ def zeroth_order(
     ``update(None, state, params, value_fn=f)`` with ``f(params)`` a float32 scalar. Further extra
     arguments: ``layered_value_fn(params, layer_map)`` instead of ``value_fn`` for models that apply
     ``layer_map(layer_params, index)`` inside a scan over stacked layers (then no perturbed copy
-    of the stack exists); ``value``, the loss at ``params``, if known; ``coeffs`` ``(q,)``, to
-    replay a logged step without any evaluation.
+    of the stack exists); ``factored_leaves``, the paths of leaves outside the stack that it takes
+    as ``perturbations.Factored``; ``value``, the loss at ``params``, if known; ``coeffs`` ``(q,)``,
+    to replay a logged step without any evaluation.
+
+    With a family that has ``parts`` and q above 1 the losses take one more keyword, ``part=``, and
+    return the loss of that part of the batch (``zeroth_order.parts``).
 
     Args:
         learning_rate: eta, a number or a schedule; None returns the direction itself.
@@ -112,6 +119,7 @@ def zeroth_order(
         refresh_every: steps between two draws of the arrays that the family keeps.
         rule: what is done with the estimate; None for nothing.
         reshape_core: a function of matrices applied to the mean core of low-rank families.
+        reshape_coeffs: a function of the q coefficients applied to those of a step.
         aux_learning_rate: eta for vectors; None for ``learning_rate``.
         weight_decay: lambda, for matrices whose name does not say norm, bias or scale.
         seed: of all draws.
@@ -146,6 +154,7 @@ def zeroth_order(
         Malladi et al., arXiv:2305.17333 (seed replay); the families name theirs.
     """
     _check(num_queries, eps, estimator, refresh_every, query_batch, rule, rng_impl)
+    _check_family(family, estimator, rule, reshape_core)
 
     def read(params) -> Layout:
         return layout_of(params, trainable=trainable, matrices=matrices, layout=layout)
@@ -198,6 +207,7 @@ def zeroth_order(
         *,
         value_fn=None,
         layered_value_fn=None,
+        factored_leaves=(),
         value=None,
         coeffs=None,
         **extra_args,
@@ -241,8 +251,10 @@ def zeroth_order(
 
         curvatures = None
         if coeffs is None:
+            takes = frozenset(factored_leaves) if family.parts else frozenset()
+            losses = _losses(value_fn, layered_value_fn, num_queries if family.parts else 1)
             value, coeffs, curvatures = estimate(
-                _loss_at(family, plan, structure, move_now, value_fn, layered_value_fn, factored),
+                _loss_at(family, plan, structure, move_now, *losses, factored, takes),
                 num_queries,
                 eps,
                 estimator=estimator,
@@ -253,6 +265,8 @@ def zeroth_order(
                 query_axis=query_axis,
                 dtype=dtype,
             )
+            if reshape_coeffs is not None:
+                coeffs = reshape_coeffs(coeffs)
         elif rule is not None and rule.curvature:
             raise ValueError("coeffs alone cannot replay a step that measures curvatures")
         value = jnp.asarray(jnp.nan if value is None else value, dtype)
@@ -323,17 +337,30 @@ def _by_leaf(structure: Any, proj: dict[str, Any]) -> list[Any]:
     return [tuple(x for x in row if x is not None) for row in rows]
 
 
-def _loss_at(family, plan, structure, move, value_fn, layered_value_fn, factored):
+def _losses(value_fn, layered_value_fn, parts):
+    """Both losses with the query as their first argument: which part they are asked for."""
+
+    def of_part(fn):
+        if fn is None:
+            return None
+        if parts == 1:
+            return lambda query, *args: fn(*args)
+        return lambda query, *args: fn(*args, part=Part(query, parts))
+
+    return of_part(value_fn), of_part(layered_value_fn)
+
+
+def _loss_at(family, plan, structure, move, value_fn, layered_value_fn, factored, outer):
     def loss_at(context, query, offset):
         arrays, draws = context
         if layered_value_fn is None:
             if query is not None:
                 arrays = move(plan, draws, arrays, query, offset)
-            return value_fn(jax.tree.unflatten(structure, arrays))
+            return value_fn(query, jax.tree.unflatten(structure, arrays))
         layer_map = _same_layer
         if query is not None:
-            arrays, layer_map = layered(family, plan, draws, arrays, query, offset, factored)
-        return layered_value_fn(jax.tree.unflatten(structure, arrays), layer_map)
+            arrays, layer_map = layered(family, plan, draws, arrays, query, offset, factored, outer)
+        return layered_value_fn(query, jax.tree.unflatten(structure, arrays), layer_map)
 
     return loss_at
 
@@ -377,6 +404,19 @@ def _check(num_queries, eps, estimator, refresh_every, query_batch, rule, rng_im
         raise ValueError(
             f"rng_impl={rng_impl!r} gives other numbers under vmap than alone, so directions could "
             "not be regenerated; use 'threefry2x32'"
+        )
+
+
+def _check_family(family, estimator, rule, reshape_core) -> None:
+    if family.parts and estimator == "forward":
+        raise ValueError(
+            f"{family.name!r} has a loss for every part, and 'forward' differences need each of "
+            "them at the parameters: as many evaluations as 'central', which is more exact"
+        )
+    if not family.linear and (reshape_core is not None or (rule is not None and rule.curvature)):
+        raise ValueError(
+            f"{family.name!r} is not linear in what it draws, so there is no mean core or square "
+            "to reshape; use another family, or neither reshape_core nor curvatures"
         )
 
 

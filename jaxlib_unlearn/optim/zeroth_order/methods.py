@@ -13,6 +13,8 @@ lozo           central     2 q                 V
 subzero        central     2 q                 U, V
 hizoo          central     2 q + 1             H, as large as the parameters
 subspace_mezo  central     2 q                 P
+fzoo           forward     q + 1               none
+rowwise        central     2 (q parts each)    none
 rada_zo        central     2 q                 m and v, as large as the parameters
 zo_muon        forward     q + 1               P
 =============  ==========  ==================  =====================================
@@ -24,6 +26,8 @@ Compare methods at equal evaluations, not at equal steps. Their bare directions 
 
 from typing import Unpack
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn.optim.zeroth_order import perturbations
@@ -35,21 +39,30 @@ from jaxlib_unlearn.optim.zeroth_order.adaptive import (
     rada_zo,
 )
 from jaxlib_unlearn.optim.zeroth_order.engine import COMMON_STATIC_ARGS, zeroth_order
-from jaxlib_unlearn.optim.zeroth_order.options import ZOOptions, zeroth_order_method
+from jaxlib_unlearn.optim.zeroth_order.options import (
+    CentralOptions,
+    DrawOptions,
+    ZOOptions,
+    zeroth_order_method,
+)
 
 __all__ = [
+    "FZOO_STATIC_ARGS",
     "HIZOO_STATIC_ARGS",
     "LOZO_STATIC_ARGS",
     "MEZO_STATIC_ARGS",
     "RADA_ZO_STATIC_ARGS",
+    "ROWWISE_STATIC_ARGS",
     "SPARSE_MEZO_STATIC_ARGS",
     "SUBSPACE_MEZO_STATIC_ARGS",
     "SUBZERO_STATIC_ARGS",
     "adaptive_rule",
+    "fzoo",
     "hizoo",
     "lozo",
     "mezo",
     "rada_zo",
+    "rowwise",
     "sparse_mezo",
     "subspace_mezo",
     "subzero",
@@ -61,6 +74,8 @@ SPARSE_MEZO_STATIC_ARGS = ("keep", "mask", *COMMON_STATIC_ARGS)
 LOZO_STATIC_ARGS = ("rank", "refresh_every", "divide_vectors", *COMMON_STATIC_ARGS)
 SUBZERO_STATIC_ARGS = ("rank", "refresh_every", *COMMON_STATIC_ARGS)
 SUBSPACE_MEZO_STATIC_ARGS = ("rank", "refresh_every", *COMMON_STATIC_ARGS)
+FZOO_STATIC_ARGS = HIZOO_STATIC_ARGS
+ROWWISE_STATIC_ARGS = ("rank", *HIZOO_STATIC_ARGS)
 
 
 @zeroth_order_method
@@ -203,3 +218,87 @@ def subspace_mezo(
         aux_learning_rate=aux_learning_rate,
         **options,
     )
+
+
+@zeroth_order_method
+def fzoo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    num_queries: int = 8,
+    eps: jax.typing.ArrayLike = 1e-3,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    **options: Unpack[DrawOptions],
+) -> optax.GradientTransformationExtraArgs:
+    r"""FZOO: one-sided differences over the standard deviation of the losses, along random signs.
+
+    .. math::
+        W \leftarrow W - \eta \left( \tfrac1q \textstyle\sum_i \frac{f_i - f}{\sigma} Z_i
+        + \lambda W \right), \qquad f_i = f(W + \epsilon Z_i), \quad Z_i \in \{-1, 1\}^{m \times n},
+        \\ \sigma^2 = \tfrac{1}{q - 1} \textstyle\sum_i (f_i - \bar f)^2
+
+    Steps are longer where the loss is flat: a multiple of the loss takes the same steps. Where all
+    losses agree there is no step. ``num_queries`` is at least 2, and ``state.coeffs`` are the
+    quotients.
+
+    Args:
+        learning_rate: eta, a number or a schedule.
+        options: those that all methods share.
+
+    References:
+        Dang et al., "FZOO: fast zeroth-order optimizer for fine-tuning large language models
+        towards Adam-scale speed", arXiv:2506.09034.
+    """
+    if isinstance(num_queries, int) and num_queries < 2:
+        raise ValueError(f"num_queries is at least 2, to have a deviation; got {num_queries}")
+
+    def standardized(coeffs):
+        # Those of f_i - f, and of f_i, as the quotient does not change with eps.
+        deviation = jnp.std(coeffs, ddof=1)
+        return jnp.where(deviation > 0, coeffs / jnp.where(deviation > 0, deviation, 1), 0)
+
+    return zeroth_order(
+        learning_rate,
+        perturbations.signs(),
+        num_queries=num_queries,
+        eps=eps,
+        estimator="forward",
+        reshape_coeffs=standardized,
+        weight_decay=weight_decay,
+        **options,
+    )
+
+
+@zeroth_order_method
+def rowwise(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int = 1,
+    **options: Unpack[CentralOptions],
+) -> optax.GradientTransformationExtraArgs:
+    r"""Row-wise directions (EGGROLL): every row of the batch tries out a direction of its own.
+
+    .. math::
+        W \leftarrow W - \eta \left( \tfrac1q \textstyle\sum_b c_b Z_b + \lambda W \right), \qquad
+        Z_b = \tfrac{1}{\sqrt r} u_b v_b^T, \qquad
+        c_b = \frac{f_b(W + \epsilon Z_b) - f_b(W - \epsilon Z_b)}{2 \epsilon}
+
+    with the loss :math:`f_b` of row b, of which :math:`f` is the mean (``zeroth_order.parts``).
+    Both signs of a direction are tried on the same row, and evaluations are made q at a time unless
+    ``query_batch`` says otherwise: a step is two forward passes of the batch, whatever q is.
+
+    ``value_fn`` takes ``part=`` (``zeroth_order.parts.Part``) and returns the loss of that part. A
+    query is one of q equal parts of the batch: with q the number of its rows, a row. Where a row
+    holds several examples, they share its direction. With q = 1 the whole batch is one part, and
+    ``part`` is not passed.
+
+    Args:
+        learning_rate: eta, a number or a schedule.
+        rank: r, capped at the smaller side of a matrix.
+        options: those that all methods share.
+
+    References:
+        Sarkar et al., "Evolution strategies at the hyperscale" (EGGROLL), arXiv:2511.16652.
+    """
+    if options.get("query_batch") is None and "num_queries" in options:
+        options["query_batch"] = options["num_queries"]
+    return zeroth_order(learning_rate, perturbations.rowwise(rank), **options)

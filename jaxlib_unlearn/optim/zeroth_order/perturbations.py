@@ -15,10 +15,13 @@ uzv            sqrt(in out) / r  V Z U^T    V and U, orthonorm. Z (r, r)
 subspace       u P^T                        P (out, r), orth.   u (in, r)
 curvature      z / sqrt(H)                  H (a moment)        z
 sphere         sqrt(d) z / norm of all z    nothing             z
+signs          +1 or -1                     nothing             signs
+rowwise        u v^T / sqrt(r)              nothing             u (in, r) above v (out, r)
 =============  ===========================  ==================  ===============================
 
-Vectors are always drawn dense. A low-rank direction is linear in its core, so sums over queries run
-over cores and are lifted once.
+Vectors are always drawn dense. Low-rank directions but those of ``rowwise`` are linear in their
+core, so sums over queries run over cores and are lifted once; of ``rowwise`` the factors of many
+queries are multiplied at once.
 """
 
 import math
@@ -106,23 +109,30 @@ class Family(NamedTuple):
         name: the row's name.
         core: ``(in, out) ->`` shape of the Gaussian core of one matrix; None draws leaves dense.
         basis: ``(key, n, in, out, dtype) ->`` arrays ``(n, ...)`` that are kept for some steps.
-        factors: ``(core, basis) -> (left (n, in, r), right (n, out, r))``, linear in the core.
+        factors: ``(core, basis, in) -> (left (n, in, r), right (n, out, r))``.
         gain: ``(in, out) ->`` what the estimate for a matrix is multiplied by.
         vector_gain: the same for vectors.
         weigh: ``(z, key, moments) -> z`` elementwise, for dense families.
         static_mask: whether ``weigh`` gets the same key at every step.
         normalize: scale z to norm sqrt(d) over all d parameters.
+        sample: ``(key, shape, dtype) ->`` independent entries of mean 0 and variance 1.
+        linear: whether ``factors`` is linear in the core.
+        parts: whether every query is a part of the batch with its own loss
+            (``zeroth_order.parts``).
     """
 
     name: str
     core: Callable[[int, int], tuple[int, int]] | None = None
     basis: Callable[[jax.Array, int, int, int, Any], Basis] | None = None
-    factors: Callable[[jax.Array, Basis], tuple[jax.Array, jax.Array]] | None = None
+    factors: Callable[[jax.Array, Basis, int], tuple[jax.Array, jax.Array]] | None = None
     gain: Callable[[int, int], float] = lambda fan_in, fan_out: 1.0
     vector_gain: float = 1.0
     weigh: Callable[[jax.Array, jax.Array, Moments], jax.Array] | None = None
     static_mask: bool = False
     normalize: bool = False
+    sample: Callable[[jax.Array, tuple[int, ...], Any], jax.Array] = normal
+    linear: bool = True
+    parts: bool = False
 
 
 def dense() -> Family:
@@ -137,6 +147,15 @@ def sphere() -> Family:
     the sphere, and ``eps`` is the step per coordinate (the radius is :math:`\epsilon \sqrt d`).
     """
     return Family("sphere", normalize=True)
+
+
+def signs() -> Family:
+    """Entries of +1 and -1 (Rademacher), as in FZOO (arXiv:2506.09034)."""
+
+    def sample(key, shape, dtype):
+        return jax.random.rademacher(key, shape, dtype)
+
+    return Family("signs", sample=sample)
 
 
 def sparse(keep: float, mask: str = "step") -> Family:
@@ -189,7 +208,7 @@ def uvt(rank: int, divide_vectors: bool = False) -> Family:
         basis=lambda key, n, fan_in, fan_out, dtype: (
             normal(key, (n, fan_in, width(fan_in, fan_out)), dtype),
         ),
-        factors=lambda core, basis: (basis[0], core),
+        factors=lambda core, basis, fan_in: (basis[0], core),
         gain=lambda fan_in, fan_out: 1 / width(fan_in, fan_out),
         vector_gain=1 / rank if divide_vectors else 1.0,
     )
@@ -208,7 +227,8 @@ def uzv(rank: int) -> Family:
         left, right = (jax.random.fold_in(key, i) for i in range(2))
         return orthonormal(left, n, fan_in, r, dtype), orthonormal(right, n, fan_out, r, dtype)
 
-    def factors(core, basis):
+    def factors(core, basis, fan_in):
+        del fan_in
         v, u = basis
         scale = math.sqrt(v.shape[-2] * u.shape[-2]) / core.shape[-1]
         return scale * jnp.matmul(v, core, precision="highest"), u
@@ -233,7 +253,48 @@ def subspace(rank: int) -> Family:
         basis=lambda key, n, fan_in, fan_out, dtype: (
             orthonormal(key, n, fan_out, min(rank, fan_in, fan_out), dtype),
         ),
-        factors=lambda core, basis: (core, basis[0]),
+        factors=lambda core, basis, fan_in: (core, basis[0]),
+    )
+
+
+def rowwise(rank: int) -> Family:
+    r"""Low rank, both factors drawn per query, a query for every row (HyperscaleES).
+
+    .. math::
+        Z_i = \frac{1}{\sqrt r} u_i v_i^T, \qquad u_i \sim N(0, 1)^{in \times r}, \;
+        v_i \sim N(0, 1)^{out \times r}
+
+    Its entries are uncorrelated with variance 1, so on a quadratic loss the estimate is unbiased.
+    In general its mean is :math:`E[\nabla f(W + \epsilon Z) \, v v^T / r]`, the gradient up to
+    terms in :math:`\epsilon^2`. A row b of a batch costs the product that all rows share and a term
+    of its own,
+
+    .. math::
+        y_b = x_b W + \tfrac{\epsilon}{\sqrt r} (x_b u_b) v_b^T
+
+    which is ``2 r (in + out)`` operations a token beside ``2 in out`` (1 of 288 for a square kernel
+    of width 576 and rank 1). The step multiplies the factors of all q rows once, ``2 q r in out``
+    operations: as many as a forward pass takes for q r tokens. Beside the activations a pass holds
+    the factors of one layer, ``4 q r (in + out)`` bytes a kernel.
+
+    Args:
+        rank: r, capped at the smaller side of a matrix.
+
+    References:
+        Sarkar et al., "Evolution strategies at the hyperscale" (EGGROLL), arXiv:2511.16652.
+    """
+    _check_rank(rank)
+
+    def factors(core, basis, fan_in):
+        del basis
+        return core[:, :fan_in] / math.sqrt(core.shape[-1]), core[:, fan_in:]
+
+    return Family(
+        "rowwise",
+        core=lambda fan_in, fan_out: (fan_in + fan_out, min(rank, fan_in, fan_out)),
+        factors=factors,
+        linear=False,
+        parts=True,
     )
 
 
@@ -309,7 +370,7 @@ def draw_core(
     if family.core is not None and leaf.axes is not None:
         n, fan_in, fan_out = leaf.axes.sizes(leaf.shape)
         return normal(key, (n, *family.core(fan_in, fan_out)), dtype)
-    z = normal(key, leaf.shape, dtype)
+    z = family.sample(key, leaf.shape, dtype)
     return z if family.weigh is None else family.weigh(z, leaf_key(mask_key, leaf, index), moments)
 
 
@@ -317,8 +378,13 @@ def lift(family: Family, leaf: Leaf, core: jax.Array, basis: Basis) -> jax.Array
     """The direction of the leaf's own shape that belongs to a core."""
     if family.factors is None or leaf.axes is None:
         return core
-    left, right = family.factors(core, basis)
-    z = jnp.einsum("nir,nor->nio", left, right, precision="highest")
+    left, right = family.factors(core, basis, leaf.axes.sizes(leaf.shape)[1])
+    return as_leaf(leaf, jnp.einsum("nir,nor->nio", left, right, precision="highest"))
+
+
+def as_leaf(leaf: Leaf, z: jax.Array) -> jax.Array:
+    """Matrices ``(n, in, out)`` as an array of the leaf's own shape."""
+    assert leaf.axes is not None
     order = leaf.axes.stack + leaf.axes.fan_in + leaf.axes.fan_out
     z = z.reshape(tuple(leaf.shape[a] for a in order))
     return jnp.transpose(z, tuple(order.index(a) for a in range(len(order))))
@@ -335,6 +401,9 @@ def perturb(
 ) -> Any:
     """One layer of a parameter moved along a direction: ``x + scale Z``, rounded once.
 
+    A table ``(out, in)`` is what :class:`Factored` calls a kernel ``(in, out)``: its factors change
+    places.
+
     Args:
         family: the row.
         leaf: the parameter.
@@ -342,16 +411,19 @@ def perturb(
         core: from :func:`draw_core`.
         basis: from :func:`draw_basis`.
         scale: the step along Z.
-        factored: keep low-rank directions of plain kernels as a :class:`Factored`.
+        factored: keep low-rank directions of plain kernels and of tables as a :class:`Factored`.
 
     Returns:
         An array like x, or a :class:`Factored`.
     """
     scale = scale.astype(core.dtype)
-    plain = leaf.axes == MatrixAxes((), (0,), (1,)) and leaf.name.rsplit("/", 1)[-1] == "kernel"
-    if factored and plain and family.factors is not None:
-        left, right = family.factors(core, basis)
-        return Factored(x, scale * left[0], right[0])
+    last = leaf.name.rsplit("/", 1)[-1]
+    plain = last == "kernel" and leaf.axes == MatrixAxes((), (0,), (1,))
+    table = last == "embedding" and leaf.axes == MatrixAxes((), (1,), (0,))
+    if factored and (plain or table) and family.factors is not None and leaf.axes is not None:
+        left, right = family.factors(core, basis, leaf.axes.sizes(leaf.shape)[1])
+        left, right = (left[0], right[0]) if plain else (right[0], left[0])
+        return Factored(x, scale * left, right)
     return (x.astype(core.dtype) + scale * lift(family, leaf, core, basis)).astype(x.dtype)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
-from jaxlib_unlearn.optim.zeroth_order.directions import gain, walk, weighted_sums
+from jaxlib_unlearn.optim.zeroth_order.directions import gain, product_sum, walk, weighted_sums
 from jaxlib_unlearn.optim.zeroth_order.perturbations import is_low_rank, lift
 
 
@@ -51,11 +51,15 @@ def steps(
 
     def step(leaf, index, x, basis, moments, core):
         square = None
-        if core:
-            first = core[0]
+        if is_low_rank(family, leaf) and not family.linear:
+            direction = product_sum(family, leaf, draws, index, basis, weights)
         else:
-            first, square = weighted_sums(family, leaf, draws, index, moments, weights, squares)
-        direction = lift(family, leaf, first, basis) * gain(family, leaf)
+            if core:
+                first = core[0]
+            else:
+                first, square = weighted_sums(family, leaf, draws, index, moments, weights, squares)
+            direction = lift(family, leaf, first, basis)
+        direction = direction * gain(family, leaf)
         if rule is not None:
             direction, new = rule.apply(direction, square, moments, count)
             moments = {name: new[name].astype(old.dtype) for name, old in moments.items()}

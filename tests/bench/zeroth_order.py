@@ -1,0 +1,292 @@
+"""Zeroth-order steps against the forward passes they are made of, on a model of SmolLM2's shape.
+
+    python tests/bench/zeroth_order.py [--rows 32] [--length 128] [--labels 16] [--rank 1]
+        [--layers 30] [--repeats 5] [--only rowwise step query-batch] [--output runs/bench]
+
+Weights and tokens are random: only time is measured. Programs alternate run by run, so that both
+sides of a ratio see the same machine; each number is a median. Ratios are theirs / ours; a goal is
+a ratio to reach.
+
+rowwise: tokens a second of a forward pass in which every row has a direction of its own, over those
+of a plain pass (theirs, once for each of the two signs); and the passes that MeZO needs for as many
+directions, of which one is timed and multiplied. The whole step multiplies the factors of all rows
+and has no goal.
+
+step: a whole step against as many forward passes as it evaluates. "Without draws" a direction is
+one number per key in place of random numbers, which leaves all other work.
+
+query-batch: four queries at a time against one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlib_unlearn import objectives, optim
+from jaxlib_unlearn.optim.zeroth_order import perturbations
+from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
+from models.decoder import Decoder, DecoderConfig
+from models.learner import DecoderLearner
+from train.step import Losses
+
+REPO = Path(__file__).resolve().parent.parent.parent
+SMOLLM2 = DecoderConfig(49152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
+CASES = ("rowwise", "step", "query-batch")
+QUERIES = 4  # of the rows with a subspace
+RANK = 64  # of the subspace
+
+
+def flat(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """In place of random numbers: one that depends on the key, everywhere."""
+    number = jax.random.key_data(key)[0].astype(jnp.float32) * 2.0**-32 - 0.5
+    return jnp.broadcast_to(number.astype(dtype), shape)
+
+
+def without_draws(make: Callable[[], Any]) -> Callable[[], Any]:
+    """`make` a transformation, and trace its update, with `flat` in place of the draws."""
+
+    def build():
+        tx = make()
+
+        def update(*args, **kwargs):
+            with mock.patch.object(perturbations, "normal", flat):
+                return tx.update(*args, **kwargs)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return build
+
+
+def dense(**options: Any) -> Any:
+    """MeZO; without draws its entries are `flat` as well."""
+    family = perturbations.dense()._replace(sample=options.pop("sample", perturbations.normal))
+    return zeroth_order(1e-7, family, **options)
+
+
+class Bench:
+    """A model of random weights, one batch, and programs on it."""
+
+    def __init__(self, config: DecoderConfig, rows: int, length: int, labels: int):
+        self.learner, self.rows = DecoderLearner(Decoder(config)), rows
+        draw = np.random.default_rng(0)
+        tokens = draw.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+        places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+        self.batch = jax.tree.map(
+            jnp.asarray,
+            {
+                "tokens": tokens,
+                "positions": places,
+                "segment_ids": np.ones((rows, length), np.int32),
+                "label_index": places[:, -labels - 1 : -1],
+                "targets": tokens[:, -labels:],
+                "target_mask": np.ones((rows, labels), np.float32),
+                "row_id": np.arange(rows, dtype=np.int32),
+            },
+        )
+        self.params = self.learner.decoder.init(jax.random.key(0))
+
+    def losses(self, params: Any, batch: Any) -> Losses:
+        return Losses(self.learner, *objectives.resolve("nll"), params, None, {"train": batch})
+
+    def forward(self) -> Callable[[], float]:
+        """A plain forward pass to the loss."""
+        fn = jax.jit(lambda params, batch: self.losses(params, batch).value(params))
+        compiled = fn.lower(self.params, self.batch).compile()
+        return timed(lambda: compiled(self.params, self.batch))
+
+    def values(self, make: Callable[[], Any], **given: Any) -> Callable[[], float]:
+        """The evaluations of a step, to its coefficients."""
+        return self._program(make, False, given)
+
+    def step(self, make: Callable[[], Any], **given: Any) -> Callable[[], float]:
+        """A whole step: the new parameters."""
+        return self._program(make, True, given)
+
+    def _program(self, make, whole: bool, given) -> Callable[[], float]:
+        tx = make()
+        # Not the first step, which draws the arrays that a family keeps.
+        state = tx.init(self.params)
+        state = state._replace(count=jnp.int32(1), proj=jax.tree.map(_unit, state.proj))
+
+        def run(params, state, batch):
+            extra: dict[str, Any] = {"layered_value_fn": self.losses(params, batch).value, **given}
+            extra["factored_leaves"] = self.learner.factored
+            updates, state = tx.update(None, state, params, **extra)
+            return optax.apply_updates(params, updates) if whole else state.coeffs
+
+        compiled = jax.jit(run).lower(self.params, state, self.batch).compile()
+        return timed(lambda: compiled(self.params, state, self.batch))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Columns of about unit length in the place of a basis: what is in it takes no time."""
+    return jnp.full_like(x, x.shape[-2] ** -0.5)
+
+
+def timed(run: Callable[[], Any]) -> Callable[[], float]:
+    """A function that runs once and returns its seconds."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - start
+
+    return once
+
+
+def in_turns(programs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median seconds of each; the first run of each is not counted, the order alternates."""
+    for run in programs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(repeats):
+        for name, run in list(programs.items())[:: 1 if turn % 2 else -1]:
+            seconds[name].append(run())
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def row(work: str, peer: str, ours: float, theirs: float, goal: float | None) -> dict[str, Any]:
+    """One line of the table."""
+    ratio = theirs / ours
+    return {
+        "work": work,
+        "peer": peer,
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": ratio,
+        "goal": goal,
+    }
+
+
+def rowwise(bench: Bench, rank: int, repeats: int) -> list[dict[str, Any]]:
+    """Row-wise directions against plain passes, and against MeZO's for as many directions."""
+    make = functools.partial(optim.rowwise, 1e-7, rank=rank, num_queries=bench.rows)
+    mezo = functools.partial(dense, num_queries=1)
+    found = in_turns(
+        {
+            "forward": bench.forward(),
+            "passes": bench.values(make),
+            "step": bench.step(make),
+            "mezo": bench.values(mezo),
+        },
+        repeats,
+    )
+    what = f"rowwise, rank {rank}, {bench.rows} rows"
+    plain, many = 2 * found["forward"], bench.rows * found["mezo"]
+    return [
+        row(f"{what}: both signs, s", "two forward passes", found["passes"], plain, 0.9),
+        row(f"{what}: step, s", "two forward passes", found["step"], plain, None),
+        row(f"{what}: both signs, s", f"MeZO's {bench.rows} pairs", found["passes"], many, None),
+    ]
+
+
+def steps(bench: Bench, repeats: int) -> list[dict[str, Any]]:
+    """Whole steps against the forward passes that they evaluate."""
+    many = {"num_queries": QUERIES, "rank": RANK}
+    makers = {
+        "zo_muon": functools.partial(optim.zo_muon, 1e-3, **many),
+        "subspace_mezo": functools.partial(optim.subspace_mezo, 1e-6, num_queries=1, rank=RANK),
+        "lozo": functools.partial(optim.lozo, 1e-7, num_queries=1),
+        "mezo": functools.partial(dense, num_queries=1),
+    }
+    bare = {name: without_draws(make) for name, make in makers.items()}
+    bare["mezo"] = without_draws(functools.partial(dense, num_queries=1, sample=flat))
+    # Where differences are one-sided the training step knows the loss already, from a pass for its
+    # log, which is one of the q + 1.
+    given = {name: {"value": jnp.float32(1.0)} if name == "zo_muon" else {} for name in makers}
+    programs = {"forward": bench.forward()}
+    programs |= {name: bench.step(make, **given[name]) for name, make in makers.items()}
+    programs |= {
+        f"{name}, no draws": bench.step(make, **given[name]) for name, make in bare.items()
+    }
+    found, table = in_turns(programs, repeats), []
+    for name in makers:
+        passes = QUERIES + 1 if name == "zo_muon" else 2
+        known = found["forward"] if name == "zo_muon" else 0.0
+        peer = f"{passes} forward passes"
+        whole = passes * found["forward"]
+        goal = 1 / 1.6 if name == "mezo" else None
+        table.append(row(f"{name}: step, s", peer, found[name] + known, whole, goal))
+        ours = found[f"{name}, no draws"] + known
+        table.append(row(f"{name}: step without draws, s", peer, ours, whole, 1 / 1.05))
+    return table
+
+
+def query_batch(bench: Bench, repeats: int) -> list[dict[str, Any]]:
+    """Queries evaluated together against one after another."""
+    programs = {}
+    for at_once in (QUERIES, None):
+        options = {"num_queries": QUERIES, "rank": RANK, "query_batch": at_once}
+        programs[str(at_once)] = bench.step(functools.partial(optim.zo_muon, 1e-3, **options))
+    found = in_turns(programs, repeats)
+    what = f"zo_muon, {QUERIES} queries at a time: step, s"
+    return [row(what, "one at a time", found[str(QUERIES)], found["None"], None)]
+
+
+def device() -> str:
+    d = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = f"{platform.machine()}, {cores} cores" if d.platform == "cpu" else d.device_kind
+    return f"{d.platform} ({kind}), jax {jax.__version__}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table."""
+    keys = ("work", "peer", "ours", "theirs", "ratio", "goal")
+
+    def cell(value):
+        return "–" if value is None else value if isinstance(value, str) else f"{value:.3g}"
+
+    lines = [f"Zeroth order on {result['device']}, {result['model']}. Ratio: theirs / ours.", ""]
+    lines += ["| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
+    lines += ["| " + " | ".join(cell(line[k]) for k in keys) + " |" for line in result["rows"]]
+    return "\n".join([*lines, ""])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=32, help="rows of the batch")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--labels", type=int, default=16, help="labels of a row")
+    parser.add_argument("--rank", type=int, default=1, help="rank of a row's direction")
+    parser.add_argument("--layers", type=int, help="blocks; default: all")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each program")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--output", type=Path, default=REPO / "runs" / "bench")
+    args = parser.parse_args(argv)
+    config = SMOLLM2
+    if args.layers is not None:
+        config = DecoderConfig(**{**vars(config), "num_layers": args.layers})
+    bench = Bench(config, args.rows, args.length, args.labels)
+    model = f"{config.num_layers} blocks, {args.rows} x {args.length} tokens"
+    result: dict[str, Any] = {"device": device(), "model": model, "rows": []}
+    cases = {
+        "rowwise": lambda: rowwise(bench, args.rank, args.repeats),
+        "step": lambda: steps(bench, args.repeats),
+        "query-batch": lambda: query_batch(bench, args.repeats),
+    }
+    for name in args.only:
+        result["rows"] += cases[name]()
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "zeroth_order.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.output / "zeroth_order.md").write_text(text := markdown(result))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
