@@ -31,8 +31,8 @@ class Kind(NamedTuple):
         export: `export(model, folder, dtype, card)`.
         scores: `scores(model, encoded, mesh, evaluate, label)`: of every row, its options' scores.
         answers: the same of generated texts; each None where evaluators do not ask for it.
-        export_adapter: `export_adapter(trained, adapters, model, config, root, task)`, where adapters
-            were trained in the place of the model; None: they are in the exported model alone.
+        export_adapter: `export_adapter(trained, adapters, model, config, root, task)`: adapters
+            that were trained in the place of the model; None: the exported model has them in it.
         cache_version: raised when a score or an answer may change.
     """
 
