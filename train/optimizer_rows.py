@@ -64,6 +64,8 @@ class Optimizer:
         check_steps: `check_steps(options, steps)` raises `UserError` for a number of steps that it
             cannot take.
         shortened: `shortened(options, steps)`: the options for a shortened run.
+        forwards: `forwards(options, steps)`: what so many steps cost in forward passes; None: each
+            step costs the same (`optimizers.forwards`).
     """
 
     name: str
@@ -78,6 +80,7 @@ class Optimizer:
     check_rank: Callable[[int], None] | None = None
     check_steps: Callable[[Any, int], None] | None = None
     shortened: Callable[[Any, int], Any] | None = None
+    forwards: Callable[[Any, int], int] | None = None
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -271,6 +274,12 @@ def _short_hybrid(c: Hybrid, steps: int) -> Hybrid:
     return dataclasses.replace(c, period=next(fits, c.period))
 
 
+def _forwards_of_hybrid(c: Hybrid, steps: int) -> int:
+    both, rest = divmod(steps, 2 * c.period)
+    first = both * c.period + min(rest, c.period)
+    return 3 * first + 2 * c.queries * (steps - first)
+
+
 OPTIMIZERS: dict[str, Optimizer] = {
     row.name: row
     for row in (
@@ -407,6 +416,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             sides=2,
             check_steps=_steps_of_hybrid,
             shortened=_short_hybrid,
+            forwards=_forwards_of_hybrid,
         ),
     )
 }

@@ -6,7 +6,9 @@ into one and fits `joint` rows only.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -249,6 +251,61 @@ def check_steps(config: Options, steps: int) -> None:
     check_row = OPTIMIZERS[config.name].check_steps
     if check_row is not None:
         check_row(config, steps)
+
+
+FIRST_ORDER = 3  # a backward pass costs two forward passes
+
+
+def forwards(config: Options, steps: int) -> int:
+    """What steps cost in forward passes: the loss values that the optimizer asks for.
+
+    A first-order step counts as three. A zeroth-order step counts its evaluations; where each query
+    is one of them, the loss without a perturbation is one more.
+
+    Example:
+        >>> forwards(options_of("adamw"), 10), forwards(options_of("mezo"), 10)
+        (30, 20)
+        >>> forwards(options_of("zo-muon", queries=4), 10)
+        50
+    """
+    row = OPTIMIZERS[config.name]
+    if row.forwards is not None:
+        return row.forwards(config, steps)
+    if row.needs != "value":
+        return FIRST_ORDER * steps
+    return steps * (row.sides * getattr(config, "queries", 1) + (row.sides == 1))
+
+
+def steps_within(config: Options, budget: int) -> int:
+    """The most steps that cost at most `budget` forward passes and that the optimizer can take.
+
+    Example:
+        >>> steps_within(options_of("zo-muon", queries=4), 40_000)
+        8000
+
+    Raises:
+        UserError: there is no such step.
+    """
+    steps = bisect.bisect_right(
+        range(1, budget + 1), budget, key=lambda steps: forwards(config, steps)
+    )
+    while steps and not _taken(config, steps):
+        steps -= 1
+    if steps:
+        return steps
+    least = next(n for n in itertools.count(1) if _taken(config, n))
+    raise UserError(
+        f"{budget} forward passes are less than one step: {least} step(s) of {config.name} with "
+        f"these options cost {forwards(config, least)}"
+    )
+
+
+def _taken(config: Options, steps: int) -> bool:
+    try:
+        check_steps(config, steps)
+    except UserError:
+        return False
+    return True
 
 
 def fitted(config: Options, steps: int) -> Any:

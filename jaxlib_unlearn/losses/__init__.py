@@ -7,6 +7,7 @@ padded. All losses compute in float32 (float64 when given float64), ignore maske
 gradient into a teacher or reference argument.
 """
 
+from jaxlib_unlearn.losses.choosing import choice, option_scores
 from jaxlib_unlearn.losses.distillation import (
     asu_forget,
     contrast,
@@ -45,6 +46,7 @@ __all__ = [
     "Term",
     "answer_preservation",
     "asu_forget",
+    "choice",
     "contrast",
     "dpo",
     "gradient_ascent",
@@ -58,6 +60,7 @@ __all__ = [
     "nll_from_log_probs",
     "npo",
     "npo_raw_logits",
+    "option_scores",
     "row_lengths",
     "row_sums",
     "sequence_mean",

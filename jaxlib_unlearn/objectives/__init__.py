@@ -20,6 +20,7 @@ from jaxlib_unlearn.objectives.base import (
 from jaxlib_unlearn.objectives.context import Asked, Batch, Context, Questions, row_keys
 from jaxlib_unlearn.objectives.smoothing import attention_temperatures, reference_forward
 from jaxlib_unlearn.objectives.table import (
+    LEARNING,
     OBJECTIVES,
     describe,
     list_objectives,
@@ -29,6 +30,7 @@ from jaxlib_unlearn.objectives.table import (
 )
 
 __all__ = [
+    "LEARNING",
     "OBJECTIVES",
     "ApplyModel",
     "Asked",

@@ -7,7 +7,14 @@ from typing import Any
 
 from jaxlib_unlearn import options as fields
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import alternate, gradient, misdirection, preference, smoothing
+from jaxlib_unlearn.objectives import (
+    alternate,
+    choice,
+    gradient,
+    misdirection,
+    preference,
+    smoothing,
+)
 from jaxlib_unlearn.objectives.base import Compat, Objective, Options
 
 OBJECTIVES: dict[str, Objective] = {
@@ -20,7 +27,10 @@ OBJECTIVES: dict[str, Objective] = {
         *misdirection.ROWS,
     )
 }
-"""Every objective by name. A new method is one more row."""
+"""Every objective of unlearning by name. A new method is one more row."""
+
+LEARNING: dict[str, Objective] = {row.name: row for row in (OBJECTIVES["nll"], *choice.ROWS)}
+"""What a model learns its rows by, where nothing is unlearned; see ``resolve``."""
 
 
 def _nearest(word: object, names: Iterable[str]) -> str:

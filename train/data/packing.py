@@ -7,8 +7,8 @@ stored side by side: neither tokens nor labels are padded to the longest example
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from train.data.batches import (
     shuffled,
     training_indices,
 )
-from train.data.examples import Example, pack, packed_length, shared_prefix
+from train.data.examples import Example, Group, pack, packed_length, shared_prefix
 
 SAMPLE = 2048  # examples in the random batches that padded lengths are made from
 
@@ -79,6 +79,19 @@ def fits(examples: Sequence[Example], together: int, length: int) -> bool:
     return shared + together * own <= length
 
 
+def sampled(lengths: Sequence[int], together: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Random batches as training sees them: indices of items of these lengths, a row to each k.
+
+    Yields `(batch_size / together, together)`; always the same ones.
+    """
+    count = len(lengths)
+    order = functools.cache(lambda epoch: shuffled(0, "packing", epoch, count))
+    for step in range(max(16, SAMPLE // batch_size)):
+        index = training_indices(order, step, batch_size, count)
+        dealt = balanced([lengths[i] for i in index], together)
+        yield index[dealt].reshape(-1, together)
+
+
 def make_packing(
     examples: Sequence[Example], together: int, batch_size: int, buckets: int = 3
 ) -> Packing:
@@ -95,14 +108,9 @@ def make_packing(
     Returns:
         The packing.
     """
-    count = len(examples)
-    order = functools.cache(lambda epoch: shuffled(0, "packing", epoch, count))
     lengths, labels = [], []
-    for step in range(max(16, SAMPLE // batch_size)):
-        index = training_indices(order, step, batch_size, count)
-        batch = [examples[i] for i in index]
-        dealt = balanced([len(e.tokens) for e in batch], together)
-        rows = [[batch[i] for i in row] for row in dealt.reshape(-1, together)]
+    for dealt in sampled([len(e.tokens) for e in examples], together, batch_size):
+        rows = [[examples[i] for i in row] for row in dealt]
         lengths.append(max(map(packed_length, rows)))
         labels.append(max(map(num_labels, rows)))
     shared = shared_prefix(examples)
@@ -118,12 +126,13 @@ def make_packing(
 
 
 def collate_packed(
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     row_ids: Sequence[int],
     together: int,
     shape: tuple[int, int],
     width: int,
     pad_id: int = 0,
+    pack: Callable[[Sequence[Any]], Group] = pack,
 ) -> Batch:
     """A batch as `collate` makes it, with k examples in every row of tokens.
 
@@ -137,6 +146,7 @@ def collate_packed(
         shape: padded tokens T and labels N of a row.
         width: W, the padded number of labels of an example.
         pad_id: token id in padded slots (never attended to).
+        pack: makes a row of tokens of k examples.
 
     Returns:
         `tokens`, `positions`, `segment_ids` (B / k, T) int32, `row_id` (B,) int32; `label_index`,
