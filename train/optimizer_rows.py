@@ -56,6 +56,8 @@ class Optimizer:
         check_steps: `check_steps(options, steps)` raises `UserError` for a number of steps that it
             cannot take.
         shortened: `shortened(options, steps)`: the options for a shortened run.
+        replays: the update of a `value` row follows from the coefficients of a step alone
+            (`train.coefficients`): a step is two programs, and a stage writes `replay.zo`.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Optimizer:
     check_rank: Callable[[int], None] | None = None
     check_steps: Callable[[Any, int], None] | None = None
     shortened: Callable[[Any, int], Any] | None = None
+    replays: bool = False
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -297,7 +300,15 @@ OPTIMIZERS: dict[str, Optimizer] = {
         ),
         Optimizer("sophia", Sophia, _sophia, "joint", "clipped diagonal second-order steps"),
         Optimizer("sign", Sign, _sign, "joint", "sign of the momentum, one bit a parameter"),
-        Optimizer("mezo", MeZO, _mezo, "value", "zeroth order, dense perturbations", sides=2),
+        Optimizer(
+            "mezo",
+            MeZO,
+            _mezo,
+            "value",
+            "zeroth order, dense perturbations",
+            sides=2,
+            replays=True,
+        ),
         Optimizer(
             "zo-muon",
             ZOMuon,
@@ -305,6 +316,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "value",
             "zeroth order in a subspace, orthogonalised",
             sides=1,
+            replays=True,
         ),
         Optimizer(
             "hybrid",

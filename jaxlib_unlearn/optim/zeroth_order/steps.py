@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
 from jaxlib_unlearn.optim.zeroth_order.directions import gain, walk, weighted_sums
 from jaxlib_unlearn.optim.zeroth_order.perturbations import is_low_rank, lift
+from jaxlib_unlearn.optim.zeroth_order.whole import whole
 
 
 class Rule(NamedTuple):
@@ -29,11 +30,26 @@ class Rule(NamedTuple):
 def steps(
     family, plan, rule, reshape_core, draws, arrays, coeffs, curvatures, rates, weight_decay, count
 ) -> dict[int, Any]:
-    """Update and moments of every trainable leaf, by position; arguments as in ``zeroth_order``."""
+    """Update and moments of every trainable leaf, by position; arguments as in ``zeroth_order``.
+
+    The bits are the same on any mesh: low-rank directions are computed as a whole on every device
+    (``zeroth_order.whole``), everything else is elementwise.
+    """
     weights = coeffs / coeffs.shape[0]
     squares = None if curvatures is None else curvatures / coeffs.shape[0]
     if draws.scales is not None:
         weights = weights * draws.scales
+
+    def on_all(leaf, fn):
+        return whole(fn, arrays) if is_low_rank(family, leaf) else fn
+
+    def sums(leaf, index, moments, square_weights):
+        def regenerate(keys, index, weights, square_weights):
+            drawn = draws._replace(key=keys[0], mask_key=keys[1])
+            return weighted_sums(family, leaf, drawn, index, moments, weights, square_weights)
+
+        keys = (draws.key, draws.mask_key)
+        return on_all(leaf, regenerate)(keys, index, weights, square_weights)
 
     cores: list[Any] = [()] * len(arrays)
     if reshape_core is not None:
@@ -41,11 +57,12 @@ def steps(
         def mean_core(leaf, index, moments):
             if not is_low_rank(family, leaf):
                 return ()
-            return weighted_sums(family, leaf, draws, index, moments, weights)[0]
+            return sums(leaf, index, moments, None)[0]
 
         means = walk(mean_core, plan, (draws.moments,))
         picked = [i for i, mean in means.items() if not isinstance(mean, tuple)]
-        shaped = _reshape_cores(reshape_core, [means[i] for i in picked])
+        reshape = whole(lambda found: _reshape_cores(reshape_core, found), arrays)
+        shaped = reshape([means[i] for i in picked])
         for i, core in zip(picked, shaped, strict=True):
             cores[i] = (core,)
 
@@ -54,8 +71,9 @@ def steps(
         if core:
             first = core[0]
         else:
-            first, square = weighted_sums(family, leaf, draws, index, moments, weights, squares)
-        direction = lift(family, leaf, first, basis) * gain(family, leaf)
+            first, square = sums(leaf, index, moments, squares)
+        raised = on_all(leaf, lambda core, basis: lift(family, leaf, core, basis))
+        direction = raised(first, basis) * gain(family, leaf)
         if rule is not None:
             direction, new = rule.apply(direction, square, moments, count)
             moments = {name: new[name].astype(old.dtype) for name, old in moments.items()}
