@@ -69,7 +69,7 @@ def header_line(header: Mapping[str, Any]) -> bytes:
 
     Example:
         >>> header_line({"steps": 3})
-        b'{"format": "replay.zo 1", "steps": 3, "crc32": "b5d9c46d"}\\n'
+        b'{"format": "replay.zo 1", "steps": 3, "crc32": "e34a874d"}\\n'
     """
     text = json.dumps({"format": FORMAT, **header})[:-1]
     return f'{text}{_SEAL}{zlib.crc32(text.encode()):08x}"}}\n'.encode()
