@@ -60,6 +60,11 @@ def hyper_of(options: Any, optimizer: optimizers.Options, steps: int, seed: int 
     return found | {"seed": np.asarray(divmod(seed, 2**32), np.uint32)}
 
 
+def resolved(options: Any, hyper: Hyper) -> Any:
+    """The options of the objective, its numbers taken from `hyper`."""
+    return dataclasses.replace(options, **hyper["objective"])
+
+
 def static_of(options: Any, optimizer: optimizers.Options) -> tuple[Any, Any]:
     """What is left of the options: equal for stages that share a program."""
     nothing = dict.fromkeys(traced_fields(options))
@@ -92,7 +97,7 @@ def traced_step(
     """
 
     def step(state: TrainState, hyper: Hyper, frozen: Any, batches: Batches):
-        given = dataclasses.replace(options, **hyper["objective"])
+        given = resolved(options, hyper)
         tx, schedule, needs = optimizers.transformation(optimizer, hyper["schedule"], combine, axis)
         one = make_step(
             learner, objective, given, tx, schedule, accumulate, needs, binding,

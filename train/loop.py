@@ -16,8 +16,10 @@ import numpy as np
 from jaxlib_unlearn.objectives import Objective
 from models import arrays
 from models.learner import Learner
+from train import coefficients
 from train.hyper import hyper_of, static_of, traced_step
 from train.optimizers import Options, build
+from train.recording import Recording, recorder_of
 from train.runtime import checkpointing, distributed, remote, residency, sharding
 from train.runtime.tracking import Tracker, progress, say
 from train.step import (
@@ -71,6 +73,8 @@ class Stage:
         batch_size: rows of a global batch; None: `batches` makes all of them.
         profile: folder for a trace of a few steps.
         seed: of what the objective draws.
+        recording: the file of its coefficients, where `coefficients.replays(optimizer)`; None: none
+            is written.
     """
 
     name: str
@@ -88,6 +92,7 @@ class Stage:
     batch_size: int | None = None
     profile: Path | None = None
     seed: int = 0
+    recording: Recording | None = None
 
 
 PROFILED = 3  # steps in a trace, after two for compilation and warm-up
@@ -182,16 +187,8 @@ def run(
     state, shardings = init_state(params, tx, mesh, memory)
     numbers = hyper_of(stage.options, stage.optimizer, stage.steps, stage.seed)
     hyper = jax.tree.map(lambda x: arrays.put(x, shardings.step), numbers)
-    step = traced_step(
-        learner,
-        stage.objective,
-        stage.options,
-        stage.optimizer,
-        stage.combine,
-        axis,
-        stage.accumulate,
-        stage.binding,
-    )
+    parts = (learner, stage.objective, stage.options, stage.optimizer)
+    how = (axis, stage.accumulate, stage.binding)
     compiled = _programs(stage, learner, mesh)
     start = 0
     found = checkpointing.load_latest(stage.checkpoints, state, say)
@@ -199,6 +196,7 @@ def run(
         start, state = found
         say(f"{stage.name}: continuing at step {start} of {stage.steps}")
     tracker.resume(stage.name, start)
+    recorder = recorder_of(stage.recording, state.opt_state, start, stage.checkpoints)
 
     pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
     saved_at = time.monotonic()
@@ -226,9 +224,19 @@ def run(
                 f"({', '.join(f'{k} {v:.6g}' for k, v in shown.items())}); last good checkpoint: "
                 f"{where}; lower the learning rate"
             )
+        if recorder is not None:
+            recorder.add(state.opt_state)
         return values["loss"]
 
-    step_fn = compile_step(step, shardings, mesh)
+    if coefficients.replays(stage.optimizer):
+        compile_for = coefficients.compiler(*parts, *how, shardings, mesh)
+    else:
+        step_fn = compile_step(traced_step(*parts, stage.combine, *how), shardings, mesh)
+
+        def compile_for(*args):
+            made = step_fn.lower(*args).compile()
+            return made, (made,)
+
     fixed = tuple((x.shape, x.dtype, x.sharding) for x in jax.tree.leaves((state, frozen)))
     spent: list[float] = []  # seconds of the compilations since progress was last shown
 
@@ -237,10 +245,11 @@ def run(
         shapes = (fixed, *((n, k, x.shape) for n, b in batches.items() for k, x in b.items()))
         if shapes not in compiled:
             began = time.monotonic()
-            made = step_fn.lower(state, hyper, frozen, batches).compile()
+            made, programs = compile_for(state, hyper, frozen, batches)
             spent.append(time.monotonic() - began)
-            size = step_bytes(made)
-            compiled[shapes] = made, {} if size is None else {"step_mib": round(size / 2**20, 3)}
+            sizes = [size for each in programs if (size := step_bytes(each)) is not None]
+            look = {"step_mib": round(max(sizes) / 2**20, 3)} if sizes else {}
+            compiled[shapes] = made, look
         return compiled[shapes]
 
     def looked(step: int, state: TrainState) -> dict[str, float]:
@@ -254,7 +263,8 @@ def run(
     def save(step: int) -> None:
         """Write a checkpoint of the state before `step`."""
         nonlocal saved_at
-        checkpointing.save_step(stage.checkpoints, step, state, {})
+        more = {} if recorder is None else recorder.checkpoint()
+        checkpointing.save_step(stage.checkpoints, step, state, more)
         distributed.unsaved(False)
         remote.send(tracker.folder)
         saved_at = time.monotonic()
@@ -274,6 +284,8 @@ def run(
                 for name, rows in stage.batches(step).items()
             }
             loss = settle()
+            if recorder is not None and step > start:
+                recorder.mark(step, state.params)
             stop = distributed.asked_to_stop()
             if step > start and (stop or due()):
                 save(step)
@@ -288,6 +300,8 @@ def run(
             advance(1, f"loss {loss:.4f}" if math.isfinite(loss) else "", sum(spent))
             spent.clear()
         loss = settle()
+        if recorder is not None:
+            recorder.mark(stage.steps, state.params)
     if last := looked(stage.steps, state):
         # One line more than steps: the evaluation after the last one, beside its loss.
         tracker.write(stage.name, stage.steps, {"loss": loss} | last)

@@ -66,6 +66,8 @@ class Optimizer:
         shortened: `shortened(options, steps)`: the options for a shortened run.
         forwards: `forwards(options, steps)`: what so many steps cost in forward passes; None: each
             step costs the same (`optimizers.forwards`).
+        replays: the update of a `value` row follows from the coefficients of a step alone
+            (`train.coefficients`): a step is two programs, and a stage writes `replay.zo`.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Optimizer:
     check_steps: Callable[[Any, int], None] | None = None
     shortened: Callable[[Any, int], Any] | None = None
     forwards: Callable[[Any, int], int] | None = None
+    replays: bool = False
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -330,6 +333,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "value",
             "zeroth order, dense perturbations",
             sides=2,
+            replays=True,
         ),
         Optimizer(
             "sparse-mezo",
@@ -338,6 +342,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "value",
             "zeroth order, perturbations of a random share of the parameters",
             sides=2,
+            replays=True,
         ),
         Optimizer(
             "hizoo",
@@ -354,6 +359,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "value",
             "zeroth order, low-rank perturbations with one factor kept",
             sides=2,
+            replays=True,
         ),
         Optimizer(
             "subzero",
@@ -362,6 +368,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "value",
             "zeroth order, low-rank perturbations between two kept bases",
             sides=2,
+            replays=True,
         ),
         Optimizer(
             "subspace-mezo",
@@ -375,6 +382,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "value",
             "zeroth order in a subspace: zo-muon without its orthogonalisation",
             sides=2,
+            replays=True,
         ),
         Optimizer(
             "zo-muon",
@@ -389,6 +397,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "value",
             "zeroth order in a subspace, orthogonalised",
             sides=1,
+            replays=True,
         ),
         Optimizer(
             "fzoo",
@@ -397,6 +406,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "value",
             "zeroth order, random signs, steps over the deviation of the losses",
             sides=1,
+            replays=True,
         ),
         Optimizer(
             "rowwise",
@@ -405,6 +415,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "value",
             "zeroth order, low-rank perturbations, another one for every row of the batch",
             sides=2,
+            replays=True,
             parts=True,
         ),
         Optimizer(

@@ -234,10 +234,12 @@ def finetune(
     base: Model,
     rows: list[Row],
     among: list[Row] | None = None,
+    record: str | None = None,
 ) -> Model:
     """Plain fine-tuning of `base`: the original (forget + retain) or the oracle (retain alone).
 
     `among`: rows for whose sizes the steps are compiled, where others are trained on as well.
+    `record`: file of a zeroth-order optimizer's coefficients; None: `replay-NAME.zo`.
     """
     with phase(run, name):
         encoded = encode(base, rows, config, name)
@@ -250,6 +252,7 @@ def finetune(
             {"train": stream_of(base, encoded, config.finetune.batch_size, sized_by=sizes)},
             Recipe(config.finetune, config.finetune.optimizer, row_tokens=config.data.row_tokens),
             shared=True,
+            record=f"replay-{name}.zo" if record is None else record,
         )
 
 

@@ -25,14 +25,15 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
 from models.bounds import check_positions
 from models.learner import check_questions
-from train import loop
+from train import coefficients, loop
 from train.config import LoraConfig, SelectConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.references import cached_streams, with_references
 from train.data.stream import Positioned, Stream
 from train.data.streams import batches_of, pack_streams
 from train.evaluators.evaluation import Model
 from train.optimizers import OPTIMIZERS, Options, check_pair, check_steps, over_rows
-from train.runtime import checkpointing, distributed, remote, sharding
+from train.recording import recording
+from train.runtime import checkpointing, distributed, remote, replays, sharding
 from train.runtime.folder import read_minutes, write_about
 from train.runtime.keys import stage_inputs
 from train.runtime.stages import digest, folder_of, json_stage, params_stage
@@ -168,6 +169,7 @@ def train(
     watch: Sequence[Watch] = (),
     shared: bool = False,
     keep: Callable[[Any], None] | None = None,
+    record: str = replays.NAME,
 ) -> Model:
     """A stage of training: found by the digest of what it is made from, or computed.
 
@@ -183,6 +185,8 @@ def train(
         watch: looks at the model on the way; they change nothing.
         shared: stored in the run's cache, where other runs find it.
         keep: called with the tree that was trained, before it becomes plain parameters.
+        record: name of the file in the run folder that holds the coefficients of its steps, where
+            they are all that its updates need.
 
     Raises:
         UserError: parts that do not go together.
@@ -251,6 +255,12 @@ def train(
             mesh=mesh,
         )
         here = sharding.rows_here(mesh, stage.batch_size)
+        recorded = None
+        if coefficients.replays(optimizer):
+            recorded = recording(
+                run.folder / record, name, start.sha, training.start, optimizer, steps, adapters,
+                recipe.select, run.seed,
+            )  # fmt: skip
         plan = loop.Stage(
             name=name,
             steps=steps,
@@ -273,6 +283,7 @@ def train(
             binding=training.binding,
             profile=recipe.profile,
             seed=seed,
+            recording=recorded,
         )
         trained = loop.run(plan, start.learner, training.start, training.frozen, mesh, run.tracker)
         if keep is not None:

@@ -266,11 +266,7 @@ def make_step(
             metrics["grad_norm"] = optax.tree.norm(optax.tree.add(grads, constraint))
         else:
             metrics = losses.look(params)
-            # The known loss saves the forward estimator an evaluation.
-            extra = {"value": metrics["loss"], "value_fn": losses.value}
-            if learner.layered:
-                extra["layered_value_fn"] = losses.value
-                extra["factored_leaves"] = getattr(learner, "factored", ())
+            extra = value_functions(learner, losses, metrics)
             if needs == "lazy":
                 extra["grad_fn"] = losses.grad
         with jax.named_scope(OPTIMIZER_SCOPE):
@@ -286,13 +282,28 @@ def make_step(
             after = 0.0 * (metrics["loss"] + metrics["update_norm"])
             updates = jax.tree.map(lambda u: u + after.astype(u.dtype), updates)
         params = optax.apply_updates(params, updates)
-        memory = state.objective
-        if objective.advance is not None:
-            means = {n: metrics[f"{n}_loss"] for n in losses.weights if f"{n}_loss" in metrics}
-            memory = objective.advance(memory, means)
+        memory = advanced(objective, state.objective, losses, metrics)
         return TrainState(params, opt_state, state.step + 1, memory), metrics
 
     return step
+
+
+def value_functions(learner: Learner, losses: Losses, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer that asks for values is handed; `metrics` are those of `losses.look`."""
+    # The known loss saves the forward estimator an evaluation.
+    extra: dict[str, Any] = {"value": metrics["loss"], "value_fn": losses.value}
+    if learner.layered:
+        extra["layered_value_fn"] = losses.value
+        extra["factored_leaves"] = getattr(learner, "factored", ())
+    return extra
+
+
+def advanced(objective: Objective, memory: Any, losses: Losses, metrics: Mapping[str, Any]) -> Any:
+    """The objective's state after a step."""
+    if objective.advance is None:
+        return memory
+    means = {n: metrics[f"{n}_loss"] for n in losses.weights if f"{n}_loss" in metrics}
+    return objective.advance(memory, means)
 
 
 def objective_state(learner: Learner, objective: Objective, options: Any, seed: int) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 
 from train.runtime.sharding import path_str
 
+SKETCH = 4  # projections in a sketch
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
@@ -28,18 +30,23 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+def _places(shape: tuple[int, ...]) -> jax.Array:
+    """The number of each element."""
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(shape):
+        # Wraps modulo 2^32 in larger arrays, which still gives each element a fixed position.
+        step = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        place = place * jnp.uint32(size & 0xFFFFFFFF) + step
+    return place
+
+
 @jax.jit
 def position_sums(x: jax.Array) -> jax.Array:
     """Four sums over the elements, each mixed with its position, modulo 2^32."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        # Wraps modulo 2^32 in larger arrays, which still gives each element a fixed position.
-        step = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        place = place * jnp.uint32(size & 0xFFFFFFFF) + step
-    place = _mix(place + jnp.uint32(0x9E3779B9))
+    place = _mix(_places(bits.shape) + jnp.uint32(0x9E3779B9))
     a, b = _mix(bits ^ place), _mix(bits + place * jnp.uint32(0x85EBCA6B))
     terms = (a, b, a * b, (a >> 16) * (b | 1))
     # One reduction over four values: four separate ones would repeat the mixing four times.
@@ -64,6 +71,62 @@ def tree_digests(tree: Any) -> dict[str, str]:
     leaves = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
     sums = jax.device_get({name: position_sums(x) for name, x in leaves.items()})
     return {name: _named(x, sums[name]) for name, x in leaves.items()}
+
+
+@jax.jit
+def _signed_sums(x: jax.Array, salt: jax.Array) -> jax.Array:
+    """Four sums over the elements, each with a sign that is random in its position and the salt."""
+    bits = _mix(_places(x.shape) ^ _mix(salt + jnp.uint32(0x9E3779B9)))
+    wide = x.astype(jnp.float32)
+    sums = tuple(jnp.where((bits >> i) & 1 == 1, wide, -wide) for i in range(SKETCH))
+    zero = jnp.float32(0)
+    for _ in range(x.ndim):
+        size = sums[0].shape[-1]
+        # Sixteen at a time: a running sum of millions would lose the digits that are compared.
+        while size > 1:
+            width = min(16, size)
+            pad = [(0, 0)] * (sums[0].ndim - 1) + [(0, -size % width)]
+            sums = tuple(
+                jnp.pad(y, pad).reshape(*y.shape[:-1], -(-size // width), width) for y in sums
+            )
+            sums = jax.lax.reduce(
+                sums,
+                (zero,) * SKETCH,
+                lambda x, y: tuple(p + q for p, q in zip(x, y, strict=True)),
+                (sums[0].ndim - 1,),
+            )
+            size = sums[0].shape[-1]
+        sums = tuple(jnp.sum(y, axis=-1) for y in sums)  # of one element, or of none
+    return jnp.stack(sums)
+
+
+def sketch(tree: Any) -> np.ndarray:
+    """Four random projections of all floating leaves, `(4,)` float32, on every process.
+
+    Of two trees the norm of the difference of their sketches, over 2, estimates that of the trees:
+    what a sha256 cannot say of parameters that differ in their last bits.
+
+    Example:
+        >>> tree = {"w": np.ones((40, 50), np.float32)}
+        >>> other = {"w": tree["w"] + np.float32(1e-3)}
+        >>> 1e-4 < apart(sketch(other), sketch(tree)) < 1e-2
+        True
+    """
+    leaves = {path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    floats = {n: x for n, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    sums = jax.device_get(
+        {n: _signed_sums(x, np.uint32(zlib.crc32(n.encode()))) for n, x in floats.items()}
+    )
+    total = np.zeros(SKETCH)
+    for name in sorted(sums):
+        total += sums[name]
+    return total.astype(np.float32)
+
+
+def apart(found: np.ndarray, wanted: np.ndarray) -> float:
+    """How far two trees are apart by norm, in units of the norm of the second one's parameters."""
+    found, wanted = np.float64(found), np.float64(wanted)
+    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-300))
 
 
 def _named(leaf: Any, sums: np.ndarray) -> str:

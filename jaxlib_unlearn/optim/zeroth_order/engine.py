@@ -39,6 +39,7 @@ from jaxlib_unlearn.optim.zeroth_order.leaves import Layout, Trainable, layout_o
 from jaxlib_unlearn.optim.zeroth_order.parts import Part
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Family, wide
 from jaxlib_unlearn.optim.zeroth_order.steps import Rule, steps
+from jaxlib_unlearn.optim.zeroth_order.whole import whole
 
 COMMON_STATIC_ARGS = (
     "num_queries",
@@ -230,8 +231,9 @@ def zeroth_order(
 
         eager = concrete(arrays, state)
         draw_now, scale_now, move_now, take_now = compiled if eager else (draw, scale, move, take)
+        draw_all = whole(lambda key: draw_now(plan, key), () if eager else arrays)
         proj = _refresh(
-            lambda: draw_now(plan, stream(perturbations.BASIS, state.count // refresh_every)),
+            lambda: draw_all(stream(perturbations.BASIS, state.count // refresh_every)),
             _by_leaf(structure, state.proj),
             state.count % refresh_every == 0,
         )

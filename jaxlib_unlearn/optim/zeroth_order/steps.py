@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
 from jaxlib_unlearn.optim.zeroth_order.directions import gain, product_sum, walk, weighted_sums
 from jaxlib_unlearn.optim.zeroth_order.perturbations import is_low_rank, lift
+from jaxlib_unlearn.optim.zeroth_order.whole import whole
 
 
 class Rule(NamedTuple):
@@ -29,11 +30,34 @@ class Rule(NamedTuple):
 def steps(
     family, plan, rule, reshape_core, draws, arrays, coeffs, curvatures, rates, weight_decay, count
 ) -> dict[int, Any]:
-    """Update and moments of every trainable leaf, by position; arguments as in ``zeroth_order``."""
+    """Update and moments of every trainable leaf, by position; arguments as in ``zeroth_order``.
+
+    The bits are the same on any mesh: low-rank directions are computed as a whole on every device
+    (``zeroth_order.whole``), everything else is elementwise.
+    """
     weights = coeffs / coeffs.shape[0]
     squares = None if curvatures is None else curvatures / coeffs.shape[0]
     if draws.scales is not None:
         weights = weights * draws.scales
+
+    def on_all(leaf, fn):
+        return whole(fn, arrays) if is_low_rank(family, leaf) else fn
+
+    keys = (draws.key, draws.mask_key)
+
+    def sums(leaf, index, moments, square_weights):
+        def regenerate(key, mask_key, index, weights, square_weights):
+            drawn = draws._replace(key=key, mask_key=mask_key)
+            return weighted_sums(family, leaf, drawn, index, moments, weights, square_weights)
+
+        return on_all(leaf, regenerate)(*keys, index, weights, square_weights)
+
+    def products(leaf):
+        def regenerate(key, mask_key, index, basis, weights):
+            drawn = draws._replace(key=key, mask_key=mask_key)
+            return product_sum(family, leaf, drawn, index, basis, weights)
+
+        return regenerate
 
     cores: list[Any] = [()] * len(arrays)
     if reshape_core is not None:
@@ -41,24 +65,26 @@ def steps(
         def mean_core(leaf, index, moments):
             if not is_low_rank(family, leaf):
                 return ()
-            return weighted_sums(family, leaf, draws, index, moments, weights)[0]
+            return sums(leaf, index, moments, None)[0]
 
         means = walk(mean_core, plan, (draws.moments,))
         picked = [i for i, mean in means.items() if not isinstance(mean, tuple)]
-        shaped = _reshape_cores(reshape_core, [means[i] for i in picked])
+        reshape = whole(lambda found: _reshape_cores(reshape_core, found), arrays)
+        shaped = reshape([means[i] for i in picked])
         for i, core in zip(picked, shaped, strict=True):
             cores[i] = (core,)
 
     def step(leaf, index, x, basis, moments, core):
         square = None
         if is_low_rank(family, leaf) and not family.linear:
-            direction = product_sum(family, leaf, draws, index, basis, weights)
+            direction = on_all(leaf, products(leaf))(*keys, index, basis, weights)
         else:
             if core:
                 first = core[0]
             else:
-                first, square = weighted_sums(family, leaf, draws, index, moments, weights, squares)
-            direction = lift(family, leaf, first, basis)
+                first, square = sums(leaf, index, moments, squares)
+            raised = on_all(leaf, lambda core, basis: lift(family, leaf, core, basis))
+            direction = raised(first, basis)
         direction = direction * gain(family, leaf)
         if rule is not None:
             direction, new = rule.apply(direction, square, moments, count)

@@ -1,0 +1,189 @@
+"""Replay a zeroth-order fine-tune from its coefficients: a model from its base and kilobytes.
+
+python -m train.replay RUN_FOLDER_OR_replay.zo --model.path BASE --output DIR
+python -m train.replay RUN_FOLDER_OR_replay.zo --model.path BASE --check   (writes nothing)
+
+BASE is the model that the run started from, whose sha256 is in the file. Every 500 steps and at the
+end the parameters are compared with those of the run: bit by bit, or with --tolerance by norm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.options import option
+from models.weights import DTYPES
+from train import cli
+from train.runtime.distributed import DistributedConfig
+from train.runtime.sharding import MeshConfig
+from train.runtime.tracking import say
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The model that the run started from."""
+
+    path: str = option("", "an HF folder, a `.gguf` file, a Hub id or `smollm2`.")
+    revision: str | None = option(None, "commit, branch or tag of a Hub id; None: the newest.")
+
+
+@dataclass(frozen=True)
+class ReplayRun:
+    """One replay.
+
+    Args:
+        source: set by the first argument: a run folder, or its `replay.zo`.
+        output: folder to work in; the model goes to `export/` in it.
+        check: replay and compare, and write nothing.
+        mesh: devices; the result does not depend on them.
+        distributed: the processes, where there are several.
+    """
+
+    source: str = ""
+    model: BaseConfig = BaseConfig()
+    output: Path | None = None
+    check: bool = False
+    tolerance: float | None = option(
+        None,
+        "how far parameters may be from the run's, as a share of their norm (1e-6 for another "
+        "platform or version of jax); None: not in a bit.",
+        low=0,
+        high=1,
+    )
+    export_dtype: str = option("float32", "dtype of the exported weights.", choices=tuple(DTYPES))
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+
+def main(argv: list[str]) -> None:
+    """The program."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        if argv:
+            cli.parse(ReplayRun, ReplayRun(), ["--help"], "train.replay RUN", "options")
+        return
+    if argv[0].startswith("-"):
+        raise UserError(f"the first argument is a run folder or its replay.zo, got {argv[0]!r}")
+    default = ReplayRun(source=argv[0])
+    run(cli.parse(ReplayRun, default, argv[1:], "train.replay RUN", "replay a fine-tune"))
+
+
+def run(config: ReplayRun) -> dict[str, Any]:
+    """Replay, compare and export; what it found, as in `summary.json`."""
+    with contextlib.ExitStack() as held:
+        return _run(config, held)
+
+
+def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
+    from train import base_models, checks, replaying
+    from train.exports import export_model
+    from train.runtime import distributed, files, folder, remote, replays, sharding
+    from train.runtime.checkpointing import params_sha256
+    from train.runtime.stages import params_stage, write_atomic
+    from train.step import shaped
+
+    distributed.start(config.distributed)
+    with distributed.together():
+        checks.check_numbers(config)
+        checks.check_dtype("--export-dtype", config.export_dtype)
+        if not config.model.path:
+            raise UserError("--model.path is missing; give the model that the run started from")
+        if config.check == (config.output is not None):
+            raise UserError("give either --output DIR, or --check, which writes nothing")
+        path = file_of(config.source)
+        made = replays.read(path)
+        optimizer = replaying.optimizer_of(made, path)
+        replaying.check_generator(made, path)
+        mesh = sharding.make_mesh(config.mesh)
+        identity = {
+            "replay": files.sha256(path),
+            "base": made.header["base_sha256"],
+            "export_dtype": config.export_dtype,
+            "tolerance": config.tolerance,
+        }
+        place = None
+        if config.output is not None:
+            remote.check(config.output, "--output")
+            place = folder.run_place(config.output, identity)
+            folder.claim(place, held)
+        base_models.check_model(config.model.path, config.model.revision)
+    distributed.check_same(identity)
+    base = base_models.load_model(
+        config.model.path, "none", mesh, revision=config.model.revision
+    ).to_host()
+    replaying.check_base(made, base, path, config.model.path)
+    trained = replaying.trained_of(made, base, mesh)
+    steps, size = made.header["steps"], path.stat().st_size
+    say(f"{path}: {steps} steps of {optimizer.name}, {size / 1000:.1f} kB, base {base.sha[:16]}…")
+    since, checked = time.monotonic(), []
+
+    def make(checkpoints: Path | None) -> Any:
+        found, how = replaying.replay(
+            made, optimizer, trained.start, base.learner.rules, mesh, config.tolerance, checkpoints
+        )
+        checked.append(how)
+        return trained.finish(found)
+
+    root = None if place is None else folder.enter(place, held)
+    if root is None:
+        params = make(None)
+        sha = params_sha256(params)
+    else:
+        like = shaped(base.params, sharding.param_shardings(base.params, mesh, base.learner.rules))
+        params, sha = params_stage(root, "replayed", identity, like, make)
+    seconds = time.monotonic() - since
+    found: dict[str, Any] = {"params_sha256": sha, "steps": steps, "bytes": size}
+    for how in checked:
+        equal = "equal bit by bit"
+        if how.apart:
+            equal = (
+                f"equal by norm to {how.apart:.1e} (--tolerance {config.tolerance:g}), not bitwise"
+            )
+        say(f"replayed in {seconds:.1f} s, {equal} at {how.milestones} milestone(s)")
+        found |= {"seconds": round(seconds, 1), "apart": how.apart}
+    say(f"params_sha256 {sha}")
+    if root is not None:
+        export_model(base._replace(params=params, sha=sha), root / "export", config.export_dtype)
+        text = json.dumps({"replayed": found}, indent=1)
+        distributed.of_first(lambda: write_atomic(root / "summary.json", text))
+        distributed.of_first(lambda: remote.send(root))
+        say(f"model: {remote.home(root) / 'export'}")
+    return found
+
+
+def file_of(source: str) -> Path:
+    """The file of coefficients that an argument names: itself, or that of a run folder.
+
+    Raises:
+        UserError: the run wrote none, which names its optimizer.
+    """
+    from train import replaying
+    from train.runtime import replays
+
+    path = Path(source).expanduser()
+    file = path / replays.NAME
+    if not path.is_dir() or file.exists():
+        return file if path.is_dir() else path
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        stage = config if "optimizer" in config else config["train"]
+        name = str(stage["optimizer"]["name"])
+        replaying.refuse(name, str(path))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+    others = sorted(x.name for x in path.glob("replay-*.zo"))
+    also = "give the folder of a run with a zeroth-order optimizer"
+    if others:
+        also = f"it has {', '.join(others)}: give the path of one of them"
+    raise UserError(f"{path} has no {replays.NAME}; {also}")
+
+
+if __name__ == "__main__":
+    cli.main(main)
