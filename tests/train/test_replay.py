@@ -21,7 +21,7 @@ from train.data.examples import Example
 from train.data.streams import make_stream
 from train.evaluators.evaluation import Model
 from train.hyper import hyper_of, traced_step
-from train.optimizers import OPTIMIZERS, build
+from train.optimizers import OPTIMIZERS, build, over_rows
 from train.optimizers import options_of as optimizer_of
 from train.run import Recipe, Run, train
 from train.runtime import checkpointing, digests, replays
@@ -54,7 +54,8 @@ def small(name, **more):
     options = optimizer_of(name, learning_rate=1e-3, weight_decay=0.1, **more)
     sizes = {"rank": 4, "refresh": 3, "vector_rate": 1e-3}
     known = vars(options)
-    return optimizer_of(name, **{**vars(options), **{k: v for k, v in sizes.items() if k in known}})
+    sizes = {k: v for k, v in sizes.items() if k in known}
+    return over_rows(optimizer_of(name, **{**vars(options), **sizes}), ROWS)
 
 
 def stream(count=12):
