@@ -63,7 +63,7 @@ def read_arguments(
     return cli.parse(cls, cls(**fields), rest, prog, summary)
 
 
-def with_optimizer(config: RunConfig, name: str, preset: Any) -> RunConfig:
+def with_optimizer(config: Any, name: str, preset: Any) -> Any:
     """The configuration with another optimizer: as tuned for the preset, else at its row's rate."""
     row = suggest.choose(name, OPTIMIZERS, "optimizer")
     optimizer, changes = getattr(preset, "OPTIMIZERS", {}).get(row.name, (None, {}))

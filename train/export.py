@@ -123,6 +123,9 @@ def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, in
     evaluate = found.config.get("evaluate")
     tokens = evaluate.get("max_new_tokens") if isinstance(evaluate, dict) else None
     tokens = tokens if isinstance(tokens, int) else None
+    if other is None and not found.about.get("page", True):  # a run that unlearned nothing
+        what = f"The model '{found.roles.judged}' of a run of jaxlib-unlearn."
+        return models.load(run / "export"), card.plain(what, found.judged["params_sha256"]), tokens
     if other is None:
         return models.load(run / "export"), card.of_run(found, read_evals(found)), tokens
     sha = found.summary[other].get("params_sha256")

@@ -8,6 +8,7 @@ from typing import Any
 
 import models
 from models.weights import Loaded
+from train.config import LoraConfig
 from train.data.examples import encode_qa, written_chat_template
 from train.reporting import card
 from train.runtime import distributed, remote, seal
@@ -69,3 +70,36 @@ def export_model(
             card=lambda written: card.with_digests(text, written),
         )
     distributed.of_first(lambda: seal.put(folder, made_from))
+
+
+def export_adapter(
+    trained: Any, adapters: LoraConfig, family: str, folder: Path, base: str, text: str
+) -> None:
+    """Write adapters in PEFT's format.
+
+    Args:
+        trained: the adapters.
+        adapters: how they were made.
+        family: of the model that they belong to.
+        folder: to write.
+        base: path or Hub id of that model.
+        text: their card.
+    """
+    rank = adapters.rank or 1
+    with distributed.together():
+        models.export_adapter(
+            trained,
+            folder,
+            rank=rank,
+            alpha=rank if adapters.alpha is None else adapters.alpha,
+            base=base,
+            family=family,
+            card=text,
+        )
+
+
+def base_of(path: str) -> str | None:
+    """What adapters name as their base: a folder or Hub id; None: not in a format they can name."""
+    if path.endswith(".gguf") or path == "smollm2":
+        return None
+    return str(Path(path).absolute()) if Path(path).exists() else path

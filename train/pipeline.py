@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import models
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import tofu
 from jaxlib_unlearn.objectives import Objective
 from models.learner import DecoderLearner, check_questions
-from train import base_models, checks
+from train import base_models, checks, exports
 from train.alternates import with_alternates
 from train.config import LoraConfig, RunConfig, to_json
 from train.data.examples import Encoded, encode_rows
@@ -24,7 +23,6 @@ from train.data.streams import Examples, make_stream
 from train.evaluators.evaluation import Model, curve, longest, num_parameters
 from train.evaluators.judging import compare_logs, evaluate_cached, summarize
 from train.evaluators.roles import ROLES
-from train.exports import export_model
 from train.reporting import card, page, tables
 from train.run import Recipe, Run, Watch, num_steps, phase, started, train
 from train.runtime import distributed, files, folder, remote, reporters
@@ -362,22 +360,13 @@ def export_adapter(
 
     home = remote.home(root)
     given = config.stage.original
-    base, known = str(home / "original"), False
-    if given is not None and not given.endswith(".gguf") and given != "smollm2":
-        base, known = str(Path(given).absolute()) if Path(given).exists() else given, True
+    known = None if given is None else exports.base_of(given)
+    base = str(home / "original") if known is None else known
     rank = adapters.rank or 1
     what = f"LoRA adapters of rank {rank} in PEFT's format, trained by jaxlib-unlearn to forget."
     command = f"python -m train.export {home} {home / 'original'} --model original"
-    with distributed.together():
-        models.export_adapter(
-            trained,
-            root / "adapter",
-            rank=rank,
-            alpha=rank if adapters.alpha is None else adapters.alpha,
-            base=base,
-            family=family,
-            card=card.of_adapter(what, base, None if known else command),
-        )
+    text = card.of_adapter(what, base, None if known else command)
+    exports.export_adapter(trained, adapters, family, root / "adapter", base, text)
 
 
 class Judged(NamedTuple):
@@ -422,7 +411,7 @@ def export(run: Run, config: RunConfig, unlearned: Model, judged: Judged) -> Non
     )
     text, tokens = card.of_run(done, judged.logs), config.evaluate.max_new_tokens
     with phase(run, "export"):
-        export_model(unlearned, run.folder / "export", config.export_dtype, text, tokens)
+        exports.export_model(unlearned, run.folder / "export", config.export_dtype, text, tokens)
 
 
 def report(run: Run, judged: Judged) -> None:

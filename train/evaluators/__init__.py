@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from train.evaluators import (
+    answer,
+    choice,
     fact_recall,
     fluency,
     leak,
@@ -32,6 +34,8 @@ EVALUATORS: dict[str, Evaluator] = {
         fact_recall.ROW,
         fluency.ROW,
         leak.ROW,
+        choice.ROW,
+        answer.ROW,
     )
 }
 # The evaluators for questions with one right answer each.

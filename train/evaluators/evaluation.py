@@ -94,7 +94,12 @@ _score = jax.jit(score, static_argnums=0)
 
 
 def score_items(
-    model: Model, items: Sequence[Example | Group], mesh: Any, batch_tokens: int, label: str
+    model: Model,
+    items: Sequence[Example | Group],
+    mesh: Any,
+    batch_tokens: int,
+    label: str,
+    label_multiple: int = 16,
 ) -> list[dict[str, np.ndarray]]:
     """`logp`, `match`, `mu`, `var`, `answer` and `targets` at the labels of each item, in order."""
     learned = model.decoder.config.learned_positions
@@ -104,7 +109,13 @@ def score_items(
     ways = batch_ways(mesh)
     pad = model.tokenizer.pad_id or 0
     with progress(label, len(items)) as advance:
-        for batch in score_batches(items, batch_tokens=batch_tokens, row_multiple=ways, pad_id=pad):
+        for batch in score_batches(
+            items,
+            batch_tokens=batch_tokens,
+            row_multiple=ways,
+            label_multiple=label_multiple,
+            pad_id=pad,
+        ):
             scored = _score(model.decoder, model.params, put_batch(batch, mesh))
             values = {name: arrays.host(scored[name]) for name in QUANTITIES}
             for b, row in enumerate(batch["row_id"]):

@@ -132,15 +132,18 @@ def plain(what: str, sha: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def of_adapter(what: str, base: str, command: str | None) -> str:
+def of_adapter(
+    what: str, base: str, command: str | None, tags: Sequence[str] = ("unlearning",)
+) -> str:
     """The card of adapters in PEFT's format.
 
     Args:
         what: one sentence on what they are.
         base: path or Hub id of their base model.
         command: writes the base model to that path; None: it exists already.
+        tags: for the Hub.
     """
-    front = _front(("unlearning", "lora"))
+    front = _front((*tags, "lora"))
     front[1] = "library_name: peft"
     lines = [*front, "# LoRA adapter", "", cell(what), ""]
     if command:

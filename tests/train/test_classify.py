@@ -1,0 +1,312 @@
+"""`train.classify` from the command line: what it learns, writes, resumes, and refuses."""
+
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxlib_unlearn.errors import UserError
+from train import classification
+from train.arguments import with_optimizer
+from train.classify import read_arguments
+from train.classify_config import TASKS, ClassifyRun, identity
+from train.config import replace
+from train.evaluators import EVALUATORS
+from train.evaluators.evaluation import Answers
+from train.optimizers import OPTIMIZERS, fitted, forwards, options_of, steps_within
+from train.presets.classify import PRESETS
+from train.runtime import distributed
+
+ONE = ("--mesh.data", "1")
+LEARN = (
+    "--task rows --optimizer.name adamw --optimizer.learning-rate 1e-2 --train.forwards 95 "
+    "--train.batch-size 8 --train.curve-points 2 --data.train-rows 24 --data.dev-rows 8"
+).split()
+
+
+def rows(count, draw):
+    """Whether the last word is a fruit; the texts differ in length."""
+    found = []
+    for _ in range(count):
+        gold = int(draw.integers(2))
+        before = " ".join(draw.choice(["one", "two", "three"], int(draw.integers(1, 4))))
+        noun = draw.choice([["hammer", "saw"], ["apple", "pear"]][gold])
+        found.append({"prompt": f"{before} {noun} is", "options": ["tool", "fruit"], "gold": gold})
+    return found
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def fruits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    return write(folder / "fruits.jsonl", rows(48, np.random.default_rng(0)))
+
+
+def started(program, tiny, data, output, *more):
+    paths = ("--model.path", tiny, "--data.path", data, "--output", output)
+    return program("train.classify", "sst2-tiny", *ONE, *paths, *more)
+
+
+@pytest.fixture(scope="module")
+def learned(program, tiny, fruits, tmp_path_factory):
+    output = tmp_path_factory.mktemp("classify") / "run"
+    done = started(program, tiny, fruits, output, *LEARN)
+    assert done.code == 0, done.err
+    return output, done
+
+
+def summary_of(output):
+    return json.loads((output / "summary.json").read_text())
+
+
+def test_it_learns(learned):
+    output, done = learned
+    summary = summary_of(output)
+    base, tuned = summary["base"], summary["finetuned"]
+    assert tuned["accuracy"] > 0.9 > base["accuracy"] and tuned["nll"] < 0.3 < base["nll"]
+    wanted = {"accuracy", "nll", "forwards", "seconds", "step_mib", "params_sha256"}
+    assert wanted <= set(tuned) and tuned["params_sha256"] != base["params_sha256"]
+    assert (tuned["forwards"], tuned["steps"]) == (93, 31)
+    assert tuned["seconds"] > 0 and tuned["step_mib"] > 0
+    assert set(base) >= {"accuracy", "accuracy_without_prior"}
+    assert 0.4 < summary["majority_accuracy"] < 0.8
+    assert "Accuracy" in done.out and "16 test rows (the rest of its rows)" in done.err
+    assert (output / "export" / "model.safetensors").is_file()
+
+
+def test_its_log_of_items_gives_its_numbers(learned):
+    output, _ = learned
+    for name, numbers in summary_of(output).items():
+        if name == "majority_accuracy":
+            continue
+        log = json.loads((output / "evals" / f"{name}.json").read_text())
+        items = list(log["accuracy"]["value_by_index"].values())
+        assert len(items) == 16 and len(log["dev_accuracy"]["value_by_index"]) == 8
+        scores = np.array([item["scores"] for item in items])
+        golds = np.array([item["gold"] for item in items])
+        assert np.mean(scores.argmax(1) == golds) == numbers["accuracy"]
+        logs = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+        assert np.mean(-logs[np.arange(16), golds]) == pytest.approx(numbers["nll"])
+        dev = [item["scores"] for item in log["dev_accuracy"]["value_by_index"].values()]
+        prior = np.mean(dev - np.log(np.exp(dev).sum(1, keepdims=True)), 0)
+        assert np.mean((logs - prior).argmax(1) == golds) == numbers["accuracy_without_prior"]
+
+
+def test_it_looks_at_the_dev_rows_on_the_way(learned):
+    output, _ = learned
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    looked = [line["step"] for line in lines if "dev_accuracy" in line]
+    assert looked == [0, 16, 31] and lines[0]["dev_nll"] > lines[-1]["dev_nll"]
+
+
+def test_a_second_start_finds_everything(learned, program, tiny, fruits, tmp_path, monkeypatch):
+    output, _ = learned
+    before = (output / "summary.json").read_text()
+    monkeypatch.setattr(classification, "log_of", None)  # nothing is asked again
+    done = started(program, tiny, fruits, output, *LEARN)
+    assert done.code == 0 and "found, made from the same inputs" in done.err
+    assert (output / "summary.json").read_text() == before
+    done = program("train.report", output, "--csv", output / "table.csv")
+    assert done.code == 0 and "Accuracy" in done.out and not (output / "report.html").exists()
+    done = program("train.export", output, tmp_path / "out", "--dtype", "bfloat16")
+    assert done.code == 0, done.err
+    assert "The model 'finetuned' of a run" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_stopped_run_continues(learned, program, tiny, fruits, tmp_path, monkeypatch):
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) == 12
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "asked_to_stop", stop)
+        done = started(program, tiny, fruits, tmp_path / "run", *LEARN)
+    assert "stopped before step 11 of 31" in done.err and "resume with: python" in done.err
+    assert not (tmp_path / "run" / "summary.json").exists()
+    done = started(program, tiny, fruits, tmp_path / "run", *LEARN)
+    assert done.code == 0 and "continuing at step 11 of 31" in done.err
+    again, first = summary_of(tmp_path / "run"), summary_of(learned[0])
+    timed = again["finetuned"].pop("seconds"), first["finetuned"].pop("seconds")
+    assert min(timed) > 0 and again == first
+
+
+def told(scores: Any = None, texts: Any = None) -> Any:
+    """What evaluators ask, by split."""
+    return types.SimpleNamespace(
+        scores=lambda split: {"options": [np.array(one) for one in scores[split]]},
+        answers=lambda split: Answers([[text] for text in texts[split]], []),
+    )
+
+
+def test_a_prior_of_labels_is_taken_out():
+    """A model that says `no` to all, the less so where it is wrong."""
+    same = [{"options": ["yes", "no"], "gold": gold} for gold in (0, 1, 0, 1)]
+    scores = [[-2.0, -1.0], [-4.0, -1.0], [-2.0, -1.0], [-4.0, -1.0]]
+    rows, context = {"dev": same, "test": same[::-1]}, told({"dev": scores, "test": scores[::-1]})
+    log = EVALUATORS["choice"].run(None, rows, context)
+    assert (log["accuracy"]["agg_value"], log["dev_accuracy"]["agg_value"]) == (0.5, 0.5)
+    assert log["accuracy_without_prior"]["agg_value"] == 1.0
+    assert [item["chosen"] for item in log["accuracy"]["value_by_index"].values()] == [1] * 4
+    losses = np.log1p(np.exp([3.0, 1.0])), np.log1p(np.exp([-3.0, -1.0]))
+    assert log["nll"]["agg_value"] == pytest.approx((losses[1][0] + losses[0][1]) / 2)
+    # Options that differ have no prior, and without dev rows there is none to take.
+    others = [row | {"options": [str(i), "no"]} for i, row in enumerate(same)]
+    for rows in ({"dev": others, "test": others}, {"dev": same, "test": others}, {"test": same}):
+        assert "accuracy_without_prior" not in EVALUATORS["choice"].run(None, rows, context)
+
+
+def test_answers_are_judged_by_the_nearest_right_one():
+    rows = {"test": [{"answers": ["round", "It is round."]}, {"answers": ["the Moon"]}]}
+    log = EVALUATORS["answer"].run(None, rows, told(texts={"test": ["it is round", "a red moon"]}))
+    assert log["f1"]["agg_value"] == pytest.approx((1 + 2 / 3) / 2)
+    assert log["exact_match"]["agg_value"] == 0.5 and set(log) == {"f1", "exact_match"}
+    assert log["f1"]["value_by_index"]["0"]["generation"] == "it is round"
+
+
+@pytest.mark.slow
+def test_two_devices_see_the_same(learned, program, tiny, fruits, tmp_path):
+    done = started(program, tiny, fruits, tmp_path / "run", *LEARN, "--mesh.data", "2")
+    assert done.code == 0, done.err
+    found, want = summary_of(tmp_path / "run"), summary_of(learned[0])
+    assert found["base"]["nll"] == pytest.approx(want["base"]["nll"], rel=1e-6)
+    first = [
+        json.loads((path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for path in (tmp_path / "run", learned[0])
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_answers_with_adapters(program, tiny, tmp_path):
+    record = {"title": "Moon", "context": "It is round.", "question": "What is it?"}
+    records = [record | {"answers": ["round", f"it {i}"]} for i in range(12)]
+    file, output = write(tmp_path / "squad.jsonl", records), tmp_path / "run"
+    options = "--task squad --lora.rank 2 --optimizer.name adamw --train.forwards 6".split()
+    options += "--train.curve-points 0 --data.train-rows 6 --data.dev-rows 2".split()
+    done = started(program, tiny, file, output, *options, "--train.batch-size", "2")
+    assert done.code == 0, done.err
+    summary = summary_of(output)
+    assert summary["majority_accuracy"] is None
+    assert 0 <= summary["finetuned"]["f1"] <= 1 and summary["finetuned"]["steps"] == 2
+    adapters = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert any(np.any(x) for name, x in adapters.items() if "lora_B" in name)
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny) and config["r"] == 2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_takes_every_optimizer_or_says_why_not(name, tmp_path, monkeypatch):
+    preset = PRESETS[name]
+    assert preset.PRESET.preset == name and preset.SUMMARY
+    here = replace(preset.PRESET, **{"mesh.data": 1, "mesh.fsdp": 1})
+    for optimizer, row in OPTIMIZERS.items():
+        config = here
+        if optimizer != here.optimizer.name:
+            config = with_optimizer(here, optimizer, preset)
+        assert config.optimizer.name == optimizer
+        if row.needs == "split":
+            with pytest.raises(UserError, match="needs a forget and a retain side"):
+                classification.check(config)
+            continue
+        for one in (config, replace(config, smoke=True, **preset.SMOKE)):
+            one = replace(one, optimizer=fitted(one.optimizer, 4)) if one.smoke else one
+            _, steps = classification.check(one)
+            cost = forwards(one.optimizer, steps)
+            assert cost <= one.train.forwards < cost + forwards(one.optimizer, 40)
+    monkeypatch.chdir(tmp_path)
+    if hasattr(preset, "MADE_BY"):
+        with pytest.raises(UserError, match="export does not exist; run `python -m train.pretrain"):
+            read_arguments([name])
+        Path(preset.PRESET.model.path).mkdir(parents=True)
+    config = read_arguments([name, "--smoke", "--optimizer.name", "hybrid"])
+    assert getattr(config.optimizer, "period", 0) == 2
+    config = read_arguments([name, "--smoke", "--optimizer.name", "mezo"])
+    assert config.optimizer == preset.OPTIMIZERS["mezo"][0] and config.smoke
+    assert config.data.train_rows == preset.SMOKE["data.train_rows"]
+
+
+def test_published_budgets():
+    for name, options, steps in (("mezo", {}, 20_000), ("zo-muon", {"queries": 4}, 8_000)):
+        assert steps_within(options_of(name, **options), 40_000) == steps
+    assert steps_within(options_of("adamw"), 2000) == 666
+    hybrid = options_of("hybrid", period=2, queries=1)
+    assert [forwards(hybrid, n) for n in range(6)] == [0, 3, 6, 8, 10, 13]
+    assert steps_within(hybrid, 23) == 8 and steps_within(hybrid, 19) == 4
+    with pytest.raises(UserError, match=r"4 step\(s\) of hybrid with these options cost 10"):
+        steps_within(hybrid, 9)
+
+
+def test_a_smoke_run_of_the_tiny_preset(program, tiny, tmp_path):
+    for name, count in (("train", 60), ("dev", 20)):
+        lines = [f"it is {'bad good'.split()[i % 2]}\t{i % 2}" for i in range(count)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
+    done = started(program, tiny, tmp_path, tmp_path / "run", "--smoke")
+    assert done.code == 0, done.err
+    summary = summary_of(tmp_path / "run")
+    assert summary["finetuned"]["steps"] == 3 and summary["finetuned"]["forwards"] == 15
+    assert summary["base"]["params_sha256"] != summary["finetuned"]["params_sha256"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    again = ["--config", str(tmp_path / "run" / "config.json"), "--seed", "1"]
+    assert identity(read_arguments(again)) == config | {"seed": 1}
+
+
+def test_every_number_of_the_configuration_has_a_word():
+    from train import choices
+
+    for option in choices.options(ClassifyRun, ClassifyRun()):
+        assert option.text, option.name
+
+
+ALIKE = [{"prompt": "a b", "options": ["x", " x"], "gold": 0}] * 4
+OUTSIDE = [{"prompt": "a b", "options": ["x", "y"], "gold": 2}] * 4
+FEW = ("--task", "rows", "--data.train-rows", "1", "--data.dev-rows", "1")
+REFUSED = {
+    "words alike": (ALIKE, FEW, ["train, row 1: the options 'x' and ' x' are the same tokens"]),
+    "gold": (OUTSIDE, FEW, ["rows.jsonl, row 1: gold is 2, none of the 2 options ('x', 'y')"]),
+    "columns": ([{"prompt": "a"}], FEW, ["row 1: column 'options' is missing"]),
+    "rows": (ALIKE, FEW[:4], ["4 rows do not make 500 dev rows", "--data.dev-rows"]),
+    "budget": (ALIKE, (*FEW, "--train.forwards", "4"), ["--train.forwards 4", "cost 5"]),
+    "task": (ALIKE, ("--task", "sst3"), ["--task", "did you mean 'sst2'?"]),
+    "option": (ALIKE, (*FEW, "--train.forward", "9"), ["did you mean --train.forwards?"]),
+    "pair": (ALIKE, (*FEW, "--optimizer.name", "sift"), ["needs a forget and a retain side"]),
+    "model": (ALIKE, (*FEW, "--model.path", "./none"), ["none"]),
+    "rank": (ALIKE, (*FEW, "--lora.alpha", "2"), ["no adapters without --lora.rank"]),
+    "batch": (
+        ALIKE,
+        (*FEW, "--train.accumulate", "3"),
+        ["batch size 16 does not divide", "3 micro-batch"],
+    ),
+    "preset": (ALIKE, None, ["preset 'sst2-tny' is unknown; did you mean 'sst2-tiny'?"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_before_compute(name, program, tiny, tmp_path):
+    records, options, parts = REFUSED[name]
+    file, output = write(tmp_path / "rows.jsonl", records), tmp_path / "run"
+    if options is None:
+        done = program("train.classify", "sst2-tny", "--data.path", file)
+    else:
+        done = started(program, tiny, file, output, *options)
+    assert done.code == 2 and done.out == ""
+    last = done.err.strip().splitlines()
+    assert len(last) == 1 and last[0].startswith("error: ")
+    assert all(part in last[0] for part in parts), last[0]
+    assert not output.exists()
+
+
+def test_what_it_says_of_itself(program):
+    done = program("train.classify", "--list")
+    assert done.code == 0 and all(name in done.out for name in (*TASKS, *OPTIMIZERS))
+    done = program("train.classify")
+    assert done.code == 0 and all(name in done.out for name in PRESETS)

@@ -1,0 +1,88 @@
+"""Fine-tune a model to classify, with or without gradients, for a budget of forward passes.
+
+python -m train.classify sst2-smollm2 --data.path DIR
+python -m train.classify sst2-smollm2 --task rte                     (another task, from the Hub)
+python -m train.classify sst2-smollm2 --task rows --data.path FILE   (rows of your own)
+python -m train.classify --config RUN/config.json --output DIR       (reruns a configuration)
+python -m train.classify --help (presets)    PRESET --help (options)    --list (tasks, optimizers)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxlib_unlearn.errors import UserError
+from train import cli, optimizers, suggest
+from train.arguments import with_optimizer
+from train.classify_config import TASKS, ClassifyRun
+from train.config import replace
+from train.presets.classify import PRESETS
+
+
+def main(argv: list[str]) -> None:
+    """The program."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        print("Presets:")
+        for name, preset in PRESETS.items():
+            print(f"  {name:14} {preset.SUMMARY}")
+        return
+    if argv[0] == "--list":
+        lines = [f"  {row.name:8} {row.summary}" for row in TASKS.values()]
+        methods = optimizers.list_optimizers()
+        print("\n".join(["Tasks (--task):", *lines, "Optimizers (--optimizer.name):", *methods]))
+        return
+    run(read_arguments(argv))
+
+
+def read_arguments(argv: list[str]) -> ClassifyRun:
+    """The configuration of a command line: a preset, or `--config FILE`, with overrides."""
+    if argv[0] == "--config":
+        if len(argv) < 2:
+            raise UserError("--config needs the config.json of a run")
+        default = cli.read_config(ClassifyRun, Path(argv[1]))
+        preset, rest, summary = PRESETS.get(default.preset), argv[2:], "rerun a configuration"
+    elif argv[0].startswith("-"):
+        raise UserError(f"the first argument is a preset ({', '.join(PRESETS)}), got {argv[0]!r}")
+    else:
+        preset = suggest.choose(argv[0], PRESETS, "preset")
+        default, rest, summary = preset.PRESET, argv[1:], preset.SUMMARY
+    name = cli.option_value(rest, "--optimizer.name")
+    if name is not None and name != default.optimizer.name:
+        default = with_optimizer(default, name, preset)
+    if "--smoke" in rest and preset is not None:
+        default = replace(default, smoke=True, **preset.SMOKE)
+        short = optimizers.fitted(default.optimizer, default.train.forwards // 6 * 2)
+        default = replace(default, optimizer=short)
+    where = argv[0] if preset is None or argv[0] == "--config" else default.preset
+    config = cli.parse(ClassifyRun, default, rest, f"train.classify {where}", summary)
+    path = config.model.path
+    if preset is not None and path == preset.PRESET.model.path and not Path(path).exists():
+        if made_by := getattr(preset, "MADE_BY", None):
+            raise UserError(
+                f"--model.path {path} does not exist; run `{made_by}`, which writes it, or give "
+                "the folder of another model"
+            )
+    return config
+
+
+def run(config: ClassifyRun) -> Path:
+    """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
+    from train import classification
+
+    with classification.opened(config) as opened:
+        # 1. Learn the task, for as many forward passes as the budget has.
+        finetuned = classification.finetune(config, opened)
+
+        # 2. Judge the model before and after alike.
+        models = {"base": opened.base, "finetuned": finetuned.model}
+        summary = classification.judge(config, opened, models)
+
+        # 3. Hand it back.
+        classification.export(config, opened, finetuned)
+        classification.report(opened, summary, finetuned.cost)
+        return opened.run.folder
+
+
+if __name__ == "__main__":
+    cli.main(main)

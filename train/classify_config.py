@@ -1,0 +1,151 @@
+"""The configuration of `train.classify`, and the tasks that it knows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.options import MOST, option
+from models.decoder import REMAT
+from models.weights import DTYPES
+from train import optimizers
+from train.config import COMPUTE, LoraConfig, to_json
+from train.optimizer_options import ZOMuon
+from train.rows import chosen
+from train.runtime import reporters
+from train.runtime.distributed import DistributedConfig
+from train.runtime.sharding import MeshConfig
+from train.tasks import reading, superglue
+from train.tasks.labelled import Labelled
+
+TASKS: dict[str, Labelled] = {row.name: row for row in (*superglue.ROWS, *reading.ROWS)}
+"""Every task by name. A new one is one more row."""
+
+
+@dataclass(frozen=True)
+class ClassifyData:
+    """The rows that a model learns to classify."""
+
+    path: Path | None = option(
+        None,
+        "a file (GLUE's TSV, JSON lines, CSV, parquet), or a folder with one for training and one "
+        "for validation; None: the Hub's.",
+    )
+    revision: str | None = option(
+        None, "commit, branch or tag of the Hub's data set; None: the newest."
+    )
+    train_rows: int | None = option(
+        1000, "rows to train on, drawn by the seed; None: all of a training file.", low=1
+    )
+    dev_rows: int | None = option(
+        None,
+        "rows drawn beside them, to look at on the way; None: 500, for small data sets 100.",
+        low=1,
+    )
+    test_rows: int | None = option(
+        None,
+        "rows to test on, drawn by the seed from the validation file or, where there is none, from "
+        "what is left; None: all of these.",
+        low=1,
+    )
+    max_length: int = option(
+        2048, "longest prompt with an option, in tokens; longer ones lose their beginning.", low=2
+    )
+    row_tokens: int = option(
+        320,
+        "short rows are packed into rows of about that many tokens; 0: one row each. The losses "
+        "are the same.",
+        low=0,
+    )
+
+
+@dataclass(frozen=True)
+class ClassifyModel:
+    """The model to start from."""
+
+    path: str = option(
+        "smollm2", "an HF folder, a `.gguf` file, a Hub id, or `smollm2` (the installed package)."
+    )
+    revision: str | None = option(None, "commit, branch or tag of a Hub id; None: the newest.")
+    dtype: str = option(
+        "float32",
+        "dtype of the computation, `float32` or `bfloat16`; parameters stay float32.",
+        choices=COMPUTE,
+    )
+    remat: str = option(
+        "dots", "what a backward pass recomputes: `none`, `dots`, `full`.", choices=tuple(REMAT)
+    )
+
+
+@dataclass(frozen=True)
+class ClassifyTrain:
+    """How much is trained."""
+
+    forwards: int = option(
+        40_000,
+        "the budget, in forward passes of a batch: a first-order step counts 3, a zeroth-order "
+        "step the losses that it evaluates.",
+        low=1,
+    )
+    batch_size: int = option(16, "rows of a step.", low=1)
+    accumulate: int = option(
+        1, "micro-batches that a step is split into; results do not depend on it.", low=1
+    )
+    curve_points: int = option(10, "looks at the dev rows on the way (0: none).", low=0)
+    checkpoint_seconds: float = option(
+        120.0, "least time between two checkpoints.", low=0, high=math.inf
+    )
+
+
+@dataclass(frozen=True)
+class ClassifyEvaluate:
+    """How models are judged."""
+
+    score_tokens: int = option(4096, "rows times length of one scoring batch.", low=1)
+    generate_rows: int = option(64, "rows decoded at once.", low=1)
+
+
+@dataclass(frozen=True)
+class ClassifyRun:
+    """One model that learns to classify, judged before and after."""
+
+    preset: str = option("", "name of the preset this configuration started from.")
+    seed: int = option(
+        0, "everything random follows from it, which rows are drawn as well.", low=0, high=MOST
+    )
+    smoke: bool = option(False, "few steps and rows through the same code, for a first look.")
+    output: Path | None = option(
+        None, "run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`)."
+    )
+    task: str = option("sst2", "what is learned; --list tells.", choices=tuple(TASKS))
+    data: ClassifyData = ClassifyData()
+    model: ClassifyModel = ClassifyModel()
+    train: ClassifyTrain = ClassifyTrain()
+    optimizer: optimizers.Options = chosen(optimizers.ROWS, ZOMuon(schedule="constant", warmup=0.0))
+    lora: LoraConfig = LoraConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluate: ClassifyEvaluate = ClassifyEvaluate()
+    export_dtype: str = option("float32", "dtype of the exported weights.", choices=tuple(DTYPES))
+    distributed: DistributedConfig = DistributedConfig()
+    report_to: str = option(
+        "",
+        "trackers that receive the metrics too, comma-separated: tensorboard, wandb, trackio.",
+        words=tuple(reporters.REPORTERS),
+    )
+
+
+def run_folder(config: ClassifyRun) -> Path:
+    """Where a configuration writes."""
+    if config.output is not None:
+        return config.output
+    return Path("runs") / f"{config.preset}-seed{config.seed}{'-smoke' if config.smoke else ''}"
+
+
+def identity(config: ClassifyRun) -> dict[str, Any]:
+    """What `config.json` holds: everything but where it runs and writes."""
+    whole = to_json(config)
+    for name in ("output", "distributed", "report_to"):
+        del whole[name]
+    return whole

@@ -1,0 +1,85 @@
+"""Choosing among given answers: accuracy, also with the prior of the labels taken out, and NLL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from train.evaluators.base import Context, Definition, Evaluator, Metric, Rows
+
+METRICS = (
+    Metric("accuracy", "Accuracy",
+           "share of the test rows whose right option scores highest", "up", main=True),
+    Metric("accuracy_without_prior", "Accuracy, prior out",
+           "the same after every option's mean score over the dev rows is subtracted, so that a "
+           "label that the model prefers whatever it reads gains nothing by it", "up", main=True),
+    Metric("nll", "NLL of the choice",
+           "negative log-probability of the right option among the row's, test rows, in nats",
+           "down", main=True),
+    Metric("dev_accuracy", "Dev accuracy", "the accuracy on the dev rows", "up"),
+    Metric("dev_nll", "Dev NLL", "NLL of the choice on the dev rows", "down"),
+)  # fmt: skip
+
+
+def log_softmax(scores: Any) -> Any:
+    """Log-probabilities of the options of a row, float64."""
+    import numpy as np
+
+    scores = np.asarray(scores, np.float64)
+    top = scores - scores.max()
+    return top - np.log(np.exp(top).sum())
+
+
+def prior_of(rows: Sequence[Any], scores: Sequence[Any]) -> Any:
+    """The mean log-probability of every option; None where rows have different options.
+
+    No label of these rows is read.
+    """
+    import numpy as np
+
+    if not rows or any(row.get("options") != rows[0].get("options") for row in rows):
+        return None
+    return np.mean([log_softmax(one) for one in scores], 0)
+
+
+def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+    """What was chosen for every row of every split."""
+    import numpy as np
+
+    log: dict[str, Any] = {}
+
+    def enter(name: str, items: dict[str, dict[str, Any]], key: str) -> None:
+        mean = float(np.mean([item[key] for item in items.values()]))
+        log[name] = {"agg_value": mean, "value_by_index": items}
+
+    scores = {split: context.scores(split)["options"] for split in rows}
+    for split, mine in rows.items():
+        before = "" if split == "test" else f"{split}_"
+        chosen, losses = {}, {}
+        for i, (row, values) in enumerate(zip(mine, scores[split], strict=True)):
+            logs, best = log_softmax(values), int(np.argmax(values))
+            told = {"gold": row["gold"], "chosen": best, "scores": [float(x) for x in values]}
+            chosen[str(i)] = {"right": float(best == row["gold"]), **told}
+            losses[str(i)] = {"nll": float(-logs[row["gold"]])}
+        enter(f"{before}accuracy", chosen, "right")
+        enter(f"{before}nll", losses, "nll")
+    prior = prior_of(rows.get("dev", ()), scores.get("dev", ()))
+    same = prior is not None and prior_of(rows.get("test", ()), scores.get("test", ())) is not None
+    if same and rows["test"][0].get("options") == rows["dev"][0].get("options"):
+        items = {}
+        for i, (row, values) in enumerate(zip(rows["test"], scores["test"], strict=True)):
+            best = int(np.argmax(log_softmax(values) - prior))
+            items[str(i)] = {"right": float(best == row["gold"]), "chosen": best}
+        enter("accuracy_without_prior", items, "right")
+    return log
+
+
+DEFINITIONS = (
+    Definition(
+        "choice",
+        "Accuracy: an option scores the mean log-probability of its tokens behind the prompt; the "
+        "highest is chosen. Prior out: log-probabilities among the options, less their mean over "
+        "the dev rows, whose labels are not read.",
+    ),
+)
+ROW = Evaluator("choice", run, METRICS, definitions=DEFINITIONS)

@@ -1,0 +1,49 @@
+"""What a kind of model and of rows is to `train.classify`.
+
+The program knows a kind by its row, by the learner of its model, and by nothing else. Another kind
+of model is a file with one more row: what reads its weights, a stream of its rows, and the
+objective and the evaluators, by name, that go with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from train.data.stream import Stream
+
+Rows = Sequence[dict[str, Any]]
+
+
+class Kind(NamedTuple):
+    """A kind of model with a kind of rows.
+
+    Args:
+        objective: name of what the rows are learned by, of `objectives.LEARNING`.
+        evaluators: names of the evaluators.
+        check: `check(config)`: whether there is a model at `--model.path`; nothing is read.
+        load: `load(config, mesh, notes)`: the model.
+        encode: `encode(model, rows, data, where)`: the rows as the model reads them.
+        stream: `stream(model, encoded, batch_size)`: those to train on.
+        export: `export(model, folder, dtype, card)`.
+        scores: `scores(model, encoded, mesh, evaluate, label)`: of every row, its options' scores.
+        answers: the same of generated texts; each None where evaluators do not ask for it.
+        export_adapter: `export_adapter(trained, adapters, model, config, root, task)`: adapters
+            that were trained in the place of the model; None: the exported model has them in it.
+        cache_version: raised when a score or an answer may change.
+    """
+
+    objective: str
+    evaluators: tuple[str, ...]
+    check: Callable[[Any], None]
+    load: Callable[[Any, Any, list[str]], Any]
+    encode: Callable[[Any, Rows, Any, str], list[Any]]
+    stream: Callable[[Any, list[Any], int], Stream]
+    export: Callable[[Any, Path, str, str], None]
+    scores: Callable[..., list[np.ndarray]] | None = None
+    answers: Callable[..., list[str]] | None = None
+    export_adapter: Callable[[Any, Any, Any, Any, Path, str], None] | None = None
+    cache_version: int = 1

@@ -1,0 +1,30 @@
+"""sst2-opt-1.3b: OPT-1.3B learns SST-2 at the published budget, on one accelerator.
+
+python -m train.classify sst2-opt-1.3b
+"""
+
+from train.classify_config import ClassifyModel, ClassifyRun, ClassifyTrain
+from train.optimizer_options import AdamW, MeZO, ZOMuon
+from train.presets import sst2_smollm2
+
+SUMMARY = "OPT-1.3B learns SST-2 as published (an accelerator)"
+
+PRESET = ClassifyRun(
+    preset="sst2-opt-1.3b",
+    task="sst2",
+    model=ClassifyModel(path="facebook/opt-1.3b", dtype="bfloat16"),
+    train=ClassifyTrain(forwards=40_000, batch_size=16, curve_points=20),
+    optimizer=ZOMuon(
+        learning_rate=1e-2, rank=64, refresh=100, queries=4, schedule="constant", warmup=0.0
+    ),
+    export_dtype="bfloat16",
+)
+
+# The published rates (arXiv 2602.17155, its code).
+OPTIMIZERS = {
+    "adamw": (AdamW(learning_rate=1e-5, schedule="linear", warmup=0.0), {"train.batch_size": 8}),
+    "mezo": (MeZO(learning_rate=1e-7, schedule="constant", warmup=0.0), {}),
+    "zo-muon": (PRESET.optimizer, {}),
+}
+
+SMOKE = sst2_smollm2.SMOKE

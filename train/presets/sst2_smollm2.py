@@ -1,0 +1,40 @@
+"""sst2-smollm2: SmolLM2-135M-Instruct learns the sentiment of film reviews, all parameters.
+
+    make smollm2
+    python -m train.classify sst2-smollm2 --data.path DIR
+
+DIR holds GLUE's train.tsv and dev.tsv; without it they come from the Hub id nyu-mll/glue.
+"""
+
+from train.classify_config import ClassifyModel, ClassifyRun, ClassifyTrain
+from train.optimizer_options import AdamW, MeZO, ZOMuon
+
+SUMMARY = "SmolLM2-135M learns SST-2 (about an hour on two cores)"
+
+# Zeroth order as published (arXiv 2602.17155 and its code): constant rates, no warm-up.
+PRESET = ClassifyRun(
+    preset="sst2-smollm2",
+    task="sst2",
+    model=ClassifyModel(path="smollm2"),
+    train=ClassifyTrain(forwards=2000, batch_size=16, curve_points=5),
+    optimizer=ZOMuon(
+        learning_rate=1e-2, rank=64, refresh=100, queries=4, schedule="constant", warmup=0.0
+    ),
+)
+
+# By optimizer: its options, and the other options that it changes. MeZO's rate is the one that its
+# authors use for models of this size (RoBERTa-large), AdamW's that of MeZO's comparison.
+OPTIMIZERS = {
+    "adamw": (AdamW(learning_rate=1e-5, schedule="linear", warmup=0.0), {}),
+    "mezo": (MeZO(learning_rate=1e-6, schedule="constant", warmup=0.0), {}),
+    "zo-muon": (PRESET.optimizer, {}),
+}
+
+SMOKE = {
+    "train.forwards": 15,
+    "train.batch_size": 4,
+    "train.curve_points": 1,
+    "data.train_rows": 16,
+    "data.dev_rows": 8,
+    "data.test_rows": 16,
+}

@@ -1,0 +1,34 @@
+"""sst2-tiny: the tiny model that was pre-trained here learns the sentiment of film reviews.
+
+    python -m train.pretrain pretrain-tiny
+    python -m train.classify sst2-tiny --data.path DIR
+
+DIR holds GLUE's train.tsv and dev.tsv. At the published budget of 40 000 forward passes.
+"""
+
+from train.classify_config import ClassifyModel, ClassifyRun, ClassifyTrain
+from train.optimizer_options import AdamW, MeZO, ZOMuon
+from train.presets import sst2_smollm2
+
+SUMMARY = "an export of pretrain-tiny learns SST-2 at the published budget (minutes on two cores)"
+
+PRESET = ClassifyRun(
+    preset="sst2-tiny",
+    task="sst2",
+    model=ClassifyModel(path="runs/pretrain-tiny-seed0/export"),
+    train=ClassifyTrain(forwards=40_000, batch_size=16, curve_points=20),
+    optimizer=ZOMuon(
+        learning_rate=1e-2, rank=64, refresh=100, queries=4, schedule="constant", warmup=0.0
+    ),
+)
+
+# What makes the model that the preset starts from.
+MADE_BY = "python -m train.pretrain pretrain-tiny"
+
+OPTIMIZERS = {
+    "adamw": (AdamW(learning_rate=3e-4, schedule="linear", warmup=0.0), {}),
+    "mezo": (MeZO(learning_rate=1e-5, schedule="constant", warmup=0.0), {}),
+    "zo-muon": (PRESET.optimizer, {}),
+}
+
+SMOKE = sst2_smollm2.SMOKE
