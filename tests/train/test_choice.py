@@ -14,7 +14,7 @@ from models import Tokenizer
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train.data.choice import choice_stream, encode_choices, joined
-from train.data.stream import Packable
+from train.data.stream import Packable, Positioned
 from train.data.streams import batches_of, pack_streams
 from train.step import Losses
 
@@ -143,7 +143,10 @@ def test_the_layouts_are_what_they_say():
     shapes = [make()[0]["tokens"].shape[0] for make in LAYOUTS.values()]
     assert shapes == [8, 8, 2, 4]
     made = stream()
-    assert isinstance(made, Packable)
+    assert isinstance(made, Packable) and isinstance(made, Positioned)
+    texts = [row["prompt"] + option for row in RANDOM for option in row["options"]]
+    # Nothing is predicted from the last token of an option.
+    assert made.longest == max(len(words().encode(text, True)) for text in texts) - 1
     packed = pack_streams({"train": made}, 8, 8, 64)["train"]
     assert packed is not made and packed.identity() == made.identity()
     assert pack_streams({"train": made}, 8, 8, 0)["train"] is made

@@ -5,11 +5,15 @@ import types
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import models
 from jaxlib_unlearn.errors import UserError
+from models.decoder import Decoder
+from models.families import new_config
 from train import classification
 from train.arguments import with_optimizer
 from train.classify import read_arguments
@@ -171,6 +175,24 @@ def test_answers_are_judged_by_the_nearest_right_one():
     assert log["f1"]["agg_value"] == pytest.approx((1 + 2 / 3) / 2)
     assert log["exact_match"]["agg_value"] == 0.5 and set(log) == {"f1", "exact_match"}
     assert log["f1"]["value_by_index"]["0"]["generation"] == "it is round"
+
+
+@pytest.mark.slow
+def test_an_opt_model_takes_the_published_preset(program, fruits, tiny, tmp_path):
+    shape = new_config("opt", vocab_size=512, hidden_size=32, num_layers=2, num_heads=2,
+                       context=2048)  # fmt: skip
+    params = jax.jit(Decoder(shape).init)(jax.random.key(0))
+    words = models.Tokenizer.from_folder(tiny)
+    folder = models.export(models.Loaded(shape, params, words), tmp_path / "opt")
+    options = ["--smoke", "--task", "rows", "--data.path", fruits, "--data.train-rows", "24"]
+    options += [*ONE, "--model.path", folder, "--output", tmp_path / "run", "--lora.rank", "2"]
+    options += "--lora.targets q k v o up down".split()
+    done = program("train.classify", "sst2-opt-1.3b", *options)
+    assert done.code == 0, done.err
+    assert summary_of(tmp_path / "run")["finetuned"]["forwards"] == 15
+    assert models.load(tmp_path / "run" / "export").decoder.config.family == "opt"
+    kept = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.model.decoder.layers.") for name in kept)
 
 
 @pytest.mark.slow

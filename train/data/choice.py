@@ -25,7 +25,7 @@ from train.data.batches import (
     make_buckets,
     shuffled,
 )
-from train.data.examples import Example, Group, pack
+from train.data.examples import Example, Group, num_positions, pack
 from train.data.packing import Packing, balanced, collate_packed, sampled
 
 
@@ -184,6 +184,11 @@ class Choices:
             for values in (*columns, [count, gold, *map(len, columns)]):
                 found.update(np.asarray(values, "<i4").tobytes())
         return found.hexdigest()
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest option behind its prompt."""
+        return max(num_positions(row.group) for row in self.rows)
 
     def epoch_order(self, seed: int, name: str, epoch: int) -> np.ndarray:
         """All rows, shuffled."""

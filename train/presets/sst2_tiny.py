@@ -6,7 +6,7 @@
 DIR holds GLUE's train.tsv and dev.tsv. At the published budget of 40 000 forward passes.
 """
 
-from train.classify_config import ClassifyModel, ClassifyRun, ClassifyTrain
+from train.classify_config import ClassifyData, ClassifyModel, ClassifyRun, ClassifyTrain
 from train.optimizer_options import AdamW, MeZO, ZOMuon
 from train.presets import sst2_smollm2
 
@@ -15,6 +15,7 @@ SUMMARY = "an export of pretrain-tiny learns SST-2 at the published budget (minu
 PRESET = ClassifyRun(
     preset="sst2-tiny",
     task="sst2",
+    data=ClassifyData(max_length=256),  # its context
     model=ClassifyModel(path="runs/pretrain-tiny-seed0/export"),
     train=ClassifyTrain(forwards=40_000, batch_size=16, curve_points=20),
     optimizer=ZOMuon(
