@@ -22,8 +22,8 @@ PRESET = ClassifyRun(
     ),
 )
 
-# By optimizer: its options, and the other options that it changes. MeZO's rate is the one that its
-# authors use for models of this size (RoBERTa-large), AdamW's that of MeZO's comparison.
+# By optimizer: its options, and the other options that it changes. The published rates are for
+# larger models; these are where to start from, and not tuned.
 OPTIMIZERS = {
     "adamw": (AdamW(learning_rate=1e-5, schedule="linear", warmup=0.0), {}),
     "mezo": (MeZO(learning_rate=1e-6, schedule="constant", warmup=0.0), {}),
