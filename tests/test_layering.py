@@ -130,11 +130,7 @@ MODULES = {
     for _, path in FILES
 }
 PROGRAMS = {"train.unlearn", "train.finetune", "train.evaluate", "train.export", "train.report"}
-<<<<<<< HEAD
 PROGRAMS |= {"train.plan", "train.classify", "train.replay"}
-=======
-PROGRAMS |= {"train.plan", "train.classify"}
->>>>>>> classify15
 
 
 def imported(source: str) -> set[str]:

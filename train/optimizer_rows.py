@@ -351,6 +351,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "value",
             "zeroth order, perturbations scaled by a diagonal curvature",
             sides=2,
+            forwards=lambda options, steps: (2 * options.queries + 1) * steps,
         ),
         Optimizer(
             "lozo",
@@ -417,6 +418,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             sides=2,
             replays=True,
             parts=True,
+            forwards=lambda options, steps: 2 * steps,
         ),
         Optimizer(
             "hybrid",
