@@ -32,6 +32,8 @@ from train.step import (
     value_functions,
 )
 
+NOTHING: Any = None  # in the place of a gradient
+
 
 class Evaluated(NamedTuple):
     """What an evaluation tells.
@@ -90,7 +92,7 @@ def make_evaluate(
         extra = value_functions(learner, losses, metrics)
         with jax.named_scope(OPTIMIZER_SCOPE):
             # The update is not asked for, so the compiler leaves it out.
-            _, after = tx.update(None, state.opt_state, state.params, **extra)
+            _, after = tx.update(NOTHING, state.opt_state, state.params, **extra)
         found = optax.tree.get(after, "coeffs")
         memory = advanced(objective, state.objective, losses, metrics)
         metrics |= {"lr": jnp.asarray(schedule(state.step))}
@@ -109,7 +111,7 @@ def make_apply(optimizer: Options) -> Apply:
     def apply(params: Any, opt_state: Any, schedule: Mapping[str, Any], coeffs: jax.Array):
         tx, _, _ = transformation(optimizer, schedule)
         with jax.named_scope(OPTIMIZER_SCOPE):
-            updates, opt_state = tx.update(None, opt_state, params, coeffs=coeffs)
+            updates, opt_state = tx.update(NOTHING, opt_state, params, coeffs=coeffs)
         norm = optax.tree.norm(updates)
         # As in `step.make_step`: a formal dependence, with which parameters are written in place.
         updates = jax.tree.map(lambda u: u + (0.0 * norm).astype(u.dtype), updates)

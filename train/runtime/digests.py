@@ -125,8 +125,8 @@ def sketch(tree: Any) -> np.ndarray:
 
 def apart(found: np.ndarray, wanted: np.ndarray) -> float:
     """How far two trees are apart by norm, in units of the norm of the second one's parameters."""
-    found, wanted = np.float64(found), np.float64(wanted)
-    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-300))
+    one, other = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return float(np.linalg.norm(one - other) / max(float(np.linalg.norm(other)), 1e-300))
 
 
 def _named(leaf: Any, sums: np.ndarray) -> str:
