@@ -225,7 +225,7 @@ def test_every_method_has_a_bare_form():
         if inspect.isfunction(getattr(optim, name))
         and "learning_rate" in inspect.signature(getattr(optim, name)).parameters
     }
-    assert whole == set(METHODS) and len(METHODS) == len(BARE_FORMS) == 13
+    assert whole == set(METHODS) and len(METHODS) == len(BARE_FORMS) == 15
 
 
 @pytest.mark.parametrize("name", BARE_FORMS)
