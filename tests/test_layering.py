@@ -130,7 +130,7 @@ MODULES = {
     for _, path in FILES
 }
 PROGRAMS = {"train.unlearn", "train.finetune", "train.evaluate", "train.export", "train.report"}
-PROGRAMS |= {"train.plan"}
+PROGRAMS |= {"train.plan", "train.pretrain"}
 
 
 def imported(source: str) -> set[str]:

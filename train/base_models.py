@@ -14,6 +14,7 @@ from models import Decoder, DecoderConfig, Tokenizer, bounds
 from models.hub import check_source
 from models.weights import find_smollm2
 from train.config import ModelConfig, RunConfig
+from train.data.bpe import train_bpe
 from train.evaluators.evaluation import Model
 from train.runtime import distributed, seal, sharding
 from train.runtime.checkpointing import params_sha256
@@ -23,23 +24,7 @@ from train.tasks.task import Task, texts
 
 def train_tokenizer(task: Task, vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer trained on the task's own texts."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, pre_tokenizers, trainers
-    from tokenizers import models as kinds
-
-    backend = Backend(kinds.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts(task), trainer)
-    return Tokenizer(
-        backend, eos_id=backend.token_to_id("<eos>"), pad_id=backend.token_to_id("<pad>")
-    )
+    return train_bpe(texts(task), vocab_size)
 
 
 def scratch_shape(m: ModelConfig, vocab_size: int, context: int) -> DecoderConfig:

@@ -95,7 +95,7 @@ def known_words(cls: type, prefix: str = "--") -> dict[str, tuple[str, ...]]:
 
 def _words(name: str, field: dataclasses.Field) -> tuple[str, ...]:
     """The words that an option accepts; those of `--data.source` are looked up only when asked."""
-    if name != "--data.source":
+    if name != "--data.source" or words_of(field):
         return words_of(field)
     from train import tasks
 

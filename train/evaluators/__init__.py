@@ -14,6 +14,7 @@ from train.evaluators import (
     leak,
     membership,
     memorization,
+    perplexity,
     readability,
     tofu,
     utility,
@@ -32,6 +33,7 @@ EVALUATORS: dict[str, Evaluator] = {
         fact_recall.ROW,
         fluency.ROW,
         leak.ROW,
+        perplexity.ROW,
     )
 }
 # The evaluators for questions with one right answer each.
