@@ -27,22 +27,27 @@ def train_tokenizer(task: Task, vocab_size: int) -> Tokenizer:
     return train_bpe(texts(task), vocab_size)
 
 
+def check_sizes(hidden_size: int, num_heads: int, num_kv_heads: int, rotary: bool = True) -> None:
+    """Raise `UserError` for sizes of a new decoder that do not divide one another."""
+    if hidden_size % num_heads or num_heads % num_kv_heads:
+        raise UserError(
+            f"--model.hidden-size {hidden_size}, --model.num-heads {num_heads} and "
+            f"--model.num-kv-heads {num_kv_heads} must divide one another in this order"
+        )
+    if rotary and hidden_size // num_heads % 2:
+        raise UserError(
+            f"--model.hidden-size {hidden_size} over --model.num-heads {num_heads} gives "
+            "an odd head size, which rotary positions cannot split; use an even one"
+        )
+
+
 def scratch_shape(m: ModelConfig, vocab_size: int, context: int) -> DecoderConfig:
     """The configuration of a decoder that starts from random weights.
 
     Raises:
         UserError: sizes that do not divide one another.
     """
-    if m.hidden_size % m.num_heads or m.num_heads % m.num_kv_heads:
-        raise UserError(
-            f"--model.hidden-size {m.hidden_size}, --model.num-heads {m.num_heads} and "
-            f"--model.num-kv-heads {m.num_kv_heads} must divide one another in this order"
-        )
-    if m.hidden_size // m.num_heads % 2:
-        raise UserError(
-            f"--model.hidden-size {m.hidden_size} over --model.num-heads {m.num_heads} gives "
-            "an odd head size, which rotary positions cannot split; use an even one"
-        )
+    check_sizes(m.hidden_size, m.num_heads, m.num_kv_heads)
     return DecoderConfig(
         vocab_size=-(-vocab_size // 64) * 64,
         hidden_size=m.hidden_size,

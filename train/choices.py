@@ -78,7 +78,7 @@ def known_words(cls: type, prefix: str = "--") -> dict[str, tuple[str, ...]]:
     Example:
         >>> from train.config import RunConfig
         >>> known_words(RunConfig)["--finetune.optimizer.schedule"]
-        ('constant', 'linear', 'cosine')
+        ('constant', 'linear', 'cosine', 'hold')
     """
     hints, found = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):

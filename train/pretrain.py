@@ -38,7 +38,7 @@ def run(config: PretrainConfig) -> Path:
         trained = pretraining.train(opened)
 
         # 2. Judge, hand it back, and show.
-        summary = pretraining.judge(opened, trained.to_host())
+        summary = pretraining.judge(opened, trained)
         pretraining.export(opened, trained, summary)
         pretraining.report(opened, summary)
         return opened.run.folder

@@ -20,7 +20,7 @@ from train.runtime import reporters
 from train.runtime.distributed import DistributedConfig
 from train.runtime.sharding import MeshConfig
 
-FAMILIES = ("llama",)
+FAMILIES = ("llama", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ class NewModelConfig:
     intermediate_size: int = option(512, "width inside an MLP.", low=1)
     num_layers: int = option(4, "blocks.", low=1, high=MOST_LAYERS)
     num_heads: int = option(4, "attention heads.", low=1)
-    num_kv_heads: int = option(
-        4, "heads of keys and values, shared by groups of attention heads.", low=1
+    num_kv_heads: int | None = option(
+        None,
+        "heads of keys and values, shared by groups of attention heads; None: as many.",
+        low=1,
     )
     tie_embeddings: bool = option(True, "one table of token vectors, for input and output.")
     dtype: str = option(
@@ -58,7 +60,9 @@ class NewModelConfig:
 class BudgetConfig:
     """How long is trained, and in which steps."""
 
-    tokens: int = option(2**20, "tokens to train on; a last incomplete batch is not.", low=1)
+    tokens: float = option(
+        2.0**20, "tokens to train on, also as 1.1e9; a last incomplete batch is left out.", low=1
+    )
     batch_tokens: int = option(4096, "tokens of a step.", low=1)
     micro_tokens: int = option(
         16384,
@@ -114,11 +118,11 @@ def num_steps(config: PretrainConfig) -> int:
     Raises:
         UserError: there is none.
     """
-    steps = config.train.tokens // config.train.batch_tokens
+    steps = int(config.train.tokens) // config.train.batch_tokens
     if steps < 1:
         raise UserError(
-            f"--train.tokens {config.train.tokens} are fewer than the {config.train.batch_tokens} "
-            "of a step (--train.batch-tokens); raise them"
+            f"--train.tokens {config.train.tokens:.15g} are fewer than the "
+            f"{config.train.batch_tokens} of a step (--train.batch-tokens); raise them"
         )
     return steps
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models import Decoder, Tokenizer, bounds, hub
+from models.families import FAMILIES, new_config
 from train import base_models, checks, optimizers
 from train.config import replace, to_json
 from train.costs.utilisation import utilisation
@@ -29,7 +30,7 @@ from train.evaluators.perplexity import METRICS
 from train.evaluators.roles import Roles
 from train.evaluators.token_loss import mean_loss, row_losses
 from train.exports import export_model
-from train.pretrain_config import NewModelConfig, PretrainConfig, batch_rows, num_steps, stage_of
+from train.pretrain_config import PretrainConfig, batch_rows, num_steps, stage_of
 from train.reporting import card, page, tables
 from train.run import Recipe, Run, Watch, phase, seed_of, started
 from train.run import train as train_stage
@@ -107,7 +108,7 @@ def opened(config: PretrainConfig) -> Iterator[Opened]:
         distributed.check_same({"corpus": config.data.digest})
         if known.counts is not None:
             say(f"corpus: {known.counts.words()}, sha256 {str(config.data.digest)[:16]}")
-        streamed = config.train.tokens if known.counts is None else None
+        streamed = int(config.train.tokens) if known.counts is None else None
         data = token_file.tokenised(known, config.model.vocab_size, cache, given, streamed)
         train, validation = (
             TokenRows(part, config.data.context) for part in (data.train, data.validation)
@@ -154,9 +155,22 @@ def decoder_of(config: PretrainConfig) -> Decoder:
     Raises:
         UserError: sizes that do not go together.
     """
-    m: NewModelConfig = config.model
-    shape = base_models.scratch_shape(m, m.vocab_size, config.data.context)
-    shape = dataclasses.replace(shape, tie_embeddings=m.tie_embeddings)
+    m = config.model
+    kv_heads = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
+    rotary = "positions" not in FAMILIES[m.family].fields
+    base_models.check_sizes(m.hidden_size, m.num_heads, kv_heads, rotary)
+    shape = new_config(
+        m.family,
+        vocab_size=-(-m.vocab_size // 64) * 64,
+        hidden_size=m.hidden_size,
+        intermediate_size=m.intermediate_size,
+        num_layers=m.num_layers,
+        num_heads=m.num_heads,
+        num_kv_heads=kv_heads,
+        context=config.data.context,
+        tie_embeddings=m.tie_embeddings,
+        dtype=m.dtype,
+    )
     return Decoder(shape, m.remat)
 
 
@@ -169,7 +183,10 @@ def tokenizer_of(config: PretrainConfig) -> Tokenizer | None:
     name = config.data.tokenizer
     if name == "train":
         return None
-    found = Tokenizer.from_folder(hub.local(name) if hub.is_here(name) else hub.download(name))
+    try:
+        found = Tokenizer.from_folder(hub.local(name) if hub.is_here(name) else hub.download(name))
+    except UserError as error:
+        raise UserError(f"--data.tokenizer {error}; or use --data.tokenizer train") from None
     if found.largest_id >= config.model.vocab_size:
         raise UserError(
             f"--data.tokenizer {name} has ids up to {found.largest_id}, the model "
@@ -332,6 +349,7 @@ def export(opened: Opened, trained: Model, summary: dict[str, Any]) -> None:
         f"({config.preset}, seed {config.seed}) with jaxlib-unlearn. Validation perplexity "
         f"{found['val_perplexity']:.4g}. It continues texts, and answers no questions.",
         trained.sha,
+        chat=False,
     )
     with phase(run, "export"):
         export_model(trained, run.folder / "export", config.export_dtype, text, speaks=False)

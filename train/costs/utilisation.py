@@ -49,7 +49,7 @@ def flops_per_token(decoder: Decoder, context: int) -> int:
     Example:
         >>> from models import DecoderConfig
         >>> flops_per_token(Decoder(DecoderConfig(16, 8, 16, 2, 2, 2, 4)), 4)
-        8832
+        9216
 
     References:
         Chowdhery et al., "PaLM", arXiv:2204.02311, appendix B.

@@ -113,8 +113,9 @@ def read(folder: Path) -> Tokenised | None:
         wrong = sorted({n for n in sums if files.sha256(folder / n) != sums[n]})
         if wrong:
             raise ValueError(f"{wrong[0]} does not match its sha256")
-        parts = [_open(folder, name, manifest) for name in PARTS]
-        return Tokenised(*parts, Tokenizer.from_folder(folder / "tokenizer"), manifest["words"])
+        train, validation = (_open(folder, name, manifest) for name in PARTS)
+        tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+        return Tokenised(train, validation, tokenizer, manifest["words"])
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         say(f"{folder} is damaged ({one_line(error, 80)}); making it again")
         return None
@@ -199,7 +200,8 @@ def _write_parts(
     """Write tokens and starts of both parts; returns the number of documents of each."""
     config = known.config
     encode = encoder(tokenizer)
-    sizes, lengths = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    sizes: dict[str, int] = {name: 0 for name in PARTS}
+    lengths = dict(sizes)
     total = most if known.counts is None else known.counts.documents
     with contextlib.ExitStack() as opened:
         out = {

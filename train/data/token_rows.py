@@ -31,6 +31,11 @@ class TokenRows:
     context: int
     follows: str | None = None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row (`stream.Positioned`)."""
+        return self.context
+
     def __len__(self) -> int:
         """Number of rows."""
         return -(-len(self.part.tokens) // self.context)

@@ -55,8 +55,11 @@ SMOKE = {
     "data.documents": 60,
     "data.validation": 0.1,
     "model.vocab_size": 384,
+    "model.hidden_size": 64,
+    "model.intermediate_size": 128,
+    "model.num_layers": 2,
     "data.context": 64,
-    "train.tokens": 2048,
+    "train.tokens": 2048.0,
     "train.batch_tokens": 512,
     "train.curve_points": 2,
     "evaluate.tokens": 4096,
@@ -69,7 +72,7 @@ def _tiny() -> Preset:
         preset="pretrain-tiny",
         data=CorpusConfig(context=256),
         model=NewModelConfig(),
-        train=BudgetConfig(tokens=256 * 4096, batch_tokens=4096),
+        train=BudgetConfig(tokens=256 * 4096.0, batch_tokens=4096),
         optimizer=TINY["teon"],
     )
     summary = "2.2 M parameters on the Python files of installed packages (no download, minutes)"
@@ -91,7 +94,13 @@ def _published(
         preset=name,
         data=CorpusConfig(source="hub", subset=subset, tokenizer=tokenizer, context=context),
         model=model,
-        train=BudgetConfig(tokens=int(tokens), batch_tokens=batch_tokens, curve_points=20),
+        # Scores of attention are the largest arrays: a row of them on a device at once.
+        train=BudgetConfig(
+            tokens=tokens,
+            batch_tokens=batch_tokens,
+            micro_tokens=max(context, 4096),
+            curve_points=20,
+        ),
         optimizer=optimizers["teon"],
         mesh=MeshConfig(data=1, fsdp=-1, tp=1),
         export_dtype="bfloat16",
@@ -99,7 +108,7 @@ def _published(
     smoke = {
         "data.documents": 400,
         "data.validation": 0.05,
-        "train.tokens": 4 * context,
+        "train.tokens": 4.0 * context,
         "train.batch_tokens": 2 * context,
         "train.curve_points": 1,
         "evaluate.tokens": 2 * context,
@@ -108,19 +117,46 @@ def _published(
     return Preset(config, summary, smoke, optimizers)
 
 
+def _rates(adamw: AdamW, rate: float) -> dict[str, Options]:
+    """As `optimizers_of`, with AdamW's leaves at the rate of the matrices, as in Muon+."""
+    found = optimizers_of(adamw, rate, comm_dtype="bfloat16")
+    for name in ("muon", "normuon", "teon"):
+        found[name] = replace(found[name], adam_learning_rate=None)
+    return found
+
+
+# GPT: constant for 40 % of the steps, then in a line towards 0, clipped at a tenth, as in Muon+.
+# Rate and decay of the AdamW baseline are unknown.
+def _gpt(rate: float) -> dict[str, Options]:
+    adamw = AdamW(
+        learning_rate=6e-4, schedule="hold", warmup=0.0, b1=0.95, b2=0.95, weight_decay=0.1,
+        clip_norm=1.0,
+    )  # fmt: skip
+    return _rates(adamw, rate)
+
+
+def _gpt_shape(hidden: int, layers: int, heads: int, remat: str = "dots") -> NewModelConfig:
+    return NewModelConfig(
+        family="gpt2",
+        vocab_size=50257,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_layers=layers,
+        num_heads=heads,
+        dtype="bfloat16",
+        remat=remat,
+    )
+
+
 # LLaMA: rotary positions with theta 10000, RMSNorm with epsilon 1e-5, no shared heads of keys and
 # values. Whether embeddings are tied is unknown; untied they have the sizes of their names.
-# Schedule, rates and decay of the paper are unknown: 10 % of warm-up, cosine to 0, AdamW at the
-# rate of the matrices, as in Muon+. (Its rates, 0.04 and 0.1, are those of matrices.)
+# Schedule, rates and decay are those of Muon+: 10 % of warm-up, cosine to 0.
 def _llama(rate: float, weight_decay: float) -> dict[str, Options]:
     adamw = AdamW(
         learning_rate=1e-3, schedule="cosine", warmup=0.1, b1=0.95, b2=0.95,
         weight_decay=weight_decay, clip_norm=1.0,
     )  # fmt: skip
-    found = optimizers_of(adamw, rate, comm_dtype="bfloat16")
-    for name in ("muon", "normuon", "teon"):
-        found[name] = replace(found[name], adam_learning_rate=None)
-    return found
+    return _rates(adamw, rate)
 
 
 def _llama_shape(
@@ -132,7 +168,6 @@ def _llama_shape(
         intermediate_size=mlp,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=heads,
         tie_embeddings=False,
         dtype="bfloat16",
         remat=remat,
@@ -143,6 +178,36 @@ PRESETS: dict[str, Preset] = {
     preset.config.preset: preset
     for preset in (
         _tiny(),
+        _published(
+            "gpt-small",
+            "GPT-2, 124 M parameters, 10 G tokens of FineWeb (accelerators)",
+            _gpt_shape(768, 12, 12),
+            1024,  # "1024-2048"
+            10e9,
+            2**19,  # "0.5-1.0M"
+            _gpt(0.01),
+            tokenizer="openai-community/gpt2",
+        ),
+        _published(
+            "gpt-base",
+            "GPT-2, 362 M parameters, 10 G tokens of FineWeb (accelerators)",
+            _gpt_shape(1024, 24, 16),
+            4096,
+            10e9,
+            2**21,  # "2.1M"
+            _gpt(0.005),
+            tokenizer="openai-community/gpt2",
+        ),
+        _published(
+            "gpt-large",
+            "GPT-2, 774 M parameters, 10 G tokens of FineWeb (accelerators)",
+            _gpt_shape(1280, 36, 20, remat="full"),
+            8192,
+            10e9,
+            2**22,  # "4.2M"
+            _gpt(0.005),  # unknown
+            tokenizer="openai-community/gpt2",
+        ),
         _published(
             "llama-60m",
             "LLaMA, 60 M parameters, 1.1 G tokens of FineWeb (one accelerator)",

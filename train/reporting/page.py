@@ -152,7 +152,9 @@ def build(run_dir: str | Path) -> Path:
         lead=lead or LEAD,
         verdicts=verdicts(run.summary, questions, smoke, roles, run.evaluators),
         directions=[
-            (metrics_table.ARROWS[k], text) for k, text in metrics_table.DIRECTIONS.items() if k
+            (metrics_table.ARROWS[k], text)
+            for k, text in metrics_table.DIRECTIONS.items()
+            if k and (k in ("up", "down") or not lead)
         ],
         models=models,
         reference=roles.reference,
