@@ -14,7 +14,7 @@ from train.config import replace
 from train.data.corpus import CorpusConfig
 from train.optimizer_options import AdamW
 from train.optimizers import Options, other
-from train.pretrain_config import BudgetConfig, NewModelConfig, PretrainConfig
+from train.pretrain_config import BudgetConfig, JudgeConfig, NewModelConfig, PretrainConfig
 from train.runtime.sharding import MeshConfig
 
 
@@ -102,6 +102,7 @@ def _published(
             curve_points=20,
         ),
         optimizer=optimizers["teon"],
+        evaluate=JudgeConfig(tokens=2**23, curve_tokens=2**19),  # unknown
         mesh=MeshConfig(data=1, fsdp=-1, tp=1),
         export_dtype="bfloat16",
     )
