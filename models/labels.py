@@ -93,7 +93,12 @@ def forward_joined(
 
 
 def at_labels(hidden: jax.Array, batch: Batch) -> jax.Array:
-    """Hidden states `(R, T, d)` at the labels of a batch: `(B, W, d)`, or gathered (`gather`)."""
+    """Hidden states `(R, T, d)` at the labels of a batch: `(B, W, d)`, or gathered (`gather`).
+
+    A batch without `label_index` has a label in every slot.
+    """
+    if "label_index" not in batch:
+        return hidden
     index = gather(batch, batch["label_index"])
     return jnp.take_along_axis(hidden, index[..., None], axis=1)
 

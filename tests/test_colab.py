@@ -20,6 +20,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LINES = {
     "02": {"(?:sum|BLUR|SIFT)": 4, "(?:SGD|Adam|sign|Muon|NorMuon|TEON)": 6},
     "04": {"remat": 2},
+    "05": {"(?:adamw|muon|teon)": 3},
 }
 
 

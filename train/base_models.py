@@ -14,6 +14,7 @@ from models import Decoder, DecoderConfig, Tokenizer, bounds
 from models.hub import check_source
 from models.weights import find_smollm2
 from train.config import ModelConfig, RunConfig
+from train.data.bpe import train_bpe
 from train.evaluators.evaluation import Model
 from train.runtime import distributed, seal, sharding
 from train.runtime.checkpointing import params_sha256
@@ -23,23 +24,21 @@ from train.tasks.task import Task, texts
 
 def train_tokenizer(task: Task, vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer trained on the task's own texts."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, pre_tokenizers, trainers
-    from tokenizers import models as kinds
+    return train_bpe(texts(task), vocab_size)
 
-    backend = Backend(kinds.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts(task), trainer)
-    return Tokenizer(
-        backend, eos_id=backend.token_to_id("<eos>"), pad_id=backend.token_to_id("<pad>")
-    )
+
+def check_sizes(hidden_size: int, num_heads: int, num_kv_heads: int, rotary: bool = True) -> None:
+    """Raise `UserError` for sizes of a new decoder that do not divide one another."""
+    if hidden_size % num_heads or num_heads % num_kv_heads:
+        raise UserError(
+            f"--model.hidden-size {hidden_size}, --model.num-heads {num_heads} and "
+            f"--model.num-kv-heads {num_kv_heads} must divide one another in this order"
+        )
+    if rotary and hidden_size // num_heads % 2:
+        raise UserError(
+            f"--model.hidden-size {hidden_size} over --model.num-heads {num_heads} gives "
+            "an odd head size, which rotary positions cannot split; use an even one"
+        )
 
 
 def scratch_shape(m: ModelConfig, vocab_size: int, context: int) -> DecoderConfig:
@@ -48,16 +47,7 @@ def scratch_shape(m: ModelConfig, vocab_size: int, context: int) -> DecoderConfi
     Raises:
         UserError: sizes that do not divide one another.
     """
-    if m.hidden_size % m.num_heads or m.num_heads % m.num_kv_heads:
-        raise UserError(
-            f"--model.hidden-size {m.hidden_size}, --model.num-heads {m.num_heads} and "
-            f"--model.num-kv-heads {m.num_kv_heads} must divide one another in this order"
-        )
-    if m.hidden_size // m.num_heads % 2:
-        raise UserError(
-            f"--model.hidden-size {m.hidden_size} over --model.num-heads {m.num_heads} gives "
-            "an odd head size, which rotary positions cannot split; use an even one"
-        )
+    check_sizes(m.hidden_size, m.num_heads, m.num_kv_heads)
     return DecoderConfig(
         vocab_size=-(-vocab_size // 64) * 64,
         hidden_size=m.hidden_size,

@@ -78,7 +78,7 @@ def known_words(cls: type, prefix: str = "--") -> dict[str, tuple[str, ...]]:
     Example:
         >>> from train.config import RunConfig
         >>> known_words(RunConfig)["--finetune.optimizer.schedule"]
-        ('constant', 'linear', 'cosine')
+        ('constant', 'linear', 'cosine', 'hold')
     """
     hints, found = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
@@ -95,7 +95,7 @@ def known_words(cls: type, prefix: str = "--") -> dict[str, tuple[str, ...]]:
 
 def _words(name: str, field: dataclasses.Field) -> tuple[str, ...]:
     """The words that an option accepts; those of `--data.source` are looked up only when asked."""
-    if name != "--data.source":
+    if name != "--data.source" or words_of(field):
         return words_of(field)
     from train import tasks
 

@@ -33,12 +33,18 @@ def speaking(tokenizer: Any) -> Any:
 
 
 def export_model(
-    model: Any, folder: Path, dtype: str, text: str | None = None, max_new_tokens: int | None = None
+    model: Any,
+    folder: Path,
+    dtype: str,
+    text: str | None = None,
+    max_new_tokens: int | None = None,
+    speaks: bool = True,
 ) -> None:
     """Export a model as an HF folder, unless the folder already holds it with the same card.
 
     `text` is the model card; None: one that says where the model comes from. `max_new_tokens` is
-    the default maximum length of its answers.
+    the default maximum length of its answers; `speaks`: it answers questions, so its tokenizer is
+    given the template of its prompts.
     """
     text = (
         card.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text
@@ -60,7 +66,8 @@ def export_model(
 
     if distributed.of_first(there):
         return
-    loaded = Loaded(model.decoder.config, model.to_device().params, speaking(model.tokenizer))
+    tokenizer = speaking(model.tokenizer) if speaks else model.tokenizer
+    loaded = Loaded(model.decoder.config, model.to_device().params, tokenizer)
     with distributed.together():
         models.export(
             loaded,

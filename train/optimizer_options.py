@@ -12,7 +12,22 @@ from jaxlib_unlearn.optim.spectral.fusion import BASES
 from jaxlib_unlearn.options import option
 
 DTYPES = ("float32", "bfloat16")
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "hold")
+SHAPE_SCALES = ("match_rms", "spectral", "width", "unit")
+# By the word of `--optimizer.orthogonalize`: the argument of `optim.muon`. "You" is published with
+# 6 rows, of which code that takes 5 steps uses the first 5.
+ORTHOGONALIZERS = {
+    "jordan": "jordan",
+    "you": "you6",
+    "polar_express": "polar_express",
+    "svd": "svd",
+}
+# By the word of `--optimizer.groups`: the last parts of the names of a decoder's projections.
+GROUPS = {
+    "qkv": ("q", "k", "v"),
+    "qkvo": ("q", "k", "v", "o"),
+    "all": ("q", "k", "v", "o", "gate", "up", "down"),
+}
 
 
 def named(name: str) -> Any:
@@ -52,7 +67,10 @@ class Options:
     name: str = named("")
     learning_rate: float = rate(1e-5)
     schedule: str = option(
-        "linear", "of the learning rate; linear and cosine decay to 0.", choices=SCHEDULES
+        "linear",
+        "of the learning rate; linear and cosine decay to 0, hold is constant for a share of the "
+        "steps and then falls in a line to a floor.",
+        choices=SCHEDULES,
     )
     warmup: float = option(0.1, "fraction of the steps of linear warm-up.", low=0, high=1)
     weight_decay: float = option(
@@ -60,6 +78,16 @@ class Options:
     )
     clip_norm: float | None = option(
         None, "clip the global gradient norm; None: no clipping.", low=0
+    )
+    hold: float = option(
+        0.4,
+        "of schedule hold: share of the steps after the warm-up before the rate falls.",
+        low=0,
+        below=1,
+        later=True,
+    )
+    floor: float = option(
+        0.1, "of schedule hold: share of the peak where it ends.", low=0, high=1, later=True
     )
 
 
@@ -79,6 +107,33 @@ class Momentum:
     """Options of the rows that orthogonalise a momentum."""
 
     momentum: float = decay(0.95, "momentum of the matrices.")
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Options of Muon and its kin: how a direction is made and scaled."""
+
+    adam_learning_rate: float | None = option(
+        None,
+        "peak for AdamW's leaves; None: `learning_rate`.",
+        above=0,
+        wanted="positive",
+        later=True,
+    )
+    shape_scale: str = option(
+        "match_rms",
+        "factor of a matrix: match_rms, 0.2 sqrt(max(in, out)) (a rate for both parts), spectral, "
+        "sqrt(out / in), width, sqrt(max(1, out / in)), or unit, 1.",
+        choices=SHAPE_SCALES,
+        later=True,
+    )
+    orthogonalize: str | None = option(
+        None,
+        "how a momentum is orthogonalised: jordan (Newton-Schulz, 5 steps), you (6), polar_express "
+        "(5) or svd (exact); None: polar_express in teon, jordan in the others.",
+        choices=tuple(ORTHOGONALIZERS),
+        later=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -127,10 +182,19 @@ class AdamW(Adam, Options):
 
 
 @dataclass(frozen=True)
-class Muon(Adam, Sent, Momentum, Options):
+class Muon(Adam, Sent, Momentum, Scaled, Options):
     """Options of `muon`."""
 
     name: str = named("muon")
+    nesterov: bool = option(True, "look one step ahead.", later=True)
+
+
+@dataclass(frozen=True)
+class NorMuon(Muon):
+    """Options of `normuon`."""
+
+    name: str = named("normuon")
+    second_momentum: float = decay(0.95, "decay of the mean square of every output neuron.")
 
 
 @dataclass(frozen=True)
@@ -144,11 +208,24 @@ class OptaxMuon(Momentum, Options):
 
 
 @dataclass(frozen=True)
-class Teon(Adam, Sent, Momentum, Options):
+class Teon(Adam, Sent, Momentum, Scaled, Options):
     """Options of `teon`."""
 
     name: str = named("teon")
     group_size: int = option(2, "consecutive blocks that are orthogonalised together.", low=1)
+    nesterov: bool = option(False, "look one step ahead.", later=True)
+    axis: str = option(
+        "in",
+        "axis along which the matrices of a group are joined: in (the paper's mode-1) or out.",
+        choices=("in", "out"),
+        later=True,
+    )
+    groups: str = option(
+        "qkv",
+        "projections that are grouped: qkv, qkvo (those of attention) or all (the MLP's too).",
+        choices=tuple(GROUPS),
+        later=True,
+    )
 
 
 @dataclass(frozen=True)

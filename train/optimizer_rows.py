@@ -19,14 +19,18 @@ import optax.contrib
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim import matrices
+from jaxlib_unlearn.optim.spectral.groups import ATTENTION
 from train.optimizer_options import (
     FZOO,
+    GROUPS,
     LOZO,
+    ORTHOGONALIZERS,
     AdamW,
     HiZOO,
     Hybrid,
     MeZO,
     Muon,
+    NorMuon,
     OptaxMuon,
     Options,
     Rowwise,
@@ -121,11 +125,14 @@ def _with_matrices(make: Callable[..., Any], **options: Any):
     """Muon, TEON or SIFT: matrix updates have AdamW's typical RMS, AdamW trains the rest."""
 
     def build(c: Any, schedule: optax.Schedule):
-        more = {name: value(c) for name, value in options.items()}
+        more = {"shape_scale": "match_rms"} | {name: value(c) for name, value in options.items()}
+        rate = getattr(c, "adam_learning_rate", None)
+        if rate is not None:
+            # Both follow the run's schedule, whose peak may be traced.
+            more["adam_learning_rate"] = lambda count: schedule(count) * (rate / c.learning_rate)
         return make(
             schedule,
             beta=c.momentum,
-            shape_scale="match_rms",
             weight_decay=c.weight_decay,
             adam_b1=c.b1,
             adam_b2=c.b2,
@@ -137,8 +144,28 @@ def _with_matrices(make: Callable[..., Any], **options: Any):
     return build
 
 
+def _orthogonalize(c: Muon | Teon) -> str | None:
+    return None if c.orthogonalize is None else ORTHOGONALIZERS[c.orthogonalize]
+
+
+def _groups(c: Teon) -> str:
+    """The leaves that TEON groups, as a pattern on their paths; q, k and v in any spelling."""
+    if c.groups == "qkv":
+        return ATTENTION
+    return rf"(^|[/.])({'|'.join(GROUPS[c.groups])})([/.]|$)"
+
+
 def _comm_dtype(c: Sent) -> str | None:
     return None if c.comm_dtype == "float32" else c.comm_dtype
+
+
+# Options of `optim.muon` and `optim.teon`, by the options of a row.
+SCALED: dict[str, Callable[[Any], Any]] = {
+    "comm_dtype": _comm_dtype,
+    "shape_scale": lambda c: c.shape_scale,
+    "orthogonalize": _orthogonalize,
+    "nesterov": lambda c: c.nesterov,
+}
 
 
 def _optax_muon(c: OptaxMuon, schedule: optax.Schedule):
@@ -195,7 +222,7 @@ def _zeroth_order(make: Callable[..., Any], **options: Any):
     return build
 
 
-def _orthogonalizer(c: ZOMuon) -> str | None:
+def _reshaped_core(c: ZOMuon) -> str | None:
     return None if c.orthogonalize == "ns" else c.orthogonalize
 
 
@@ -290,9 +317,16 @@ OPTIMIZERS: dict[str, Optimizer] = {
         Optimizer(
             "muon",
             Muon,
-            _with_matrices(optim.muon, comm_dtype=_comm_dtype),
+            _with_matrices(optim.muon, **SCALED),
             "joint",
             "orthogonalised momentum for matrices, AdamW for the rest",
+        ),
+        Optimizer(
+            "normuon",
+            NorMuon,
+            _with_matrices(optim.muon, **SCALED, post=lambda c: optim.normuon(c.second_momentum)),
+            "joint",
+            "Muon whose output neurons move alike",
         ),
         Optimizer(
             "optax-muon",
@@ -304,7 +338,13 @@ OPTIMIZERS: dict[str, Optimizer] = {
         Optimizer(
             "teon",
             Teon,
-            _with_matrices(optim.teon, group_size=lambda c: c.group_size, comm_dtype=_comm_dtype),
+            _with_matrices(
+                optim.teon,
+                **SCALED,
+                group_size=lambda c: c.group_size,
+                axis=lambda c: c.axis,
+                groups=_groups,
+            ),
             "joint",
             "Muon with q, k and v of neighbouring blocks orthogonalised together",
             check_blocks=_blocks_of_teon,
@@ -393,7 +433,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
                 rank="rank",
                 refresh_every="refresh",
                 aux_learning_rate="vector_rate",
-                orthogonalize=_orthogonalizer,
+                orthogonalize=_reshaped_core,
             ),
             "value",
             "zeroth order in a subspace, orthogonalised",

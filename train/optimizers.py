@@ -22,7 +22,7 @@ from jaxlib_unlearn import optim, options
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
 from train import suggest
-from train.optimizer_options import SCHEDULES, Options
+from train.optimizer_options import Options
 from train.optimizer_rows import OPTIMIZERS
 from train.rows import Rows
 
@@ -64,15 +64,18 @@ def _summary(function: Callable[..., Any]) -> str:
 def schedule_numbers(config: Options, steps: int) -> dict[str, float]:
     """What a schedule depends on: its peak, the steps of warm-up, and the steps behind them."""
     warm = min(steps - 1, round(config.warmup * steps)) if steps > 1 else 0
-    return {
+    numbers = {
         "peak": float(config.learning_rate),
         "warm": float(warm),
         "rest": float(max(1, steps - warm)),
     }
+    if config.schedule == "hold":
+        numbers |= {"hold": config.hold, "floor": config.floor}
+    return numbers
 
 
 def make_schedule(config: Options, steps: int) -> optax.Schedule:
-    """Learning rate over `steps`: linear warm-up, then constant, linear or cosine decay to 0."""
+    """Learning rate over `steps`: linear warm-up, then a form of `SCHEDULES`."""
     return schedule_of(config.schedule, schedule_numbers(config, steps))
 
 
@@ -87,16 +90,25 @@ def schedule_of(form: str, numbers: Mapping[str, Any]) -> optax.Schedule:
         >>> rate = schedule_of("linear", {"peak": 1.0, "warm": 2.0, "rest": 4.0})
         >>> [float(rate(step)) for step in range(7)]
         [0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
+        >>> held = {"peak": 1.0, "warm": 0.0, "rest": 10.0, "hold": 0.5, "floor": 0.25}
+        >>> [round(float(schedule_of("hold", held)(step)), 2) for step in (0, 5, 6, 8, 9)]
+        [1.0, 1.0, 0.8, 0.4, 0.25]
     """
     peak, warm, rest = (numbers[name] for name in ("peak", "warm", "rest"))
+    hold, floor = numbers.get("hold", 0.0), numbers.get("floor", 0.0)
 
     def rate(count: Any) -> jax.Array:
         step = jnp.asarray(count, jnp.float32)
         first = peak / jnp.maximum(warm, 1.0)
         rise = (first - peak) * (1 - step / jnp.maximum(warm, 1.0)) + peak
         done = jnp.clip(step - warm, 0.0, rest) / rest
-        falls = (1.0, 1 - done, 0.5 * (1 + jnp.cos(jnp.pi * done)))
-        return jnp.where(step < warm, rise, peak * falls[SCHEDULES.index(form)])
+        share = {
+            "constant": lambda: 1.0,
+            "linear": lambda: 1 - done,
+            "cosine": lambda: 0.5 * (1 + jnp.cos(jnp.pi * done)),
+            "hold": lambda: jnp.clip((1 - done) / (1 - hold), floor, 1.0),
+        }[form]()
+        return jnp.where(step < warm, rise, peak * share)
 
     return rate
 

@@ -1,7 +1,8 @@
 """The cost of a run on an accelerator that is not present: memory, FLOPs, traffic, time.
 
 python -m train.plan tofu-npo-llama3-8b --topology v5e:8x8
-python -m train.plan PRESET --topology KIND:SHAPE [any option of train.unlearn] [--json]
+python -m train.plan llama-1b --topology v5e:4x4
+python -m train.plan PRESET --topology KIND:SHAPE [any option of the preset's program] [--json]
 
 The programs of the run are compiled ahead of time for the slice; no TPU and no weights are needed.
 Kinds: v4, v5e, v5p, v6e, tpu7x (pip install -e '.[tpu]'); cpu:8; gpu:8 (GPUs that are present).
@@ -14,7 +15,7 @@ import math
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import option
@@ -23,6 +24,7 @@ from train import cli, suggest
 from train.config import RunConfig
 from train.costs import PROGRAMS
 from train.costs.topology import GIB, Topology, check_topology, find_topology
+from train.pretrain_config import PretrainConfig
 
 # What a collective sends over a chip's links in a group of n, as a fraction of its bytes.
 WIRE = {
@@ -54,26 +56,50 @@ class PlanConfig(RunConfig):
     json: bool = False
 
 
+@dataclass(frozen=True)
+class PretrainPlanConfig(PretrainConfig):
+    """A pre-training run, and what to plan it for.
+
+    Args:
+        topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
+        json: print one JSON object and nothing else.
+    """
+
+    topology: str = ""
+    json: bool = False
+
+
 def main(argv: list[str]) -> None:
     """The program."""
-    from train.arguments import read_arguments
-    from train.presets import PRESETS
+    from train import arguments, pretrain_arguments
+    from train.presets import PRESETS, pretraining
 
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
-        print("Presets: " + ", ".join(PRESETS))
+        print("Presets: " + ", ".join([*PRESETS, *pretraining.PRESETS]))
         return
-    config = read_arguments(argv, PlanConfig, "train.plan")
+    if argv[0] in pretraining.PRESETS:
+        read = pretrain_arguments.read_arguments
+        config = read(argv, PretrainPlanConfig, "train.plan")
+    else:
+        if not argv[0].startswith("-"):
+            suggest.choose(argv[0], {**PRESETS, **pretraining.PRESETS}, "preset")
+        config = arguments.read_arguments(argv, PlanConfig, "train.plan")
     check(config)
     found = plan(config, say=None if config.json else lambda text: print(text, flush=True))
     print(json.dumps(found, indent=1) if config.json else table(found))
 
 
-def check(config: PlanConfig) -> None:
+def check(config: PlanConfig | PretrainPlanConfig) -> None:
     """Raise `UserError` for wrong options, before any device is looked for."""
     if not config.topology:
         raise UserError("give --topology, a TPU slice such as v5e:8x8, or cpu:8")
     check_topology(config.topology)
+    if isinstance(config, PretrainPlanConfig):
+        from train.checks import check_numbers
+
+        check_numbers(config)
+        return
     for name in config.programs:
         suggest.check_choice("--programs", name, PROGRAMS)
     for name, size in (("--length", config.length), ("--labels", config.labels)):
@@ -83,7 +109,74 @@ def check(config: PlanConfig) -> None:
         raise UserError(f"--labels {config.labels} are more than the tokens of a row")
 
 
-def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
+class Planned(NamedTuple):
+    """What is planned of a run.
+
+    Args:
+        model: where it comes from.
+        programs: those to compile.
+        update: `update()`: the optimizer's update and its shapes, or None.
+        knobs: `knobs(programs) -> options` to change if something does not fit.
+    """
+
+    model: str
+    programs: list[Any]
+    update: Any
+    knobs: Any
+
+
+def planned_run(config: PlanConfig, devices: list[Any]) -> tuple[Planned, Any]:
+    """The programs of an unlearning run, and its mesh.
+
+    Raises:
+        UserError: the slice cannot hold the run.
+    """
+    from train.costs import programs
+    from train.runtime import sharding
+
+    decoder = programs.decoder_of(config)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_heads(mesh, decoder.config.num_heads)
+    length = config.length or config.data.max_length
+    check_positions(decoder.config.learned_positions, length, "--length or --data.max-length")
+    labels = config.labels or length
+    wanted = []
+    if "train" in config.programs:
+        wanted.append(programs.train_program(config, decoder, mesh, length, labels))
+    if "score" in config.programs:
+        wanted.append(programs.score_program(config, decoder, mesh, length, labels))
+    if "generate" in config.programs:
+        wanted += programs.generate_programs(config, decoder, mesh, length)
+    return Planned(
+        config.stage.original or config.model.path,
+        wanted,
+        lambda: programs.update_program(config, decoder, mesh),
+        lambda done: knobs(config, done, mesh),
+    ), mesh
+
+
+def planned_pretraining(config: PretrainPlanConfig, devices: list[Any]) -> tuple[Planned, Any]:
+    """The step of a pre-training run, and its mesh.
+
+    Raises:
+        UserError: the slice cannot hold the run.
+    """
+    from train import pretraining
+    from train.costs import pretraining_program as programs
+    from train.runtime import sharding
+
+    decoder = pretraining.decoder_of(config)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_heads(mesh, decoder.config.num_heads)
+    return Planned(
+        f"{config.model.family} from random weights",
+        [programs.pretraining_program(config, decoder, mesh)],
+        lambda: programs.pretraining_update(config, decoder, mesh),
+        lambda done: pretraining_knobs(config, done, mesh),
+    ), mesh
+
+
+def plan(config: PlanConfig | PretrainPlanConfig, say: Any = None) -> dict[str, Any]:
     """Compile the programs of a run for a slice and compute their costs.
 
     Args:
@@ -97,34 +190,23 @@ def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
     Raises:
         UserError: the slice does not exist, or the run cannot use it.
     """
-    from train.costs import programs
-    from train.runtime import sharding
-
     topology = find_topology(config.topology)
-    decoder = programs.decoder_of(config)
-    mesh = sharding.make_mesh(config.mesh, list(topology.devices))
-    sharding.check_heads(mesh, decoder.config.num_heads)
-    length = config.length or config.data.max_length
-    check_positions(decoder.config.learned_positions, length, "--length or --data.max-length")
-    labels = config.labels or length
-    wanted = []
-    if "train" in config.programs:
-        wanted.append(programs.train_program(config, decoder, mesh, length, labels))
-    if "score" in config.programs:
-        wanted.append(programs.score_program(config, decoder, mesh, length, labels))
-    if "generate" in config.programs:
-        wanted += programs.generate_programs(config, decoder, mesh, length)
+    devices = list(topology.devices)
+    if isinstance(config, PretrainPlanConfig):
+        planned, mesh = planned_pretraining(config, devices)
+    else:
+        planned, mesh = planned_run(config, devices)
     done = {}
-    for program in wanted:
+    for program in planned.programs:
         if say is not None:
             say(f"compiling {program.name} for {topology.name}: {program.unit}")
         done[program.name] = account(program, topology, mesh.size)
     if "train" in done:
-        done["train"] |= optimizer_work(config, decoder, mesh, done["train"])
+        done["train"] |= optimizer_work(planned.update(), mesh, done["train"])
     first = next(iter(done.values()))
     return {
         "preset": config.preset,
-        "model": config.stage.original or config.model.path,
+        "model": planned.model,
         "optimizer": config.optimizer.name,
         "topology": topology.name,
         "chips": topology.chips,
@@ -133,7 +215,7 @@ def plan(config: PlanConfig, say: Any = None) -> dict[str, Any]:
         "hbm_bytes_per_chip": topology.chip.hbm_bytes,
         **first,
         "fits": all(p["fits"] for p in done.values()),
-        "knobs": knobs(config, done, mesh),
+        "knobs": planned.knobs(done),
         "programs": done,
     }
 
@@ -206,11 +288,13 @@ def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
     }
 
 
-def optimizer_work(config: Any, decoder: Any, mesh: Any, step: dict[str, Any]) -> dict[str, Any]:
-    """The FLOPs of the update: as compiled, or (if compilation failed) as the function asks for."""
-    from train.costs import flops, programs
+def optimizer_work(made: Any, mesh: Any, step: dict[str, Any]) -> dict[str, Any]:
+    """The FLOPs of the update: as compiled, or (if compilation failed) as the function asks for.
 
-    made = programs.update_program(config, decoder, mesh)
+    `made` is the update and its shapes; None: it evaluates the loss.
+    """
+    from train.costs import flops
+
     if made is None:
         return {"optimizer_flops_per_chip": step["optimizer_flops_per_chip"] or 0}
     platform = mesh.devices.flat[0].platform
@@ -300,6 +384,26 @@ def knobs(config: PlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
     if not all(p["fits"] for name, p in done.items() if name != "train"):
         out.append("--evaluate.score-tokens, --evaluate.generate-rows: smaller")
     return out
+
+
+def pretraining_knobs(config: PretrainPlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
+    """As `knobs`, of a pre-training run."""
+    from models.decoder import REMAT
+    from train.runtime.sharding import batch_ways
+
+    if done["train"]["fits"]:
+        return []
+    words = list(REMAT)
+    out = [f"--model.remat {word}" for word in words[words.index(config.model.remat) + 1 :]]
+    if config.train.micro_tokens >= 2 * config.data.context:
+        out.append(f"--train.micro-tokens {config.train.micro_tokens // 2}")
+    if mesh.shape["data"] > 1:
+        out.append(f"--mesh.data 1 --mesh.fsdp {batch_ways(mesh)}")
+    if config.model.dtype == "float32":
+        out.append("--model.dtype bfloat16")
+    if getattr(config.optimizer, "state_dtype", None) == "float32":
+        out.append("--optimizer.state-dtype bfloat16")
+    return [*out, "a larger --topology"]
 
 
 def table(found: dict[str, Any]) -> str:

@@ -33,7 +33,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", type=Path, help="run folder of train.unlearn"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        type=Path,
+        help="run folder of train.unlearn or train.pretrain",
     )
     parser.add_argument(
         "--html",
@@ -41,7 +45,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         nargs="?",
         const=Path("comparison.html"),
-        help="the runs on a page, forget against retain (default: comparison.html)",
+        help="the runs on a page: forget against retain, or validation loss over tokens "
+        "(default: comparison.html)",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="every number, one per line")
     parser.add_argument("--latex", type=Path, metavar="FILE", help="the table as a LaTeX tabular")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -173,3 +174,45 @@ def test_peers_on_a_tiny_model(repo, tiny_llama, small_tofu, tmp_path):
         assert row["work"].startswith(start) and row["work"] in table
         assert row["ours"] > 0 and row["theirs"] > 0
         assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
+
+
+def test_the_table_of_pretraining(repo, tmp_path, monkeypatch, capsys):
+    """The best of each grid is compared by seed; nothing is trained twice."""
+    bench = load(repo, "pretrain_table")
+    centre = {"adamw": 4e-3, "muon": 0.02, "normuon": 0.04, "teon": 0.02}
+    ran = []
+
+    def run(job, folder, options):
+        ran.append((job, tuple(options)))
+        off = abs(math.log(job.rate / centre[job.optimizer])) + 0.1 * len(job.more)
+        level = list(centre).index(job.optimizer)
+        loss = 3 - 0.1 * level + off + 0.01 * job.seed * (1 + level)
+        flat = {"val_perplexity": math.exp(loss), "train_perplexity": 2.0}
+        return flat | {"tokens_per_second": 5000.0}
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **more: None)
+    bench.main(["--output", str(tmp_path), "--tokens", "4096"])
+    text = (tmp_path / "tokens-4096" / "pretrain_table.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    assert "| normuon | 0.04 **best** (end of the grid) |" in text
+    assert "| muon | 0.02 **best** |" in text
+    # Seeds 0, 1 and 2: TEON's loss minus Muon's is -0.2 + 0.02 seed.
+    (teon,) = [line for line in text.splitlines() if line.startswith("| teon | 2.7")]
+    assert "-0.1800 ± 0.0200" in teon and "2.7400 ± 0.0400" in teon
+    assert all(("--train.tokens", "4096") == options for _, options in ran)
+    jobs = {job for job, _ in ran}
+    assert len(jobs) == 4 * (3 + 2) + len(bench.ABLATIONS) - 1
+    assert len({job.name for job in jobs}) == len(jobs)
+
+
+def test_every_line_of_the_table_of_pretraining_is_a_command(repo):
+    """Typos in its options would be found after an hour."""
+    from train.pretrain_arguments import read_arguments
+
+    bench = load(repo, "pretrain_table")
+    for name, rates in bench.GRID.items():
+        options = ["--optimizer.name", name, "--optimizer.learning-rate", str(rates[0])]
+        assert read_arguments(["pretrain-tiny", *options]).optimizer.learning_rate == rates[0]
+    found = [read_arguments(["pretrain-tiny", *more]) for more in bench.ABLATIONS.values()]
+    assert len({str(config.optimizer) for config in found}) == len(found)

@@ -109,6 +109,7 @@ def another(name: str, value: Any) -> Any:
     last = name.rpartition(".")[2]
     choices = {"schedule": "constant", "bases": "svd", "state_dtype": "bfloat16", "name": "muon"}
     choices |= {"comm_dtype": "bfloat16", "mask": "static", "orthogonalize": "svd"}
+    choices |= {"shape_scale": "unit", "axis": "out", "groups": "all"}
     if last in choices:
         return choices[last]
     if isinstance(value, bool):

@@ -449,5 +449,35 @@ def test_the_quickstart_on_two_processes(launch, small, tmp_path):
         assert d.code == 0, d.err
 
 
+@pytest.mark.slow
+def test_pretraining_on_two_processes(launch, tmp_path):
+    """The corpus is tokenised once; the same rows give the same losses and perplexities."""
+    texts = tmp_path / "texts.jsonl"
+    rows = [f"document {i} counts to {i * 7} and back to {i % 5}" * 3 for i in range(90)]
+    texts.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    command = (
+        "-m train.pretrain pretrain-tiny --smoke --model.hidden-size 32 --model.num-layers 2 "
+        "--model.intermediate-size 64 --model.num-heads 2 --model.num-kv-heads 2 --data.context 32 "
+        "--train.tokens 2048 --train.batch-tokens 256 --mesh.fsdp 2 --data.source text"
+    ).split()
+    command += ["--data.path", texts]
+    one, two = tmp_path / "a" / "one", tmp_path / "b" / "two"
+    (alone,) = launch([[*command, "--output", one]], devices=4).end()
+    assert alone.code == 0, alone.err
+    done = launch([[*command, "--output", two]] * 2).end()
+    assert [d.code for d in done] == [0, 0], done
+    said = done[1].out + done[1].err
+    assert not [line for line in said.splitlines() if not line.startswith("[Gloo]")], said
+    ours, theirs = (lines_of(root, "pretrained") for root in (two, one))
+    assert [x["step"] for x in ours] == [x["step"] for x in theirs] == list(range(9))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    flats = [json.loads((root / "summary.json").read_text())["pretrained"] for root in (two, one)]
+    for key in ("val_perplexity", "train_perplexity"):
+        assert flats[0][key] == pytest.approx(flats[1][key], rel=1e-4)
+    configs = [json.loads((root / "config.json").read_text()) for root in (two, one)]
+    assert configs[0] == configs[1]
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])

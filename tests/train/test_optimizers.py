@@ -124,7 +124,7 @@ def test_decay_is_decoupled_and_masked(name, params):
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = one_step(config, params, zeros)
     mask = decay_mask(params)
-    if name in ("muon", "optax-muon", "teon", "sift"):  # only the matrices
+    if name in ("muon", "normuon", "optax-muon", "teon", "sift"):  # only the matrices
         mask["embed"]["embedding"] = mask["lm_head"]["kernel"] = False
     for (path, got), decays in zip(
         jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(mask), strict=True
@@ -219,6 +219,7 @@ def test_extra_arguments_are_swallowed(few):
 
 def test_table_is_consistent():
     shared = {"name", "learning_rate", "schedule", "warmup", "weight_decay", "clip_norm"}
+    shared |= {"hold", "floor"}
     assert {field.name for field in dataclasses.fields(Options)} == shared
     for name, row in OPTIMIZERS.items():
         assert row.name == name == row.options().name and row.summary

@@ -261,12 +261,19 @@ def update_program(config: RunConfig, decoder: Decoder, mesh: Mesh) -> tuple[Any
     Their work is mostly the model's, several times over.
     """
     optimizer = optimizers.over_rows(config.optimizer, config.unlearn.batch_size)
-    tx, _, needs = optimizers.build(optimizer, STEPS, config.combine)
-    if needs not in ("joint", "split"):
-        return None
     objective, _ = objectives.resolve(config.objective)
     params = param_shapes(decoder, mesh)
     trained = trained_shapes(config, params, mesh, objective, decoder.config.dtype).start
+    return update_of(optimizer, config.combine, trained, mesh)
+
+
+def update_of(
+    optimizer: optimizers.Options, combine: str, trained: Any, mesh: Mesh
+) -> tuple[Any, tuple] | None:
+    """As `update_program`, of shapes that are trained."""
+    tx, _, needs = optimizers.build(optimizer, STEPS, combine)
+    if needs not in ("joint", "split"):
+        return None
     state, _ = state_shapes(trained, tx, mesh)
 
     def update(grads, opt_state, params, other):

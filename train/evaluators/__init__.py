@@ -16,6 +16,7 @@ from train.evaluators import (
     leak,
     membership,
     memorization,
+    perplexity,
     readability,
     tofu,
     utility,
@@ -36,6 +37,7 @@ EVALUATORS: dict[str, Evaluator] = {
         leak.ROW,
         choice.ROW,
         answer.ROW,
+        perplexity.ROW,
     )
 }
 # The evaluators for questions with one right answer each.

@@ -124,12 +124,14 @@ class Results(NamedTuple):
         logs: per-item logs by model.
         roles: which model is which.
         questions: number of questions behind forget quality (0: unknown).
+        steps: the lines of `metrics.jsonl` about the judged model.
     """
 
     summary: Mapping[str, Mapping[str, Any]]
     logs: Mapping[str, dict[str, Any]] = {}
     roles: Roles = ROLES
     questions: int = 0
+    steps: Sequence[Mapping[str, Any]] = ()
 
     def scores(self, name: str) -> Scores:
         """A metric by role."""
@@ -253,6 +255,7 @@ class Evaluator(NamedTuple):
         pairs: the metrics that runs are compared by.
         definitions: how its metrics are computed.
         version: part of the key of cached logs; raise it when a value may change.
+        lead: the page's first sentences, for runs that are not about unlearning.
     """
 
     name: str
@@ -266,6 +269,7 @@ class Evaluator(NamedTuple):
     pairs: tuple[Pair, ...] = ()
     definitions: tuple[Definition, ...] = ()
     version: int = 1
+    lead: str = ""
 
 
 def arranged(rows: Iterable[Named]) -> list[Named]:

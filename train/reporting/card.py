@@ -30,6 +30,16 @@ answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 """
+CONTINUE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+inputs = tokenizer("import numpy as", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
+```
+"""
 TAGS = ("jaxlib-unlearn",)
 
 
@@ -120,14 +130,16 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
     return "\n".join(lines)
 
 
-def plain(what: str, sha: str | None = None) -> str:
+def plain(what: str, sha: str | None = None, chat: bool = True) -> str:
     """The card of a model that no run evaluated.
 
     Args:
         what: one sentence on where it comes from.
         sha: sha256 of its parameters.
+        chat: it answers questions; False: it continues texts.
     """
-    lines = [*_front(()), "# Exported model", "", cell(what), "", "## Use", "", USE]
+    use = USE if chat else CONTINUE
+    lines = [*_front(()), "# Exported model", "", cell(what), "", "## Use", "", use]
     lines += [f"Parameters (sha256): `{sha}`", ""] if sha else []
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Several runs on one page: forget against retain, and a table of the main metrics.
+"""Several runs on one page: forget against retain, losses over tokens, and the main metrics.
 
 python -m train.report RUN RUN ... --html FILE
 """
@@ -13,7 +13,7 @@ import numpy as np
 from train.evaluators import chosen
 from train.evaluators.base import Pair
 from train.reporting import metrics_table, plots, tables
-from train.reporting.page import Drawn, embed, render
+from train.reporting.page import Drawn, embed, render, steps_of
 from train.reporting.runlogs import clean
 from train.reporting.tables import Column, Run
 from train.reporting.verdict import SMOKE
@@ -99,6 +99,42 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
     return made
 
 
+def losses(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> list[Drawn]:
+    """The picture of validation losses over tokens, where runs have looked at them.
+
+    Args:
+        found: experiments as `tables.groups` gives them.
+        names: a short name for each.
+    """
+    bands = [
+        band
+        for name, (_, members) in zip(names, found, strict=True)
+        if (band := _band(name, members)) is not None
+    ]
+    if not bands:
+        return []
+    smoke = "SMOKE: " if any(run.config.get("smoke") for _, runs in found for run in runs) else ""
+    title = "Validation loss over tokens"
+    ends = "; ".join(f"{band.name} {band.values[:, -1].mean():.3f}" for band in bands)
+    caption = "Cross-entropy of held-out documents. A line is the mean over an experiment's seeds, "
+    caption += "its band reaches from the lowest to the highest of them."
+    png = plots.png(plots.loss_bands(bands), smoke + title)
+    return [Drawn("losses", title, f"{title}; at the end: {ends}.", caption, "", png)]
+
+
+def _band(name: str, members: Sequence[Run]) -> plots.Band | None:
+    """The looks that all seeds of an experiment took; None where there are none."""
+    looks = [dict(zip(*plots.series(steps_of(run), "validation_loss"), strict=True))
+             for run in members]  # fmt: skip
+    budget = members[0].config.get("train")
+    each = budget.get("batch_tokens") if isinstance(budget, dict) else None
+    steps = sorted(set.intersection(*map(set, looks)))
+    if not steps or not isinstance(each, int):
+        return None
+    values = np.array([[look[step] for step in steps] for look in looks])
+    return plots.Band(name, each * np.array(steps), values)
+
+
 def _row(column: Column, names: dict[str, str], shown: Sequence[str]) -> dict[str, Any]:
     cells = [column.cells[n].text() if n in column.cells else metrics_table.MISSING for n in shown]
     name = names.get(column.label, column.label)
@@ -127,11 +163,13 @@ def page(runs: Sequence[Run]) -> str:
         names |= dict.fromkeys(("", "SMOKE"), short[0])
     heads = [metrics_table.describe(n) for n in shown]
     smoke = any(run.config.get("smoke") for run in runs)
+    pairs, overlaid = pictures(found, short), losses(found, short)
     return render(
         "comparison.html.j2",
         title=f"{len(found)} experiments" if len(found) > 1 else short[0],
         smoke=SMOKE if smoke else "",
-        pictures=[embed(p, p.png) for p in pictures(found, short) if p.png],
+        topic="training" if overlaid and not pairs else "unlearning",
+        pictures=[embed(p, p.png) for p in (*pairs, *overlaid) if p.png],
         heads=[
             {
                 "label": m.label,

@@ -21,6 +21,11 @@ from train.reporting.tables import Run
 from train.reporting.verdict import SMOKE, verdicts
 from train.runtime import files
 
+LEAD = (
+    "A model that knows a set of facts was made to forget a part of them. Below: whether it "
+    "forgot, what it kept, and how that was measured."
+)
+
 
 class Drawn(NamedTuple):
     """A picture of the page; without PNG bytes (not enough data) `missing` says why."""
@@ -33,10 +38,8 @@ class Drawn(NamedTuple):
     png: bytes | None
 
 
-def curves(run: Run) -> Picture:
+def curves(run: Run, steps: Sequence[dict[str, Any]]) -> Picture:
     """The picture of the training curves, which does not depend on the evaluators."""
-    logged = read_steps(run.folder / "metrics.jsonl", _say)
-    steps = [r for r in logged if r["stage"] == run.roles.judged]
 
     def draw(results: Results) -> Any:
         from train.reporting import plots
@@ -58,15 +61,24 @@ def curves(run: Run) -> Picture:
     )
 
 
+def steps_of(run: Run) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` about the judged model."""
+    logged = read_steps(run.folder / "metrics.jsonl", _say)
+    return [row for row in logged if row["stage"] == run.roles.judged]
+
+
 def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Drawn]:
     """The pictures of a run: its training curves, and those of its evaluators."""
     from train.reporting import plots
 
-    results = Results(run.summary, logs, run.roles)
+    steps = steps_of(run)
+    results = Results(run.summary, logs, run.roles, steps=steps)
     rows = arranged(picture for row in chosen(run.evaluators) for picture in row.pictures)
+    if not any(row.name == "curves.png" for row in rows):
+        rows = [curves(run, steps), *rows]
     smoke = "SMOKE: " if run.config.get("smoke") else ""
     made = []
-    for row in (curves(run), *rows):
+    for row in rows:
         figure = row.draw(results)
         png = figure and plots.png(figure, smoke + row.title)
         made.append(Drawn(row.name, row.title, row.alt(results), row.caption, row.missing, png))
@@ -122,7 +134,8 @@ def build(run_dir: str | Path) -> Path:
     run = tables.load_run(run_dir)
     logs = read_evals(run)
     roles, models = run.roles, run.models
-    questions = len(truth_ratios(logs.get(roles.judged, {})))
+    asked = "tofu" in run.evaluators
+    questions = len(truth_ratios(logs.get(roles.judged, {}))) if asked else 0
     made = pictures(run, logs)
     definitions = arranged(one for row in chosen(run.evaluators) for one in row.definitions)
     preset, seed = run.config.get("preset") or run.folder.name, run.config.get("seed")
@@ -130,15 +143,18 @@ def build(run_dir: str | Path) -> Path:
     method = objective.get("name") if isinstance(objective, dict) else objective
     smoke = bool(run.config.get("smoke"))
     own_reference = logs.get(roles.reference) if roles.reference in run.summary else None
+    lead = next((row.lead for row in chosen(run.evaluators) if row.lead), "")
     page = render(
         "report.html.j2",
         smoke=SMOKE if smoke else "",
         title=f"{preset}, {method}, seed {seed}" if method else f"{preset}, seed {seed}",
-        lead="A model that knows a set of facts was made to forget a part of them. Below: whether "
-        "it forgot, what it kept, and how that was measured.",
+        topic="training" if lead else "unlearning",
+        lead=lead or LEAD,
         verdicts=verdicts(run.summary, questions, smoke, roles, run.evaluators),
         directions=[
-            (metrics_table.ARROWS[k], text) for k, text in metrics_table.DIRECTIONS.items() if k
+            (metrics_table.ARROWS[k], text)
+            for k, text in metrics_table.DIRECTIONS.items()
+            if k and (k in ("up", "down") or not lead)
         ],
         models=models,
         reference=roles.reference,

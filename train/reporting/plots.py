@@ -164,6 +164,54 @@ def curves(
     return figure
 
 
+def losses(steps: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Training and validation loss over the steps of one run.
+
+    Args:
+        steps: the stage's lines of `metrics.jsonl`, `loss` and `validation_loss` among them.
+
+    Returns:
+        The figure, or None when nothing was logged.
+    """
+    rows = [dict(row) for row in steps]
+    if not series(rows, "loss")[0]:
+        return None
+    figure, (ax,) = _figure([3.0])
+    x, y = series(rows, "loss")
+    ax.plot(x, y, label="batch", linewidth=1, color="#9A9A9A")
+    x, y = series(rows, "validation_loss")
+    ax.plot(x, y, label="held out", linewidth=2, markersize=5, **STYLES["judged"])
+    ax.set_xlabel("step", fontsize=FONT)
+    ax.set_ylabel("nats a token", fontsize=FONT)
+    _above(ax)
+    return figure
+
+
+class Band(NamedTuple):
+    """An experiment in a comparison of losses: its name, tokens, and the loss of every seed."""
+
+    name: str
+    tokens: np.ndarray  # (P,)
+    values: np.ndarray  # (seeds, P)
+
+
+def loss_bands(bands: Sequence[Band]) -> Figure:
+    """Validation loss over tokens: the mean of the seeds, and the range that they span."""
+    figure, (ax,) = _figure([3.6])
+    styles = (STYLES["judged"], STYLES["reference"], STYLES["forget"], STYLES["retain"], *FURTHER)
+    for i, (name, tokens, values) in enumerate(bands):
+        style, count = styles[i % len(styles)], len(values)
+        label = name if count == 1 else f"{name} (n={count})"
+        ax.plot(tokens, values.mean(0), label=label, linewidth=2, markersize=4, **style)
+        if count > 1:
+            low, high = values.min(0), values.max(0)
+            ax.fill_between(tokens, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    ax.set_xlabel("tokens", fontsize=FONT)
+    ax.set_ylabel("validation loss, nats a token", fontsize=FONT)
+    _legend(ax)
+    return figure
+
+
 def fact_recall(summary: Mapping[str, Mapping[str, Any]], roles: Roles = ROLES) -> Figure | None:
     """Share of the true values in each model's answers, facts to forget and facts to keep.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from train.evaluators import QUESTION_ANSWERING
 from train.evaluators.base import items_of
 from train.evaluators.leak import leak_scores
 from train.evaluators.tofu import truth_ratios
@@ -28,6 +29,12 @@ RERUN = (
     "retain_log",
     "output",
 )
+UNLEARN = "train.unlearn"
+# Those of a program that trains on a corpus.
+OF_CORPUS = (
+    *("data.source", "data.repository", "data.subset", "data.packages", "data.tokenizer"),
+    *("train.tokens", "train.batch_tokens"),
+)
 
 
 def command(run: Run) -> str:
@@ -35,8 +42,9 @@ def command(run: Run) -> str:
     given = run.config.get("command")
     if given:
         return given if isinstance(given, str) else shlex.join(str(word) for word in given)
-    lines = [f"python -m train.unlearn {shlex.quote(str(run.config.get('preset') or 'PRESET'))}"]
-    for name in RERUN:
+    program = str(run.about.get("program") or UNLEARN)
+    lines = [f"python -m {program} {shlex.quote(str(run.config.get('preset') or 'PRESET'))}"]
+    for name in RERUN if program == UNLEARN else (*RERUN, *OF_CORPUS):
         value: Any = run.config
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
@@ -102,6 +110,8 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     if leak_rows:
         counts.append(f"{len(leak_rows[0])} sampled answers to each of {len(leak_rows)}")
     where = (data.get("path") if isinstance(data, dict) else None) or "the preset's own"
+    if isinstance(data, dict) and data.get("digest"):
+        where = f"corpus of {data.get('path') or data.get('source')}, sha256 {data['digest']}"
     split = data.get("forget_split") if isinstance(data, dict) else None
     if isinstance(data, dict) and data.get("forget"):
         where, split = f"your own: {data['forget']} to forget, {data.get('retain')} to keep", None
@@ -145,14 +155,16 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 
 def limitations(run: Run, logs: dict[str, dict[str, Any]]) -> list[str]:
     """The limitations of the numbers, and the run's own notes."""
-    n = len(truth_ratios(logs.get(run.roles.judged, {})))
+    questions = "tofu" in run.evaluators
+    n = len(truth_ratios(logs.get(run.roles.judged, {}))) if questions else 0
     out = []
     if run.config.get("smoke"):
         out.append(
             "This is a smoke run: steps and samples are cut to see the program work. Its numbers "
             "say nothing about the method."
         )
-    if _tiny(run):
+    asked = bool(set(run.evaluators) & set(QUESTION_ANSWERING))
+    if _tiny(run) and asked:
         out.append(
             "This is a tiny model, trained from scratch on generated facts. It shows that the "
             "method and the measurements work, not how a large model behaves."
@@ -162,10 +174,16 @@ def limitations(run: Run, logs: dict[str, dict[str, Any]]) -> list[str]:
         out.append(f"Forget quality rests on {n} questions{coarse}.")
     out += [
         "This is one seed. python -m train.report RUN RUN ... gives mean and spread over several.",
-        "A p above .05 does not prove that the facts are gone. It says that this test does not "
-        "tell the model from the oracle.",
-        "ROUGE-L counts words in order: the right sentence around a wrong fact still scores.",
-        "Fine-tuning and quantising can bring facts back. Neither attack is part of this page.",
     ]
+    if asked:
+        out += _OF_QUESTIONS
     out += [clean(note) for note in run.notes]
     return list(dict.fromkeys(out))
+
+
+_OF_QUESTIONS = (
+    "A p above .05 does not prove that the facts are gone. It says that this test does not "
+    "tell the model from the oracle.",
+    "ROUGE-L counts words in order: the right sentence around a wrong fact still scores.",
+    "Fine-tuning and quantising can bring facts back. Neither attack is part of this page.",
+)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Two runs are the same experiment when they differ only in these, at any level of the config.
 INCIDENTAL = {
     *("seed", "output", "command", "tensorboard", "mesh", "remat", "row_tokens", "curve_points"),
-    *("notes", "report_to"),
+    *("notes", "report_to", "micro_tokens", "cache"),
 }
 
 

@@ -1,0 +1,92 @@
+"""Perplexity of a language model on rows of tokens, and what a pre-training run reports beside it.
+
+The rows are those of a stream, not questions with answers, so the run computes the log itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.evaluators.base import (
+    Context,
+    Definition,
+    Evaluator,
+    Finding,
+    Metric,
+    Picture,
+    Results,
+    Rows,
+    Verdict,
+)
+from train.reporting.numbers import format_number
+
+METRICS = (
+    Metric("val_perplexity", "Validation perplexity", "of held-out documents, exp of the mean "
+           "cross-entropy of a token", "down", main=True, compare=1),
+    Metric("train_perplexity", "Training perplexity", "of rows that it was trained on", "down",
+           main=True),
+    Metric("tokens", "Tokens", "that it was trained on", main=True),
+    Metric("tokens_per_second", "Tokens a second", "median over the steps", "up", main=True),
+    Metric("mfu", "Model FLOP utilisation", "share of the accelerators' peak that the model's "
+           "own products take", "up", main=True),
+)  # fmt: skip
+
+
+def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+    """Nothing: there are no questions."""
+    return {}
+
+
+def learnt(results: Results) -> Finding | None:
+    """Whether the model predicts held-out text, and how much worse than what it was trained on."""
+    held, seen = results.scores("val_perplexity").judged, results.scores("train_perplexity").judged
+    if held is None or seen is None:
+        return None
+    state = "good" if held < 1.25 * seen else "mixed"
+    return Finding(
+        "How well does it predict text that it never saw?",
+        state,
+        f"perplexity {format_number(held)}",
+        f"Perplexity is {format_number(held)} on held-out documents and {format_number(seen)} on "
+        "rows that it was trained on. Values compare between models of one corpus, tokenizer and "
+        "context only.",
+    )
+
+
+def _draw(results: Results) -> Any:
+    from train.reporting import plots
+
+    return plots.losses(results.steps)
+
+
+def _alt(results: Results) -> str:
+    looks = [row["validation_loss"] for row in results.steps if "validation_loss" in row]
+    ends = f" The validation loss ends at {looks[-1]:.3f} nats." if looks else ""
+    return f"Loss over {len(results.steps)} logged steps.{ends}"
+
+
+ROW = Evaluator(
+    "perplexity",
+    run,
+    METRICS,
+    verdicts=(Verdict("perplexity", learnt),),
+    pictures=(
+        Picture(
+            "curves.png",
+            "While it trains",
+            _draw,
+            _alt,
+            "Cross-entropy in nats a token: of every step's batch, and of held-out documents.",
+            "No curves: metrics.jsonl has no steps.",
+        ),
+    ),
+    definitions=(
+        Definition(
+            "perplexity",
+            "Perplexity: exp of the mean cross-entropy over all predicted tokens. Attention does "
+            "not cross documents, and the first token of a document is not predicted.",
+        ),
+    ),
+    lead="A model was trained from random weights. Below: how well it predicts held-out text, and "
+    "how that was measured.",
+)
