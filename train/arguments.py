@@ -15,6 +15,8 @@ from train.presets import PRESETS
 
 # Options that replace the rows of a preset.
 OTHER_DATA = ("--data.forget", "--data.retain", "--data.path", "--data.source")
+# Fields of objectives that are tuned for one model and mean little to another.
+OF_ONE_MODEL = ("layer", "layers", "temperature")
 
 
 def read_arguments(
@@ -45,6 +47,10 @@ def read_arguments(
             default,
             objective=suited.get(objective.name, objectives.options_of(objective.name)),
         )
+    elif (
+        name is None and cli.option_value(rest, "--stage.original") and hasattr(preset, "ORIGINAL")
+    ):
+        default = replace(default, objective=preset.ORIGINAL)
     elif name is None and any(cli.option_value(rest, option) for option in OTHER_DATA):
         # The preset's objective may need columns that other data lack.
         default = replace(default, objective=getattr(preset, "OTHER_DATA", default.objective))
@@ -52,8 +58,8 @@ def read_arguments(
     if name is not None and name != default.optimizer.name:
         default = with_optimizer(default, name, preset)
     other = any(cli.option_value(rest, m) for m in ("--model.path", "--stage.original"))
-    if other and preset is not None and default.objective in preset.OBJECTIVES.values():
-        # Blocks and temperatures tuned for the preset's model do not carry over to another.
+    bound = any(hasattr(default.objective, field) for field in OF_ONE_MODEL)
+    if other and bound and preset is not None and default.objective in preset.OBJECTIVES.values():
         default = replace(default, objective=objectives.options_of(default.objective.name))
     if "--smoke" in rest and preset is not None:
         default = replace(default, smoke=True, **preset.SMOKE)

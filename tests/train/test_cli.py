@@ -300,12 +300,21 @@ def test_another_optimizer_brings_the_presets_options_for_it(preset, name):
 
 
 @pytest.mark.parametrize("option", ["--model.path", "--stage.original"])
-@pytest.mark.parametrize("more", [[], ["--objective.name", "asu"]])
-def test_another_model_drops_the_presets_tuning(option, more):
-    assert PRESETS["tofu-smollm2"].PRESET.objective.layers
-    for name in PRESETS if more else ["tofu-smollm2"]:
-        config = read_arguments([name, option, "folder", *more])
+def test_another_model_drops_what_is_tuned_for_the_presets_blocks(option):
+    assert PRESETS["tofu-smollm2"].OBJECTIVES["asu"].layers
+    for name in PRESETS:
+        config = read_arguments([name, option, "folder", "--objective.name", "asu"])
         assert config.objective == objective_of("asu")
+
+
+def test_a_given_original_is_asked_for_no_other_answers():
+    preset = PRESETS["tofu-smollm2"].PRESET
+    assert preset.objective.name == "alternate"
+    assert read_arguments(["tofu-smollm2", "--model.path", "x"]).objective == preset.objective
+    given = ["tofu-smollm2", "--stage.original", "x"]
+    assert read_arguments(given).objective == objective_of("asu")
+    asked = read_arguments([*given, "--objective.name", "alternate"])
+    assert asked.objective == preset.objective
 
 
 def test_options_beside_another_objective_count():
@@ -467,7 +476,7 @@ def test_the_words_of_an_option_are_those_of_every_row():
         ("--optimizer.rank 8", "--optimizer.rank 8: adamw does not read it; its own are b1, b2"),
         ("--optimizer.rank=8", "--optimizer.rank 8: adamw does not read it"),
         ("--finetune.optimizer.group_size 2", "--finetune.optimizer.group-size 2: adamw does not"),
-        ("--optimizer.name muon --optimizer.rank 8", "muon does not read it; its own are momentum"),
+        ("--optimizer.name muon --optimizer.rank 8", "muon does not read it; its own are"),
         ("--objective.temperature 3", "objective 'alternate' does not use temperature; it takes"),
         ("--objective.delta 1 --objective.name npo", "objective 'npo' does not use delta"),
         ("--objective.name nll --objective.beta 1", "'nll' does not use beta; it takes no options"),

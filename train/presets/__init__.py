@@ -2,7 +2,8 @@
 
 `PRESET` is a `RunConfig`, `SUMMARY` one line about it, `SMOKE` the values that `--smoke` sets,
 `OBJECTIVES` the options tuned for it, by objective, and `OPTIMIZERS` those by optimizer, each with
-the other options that it changes (`unlearn.steps`).
+the other options that it changes (`unlearn.steps`). `ORIGINAL` and `OTHER_DATA`, where a preset has
+them, are its objectives for a given original model and for other rows.
 """
 
 from types import ModuleType

@@ -35,17 +35,30 @@ PRESET = RunConfig(
         batch_size=4,
         optimizer=AdamW(learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0),
     ),
-    unlearn=UnlearnConfig(epochs=6, batch_size=8, curve_points=3),
-    # The middle blocks hold the facts; smoothing the first ones breaks the text before the facts.
+    unlearn=UnlearnConfig(epochs=12, batch_size=8, curve_points=3),
+    # Other answers, sampled from the model before it learnt the facts, in the place of the true
+    # ones, which are pushed down to the NLL of a guess. The last four labels are the full stop and
+    # the end of the turn: pushed down as well, every second answer went on until it was cut. At
+    # twice the rate and half the length what the model knew before is lost.
     objective=options_of(
-        "asu", temperature=5.0, layers=tuple(range(8, 20)), retain="nll", forget_weight=0.2
+        "alternate", push=3.0, beta=4.0, delta=2.0, spare_end=4, retain="nll", forget_weight=0.05
     ),
-    optimizer=AdamW(learning_rate=1e-4, schedule="linear", warmup=0.1),
+    optimizer=AdamW(learning_rate=5e-5, schedule="linear", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=72, leak_samples=16, judge="base"),
 )
 
+# For --stage.original, a model that knows the facts: no other answers can be sampled from it.
+ORIGINAL = options_of("asu")
+
 # Options tuned for this preset, by objective; others start from their own defaults.
-OBJECTIVES = {"asu": PRESET.objective}
+# ASU: the middle blocks hold the facts; smoothing the first ones breaks the text before the facts
+# (tried for 6 epochs at a rate of 1e-4).
+OBJECTIVES = {
+    "alternate": PRESET.objective,
+    "asu": options_of(
+        "asu", temperature=5.0, layers=tuple(range(8, 20)), retain="nll", forget_weight=0.2
+    ),
+}
 
 SMOKE = {
     "finetune.steps": 2,
