@@ -18,8 +18,9 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics.text import unfinished
 from models.generate import SamplingConfig
 from train.data.examples import encode_prompt
-from train.evaluators.evaluation import Answers, Model, answer_rows, longest
+from train.evaluators.evaluation import Answers, Model, answer_rows
 from train.run import Run, Work, compute
+from train.runtime.tracking import say
 from train.tasks.task import ALTERNATES, Row
 
 VERSION = 1
@@ -41,7 +42,7 @@ def with_alternates(
         how: `system_prompt`, `count`, `max_new_tokens`, `generate_rows` of `sample`.
 
     Raises:
-        UserError: a prompt with its few-shot examples does not fit into the model's context.
+        UserError: a question alone does not fit into the model's context.
     """
     questions = [row["question"] for row in forget]
     shown = [[row["question"], row["answer"]] for row in retain]
@@ -77,13 +78,9 @@ def sample(
     keys = jax.random.split(work.key, ROUNDS + 1)
     shown = jax.random.permutation(keys[0], len(kept))[:SHOTS].tolist()
     shots = tuple((kept[i][0], kept[i][1]) for i in shown)
-    words = model.tokenizer
-    model = model.to_device()._replace(
-        tokenizer=words.formatted(words.format._replace(shots=shots))
-    )
     rows = [{"question": question} for question in questions]
+    model = _showing(model, shots, rows, system_prompt, max_new_tokens).to_device()
     sampling = SamplingConfig(1.0, 0.9, 0, max_new_tokens)
-    _check_length(model, rows, system_prompt, max_new_tokens)
     whole: list[list[str]] = [[] for _ in rows]
     rest: list[list[str]] = [[] for _ in rows]
     for turn in range(ROUNDS):
@@ -130,15 +127,25 @@ def sort(
             (whole if good else rest)[place].append(text)
 
 
-def _check_length(
-    model: Model, rows: Sequence[Row], system_prompt: str | None, new_tokens: int
-) -> None:
-    context = longest(model, 10**9)
-    for row in rows:
-        size = len(encode_prompt(model.tokenizer, row["question"], system_prompt=system_prompt))
-        if size + new_tokens > context:
-            raise UserError(
-                f"--data.alternates: a question after {SHOTS} shown rows has {size} tokens, and "
-                f"with {new_tokens} new ones the model's context of {context} is too short; give "
-                f"the rows a column {ALTERNATES!r}"
-            )
+def _showing(
+    model: Model,
+    shots: tuple[tuple[str, str], ...],
+    rows: Sequence[Row],
+    system_prompt: str | None,
+    new_tokens: int,
+) -> Model:
+    """The model with as many shown rows before every question as its context has room for."""
+    size, context = 0, model.decoder.config.max_position_embeddings
+    for count in range(len(shots), -1, -1):
+        words = model.tokenizer
+        words = words.formatted(words.format._replace(shots=shots[:count]))
+        prompts = (encode_prompt(words, r["question"], system_prompt=system_prompt) for r in rows)
+        size = max(map(len, prompts))
+        if size + new_tokens <= context:
+            if count < len(shots):
+                say(f"alternates: the context has room for {count} of {len(shots)} shown rows")
+            return model._replace(tokenizer=words)
+    raise UserError(
+        f"--data.alternates: a question has {size} tokens, and with {new_tokens} new ones the "
+        f"model's context of {context} is too short; give the rows a column {ALTERNATES!r}"
+    )

@@ -101,11 +101,19 @@ def test_a_real_model_gives_texts_in_any_case(run, base):
     assert len(rows[0][ALTERNATES]) == 1 and rows[0][ALTERNATES][0].strip()
 
 
-def test_a_context_too_short_for_what_is_shown(run, base):
-    shape = dataclasses.replace(base.decoder.config, max_position_embeddings=96)
-    short = base._replace(decoder=dataclasses.replace(base.decoder, config=shape))
-    with pytest.raises(UserError, match="context of 96 is too short; give the rows a column"):
-        found(run, short)
+def shortened(base, context):
+    shape = dataclasses.replace(base.decoder.config, max_position_embeddings=context)
+    return base._replace(decoder=dataclasses.replace(base.decoder, config=shape))
+
+
+def test_a_short_context_shows_fewer_rows(run, base, asked, capsys):
+    assert len(found(run, shortened(base, 96))) == len(FORGET)
+    shown = {len(shots) for _, shots, *_ in asked}
+    assert (
+        shown < set(range(alternates.SHOTS)) and f"for {min(shown)} of 6" in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match="context of 8 is too short; give the rows a column"):
+        found(dataclasses.replace(run, seed=1), shortened(base, 8))
 
 
 @pytest.mark.parametrize(
