@@ -184,7 +184,8 @@ def tokenizer_of(config: PretrainConfig) -> Tokenizer | None:
     if name == "train":
         return None
     try:
-        found = Tokenizer.from_folder(hub.local(name) if hub.is_here(name) else hub.download(name))
+        here = hub.local(name) if hub.is_here(name) else hub.download(name, weights=False)
+        found = Tokenizer.from_folder(here)
     except UserError as error:
         raise UserError(f"--data.tokenizer {error}; or use --data.tokenizer train") from None
     if found.largest_id >= config.model.vocab_size:
