@@ -104,6 +104,16 @@ def test_the_default_packages_are_installed():
         ({"packages": ()}, "--data.packages is empty"),
         ({"path": "x.txt"}, "--data.path is of --data.source text, and the source is packages"),
         ({"source": "text", "path": "x.txt", "packages": ("a",)}, "--data.packages is of"),
+        (
+            {"repository": "a/b"},
+            "--data.repository is of --data.source hub, and the source is pack",
+        ),
+        ({"source": "text", "path": "x.txt", "revision": "v1"}, "--data.revision is of"),
+        (
+            {"source": "text", "path": "long.txt"},
+            "long.txt: is one document of more than 0 MiB; wri",
+        ),
+        ({"source": "text", "path": "long.jsonl"}, "long.jsonl, line 2: is one document of more"),
         ({"source": "text", "path": "x.txt"}, "no validation document .1 documents"),
         ({"source": "text", "path": "x.txt", "validation": 0.999999}, "no training document"),
         ({"source": "text", "path": "many", "digest": "f" * 64}, "not --data.digest ffff"),
@@ -119,6 +129,9 @@ def test_bad_corpora(tmp_path, monkeypatch, given, message):
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text"\n')
     (tmp_path / "other.jsonl").write_text('{"words": "a"}\n')
+    monkeypatch.setattr(corpus, "LONGEST", 1000)
+    (tmp_path / "long.txt").write_text("x" * 1001)
+    (tmp_path / "long.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "x" * 990}) + "\n")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     config = CorpusConfig(**given)
     if config.path is not None:
