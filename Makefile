@@ -68,7 +68,7 @@ bench:  ## optimizer benchmarks against optax and torch, into runs/bench (10 min
 	$(RUN) tests/bench/collectives_table.py
 	$(RUN) tests/bench/memory.py
 
-pretrain-table:  ## AdamW, Muon, NorMuon, TEON on pretrain-tiny, into runs/bench/pretrain (90 minutes)
+pretrain-table:  ## AdamW, Muon, NorMuon, TEON on pretrain-tiny, into runs/bench/pretrain (80 minutes)
 	$(ENVIRONMENT) train
 	$(RUN) tests/bench/pretrain_table.py $(ARGS)
 

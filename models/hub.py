@@ -96,13 +96,19 @@ def parts(name: str) -> tuple[bool, str, str | None]:
     return bool(found[1]), found[2], found[3]
 
 
-def download(name: str, revision: str | None = None) -> Path:
+def download(name: str, revision: str | None = None, weights: bool = True) -> Path:
     """The folder into which a Hub id was downloaded; it is named after its commit.
+
+    Args:
+        name: the id.
+        revision: commit, branch or tag.
+        weights: False: without them, for a tokenizer or a configuration.
 
     Raises:
         UserError: the name is not an id, or the Hub gave nothing.
     """
     _, repository, given = parts(name)
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *["*.safetensors"] * weights]
 
     def get() -> str:
         import huggingface_hub
@@ -110,7 +116,7 @@ def download(name: str, revision: str | None = None) -> Path:
         return huggingface_hub.snapshot_download(
             repository,
             revision=given or revision,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+            allow_patterns=patterns,
             ignore_patterns=["*/*", "consolidated*"],
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from train.reporting.runlogs import read_steps
 from train.run import Recipe, Run, Watch, phase, started, train
 from train.runtime import distributed, files, folder, remote, reporters, sharding
 from train.runtime.stages import json_stage, write_atomic
-from train.runtime.tracking import Tracker, say
+from train.runtime.tracking import Timed, say
 from train.tasks import labelled
 
 ROLES = {"start": "base", "judged": "finetuned"}
@@ -78,6 +77,7 @@ def opened(config: ClassifyRun) -> Iterator[Opened]:
         root = folder.enter(place, held)
         tracker = Timed(root, reporters.chosen(config.report_to), identity(config))
         about = {"roles": ROLES, "evaluators": list(task.kind.evaluators), "page": False}
+        about |= {"program": "train.classify"}
         run = Run(root, mesh, config.seed, tracker, notes=rows.notes, about=about)
         size = num_parameters(base.params) / 1e6
         name = f"{config.preset or 'classify'}: {config.task}, {size:.1f} M parameters"
@@ -144,30 +144,6 @@ def fit(config: ClassifyRun, kind: Kind, rows: labelled.Rows, base: Any) -> dict
         split: kind.encode(base, getattr(rows, split), config.data, split)
         for split in ("train", "dev", "test")
     }
-
-
-class Timed(Tracker):
-    """A log of steps that notes when each was done: `marks`, `(step, seconds)`."""
-
-    def __init__(self, *args: Any, **more: Any):
-        super().__init__(*args, **more)
-        self.marks: list[tuple[int, float]] = []
-        self.looked = 0.0
-
-    def write(self, stage: str, step: int, scalars: dict[str, float]) -> None:
-        """Append one line."""
-        if "lr" in scalars:  # the line behind the last step has what was looked at alone
-            self.marks.append((step, time.monotonic() - self.looked))
-        super().write(stage, step, scalars)
-
-    def seconds(self, steps: int) -> float | None:
-        """Of so many steps, by the median of those of this process; looks do not count.
-
-        None where fewer than two steps were taken here.
-        """
-        ends = [at for _, at in self.marks]
-        spent = [after - before for before, after in zip(ends, ends[1:], strict=False)]
-        return steps * statistics.median(spent) if spent else None
 
 
 @dataclass
@@ -253,10 +229,11 @@ def finetune(config: ClassifyRun, opened: Opened) -> Finetuned:
     run, kind, base = opened.run, opened.kind, opened.base
 
     def look(model: Any) -> dict[str, float]:
-        began = time.monotonic()
-        log = log_of(opened, config, model, ("dev",), "look")
-        if isinstance(run.tracker, Timed):
-            run.tracker.looked += time.monotonic() - began
+        timed = (
+            run.tracker.looking() if isinstance(run.tracker, Timed) else contextlib.nullcontext()
+        )
+        with timed:
+            log = log_of(opened, config, model, ("dev",), "look")
         return {name: entry["agg_value"] for name, entry in log.items()}
 
     adapters = config.lora if config.lora.rank is not None else None
@@ -334,7 +311,7 @@ def export(config: ClassifyRun, opened: Opened, finetuned: Finetuned) -> None:
     run = opened.run
     what = f"A model that learned {config.task} with jaxlib-unlearn ({config.optimizer.name})."
     with phase(run, "export"):
-        text = card.plain(what, finetuned.model.sha)
+        text = card.plain(what, finetuned.model.sha, chat=False)
         opened.kind.export(finetuned.model, run.folder / "export", config.export_dtype, text)
 
 

@@ -123,14 +123,17 @@ def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, in
     evaluate = found.config.get("evaluate")
     tokens = evaluate.get("max_new_tokens") if isinstance(evaluate, dict) else None
     tokens = tokens if isinstance(tokens, int) else None
-    if other is None and not found.about.get("page", True):  # a run that unlearned nothing
+    unlearns = found.about.get("program", "train.unlearn") == "train.unlearn"
+    unlearns = unlearns and found.about.get("page", True)
+    if other is None and not unlearns:
         what = f"The model '{found.roles.judged}' of a run of jaxlib-unlearn."
-        return models.load(run / "export"), card.plain(what, found.judged["params_sha256"]), tokens
+        text = card.plain(what, found.judged["params_sha256"], chat=False)
+        return models.load(run / "export"), text, tokens
     if other is None:
         return models.load(run / "export"), card.of_run(found, read_evals(found)), tokens
     sha = found.summary[other].get("params_sha256")
     text = f"The model '{other}' of a run of jaxlib-unlearn."
-    return of_stage(found, other, sha), card.plain(text, sha), tokens
+    return of_stage(found, other, sha), card.plain(text, sha, chat=unlearns), tokens
 
 
 def of_stage(run: tables.Run, which: str, sha: str | None) -> Any:

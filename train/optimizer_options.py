@@ -37,7 +37,10 @@ def named(name: str) -> Any:
 
 def rate(default: float) -> Any:
     """The field `learning_rate` of a row's options: where it starts when a preset says nothing."""
-    doc = "peak; in muon, teon and sift one value serves the matrices and AdamW's leaves."
+    doc = (
+        "peak; of muon, normuon and teon, AdamW's leaves have it too where `adam_learning_rate` is "
+        "None; in sift one value serves both."
+    )
     return option(default, doc, above=0, wanted="positive")
 
 
@@ -74,7 +77,9 @@ class Options:
     )
     warmup: float = option(0.1, "fraction of the steps of linear warm-up.", low=0, high=1)
     weight_decay: float = option(
-        0.0, "decoupled; not on norms and biases (muon, teon, sift: on matrices alone).", low=0
+        0.0,
+        "decoupled; not on norms and biases (muon, normuon, teon, sift: on matrices alone).",
+        low=0,
     )
     clip_norm: float | None = option(
         None, "clip the global gradient norm; None: no clipping.", low=0

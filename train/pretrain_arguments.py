@@ -9,6 +9,7 @@ from typing import Any
 from jaxlib_unlearn.errors import UserError
 from train import cli, optimizers, suggest
 from train.config import replace
+from train.data.corpus import OF_SOURCE, CorpusConfig
 from train.optimizers import OPTIMIZERS
 from train.presets.pretraining import PRESETS, Preset
 from train.pretrain_config import PretrainConfig, num_steps
@@ -36,12 +37,28 @@ def read_arguments(
     name = cli.option_value(rest, "--optimizer.name")
     if name is not None and name != default.optimizer.name:
         default = replace(default, optimizer=_optimizer(default, name, preset))
+    default = replace(default, data=_corpus(default.data, rest))
     if "--smoke" in rest and preset is not None:
-        default = replace(default, smoke=True, **preset.smoke)
+        default = replace(default, smoke=True, **{"data.digest": None}, **preset.smoke)
         fitted = optimizers.fitted(default.optimizer, num_steps(default))
         default = replace(default, optimizer=fitted)
     fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
     return cli.parse(cls, cls(**fields), rest, prog, summary)
+
+
+def _corpus(data: CorpusConfig, rest: list[str]) -> CorpusConfig:
+    """A preset's or a stored run's corpus, without what the options of a command line replace."""
+    asked = [
+        n for n in (*OF_SOURCE, "source", "documents") if cli.option_value(rest, f"--data.{n}")
+    ]
+    if not asked:
+        return data
+    source = cli.option_value(rest, "--data.source") or data.source
+    dropped = {"digest"} | {name for name, of in OF_SOURCE.items() if of != source}
+    if {"source", "repository"} & {*asked}:
+        dropped.add("revision")  # a commit of another data set
+    fields = {f.name: f.default for f in dataclasses.fields(data)}
+    return dataclasses.replace(data, **{name: fields[name] for name in dropped})
 
 
 def _optimizer(config: PretrainConfig, name: str, preset: Preset | None) -> optimizers.Options:

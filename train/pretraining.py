@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +36,7 @@ from train.run import train as train_stage
 from train.runtime import distributed, files, folder, remote, reporters, sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.stages import json_stage, write_atomic
-from train.runtime.tracking import Tracker, say
+from train.runtime.tracking import Timed, say
 
 STAGE = "pretrained"
 ABOUT = {
@@ -63,25 +62,6 @@ class Opened(NamedTuple):
     train: TokenRows
     validation: TokenRows
     base: Model
-
-
-class Paced(Tracker):
-    """A tracker that notes when each step ended."""
-
-    def __init__(self, *args: Any, **more: Any):
-        super().__init__(*args, **more)
-        self.ended: list[tuple[int, float]] = []
-
-    def write(self, stage: str, step: int, scalars: dict[str, float]) -> None:
-        """Append one line, which is written when the step's numbers are there."""
-        self.ended.append((step, time.monotonic()))
-        super().write(stage, step, scalars)
-
-    def seconds(self) -> float | None:
-        """Median seconds of a step; None: there were fewer than two."""
-        pairs = zip(self.ended, self.ended[1:], strict=False)
-        found = [late - early for (one, early), (two, late) in pairs if two == one + 1]
-        return statistics.median(found) if found else None
 
 
 @contextlib.contextmanager
@@ -117,7 +97,7 @@ def opened(config: PretrainConfig) -> Iterator[Opened]:
             check_rows(config, train, mesh)
         base = base_model(config, data.tokenizer, mesh)
         root = folder.enter(place, held)
-        tracker = Paced(root, reporters.chosen(config.report_to, False), identity(config))
+        tracker = Timed(root, reporters.chosen(config.report_to, False), identity(config))
         run = Run(root, mesh, config.seed, tracker, notes=[f"Corpus: {data.words}."], about=ABOUT)
         size, where = num_parameters(base.params) / 1e6, remote.home(root)
         tokens = f"{len(train.part.tokens):,} tokens, {len(validation.part.tokens):,} held out"
@@ -184,7 +164,8 @@ def tokenizer_of(config: PretrainConfig) -> Tokenizer | None:
     if name == "train":
         return None
     try:
-        found = Tokenizer.from_folder(hub.local(name) if hub.is_here(name) else hub.download(name))
+        here = hub.local(name) if hub.is_here(name) else hub.download(name, weights=False)
+        found = Tokenizer.from_folder(here)
     except UserError as error:
         raise UserError(f"--data.tokenizer {error}; or use --data.tokenizer train") from None
     if found.largest_id >= config.model.vocab_size:
@@ -262,7 +243,11 @@ def train(opened: Opened) -> Model:
 
     def look(model: Model) -> dict[str, float]:
         at_once = config.train.micro_tokens
-        found = row_losses(model, opened.validation, held_out, run.mesh, at_once)
+        timed = (
+            run.tracker.looking() if isinstance(run.tracker, Timed) else contextlib.nullcontext()
+        )
+        with timed:
+            found = row_losses(model, opened.validation, held_out, run.mesh, at_once)
         return {"validation_loss": mean_loss(found)}
 
     stage = stage_of(config, sharding.batch_ways(run.mesh))
@@ -316,7 +301,7 @@ def judge(opened: Opened, trained: Model) -> dict[str, Any]:
         return log
 
     def speed() -> float | None:
-        seconds = run.tracker.seconds() if isinstance(run.tracker, Paced) else None
+        seconds = run.tracker.seconds() if isinstance(run.tracker, Timed) else None
         return None if seconds is None else config.train.batch_tokens / seconds
 
     inputs = {
@@ -350,6 +335,7 @@ def export(opened: Opened, trained: Model, summary: dict[str, Any]) -> None:
         f"{found['val_perplexity']:.4g}. It continues texts, and answers no questions.",
         trained.sha,
         chat=False,
+        **({"prompt": "import numpy as"} if config.data.source == "packages" else {}),
     )
     with phase(run, "export"):
         export_model(trained, run.folder / "export", config.export_dtype, text, speaks=False)

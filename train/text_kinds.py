@@ -140,7 +140,7 @@ def answer_prompts(
 
 def export_decoder(model: Model, folder: Path, dtype: str, text: str) -> None:
     """An HF folder."""
-    exports.export_model(model, folder, dtype, text)
+    exports.export_model(model, folder, dtype, text, speaks=False)
 
 
 def export_adapter(

@@ -1,17 +1,20 @@
-"""AdamW, Muon, NorMuon and TEON on pretrain-tiny: `make pretrain-table` (an hour on two cores).
+"""AdamW, Muon, NorMuon and TEON on pretrain-tiny: `make pretrain-table` (80 minutes on two cores).
 
     python tests/bench/pretrain_table.py [--only grid|ablations] [--text FOLDER] [--tokens N]
 
 Three learning rates each on seed 0, the best of each on seeds 1 and 2, and differences paired by
 seed, whoever wins; then one change of TEON at a time, on seed 0. Every run is `python -m
-train.pretrain pretrain-tiny ...` in a process of its own, with a folder below `--output`; one that
-is there is not computed again, one that was stopped goes on. `--text` trains on the texts of a
-folder in place of the installed packages. A rate that is best at the end of its grid is marked.
+train.pretrain pretrain-tiny ...` in a process of its own, with a folder below `--output`; what is
+there undamaged is not computed again, and a run that was stopped goes on. `--text` trains on the
+texts of a folder in place of the installed packages. A rate that is best at the end of its grid is
+marked.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import math
 import statistics
@@ -128,10 +131,10 @@ def run(job: Job, folder: Path, options: Sequence[str]) -> dict[str, Any]:
     command = ["pretrain-tiny", "--optimizer.name", job.optimizer, "--seed", str(job.seed)]
     command += ["--optimizer.learning-rate", str(job.rate), *job.more, *options]
     command += ["--output", str(root), "--data.cache", str(folder / "corpora")]
-    if not (root / "summary.json").is_file():
-        print(f"python -m train.pretrain {' '.join(command)}", flush=True)
-        done = [sys.executable, "-m", "train.pretrain", *command]
-        subprocess.run(done, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    # Also where a summary is there: the program knows whether it is this command's, and whole.
+    print(f"python -m train.pretrain {' '.join(command)}", flush=True)
+    done = [sys.executable, "-m", "train.pretrain", *command]
+    subprocess.run(done, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     return json.loads((root / "summary.json").read_text())["pretrained"]
 
 
@@ -147,11 +150,13 @@ def main(argv: list[str]) -> None:
     folder = args.output.resolve()
     if args.text is not None:
         options += ["--data.source", "text", "--data.path", str(args.text.resolve())]
-        folder /= f"text-{args.text.resolve().name}"
+        mark = hashlib.sha256(str(args.text.resolve()).encode()).hexdigest()[:8]
+        folder /= f"text-{args.text.resolve().name}-{mark}"
     if args.tokens is not None:
         options += ["--train.tokens", str(args.tokens)]
         folder /= f"tokens-{args.tokens}"
 
+    @functools.cache
     def train(job: Job) -> Mapping[str, float]:
         return run(job, folder, options)
 

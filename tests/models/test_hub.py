@@ -84,3 +84,21 @@ def test_revisions_are_of_hub_ids_and_one(asked, tmp_path):
             hub.check_source(name, "abc")
     with pytest.raises(UserError, match="give one of the two"):
         hub.check_source("owner/there@abc", "def")
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_tokenizer_is_downloaded_without_weights(weights, monkeypatch, tmp_path):
+    from fnmatch import fnmatch
+
+    asked = {}
+
+    def snapshot_download(repository, **given):
+        asked.update(given, repository=repository)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert hub.download("hub:owner/name@v1", weights=weights) == tmp_path
+    assert (asked["repository"], asked["revision"]) == ("owner/name", "v1")
+    names = ("tokenizer.json", "vocab.txt", "model-1.safetensors", "pytorch_model.bin")
+    taken = [n for n in names if any(fnmatch(n, p) for p in asked["allow_patterns"])]
+    assert taken == [*names[:2], *names[2:3] * weights]

@@ -120,9 +120,16 @@ def test_a_second_start_finds_everything(learned, program, tiny, fruits, tmp_pat
     assert (output / "summary.json").read_text() == before
     done = program("train.report", output, "--csv", output / "table.csv")
     assert done.code == 0 and "Accuracy" in done.out and not (output / "report.html").exists()
+    page = tmp_path / "both.html"
+    assert program("train.report", output, output, "--html", page).code == 0
+    text = page.read_text().lower()
+    assert "training comparison" in text and "forget" not in text and "no picture" not in text
     done = program("train.export", output, tmp_path / "out", "--dtype", "bfloat16")
     assert done.code == 0, done.err
-    assert "The model 'finetuned' of a run" in (tmp_path / "out" / "README.md").read_text()
+    for folder in (output / "export", tmp_path / "out"):  # it chooses, and does not chat
+        text = (folder / "README.md").read_text()
+        assert 'tokenizer("PROMPT"' in text and "chat" not in text and "numpy" not in text
+    assert "The model 'finetuned' of a run" in text
 
 
 def test_a_stopped_run_continues(learned, program, tiny, fruits, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shutil
 import sys
 
 import jax
@@ -18,6 +19,7 @@ from train.data.streams import batches_of
 from train.data.token_file import Tokens, sha_of, tokenised
 from train.data.token_rows import TokenRows
 from train.evaluators.token_loss import row_sums
+from train.runtime.stages import locked
 
 
 def texts_of(**given):
@@ -102,6 +104,16 @@ def test_the_default_packages_are_installed():
         ({"packages": ()}, "--data.packages is empty"),
         ({"path": "x.txt"}, "--data.path is of --data.source text, and the source is packages"),
         ({"source": "text", "path": "x.txt", "packages": ("a",)}, "--data.packages is of"),
+        (
+            {"repository": "a/b"},
+            "--data.repository is of --data.source hub, and the source is pack",
+        ),
+        ({"source": "text", "path": "x.txt", "revision": "v1"}, "--data.revision is of"),
+        (
+            {"source": "text", "path": "long.txt"},
+            "long.txt: is one document of more than 0 MiB; wri",
+        ),
+        ({"source": "text", "path": "long.jsonl"}, "long.jsonl, line 2: is one document of more"),
         ({"source": "text", "path": "x.txt"}, "no validation document .1 documents"),
         ({"source": "text", "path": "x.txt", "validation": 0.999999}, "no training document"),
         ({"source": "text", "path": "many", "digest": "f" * 64}, "not --data.digest ffff"),
@@ -117,6 +129,9 @@ def test_bad_corpora(tmp_path, monkeypatch, given, message):
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text"\n')
     (tmp_path / "other.jsonl").write_text('{"words": "a"}\n')
+    monkeypatch.setattr(corpus, "LONGEST", 1000)
+    (tmp_path / "long.txt").write_text("x" * 1001)
+    (tmp_path / "long.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "x" * 990}) + "\n")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     config = CorpusConfig(**given)
     if config.path is not None:
@@ -218,17 +233,68 @@ def test_a_killed_write_leaves_nothing_that_is_read(known, tmp_path, monkeypatch
         patch.setattr(token_file, "_write_parts", killed)
         tokenised(known, 300, cache, None, None)
     assert not [p for p in cache.iterdir() if p.is_dir()]
-    left = cache / "0123.7-ab.part"
+    left, held = cache / "0123.7-ab.part", cache / "4567.7-ab.part"
     left.mkdir()
+    with locked(cache / "4567", "tokens"):
+        held.mkdir()  # of a run that writes it
+        assert len(tokenised(known, 300, cache, None, None).train.tokens) > 100
+        assert held.exists() and not left.exists()
+
+
+def test_files_that_change_while_they_are_read(known, tmp_path):
+    cache = tmp_path / "cache"
+    with known.config.path.open("a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(UserError, match="changed while it was read .sha256 .*; run again"):
+        tokenised(known, 300, cache, None, None)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+
+
+def test_tokens_of_something_else_are_not_taken(known, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    first = tokenised(known, 300, cache, None, None)
+    (folder,) = (p for p in cache.iterdir() if p.is_dir())
+    other = tokenised(known, 280, cache, None, None)
+    (wrong,) = (p for p in cache.iterdir() if p.is_dir() and p != folder)
+    assert other.train.sha != first.train.sha
+    shutil.rmtree(folder)
+    wrong.rename(folder)
+    assert tokenised(known, 300, cache, None, None).train.sha == first.train.sha
+    assert "is damaged (it was made from something else)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", ["missing", "damaged"])
+def test_another_host_makes_its_own(known, tmp_path, monkeypatch, state):
+    """A process that is not the first, whose cache the first one does not see."""
+    cache = tmp_path / "cache"
+    if state == "damaged":
+        tokenised(known, 300, cache, None, None)
+        (path,) = cache.glob("*/train.tokens")
+        path.write_bytes(path.read_bytes()[:-2])
+    monkeypatch.setattr(token_file.distributed, "of_first", lambda work: False)
+    monkeypatch.setattr(token_file.distributed, "is_first", lambda: False)
     assert len(tokenised(known, 300, cache, None, None).train.tokens) > 100
+    assert not list(cache.glob("*.part")) and list(cache.glob("*.lock"))
 
 
 def test_a_stream_ends_at_the_tokens_that_are_needed(known, tmp_path):
     streamed = known._replace(counts=None)
     found = tokenised(streamed, 300, tmp_path / "cache", None, 200)
     assert 200 <= len(found.train.tokens) < 300
+    used = len(found.train.starts) + len(found.validation.starts)
+    assert found.words.startswith(f"{used} documents") and used < len(WORDS)
     whole = tokenised(known, 300, tmp_path / "cache", None, None)
     assert whole.train.tokens[: len(found.train.tokens)].tolist() == found.train.tokens.tolist()
+
+
+def test_a_stream_goes_on_to_the_first_document_that_is_held_out(known, tmp_path):
+    rows = sorted(documents(known.config), key=lambda d: is_validation(d.sha, 0.2))
+    path = tmp_path / "sorted.jsonl"
+    path.write_text("".join(json.dumps({"text": row.text}) + "\n" for row in rows))
+    streamed = identify(CorpusConfig(source="text", path=path, validation=0.2))
+    found = tokenised(streamed._replace(counts=None), 300, tmp_path / "cache", None, 1)
+    assert len(found.train.starts) == len(found.validation.starts) == 1
+    assert found.words.startswith("2 documents")
 
 
 # Rows.

@@ -16,6 +16,7 @@ from train.cli import read_config
 from train.config import replace, to_json
 from train.costs.flops import count
 from train.costs.utilisation import flops_per_token, utilisation
+from train.data import corpus
 from train.data.token_file import Tokens
 from train.data.token_rows import TokenRows
 from train.evaluators.evaluation import Model
@@ -108,6 +109,14 @@ def test_the_export_has_the_perplexity_of_the_summary(own, texts):
     found = row_losses(model, rows, np.arange(len(rows)), mesh, 4096)
     want = own.summary["pretrained"]["val_perplexity"]
     assert math.exp(mean_loss(found)) == pytest.approx(want, rel=1e-6)
+
+
+def test_it_is_exported_again_without_a_card_of_unlearning(own, program, tmp_path):
+    done = program("train.export", own.root, tmp_path / "out", "--dtype", "bfloat16")
+    assert done.code == 0, done.err
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "The model 'pretrained' of a run" in text and 'tokenizer("PROMPT"' in text
+    assert "unlearned" not in text and "chat" not in text
 
 
 def test_a_second_start_computes_nothing(own, program, monkeypatch):
@@ -221,6 +230,32 @@ def test_help_and_typos(program):
         assert done.code == 2 and message in done.err, done.err
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ([], True),
+        (["--data.context", "16"], True),
+        (["--data.documents", "70"], False),
+        (["--data.source=packages"], False),
+        (["--smoke"], False),
+    ],
+)
+def test_another_corpus_than_the_stored_one_has_no_digest_yet(own, options, kept):
+    stored = read_arguments(["--config", str(own.root / "config.json")]).data
+    data = read_arguments(["--config", str(own.root / "config.json"), *options]).data
+    assert stored.digest and data.digest == (stored.digest if kept else None)
+    corpus.check(data)  # the stored path is not one of the packages
+
+
+def test_a_published_preset_takes_other_texts():
+    data = read_arguments(["llama-1b", "--data.source", "text", "--data.path", "x.txt"]).data
+    assert PRESETS["llama-1b"].config.data.subset != data.subset
+    corpus.check(data)
+    given = ["llama-1b", "--data.source", "text", "--data.revision", "v1"]
+    with pytest.raises(pretraining.UserError, match="--data.revision is of --data.source hub"):
+        corpus.check(read_arguments(given).data)
+
+
 # Presets.
 
 
@@ -235,6 +270,7 @@ def test_presets_are_what_they_say(name):
         pretraining.optimizers.check(preset.optimizers[optimizer])
     smoke = read_arguments([name, "--smoke"])
     assert smoke.smoke and 2 <= num_steps(smoke) <= 8
+    assert batch_rows(smoke, 8)  # the devices of a host
     shapes = pretraining.decoder_of(config).shapes()
     count = pretraining.num_parameters(shapes) / 1e6
     said = {

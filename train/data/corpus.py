@@ -21,6 +21,7 @@ from jaxlib_unlearn.reading import one_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 COLUMN = "text"
+LONGEST = 256 * 2**20  # bytes of a document, which is in memory as a whole
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,20 @@ def _packages(config: CorpusConfig) -> Iterator[bytes]:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(LONGEST + 1)
+        if len(data) > LONGEST:
+            raise _too_long(str(path))
+        return data
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); correct that") from None
+
+
+def _too_long(where: str) -> UserError:
+    return UserError(
+        f"{where}: is one document of more than {LONGEST >> 20} MiB; write it as JSONL, a line a "
+        "shorter document"
+    )
 
 
 def text_files(path: Path | None) -> list[Path]:
@@ -209,7 +221,10 @@ def _read_txt(path: Path) -> Iterator[bytes]:
 def _read_jsonl(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            lines = iter(lambda: file.readline(LONGEST + 1), b"")
+            for number, line in enumerate(lines, 1):
+                if len(line) > LONGEST:
+                    raise _too_long(f"{path}, line {number}")
                 if line.strip():
                     yield _of_row(line, f"{path}, line {number}")
     except OSError as error:
@@ -288,6 +303,13 @@ SOURCES: dict[str, Callable[[CorpusConfig], Iterator[bytes]]] = {
     "text": _text,
     "hub": _hub,
 }
+OF_SOURCE = {
+    "packages": "packages",
+    "path": "text",
+    "repository": "hub",
+    "subset": "hub",
+    "revision": "hub",
+}
 UNIQUE = ("packages",)  # sources of which a document is read once; others may be too large to know
 
 
@@ -365,14 +387,15 @@ def identify(config: CorpusConfig) -> Known:
     if config.digest is not None and config.digest != digest:
         raise UserError(
             f"the corpus has sha256 {digest[:16]}…, not --data.digest {config.digest[:16]}…: its "
-            "files are others; leave --data.digest out to train on these"
+            "files are others; leave --data.digest out to train on these (a config.json that was "
+            "given has it: set data.digest to null in a copy)"
         )
     return Known(dataclasses.replace(found, digest=digest), counts)
 
 
 def check(config: CorpusConfig) -> None:
     """Raise `UserError` for options of another source."""
-    for name, source in (("packages", "packages"), ("path", "text")):
+    for name, source in OF_SOURCE.items():
         field = next(f for f in dataclasses.fields(config) if f.name == name)
         if source != config.source and getattr(config, name) != field.default:
             raise UserError(

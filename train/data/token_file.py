@@ -1,12 +1,14 @@
 """A tokenised corpus on the disk: two memory-mapped arrays a part, and the tokenizer.
 
 It lies in a folder that is named after what it was made from, is written under another name and
-renamed, and is verified when it is opened: a damaged one is made again.
+renamed, and is verified when it is opened: a damaged one, or one of something else, is made again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -22,13 +24,13 @@ from models import Tokenizer
 from train.data import corpus
 from train.data.bpe import train_bpe
 from train.runtime import distributed, files
-from train.runtime.stages import alone, digest
+from train.runtime.stages import alone, digest, locked, sweep_killed
 from train.runtime.tracking import progress, say
 
-VERSION = 1  # raise it when the same corpus may give other tokens
+VERSION = 2  # raise it when the same corpus may give other tokens
 PARTS = ("train", "validation")
 TRAINED_ON = 256 * 2**20  # bytes of training documents that a tokenizer is trained on at most
-AT_ONCE = 4 * 2**20  # bytes that are tokenised at once
+AT_ONCE = 4 * 2**20  # characters that are tokenised at once
 
 
 class Tokens(NamedTuple):
@@ -67,7 +69,8 @@ def tokenised(
         most: training tokens after which reading stops; None: all are read.
 
     Raises:
-        UserError: the corpus cannot be read, or `cache` cannot be written.
+        UserError: the corpus cannot be read or is no longer the one that was identified, or `cache`
+            cannot be written.
     """
     config = known.config
     inputs = {
@@ -80,18 +83,22 @@ def tokenised(
     folder = cache / digest(inputs)[:16]
 
     def make() -> bool:
-        found = read(folder)
+        found = read(folder, inputs)
         if found is None:
             write(folder, known, vocab_size, given, most, inputs)
         return found is not None
 
-    with alone(folder, "tokens"):
+    with alone(folder, "tokens", "--data.cache"):
         if distributed.of_first(make):
             say(f"tokens: found in {folder}")
+        distributed.of_first(lambda: sweep_killed(cache))
     with distributed.together():
-        if not distributed.is_first() and not (folder / "manifest.json").is_file():
-            make()  # another host, which does not share the folder
-        found = read(folder)
+        found = read(folder, inputs)
+        if found is None and not distributed.is_first():
+            # Another host, which does not share the folder; one of its processes makes it.
+            with locked(folder, "tokens", "--data.cache"):
+                make()
+            found = read(folder, inputs)
         if found is None:
             raise UserError(f"{folder} was damaged as it was written; run again")
     return found
@@ -102,13 +109,18 @@ def identity_of(tokenizer: Tokenizer) -> str:
     return digest([tokenizer.backend.to_str(), tokenizer.bos_id, tokenizer.eos_id])
 
 
-def read(folder: Path) -> Tokenised | None:
-    """What a folder holds; None where there is nothing, or where it is damaged, which is said."""
+def read(folder: Path, inputs: dict[str, Any]) -> Tokenised | None:
+    """What a folder holds; None where there is nothing, or where it is damaged, which is said.
+
+    One that was not made from `inputs` is damaged too.
+    """
     path = folder / "manifest.json"
     if not path.is_file():
         return None
     try:
         manifest = json.loads(path.read_text())
+        if manifest["inputs"] != inputs:
+            raise ValueError("it was made from something else")
         sums = manifest["sha256"]
         wrong = sorted({n for n in sums if files.sha256(folder / n) != sums[n]})
         if wrong:
@@ -139,15 +151,14 @@ def write(
     """Tokenise a corpus into a folder; arguments as in `tokenised`.
 
     Raises:
-        UserError: the corpus cannot be read, or the folder cannot be written.
+        UserError: the corpus cannot be read or has changed, or the folder cannot be written.
     """
     part = files.part_of(folder)
     try:
         part.mkdir(parents=True)
         tokenizer = trained(known, vocab_size) if given is None else given
         dtype = np.dtype("<u2" if tokenizer.largest_id < 2**16 else "<u4")
-        counts = corpus.Counts()
-        sizes = _write_parts(part, known, tokenizer, dtype, most, counts)
+        sizes, counts = _write_parts(part, known, tokenizer, dtype, most)
         (part / "tokenizer").mkdir()
         tokenizer.save(part / "tokenizer")
         manifest = {
@@ -161,8 +172,8 @@ def write(
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         files.put(part, folder)
     except OSError as error:
-        if (folder / "manifest.json").is_file():
-            return  # another process of this machine was first
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return  # another run was first, on a file system without locks
         raise UserError(
             f"cannot write {folder}: {error.strerror}; free space or choose another --data.cache"
         ) from None
@@ -177,10 +188,12 @@ def trained(known: corpus.Known, vocab_size: int) -> Tokenizer:
 
     def texts() -> Iterator[str]:
         read = 0
-        with progress("tokenizer (MB read)", min(total or TRAINED_ON, TRAINED_ON) >> 20) as advance:
-            for document in corpus.documents(config):
+        with progress(
+            "tokenizer (MiB read)", min(total or TRAINED_ON, TRAINED_ON) >> 20
+        ) as advance:
+            for document, size, _ in _counted(config, corpus.Counts()):
                 if not corpus.is_validation(document.sha, config.validation):
-                    before, read = read, read + len(document.text)
+                    before, read = read, read + size
                     advance((read >> 20) - (before >> 20))
                     yield document.text
                 if read >= TRAINED_ON:
@@ -195,14 +208,17 @@ def _write_parts(
     tokenizer: Tokenizer,
     dtype: np.dtype,
     most: int | None,
-    counts: corpus.Counts,
-) -> dict[str, int]:
-    """Write tokens and starts of both parts; returns the number of documents of each."""
+) -> tuple[dict[str, int], corpus.Counts]:
+    """Write tokens and starts of both parts; returns the documents of each, and what was used.
+
+    A stream ends at `most` training tokens, or at the first held-out document behind them.
+    """
     config = known.config
     encode = encoder(tokenizer)
     sizes: dict[str, int] = {name: 0 for name in PARTS}
     lengths = dict(sizes)
     total = most if known.counts is None else known.counts.documents
+    read, used, whole, ended = corpus.Counts(), corpus.Counts(), hashlib.sha256(), True
     with contextlib.ExitStack() as opened:
         out = {
             (name, kind): opened.enter_context((part / f"{name}.{kind}").open("wb"))
@@ -210,35 +226,63 @@ def _write_parts(
             for kind in ("tokens", "starts")
         }
         advance = opened.enter_context(progress("tokens", total or 0))
-        for some in _together(corpus.documents(config, counts)):
+        for some in _together(_counted(config, read)):
             before = lengths["train"]
-            for document, ids in zip(some, encode([d.text for d in some]), strict=True):
+            together = encode([document.text for document, _, _ in some])
+            for (document, size, so_far), ids in zip(some, together, strict=True):
+                whole.update(document.sha)
                 name = PARTS[corpus.is_validation(document.sha, config.validation)]
+                full = most is not None and lengths["train"] >= most
+                if full and name == "train":
+                    continue
                 out[name, "starts"].write(np.int64(lengths[name]).astype("<i8").tobytes())
                 out[name, "tokens"].write(np.asarray(ids, dtype).tobytes())
                 lengths[name] += len(ids)
                 sizes[name] += 1
-                if most is not None and lengths["train"] >= most:
+                used = dataclasses.replace(
+                    so_far, documents=used.documents + 1, num_bytes=used.num_bytes + size
+                )
+                full = most is not None and lengths["train"] >= most
+                ended = not (full and sizes["validation"])
+                if not ended:
                     break
             advance(len(some) if known.counts is not None else lengths["train"] - before)
-            if most is not None and lengths["train"] >= most:
+            if not ended:
                 break
+    if ended and most is None:
+        used = read
+    if known.counts is not None and ended and whole.hexdigest() != config.digest:
+        raise UserError(
+            f"the corpus changed while it was read (sha256 {str(config.digest)[:16]}…, then "
+            f"{whole.hexdigest()[:16]}…); run again when nothing writes its files"
+        )
     for name, size in sizes.items():
         if not size:
             raise UserError(
-                f"the corpus has no {name} document ({counts.words()}); give more documents, or "
+                f"the corpus has no {name} document ({used.words()}); give more documents, or "
                 f"another --data.validation than {config.validation:g}"
             )
-    return sizes
+    return sizes, used
 
 
-def _together(documents: Iterator[corpus.Document]) -> Iterator[list[corpus.Document]]:
+Counted = tuple[corpus.Document, int, corpus.Counts]
+
+
+def _counted(config: corpus.CorpusConfig, counts: corpus.Counts) -> Iterator[Counted]:
+    """Documents, each with its size in bytes and with what had been read when it had."""
+    before = 0
+    for document in corpus.documents(config, counts):
+        size, before = counts.num_bytes - before, counts.num_bytes
+        yield document, size, dataclasses.replace(counts)
+
+
+def _together(documents: Iterator[Counted]) -> Iterator[list[Counted]]:
     """Documents in lists of about `AT_ONCE` characters."""
-    some: list[corpus.Document] = []
+    some: list[Counted] = []
     size = 0
-    for document in documents:
-        some.append(document)
-        size += len(document.text)
+    for one in documents:
+        some.append(one)
+        size += len(one[0].text)
         if size >= AT_ONCE:
             yield some
             some, size = [], 0

@@ -107,10 +107,10 @@ def _published(
         export_dtype="bfloat16",
     )
     smoke = {
-        "data.documents": 400,
+        "data.documents": 1000,
         "data.validation": 0.05,
-        "train.tokens": 4.0 * context,
-        "train.batch_tokens": 2 * context,
+        "train.tokens": 16.0 * context,
+        "train.batch_tokens": 8 * context,  # rows for the devices of a host
         "train.curve_points": 1,
         "evaluate.tokens": 2 * context,
         "evaluate.curve_tokens": context,
@@ -151,10 +151,12 @@ def _gpt_shape(hidden: int, layers: int, heads: int, remat: str = "dots") -> New
 
 # LLaMA: rotary positions with theta 10000, RMSNorm with epsilon 1e-5, no shared heads of keys and
 # values. Whether embeddings are tied is unknown; untied they have the sizes of their names.
-# Schedule, rates and decay are those of Muon+: 10 % of warm-up, cosine to 0.
+# Schedule, rates and decay are those of Muon+: 10 % of warm-up, cosine to 0. The rate of the AdamW
+# baseline is unknown.
 def _llama(rate: float, weight_decay: float) -> dict[str, Options]:
     adamw = AdamW(
-        learning_rate=1e-3, schedule="cosine", warmup=0.1, b1=0.95, b2=0.95,
+        learning_rate=1e-3,  # unknown
+        schedule="cosine", warmup=0.1, b1=0.95, b2=0.95,
         weight_decay=weight_decay, clip_norm=1.0,
     )  # fmt: skip
     return _rates(adamw, rate)

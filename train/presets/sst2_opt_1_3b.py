@@ -20,9 +20,13 @@ PRESET = ClassifyRun(
     export_dtype="bfloat16",
 )
 
-# The published rates (arXiv 2602.17155, its code).
+# The published rates (arXiv 2602.17155, its code). A step of AdamW counts as three forward passes:
+# its published 625 steps are a budget of 1875.
 OPTIMIZERS = {
-    "adamw": (AdamW(learning_rate=1e-5, schedule="linear", warmup=0.0), {"train.batch_size": 8}),
+    "adamw": (
+        AdamW(learning_rate=1e-5, schedule="linear", warmup=0.0),
+        {"train.batch_size": 8, "train.forwards": 1875},
+    ),
     "mezo": (MeZO(learning_rate=1e-7, schedule="constant", warmup=0.0), {}),
     "zo-muon": (PRESET.optimizer, {}),
 }

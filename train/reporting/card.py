@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER)
-inputs = tokenizer("import numpy as", return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 ```
 """
@@ -130,15 +130,16 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
     return "\n".join(lines)
 
 
-def plain(what: str, sha: str | None = None, chat: bool = True) -> str:
+def plain(what: str, sha: str | None = None, chat: bool = True, prompt: str = "PROMPT") -> str:
     """The card of a model that no run evaluated.
 
     Args:
         what: one sentence on where it comes from.
         sha: sha256 of its parameters.
         chat: it answers questions; False: it continues texts.
+        prompt: of a model that continues texts, one for the example.
     """
-    use = USE if chat else CONTINUE
+    use = USE if chat else CONTINUE.replace("PROMPT", json.dumps(prompt))
     lines = [*_front(()), "# Exported model", "", cell(what), "", "## Use", "", use]
     lines += [f"Parameters (sha256): `{sha}`", ""] if sha else []
     return "\n".join(lines)

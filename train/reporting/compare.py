@@ -164,11 +164,12 @@ def page(runs: Sequence[Run]) -> str:
     heads = [metrics_table.describe(n) for n in shown]
     smoke = any(run.config.get("smoke") for run in runs)
     pairs, overlaid = pictures(found, short), losses(found, short)
+    rows = chosen(name for run in runs for name in run.evaluators)
     return render(
         "comparison.html.j2",
         title=f"{len(found)} experiments" if len(found) > 1 else short[0],
         smoke=SMOKE if smoke else "",
-        topic="training" if overlaid and not pairs else "unlearning",
+        topic="unlearning" if any(row.pairs for row in rows) else "training",
         pictures=[embed(p, p.png) for p in (*pairs, *overlaid) if p.png],
         heads=[
             {

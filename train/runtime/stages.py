@@ -29,31 +29,49 @@ def folder_of(root: Path, name: str, inputs: dict[str, Any]) -> Path:
 
 
 @contextlib.contextmanager
-def alone(folder: Path, name: str) -> Iterator[None]:
+def alone(folder: Path, name: str, option: str = "--stage.cache") -> Iterator[None]:
     """Lock `folder` against other runs; it is released when the process ends, even by `kill -9`.
 
-    Buckets have no locks: two runs may then compute the same result, each in full.
+    Buckets have no locks: two runs may then compute the same result, each in full. `option` is what
+    chose the place of the folder.
 
     Raises:
         UserError: the folder cannot be created or written.
     """
     with contextlib.ExitStack() as held:
         if not remote.is_remote(folder):
-            distributed.of_first(lambda: held.enter_context(_lock(folder, name)))
-            # No other run writes here now: unfinished files were left by runs that were killed.
-            left = f"{folder.name}.*{files.PART}"
-            distributed.of_first(lambda: files.sweep(folder.parent.glob(left)))
+            distributed.of_first(lambda: held.enter_context(locked(folder, name, option)))
         yield
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, name: str) -> Iterator[None]:
+def locked(folder: Path, name: str, option: str = "--stage.cache") -> Iterator[None]:
+    """As `alone`, of a local folder and for this process, also against others of the same run."""
+    with _lock(folder, name, option):
+        # No other run writes here now: unfinished files were left by runs that were killed.
+        files.sweep(folder.parent.glob(f"{folder.name}.*{files.PART}"))
+        yield
+
+
+def sweep_killed(parent: Path) -> None:
+    """Remove what killed runs left unfinished in `parent`, of the folders that nobody locks."""
+    for part in parent.glob(f"*{files.PART}"):
+        with (
+            contextlib.suppress(OSError),
+            (parent / f"{part.name.split('.')[0]}.lock").open("w") as file,
+        ):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.sweep([part])
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, name: str, option: str) -> Iterator[None]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = folder.with_name(folder.name + ".lock").open("w")
     except OSError as error:
         raise UserError(
-            f"cannot write {folder.parent}: {error.strerror}; give another --stage.cache"
+            f"cannot write {folder.parent}: {error.strerror}; give another {option}"
         ) from None
     with file:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -99,6 +100,36 @@ class Tracker:
                     f"warning: {other.name} takes no numbers any more ({type(error).__name__}: "
                     f"{reason}); they are all in {self.path}"
                 )
+
+
+class Timed(Tracker):
+    """A log of steps that notes when each was done; looks at a model between steps do not count."""
+
+    def __init__(self, *args: Any, **more: Any):
+        super().__init__(*args, **more)
+        self.marks: list[float] = []
+        self.looked = 0.0
+
+    def write(self, stage: str, step: int, scalars: dict[str, float]) -> None:
+        """Append one line."""
+        if "lr" in scalars:  # the line behind the last step has what was looked at alone
+            self.marks.append(time.monotonic() - self.looked)
+        super().write(stage, step, scalars)
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Inside, the time does not count."""
+        began = time.monotonic()
+        yield
+        self.looked += time.monotonic() - began
+
+    def seconds(self, steps: int = 1) -> float | None:
+        """Of so many steps, by the median of those of this process.
+
+        None where fewer than two steps were taken here.
+        """
+        spent = [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
+        return steps * statistics.median(spent) if spent else None
 
 
 def _eta(seconds: float, done: int, left: int) -> str:
