@@ -108,8 +108,7 @@ def check(config: ClassifyRun) -> tuple[Any, int]:
         raise UserError(f"--train.forwards {config.train.forwards}: {error}") from None
     mesh = sharding.make_mesh(config.mesh)
     checks.check_stage(stage_of(config, steps), config.optimizer, mesh, "training")
-    optimizer = optimizers.over_rows(config.optimizer, config.train.batch_size)
-    optimizers.check_mesh(optimizer, mesh)
+    optimizers.check_mesh(config.optimizer, mesh, config.train.batch_size, "the training")
     return mesh, steps
 
 

@@ -196,8 +196,16 @@ def over_rows(config: Any, rows: int, what: str = "a") -> Any:
     return dataclasses.replace(config, queries=parts)
 
 
-def check_mesh(config: Options, mesh: Any) -> None:
-    """Raise `UserError` for a mesh that does not divide the optimizer's evaluations."""
+def check_mesh(config: Options, mesh: Any, rows: int, what: str = "a") -> None:
+    """Raise `UserError` for a mesh that does not divide the optimizer's evaluations.
+
+    Args:
+        config: of an optimizer, as it was given.
+        mesh: the devices.
+        rows: of a global batch, as for `over_rows`.
+        what: whose batch it is, for the message.
+    """
+    config = over_rows(config, rows, what)
     ways = mesh.shape.get("query", 1)
     row = suggest.choose(config.name, OPTIMIZERS, "optimizer")
     for axis in ("data", "fsdp") if row.parts else ():

@@ -141,10 +141,10 @@ def check(config: PretrainConfig) -> Any:
         checks.check_writable("--profile", config.profile)
     remote.check(config.output, "--output")
     mesh = sharding.make_mesh(config.mesh)
-    optimizers.check_mesh(config.optimizer, mesh)
     sharding.check_heads(mesh, config.model.num_heads)
     decoder_of(config)
-    batch_rows(config, sharding.batch_ways(mesh))
+    rows, _ = batch_rows(config, sharding.batch_ways(mesh))
+    optimizers.check_mesh(config.optimizer, mesh, rows)
     optimizers.check_steps(config.optimizer, num_steps(config))
     return mesh
 
