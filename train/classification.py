@@ -22,7 +22,7 @@ from train.kinds import Kind
 from train.reporting import card, tables
 from train.reporting.runlogs import read_steps
 from train.run import Recipe, Run, Watch, phase, started, train
-from train.runtime import distributed, files, folder, remote, reporters, sharding
+from train.runtime import distributed, files, folder, remote, replays, reporters, sharding
 from train.runtime.stages import json_stage, write_atomic
 from train.runtime.tracking import Tracker, say
 from train.tasks import labelled
@@ -279,6 +279,7 @@ def finetune(config: ClassifyRun, opened: Opened) -> Finetuned:
             objective_of(config),
             {"train": stream},
             recipe,
+            record=replays.NAME,
             watch=(Watch(look, config.train.curve_points),),
             keep=None if adapters is None else keep,
         ).to_host()

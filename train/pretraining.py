@@ -34,7 +34,7 @@ from train.pretrain_config import PretrainConfig, batch_rows, num_steps, stage_o
 from train.reporting import card, page, tables
 from train.run import Recipe, Run, Watch, phase, seed_of, started
 from train.run import train as train_stage
-from train.runtime import distributed, files, folder, remote, reporters, sharding
+from train.runtime import distributed, files, folder, remote, replays, reporters, sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.stages import json_stage, write_atomic
 from train.runtime.tracking import Tracker, say
@@ -275,6 +275,7 @@ def train(opened: Opened) -> Model:
             objectives.resolve("nll"),
             {"train": opened.train},
             recipe,
+            record=replays.NAME,
             watch=(Watch(look, config.train.curve_points),),
         )
 

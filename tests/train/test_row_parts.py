@@ -1,5 +1,6 @@
 """`rowwise` in a run: how many parts, which rows share one, what is refused; later options."""
 
+import dataclasses
 import types
 
 import jax
@@ -93,6 +94,16 @@ def test_a_pretraining_plan_has_a_query_for_every_row():
     state = made.args[0]
     assert state.opt_state.coeffs.shape == (16,)
     assert pretraining_update(config, decoder, ONE) is None
+
+
+def test_micro_batches_are_fewer_parts_at_a_time():
+    whole = optimizers.over_rows(ROWWISE, 12)
+    at_once = [optimizers.in_micro_batches(whole, n).query_batch for n in (1, 4, 24)]
+    assert at_once == [None, 3, 1]
+    told = dataclasses.replace(whole, query_batch=5)
+    assert optimizers.in_micro_batches(told, 4) is told
+    mezo = optimizers.options_of("mezo")
+    assert optimizers.in_micro_batches(mezo, 4) is mezo
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,7 @@ def step_program(
         steps: length of the schedule.
     """
     row, options = objective
+    optimizer = optimizers.in_micro_batches(optimizer, accumulate)
     axis = sharding.query_axis(mesh)
     tx, _, _ = optimizers.build(optimizer, steps, combine, axis)
     memory = jax.eval_shape(lambda: objective_state(learner, row, options, 0))
