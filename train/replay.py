@@ -143,8 +143,8 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
     for how in checked:
         equal = f"{whose}equal bit by bit"
         if not how.bitwise:
-            size = f"to {how.apart:.1e}" if how.apart else "to the last digit"
-            equal = f"{whose}equal by norm {size} (--tolerance {config.tolerance:g}), not bitwise"
+            far = f"to {how.apart:.1e}" if how.apart else "to the last digit"
+            equal = f"{whose}equal by norm {far} (--tolerance {config.tolerance:g}), not bitwise"
         say(f"replayed in {seconds:.1f} s, {equal} at {how.milestones} milestone(s)")
         found |= {"seconds": round(seconds, 1), "apart": how.apart, "bitwise": how.bitwise}
     if root is not None and not checked:
