@@ -51,9 +51,9 @@ def check_stage(
 ) -> None:
     """Raise `UserError` for an unknown optimizer or work that does not divide over the mesh."""
     optimizers.check(optimizer)
-    optimizer = optimizers.over_rows(optimizer, stage.batch_size, f"the {what}")
+    optimizers.over_rows(optimizer, stage.batch_size, f"the {what}")
     if optimizers.OPTIMIZERS[optimizer.name].sides:
-        optimizers.check_mesh(optimizer, mesh)
+        optimizers.check_mesh(optimizer, mesh, stage.batch_size, f"the {what}")
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, what)
 
 
@@ -165,8 +165,7 @@ def check_run(config: RunConfig) -> Mesh:
     mesh = sharding.make_mesh(config.mesh)
     check_finetuning(config.finetune, mesh)
     check_stage(config.unlearn, config.optimizer, mesh, "unlearning")
-    unlearning = optimizers.over_rows(config.optimizer, config.unlearn.batch_size)
-    optimizers.check_mesh(unlearning, mesh)
+    optimizers.check_mesh(config.optimizer, mesh, config.unlearn.batch_size)
     return mesh
 
 

@@ -21,7 +21,7 @@ from train.kinds import Kind
 from train.reporting import card, tables
 from train.reporting.runlogs import read_steps
 from train.run import Recipe, Run, Watch, phase, started, train
-from train.runtime import distributed, files, folder, remote, reporters, sharding
+from train.runtime import distributed, files, folder, remote, replays, reporters, sharding
 from train.runtime.stages import json_stage, write_atomic
 from train.runtime.tracking import Timed, say
 from train.tasks import labelled
@@ -108,8 +108,7 @@ def check(config: ClassifyRun) -> tuple[Any, int]:
         raise UserError(f"--train.forwards {config.train.forwards}: {error}") from None
     mesh = sharding.make_mesh(config.mesh)
     checks.check_stage(stage_of(config, steps), config.optimizer, mesh, "training")
-    optimizer = optimizers.over_rows(config.optimizer, config.train.batch_size)
-    optimizers.check_mesh(optimizer, mesh)
+    optimizers.check_mesh(config.optimizer, mesh, config.train.batch_size, "the training")
     return mesh, steps
 
 
@@ -257,6 +256,7 @@ def finetune(config: ClassifyRun, opened: Opened) -> Finetuned:
             objective_of(config),
             {"train": stream},
             recipe,
+            record=replays.NAME,
             watch=(Watch(look, config.train.curve_points),),
             keep=None if adapters is None else keep,
         ).to_host()

@@ -8,6 +8,7 @@ together with the loss, and a replay without the loss would differ in the last b
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn.objectives import Objective
+from jaxlib_unlearn.optim.zeroth_order.engine import ZOState
 from models.learner import Learner
 from train.hyper import Hyper, resolved
 from train.optimizers import OPTIMIZERS, Options, transformation
@@ -33,6 +35,16 @@ from train.step import (
 )
 
 NOTHING: Any = None  # in the place of a gradient
+
+
+def seed_of_draws(seed: int) -> int:
+    """A stage's seed in the 32 bits of an optimizer's: a multiple of 2**32 does not vanish.
+
+    Example:
+        >>> len({seed_of_draws(run * 2**32 + stage) for run in range(4) for stage in range(4)})
+        16
+    """
+    return zlib.crc32(str(seed).encode())
 
 
 class Evaluated(NamedTuple):
@@ -60,6 +72,26 @@ Apply = Callable[[Any, Any, Mapping[str, Any], jax.Array], tuple[Any, Any, dict[
 def replays(optimizer: Options) -> bool:
     """Whether the coefficients of a step are all that its update needs."""
     return OPTIMIZERS[optimizer.name].replays
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, ZOState)
+
+
+def state_of(opt_state: Any) -> ZOState:
+    """The state of the zeroth-order steps in that of an optimizer.
+
+    It is found by its type: a tree of parameters in the state may have keys like its fields.
+    """
+    (found,) = filter(_is_state, jax.tree.leaves(opt_state, is_leaf=_is_state))
+    return found
+
+
+def with_state(opt_state: Any, **fields: Any) -> Any:
+    """The state of an optimizer with other fields of its zeroth-order state."""
+    return jax.tree.map(
+        lambda x: x._replace(**fields) if _is_state(x) else x, opt_state, is_leaf=_is_state
+    )
 
 
 def make_evaluate(
@@ -93,7 +125,7 @@ def make_evaluate(
         with jax.named_scope(OPTIMIZER_SCOPE):
             # The update is not asked for, so the compiler leaves it out.
             _, after = tx.update(NOTHING, state.opt_state, state.params, **extra)
-        found = optax.tree.get(after, "coeffs")
+        found = state_of(after).coeffs
         memory = advanced(objective, state.objective, losses, metrics)
         metrics |= {"lr": jnp.asarray(schedule(state.step))}
         return Evaluated(found, metrics["loss"], state.step + 1, memory, metrics)
@@ -118,12 +150,6 @@ def make_apply(optimizer: Options) -> Apply:
         return optax.apply_updates(params, updates), opt_state, {"update_norm": norm}
 
     return apply
-
-
-def taken(found: Evaluated, params: Any, opt_state: Any) -> TrainState:
-    """The state after both programs; that of the optimizer holds the loss, as after one program."""
-    opt_state = optax.tree.set(opt_state, value=found.value)
-    return TrainState(params, opt_state, found.step, found.objective)
 
 
 def compile_apply(optimizer: Options, shardings: TrainState) -> Any:
@@ -164,7 +190,7 @@ def compiler(
     def compile_for(state: TrainState, hyper: Hyper, frozen: Any, batches: Batches):
         first = evaluate.lower(state, hyper, frozen, batches).compile()
         if not applies:
-            coeffs = optax.tree.get(state.opt_state, "coeffs")
+            coeffs = state_of(state.opt_state).coeffs
             args = (state.params, state.opt_state, hyper["schedule"], coeffs)
             applies.append(apply.lower(*args).compile())
         (second,) = applies
@@ -174,7 +200,7 @@ def compiler(
             numbers = hyper["schedule"]
             params, opt_state, more = second(state.params, state.opt_state, numbers, found.coeffs)
             # The optimizer's state holds the loss, as after a step in one program.
-            opt_state = optax.tree.set(opt_state, value=found.value)
+            opt_state = with_state(opt_state, value=found.value)
             after = TrainState(params, opt_state, found.step, found.objective)
             return after, found.metrics | more
 

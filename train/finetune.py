@@ -102,7 +102,7 @@ def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
         remote.check(config.output, "--output")
         mesh = sharding.make_mesh(config.mesh)
         checks.check_finetuning(config.train, mesh)
-        optimizers.check_mesh(config.train.optimizer, mesh)
+        optimizers.check_mesh(config.train.optimizer, mesh, config.train.batch_size)
         folder.claim(place, held)
         path = Path(config.rows)
         if not path.is_file():

@@ -72,7 +72,7 @@ class Stage:
         binding: makes models of the trained tree (`train.trainable.Trainable`).
         batch_size: rows of a global batch; None: `batches` makes all of them.
         profile: folder for a trace of a few steps.
-        seed: of what the objective draws.
+        seed: of what the objective draws, and of the directions of zeroth-order steps.
         recording: the file of its coefficients, where `coefficients.replays(optimizer)`; None: none
             is written.
     """
@@ -185,6 +185,9 @@ def run(
     params = residency.fresh(params, sharding.param_shardings(params, mesh, learner.rules))
     memory = objective_state(learner, stage.objective, stage.options, stage.seed)
     state, shardings = init_state(params, tx, mesh, memory)
+    draws = np.asarray(coefficients.seed_of_draws(stage.seed), np.uint32)
+    opt_state = coefficients.with_state(state.opt_state, seed=arrays.put(draws, shardings.step))
+    state = state._replace(opt_state=opt_state)
     numbers = hyper_of(stage.options, stage.optimizer, stage.steps, stage.seed)
     hyper = jax.tree.map(lambda x: arrays.put(x, shardings.step), numbers)
     parts = (learner, stage.objective, stage.options, stage.optimizer)
@@ -302,6 +305,8 @@ def run(
         loss = settle()
         if recorder is not None:
             recorder.mark(stage.steps, state.params)
+            # The result is stored next and the checkpoints go: the file must be whole by then.
+            recorder.checkpoint()
     if last := looked(stage.steps, state):
         # One line more than steps: the evaluation after the last one, beside its loss.
         tracker.write(stage.name, stage.steps, {"loss": loss} | last)

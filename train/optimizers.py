@@ -196,8 +196,32 @@ def over_rows(config: Any, rows: int, what: str = "a") -> Any:
     return dataclasses.replace(config, queries=parts)
 
 
-def check_mesh(config: Options, mesh: Any) -> None:
-    """Raise `UserError` for a mesh that does not divide the optimizer's evaluations."""
+def in_micro_batches(config: Any, accumulate: int) -> Any:
+    """The options for a step in micro-batches: so many fewer parts are evaluated at a time.
+
+    They are those of `over_rows`; an optimizer that evaluates no parts is left as it is, the
+    batches of its evaluations are split in the step. Its numbers do not depend on it.
+
+    Example:
+        >>> in_micro_batches(over_rows(options_of("rowwise"), 8), 4).query_batch
+        2
+    """
+    row = suggest.choose(config.name, OPTIMIZERS, "optimizer")
+    if accumulate == 1 or not row.parts or config.query_batch is not None:
+        return config
+    return dataclasses.replace(config, query_batch=max(1, config.queries // accumulate))
+
+
+def check_mesh(config: Options, mesh: Any, rows: int, what: str = "a") -> None:
+    """Raise `UserError` for a mesh that does not divide the optimizer's evaluations.
+
+    Args:
+        config: of an optimizer, as it was given.
+        mesh: the devices.
+        rows: of a global batch, as for `over_rows`.
+        what: whose batch it is, for the message.
+    """
+    config = over_rows(config, rows, what)
     ways = mesh.shape.get("query", 1)
     row = suggest.choose(config.name, OPTIMIZERS, "optimizer")
     for axis in ("data", "fsdp") if row.parts else ():
@@ -307,8 +331,8 @@ def steps_within(config: Options, budget: int) -> int:
         return steps
     least = next(n for n in itertools.count(1) if _taken(config, n))
     raise UserError(
-        f"{budget} forward passes are less than one step: {least} step(s) of {config.name} with "
-        f"these options cost {forwards(config, least)}"
+        f"{budget} forward passes are too few: the fewest steps that {config.name} can take with "
+        f"these options are {least}, which cost {forwards(config, least)}"
     )
 
 

@@ -25,7 +25,7 @@ from train.evaluators.judging import compare_logs, evaluate_cached, summarize
 from train.evaluators.roles import ROLES
 from train.reporting import card, page, tables
 from train.run import Recipe, Run, Watch, num_steps, phase, started, train
-from train.runtime import distributed, files, folder, remote, reporters
+from train.runtime import distributed, files, folder, remote, replays, reporters
 from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import Tracker, say
 from train.tasks import load_task
@@ -252,7 +252,7 @@ def finetune(
             {"train": stream_of(base, encoded, config.finetune.batch_size, sized_by=sizes)},
             Recipe(config.finetune, config.finetune.optimizer, row_tokens=config.data.row_tokens),
             shared=True,
-            record=f"replay-{name}.zo" if record is None else record,
+            record=record,
         )
 
 
@@ -342,6 +342,7 @@ def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
                 config.profile,
                 config.train,
             ),
+            record=replays.NAME,
             watch=(Watch(look, config.unlearn.curve_points),),
             keep=None
             if adapters is None

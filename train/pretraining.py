@@ -33,7 +33,7 @@ from train.pretrain_config import PretrainConfig, batch_rows, num_steps, stage_o
 from train.reporting import card, page, tables
 from train.run import Recipe, Run, Watch, phase, seed_of, started
 from train.run import train as train_stage
-from train.runtime import distributed, files, folder, remote, reporters, sharding
+from train.runtime import distributed, files, folder, remote, replays, reporters, sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.stages import json_stage, write_atomic
 from train.runtime.tracking import Timed, say
@@ -121,10 +121,10 @@ def check(config: PretrainConfig) -> Any:
         checks.check_writable("--profile", config.profile)
     remote.check(config.output, "--output")
     mesh = sharding.make_mesh(config.mesh)
-    optimizers.check_mesh(config.optimizer, mesh)
     sharding.check_heads(mesh, config.model.num_heads)
     decoder_of(config)
-    batch_rows(config, sharding.batch_ways(mesh))
+    rows, _ = batch_rows(config, sharding.batch_ways(mesh))
+    optimizers.check_mesh(config.optimizer, mesh, rows)
     optimizers.check_steps(config.optimizer, num_steps(config))
     return mesh
 
@@ -260,6 +260,7 @@ def train(opened: Opened) -> Model:
             objectives.resolve("nll"),
             {"train": opened.train},
             recipe,
+            record=replays.NAME,
             watch=(Watch(look, config.train.curve_points),),
         )
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 import jaxlib_unlearn
+from train import coefficients
 from train.config import LoraConfig, SelectConfig, to_json
 from train.optimizers import Options, schedule_numbers
 from train.runtime import digests, distributed, remote, replays
@@ -133,7 +133,7 @@ class Recorder:
         """Append the coefficients of a step, which the optimizer's state holds after it."""
         if not self.open or not distributed.is_first():
             return
-        coeffs = jax.device_get(optax.tree.get(opt_state, "coeffs"))
+        coeffs = jax.device_get(coefficients.state_of(opt_state).coeffs)
         data = np.asarray(coeffs, replays.FLOATS).tobytes()
         self.crc = zlib.crc32(data, self.crc)
         self._write(data)
@@ -163,9 +163,9 @@ def recorder_of(
     """The recorder of a stage that continues at step `start`; None without a recording."""
     if recording is None:
         return None
-    coeffs, seed = (optax.tree.get(opt_state, name) for name in ("coeffs", "seed"))
+    state = coefficients.state_of(opt_state)
     kept = None
     if start:
         manifest = distributed.of_first(lambda: read_manifest(checkpoints / str(start)))
         kept = (manifest or {}).get("replay")
-    return Recorder(recording, coeffs.size, int(jax.device_get(seed)), start, kept)
+    return Recorder(recording, state.coeffs.size, int(jax.device_get(state.seed)), start, kept)

@@ -139,14 +139,16 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
         params, sha = params_stage(root, "replayed", identity, like, make)
     seconds = time.monotonic() - since
     found: dict[str, Any] = {"params_sha256": sha, "steps": steps, "bytes": size}
+    whose = "adapters " if "lora" in made.header else ""
     for how in checked:
-        equal = "equal bit by bit"
-        if how.apart:
-            equal = (
-                f"equal by norm to {how.apart:.1e} (--tolerance {config.tolerance:g}), not bitwise"
-            )
+        equal = f"{whose}equal bit by bit"
+        if not how.bitwise:
+            far = f"to {how.apart:.1e}" if how.apart else "to the last digit"
+            equal = f"{whose}equal by norm {far} (--tolerance {config.tolerance:g}), not bitwise"
         say(f"replayed in {seconds:.1f} s, {equal} at {how.milestones} milestone(s)")
-        found |= {"seconds": round(seconds, 1), "apart": how.apart}
+        found |= {"seconds": round(seconds, 1), "apart": how.apart, "bitwise": how.bitwise}
+    if root is not None and not checked:
+        found = kept(remote.home(root) / "summary.json", sha) | found
     say(f"params_sha256 {sha}")
     if root is not None:
         export_model(base._replace(params=params, sha=sha), root / "export", config.export_dtype)
@@ -155,6 +157,15 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
         distributed.of_first(lambda: remote.send(root))
         say(f"model: {remote.home(root) / 'export'}")
     return found
+
+
+def kept(path: Path, sha: str) -> dict[str, Any]:
+    """What the summary of a finished replay says, where it is of these parameters."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["replayed"]
+        return dict(found) if found["params_sha256"] == sha else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def file_of(source: str) -> Path:
@@ -170,6 +181,11 @@ def file_of(source: str) -> Path:
     file = path / replays.NAME
     if not path.is_dir() or file.exists():
         return file if path.is_dir() else path
+    others = sorted(x.name for x in path.glob(replays.named("*")))
+    if others:
+        raise UserError(
+            f"{path} has no {replays.NAME}, but {', '.join(others)}: give the path of one of them"
+        )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         stage = config if "optimizer" in config else config["train"]
@@ -178,11 +194,10 @@ def file_of(source: str) -> Path:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-    others = sorted(x.name for x in path.glob("replay-*.zo"))
-    also = "give the folder of a run with a zeroth-order optimizer"
-    if others:
-        also = f"it has {', '.join(others)}: give the path of one of them"
-    raise UserError(f"{path} has no {replays.NAME}; {also}")
+    raise UserError(
+        f"{path} has no {replays.NAME}: its stage has not begun, was found in a cache, or gave up "
+        "a damaged file; give the folder of a run with a zeroth-order optimizer that has one"
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
@@ -25,13 +24,22 @@ from train.step import init_state
 from train.trainable import Trainable, trainable_of
 
 SAVE_SECONDS = 120.0
+LAST_BITS = 1e-6  # what other platforms and versions change, as a share of the norm
 
 
 class Checked(NamedTuple):
-    """How far a replay is from the run, by norm, at the worst milestone; 0.0: bit by bit equal."""
+    """How a replay compares with the run.
+
+    Args:
+        apart: how far they are apart by norm, at the worst milestone; 0.0 also of parameters that
+            differ by less than float32 sketches tell.
+        milestones: how many were compared.
+        bitwise: whether the parameters are bit by bit equal at all of them.
+    """
 
     apart: float
     milestones: int
+    bitwise: bool
 
 
 def optimizer_of(made: Replay, path: Path) -> Options:
@@ -109,20 +117,37 @@ def trained_of(made: Replay, base: Model, mesh: Any) -> Trainable:
     return found
 
 
-def differs(made: Replay, mark: Milestone, before: int, found: float) -> UserError:
-    """The error for parameters that are not those of the run."""
+def differs(
+    made: Replay, mark: Milestone, before: int, found: float, tolerance: float | None
+) -> UserError:
+    """The error for parameters that are not those of the run.
+
+    Args:
+        made: the file.
+        mark: the first milestone whose parameters differ.
+        before: the step of the milestone before it, which passed; 0: the start.
+        found: how far they are apart by norm.
+        tolerance: how far they might be; None: not in a bit.
+    """
     here, there = surroundings(), made.header
     same = all(there.get(name) == here[name] for name in ("jax", "platform", "made_by"))
-    why = "on another kind of processor"
+    todo = "replay it on the kind of processor that it was written on"
     if not same:
-        why = (
-            f"(it was written by {there.get('made_by')} with jax {there['jax']} on "
-            f"{there['platform']}, here are {here['made_by']}, {here['jax']}, {here['platform']})"
+        todo = (
+            f"use what it was written by: {there.get('made_by')} with jax {there['jax']} on "
+            f"{there['platform']} (here are {here['made_by']}, {here['jax']}, {here['platform']})"
         )
+    size, passed = f"by {found:.1e} of their norm", "were the same"
+    if not found:
+        size = "by less than a sketch of them tells"
+    if tolerance is not None:
+        size, passed = f"{size}, more than --tolerance {tolerance:g}", "passed"
+    elif found <= LAST_BITS:
+        todo += f", or give --tolerance {LAST_BITS:g} to compare by norm"
+    since = f"those after step {before}" if before else "those at the start"
     return UserError(
-        f"step {mark.step} is the first whose parameters differ from the run's, by {found:.1e} of "
-        f"their norm (those after step {before} were the same); --tolerance 1e-6 compares by norm "
-        f"{why}"
+        f"the parameters after step {mark.step} differ from the run's {size} ({since} {passed}, "
+        f"between the two none were compared); {todo}"
     )
 
 
@@ -163,8 +188,8 @@ def replay(
 
     schedule = {name: put(value, dtype) for name, value in header["schedule"].items()}
     seed = put(header["seed"] % 2**32, np.uint32)
-    opt_state = optax.tree.set(state.opt_state, seed=seed)
-    where = optax.tree.get(opt_state, "coeffs")
+    opt_state = coefficients.with_state(state.opt_state, seed=seed)
+    where = coefficients.state_of(opt_state).coeffs
     if where.shape != made.coeffs.shape[1:]:
         raise UserError(
             f"the file has {made.coeffs.shape[1]} coefficients a step, optimizer {optimizer.name} "
@@ -172,23 +197,28 @@ def replay(
         )
     apply = coefficients.compile_apply(optimizer, shardings)
     first, now = 0, (state.params, opt_state)
+    worst, bitwise = 0.0, True
     if checkpoints is not None:
         found = checkpointing.load_latest(checkpoints, now, say)
         if found is not None:
             first, now = found
+            last = checkpoints / str(first)
+            manifest = distributed.of_first(lambda: checkpointing.read_manifest(last)) or {}
+            # Earlier versions did not say: with a tolerance, nobody knows.
+            worst, bitwise = manifest.get("checked", (0.0, tolerance is None))
             say(f"continuing at step {first} of {header['steps']}")
     marks = {mark.step: mark for mark in made.milestones}
     before = max((step for step in marks if step <= first), default=0)
-    worst, saved_at = 0.0, time.monotonic()
+    saved_at = time.monotonic()
 
     def compare(step: int) -> None:
-        nonlocal worst, before
+        nonlocal worst, before, bitwise
         mark = marks[step]
         if digests.params_sha256(now[0]) != mark.sha256:
             found = digests.apart(digests.sketch(now[0]), mark.sketch)
             if tolerance is None or not found <= tolerance:
-                raise differs(made, mark, before, found)
-            worst = max(worst, found)
+                raise differs(made, mark, before, found, tolerance)
+            worst, bitwise = max(worst, found), False
         before = step
 
     def due() -> bool:
@@ -201,7 +231,7 @@ def replay(
             stop = distributed.asked_to_stop()
             late = due()
             if checkpoints is not None and step > first and (stop or late):
-                checkpointing.save_step(checkpoints, step, now, {})
+                checkpointing.save_step(checkpoints, step, now, {"checked": [worst, bitwise]})
                 distributed.unsaved(False)
                 saved_at = time.monotonic()
             if stop:
@@ -212,4 +242,4 @@ def replay(
             jax.block_until_ready(metrics)
             advance(1)
         compare(header["steps"])
-    return now[0], Checked(worst, len(marks))
+    return now[0], Checked(worst, len(marks), bitwise)

@@ -31,7 +31,14 @@ from train.data.references import cached_streams, with_references
 from train.data.stream import Positioned, Stream
 from train.data.streams import batches_of, pack_streams
 from train.evaluators.evaluation import Model
-from train.optimizers import OPTIMIZERS, Options, check_pair, check_steps, over_rows
+from train.optimizers import (
+    OPTIMIZERS,
+    Options,
+    check_pair,
+    check_steps,
+    in_micro_batches,
+    over_rows,
+)
 from train.recording import recording
 from train.runtime import checkpointing, distributed, remote, replays, sharding
 from train.runtime.folder import read_minutes, write_about
@@ -169,7 +176,7 @@ def train(
     watch: Sequence[Watch] = (),
     shared: bool = False,
     keep: Callable[[Any], None] | None = None,
-    record: str = replays.NAME,
+    record: str | None = None,
 ) -> Model:
     """A stage of training: found by the digest of what it is made from, or computed.
 
@@ -186,7 +193,7 @@ def train(
         shared: stored in the run's cache, where other runs find it.
         keep: called with the tree that was trained, before it becomes plain parameters.
         record: name of the file in the run folder that holds the coefficients of its steps, where
-            they are all that its updates need.
+            they are all that its updates need; None: `replay-NAME.zo`, with the stage's name.
 
     Raises:
         UserError: parts that do not go together.
@@ -258,8 +265,8 @@ def train(
         recorded = None
         if coefficients.replays(optimizer):
             recorded = recording(
-                run.folder / record, name, start.sha, training.start, optimizer, steps, adapters,
-                recipe.select, run.seed,
+                run.folder / (record or replays.named(name)), name, start.sha, training.start,
+                optimizer, steps, adapters, recipe.select, run.seed,
             )  # fmt: skip
         plan = loop.Stage(
             name=name,
@@ -268,7 +275,7 @@ def train(
             batch_size=stage.batch_size,
             objective=row,
             options=options,
-            optimizer=optimizer,
+            optimizer=in_micro_batches(optimizer, stage.accumulate),
             accumulate=stage.accumulate,
             checkpoints=checkpoints,
             checkpoint_seconds=stage.checkpoint_seconds,

@@ -279,6 +279,17 @@ def test_fields_younger_than_stored_results_are_in_no_key_at_their_defaults():
         assert to_json(other)[name] != getattr(shape, name)
 
 
+def test_only_keys_of_zeroth_order_stages_tell_that_directions_depend_on_the_seed():
+    """Results stored before are found, those of directions that no seed chose are not."""
+    rest = {
+        "objective": START.objective, "combine": "sum", "steps": 4, "batch_size": 8, "seed": 0,
+        "adapters": None,
+    }  # fmt: skip
+    for name, row in OPTIMIZER.table.items():
+        found = keys.stage_inputs("sha", {}, {}, optimizer=row.options(), **rest)
+        assert ("directions" in found) == (row.sides > 0), name
+
+
 def test_one_cache_does_not_mistake_a_dtype_or_a_rope_theta(monkeypatch):
     """A past bug: the second run reported "found, made from the same inputs"."""
     known = keys_of(START, monkeypatch)

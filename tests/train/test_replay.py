@@ -3,7 +3,7 @@
 import json
 import shutil
 import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.optim import ZOState
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train import coefficients, recording, replaying
@@ -81,10 +82,9 @@ HEADER = {
 }
 
 
-class State(NamedTuple):
-    """An optimizer's, as far as it is recorded."""
-
-    coeffs: Any
+def state_with(coeffs):
+    """An optimizer's state, as far as it is recorded."""
+    return ZOState(0, 0, {}, 0.0, np.float32(coeffs), {})
 
 
 def written(path, steps=7):
@@ -96,7 +96,7 @@ def written(path, steps=7):
         if step:
             made.mark(step, {"w": np.full(2, step, np.float32)})
         if step < steps:
-            made.add(State(np.float32([step, -step])))
+            made.add(state_with([step, -step]))
     return path
 
 
@@ -177,6 +177,10 @@ def test_cut_and_foreign_files(tmp_path):
             replays.read(path)
     with pytest.raises(UserError, match="does not exist"):
         replays.read(tmp_path / "none")
+    # A header asks for no memory that the file does not fill.
+    path.write_bytes(replays.header_line({**HEADER, "steps": 10**15}) + b"\0" * 100)
+    with pytest.raises(UserError, match=f"of {10**15} steps"):
+        replays.read(path)
     other = {**json.loads(data[:behind]), "format": "replay.zo 2"}
     del other["crc32"]
     text = json.dumps(other)[:-1]
@@ -231,7 +235,7 @@ def test_rows_say_whether_they_replay(start):
 
         def update(params, tx=tx):
             state = tx.init(params)
-            coeffs = optax.tree.get(state, "coeffs")
+            coeffs = coefficients.state_of(state).coeffs
             return tx.update(None, state, params, coeffs=coeffs)
 
         try:
@@ -240,6 +244,22 @@ def test_rows_say_whether_they_replay(start):
             assert not row.replays, name
         else:
             assert row.replays, name
+
+
+@pytest.mark.parametrize("name", ["mezo", "zo-muon", "hybrid"])
+def test_the_state_is_found_beside_parameters_with_the_names_of_its_fields(name):
+    """Bases and moments are trees like the parameters."""
+    names = ("value", "seed", "coeffs")
+    params = {key: {key: jnp.ones((6, 5)) for key in names} for key in names}
+    tx, _, _ = build(optimizer_of(name), 40)
+    before = tx.init(params)
+    after = coefficients.with_state(before, value=jnp.float32(3), seed=jnp.uint32(7))
+    was, found = (coefficients.state_of(state) for state in (before, after))
+    assert (float(found.value), int(found.seed)) == (3, 7)
+    assert found.coeffs.shape == was.coeffs.shape
+    untouched = was._replace(value=found.value, seed=found.seed)
+    jax.tree.map(np.testing.assert_array_equal, found, untouched)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
 
 
 def one_step(name, two, start, accumulate=1, objective="graddiff"):
@@ -345,20 +365,31 @@ class Stopped(Exception):
     """Raised to interrupt a stage."""
 
 
-def run_stage(root, start, sizes=(1, 1, 1), name="mezo", seconds=0.0, adapters=None, select=None):
+def run_stage(
+    root,
+    start,
+    sizes=(1, 1, 1),
+    name="mezo",
+    seconds=0.0,
+    adapters=None,
+    select=None,
+    record=replays.NAME,
+    seed=5,
+):
     root.mkdir(exist_ok=True)
     config = UnlearnConfig(batch_size=ROWS, steps=STEPS, checkpoint_seconds=seconds)
     mesh = mesh_of(*sizes)
     base = Model(LEARNER.decoder, put_params(start, mesh), None, params_sha256(start))
     keep = []
     model = train(
-        Run(root, mesh, 5, Tracker(root)),
+        Run(root, mesh, seed, Tracker(root)),
         "tuned",
         base,
         objectives.resolve("nll"),
         {"train": stream()},
         Recipe(config, small(name), adapters=adapters, select=select),
         keep=keep.append,
+        record=record,
     )
     return model, keep[0] if keep else None
 
@@ -388,7 +419,7 @@ def test_a_replay_ends_with_the_bits_of_the_run(stage, start):
     model, root = stage
     tree, params, how = replayed(root / "replay.zo", start)
     assert params_sha256(tree) == params_sha256(params) == model.sha != params_sha256(start)
-    assert how == (0.0, 3)
+    assert how == (0.0, 3, True)
     header = replays.read(root / "replay.zo").header
     assert header["base_sha256"] == params_sha256(start)
     assert header["leaves"] == digests.tree_shapes(start)
@@ -421,6 +452,28 @@ def killed(start, tmp_path_factory):
     return root
 
 
+def test_the_file_is_on_disk_before_the_result_is_stored(stage, start, tmp_path, monkeypatch):
+    """The checkpoints go then, and with them what could write its end again.
+
+    The file is named after its stage, and another seed takes other directions.
+    """
+    order, real = [], recording.Recorder.checkpoint
+
+    def checkpoint(self):
+        found = real(self)
+        order.append(found["replay"]["bytes"])
+        return found
+
+    monkeypatch.setattr(recording.Recorder, "checkpoint", checkpoint)
+    run_stage(tmp_path, start, seconds=1e9, record=None, seed=6)
+    assert [path.name for path in tmp_path.glob("*.zo")] == ["replay-tuned.zo"]
+    file = tmp_path / "replay-tuned.zo"
+    assert order == [file.stat().st_size]
+    here, there = replays.read(file), replays.read(stage[1] / "replay.zo")
+    assert here.header["seed"] != there.header["seed"]
+    assert not np.isclose(here.coeffs, there.coeffs).any()
+
+
 def test_a_killed_run_ends_with_the_same_bytes(stage, killed, start, tmp_path):
     model, root = stage
     again = shutil.copytree(killed, tmp_path / "again")
@@ -442,17 +495,18 @@ def test_a_file_harmed_between_two_starts_is_given_up(killed, start, tmp_path, c
     again = shutil.copytree(killed, tmp_path / "again")
     path = again / "replay.zo"
     data = path.read_bytes().removesuffix(LATER)
-    state, (folder,) = State(np.zeros(1, np.float32)), (again / "checkpoints").iterdir()
+    state, (folder,) = state_with([0]), (again / "checkpoints").iterdir()
     kept = checkpointing.read_manifest(folder / "5")["replay"]
     assert kept["bytes"] == len(data)
     added = {"format", "queries", "seed", "every", "crc32", *recording.surroundings()}
-    header = {k: v for k, v in json.loads(data[: data.index(b"\n")]).items() if k not in added}
+    whole = json.loads(data[: data.index(b"\n")])
+    header = {k: v for k, v in whole.items() if k not in added}
     record = recording.Recording(path, header)
     for harmed in (data, data[:-3] + bytes([data[-3] ^ 1]) + data[-2:], data[:-1], b"", None):
         path.unlink(missing_ok=True)
         if harmed is not None:
             path.write_bytes(harmed)
-        made = recording.Recorder(record, 1, 0, 5, kept)
+        made = recording.Recorder(record, 1, whole["seed"], 5, kept)
         assert made.open == path.exists() == (harmed == data), harmed
         made.add(state)  # does nothing where the file was given up
         assert path.exists() == made.open
@@ -480,6 +534,7 @@ def test_a_replay_continues_where_it_was_stopped(stage, start, tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(coefficients, "compile_apply", failing)
         replayed(root / "replay.zo", start, checkpoints=tmp_path / "c", seconds=-1.0)
+    stopped = shutil.copytree(tmp_path / "c", tmp_path / "other")
     calls = []
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -489,6 +544,23 @@ def test_a_replay_continues_where_it_was_stopped(stage, start, tmp_path, monkeyp
         )
         tree, *_ = replayed(root / "replay.zo", start, checkpoints=tmp_path / "c", seconds=1e9)
     assert len(calls) == STEPS - 5 and params_sha256(tree) == model.sha
+    # What the steps before showed is kept.
+    for manifest in stopped.glob("*/manifest.json"):
+        told = json.loads(manifest.read_text())
+        assert told["checked"] == [0.0, True]
+        manifest.write_text(json.dumps(told | {"checked": [1e-7, False]}))
+    *_, how = replayed(root / "replay.zo", start, checkpoints=stopped, seconds=1e9)
+    assert how == (1e-7, 3, False)
+
+
+def test_a_sketch_of_equal_digits_is_not_bitwise_equality(stage, start, monkeypatch):
+    """One last bit is another sha256 and, in float32 sums, the same sketch."""
+    _, root = stage
+    monkeypatch.setattr(digests, "params_sha256", lambda tree: "00" * 32)
+    *_, how = replayed(root / "replay.zo", start, tolerance=1e-6)
+    assert how == (0.0, 3, False)
+    with pytest.raises(UserError, match="differ from the run's by less than a sketch .* tells"):
+        replayed(root / "replay.zo", start)
 
 
 def test_the_first_step_that_differs_is_named(stage, start, tmp_path):
@@ -506,12 +578,14 @@ def test_the_first_step_that_differs_is_named(stage, start, tmp_path):
         data[place + size + more : place + size + more + 4] = crc.to_bytes(4, "little")
         place += size + more + 4
     path.write_bytes(data)
-    with pytest.raises(UserError, match="step 6 is the first .* after step 3 were the same"):
+    differ = "parameters after step 6 differ from the run's by .* of their norm"
+    with pytest.raises(UserError, match=f"{differ} .*after step 3 were the same, between .*none"):
         replayed(path, start)
-    with pytest.raises(UserError, match="step 6 is the first"):
+    with pytest.raises(UserError, match=f"{differ}, more than --tolerance 1e-09 ") as error:
         replayed(path, start, tolerance=1e-9)
+    assert "give --tolerance" not in str(error.value)
     _, _, how = replayed(path, start, tolerance=0.5)
-    assert 1e-9 < how.apart < 0.5
+    assert 1e-9 < how.apart < 0.5 and not how.bitwise
 
 
 def test_another_base_is_refused(stage, start):

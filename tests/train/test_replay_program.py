@@ -61,6 +61,8 @@ def test_the_model_of_the_run(done, replay):
     # The same command finds it, and another file does not go into the same folder.
     again = replay(done.file, "--model.path", done.base, "--output", output)
     assert again.code == 0 and "found, made from the same inputs" in again.err
+    assert json.loads((output / "summary.json").read_text())["replayed"] == found
+    assert found["bitwise"] and found["apart"] == 0 and found["seconds"] > 0
     other = replay(done.file, "--model.path", done.base, "--output", done.run)
     assert other.code == 2 and "holds another run's config" in other.err
 
@@ -89,12 +91,17 @@ def refusals(done):
         if name == "adamw":
             config = {"train": config}
         (folders[name] / "config.json").write_text(json.dumps(config))
+    folders["several"] = shutil.copytree(
+        folders["adamw"], done.root / "several", dirs_exist_ok=True
+    )
+    (folders["several"] / "replay-oracle.zo").touch()
     base = ("--model.path", done.base)
     return [
         ((done.root / "damaged.zo", *base, "--check"), "coefficients of step 3 has flipped"),
         ((done.root / "cut.zo", *base, "--check"), "holds 5 of 5 steps"),
         ((done.root / "none", *base, "--check"), "none does not exist"),
-        ((done.root / "other", *base, "--check"), "other has no replay.zo"),
+        ((done.root / "other", *base, "--check"), "other has no replay.zo: its stage has not"),
+        ((folders["several"], *base, "--check"), "no replay.zo, but replay-oracle.zo: give"),
         ((folders["adamw"], *base, "--check"), "a step of optimizer adamw needs more than"),
         ((folders["hybrid"], *base, "--check"), "a step of optimizer hybrid needs more than"),
         ((done.file, "--check"), "--model.path is missing"),

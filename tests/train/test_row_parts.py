@@ -1,5 +1,6 @@
 """`rowwise` in a run: how many parts, which rows share one, what is refused; later options."""
 
+import dataclasses
 import types
 
 import jax
@@ -12,12 +13,15 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim.zeroth_order.parts import Part
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from train import checks, optimizers
+from train import checks, classification, finetune, optimizers, pretraining
 from train import run as runs
 from train.arguments import read_arguments
-from train.config import TrainConfig, to_json
+from train.classify_config import ClassifyRun
+from train.config import TrainConfig, replace, to_json
+from train.costs.pretraining_program import pretraining_program, pretraining_update
 from train.data.examples import Example
 from train.data.streams import make_stream
+from train.pretrain_config import PretrainConfig
 from train.run import Recipe, Run
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.step import Losses
@@ -67,6 +71,39 @@ def test_what_is_refused_before_compute(options, words):
     with pytest.raises(UserError, match=words) as error:
         checks.check_run(read_arguments(argv))
     assert "\n" not in str(error.value)
+
+
+ROWWISE = optimizers.options_of("rowwise")
+ALONE = MeshConfig(1, 1, 1)
+
+
+def test_every_program_checks_a_query_for_every_row(tmp_path):
+    """A past bug: two of them multiplied the None that stands for one a row."""
+    checks.check_run(read_arguments("quickstart --mesh.data 1 --optimizer.name rowwise".split()))
+    classification.check(ClassifyRun(optimizer=ROWWISE, mesh=ALONE))
+    pretraining.check(PretrainConfig(optimizer=ROWWISE, mesh=ALONE, output=tmp_path / "run"))
+    config = finetune.FinetuneRun(rows=str(tmp_path / "none"), output=tmp_path / "run", mesh=ALONE)
+    with pytest.raises(UserError, match="rows file .* does not exist"):  # checked after it
+        finetune.run(replace(config, **{"train.optimizer": ROWWISE}))
+
+
+def test_a_pretraining_plan_has_a_query_for_every_row():
+    config = PretrainConfig(optimizer=ROWWISE, mesh=ALONE)
+    decoder = LEARNER.decoder
+    made = pretraining_program(config, decoder, ONE)
+    state = made.args[0]
+    assert state.opt_state.coeffs.shape == (16,)
+    assert pretraining_update(config, decoder, ONE) is None
+
+
+def test_micro_batches_are_fewer_parts_at_a_time():
+    whole = optimizers.over_rows(ROWWISE, 12)
+    at_once = [optimizers.in_micro_batches(whole, n).query_batch for n in (1, 4, 24)]
+    assert at_once == [None, 3, 1]
+    told = dataclasses.replace(whole, query_batch=5)
+    assert optimizers.in_micro_batches(told, 4) is told
+    mezo = optimizers.options_of("mezo")
+    assert optimizers.in_micro_batches(mezo, 4) is mezo
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxlib_unlearn import objectives
 from models.decoder import Decoder
 from models.learner import DecoderLearner
-from train import checks
+from train import checks, optimizers
 from train.costs.programs import AbstractProgram, param_shapes, step_program, update_of
 from train.data.token_file import Tokens
 from train.data.token_rows import TokenRows
@@ -44,7 +44,7 @@ def pretraining_program(config: PretrainConfig, decoder: Decoder, mesh: Mesh) ->
     return step_program(
         DecoderLearner(decoder),
         (objective, options),
-        config.optimizer,
+        optimizers.over_rows(config.optimizer, rows),
         trainable_of(param_shapes(decoder, mesh), objective),
         {"train": row_shapes(rows, context, mesh)},
         mesh,
@@ -58,4 +58,6 @@ def pretraining_update(
     config: PretrainConfig, decoder: Decoder, mesh: Mesh
 ) -> tuple[Any, tuple] | None:
     """The optimizer's update alone and its shapes, as `programs.update_program`."""
-    return update_of(config.optimizer, "sum", param_shapes(decoder, mesh), mesh)
+    rows, _ = batch_rows(config, sharding.batch_ways(mesh))
+    optimizer = optimizers.over_rows(config.optimizer, rows)
+    return update_of(optimizer, "sum", param_shapes(decoder, mesh), mesh)

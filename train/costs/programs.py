@@ -123,8 +123,7 @@ def train_program(
     optimizers.check_pair(config.optimizer, config.combine, objective, options)
     rows = config.unlearn.batch_size
     sharding.check_batch(mesh, rows, config.unlearn.accumulate, "unlearning")
-    optimizer = optimizers.over_rows(config.optimizer, rows, "the unlearning")
-    optimizers.check_mesh(optimizer, mesh)
+    optimizers.check_mesh(config.optimizer, mesh, rows, "the unlearning")
     checks.check_blocks(config.optimizer, decoder.config.num_layers)
     learner, params = DecoderLearner(decoder), param_shapes(decoder, mesh)
     check_questions(learner, objective, options, train_from(params, config.train))
@@ -142,7 +141,7 @@ def train_program(
     return step_program(
         learner,
         (objective, options),
-        optimizer,
+        optimizers.over_rows(config.optimizer, rows, "the unlearning"),
         made,
         batches,
         mesh,
@@ -181,6 +180,7 @@ def step_program(
         steps: length of the schedule.
     """
     row, options = objective
+    optimizer = optimizers.in_micro_batches(optimizer, accumulate)
     axis = sharding.query_axis(mesh)
     tx, _, _ = optimizers.build(optimizer, steps, combine, axis)
     memory = jax.eval_shape(lambda: objective_state(learner, row, options, 0))

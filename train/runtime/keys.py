@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.config import LoraConfig, SelectConfig, to_json
-from train.optimizers import Options
+from train.optimizers import OPTIMIZERS, Options
 
 # Increase it when the same inputs may give another result: stored results are then not found.
 VERSION = 3
@@ -91,6 +91,9 @@ def stage_inputs(
         inputs["lora"] = to_json(adapters)
     if select is not None and select.given:
         inputs["select"] = to_json(select)
+    if OPTIMIZERS[optimizer.name].needs in ("value", "lazy"):
+        # Before, their directions were the same for every seed.
+        inputs["directions"] = "of the seed"
     if accumulate is not None:
         inputs["accumulate"] = accumulate
     return inputs

@@ -48,6 +48,16 @@ ENTRIES = {
 }
 
 
+def named(stage: str) -> str:
+    """The name of a stage's file, where it is not the main one of its run.
+
+    Example:
+        >>> named("oracle")
+        'replay-oracle.zo'
+    """
+    return f"replay-{stage}.zo"
+
+
 class Milestone(NamedTuple):
     """The parameters after `step` steps: their sha256, and their sketch, `(4,)`."""
 
@@ -117,7 +127,12 @@ def read(path: Path) -> Replay:
     try:
         with path.open("rb") as file:
             line = file.readline(_LONGEST)
-            data = file.read()
+            header = _header(path, line)
+            steps, queries = header["steps"], header["queries"]
+            width = FLOATS.itemsize * queries
+            want = steps * width + max(1, -(-steps // EVERY)) * TRAILER
+            there = path.stat().st_size - len(line)
+            data = file.read(want) if there == want else b""
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise UserError(
             f"{path} does not exist; give the folder of a run with a zeroth-order optimizer, or "
@@ -125,20 +140,15 @@ def read(path: Path) -> Replay:
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give a {NAME}") from None
-    header = _header(path, line)
-    steps, queries = header["steps"], header["queries"]
-    width = FLOATS.itemsize * queries
-    ends = [*range(EVERY, steps, EVERY), steps]
-    want = steps * width + len(ends) * TRAILER
     if len(data) != want:
-        there = min(steps, _steps_in(len(data), width))
-        what = f"holds {there} of {steps} steps" if len(data) < want else "is too long"
+        whole = min(steps, _steps_in(there, width))
+        what = f"holds {whole} of {steps} steps" if there < want else "is too long"
         raise UserError(
-            f"{path} {what} ({len(line) + len(data)} bytes, not {len(line) + want}); it was cut, "
+            f"{path} {what} ({len(line) + there} bytes, not {len(line) + want}); it was cut, "
             "or its run is not at its end: the run's own command continues it"
         )
     crc, first, blocks, milestones = zlib.crc32(line), 0, [], []
-    for end in ends:
+    for end in (*range(EVERY, steps, EVERY), steps):
         size = (end - first) * width
         block, data = data[: size + TRAILER], data[size + TRAILER :]
         crc, stored = zlib.crc32(block[:-CRC], crc), int.from_bytes(block[-CRC:], "little")

@@ -283,8 +283,8 @@ def rowwise(
         c_b = \frac{f_b(W + \epsilon Z_b) - f_b(W - \epsilon Z_b)}{2 \epsilon}
 
     with the loss :math:`f_b` of row b, of which :math:`f` is the mean (``zeroth_order.parts``).
-    Both signs of a direction are tried on the same row, and evaluations are made q at a time unless
-    ``query_batch`` says otherwise: a step is two forward passes of the batch, whatever q is.
+    Both signs of a direction are tried on the same row: a step is two forward passes of the batch,
+    whatever q is.
 
     ``value_fn`` takes ``part=`` (``zeroth_order.parts.Part``) and returns the loss of that part. A
     query is one of q equal parts of the batch: with q the number of its rows, a row. Where a row
@@ -294,6 +294,7 @@ def rowwise(
     Args:
         learning_rate: eta, a number or a schedule.
         rank: r, capped at the smaller side of a matrix.
+        query_batch: evaluations of a part at a time; None for q.
         options: those that all methods share.
 
     References:

@@ -87,7 +87,8 @@ def zeroth_order_method(factory: Callable[P, R]) -> Callable[P, R]:
     Args:
         factory: ``(learning_rate, *, ..., **options) -> transformation``. Its docstring has an
             entry ``options: those that all methods share.`` in "Args:", in whose place theirs are
-            put, and "References:", before which the other sections are.
+            put where it has none of its own, and "References:", before which the other sections
+            are.
 
     Returns:
         The method.
@@ -105,7 +106,12 @@ def zeroth_order_method(factory: Callable[P, R]) -> Callable[P, R]:
     doc = inspect.getdoc(factory)
     if doc:  # there is none under -OO
         shown = inspect.signature(method).parameters
-        args = "\n".join(f"{name}: {text}" for name, text in _ARGS.items() if name in shown)
+        # What a method says of one of them itself stands.
+        args = "\n".join(
+            f"{name}: {text}"
+            for name, text in _ARGS.items()
+            if name in shown and f"\n    {name}: " not in doc
+        )
         doc = doc.replace(_PLACE, textwrap.indent(args, "    ").lstrip())
         sections = _SECTIONS.replace("NAME", factory.__name__)
         method.__doc__ = doc.replace("\nReferences:", f"\n{sections}\nReferences:")
