@@ -38,8 +38,8 @@ def named(name: str) -> Any:
 def rate(default: float) -> Any:
     """The field `learning_rate` of a row's options: where it starts when a preset says nothing."""
     doc = (
-        "peak; of muon, normuon and teon, AdamW's leaves have it too where `adam_learning_rate` is "
-        "None; in sift one value serves both."
+        "peak, also of the leaves that AdamW trains beside muon, normuon and teon, unless "
+        "`adam_learning_rate` is given."
     )
     return option(default, doc, above=0, wanted="positive")
 

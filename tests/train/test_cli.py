@@ -101,7 +101,7 @@ def test_a_typo_names_the_nearest_option(typo, right):
         ("--optimizer muon", "--optimizer.name muon"),
         ("--optimizer=muon", "--optimizer.name muon"),
         ("--optimizr muon", "--optimizer.name muon"),
-        ("--optimizer svd", "--optimizer.bases svd"),
+        ("--optimizer subspace", "--optimizer.bases subspace"),
         ("--objective npo", "--objective.name npo"),
         ("--retain kl", "--objective.retain kl"),
         ("--dtype bfloat16", "--model.dtype bfloat16"),
