@@ -47,13 +47,8 @@ def read_arguments(
             default,
             objective=suited.get(objective.name, objectives.options_of(objective.name)),
         )
-    elif (
-        name is None and cli.option_value(rest, "--stage.original") and hasattr(preset, "ORIGINAL")
-    ):
-        default = replace(default, objective=preset.ORIGINAL)
-    elif name is None and any(cli.option_value(rest, option) for option in OTHER_DATA):
-        # The preset's objective may need columns that other data lack.
-        default = replace(default, objective=getattr(preset, "OTHER_DATA", default.objective))
+    elif name is None:
+        default = replace(default, objective=_suited(rest, preset, default.objective))
     name = cli.option_value(rest, "--optimizer.name")
     if name is not None and name != default.optimizer.name:
         default = with_optimizer(default, name, preset)
@@ -67,6 +62,18 @@ def read_arguments(
         default = replace(default, optimizer=fitted)
     fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
     return cli.parse(cls, cls(**fields), rest, prog, summary)
+
+
+def _suited(argv: list[str], preset: Any, objective: Any) -> Any:
+    """The objective of a preset for what the command line puts in the place of its model or rows.
+
+    From a given original no other answers can be sampled, and other rows may lack columns.
+    """
+    if cli.option_value(argv, "--stage.original") and hasattr(preset, "ORIGINAL"):
+        return preset.ORIGINAL
+    if any(cli.option_value(argv, option) for option in OTHER_DATA):
+        return getattr(preset, "OTHER_DATA", objective)
+    return objective
 
 
 def with_optimizer(config: Any, name: str, preset: Any) -> Any:

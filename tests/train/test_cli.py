@@ -315,6 +315,8 @@ def test_a_given_original_is_asked_for_no_other_answers():
     assert read_arguments(given).objective == objective_of("asu")
     asked = read_arguments([*given, "--objective.name", "alternate"])
     assert asked.objective == preset.objective
+    both = read_arguments(["quickstart", "--stage.original", "x", "--data.forget", "f.csv"])
+    assert both.objective == objective_of("asu")  # rows of one's own may bring no other answers
 
 
 def test_options_beside_another_objective_count():
