@@ -7,7 +7,7 @@ import pytest
 
 from jaxlib_unlearn.errors import UserError
 from models.decoder import Decoder, DecoderConfig
-from train.optimizers import OPTIMIZERS, build, check
+from train.optimizers import OPTIMIZERS, build, check, over_rows
 from train.optimizers import options_of as optimizer_of
 from train.runtime.sharding import path_str
 
@@ -18,7 +18,8 @@ FIRST = {"mu", "mu_constraint"}  # the fields of a state that hold first moments
 
 def config_of(name, dtype):
     more = {"state_dtype": dtype} if name in READS or dtype != "float32" else {}
-    return optimizer_of(name, learning_rate=1e-3, schedule="constant", warmup=0.0, **more)
+    options = optimizer_of(name, learning_rate=1e-3, schedule="constant", warmup=0.0, **more)
+    return over_rows(options, 4)
 
 
 def state_of(name, dtype):
@@ -33,7 +34,7 @@ def is_first(path):
 
 
 def test_who_keeps_a_first_moment_reads_it():
-    assert READS == ["adamw", "muon", "teon", "sift", "sophia", "sign", "hybrid"]
+    assert READS == ["adamw", "muon", "normuon", "teon", "sift", "sophia", "sign", "hybrid"]
     for name in set(OPTIMIZERS) - {"optax-muon"}:  # the peer is used as it is
         assert any(map(is_first, state_of(name, "float32"))) == (name in READS), name
     for name in set(OPTIMIZERS) - set(READS):
