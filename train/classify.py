@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxlib_unlearn.errors import UserError
 from train import cli, optimizers, suggest
 from train.arguments import with_optimizer
-from train.classify_config import TASKS, ClassifyRun
+from train.classification.config import TASKS, ClassifyRun
 from train.config import replace
 from train.presets.classify import PRESETS
 
@@ -68,19 +68,19 @@ def read_arguments(argv: list[str]) -> ClassifyRun:
 
 def run(config: ClassifyRun) -> Path:
     """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train import classification
+    from train.classification import pipeline
 
-    with classification.opened(config) as opened:
+    with pipeline.opened(config) as opened:
         # 1. Learn the task, for as many forward passes as the budget has.
-        finetuned = classification.finetune(config, opened)
+        finetuned = pipeline.finetune(config, opened)
 
         # 2. Judge the model before and after alike.
         models = {"base": opened.base, "finetuned": finetuned.model}
-        summary = classification.judge(config, opened, models)
+        summary = pipeline.judge(config, opened, models)
 
         # 3. Hand it back.
-        classification.export(config, opened, finetuned)
-        classification.report(opened, summary, finetuned.cost)
+        pipeline.export(config, opened, finetuned)
+        pipeline.report(opened, summary, finetuned.cost)
         return opened.run.folder
 
 

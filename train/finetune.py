@@ -82,8 +82,9 @@ def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
     from train import base_models, checks, optimizers, pipeline
     from train.data.tofu import check_rows, read_json
     from train.exports import export_model
+    from train.replays import stored
     from train.run import Run, num_steps
-    from train.runtime import distributed, folder, remote, replays, sharding
+    from train.runtime import distributed, folder, remote, sharding
     from train.runtime.stages import digest, write_atomic
     from train.tasks.task import prompt_format
 
@@ -118,7 +119,7 @@ def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
     num_steps(config.train, len(rows), config.train.optimizer)
     root = folder.enter(place, held)
     run = Run(root, mesh, config.seed, Tracker(root))
-    tuned = pipeline.finetune(run, settings, "original", base, rows, record=replays.NAME)
+    tuned = pipeline.finetune(run, settings, "original", base, rows, record=stored.NAME)
     export_model(tuned, root / "export", config.export_dtype)
     summary = {"original": {"params_sha256": tuned.sha}}
 

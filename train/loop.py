@@ -16,10 +16,10 @@ import numpy as np
 from jaxlib_unlearn.objectives import Objective
 from models import arrays
 from models.learner import Learner
-from train import coefficients
 from train.hyper import hyper_of, static_of, traced_step
 from train.optimizers import Options, build
-from train.recording import Recording, recorder_of
+from train.replays import coefficients
+from train.replays.recording import Recording, recorder_of
 from train.runtime import checkpointing, distributed, remote, residency, sharding
 from train.runtime.tracking import Tracker, progress, say
 from train.step import (

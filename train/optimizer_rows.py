@@ -71,7 +71,7 @@ class Optimizer:
         forwards: `forwards(options, steps)`: what so many steps cost in forward passes; None: each
             step costs the same (`optimizers.forwards`).
         replays: the update of a `value` row follows from the coefficients of a step alone
-            (`train.coefficients`): a step is two programs, and a stage writes `replay.zo`.
+            (`train.replays.coefficients`): a step is two programs, and a stage writes `replay.zo`.
     """
 
     name: str

@@ -23,9 +23,10 @@ from train.data.streams import Examples, make_stream
 from train.evaluators.evaluation import Model, curve, longest, num_parameters
 from train.evaluators.judging import compare_logs, evaluate_cached, summarize
 from train.evaluators.roles import ROLES
+from train.replays import stored
 from train.reporting import card, page, tables
 from train.run import Recipe, Run, Watch, num_steps, phase, started, train
-from train.runtime import distributed, files, folder, remote, replays, reporters
+from train.runtime import distributed, files, folder, remote, reporters
 from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import Tracker, say
 from train.tasks import load_task
@@ -342,7 +343,7 @@ def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
                 config.profile,
                 config.train,
             ),
-            record=replays.NAME,
+            record=stored.NAME,
             watch=(Watch(look, config.unlearn.curve_points),),
             keep=None
             if adapters is None

@@ -24,7 +24,7 @@ from train import cli, suggest
 from train.config import RunConfig
 from train.costs import PROGRAMS
 from train.costs.topology import GIB, Topology, check_topology, find_topology
-from train.pretrain_config import PretrainConfig
+from train.pretraining.config import PretrainConfig
 
 # What a collective sends over a chip's links in a group of n, as a fraction of its bytes.
 WIRE = {
@@ -71,15 +71,16 @@ class PretrainPlanConfig(PretrainConfig):
 
 def main(argv: list[str]) -> None:
     """The program."""
-    from train import arguments, pretrain_arguments
+    from train import arguments
     from train.presets import PRESETS, pretraining
+    from train.pretraining import arguments as pretraining_arguments
 
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         print("Presets: " + ", ".join([*PRESETS, *pretraining.PRESETS]))
         return
     if argv[0] in pretraining.PRESETS:
-        read = pretrain_arguments.read_arguments
+        read = pretraining_arguments.read_arguments
         config = read(argv, PretrainPlanConfig, "train.plan")
     else:
         if not argv[0].startswith("-"):
@@ -161,11 +162,11 @@ def planned_pretraining(config: PretrainPlanConfig, devices: list[Any]) -> tuple
     Raises:
         UserError: the slice cannot hold the run.
     """
-    from train import pretraining
     from train.costs import pretraining_program as programs
+    from train.pretraining import pipeline
     from train.runtime import sharding
 
-    decoder = pretraining.decoder_of(config)
+    decoder = pipeline.decoder_of(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_heads(mesh, decoder.config.num_heads)
     return Planned(

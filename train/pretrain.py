@@ -14,8 +14,8 @@ from pathlib import Path
 
 from train import cli
 from train.presets.pretraining import PRESETS
-from train.pretrain_arguments import read_arguments
-from train.pretrain_config import PretrainConfig
+from train.pretraining.arguments import read_arguments
+from train.pretraining.config import PretrainConfig
 
 
 def main(argv: list[str]) -> None:
@@ -31,16 +31,16 @@ def main(argv: list[str]) -> None:
 
 def run(config: PretrainConfig) -> Path:
     """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train import pretraining
+    from train.pretraining import pipeline
 
-    with pretraining.opened(config) as opened:
+    with pipeline.opened(config) as opened:
         # 1. Train: the corpus is tokenised, the model has random weights.
-        trained = pretraining.train(opened)
+        trained = pipeline.train(opened)
 
         # 2. Judge, hand it back, and show.
-        summary = pretraining.judge(opened, trained)
-        pretraining.export(opened, trained, summary)
-        pretraining.report(opened, summary)
+        summary = pipeline.judge(opened, trained)
+        pipeline.export(opened, trained, summary)
+        pipeline.report(opened, summary)
         return opened.run.folder
 
 

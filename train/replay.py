@@ -81,9 +81,10 @@ def run(config: ReplayRun) -> dict[str, Any]:
 
 
 def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
-    from train import base_models, checks, replaying
+    from train import base_models, checks
     from train.exports import export_model
-    from train.runtime import distributed, files, folder, remote, replays, sharding
+    from train.replays import replaying, stored
+    from train.runtime import distributed, files, folder, remote, sharding
     from train.runtime.checkpointing import params_sha256
     from train.runtime.stages import params_stage, write_atomic
     from train.step import shaped
@@ -97,7 +98,7 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
         if config.check == (config.output is not None):
             raise UserError("give either --output DIR, or --check, which writes nothing")
         path = file_of(config.source)
-        made = replays.read(path)
+        made = stored.read(path)
         optimizer = replaying.optimizer_of(made, path)
         replaying.check_generator(made, path)
         mesh = sharding.make_mesh(config.mesh)
@@ -174,17 +175,16 @@ def file_of(source: str) -> Path:
     Raises:
         UserError: the run wrote none, which names its optimizer.
     """
-    from train import replaying
-    from train.runtime import replays
+    from train.replays import replaying, stored
 
     path = Path(source).expanduser()
-    file = path / replays.NAME
+    file = path / stored.NAME
     if not path.is_dir() or file.exists():
         return file if path.is_dir() else path
-    others = sorted(x.name for x in path.glob(replays.named("*")))
+    others = sorted(x.name for x in path.glob(stored.named("*")))
     if others:
         raise UserError(
-            f"{path} has no {replays.NAME}, but {', '.join(others)}: give the path of one of them"
+            f"{path} has no {stored.NAME}, but {', '.join(others)}: give the path of one of them"
         )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -195,7 +195,7 @@ def file_of(source: str) -> Path:
         if isinstance(error, UserError):
             raise
     raise UserError(
-        f"{path} has no {replays.NAME}: its stage has not begun, was found in a cache, or gave up "
+        f"{path} has no {stored.NAME}: its stage has not begun, was found in a cache, or gave up "
         "a damaged file; give the folder of a run with a zeroth-order optimizer that has one"
     )
 

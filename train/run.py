@@ -25,7 +25,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
 from models.bounds import check_positions
 from models.learner import check_questions
-from train import coefficients, loop
+from train import loop
 from train.config import LoraConfig, SelectConfig, TrainConfig, UnlearnConfig, to_json
 from train.data.references import cached_streams, with_references
 from train.data.stream import Positioned, Stream
@@ -39,8 +39,9 @@ from train.optimizers import (
     in_micro_batches,
     over_rows,
 )
-from train.recording import recording
-from train.runtime import checkpointing, distributed, remote, replays, sharding
+from train.replays import coefficients, stored
+from train.replays.recording import recording
+from train.runtime import checkpointing, distributed, remote, sharding
 from train.runtime.folder import read_minutes, write_about
 from train.runtime.keys import stage_inputs
 from train.runtime.stages import digest, folder_of, json_stage, params_stage
@@ -265,7 +266,7 @@ def train(
         recorded = None
         if coefficients.replays(optimizer):
             recorded = recording(
-                run.folder / (record or replays.named(name)), name, start.sha, training.start,
+                run.folder / (record or stored.named(name)), name, start.sha, training.start,
                 optimizer, steps, adapters, recipe.select, run.seed,
             )  # fmt: skip
         plan = loop.Stage(

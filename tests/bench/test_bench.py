@@ -208,7 +208,7 @@ def test_the_table_of_pretraining(repo, tmp_path, monkeypatch, capsys):
 
 def test_every_line_of_the_table_of_pretraining_is_a_command(repo):
     """Typos in its options would be found after an hour."""
-    from train.pretrain_arguments import read_arguments
+    from train.pretraining.arguments import read_arguments
 
     bench = load(repo, "pretrain_table")
     for name, rates in bench.GRID.items():

@@ -14,10 +14,10 @@ import models
 from jaxlib_unlearn.errors import UserError
 from models.decoder import Decoder
 from models.families import new_config
-from train import classification
 from train.arguments import with_optimizer
+from train.classification import pipeline as classification
+from train.classification.config import TASKS, ClassifyRun, identity
 from train.classify import read_arguments
-from train.classify_config import TASKS, ClassifyRun, identity
 from train.config import replace
 from train.evaluators import EVALUATORS
 from train.evaluators.evaluation import Answers

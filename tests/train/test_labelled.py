@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train.classify_config import TASKS, ClassifyData
+from train.classification.config import TASKS, ClassifyData
 from train.data.labelled import Pools, divide, hub_pools, read_pools
 from train.tasks import labelled
 

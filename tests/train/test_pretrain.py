@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import models
-from train import plan, pretraining
+from train import plan
 from train.cli import read_config
 from train.config import replace, to_json
 from train.costs.flops import count
@@ -23,8 +23,9 @@ from train.evaluators.evaluation import Model
 from train.evaluators.token_loss import mean_loss, row_losses, row_sums
 from train.optimizers import options_of
 from train.presets.pretraining import PRESETS
-from train.pretrain_arguments import read_arguments
-from train.pretrain_config import PretrainConfig, batch_rows, num_steps
+from train.pretraining import pipeline as pretraining
+from train.pretraining.arguments import read_arguments
+from train.pretraining.config import PretrainConfig, batch_rows, num_steps
 from train.reporting import compare, tables
 from train.runtime import distributed, sharding
 
@@ -124,7 +125,7 @@ def test_a_second_start_computes_nothing(own, program, monkeypatch):
         raise AssertionError("computed again")
 
     monkeypatch.setattr("train.loop.run", never)
-    monkeypatch.setattr("train.pretraining.row_losses", never)
+    monkeypatch.setattr("train.pretraining.pipeline.row_losses", never)
     monkeypatch.setattr("train.data.token_file.write", never)
     done = program("train.pretrain", *own.argv, "--output", own.root)
     assert done.code == 0, done.err

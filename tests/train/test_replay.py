@@ -16,7 +16,6 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim import ZOState
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from train import coefficients, recording, replaying
 from train.config import LoraConfig, SelectConfig, UnlearnConfig
 from train.data.examples import Example
 from train.data.streams import make_stream
@@ -24,8 +23,9 @@ from train.evaluators.evaluation import Model
 from train.hyper import hyper_of, traced_step
 from train.optimizers import OPTIMIZERS, build, over_rows
 from train.optimizers import options_of as optimizer_of
+from train.replays import coefficients, recording, replaying, stored
 from train.run import Recipe, Run, train
-from train.runtime import checkpointing, digests, replays
+from train.runtime import checkpointing, digests
 from train.runtime.checkpointing import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh, put_batch, put_params
 from train.runtime.tracking import Tracker
@@ -38,7 +38,7 @@ STEPS, EVERY, ROWS = 8, 3, 4
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    monkeypatch.setattr(replays, "EVERY", EVERY)
+    monkeypatch.setattr(stored, "EVERY", EVERY)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def written(path, steps=7):
 
 def test_what_is_written_is_read(tmp_path):
     data = written(tmp_path / "a.zo").read_bytes()
-    made = replays.read(tmp_path / "a.zo")
+    made = stored.read(tmp_path / "a.zo")
     np.testing.assert_array_equal(made.coeffs, [[i, -i] for i in range(7)])
     assert [mark.step for mark in made.milestones] == [3, 6, 7]
     for mark in made.milestones:
@@ -119,7 +119,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_a_milestone_at_the_end_is_written_once(tmp_path):
-    made = replays.read(written(tmp_path / "a.zo", steps=6))
+    made = stored.read(written(tmp_path / "a.zo", steps=6))
     assert [mark.step for mark in made.milestones] == [3, 6]
 
 
@@ -133,7 +133,7 @@ def test_every_flipped_bit_is_found_where_it_is(tmp_path):
         changed[at] ^= mask
         path.write_bytes(changed)
         with pytest.raises(UserError) as error:
-            replays.read(path)
+            stored.read(path)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -174,26 +174,26 @@ def test_cut_and_foreign_files(tmp_path):
     }.items():
         path.write_bytes(changed)
         with pytest.raises(UserError, match=words):
-            replays.read(path)
+            stored.read(path)
     with pytest.raises(UserError, match="does not exist"):
-        replays.read(tmp_path / "none")
+        stored.read(tmp_path / "none")
     # A header asks for no memory that the file does not fill.
-    path.write_bytes(replays.header_line({**HEADER, "steps": 10**15}) + b"\0" * 100)
+    path.write_bytes(stored.header_line({**HEADER, "steps": 10**15}) + b"\0" * 100)
     with pytest.raises(UserError, match=f"of {10**15} steps"):
-        replays.read(path)
+        stored.read(path)
     other = {**json.loads(data[:behind]), "format": "replay.zo 2"}
     del other["crc32"]
     text = json.dumps(other)[:-1]
     path.write_text(f'{text}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n')
     with pytest.raises(UserError, match="format 'replay.zo 2'"):
-        replays.read(path)
+        stored.read(path)
 
 
 def test_sizes_that_are_promised():
     for steps, queries, kilobytes in ((8000, 4, 128), (20_000, 1, 80)):
-        size = steps * queries * replays.FLOATS.itemsize
+        size = steps * queries * stored.FLOATS.itemsize
         assert size == kilobytes * 1000
-        assert -(-steps // 500) * replays.TRAILER < 0.03 * size
+        assert -(-steps // 500) * stored.TRAILER < 0.03 * size
 
 
 def noise_like(tree, draw):
@@ -373,7 +373,7 @@ def run_stage(
     seconds=0.0,
     adapters=None,
     select=None,
-    record=replays.NAME,
+    record=stored.NAME,
     seed=5,
 ):
     root.mkdir(exist_ok=True)
@@ -396,7 +396,7 @@ def run_stage(
 
 def replayed(path, start, sizes=(1, 1, 1), **options):
     """The trained tree and the finished parameters, from the file alone."""
-    made, mesh = replays.read(path), mesh_of(*sizes)
+    made, mesh = stored.read(path), mesh_of(*sizes)
     base = Model(LEARNER.decoder, put_params(start, mesh), None, params_sha256(start))
     replaying.check_base(made, base, path, "BASE")
     optimizer = replaying.optimizer_of(made, path)
@@ -411,7 +411,7 @@ def stage(start, tmp_path_factory):
     """A stage in one go: its model and its folder."""
     root = tmp_path_factory.mktemp("stage")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replays, "EVERY", EVERY)
+        patch.setattr(stored, "EVERY", EVERY)
         return run_stage(root, start, seconds=1e9)[0], root
 
 
@@ -420,7 +420,7 @@ def test_a_replay_ends_with_the_bits_of_the_run(stage, start):
     tree, params, how = replayed(root / "replay.zo", start)
     assert params_sha256(tree) == params_sha256(params) == model.sha != params_sha256(start)
     assert how == (0.0, 3, True)
-    header = replays.read(root / "replay.zo").header
+    header = stored.read(root / "replay.zo").header
     assert header["base_sha256"] == params_sha256(start)
     assert header["leaves"] == digests.tree_shapes(start)
     assert header["optimizer"]["name"] == "mezo" and header["steps"] == STEPS
@@ -446,7 +446,7 @@ def killed(start, tmp_path_factory):
     """The folder of a stage that was killed within its second block, with a checkpoint a step."""
     root = tmp_path_factory.mktemp("killed")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(replays, "EVERY", EVERY)
+        patch.setattr(stored, "EVERY", EVERY)
         stop_at(patch, 5)
         run_stage(root, start)
     return root
@@ -469,7 +469,7 @@ def test_the_file_is_on_disk_before_the_result_is_stored(stage, start, tmp_path,
     assert [path.name for path in tmp_path.glob("*.zo")] == ["replay-tuned.zo"]
     file = tmp_path / "replay-tuned.zo"
     assert order == [file.stat().st_size]
-    here, there = replays.read(file), replays.read(stage[1] / "replay.zo")
+    here, there = stored.read(file), stored.read(stage[1] / "replay.zo")
     assert here.header["seed"] != there.header["seed"]
     assert not np.isclose(here.coeffs, there.coeffs).any()
 

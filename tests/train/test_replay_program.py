@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.runtime import replays
+from train.replays import stored
 from train.runtime.seal import read as read_seal
 
 STEPS = 5
@@ -21,7 +21,7 @@ def done(program, tiny, tmp_path_factory):
     options = "--mesh.data 1 --train.batch-size 4 --train.optimizer.name mezo".split()
     options += ["--train.steps", STEPS, "--train.optimizer.learning-rate", "1e-4"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replays, "EVERY", 2)
+        patch.setattr(stored, "EVERY", 2)
         run = program(
             "train.finetune", tiny, root / "rows.json", "--output", root / "run", *options
         )
@@ -32,7 +32,7 @@ def done(program, tiny, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    monkeypatch.setattr(replays, "EVERY", 2)
+    monkeypatch.setattr(stored, "EVERY", 2)
 
 
 @pytest.fixture

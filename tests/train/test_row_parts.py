@@ -13,15 +13,17 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim.zeroth_order.parts import Part
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from train import checks, classification, finetune, optimizers, pretraining
+from train import checks, finetune, optimizers
 from train import run as runs
 from train.arguments import read_arguments
-from train.classify_config import ClassifyRun
+from train.classification import pipeline as classification
+from train.classification.config import ClassifyRun
 from train.config import TrainConfig, replace, to_json
 from train.costs.pretraining_program import pretraining_program, pretraining_update
 from train.data.examples import Example
 from train.data.streams import make_stream
-from train.pretrain_config import PretrainConfig
+from train.pretraining import pipeline as pretraining
+from train.pretraining.config import PretrainConfig
 from train.run import Recipe, Run
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.step import Losses

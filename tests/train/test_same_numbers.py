@@ -25,7 +25,7 @@ from models.asked import Frozen
 from models.decoder import Decoder, DecoderConfig
 from models.labels import head_of
 from models.learner import DecoderLearner
-from train import coefficients, loop, optimizers
+from train import loop, optimizers
 from train.config import UnlearnConfig
 from train.costs.hlo_flops import device_flops
 from train.data.examples import Example
@@ -33,6 +33,7 @@ from train.data.references import with_references
 from train.data.streams import Examples, batches_of, make_stream, pack_streams
 from train.evaluators.evaluation import Model
 from train.optimizers import OPTIMIZERS, build
+from train.replays import coefficients
 from train.run import Recipe, Run, train
 from train.runtime import sharding
 from train.runtime.sharding import MeshConfig, make_mesh

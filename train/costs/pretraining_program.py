@@ -15,7 +15,7 @@ from train import checks, optimizers
 from train.costs.programs import AbstractProgram, param_shapes, step_program, update_of
 from train.data.token_file import Tokens
 from train.data.token_rows import TokenRows
-from train.pretrain_config import PretrainConfig, batch_rows, num_steps
+from train.pretraining.config import PretrainConfig, batch_rows, num_steps
 from train.runtime import sharding
 from train.trainable import trainable_of
 

@@ -14,7 +14,7 @@ from train.config import replace
 from train.data.corpus import CorpusConfig
 from train.optimizer_options import AdamW
 from train.optimizers import Options, other
-from train.pretrain_config import BudgetConfig, JudgeConfig, NewModelConfig, PretrainConfig
+from train.pretraining.config import BudgetConfig, JudgeConfig, NewModelConfig, PretrainConfig
 from train.runtime.sharding import MeshConfig
 
 

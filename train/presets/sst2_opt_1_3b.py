@@ -3,7 +3,7 @@
 python -m train.classify sst2-opt-1.3b
 """
 
-from train.classify_config import ClassifyModel, ClassifyRun, ClassifyTrain
+from train.classification.config import ClassifyModel, ClassifyRun, ClassifyTrain
 from train.optimizer_options import AdamW, MeZO, ZOMuon
 from train.presets import sst2_smollm2
 

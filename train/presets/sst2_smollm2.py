@@ -6,7 +6,7 @@
 DIR holds GLUE's train.tsv and dev.tsv; without it they come from the Hub id nyu-mll/glue.
 """
 
-from train.classify_config import ClassifyModel, ClassifyRun, ClassifyTrain
+from train.classification.config import ClassifyModel, ClassifyRun, ClassifyTrain
 from train.optimizer_options import AdamW, MeZO, ZOMuon
 
 SUMMARY = "SmolLM2-135M learns SST-2 (about an hour on two cores)"

@@ -6,7 +6,7 @@
 DIR holds GLUE's train.tsv and dev.tsv. At the published budget of 40 000 forward passes.
 """
 
-from train.classify_config import ClassifyData, ClassifyModel, ClassifyRun, ClassifyTrain
+from train.classification.config import ClassifyData, ClassifyModel, ClassifyRun, ClassifyTrain
 from train.optimizer_options import AdamW, MeZO, ZOMuon
 from train.presets import sst2_smollm2
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import text_kinds
+from train.classification import text_kinds
 from train.data.labelled import Columns, Pools, Record, read_pools
 from train.tasks.labelled import Labelled, Row, label, read_from, text
 

@@ -29,11 +29,12 @@ from train.evaluators.perplexity import METRICS
 from train.evaluators.roles import Roles
 from train.evaluators.token_loss import mean_loss, row_losses
 from train.exports import export_model
-from train.pretrain_config import PretrainConfig, batch_rows, num_steps, stage_of
+from train.pretraining.config import PretrainConfig, batch_rows, num_steps, stage_of
+from train.replays import stored
 from train.reporting import card, page, tables
 from train.run import Recipe, Run, Watch, phase, seed_of, started
 from train.run import train as train_stage
-from train.runtime import distributed, files, folder, remote, replays, reporters, sharding
+from train.runtime import distributed, files, folder, remote, reporters, sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.stages import json_stage, write_atomic
 from train.runtime.tracking import Timed, say
@@ -260,7 +261,7 @@ def train(opened: Opened) -> Model:
             objectives.resolve("nll"),
             {"train": opened.train},
             recipe,
-            record=replays.NAME,
+            record=stored.NAME,
             watch=(Watch(look, config.train.curve_points),),
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxlib_unlearn.errors import UserError
 from models.generate import SamplingConfig, generate
 from train import base_models, exports
+from train.classification.kinds import Kind, Rows
 from train.data.choice import (
     Choice,
     Choices,
@@ -21,7 +22,6 @@ from train.data.choice import (
 from train.data.examples import Example
 from train.data.streams import Examples, make_stream
 from train.evaluators.evaluation import Model, longest, score_items
-from train.kinds import Kind, Rows
 from train.reporting import card
 from train.runtime import distributed, remote
 from train.runtime.sharding import batch_sharding

@@ -12,7 +12,7 @@ from train.config import replace
 from train.data.corpus import OF_SOURCE, CorpusConfig
 from train.optimizers import OPTIMIZERS
 from train.presets.pretraining import PRESETS, Preset
-from train.pretrain_config import PretrainConfig, num_steps
+from train.pretraining.config import PretrainConfig, num_steps
 
 
 def read_arguments(

@@ -13,15 +13,16 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models.learner import check_questions
 from train import checks, optimizers
-from train.classify_config import TASKS, ClassifyRun, identity, run_folder
+from train.classification.config import TASKS, ClassifyRun, identity, run_folder
+from train.classification.kinds import Kind
 from train.config import TrainConfig, to_json
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.evaluation import Answers, num_parameters
-from train.kinds import Kind
+from train.replays import stored
 from train.reporting import card, tables
 from train.reporting.runlogs import read_steps
 from train.run import Recipe, Run, Watch, phase, started, train
-from train.runtime import distributed, files, folder, remote, replays, reporters, sharding
+from train.runtime import distributed, files, folder, remote, reporters, sharding
 from train.runtime.stages import json_stage, write_atomic
 from train.runtime.tracking import Timed, say
 from train.tasks import labelled
@@ -256,7 +257,7 @@ def finetune(config: ClassifyRun, opened: Opened) -> Finetuned:
             objective_of(config),
             {"train": stream},
             recipe,
-            record=replays.NAME,
+            record=stored.NAME,
             watch=(Watch(look, config.train.curve_points),),
             keep=None if adapters is None else keep,
         ).to_host()

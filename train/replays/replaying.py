@@ -12,13 +12,14 @@ import numpy as np
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models import arrays
-from train import cli, coefficients
+from train import cli
 from train.config import LoraConfig, SelectConfig
 from train.evaluators.evaluation import Model
 from train.optimizers import OPTIMIZERS, ROWS, Options, build
-from train.recording import surroundings
+from train.replays import coefficients
+from train.replays.recording import surroundings
+from train.replays.stored import Milestone, Replay
 from train.runtime import checkpointing, digests, distributed, residency, sharding
-from train.runtime.replays import Milestone, Replay
 from train.runtime.tracking import progress, say
 from train.step import init_state
 from train.trainable import Trainable, trainable_of

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 import jaxlib_unlearn
-from train import coefficients
 from train.config import LoraConfig, SelectConfig, to_json
 from train.optimizers import Options, schedule_numbers
-from train.runtime import digests, distributed, remote, replays
+from train.replays import coefficients, stored
+from train.runtime import digests, distributed, remote
 from train.runtime.checkpointing import read_manifest
 from train.runtime.tracking import say
 
@@ -92,9 +92,9 @@ class Recorder:
         kept: Mapping[str, Any] | None,
     ):
         self.path, self.steps = recording.path, recording.header["steps"]
-        more = {"queries": queries, "seed": seed, "every": replays.EVERY}
-        self.line = replays.header_line({**recording.header, **more, **surroundings()})
-        self.width = queries * replays.FLOATS.itemsize
+        more = {"queries": queries, "seed": seed, "every": stored.EVERY}
+        self.line = stored.header_line({**recording.header, **more, **surroundings()})
+        self.width = queries * stored.FLOATS.itemsize
         self.crc = zlib.crc32(self.line)
         self.size = len(self.line)
         self.open = distributed.of_first(lambda: self._begin(start, kept))
@@ -108,7 +108,7 @@ class Recorder:
         try:
             data = self.path.read_bytes()
             rest = data.removeprefix(self.line)
-            crc, after = replays.continued(self.crc, rest, start, self.width)
+            crc, after = stored.continued(self.crc, rest, start, self.width)
             size = len(data) - len(after)
             same = kept == {"bytes": size, "crc32": crc} and len(rest) < len(data)
         except (OSError, ValueError):
@@ -134,18 +134,18 @@ class Recorder:
         if not self.open or not distributed.is_first():
             return
         coeffs = jax.device_get(coefficients.state_of(opt_state).coeffs)
-        data = np.asarray(coeffs, replays.FLOATS).tobytes()
+        data = np.asarray(coeffs, stored.FLOATS).tobytes()
         self.crc = zlib.crc32(data, self.crc)
         self._write(data)
 
     def mark(self, step: int, params: Any) -> None:
         """Append a milestone where one is due after `step` steps; `params` are those then."""
-        if not self.open or (step % replays.EVERY and step != self.steps):
+        if not self.open or (step % stored.EVERY and step != self.steps):
             return
-        data = replays.milestone_bytes(digests.params_sha256(params), digests.sketch(params))
+        data = stored.milestone_bytes(digests.params_sha256(params), digests.sketch(params))
         if distributed.is_first():
             self.crc = zlib.crc32(data, self.crc)
-            self._write(data + self.crc.to_bytes(replays.CRC, "little"))
+            self._write(data + self.crc.to_bytes(stored.CRC, "little"))
 
     def checkpoint(self) -> dict[str, Any]:
         """Force the file to the disk; what the checkpoint written next says of it."""

@@ -1,0 +1,1 @@
+"""What classification has of its own: configuration, kinds of models, and the parts of a run."""
