@@ -1,16 +1,13 @@
-"""The configuration of a command line: a preset or a file, overridden by options."""
+"""The configuration of a command line of train.unlearn: a preset or a file, and options."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn import objectives
-from jaxlib_unlearn.errors import UserError
-from train import cli, optimizers, suggest
+from train import cli, start
 from train.config import RunConfig, replace
-from train.optimizers import OPTIMIZERS
 from train.presets import PRESETS
 
 # Options that replace the rows of a preset.
@@ -26,18 +23,7 @@ def read_arguments(
 
     `cls` may have more options than `RunConfig`, those of another `program`.
     """
-    if argv[0] == "--config":
-        if len(argv) < 2:
-            raise UserError("--config needs the config.json of a run")
-        default = cli.read_config(RunConfig, Path(argv[1]))
-        preset, rest = PRESETS.get(default.preset), argv[2:]
-        prog, summary = f"{program} --config FILE", f"rerun the configuration {argv[1]}"
-    elif argv[0].startswith("-"):
-        raise UserError(f"the first argument is a preset ({', '.join(PRESETS)}), got {argv[0]!r}")
-    else:
-        preset = suggest.choose(argv[0], PRESETS, "preset")
-        default, rest = preset.PRESET, argv[1:]
-        prog, summary = f"{program} {argv[0]}", preset.SUMMARY
+    preset, default, rest, prog, summary = start.start_of(argv, RunConfig, PRESETS, program)
     name = cli.option_value(rest, "--objective.name")
     if name is not None and name != default.objective.name:
         # Options tuned for one objective mean nothing to another.
@@ -49,17 +35,12 @@ def read_arguments(
         )
     elif name is None:
         default = replace(default, objective=_suited(rest, preset, default.objective))
-    name = cli.option_value(rest, "--optimizer.name")
-    if name is not None and name != default.optimizer.name:
-        default = with_optimizer(default, name, preset)
+    default = start.with_optimizer(default, rest, preset)
     other = any(cli.option_value(rest, m) for m in ("--model.path", "--stage.original"))
     bound = any(hasattr(default.objective, field) for field in OF_ONE_MODEL)
     if other and bound and preset is not None and default.objective in preset.OBJECTIVES.values():
         default = replace(default, objective=objectives.options_of(default.objective.name))
-    if "--smoke" in rest and preset is not None:
-        default = replace(default, smoke=True, **preset.SMOKE)
-        fitted = optimizers.fitted(default.optimizer, default.unlearn.steps or 1)
-        default = replace(default, optimizer=fitted)
+    default = start.shortened(default, rest, preset, lambda config: config.unlearn.steps or 1)
     fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
     return cli.parse(cls, cls(**fields), rest, prog, summary)
 
@@ -74,14 +55,3 @@ def _suited(argv: list[str], preset: Any, objective: Any) -> Any:
     if any(cli.option_value(argv, option) for option in OTHER_DATA):
         return getattr(preset, "OTHER_DATA", objective)
     return objective
-
-
-def with_optimizer(config: Any, name: str, preset: Any) -> Any:
-    """The configuration with another optimizer: as tuned for the preset, else at its row's rate."""
-    row = suggest.choose(name, OPTIMIZERS, "optimizer")
-    optimizer, changes = getattr(preset, "OPTIMIZERS", {}).get(row.name, (None, {}))
-    if optimizer is None:
-        optimizer = optimizers.other(config.optimizer, row.name)
-        if row.learning_rate is not None:
-            optimizer = replace(optimizer, learning_rate=row.learning_rate)
-    return replace(config, optimizer=optimizer, **changes)

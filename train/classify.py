@@ -12,20 +12,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
-from train import cli, optimizers, suggest
-from train.arguments import with_optimizer
+from train import cli, optimizers, start
 from train.classification.config import TASKS, ClassifyRun
-from train.config import replace
 from train.presets.classify import PRESETS
 
 
 def main(argv: list[str]) -> None:
     """The program."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        print("Presets:")
-        for name, preset in PRESETS.items():
-            print(f"  {name:14} {preset.SUMMARY}")
+        start.show_presets(__doc__, PRESETS)
         return
     if argv[0] == "--list":
         lines = [f"  {row.name:8} {row.summary}" for row in TASKS.values()]
@@ -37,25 +32,11 @@ def main(argv: list[str]) -> None:
 
 def read_arguments(argv: list[str]) -> ClassifyRun:
     """The configuration of a command line: a preset, or `--config FILE`, with overrides."""
-    if argv[0] == "--config":
-        if len(argv) < 2:
-            raise UserError("--config needs the config.json of a run")
-        default = cli.read_config(ClassifyRun, Path(argv[1]))
-        preset, rest, summary = PRESETS.get(default.preset), argv[2:], "rerun a configuration"
-    elif argv[0].startswith("-"):
-        raise UserError(f"the first argument is a preset ({', '.join(PRESETS)}), got {argv[0]!r}")
-    else:
-        preset = suggest.choose(argv[0], PRESETS, "preset")
-        default, rest, summary = preset.PRESET, argv[1:], preset.SUMMARY
-    name = cli.option_value(rest, "--optimizer.name")
-    if name is not None and name != default.optimizer.name:
-        default = with_optimizer(default, name, preset)
-    if "--smoke" in rest and preset is not None:
-        default = replace(default, smoke=True, **preset.SMOKE)
-        short = optimizers.fitted(default.optimizer, default.train.forwards // 6 * 2)
-        default = replace(default, optimizer=short)
-    where = argv[0] if preset is None or argv[0] == "--config" else default.preset
-    config = cli.parse(ClassifyRun, default, rest, f"train.classify {where}", summary)
+    started = start.start_of(argv, ClassifyRun, PRESETS, "train.classify")
+    preset, default, rest, prog, summary = started
+    default = start.with_optimizer(default, rest, preset)
+    default = start.shortened(default, rest, preset, lambda c: c.train.forwards // 6 * 2)
+    config = cli.parse(ClassifyRun, default, rest, prog, summary)
     path = config.model.path
     if preset is not None and path == preset.PRESET.model.path and not Path(path).exists():
         if made_by := getattr(preset, "MADE_BY", None):

@@ -290,8 +290,8 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """One unlearning run: original, oracle, unlearned, evaluated, reported, exported."""
+class ProgramConfig:
+    """What the runs of every program with presets have."""
 
     preset: str = option("", "name of the preset this configuration started from.")
     seed: int = option(0, "everything random follows from it.", low=0, high=MOST)
@@ -299,6 +299,12 @@ class RunConfig:
     output: Path | None = option(
         None, "run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`)."
     )
+
+
+@dataclass(frozen=True)
+class RunConfig(ProgramConfig):
+    """One unlearning run: original, oracle, unlearned, evaluated, reported, exported."""
+
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     stage: StageConfig = StageConfig()
@@ -335,6 +341,24 @@ class RunConfig:
         "trackers that receive the metrics too, comma-separated: tensorboard, wandb, trackio.",
         words=tuple(reporters.REPORTERS),
     )
+
+
+def run_folder(config: ProgramConfig) -> Path:
+    """Where a configuration writes."""
+    if config.output is not None:
+        return config.output
+    return Path("runs") / f"{config.preset}-seed{config.seed}{'-smoke' if config.smoke else ''}"
+
+
+def identity(config: ProgramConfig, *places: str) -> dict[str, Any]:
+    """What `config.json` holds: everything but where it runs, and where it and its sources lie.
+
+    `places`: dotted names of further options that say where something lies.
+    """
+    whole = to_json(replace(config, output=None, **dict.fromkeys(places)))
+    for name in ("distributed", "profile", "report_to"):
+        whole.pop(name, None)
+    return whole
 
 
 def to_json(config: Any) -> dict[str, Any]:

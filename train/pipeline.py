@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -16,8 +15,9 @@ from jaxlib_unlearn.metrics import tofu
 from jaxlib_unlearn.objectives import Objective
 from models.learner import DecoderLearner, check_questions
 from train import base_models, checks, exports
+from train import config as configs
 from train.alternates import with_alternates
-from train.config import LoraConfig, RunConfig, to_json
+from train.config import LoraConfig, RunConfig, run_folder
 from train.data.examples import Encoded, encode_rows
 from train.data.streams import Examples, make_stream
 from train.evaluators.evaluation import Model, curve, longest, num_parameters
@@ -164,13 +164,6 @@ def check_stages(
     num_steps(config.unlearn, rows, config.optimizer)
 
 
-def run_folder(config: RunConfig) -> Path:
-    """Where a configuration writes."""
-    if config.output is not None:
-        return config.output
-    return Path("runs") / f"{config.preset}-seed{config.seed}{'-smoke' if config.smoke else ''}"
-
-
 def place_of(config: RunConfig) -> folder.Place:
     """The run folder of a configuration, to be claimed and entered."""
     return folder.run_place(run_folder(config), identity(config))
@@ -182,12 +175,8 @@ def enter(config: RunConfig, held: contextlib.ExitStack | None = None) -> Path:
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """What `config.json` holds: everything but where it runs, and where it and its sources lie."""
-    stage = dataclasses.replace(config.stage, cache=None)
-    whole = to_json(dataclasses.replace(config, output=None, stage=stage))
-    for name in ("distributed", "profile", "report_to"):
-        del whole[name]
-    return whole
+    """What `config.json` holds."""
+    return configs.identity(config, "stage.cache")
 
 
 def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encoded:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train import cli
+from train import cli, start
 from train.presets.pretraining import PRESETS
 from train.pretraining.arguments import read_arguments
 from train.pretraining.config import PretrainConfig
@@ -21,10 +21,7 @@ from train.pretraining.config import PretrainConfig
 def main(argv: list[str]) -> None:
     """The program."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        print("Presets:")
-        for name, preset in PRESETS.items():
-            print(f"  {name:14} {preset.summary}")
+        start.show_presets(__doc__, PRESETS)
         return
     run(read_arguments(argv))
 

@@ -190,7 +190,7 @@ def train(
         recipe: how it is trained.
         reference: the frozen model that the row asks; None: `start`.
         purpose: keys its randomness; None: the name. Stages of one purpose see the same batches.
-        watch: looks at the model on the way; they change nothing.
+        watch: evaluations during training; they change nothing.
         shared: stored in the run's cache, where other runs find it.
         keep: called with the tree that was trained, before it becomes plain parameters.
         record: name of the file in the run folder that holds the coefficients of its steps, where

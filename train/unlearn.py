@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from train import cli
+from train import cli, start
 from train.arguments import read_arguments
 from train.config import RunConfig
 from train.optimizers import list_combiners, list_optimizers
@@ -26,10 +26,7 @@ from train.runtime.tracking import say
 def main(argv: list[str]) -> None:
     """The program."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        print("Presets:")
-        for name, preset in PRESETS.items():
-            print(f"  {name:14} {preset.SUMMARY}")
+        start.show_presets(__doc__, PRESETS)
         return
     if argv[0] == "--list":
         print("\n".join(list_methods()))

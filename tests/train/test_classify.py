@@ -14,16 +14,16 @@ import models
 from jaxlib_unlearn.errors import UserError
 from models.decoder import Decoder
 from models.families import new_config
-from train.arguments import with_optimizer
 from train.classification import pipeline as classification
-from train.classification.config import TASKS, ClassifyRun, identity
+from train.classification.config import TASKS, ClassifyRun
 from train.classify import read_arguments
-from train.config import replace
+from train.config import identity, replace
 from train.evaluators import EVALUATORS
 from train.evaluators.evaluation import Answers
 from train.optimizers import OPTIMIZERS, fitted, forwards, options_of, steps_within
 from train.presets.classify import PRESETS
 from train.runtime import distributed
+from train.start import tuned
 
 ONE = ("--mesh.data", "1")
 LEARN = (
@@ -241,7 +241,7 @@ def test_every_preset_takes_every_optimizer_or_says_why_not(name, tmp_path, monk
     for optimizer, row in OPTIMIZERS.items():
         config = here
         if optimizer != here.optimizer.name:
-            config = with_optimizer(here, optimizer, preset)
+            config = tuned(here, optimizer, preset)
         assert config.optimizer.name == optimizer
         if row.needs == "split":
             with pytest.raises(UserError, match="needs a forget and a retain side"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import arguments, unlearn
+from train import start, unlearn
 from train.config import replace
 from train.optimizers import COMBINERS, OPTIMIZERS
 from train.presets import PRESETS
@@ -21,7 +21,7 @@ PRESET = PRESETS["quickstart"]
 
 def judge(name: str, combine: str, folder: Path) -> dict | str:
     """The numbers of one pair, or the line that refuses it."""
-    config = arguments.with_optimizer(PRESET.PRESET, name, PRESET)
+    config = start.tuned(PRESET.PRESET, name, PRESET)
     changes = {"mesh.data": 1, "unlearn.curve_points": 0, "stage.cache": folder / "cache"}
     # ASU, with which the learning rates of the optimizers were chosen.
     config = replace(config, objective=PRESET.OTHER_DATA, combine=combine)

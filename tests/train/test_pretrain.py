@@ -250,7 +250,7 @@ def test_another_corpus_than_the_stored_one_has_no_digest_yet(own, options, kept
 
 def test_a_published_preset_takes_other_texts():
     data = read_arguments(["llama-1b", "--data.source", "text", "--data.path", "x.txt"]).data
-    assert PRESETS["llama-1b"].config.data.subset != data.subset
+    assert PRESETS["llama-1b"].PRESET.data.subset != data.subset
     corpus.check(data)
     given = ["llama-1b", "--data.source", "text", "--data.revision", "v1"]
     with pytest.raises(pretraining.UserError, match="--data.revision is of --data.source hub"):
@@ -263,12 +263,12 @@ def test_a_published_preset_takes_other_texts():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_what_they_say(name):
     preset = PRESETS[name]
-    config = preset.config
+    config = preset.PRESET
     assert read_arguments([name]) == config and config.preset == name
-    assert num_steps(config) > 100 and config.optimizer == preset.optimizers["teon"]
-    for optimizer in preset.optimizers:
+    assert num_steps(config) > 100 and config.optimizer == preset.OPTIMIZERS["teon"][0]
+    for optimizer in preset.OPTIMIZERS:
         assert read_arguments([name, "--optimizer.name", optimizer]).optimizer.name == optimizer
-        pretraining.optimizers.check(preset.optimizers[optimizer])
+        pretraining.optimizers.check(preset.OPTIMIZERS[optimizer][0])
     smoke = read_arguments([name, "--smoke"])
     assert smoke.smoke and 2 <= num_steps(smoke) <= 8
     assert batch_rows(smoke, 8)  # the devices of a host
@@ -285,7 +285,7 @@ def test_presets_are_what_they_say(name):
 
 
 def test_a_batch_that_does_not_fit_is_accumulated():
-    config = PRESETS["llama-1b"].config
+    config = PRESETS["llama-1b"].PRESET
     rows, parts = batch_rows(config, 16)
     assert rows == 512 and rows // 16 // parts * 4096 <= config.train.micro_tokens < 2**17
     one = replace(config, **{"train.batch_tokens": 6 * 4096, "train.micro_tokens": 4 * 4096})
@@ -305,7 +305,7 @@ def test_options_at_their_defaults_are_in_no_key():
     assert set(to_json(options_of("teon", axis="out", nesterov=True))) == old | {
         "group_size", "axis", "nesterov",
     }  # fmt: skip
-    config = replace(PRESETS["pretrain-tiny"].config, **{"optimizer.hold": 0.5})
+    config = replace(PRESETS["pretrain-tiny"].PRESET, **{"optimizer.hold": 0.5})
     assert to_json(config)["optimizer"]["hold"] == 0.5
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from jaxlib_unlearn.options import MOST, option
+from jaxlib_unlearn.options import option
 from models.decoder import REMAT
 from models.weights import DTYPES
 from train import optimizers
-from train.config import COMPUTE, LoraConfig, to_json
+from train.config import COMPUTE, LoraConfig, ProgramConfig
 from train.optimizer_options import ZOMuon
 from train.rows import chosen
 from train.runtime import reporters
@@ -41,7 +40,7 @@ class ClassifyData:
     )
     dev_rows: int | None = option(
         None,
-        "rows drawn beside them, to look at on the way; None: 500, for small data sets 100.",
+        "rows drawn beside them, evaluated during training; None: 500, for small data sets 100.",
         low=1,
     )
     test_rows: int | None = option(
@@ -93,7 +92,7 @@ class ClassifyTrain:
     accumulate: int = option(
         1, "micro-batches that a step is split into; results do not depend on it.", low=1
     )
-    curve_points: int = option(10, "looks at the dev rows on the way (0: none).", low=0)
+    curve_points: int = option(10, "evaluations on the dev rows during training (0: none).", low=0)
     checkpoint_seconds: float = option(
         120.0, "least time between two checkpoints.", low=0, high=math.inf
     )
@@ -108,18 +107,10 @@ class ClassifyEvaluate:
 
 
 @dataclass(frozen=True)
-class ClassifyRun:
+class ClassifyRun(ProgramConfig):
     """One model that learns to classify, judged before and after."""
 
-    preset: str = option("", "name of the preset this configuration started from.")
-    seed: int = option(
-        0, "everything random follows from it, which rows are drawn as well.", low=0, high=MOST
-    )
-    smoke: bool = option(False, "few steps and rows through the same code, for a first look.")
-    output: Path | None = option(
-        None, "run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`)."
-    )
-    task: str = option("sst2", "what is learned; --list tells.", choices=tuple(TASKS))
+    task: str = option("sst2", "what is learned; --list names all.", choices=tuple(TASKS))
     data: ClassifyData = ClassifyData()
     model: ClassifyModel = ClassifyModel()
     train: ClassifyTrain = ClassifyTrain()
@@ -134,18 +125,3 @@ class ClassifyRun:
         "trackers that receive the metrics too, comma-separated: tensorboard, wandb, trackio.",
         words=tuple(reporters.REPORTERS),
     )
-
-
-def run_folder(config: ClassifyRun) -> Path:
-    """Where a configuration writes."""
-    if config.output is not None:
-        return config.output
-    return Path("runs") / f"{config.preset}-seed{config.seed}{'-smoke' if config.smoke else ''}"
-
-
-def identity(config: ClassifyRun) -> dict[str, Any]:
-    """What `config.json` holds: everything but where it runs and writes."""
-    whole = to_json(config)
-    for name in ("output", "distributed", "report_to"):
-        del whole[name]
-    return whole

@@ -13,9 +13,9 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models.learner import check_questions
 from train import checks, optimizers
-from train.classification.config import TASKS, ClassifyRun, identity, run_folder
+from train.classification.config import TASKS, ClassifyRun
 from train.classification.kinds import Kind
-from train.config import TrainConfig, to_json
+from train.config import TrainConfig, identity, run_folder, to_json
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.evaluation import Answers, num_parameters
 from train.replays import stored

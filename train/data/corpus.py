@@ -360,7 +360,7 @@ class Known(NamedTuple):
 
 
 def identify(config: CorpusConfig) -> Known:
-    """Read a corpus once for its digest; of one at the Hub the commit tells which it is.
+    """Read a corpus once for its digest; of one at the Hub the commit says which it is.
 
     Raises:
         UserError: it cannot be read, is another than `digest` says, or one of its two parts has no

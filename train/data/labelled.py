@@ -182,7 +182,7 @@ class Divided(NamedTuple):
 def divide(
     pools: Pools, train: int | None, dev: int, test: int | None, seed: int
 ) -> tuple[Divided, list[str]]:
-    """Rows to train on, to look at on the way and to test on, drawn by a seed, and notes.
+    """Rows to train on, to evaluate during training and to test on, drawn by a seed, and notes.
 
     Training and dev rows are drawn from the training pool. The test rows are those of the
     validation split, or where there is none, the rest of the pool.
@@ -190,7 +190,7 @@ def divide(
     Args:
         pools: the data set.
         train: rows to train on; None: all that are left.
-        dev: rows to look at on the way.
+        dev: rows to evaluate during training.
         test: rows to test on, at most; None: all.
         seed: of the draw.
 

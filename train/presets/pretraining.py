@@ -21,10 +21,10 @@ from train.runtime.sharding import MeshConfig
 class Preset(NamedTuple):
     """A configuration, a line about it, the changes of `--smoke`, and optimizers tuned for it."""
 
-    config: PretrainConfig
-    summary: str
-    smoke: Mapping[str, Any]
-    optimizers: Mapping[str, Options]
+    PRESET: PretrainConfig
+    SUMMARY: str
+    SMOKE: Mapping[str, Any]
+    OPTIMIZERS: Mapping[str, tuple[Options, Mapping[str, Any]]]
 
 
 def optimizers_of(adamw: AdamW, rate: float, **more: Any) -> dict[str, Options]:
@@ -41,6 +41,11 @@ def optimizers_of(adamw: AdamW, rate: float, **more: Any) -> dict[str, Options]:
         )
     found["teon"] = replace(found["teon"], group_size=2, groups="qkv", axis="in")
     return found
+
+
+def _alone(found: Mapping[str, Options]) -> dict[str, tuple[Options, Mapping[str, Any]]]:
+    """Optimizers that change no other option of their preset."""
+    return {name: (options, {}) for name, options in found.items()}
 
 
 TINY = optimizers_of(
@@ -76,7 +81,7 @@ def _tiny() -> Preset:
         optimizer=TINY["teon"],
     )
     summary = "2.2 M parameters on the Python files of installed packages (no download, minutes)"
-    return Preset(config, summary, SMOKE, TINY)
+    return Preset(config, summary, SMOKE, _alone(TINY))
 
 
 def _published(
@@ -115,7 +120,7 @@ def _published(
         "evaluate.tokens": 2 * context,
         "evaluate.curve_tokens": context,
     }
-    return Preset(config, summary, smoke, optimizers)
+    return Preset(config, summary, smoke, _alone(optimizers))
 
 
 def _rates(adamw: AdamW, rate: float) -> dict[str, Options]:
@@ -178,7 +183,7 @@ def _llama_shape(
 
 
 PRESETS: dict[str, Preset] = {
-    preset.config.preset: preset
+    preset.PRESET.preset: preset
     for preset in (
         _tiny(),
         _published(

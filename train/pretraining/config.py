@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.options import MOST, option
+from jaxlib_unlearn.options import option
 from models.bounds import MOST_LAYERS
 from models.decoder import REMAT
 from models.weights import DTYPES
 from train import optimizers
-from train.config import COMPUTE, TrainConfig
+from train.config import COMPUTE, ProgramConfig, TrainConfig
 from train.data.corpus import CorpusConfig
 from train.optimizer_options import AdamW
 from train.rows import chosen
@@ -70,7 +70,9 @@ class BudgetConfig:
         "Results do not depend on it.",
         low=1,
     )
-    curve_points: int = option(8, "looks at the validation loss on the way (0: none).", low=0)
+    curve_points: int = option(
+        8, "evaluations during training, on held-out tokens (0: none).", low=0
+    )
     checkpoint_seconds: float = option(
         120.0, "least time between two checkpoints.", low=0, high=math.inf
     )
@@ -83,19 +85,13 @@ class JudgeConfig:
     tokens: int | None = option(
         None, "held-out tokens that perplexity is computed on; None: all.", low=1
     )
-    curve_tokens: int = option(32768, "of these, for every look on the way.", low=1)
+    curve_tokens: int = option(32768, "of these, for each evaluation during training.", low=1)
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(ProgramConfig):
     """One pre-training run."""
 
-    preset: str = option("", "name of the preset this configuration started from.")
-    seed: int = option(0, "everything random follows from it.", low=0, high=MOST)
-    smoke: bool = option(False, "few steps and documents through the same code, for a first look.")
-    output: Path | None = option(
-        None, "run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`)."
-    )
     data: CorpusConfig = CorpusConfig()
     model: NewModelConfig = NewModelConfig()
     train: BudgetConfig = BudgetConfig()

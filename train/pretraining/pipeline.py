@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import time
@@ -19,7 +18,8 @@ from jaxlib_unlearn.errors import UserError
 from models import Decoder, Tokenizer, bounds, hub
 from models.families import FAMILIES, new_config
 from train import base_models, checks, optimizers
-from train.config import replace, to_json
+from train import config as configs
+from train.config import replace, run_folder
 from train.costs.utilisation import utilisation
 from train.data import corpus, token_file
 from train.data.token_rows import TokenRows
@@ -213,13 +213,6 @@ def base_model(config: PretrainConfig, tokenizer: Tokenizer, mesh: Any) -> Model
     return Model(decoder, params, tokenizer, params_sha256(params))
 
 
-def run_folder(config: PretrainConfig) -> Path:
-    """Where a configuration writes."""
-    if config.output is not None:
-        return config.output
-    return Path("runs") / f"{config.preset}-seed{config.seed}{'-smoke' if config.smoke else ''}"
-
-
 def cache_of(config: PretrainConfig) -> Path:
     """The folder of tokenised corpora, on this machine."""
     if config.data.cache is not None:
@@ -229,16 +222,12 @@ def cache_of(config: PretrainConfig) -> Path:
 
 
 def identity(config: PretrainConfig) -> dict[str, Any]:
-    """What `config.json` holds: everything but where the run and its files lie."""
-    data = dataclasses.replace(config.data, cache=None)
-    whole = to_json(dataclasses.replace(config, output=None, data=data))
-    for name in ("distributed", "profile", "report_to"):
-        del whole[name]
-    return whole
+    """What `config.json` holds."""
+    return configs.identity(config, "data.cache")
 
 
 def train(opened: Opened) -> Model:
-    """The training stage: the rows of the corpus, epoch by epoch, and looks at held-out ones."""
+    """The training stage: the rows of the corpus, epoch by epoch, evaluated on held-out ones."""
     run, config, base = opened.run, opened.config, opened.base
     held_out = first_rows(opened.validation, config.evaluate.curve_tokens)
 

@@ -48,7 +48,7 @@ def seed_of_draws(seed: int) -> int:
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation tells.
+    """What an evaluation gives.
 
     Args:
         coeffs: `(q,)` float32, of the step's directions.

@@ -140,7 +140,7 @@ def differs(
         )
     size, passed = f"by {found:.1e} of their norm", "were the same"
     if not found:
-        size = "by less than a sketch of them tells"
+        size = "by less than a sketch of them shows"
     if tolerance is not None:
         size, passed = f"{size}, more than --tolerance {tolerance:g}", "passed"
     elif found <= LAST_BITS:

@@ -34,7 +34,7 @@ WHY_NOT = {
     "finetune.accumulate": _SAME + "; forms that are not additive refuse it",
     "unlearn.accumulate": _SAME + "; forms that are not additive refuse it or have it in the key",
     "finetune.curve_points": "no curve is drawn of fine-tuning",
-    "unlearn.curve_points": "looks at the model on the way and changes nothing",
+    "unlearn.curve_points": "evaluations during training change nothing",
     "finetune.checkpoint_seconds": "a run that continues takes the same steps",
     "unlearn.checkpoint_seconds": "a run that continues takes the same steps",
     "export_dtype": "of the export, whose seal names it",

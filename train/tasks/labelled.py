@@ -23,7 +23,7 @@ class Labelled(NamedTuple):
         kind: of the model and of the rows.
         read: `read(data)`: its records; `data` is the run's `--data.*`.
         row: `row(record)`: a row, for text with `prompt`, `options` and `gold`.
-        dev_rows: rows drawn from the training pool to look at on the way.
+        dev_rows: rows drawn from the training pool for evaluations during training.
     """
 
     name: str
