@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxlib_unlearn.errors import UserError
 from train import cli, optimizers, start
+from train.classification.arguments import check_start, read_arguments
 from train.classification.config import TASKS, ClassifyRun
 from train.presets.classify import PRESETS
 
@@ -27,24 +27,9 @@ def main(argv: list[str]) -> None:
         methods = optimizers.list_optimizers()
         print("\n".join(["Tasks (--task):", *lines, "Optimizers (--optimizer.name):", *methods]))
         return
-    run(read_arguments(argv))
-
-
-def read_arguments(argv: list[str]) -> ClassifyRun:
-    """The configuration of a command line: a preset, or `--config FILE`, with overrides."""
-    started = start.start_of(argv, ClassifyRun, PRESETS, "train.classify")
-    preset, default, rest, prog, summary = started
-    default = start.with_optimizer(default, rest, preset)
-    default = start.shortened(default, rest, preset, lambda c: c.train.forwards // 6 * 2)
-    config = cli.parse(ClassifyRun, default, rest, prog, summary)
-    path = config.model.path
-    if preset is not None and path == preset.PRESET.model.path and not Path(path).exists():
-        if made_by := getattr(preset, "MADE_BY", None):
-            raise UserError(
-                f"--model.path {path} does not exist; run `{made_by}`, which writes it, or give "
-                "the folder of another model"
-            )
-    return config
+    config = read_arguments(argv)
+    check_start(config)
+    run(config)
 
 
 def run(config: ClassifyRun) -> Path:

@@ -15,8 +15,8 @@ from jaxlib_unlearn.errors import UserError
 from models.decoder import Decoder
 from models.families import new_config
 from train.classification import pipeline as classification
+from train.classification.arguments import check_start, read_arguments
 from train.classification.config import TASKS, ClassifyRun
-from train.classify import read_arguments
 from train.config import identity, replace
 from train.evaluators import EVALUATORS
 from train.evaluators.evaluation import Answers
@@ -255,9 +255,10 @@ def test_every_preset_takes_every_optimizer_or_says_why_not(name, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     if hasattr(preset, "MADE_BY"):
         with pytest.raises(UserError, match="export does not exist; run `python -m train.pretrain"):
-            read_arguments([name])
+            check_start(read_arguments([name]))
         Path(preset.PRESET.model.path).mkdir(parents=True)
     config = read_arguments([name, "--smoke", "--optimizer.name", "hybrid"])
+    check_start(config)
     assert getattr(config.optimizer, "period", 0) == 2
     config = read_arguments([name, "--smoke", "--optimizer.name", "mezo"])
     assert config.optimizer == preset.OPTIMIZERS["mezo"][0] and config.smoke

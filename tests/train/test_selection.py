@@ -449,7 +449,8 @@ def test_a_selected_stage_from_the_command_line(small, tmp_path):
     ],
 )
 def test_a_report_says_what_was_trained(tmp_path, selected, words):
-    config = {"preset": "toy", "seed": 0} | ({} if selected is None else {"train": selected})
+    config = {"preset": "quickstart", "seed": 0}
+    config |= {} if selected is None else {"train": selected}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "summary.json").write_text('{"unlearned": {"forget_rouge": 0.1}}')
     (tmp_path / "run.json").write_text("{}")

@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 from train.evaluators import QUESTION_ANSWERING
 from train.evaluators.base import items_of
 from train.evaluators.leak import leak_scores
 from train.evaluators.tofu import truth_ratios
+from train.reporting import rerun
 from train.reporting.numbers import format_number
 from train.reporting.runlogs import clean
 from train.reporting.tables import Run
 
-# Options that the command on the page repeats; the whole configuration is shown below it.
-RERUN = (
-    "seed",
-    "data.path",
-    "data.forget_split",
-    "objective.name",
-    "optimizer.name",
-    "combine",
-    "lora.rank",
-    "train.leaves",
-    "train.blocks",
-    "model.path",
-    "stage.original",
-    "retain_log",
-    "output",
-)
-UNLEARN = "train.unlearn"
-# Those of a program that trains on a corpus.
-OF_CORPUS = (
-    *("data.source", "data.repository", "data.subset", "data.packages", "data.tokenizer"),
-    *("train.tokens", "train.batch_tokens"),
-)
-
 
 def command(run: Run) -> str:
     """The command that repeats the run, one option per line."""
-    given = run.config.get("command")
-    if given:
-        return given if isinstance(given, str) else shlex.join(str(word) for word in given)
-    program = str(run.about.get("program") or UNLEARN)
-    lines = [f"python -m {program} {shlex.quote(str(run.config.get('preset') or 'PRESET'))}"]
-    for name in RERUN if program == UNLEARN else (*RERUN, *OF_CORPUS):
-        value: Any = run.config
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            words = map(str, value if isinstance(value, list) else [value])
-            lines.append(f"--{name.replace('_', '-')} {shlex.join(words)}")
-    return " \\\n    ".join(lines + ["--smoke"] * bool(run.config.get("smoke")))
+    return rerun.command(run.config, run.about.get("program"))
 
 
 def _options(section: Any) -> str:

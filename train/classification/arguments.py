@@ -1,0 +1,32 @@
+"""The configuration of a command line of train.classify: a preset or a file, and options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxlib_unlearn.errors import UserError
+from train import cli, start
+from train.classification.config import ClassifyRun
+from train.presets.classify import PRESETS
+
+
+def read_arguments(argv: list[str]) -> ClassifyRun:
+    """The configuration of a command line: a preset, or `--config FILE`, with overrides."""
+    started = start.start_of(argv, ClassifyRun, PRESETS, "train.classify")
+    preset, default, rest, prog, summary = started
+    default = start.with_optimizer(default, rest, preset)
+    default = start.shortened(default, rest, preset, lambda c: c.train.forwards // 6 * 2)
+    return cli.parse(ClassifyRun, default, rest, prog, summary)
+
+
+def check_start(config: ClassifyRun) -> None:
+    """Raise `UserError` where a preset starts from the model of another run, which is not there."""
+    preset, path = PRESETS.get(config.preset), config.model.path
+    made_by = getattr(preset, "MADE_BY", None)
+    if preset is None or made_by is None or path != preset.PRESET.model.path:
+        return
+    if not Path(path).exists():
+        raise UserError(
+            f"--model.path {path} does not exist; run `{made_by}`, which writes it, or give "
+            "the folder of another model"
+        )
