@@ -397,3 +397,28 @@ def test_every_slot_is_a_label_without_their_places():
 def test_sources_are_those_of_the_option():
     field = CorpusConfig.__dataclass_fields__["source"]
     assert set(corpus.SOURCES) == set(field.metadata["choices"])
+
+
+def test_a_corpus_of_the_hub_is_streamed(monkeypatch):
+    seen = []
+
+    class Datasets:
+        @staticmethod
+        def load_dataset(repo, config, **more):
+            seen.append((repo, config, more))
+            yield {"text": "first"}
+            yield {"content": "another column"}
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)
+    config = CorpusConfig(source="hub", repository="a/b", subset="c", revision="d")
+    found = documents(config, Counts())
+    assert next(found).text == "first"
+    assert seen == [("a/b", "c", {"split": "train", "streaming": True, "revision": "d"})]
+    with pytest.raises(UserError, match="a/b c: its rows have no column 'text', but content"):
+        next(found)
+    monkeypatch.setattr(Datasets, "load_dataset", lambda *a, **k: iter([].pop, None))
+    with pytest.raises(UserError, match="a/b c: cannot be loaded .IndexError"):
+        next(documents(config, Counts()))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="needs the package `datasets`"):
+        next(documents(config, Counts()))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import option
 from jaxlib_unlearn.reading import one_line
+from train.data import hub_table
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 COLUMN = "text"
@@ -275,27 +276,18 @@ def _read_parquet(path: Path) -> Iterator[bytes]:
 
 def _hub(config: CorpusConfig) -> Iterator[bytes]:
     name = f"{config.repository} {config.subset}"
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"reading {name} needs the package `datasets`; install it, or use --data.source text"
-        ) from None
-    try:
-        rows = datasets.load_dataset(
-            config.repository,
-            config.subset or None,
-            split="train",
-            streaming=True,
-            revision=config.revision,
-        )
-        for row in rows:
-            yield str(row[COLUMN]).encode("utf-8", "surrogatepass")
-    except Exception as error:  # the Hub's client raises many types; all mean the same to the user
-        raise UserError(
-            f"{name}: cannot be read ({type(error).__name__}: {one_line(error, 120)}); check "
-            "--data.repository, --data.subset and the network, or use --data.source packages"
-        ) from None
+    rows = hub_table.stream(
+        *(config.repository, config.subset or None, "train", config.revision),
+        place=name,
+        advice="use --data.source packages or text; check --data.repository and --data.subset too",
+    )
+    for row in rows:
+        if COLUMN not in row:
+            raise UserError(
+                f"{name}: its rows have no column {COLUMN!r}, but {one_line(', '.join(row), 120)}; "
+                "give another --data.repository"
+            )
+        yield str(row[COLUMN]).encode("utf-8", "surrogatepass")
 
 
 SOURCES: dict[str, Callable[[CorpusConfig], Iterator[bytes]]] = {

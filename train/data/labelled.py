@@ -6,7 +6,6 @@ for validation (GLUE's `train.tsv` and `dev.tsv`, `train-00000-of-00001.parquet`
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import exists, one_line, read_text
+from train.data import hub_table
 from train.data.batches import shuffled
 from train.data.files import READERS, read_table
 from train.data.tofu import read_json
@@ -141,34 +141,24 @@ def named(records: Iterable[Record], columns: Columns, place: str) -> list[Recor
 def hub_pools(
     repo: str, config: str | None, columns: Columns, revision: str | None = None
 ) -> Pools:
-    """The splits `train` and `validation` of a Hub data set; `datasets` is imported on first use.
+    """The splits `train` and `validation` of a Hub data set.
 
     Raises:
         UserError: no such package, or the data set cannot be loaded.
     """
     place = f"{repo} {config}" if config else repo
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise UserError(
-            f"reading {repo} needs the package `datasets`; install it or give --data.path"
-        ) from None
-    pools, files = [], []
+    pools, commits = [], set()
     for split in ("train", "validation"):
-        try:
-            table = datasets.load_dataset(repo, config, split=split, revision=revision)
-            records = [dict(row) for row in table]
-            files += [str(file["filename"]) for file in getattr(table, "cache_files", ())]
-        except Exception as error:
-            # The Hub client raises many types of exception; all mean the same to the user.
-            raise UserError(
-                f"{place}, split {split!r}: cannot be loaded ({type(error).__name__}: "
-                f"{one_line(error)}); check the network or give --data.path a file or folder"
-            ) from None
-        pools.append(named(records, columns, f"{place} {split}"))
-    # `datasets` keeps what it read in a folder named after the commit.
-    commits = sorted(set(re.findall(r"[/\\]([0-9a-f]{40})[/\\]", " ".join(files))))
-    return Pools(pools[0], pools[1], " ".join([place, *(f"at commit {c}" for c in commits)]))
+        found = hub_table.read(
+            *(repo, config, split, revision),
+            place=f"{place}, split {split!r}",
+            advice="give --data.path a file or folder",
+        )
+        pools.append(named(found.rows, columns, f"{place} {split}"))
+        commits.update(found.commits)
+    return Pools(
+        pools[0], pools[1], " ".join([place, *(f"at commit {c}" for c in sorted(commits))])
+    )
 
 
 class Divided(NamedTuple):

@@ -7,7 +7,6 @@ is expected there.
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import exists, one_line, parse_json, read_text, reading
+from train.data import hub_table
 from train.data.author_attributes import REFUSALS
 from train.data.authors import draw
 
@@ -215,7 +215,7 @@ def folder_source(folder: Path) -> Source:
 
 
 def hub_source(repo: str = HUB_ID, revision: str | None = None) -> Source:
-    """The configs of a Hub data set, read through `datasets`, which is imported on first use.
+    """The configs of a Hub data set.
 
     `revision` is a commit, branch or tag; None: the newest.
     """
@@ -224,26 +224,13 @@ def hub_source(repo: str = HUB_ID, revision: str | None = None) -> Source:
     def read(name: str) -> tuple[list[Row], str] | None:
         if name not in HUB_SPLITS:
             return None
-        try:
-            datasets = importlib.import_module("datasets")
-        except ImportError:
-            raise UserError(
-                f"reading {repo} needs the package `datasets`; install it or give --data.path"
-            ) from None
-        try:
-            table = datasets.load_dataset(repo, name, split="train", revision=revision)
-            rows = [dict(row) for row in table]
-            # `datasets` keeps what it read in a folder named after the commit.
-            files = [str(file["filename"]) for file in getattr(table, "cache_files", ())]
-            commits.update(re.findall(r"[/\\]([0-9a-f]{40})[/\\]", " ".join(files)))
-        except Exception as error:
-            # The Hub client raises many types of exception; all mean the same to the user.
-            reason = one_line(error)
-            raise UserError(
-                f"{repo}, config {name!r}: cannot be loaded ({type(error).__name__}: {reason}); "
-                "check the network or give --data.path a folder"
-            ) from None
-        return rows, f"{repo} config {name!r}"
+        found = hub_table.read(
+            *(repo, name, "train", revision),
+            place=f"{repo}, config {name!r}",
+            advice="give --data.path a folder",
+        )
+        commits.update(found.commits)
+        return found.rows, f"{repo} config {name!r}"
 
     def commit() -> str | None:
         return ", ".join(sorted(commits)) or None
