@@ -30,7 +30,12 @@ WHOLE = "This is what a whole answer is like."  # the reference of `unfinished`
 
 
 def with_alternates(
-    run: Run, base: Model, forget: list[Row], retain: list[Row], **how: Any
+    run: Run,
+    base: Model,
+    forget: list[Row],
+    retain: list[Row],
+    temperature: float = 1.0,
+    **how: Any,
 ) -> list[Row]:
     """The forget rows with `count` alternate answers each, in the column `alternate_answer`.
 
@@ -39,6 +44,7 @@ def with_alternates(
         base: the model before it learnt the facts.
         forget: rows without alternate answers.
         retain: rows from which the few-shot examples are drawn.
+        temperature: of `sample`.
         how: `system_prompt`, `count`, `max_new_tokens`, `generate_rows` of `sample`.
 
     Raises:
@@ -46,6 +52,8 @@ def with_alternates(
     """
     questions = [row["question"] for row in forget]
     shown = [[row["question"], row["answer"]] for row in retain]
+    if temperature != 1.0:  # younger than stored alternates, which keep their keys
+        how["temperature"] = temperature
     found = compute(
         run,
         "alternates",
@@ -69,18 +77,20 @@ def sample(
     count: int,
     max_new_tokens: int,
     generate_rows: int,
+    temperature: float = 1.0,
 ) -> list[list[str]]:
     """`count` answers to each question, complete ones first.
 
-    A round draws `2 * count` answers (temperature 1, nucleus 0.9) to each question that has too few
-    complete ones. Answers that were cut off are used only where all rounds gave too few others.
+    A round draws `2 * count` answers (of that temperature, nucleus 0.9) to each question that has
+    too few complete ones. Answers that were cut off are used only where all rounds gave too few
+    others.
     """
     keys = jax.random.split(work.key, ROUNDS + 1)
     shown = jax.random.permutation(keys[0], len(kept))[:SHOTS].tolist()
     shots = tuple((kept[i][0], kept[i][1]) for i in shown)
     rows = [{"question": question} for question in questions]
     model = _showing(model, shots, rows, system_prompt, max_new_tokens).to_device()
-    sampling = SamplingConfig(1.0, 0.9, 0, max_new_tokens)
+    sampling = SamplingConfig(temperature, 0.9, 0, max_new_tokens)
     whole: list[list[str]] = [[] for _ in rows]
     rest: list[list[str]] = [[] for _ in rows]
     for turn in range(ROUNDS):

@@ -107,6 +107,14 @@ class DataConfig:
         "for objectives that train on them, where the rows have no `alternate_answer`; 0: none.",
         low=0,
     )
+    alternate_temperature: float = option(
+        1.0,
+        "sampling temperature of these alternates. A small model writes whole sentences only below "
+        "1.",
+        low=0.01,
+        high=100,
+        later=True,
+    )
     forget: Path | None = option(
         None,
         "file of your own rows to forget (JSON, JSONL, CSV or parquet; a question and an answer "

@@ -282,6 +282,7 @@ def find_alternates(run: Run, config: RunConfig, base: Model, task: Task) -> Tas
             count=config.data.alternates,
             max_new_tokens=config.evaluate.max_new_tokens,
             generate_rows=config.evaluate.generate_rows,
+            temperature=config.data.alternate_temperature,
         )
     return task._replace(forget=forget)
 

@@ -130,3 +130,18 @@ def test_no_model_to_sample_from(changes, words):
     with pytest.raises(UserError, match=words):
         pipeline.check_stages(config, task, learner)
     pipeline.check_stages(replace(CONFIG, **{"model.path": "smollm2"}), task, learner)
+
+
+def test_the_temperature_is_that_of_the_option(run, base, asked, monkeypatch):
+    seen, answer_rows = [], alternates.answer_rows
+
+    def recorded(*args):
+        seen.append(args[4].temperature)
+        return answer_rows(*args)
+
+    monkeypatch.setattr(alternates, "answer_rows", recorded)
+    cooler = replace(CONFIG, **{"data.alternate_temperature": 0.5})
+    for config, now in ((CONFIG, {1.0}), (cooler, {0.5}), (cooler, set())):  # then it is stored
+        seen.clear()
+        found(run, base, config)
+        assert set(seen) == now

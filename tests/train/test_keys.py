@@ -48,6 +48,7 @@ OTHER: dict[str, Any] = {
     "data.retain": None,
     "data.few_shot": None,  # a file; its rows are in `streams` and in the evaluation's format
     "data.alternates": None,  # of rows that bring none; rows and count are in `streams`
+    "data.alternate_temperature": None,  # the answers are in `streams`
     "data.template": "question-answer",
     "data.template_date": None,  # of chat templates, which a tokenizer trained in the run has not
     "model.revision": None,  # of what is loaded, as `model.path`
