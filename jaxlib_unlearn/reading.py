@@ -11,6 +11,8 @@ import json
 import numbers
 import os
 import stat
+import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ LONGEST_INTEGER = 40
 DAMAGE = (
     *(OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
     *(AssertionError, RuntimeError, MemoryError, Warning),
+    *(zipfile.BadZipFile, zlib.error),
 )
 
 

@@ -102,12 +102,18 @@ class DecoderConfig:
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract_block(config: DecoderConfig) -> tuple[Any, Any]:
+def abstract_block(config: Any) -> tuple[Any, Any]:
+    """The graph definition of a block, and its parameters as a dict of shapes.
+
+    Args:
+        config: a configuration with the fields that `models.layers.Block` reads.
+    """
     return _abstract(lambda: Block(config))
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract_norm(config: DecoderConfig) -> tuple[Any, Any]:
+def abstract_norm(config: Any) -> tuple[Any, Any]:
+    """As `abstract_block`, of the norm behind the last block."""
     return _abstract(lambda: NORMS[config.norm](config.hidden_size, config.norm_eps))
 
 
@@ -151,7 +157,7 @@ class Decoder:
     def shapes(self) -> dict[str, Any]:
         """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
         c = self.config
-        (_, block), (_, norm) = _abstract_block(c), _abstract_norm(c)
+        (_, block), (_, norm) = abstract_block(c), abstract_norm(c)
 
         def leaf(*shape):
             return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -336,7 +342,7 @@ class Decoder:
             x = x + lookup(params["positions"]["embedding"], positions + c.position_offset, dtype)
         if isinstance(embedding, Factored):
             embedding = embedding.kernel
-        graph, _ = _abstract_block(c)
+        graph, _ = abstract_block(c)
 
         def body(carry, inputs):
             x, kv = carry
@@ -390,7 +396,7 @@ class Decoder:
                 "positions": key[2],
                 "index": start + length,
             }
-        return nnx.merge(_abstract_norm(c)[0], params["final_norm"])(x), collected
+        return nnx.merge(abstract_norm(c)[0], params["final_norm"])(x), collected
 
 
 def segments_of(layers: Any, cuts: set[int], depth: int):

@@ -76,17 +76,26 @@ def export(
         raise UserError(f"dtype {dtype!r} cannot be exported; use one of {', '.join(DTYPES)}")
     raw = to_hf(loaded.config)
     tensors = _tensors(loaded, DTYPES[dtype])
-    if jax.process_index() == 0:
-        try:
-            generation = _generation(loaded.tokenizer, max_new_tokens)
-            _write(folder, raw, dtype, loaded.tokenizer, tensors, shard_bytes, generation, card)
-        except BaseException:
-            if jax.process_count() > 1:
-                collections.deque(tensors, 0)  # the others wait for our part of each
-            raise
-    else:
-        collections.deque(tensors, 0)
+
+    def write() -> None:
+        generation = _generation(loaded.tokenizer, max_new_tokens)
+        _write(folder, raw, dtype, loaded.tokenizer, tensors, shard_bytes, generation, card)
+
+    first_writes(tensors, write)
     return folder
+
+
+def first_writes(tensors: Iterator[Any], write: Callable[[], None]) -> None:
+    """Call `write`, which takes all tensors, on the first process; the others bring their parts."""
+    if jax.process_index() != 0:
+        collections.deque(tensors, 0)
+        return
+    try:
+        write()
+    except BaseException:
+        if jax.process_count() > 1:
+            collections.deque(tensors, 0)  # the others wait for our part of each
+        raise
 
 
 def _write(
@@ -100,20 +109,20 @@ def _write(
     card: Callable[[Path], str] | None,
 ) -> None:
     """The files, in a sibling folder that takes its place once it is complete."""
-    _check_replaceable(folder, _exporter, WRITTEN)
+    check_replaceable(folder, exporter, WRITTEN)
     raw |= {"dtype": dtype, "torch_dtype": dtype, "exporter": EXPORTER}
     for key in ("bos", "eos", "pad"):
         raw[f"{key}_token_id"] = getattr(tokenizer, f"{key}_id")
 
     def fill(temporary: Path) -> None:
-        _write_tensors(tensors, temporary, shard_bytes)
+        write_tensors(tensors, temporary, shard_bytes)
         tokenizer.save(temporary)
-        _write_json(temporary / "config.json", raw)
-        _write_json(temporary / GENERATION, generation)
+        write_json(temporary / "config.json", raw)
+        write_json(temporary / GENERATION, generation)
         if card is not None:
             (temporary / CARD).write_text(card(temporary), encoding="utf-8")
 
-    _replace(folder, fill)
+    replace_folder(folder, fill)
 
 
 def _generation(tokenizer: Tokenizer, max_new_tokens: int | None) -> dict[str, Any]:
@@ -123,11 +132,12 @@ def _generation(tokenizer: Tokenizer, max_new_tokens: int | None) -> dict[str, A
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON value as it lies in a model's folder."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """A folder that is complete or absent: filled under another name, then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A short prefix keeps the name below the longest that file systems allow.
@@ -231,13 +241,13 @@ def export_adapter(
         from safetensors.numpy import save_file
 
         save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        _write_json(temporary / ADAPTER, settings)
+        write_json(temporary / ADAPTER, settings)
         if card is not None:
             (temporary / CARD).write_text(card, encoding="utf-8")
 
     if jax.process_index() == 0:
-        _check_replaceable(folder, _adapter_exporter, (ADAPTER, CARD))
-        _replace(folder, fill)
+        check_replaceable(folder, _adapter_exporter, (ADAPTER, CARD))
+        replace_folder(folder, fill)
     return folder
 
 
@@ -266,7 +276,8 @@ def _factors(flat: Mapping[str, Any], slots: list[Slot]) -> Iterator[tuple[np.nd
         yield np.concatenate(lefts, 1), np.concatenate(wide, 0)
 
 
-def _exporter(folder: Path) -> Any:
+def exporter(folder: Path) -> Any:
+    """What wrote the model in a folder: `EXPORTER` for ours."""
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["exporter"]
 
 
@@ -277,9 +288,16 @@ def _adapter_exporter(folder: Path) -> Any:
     return EXPORTER if set(found) - set(PATTERNS) == set(ADAPTER_KEYS) else None
 
 
-def _check_replaceable(
+def check_replaceable(
     folder: Path, exporter: Callable[[Path], Any], written: tuple[str, ...]
 ) -> None:
+    """Raise `UserError` for a folder that holds something else than an earlier export.
+
+    Args:
+        folder: to be replaced.
+        exporter: what wrote the files in it; `EXPORTER`: they are ours.
+        written: names of the files of an export, beside safetensors.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -357,9 +375,10 @@ def _tensors(loaded: Loaded, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]
         raise ValueError(f"{index} blocks of parameters, the config has {loaded.config.num_layers}")
 
 
-def _write_tensors(
-    tensors: Iterator[tuple[str, np.ndarray]], folder: Path, shard_bytes: int
+def write_tensors(
+    tensors: Iterator[tuple[str, np.ndarray]], folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
+    """Write safetensors files of at most `shard_bytes` each, with their index if there are more."""
     from safetensors.numpy import save_file
 
     files: list[Path] = []

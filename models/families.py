@@ -267,7 +267,8 @@ def new_config(
     return config
 
 
-def _number(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+def positive(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    """A positive number of a `config.json`; anything else is a `UserError`."""
     value: Any = raw.get(key)
     odd = isinstance(value, bool) or not isinstance(value, (int, float))
     if odd or not 0 < value < math.inf or value != kind(value):
@@ -299,7 +300,7 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None
             raise UserError(f"{where}: {key} {shown} is not one set of values for all blocks")
         rope |= part
     rope.setdefault("rope_theta", 10000.0 if raw.get("rope_theta") is None else raw["rope_theta"])
-    theta = _number(rope, "rope_theta", float, where)
+    theta = positive(rope, "rope_theta", float, where)
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor {partial} is not supported, only 1.0")
@@ -311,7 +312,7 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None
         )
     if kind == "default":
         return theta, None
-    factor = _number(rope, "factor", float, where)
+    factor = positive(rope, "factor", float, where)
     if kind == "linear":
         return theta, RopeScaling("linear", factor)
     original = rope.get("original_max_position_embeddings")
@@ -321,9 +322,9 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None
     return theta, RopeScaling(
         "llama3",
         factor,
-        _number({"low_freq_factor": 1.0, **rope}, "low_freq_factor", float, where),
-        _number({"high_freq_factor": 4.0, **rope}, "high_freq_factor", float, where),
-        _number(rope, "original_max_position_embeddings", int, where),
+        positive({"low_freq_factor": 1.0, **rope}, "low_freq_factor", float, where),
+        positive({"high_freq_factor": 4.0, **rope}, "high_freq_factor", float, where),
+        positive(rope, "original_max_position_embeddings", int, where),
     )
 
 
@@ -353,7 +354,7 @@ def _window(family: Family, raw: Mapping[str, Any], layers: int, where: str) -> 
             f"{where}: a sliding window in some blocks only is not supported; "
             "supported: in all blocks or in none"
         )
-    return _number(raw, "sliding_window", int, where)
+    return positive(raw, "sliding_window", int, where)
 
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
@@ -400,7 +401,7 @@ def _from_hf(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     raw = {**family.defaults, **raw}
 
     def number(key: str, kind: type) -> Any:
-        return _number(raw, family.key(key), kind, where)
+        return positive(raw, family.key(key), kind, where)
 
     act = family.key("hidden_act")
     activation = raw.get(act, "silu")
@@ -462,13 +463,13 @@ def _rotary_heads(
         raw["num_key_value_heads"] = heads
     if raw.get("head_dim") is None:
         raw["head_dim"] = fields["hidden_size"] // heads
-    kv_heads = _number(raw, "num_key_value_heads", int, where)
+    kv_heads = positive(raw, "num_key_value_heads", int, where)
     if heads % kv_heads:
         raise UserError(
             f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
             f"{kv_heads}; use the config.json the model was published with"
         )
-    if _number(raw, "head_dim", int, where) % 2:
+    if positive(raw, "head_dim", int, where) % 2:
         raise UserError(
             f"{where}: head_dim {raw['head_dim']} is odd, which rotary positions cannot split; use "
             "the config.json the model was published with"
@@ -476,7 +477,7 @@ def _rotary_heads(
     theta, scaling = _rope(raw, where)
     return {
         "num_kv_heads": kv_heads,
-        "head_dim": _number(raw, "head_dim", int, where),
+        "head_dim": positive(raw, "head_dim", int, where),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "sliding_window": _window(family, raw, fields["num_layers"], where),

@@ -1,4 +1,4 @@
-"""The layers of a decoder block (Flax NNX): norms, rotary positions, attention, MLPs.
+"""The layers of a transformer block (Flax NNX): norms, rotary positions, attention, MLPs.
 
 The modules never leave this package: `models.decoder` splits one abstract block into a graph
 definition and merges it with one layer's slice of the stacked parameters inside the scan body.
@@ -154,9 +154,10 @@ class Attention(nnx.Module):
         return self.o(y.reshape(batch, length, self.heads * self.head_dim)), cache
 
 
-# `gelu_new` is the approximation by tanh, as GPT-2 has it.
+# `gelu_new` is the approximation by tanh, as GPT-2 has it; `gelu` the function itself.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }

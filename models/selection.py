@@ -16,6 +16,7 @@ from jaxlib_unlearn.errors import UserError
 from models import layout
 from models.decoder import LayerMap
 
+BELOW_BLOCKS = ("embed", "positions", "patch_embed", "cls")  # leaves that the first block reads
 TRAINED = "trained"  # where a layer holds those of its leaves that are trained
 
 
@@ -43,7 +44,7 @@ class Selection(NamedTuple):
     @property
     def train_from(self) -> int:
         """The first block that a gradient has to reach."""
-        if any(path.startswith(("embed", "positions")) for path in self.outer):
+        if any(path.startswith(BELOW_BLOCKS) for path in self.outer):
             return 0
         return next((run.first for run in self.runs if run.trained), self.runs[-1].last)
 

@@ -140,7 +140,7 @@ def _load_folder(folder: Path, tensors: Any, dtype: str, shardings: Shardings | 
     config = from_hf(raw, str(folder / "config.json"))
     tokenizer = Tokenizer.from_folder(folder)
     _check_vocabulary(config, tokenizer, str(folder))
-    stored = _safetensors(tensors)
+    stored = safetensors_of(tensors)
     params = assemble(config, stored, "hf", DTYPES[dtype], shardings, str(tensors))
     return Loaded(dataclasses.replace(config, dtype=dtype), params, tokenizer)
 
@@ -186,7 +186,7 @@ def _check_vocabulary(config: DecoderConfig, tokenizer: Tokenizer, where: str) -
         )
 
 
-def _safetensors(folder: Any) -> dict[str, Stored]:
+def safetensors_of(folder: Any) -> dict[str, Stored]:
     """The headers of a folder's safetensors files, whole or sharded."""
     index = folder / INDEX
     if index.is_file():
@@ -260,21 +260,69 @@ def assemble(
     """
     shapes = flatten(Decoder(config).shapes())
     table = family_of(config).table
+
+    def check() -> None:
+        if names == "hf" and config.tie_embeddings:
+            prefix = _prefix(table, stored)
+            embedding = table.hf("embed/embedding").removeprefix(prefix)
+            _check_tied(stored, table.hf("lm_head/kernel"), embedding, dtype, where)
+
+    def ignored(name: str) -> bool:
+        return _ignored(name, config, table)
+
+    return filled(
+        shapes, table, stored, names, dtype, shardings, where, config.family, ignored, check
+    )
+
+
+def _prefix(table: Table, stored: Mapping[str, Stored]) -> str:
+    """What the names of a file leave out of those of a table."""
+    prefix = table.optional_prefix
+    return "" if any(name.startswith(prefix) for name in stored) else prefix
+
+
+def filled(
+    shapes: Mapping[str, Any],
+    table: Table,
+    stored: Mapping[str, Stored],
+    names: str,
+    dtype: np.dtype,
+    shardings: Shardings | None,
+    where: str,
+    family: str,
+    ignored: Callable[[str], bool],
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """A parameter tree of any model from a table of stored tensors.
+
+    Args:
+        shapes: of the leaves, by path; those below `layers/` are stacks of blocks.
+        table: where they are in files.
+        stored: tensors by file name.
+        names: which column of the table the file uses, `hf` or `gguf`.
+        dtype: of the leaves.
+        shardings: `(path, shape) -> sharding` of each leaf; None: JAX's default device.
+        where: how error messages name the source.
+        family: how they name the model.
+        ignored: whether a tensor adds nothing to the model.
+        check: called before anything is read, with all tensors known to be there.
+
+    Raises:
+        UserError: every tensor that is missing, mis-shaped, unreadable or without a place.
+    """
     missing: dict[str, None] = {}
     wrong: dict[str, None] = {}
     unreadable: dict[str, None] = {}
     used: set[str] = set()
     plan: list[tuple[Slot, int | None, str]] = []
-    prefix = table.optional_prefix
-    if names == "hf" and any(name.startswith(prefix) for name in stored):
-        prefix = ""
+    prefix = _prefix(table, stored) if names == "hf" else ""
     for slot in table.slots:
         if slot.path not in shapes:
             continue
         template = slot.hf.removeprefix(prefix) if names == "hf" else slot.gguf
         shape = shapes[slot.path].shape
         want = slot.stored_shape(shape[1:] if slot.layered else shape)
-        layers = range(config.num_layers) if slot.layered else (None,)
+        layers = range(shape[0]) if slot.layered else (None,)
         for layer in layers:
             name = template.format(layer)
             used.add(name)
@@ -285,7 +333,7 @@ def assemble(
             elif stored[name].kind not in READABLE[names]:
                 unreadable[f"{name} ({stored[name].kind})"] = None
             plan.append((slot, layer, name))
-    extra = [n for n in stored if n not in used and not _ignored(n, config, table)]
+    extra = [n for n in stored if n not in used and not ignored(n)]
     problems = [
         f"{label}: {shortened(list(items))}"
         for label, items in (
@@ -298,7 +346,7 @@ def assemble(
     ]
     if problems:
         raise UserError(
-            f"{where}: the tensors do not fit a {config.family} model; {'; '.join(problems)}; "
+            f"{where}: the tensors do not fit a {family} model; {'; '.join(problems)}; "
             "use weights and config of one model"
         )
     halves = sorted({stored[entry[2]].kind for entry in plan} & {"F16", "BF16"})
@@ -308,9 +356,7 @@ def assemble(
             "download it again, or save it in one dtype"
         )
     _check_memory(shapes, dtype, shardings, where)
-    if names == "hf" and config.tie_embeddings:
-        embedding = table.hf("embed/embedding").removeprefix(prefix)
-        _check_tied(stored, table.hf("lm_head/kernel"), embedding, dtype, where)
+    check()
     leaves: dict[str, Any] = {}
     for slot, layer, name in sorted(plan, key=lambda entry: stored[entry[2]].order):
         path, shape = slot.path, shapes[slot.path].shape

@@ -1,7 +1,10 @@
-"""Learning to choose: rows with options, of which one is right."""
+"""Learning to choose: rows with options of which one is right, or classes for all rows."""
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
 
 from jaxlib_unlearn import losses
 from jaxlib_unlearn.objectives.base import Objective, Options, Terms, named
@@ -28,6 +31,26 @@ def choose(context: Context, batches: Mapping[str, Batch], options: Choice) -> T
     return {"train": losses.choice(scores, batch["options"], batch["gold"])}
 
 
+@dataclasses.dataclass(frozen=True)
+class Classes(Options):
+    """Options of ``classes``."""
+
+    name: str = named("classes")
+
+
+def classify(context: Context, batches: Mapping[str, Batch], options: Classes) -> Terms:
+    """``L = mean_b (log sum_k exp z_bk - z_b,gold)``, z the logits of the classes.
+
+    A batch has, beside what the model reads, ``gold (B,)``, the right class. The model is one that
+    answers ``classes(batch)``, float32 ``(B, K)``.
+    """
+    del options
+    batch = batches["train"]
+    model: Any = context.model
+    logits = model.classes(batch)
+    return {"train": losses.choice(logits, jnp.ones_like(logits), batch["gold"])}
+
+
 ROWS = (
     Objective(
         name="choice",
@@ -40,5 +63,18 @@ ROWS = (
         paper="Malladi et al. 2023, arXiv 2305.17333",
         options=Choice,
         summary="cross-entropy over the mean log-probabilities of a row's options",
+    ),
+    Objective(
+        name="classes",
+        loss=classify,
+        streams=("train",),
+        columns={"train": ("image", "gold")},
+        reference={},
+        forward={},
+        additive=True,
+        paper="-",
+        options=Classes,
+        summary="cross-entropy over the classes of a model that has a logit for each",
+        asks={"train": ("classes",)},
     ),
 )

@@ -203,7 +203,8 @@ def _axes(path: str, x: Any, deep: bool, layout: str) -> MatrixAxes | None:
         return _one_layer(path, found) if deep else found
     parts = path.split("/")
     lead, first, second = tuple(range(rank - 2)), (rank - 2,), (rank - 1,)
-    if any(_EMBEDDING.search(part) for part in parts):
+    # A kernel is multiplied with, whatever it belongs to: `patch_embed/kernel` is no table.
+    if parts[-1] != "kernel" and any(_EMBEDDING.search(part) for part in parts):
         return MatrixAxes(lead, second, first)
     if layout == "in_out" and rank > 2 and any(_CONVOLUTION.search(part) for part in parts):
         return MatrixAxes((), tuple(range(rank - 1)), second)
