@@ -162,7 +162,9 @@ class ViT:
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Random parameters: kernels `N(0, 1 / in)`, residual outputs over `sqrt(2 L)`, head 0.
 
-        Class token and positions are `N(0, 0.02^2)`, norms 1 and biases 0.
+        Class token and positions are `N(0, 0.5^2)`, norms 1 and biases 0. Positions must not be
+        small beside embedded patches, whose entries are of order 1: at 0.02 a small model learns
+        what is in an image long before it learns where.
         """
         depth = self.config.num_layers
 
@@ -172,7 +174,7 @@ class ViT:
                 return jnp.ones(leaf.shape, leaf.dtype)
             if name.endswith("bias") or name.startswith("head"):
                 return jnp.zeros(leaf.shape, leaf.dtype)
-            std = leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.02
+            std = leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.5
             if name.endswith(("/o/kernel", "/down/kernel")):
                 std /= (2 * depth) ** 0.5
             mine = jax.random.fold_in(key, zlib.crc32(name.encode()))

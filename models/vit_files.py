@@ -75,10 +75,10 @@ class LoadedViT(NamedTuple):
 
 def is_vit(source: str | Path) -> bool:
     """Whether a path is that of a vision transformer: a `.npz` file, or a folder that says so."""
-    path = hub.local(str(source))
-    if path.suffix == ".npz":
-        return True
     try:
+        path = hub.local(str(source))
+        if path.suffix == ".npz":
+            return True
         return read_json(path / "config.json", "").get("model_type") == "vit"
     except UserError:
         return False
@@ -86,7 +86,7 @@ def is_vit(source: str | Path) -> bool:
 
 def load(
     source: str | Path,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] | int | None = None,
     *,
     shardings: Shardings | None = None,
 ) -> LoadedViT:
@@ -94,8 +94,8 @@ def load(
 
     Args:
         source: a folder with config.json and safetensors, or the file.
-        names: of the classes to tell apart. A head for as many is kept, and in the place of any
-            other one are zeros. None: the classes of the folder.
+        names: of the classes to tell apart, or their number. A head for as many is kept, and in the
+            place of any other one are zeros. None: the classes of the folder.
         shardings: `(path, shape) -> sharding` of every leaf; default: JAX's default device.
 
     Returns:
@@ -128,6 +128,10 @@ def load(
                 f"{path}: has no head for classes with names; fine-tune it first (train.classify)"
             )
         names = known
+    elif isinstance(names, int):
+        as_many = known is not None and len(known) == names
+        names = known if as_many else tuple(map(str, range(names)))
+    assert names is not None
     config = dataclasses.replace(config, num_classes=len(names))
     shapes = flatten(ViT(config).shapes())
     kept = head is not None and head.shape == (len(names),)

@@ -3,6 +3,7 @@
 python -m train.classify sst2-smollm2 --data.path DIR
 python -m train.classify sst2-smollm2 --task rte                     (another task, from the Hub)
 python -m train.classify sst2-smollm2 --task rows --data.path FILE   (rows of your own)
+python -m train.classify vit-fashion                                 (images)
 python -m train.classify --config RUN/config.json --output DIR       (reruns a configuration)
 python -m train.classify --help (presets)    PRESET --help (options)    --list (tasks, optimizers)
 """
@@ -37,14 +38,17 @@ def run(config: ClassifyRun) -> Path:
     from train.classification import pipeline
 
     with pipeline.opened(config) as opened:
-        # 1. Learn the task, for as many forward passes as the budget has.
+        # 1. Train the model to start from, where it is not a given one.
+        opened = pipeline.begin(config, opened)
+
+        # 2. Learn the task, for as many forward passes as the budget has.
         finetuned = pipeline.finetune(config, opened)
 
-        # 2. Judge the model before and after alike.
+        # 3. Judge the model before and after alike.
         models = {"base": opened.base, "finetuned": finetuned.model}
         summary = pipeline.judge(config, opened, models)
 
-        # 3. Hand it back.
+        # 4. Hand it back.
         pipeline.export(config, opened, finetuned)
         pipeline.report(opened, summary, finetuned.cost)
         return opened.run.folder

@@ -388,7 +388,8 @@ def _without_later(config: Any, values: dict[str, Any]) -> dict[str, Any]:
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
         if dataclasses.is_dataclass(value):
-            _without_later(value, values[each.name])
+            if not _without_later(value, values[each.name]):  # a group of such fields alone
+                del values[each.name]
         elif each.metadata.get("later") and value == each.default:
             del values[each.name]
     return values

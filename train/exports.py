@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,31 @@ def export_model(
     text = (
         card.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text
     )
-    made_from = f"{model.sha} {dtype} {digest([text, max_new_tokens])[:16]}"
+
+    def write() -> None:
+        tokenizer = speaking(model.tokenizer) if speaks else model.tokenizer
+        loaded = Loaded(model.decoder.config, model.to_device().params, tokenizer)
+        models.export(
+            loaded,
+            folder,
+            dtype=dtype,
+            max_new_tokens=max_new_tokens,
+            card=lambda written: card.with_digests(text, written),
+        )
+
+    sealed(folder, f"{model.sha} {dtype}", [text, max_new_tokens], write)
+
+
+def sealed(folder: Path, model: str, written: Any, write: Callable[[], None]) -> None:
+    """A folder that `write` writes, sealed, unless it is there already.
+
+    Args:
+        folder: to write.
+        model: what the files are made from, in a line.
+        written: what else is in them, as JSON values.
+        write: writes the folder; every process calls it.
+    """
+    made_from = f"{model} {digest(written)[:16]}"
 
     home = remote.home(folder.parent)
 
@@ -66,16 +91,8 @@ def export_model(
 
     if distributed.of_first(there):
         return
-    tokenizer = speaking(model.tokenizer) if speaks else model.tokenizer
-    loaded = Loaded(model.decoder.config, model.to_device().params, tokenizer)
     with distributed.together():
-        models.export(
-            loaded,
-            folder,
-            dtype=dtype,
-            max_new_tokens=max_new_tokens,
-            card=lambda written: card.with_digests(text, written),
-        )
+        write()
     distributed.of_first(lambda: seal.put(folder, made_from))
 
 

@@ -81,9 +81,8 @@ def run(config: ReplayRun) -> dict[str, Any]:
 
 
 def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
-    from train import base_models, checks
-    from train.exports import export_model
-    from train.replays import replaying, stored
+    from train import checks
+    from train.replays import bases, replaying, stored
     from train.runtime import distributed, files, folder, remote, sharding
     from train.runtime.checkpointing import params_sha256
     from train.runtime.stages import params_stage, write_atomic
@@ -113,11 +112,10 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
             remote.check(config.output, "--output")
             place = folder.run_place(config.output, identity)
             folder.claim(place, held)
-        base_models.check_model(config.model.path, config.model.revision)
+        source = bases.source_of(config.model.path)
+        source.check(config.model.path, config.model.revision)
     distributed.check_same(identity)
-    base = base_models.load_model(
-        config.model.path, "none", mesh, revision=config.model.revision
-    ).to_host()
+    base = source.load(config.model, made, mesh).to_host()
     replaying.check_base(made, base, path, config.model.path)
     trained = replaying.trained_of(made, base, mesh)
     steps, size = made.header["steps"], path.stat().st_size
@@ -152,7 +150,7 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
         found = kept(remote.home(root) / "summary.json", sha) | found
     say(f"params_sha256 {sha}")
     if root is not None:
-        export_model(base._replace(params=params, sha=sha), root / "export", config.export_dtype)
+        source.export(base._replace(params=params, sha=sha), root / "export", config.export_dtype)
         text = json.dumps({"replayed": found}, indent=1)
         distributed.of_first(lambda: write_atomic(root / "summary.json", text))
         distributed.of_first(lambda: remote.send(root))

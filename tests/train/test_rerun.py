@@ -24,6 +24,7 @@ RUNS = {
     "texts": "pretrain gpt-small --data.source text --data.path DIR --data.tokenizer train",
     "its optimizer": "pretrain pretrain-tiny --optimizer.name adamw --optimizer.learning-rate 1e-3",
     "labelled rows": "classify sst2-tiny --task rte --train.forwards 100 --data.path DIR",
+    "images": "classify vit-fashion --task images --data.path DIR --start.steps 5 --data.resize",
     "labelled, smoke": "classify sst2-smollm2 --smoke --optimizer.name mezo",
 }
 PLACES = {"unlearn": "stage.cache", "pretrain": "data.cache"}
@@ -55,6 +56,12 @@ def test_the_command_reads_as_the_configuration(name):
 def test_where_no_options_give_it_the_stored_file_is_named(changes):
     _, config = stored("unlearn quickstart")
     assert rerun.command(config | changes) == "python -m train.unlearn --config config.json"
+
+
+def test_an_option_that_is_stored_by_its_absence():
+    program, config = stored("classify vit-b16-cifar100 --data.no-resize")
+    assert "resize" not in config["data"]
+    assert rerun.command(config, program) == "python -m train.classify --config config.json"
 
 
 def test_a_stored_command_is_repeated_as_it_is():

@@ -16,10 +16,12 @@ from train.rows import chosen
 from train.runtime import reporters
 from train.runtime.distributed import DistributedConfig
 from train.runtime.sharding import MeshConfig
-from train.tasks import reading, superglue
+from train.tasks import images, reading, superglue
 from train.tasks.labelled import Labelled
 
-TASKS: dict[str, Labelled] = {row.name: row for row in (*superglue.ROWS, *reading.ROWS)}
+TASKS: dict[str, Labelled] = {
+    row.name: row for row in (*superglue.ROWS, *reading.ROWS, *images.ROWS)
+}
 """Every task by name. A new one is one more row."""
 
 
@@ -30,7 +32,8 @@ class ClassifyData:
     path: Path | None = option(
         None,
         "a file (GLUE's TSV, JSON lines, CSV, parquet), or a folder with one for training and one "
-        "for validation; None: the Hub's.",
+        "for validation; of images a folder of IDX files or with a folder of PNG files for each "
+        "class, or a `.npz` file; None: the Hub's, or what is installed.",
     )
     revision: str | None = option(
         None, "commit, branch or tag of the Hub's data set; None: the newest."
@@ -58,6 +61,12 @@ class ClassifyData:
         "are the same.",
         low=0,
     )
+    resize: bool = option(
+        False,
+        "bring images that are not of the model's size and colours to them (bilinear), in place of "
+        "refusing them.",
+        later=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,9 @@ class ClassifyModel:
     """The model to start from."""
 
     path: str = option(
-        "smollm2", "an HF folder, a `.gguf` file, a Hub id, or `smollm2` (the installed package)."
+        "smollm2",
+        "an HF folder, a `.gguf` file, a Hub id, or `smollm2` (the installed package); of images "
+        "an HF folder, an ImageNet-21k `.npz` file, or `scratch` (`--start.*`).",
     )
     revision: str | None = option(None, "commit, branch or tag of a Hub id; None: the newest.")
     dtype: str = option(
@@ -99,6 +110,27 @@ class ClassifyTrain:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """The vision transformer to start from, where the run trains it itself (`scratch`)."""
+
+    classes: int = option(
+        8, "it learns the images of so many classes, the first ones.", low=2, later=True
+    )
+    steps: int = option(1000, "of AdamW.", low=1, later=True)
+    batch_size: int = option(64, "images of a step.", low=1, later=True)
+    learning_rate: float = option(
+        1e-3, "the highest; it rises for a tenth of the steps.", low=0, later=True
+    )
+    patch_size: int = option(
+        4, "pixels along a side of a patch; it divides an image's.", low=1, later=True
+    )
+    hidden_size: int = option(96, "width of the residual stream.", low=1, later=True)
+    intermediate_size: int = option(384, "width of the MLPs.", low=1, later=True)
+    num_layers: int = option(4, "blocks.", low=1, later=True)
+    num_heads: int = option(3, "attention heads; they divide the width.", low=1, later=True)
+
+
+@dataclass(frozen=True)
 class ClassifyEvaluate:
     """How models are judged."""
 
@@ -113,6 +145,7 @@ class ClassifyRun(ProgramConfig):
     task: str = option("sst2", "what is learned; --list names all.", choices=tuple(TASKS))
     data: ClassifyData = ClassifyData()
     model: ClassifyModel = ClassifyModel()
+    start: StartConfig = StartConfig()
     train: ClassifyTrain = ClassifyTrain()
     optimizer: optimizers.Options = chosen(optimizers.ROWS, ZOMuon(schedule="constant", warmup=0.0))
     lora: LoraConfig = LoraConfig()

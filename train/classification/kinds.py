@@ -25,25 +25,28 @@ class Kind(NamedTuple):
         objective: name of what the rows are learned by, of `objectives.LEARNING`.
         evaluators: names of the evaluators.
         check: `check(config)`: whether there is a model at `--model.path`; nothing is read.
-        load: `load(config, mesh, notes)`: the model.
+        load: `load(config, rows, mesh)`: the model; notes about it go to those of the rows.
         encode: `encode(model, rows, data, where)`: the rows as the model reads them.
         stream: `stream(model, encoded, batch_size)`: those to train on.
-        export: `export(model, folder, dtype, card)`.
+        export: `export(model, folder, dtype, what)`; `what` is a sentence on where it comes from.
         scores: `scores(model, encoded, mesh, evaluate, label)`: of every row, its options' scores.
         answers: the same of generated texts; each None where evaluators do not ask for it.
         export_adapter: `export_adapter(trained, adapters, model, config, root, task)`: adapters
             that were trained in the place of the model; None: the exported model has them in it.
+        begin: `begin(config, run, rows, encoded, model)`: the model to start from, where more is
+            done for it than to load it: it is trained in the run.
         cache_version: raised when a score or an answer may change.
     """
 
     objective: str
     evaluators: tuple[str, ...]
     check: Callable[[Any], None]
-    load: Callable[[Any, Any, list[str]], Any]
+    load: Callable[[Any, Any, Any], Any]
     encode: Callable[[Any, Rows, Any, str], list[Any]]
     stream: Callable[[Any, list[Any], int], Stream]
     export: Callable[[Any, Path, str, str], None]
     scores: Callable[..., list[np.ndarray]] | None = None
     answers: Callable[..., list[str]] | None = None
     export_adapter: Callable[[Any, Any, Any, Any, Path, str], None] | None = None
+    begin: Callable[..., Any] | None = None
     cache_version: int = 1

@@ -19,7 +19,7 @@ from train.config import TrainConfig, identity, run_folder, to_json
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.evaluation import Answers, num_parameters
 from train.replays import stored
-from train.reporting import card, tables
+from train.reporting import page, tables
 from train.reporting.runlogs import read_steps
 from train.run import Recipe, Run, Watch, phase, started, train
 from train.runtime import distributed, files, folder, remote, reporters, sharding
@@ -68,16 +68,16 @@ def opened(config: ClassifyRun) -> Iterator[Opened]:
             task = TASKS[config.task]
             folder.claim(place, held)
             # The data may come from the Hub: a path with a typo in it need not wait for that.
-            task.kind.check(config.model)
+            task.kind.check(config)
             rows = labelled.load(task, config.data, config.seed)
         distributed.check_same({"data": rows.digest()})
-        base = task.kind.load(config.model, mesh, rows.notes)
+        base = task.kind.load(config, rows, mesh)
         with distributed.together():
             encoded = fit(config, task.kind, rows, base)
         base = base.to_host()
         root = folder.enter(place, held)
         tracker = Timed(root, reporters.chosen(config.report_to), identity(config))
-        about = {"roles": ROLES, "evaluators": list(task.kind.evaluators), "page": False}
+        about = {"roles": ROLES, "evaluators": list(task.kind.evaluators)}
         about |= {"program": "train.classify"}
         run = Run(root, mesh, config.seed, tracker, notes=rows.notes, about=about)
         size = num_parameters(base.params) / 1e6
@@ -86,6 +86,15 @@ def opened(config: ClassifyRun) -> Iterator[Opened]:
         for note in rows.notes:
             say(f"  {note}")
         yield Opened(started(run, since), task.kind, rows, encoded, base, steps)
+
+
+def begin(config: ClassifyRun, opened: Opened) -> Opened:
+    """The run with the model that is fine-tuned, where the run trains that too."""
+    if opened.kind.begin is None:
+        return opened
+    with phase(opened.run, "start"):
+        base = opened.kind.begin(config, opened.run, opened.rows, opened.encoded, opened.base)
+    return opened._replace(base=base.to_host())
 
 
 def check(config: ClassifyRun) -> tuple[Any, int]:
@@ -312,12 +321,11 @@ def export(config: ClassifyRun, opened: Opened, finetuned: Finetuned) -> None:
     run = opened.run
     what = f"A model that learned {config.task} with jaxlib-unlearn ({config.optimizer.name})."
     with phase(run, "export"):
-        text = card.plain(what, finetuned.model.sha, chat=False)
-        opened.kind.export(finetuned.model, run.folder / "export", config.export_dtype, text)
+        opened.kind.export(finetuned.model, run.folder / "export", config.export_dtype, what)
 
 
 def report(opened: Opened, summary: Mapping[str, Any], cost: Mapping[str, Any]) -> None:
-    """`summary.json`, and its numbers on the terminal."""
+    """`summary.json`, the page and its picture, and the numbers on the terminal."""
     run = opened.run
     whole = {**summary, STAGE: {**summary[STAGE], **cost}}
     majority = opened.rows.majority_accuracy
@@ -326,6 +334,7 @@ def report(opened: Opened, summary: Mapping[str, Any], cost: Mapping[str, Any]) 
         text = json.dumps({**whole, "majority_accuracy": majority}, indent=1)
         write_atomic(run.folder / "summary.json", text)
         write_atomic(run.folder / "summary.key", files.key_text(text))
+        page.build(run.folder)
         tables.show(tables.columns([tables.load_run(run.folder)]))
         remote.send(run.folder)
 
@@ -335,4 +344,4 @@ def report(opened: Opened, summary: Mapping[str, Any], cost: Mapping[str, Any]) 
         say(f"always the commonest label of the training rows: accuracy {majority:.3f}")
     where = remote.home(run.folder)
     minutes = 0.0 if run.clock is None else run.clock.minutes["all"]
-    say(f"summary: {where / 'summary.json'}   model: {where / 'export'}   {minutes:.1f} minutes")
+    say(f"report: {where / 'report.html'}   model: {where / 'export'}   {minutes:.1f} minutes")

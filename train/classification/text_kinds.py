@@ -30,14 +30,18 @@ from train.runtime.tracking import progress, say
 
 def check_decoder(config: Any) -> None:
     """Raise `UserError` where no language model is at `--model.path`."""
-    base_models.check_model(config.path, config.revision)
+    if config.start != type(config.start)():
+        raise UserError(
+            f"--start.* is of vision transformers, which --task {config.task} does not train; "
+            "leave it out"
+        )
+    base_models.check_model(config.model.path, config.model.revision)
 
 
-def load_decoder(config: Any, mesh: Any, notes: list[str]) -> Model:
+def load_decoder(config: Any, rows: Any, mesh: Any) -> Model:
     """The language model at `--model.path`."""
-    return base_models.load_model(
-        config.path, config.remat, mesh, config.dtype, config.revision, notes
-    )
+    m = config.model
+    return base_models.load_model(m.path, m.remat, mesh, m.dtype, m.revision, rows.notes)
 
 
 def encode_prompts(model: Model, rows: Rows, data: Any, where: str) -> list[Choice]:
@@ -138,8 +142,9 @@ def answer_prompts(
     return [tokenizer.decode(answers[0]).split("\n")[0].strip() for answers in ids]
 
 
-def export_decoder(model: Model, folder: Path, dtype: str, text: str) -> None:
+def export_decoder(model: Model, folder: Path, dtype: str, what: str) -> None:
     """An HF folder."""
+    text = card.plain(what, model.sha, chat=False)
     exports.export_model(model, folder, dtype, text, speaks=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from train.evaluators.base import Context, Definition, Evaluator, Metric, Rows
+from train.evaluators.curves import learning_curve
 
 METRICS = (
     Metric("f1", "Answer F1",
@@ -43,4 +44,12 @@ DEFINITIONS = (
         "case, punctuation and articles; the best over a row's right answers (SQuAD).",
     ),
 )
-ROW = Evaluator("answer", run, METRICS, definitions=DEFINITIONS)
+ROW = Evaluator(
+    "answer",
+    run,
+    METRICS,
+    pictures=(learning_curve("f1"),),
+    definitions=DEFINITIONS,
+    lead="A model was fine-tuned to answer questions about a passage. Below: how well it does, "
+    "before and after, and how that was measured.",
+)

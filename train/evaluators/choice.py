@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from train.evaluators.base import Context, Definition, Evaluator, Metric, Rows
+from train.evaluators.base import (
+    Context,
+    Definition,
+    Evaluator,
+    Finding,
+    Metric,
+    Results,
+    Rows,
+    Verdict,
+)
+from train.evaluators.curves import learning_curve
+from train.reporting.numbers import format_number
 
 METRICS = (
     Metric("accuracy", "Accuracy",
@@ -79,7 +90,33 @@ DEFINITIONS = (
         "choice",
         "Accuracy: an option scores the mean log-probability of its tokens behind the prompt; the "
         "highest is chosen. Prior out: log-probabilities among the options, less their mean over "
-        "the dev rows, whose labels are not read.",
+        "the dev rows, whose labels are not read. Of an image a class scores its logit.",
     ),
 )
-ROW = Evaluator("choice", run, METRICS, definitions=DEFINITIONS)
+
+
+def learnt(results: Results) -> Finding | None:
+    """Whether the model chooses better than before."""
+    found = results.scores("accuracy")
+    if found.judged is None or found.start is None:
+        return None
+    better = found.judged > found.start
+    return Finding(
+        "Did it learn the task?",
+        "good" if better else "bad",
+        f"accuracy {format_number(found.judged)}",
+        f"Accuracy on the test rows: {results.across('accuracy')}. With the prior of the labels "
+        f"taken out: {results.across('accuracy_without_prior') or 'not measured'}.",
+    )
+
+
+ROW = Evaluator(
+    "choice",
+    run,
+    METRICS,
+    verdicts=(Verdict("choice", learnt),),
+    pictures=(learning_curve("accuracy"),),
+    definitions=DEFINITIONS,
+    lead="A model was fine-tuned to choose among options. Below: how often it is right, before and "
+    "after, and how that was measured.",
+)

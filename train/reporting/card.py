@@ -40,6 +40,18 @@ inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 ```
 """
+CLASSIFY = """\
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained(FOLDER)
+model = AutoModelForImageClassification.from_pretrained(FOLDER)
+mode = "L" if model.config.num_channels == 1 else "RGB"
+pixels = processor(Image.open(FILE).convert(mode), return_tensors="pt")
+print(model.config.id2label[int(model(**pixels).logits.argmax())])
+```
+"""
 TAGS = ("jaxlib-unlearn",)
 
 
@@ -143,6 +155,18 @@ def plain(what: str, sha: str | None = None, chat: bool = True, prompt: str = "P
     lines = [*_front(()), "# Exported model", "", cell(what), "", "## Use", "", use]
     lines += [f"Parameters (sha256): `{sha}`", ""] if sha else []
     return "\n".join(lines)
+
+
+def of_images(what: str, sha: str) -> str:
+    """The card of a model that classifies images.
+
+    Args:
+        what: one sentence on where it comes from.
+        sha: sha256 of its parameters.
+    """
+    front = [line.replace("text-generation", "image-classification") for line in _front(())]
+    lines = [*front, "# Exported model", "", cell(what), "", "## Use", "", CLASSIFY]
+    return "\n".join([*lines, f"Parameters (sha256): `{sha}`", ""])
 
 
 def of_adapter(

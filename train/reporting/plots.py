@@ -189,6 +189,36 @@ def losses(steps: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
+def over_forwards(
+    steps: Sequence[Mapping[str, Any]], name: str, forwards: float, levels: Mapping[str, float]
+) -> Figure | None:
+    """A share of the dev rows over the forward passes that training took.
+
+    Args:
+        steps: the stage's lines of `metrics.jsonl`, with `dev_NAME` at some of them.
+        name: of the metric, `accuracy` or `f1`.
+        forwards: forward passes of a step, on average.
+        levels: the same of the test rows, by model.
+
+    Returns:
+        The figure, or None when nothing was logged.
+    """
+    x, y = series([dict(row) for row in steps], f"dev_{name}")
+    if not x:
+        return None
+    figure, (ax,) = _figure([3.0])
+    places, style = [forwards * step for step in x], STYLES["judged"]
+    ax.plot(places, y, label="dev rows", linewidth=2, markersize=5, **style)
+    for (model, value), line in zip(levels.items(), (":", "--"), strict=False):
+        label = f"{model}, test rows"
+        ax.axhline(value, linestyle=line, linewidth=1, color="#6A6A6A", label=label)
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel("forward passes", fontsize=FONT)
+    ax.set_ylabel(name, fontsize=FONT)
+    _above(ax)
+    return figure
+
+
 class Band(NamedTuple):
     """An experiment in a comparison of losses: its name, tokens, and the loss of every seed."""
 

@@ -55,19 +55,19 @@ def options(config: Mapping[str, Any], program: str) -> list[str] | None:
     preset = config.get("preset")
     if not preset or program not in READERS:
         return None
-    from train.config import to_json
+    from train.config import identity
 
     read = importlib.import_module(READERS[program]).read_arguments
     lines = [shlex.quote(str(preset)), *(["--smoke"] if config.get("smoke") else [])]
     wanted = _flat(config)
     for _ in range(4):
         try:
-            found = _flat(to_json(read(shlex.split(" ".join(lines)))))
+            found = _flat(identity(read(shlex.split(" ".join(lines)))))
         except UserError:
             return None
         differ = [name for name in wanted if wanted[name] != found.get(name, ...)]
-        if not differ:
-            return lines
+        if not differ:  # a younger option at its default is not in the file (`to_json`)
+            return lines if found.keys() == wanted.keys() else None
         first = [name for name in differ if name.rpartition(".")[2] in FIRST]
         lines += [_option(name, wanted[name]) for name in first or differ]
     return None

@@ -103,15 +103,21 @@ class Tracker:
 
 
 class Timed(Tracker):
-    """A log of steps that notes when each was done; looks at a model between steps do not count."""
+    """A log of steps that notes when each was done; looks at a model between steps do not count.
+
+    The steps are those of the stage that wrote last.
+    """
 
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
+        self.stage = ""
         self.marks: list[float] = []
         self.looked = 0.0
 
     def write(self, stage: str, step: int, scalars: dict[str, float]) -> None:
         """Append one line."""
+        if stage != self.stage:
+            self.stage, self.marks = stage, []
         if "lr" in scalars:  # the line behind the last step has what was looked at alone
             self.marks.append(time.monotonic() - self.looked)
         super().write(stage, step, scalars)
