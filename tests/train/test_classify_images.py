@@ -59,7 +59,9 @@ def summary_of(output):
 @pytest.fixture(scope="module")
 def smoke(program, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("smoke") / "run"
-    done = started(program, data, output, "--smoke")
+    # Narrow: tests run programs that are compiled quickly, and slow.
+    sizes = "--start.hidden-size 24 --start.intermediate-size 48 --start.num-layers 2".split()
+    done = started(program, data, output, "--smoke", *sizes)
     assert done.code == 0, done.err
     return output, done
 
@@ -125,7 +127,7 @@ def test_the_exported_model_is_the_one_that_was_judged(learned, data):
     images = np.frombuffer(
         gzip.decompress((data / "t10k-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
     ).reshape(-1, SIDE, SIDE, 1)
-    found = np.asarray(ViT(loaded.config).logits(loaded.params, images)).argmax(1)
+    found = np.asarray(jax.jit(ViT(loaded.config).logits)(loaded.params, images)).argmax(1)
     assert np.mean(found == np.arange(60) % CLASSES) == pytest.approx(
         summary_of(output)["finetuned"]["accuracy"]
     )
@@ -144,6 +146,7 @@ def test_a_second_start_finds_everything(learned, program, data, monkeypatch):
     assert identity(read_arguments(again)) == config | {"seed": 1}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_twice_continues(learned, program, data, tmp_path, monkeypatch):
     for count, stage in ((20, "start"), (140, "finetuned")):
         asked = []

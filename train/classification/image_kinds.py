@@ -157,7 +157,8 @@ def begin(config: Any, run: Any, rows: Any, encoded: Any, model: ImageModel) -> 
     stage = TrainConfig(steps=start.steps, batch_size=start.batch_size, optimizer=optimizer)
     row = objectives.resolve(OBJECTIVE, objectives.LEARNING)
     streams = {"train": stream(model, seen["train"], start.batch_size)}
-    trained: Any = train(run, "start", model, row, streams, Recipe(stage, optimizer))
+    untrained: Any = model  # `train` takes what has a learner
+    trained: Any = train(run, "start", untrained, row, streams, Recipe(stage, optimizer))
 
     def judged() -> float:
         scores = score(trained.to_device(), seen["test"], run.mesh, config.evaluate, "start")

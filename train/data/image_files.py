@@ -30,11 +30,12 @@ class Labels(NamedTuple):
     """Images with their classes.
 
     Args:
-        images: uint8 `(H, W, C)` each, with one or three channels.
+        images: uint8 `(H, W, C)` each, with one or three channels; an array where all are of one
+            size.
         labels: the number of each one's class.
     """
 
-    images: Sequence[np.ndarray]
+    images: Sequence[np.ndarray] | np.ndarray
     labels: np.ndarray
 
 
