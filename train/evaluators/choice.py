@@ -14,6 +14,7 @@ from train.evaluators.base import (
     Results,
     Rows,
     Verdict,
+    items_of,
 )
 from train.evaluators.curves import learning_curve
 from train.reporting.numbers import format_number
@@ -96,17 +97,39 @@ DEFINITIONS = (
 
 
 def learnt(results: Results) -> Finding | None:
-    """Whether the model chooses better than before."""
-    found = results.scores("accuracy")
-    if found.judged is None or found.start is None:
+    """Whether the model chooses better than before, beyond chance, and than the commonest answer.
+
+    Chance: the rows that one of the two models has right and the other has not, by a sign test.
+    """
+    start, _, judged = results.roles
+    after, before = (items_of(results.logs.get(m), "accuracy") for m in (judged, start))
+    shared = [(after[i], before[i]) for i in after if i in before]
+    if not shared:
         return None
-    better = found.judged > found.start
+    from scipy.stats import binomtest
+
+    gained = sum(a["right"] > b["right"] for a, b in shared)
+    lost = sum(a["right"] < b["right"] for a, b in shared)
+    chance = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    gold = [item["gold"] for item in after.values()]
+    most = max(map(gold.count, set(gold))) / len(gold)
+    share = sum(item["right"] for item in after.values()) / len(after)
+    if chance >= 0.05:
+        state, answer = "mixed", "not told apart from before"
+    elif lost > gained:
+        state, answer = "bad", "it got worse"
+    elif share <= most:
+        state, answer = "mixed", "no better than the commonest answer"
+    else:
+        state, answer = "good", f"accuracy {format_number(share)}"
     return Finding(
         "Did it learn the task?",
-        "good" if better else "bad",
-        f"accuracy {format_number(found.judged)}",
-        f"Accuracy on the test rows: {results.across('accuracy')}. With the prior of the labels "
-        f"taken out: {results.across('accuracy_without_prior') or 'not measured'}.",
+        state,
+        answer,
+        f"Accuracy on {len(after)} test rows: {results.across('accuracy')}; {gained} rows gained "
+        f"and {lost} lost (sign test, p = {format_number(chance)}). The commonest answer is right "
+        f"on {format_number(most)}. With the prior of the labels taken out: "
+        f"{results.across('accuracy_without_prior') or 'not measured'}.",
     )
 
 
