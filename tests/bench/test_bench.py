@@ -109,6 +109,15 @@ def test_zeroth_order_against_forward_passes(repo, tmp_path, monkeypatch, capsys
     assert all(row["work"] in table for row in told["rows"])
 
 
+def test_traces_are_condensed(repo, tmp_path, capsys):
+    """The contents of the table, not the timings."""
+    bench = load(repo, "condense")
+    bench.main(["--rows", "2", "--output", str(tmp_path)])
+    told = json.loads((tmp_path / "condense.json").read_text())
+    assert set(told) == set(bench.cot.MODES) and min(told.values()) > 0
+    assert (tmp_path / "condense.md").read_text() in capsys.readouterr().out
+
+
 @pytest.fixture
 def tiny_llama(tmp_path):
     """A folder with a random byte-level Llama of two layers."""
