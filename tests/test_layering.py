@@ -130,7 +130,7 @@ MODULES = {
     for _, path in FILES
 }
 PROGRAMS = {"train.unlearn", "train.finetune", "train.evaluate", "train.export", "train.report"}
-PROGRAMS |= {"train.plan", "train.pretrain", "train.classify", "train.replay"}
+PROGRAMS |= {"train.plan", "train.pretrain", "train.classify", "train.replay", "train.condense"}
 
 
 def imported(source: str) -> set[str]:
