@@ -70,16 +70,27 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
     m = config.model
     if m.path == "scratch":
         tokenizer = train_tokenizer(task, m.vocab_size)
-        shape = scratch_shape(m, tokenizer.vocab_size, config.data.max_length)
-        sharding.check_heads(mesh, m.num_heads)
-        decoder = Decoder(shape, m.remat)
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(decoder.shapes()))
-        bounds.check_memory(size, "--model.hidden-size and the other sizes", "make it smaller")
-        params = sharding.put_params(jax.jit(decoder.init)(jax.random.key(config.seed)), mesh)
-        model = Model(decoder, params, tokenizer, params_sha256(params))
+        model = scratch_model(m, tokenizer, config.data.max_length, config.seed, mesh)
     else:
         model = load_model(m.path, m.remat, mesh, m.dtype, m.revision, task.notes)
     return masking_pad_ids(model) if m.mask_all_pad_id_tokens else model
+
+
+def scratch_model(
+    m: ModelConfig, tokenizer: Tokenizer, context: int, seed: int, mesh: Any
+) -> Model:
+    """A model with random weights, drawn by the seed.
+
+    Raises:
+        UserError: sizes that do not divide one another, or do not fit in memory.
+    """
+    shape = scratch_shape(m, tokenizer.vocab_size, context)
+    sharding.check_heads(mesh, m.num_heads)
+    decoder = Decoder(shape, m.remat)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(decoder.shapes()))
+    bounds.check_memory(size, "--model.hidden-size and the other sizes", "make it smaller")
+    params = sharding.put_params(jax.jit(decoder.init)(jax.random.key(seed)), mesh)
+    return Model(decoder, params, tokenizer, params_sha256(params))
 
 
 def masking_pad_ids(model: Model) -> Model:

@@ -1,135 +1,75 @@
-"""Fine-tune a model on questions and answers, and export it.
+"""Fine-tune a model: on traces that are condensed first (a preset), or on rows of your own.
 
-python -m train.finetune HF_FOLDER_OR_GGUF ROWS.json --output DIR
+python -m train.finetune epic-tiny                                 (no download, minutes)
+python -m train.finetune epic-tiny --condense.tau 1                (whole traces)
+python -m train.finetune epic-tiny --condense.policy middle --condense.cost-matched
+python -m train.finetune epic-gsm8k-smollm2 --data.path DIR
+python -m train.finetune --config RUN/config.json --output DIR     (reruns a preset's configuration)
+python -m train.finetune HF_FOLDER_OR_GGUF ROWS.json --output DIR  (rows with question and answer)
+python -m train.finetune PRESET --help (options)    MODEL ROWS --help (those of your own rows)
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-from dataclasses import dataclass, field
+import difflib
 from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.options import MOST, option
-from models.prompts import DATE
 from train import cli
-from train.config import ModelConfig, RunConfig, TrainConfig, replace, to_json
-from train.optimizer_options import AdamW
-from train.runtime.distributed import DistributedConfig
-from train.runtime.sharding import MeshConfig
-from train.runtime.tracking import Tracker, say
-
-
-@dataclass(frozen=True)
-class FinetuneRun:
-    """One fine-tuning.
-
-    Args:
-        model: set by the first argument: HF folder, `.gguf` file, Hub id or `smollm2`.
-        rows: set by the second: JSON lines or a JSON list with `question` and `answer`.
-        smoke: a few steps, for a first look.
-        output: run folder; the model goes to `export/` in it.
-        system_prompt: system message of the chat template.
-        template: how questions are written, as `--data.template` of train.unlearn.
-        template_date: today's date in chat templates that print one.
-        export_dtype: dtype of the exported weights.
-        train: the stage.
-        mesh: devices.
-        distributed: the processes, where there are several.
-    """
-
-    model: str = ""
-    rows: str = ""
-    seed: int = option(0, "order of the rows.", low=0, high=MOST)
-    smoke: bool = False
-    output: Path = Path("runs/finetune")
-    system_prompt: str | None = None
-    template: str = "auto"
-    template_date: str = DATE
-    max_length: int = option(512, "longest example in tokens.", low=2)
-    export_dtype: str = "float32"
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=5, optimizer=AdamW(learning_rate=1e-5))
-    )
-    mesh: MeshConfig = MeshConfig()
-    distributed: DistributedConfig = DistributedConfig()
+from train.config import replace
+from train.finetuning import own_rows
+from train.finetuning.arguments import read_arguments
+from train.finetuning.config import ReasoningRun
+from train.finetuning.own_rows import FinetuneRun
+from train.presets.epic import PRESETS
 
 
 def main(argv: list[str]) -> None:
-    """The program."""
+    """The program: a known preset's name comes first, or a model and a file of rows."""
+    if argv and (argv[0] in PRESETS or argv[0] == "--config"):
+        run(read_arguments(argv))
+        return
     if len(argv) < 2 or argv[0] in ("-h", "--help"):
         print(__doc__)
+        print("Presets:")
+        for name, preset in PRESETS.items():
+            print(f"  {name:21} {preset.summary}")
         if "--help" in argv or "-h" in argv:
             cli.parse(
                 FinetuneRun, FinetuneRun(), ["--help"], "train.finetune MODEL ROWS", "options"
             )
             return
-        raise UserError("two arguments are needed: a model and a JSON file of rows")
+    if len(argv) < 2 or argv[1].startswith("--"):
+        near = difflib.get_close_matches(argv[0], PRESETS, 1, 0.6) if argv else []
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            "two arguments are needed: a model and a JSON file of rows; or the name of a preset "
+            f"({', '.join(PRESETS)}){meant}"
+        )
     default = FinetuneRun(model=argv[0], rows=argv[1])
     if "--smoke" in argv:
         default = replace(default, smoke=True, **{"train.steps": 3})
-    run(cli.parse(FinetuneRun, default, argv[2:], "train.finetune MODEL ROWS", "fine-tune a model"))
+    config = cli.parse(
+        FinetuneRun, default, argv[2:], "train.finetune MODEL ROWS", "fine-tune a model"
+    )
+    own_rows.run(config)
 
 
-def run(config: FinetuneRun) -> Path:
-    """Fine-tune and export; resumes like every stage."""
-    with contextlib.ExitStack() as held:
-        return _run(config, held)
+def run(config: ReasoningRun) -> Path:
+    """Run all stages of a preset's configuration and return the run folder."""
+    from train.finetuning import pipeline
 
+    with pipeline.opened(config) as opened:
+        # 1. Learn from the traces, which were condensed and packed as they were read.
+        finetuned = pipeline.train(opened)
 
-def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
-    from train import base_models, checks, optimizers, pipeline
-    from train.data.tofu import check_rows, read_json
-    from train.exports import export_model
-    from train.replays import stored
-    from train.run import Run, num_steps
-    from train.runtime import distributed, folder, remote, sharding
-    from train.runtime.stages import digest, write_atomic
-    from train.tasks.task import prompt_format
+        # 2. Judge the model before and after alike: it reasons, and its final answer counts.
+        summary = pipeline.judge(opened, {"base": opened.base, "finetuned": finetuned})
 
-    distributed.start(config.distributed)
-    identity = {**to_json(config), "output": None}
-    del identity["distributed"]
-    place = folder.run_place(config.output, identity)
-    distributed.check_same(identity)
-    settings = RunConfig(seed=config.seed, finetune=config.train)
-    names = ("system_prompt", "max_length", "template", "template_date")
-    settings = replace(settings, **{f"data.{name}": getattr(config, name) for name in names})
-    with distributed.together():
-        checks.check_numbers(config)
-        layout = prompt_format(settings.data, "--")
-        checks.check_dtype("--export-dtype", config.export_dtype)
-        remote.check(config.output, "--output")
-        mesh = sharding.make_mesh(config.mesh)
-        checks.check_finetuning(config.train, mesh)
-        optimizers.check_mesh(config.train.optimizer, mesh, config.train.batch_size)
-        folder.claim(place, held)
-        path = Path(config.rows)
-        if not path.is_file():
-            raise UserError(
-                f"rows file {path} does not exist; give a JSON file with question and answer"
-            )
-        rows = check_rows(read_json(path), ("question", "answer"), str(path))
-    distributed.check_same({"rows": digest(rows)})
-    base = base_models.load_model(config.model, ModelConfig().remat, mesh).to_host()
-    checks.check_blocks(config.train.optimizer, base.decoder.config.num_layers)
-    base = base._replace(tokenizer=base.tokenizer.formatted(layout))
-    rows = checks.fit_rows(rows, base, config.system_prompt, config.max_length, "rows")
-    num_steps(config.train, len(rows), config.train.optimizer)
-    root = folder.enter(place, held)
-    run = Run(root, mesh, config.seed, Tracker(root))
-    tuned = pipeline.finetune(run, settings, "original", base, rows, record=stored.NAME)
-    export_model(tuned, root / "export", config.export_dtype)
-    summary = {"original": {"params_sha256": tuned.sha}}
-
-    def tell() -> None:
-        write_atomic(root / "summary.json", json.dumps(summary, indent=1))
-        remote.send(root)
-
-    distributed.of_first(tell)
-    say(f"model: {remote.home(root) / 'export'}")
-    return root
+        # 3. Hand it back.
+        pipeline.export(opened, finetuned)
+        pipeline.report(opened, summary)
+        return opened.run.folder
 
 
 if __name__ == "__main__":

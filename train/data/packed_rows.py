@@ -185,7 +185,8 @@ class PackedRows:
             for i, row in enumerate(self.rows)
             for piece in row
         ]
-        found = hashlib.sha256(np.array([[self.length, self.width, self.pad_id], *sizes], "<i8"))
+        shape = [self.length, self.width, self.pad_id]
+        found = hashlib.sha256(np.array([shape, *sizes], "<i8").tobytes())
         for piece in self.pieces():
             found.update(piece.tokens.astype("<i4").tobytes())
         return found.hexdigest()

@@ -12,6 +12,7 @@ from train.evaluators import (
     answer,
     choice,
     fact_recall,
+    final_answer,
     fluency,
     leak,
     membership,
@@ -37,6 +38,7 @@ EVALUATORS: dict[str, Evaluator] = {
         leak.ROW,
         choice.ROW,
         answer.ROW,
+        final_answer.ROW,
         perplexity.ROW,
     )
 }

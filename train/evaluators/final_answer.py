@@ -1,0 +1,69 @@
+"""Questions with one right answer that a model reasons about first: the answer, and the trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.evaluators.base import Context, Definition, Evaluator, Metric, Rows
+
+METRICS = (
+    Metric("answer_accuracy", "Answer accuracy", "share of the greedy answers that end in the "
+           "right one", "up", main=True),
+    Metric("answer_nll", "Answer NLL", "nats a token of the right answer behind the whole trace "
+           "that belongs to it", "down", main=True),
+    Metric("finished", "Finished", "share of the greedy answers that closed their trace and ended",
+           "up"),
+    Metric("generated_tokens", "Generated tokens", "of a greedy answer with its trace", main=True),
+    Metric("train_tokens", "Tokens", "of the examples that were trained on", main=True),
+    Metric("token_ratio", "Token ratio", "these, of those of all examples with whole traces"),
+    Metric("thought_ratio", "Thought ratio", "thoughts that were left, of all"),
+    Metric("packing_waste", "Padding", "share of the slots of packed rows"),
+    Metric("train_steps", "Steps", "that it was trained for"),
+    Metric("train_flops", "Expected work", "operations of the model's products in training"),
+    Metric("train_seconds", "Seconds", "that its steps took, without compilation", main=True),
+)  # fmt: skip
+
+
+def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+    """The judgement of every greedy answer, and the likelihood of the right one."""
+    import numpy as np
+
+    from jaxlib_unlearn.cot import CLOSE, OPEN
+    from jaxlib_unlearn.metrics.final_answer import final_answer, same_answer
+
+    asked = rows["test"]
+    answers = context.answers("test")
+    most = context.config.max_new_tokens
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("answer_accuracy", "finished")}
+    found |= {"generated_tokens": [], "answer_nll": []}
+    for row, texts, ids in zip(asked, answers.texts, answers.ids, strict=True):
+        text, count = texts[0], len(ids[0])
+        stuck = OPEN in text and CLOSE not in text  # no answer was given
+        said = "" if stuck else final_answer(text)
+        right = same_answer(said, row["gold"])
+        ended = CLOSE in text and count < most
+        found["answer_accuracy"].append(
+            {"score": float(right), "generation": text, "gold": row["gold"]}
+        )
+        found["finished"].append({"score": float(ended)})
+        found["generated_tokens"].append({"score": count})
+    for values in context.scores("test")["answers"]:
+        found["answer_nll"].append({"score": -float(np.mean(values["logp"], dtype=np.float64))})
+    return {
+        name: {
+            "agg_value": float(np.mean([item["score"] for item in items])),
+            "value_by_index": {str(i): item for i, item in enumerate(items)},
+        }
+        for name, items in found.items()
+    }
+
+
+DEFINITIONS = (
+    Definition(
+        "final_answer",
+        "Answer accuracy: what stands behind the trace is compared with the right answer as a "
+        "number, or as a text: the content of the last \\boxed{}, else what follows ####, else the "
+        "last number. An answer whose trace does not end is wrong.",
+    ),
+)
+ROW = Evaluator("final_answer", run, METRICS, definitions=DEFINITIONS)

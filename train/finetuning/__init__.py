@@ -1,0 +1,1 @@
+"""What fine-tuning on traces has of its own: configuration, command line, parts of a run."""

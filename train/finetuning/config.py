@@ -1,0 +1,136 @@
+"""The configuration of a preset of `train.finetune`: reasoning rows, condensed, packed, learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxlib_unlearn.cot import Condense
+from jaxlib_unlearn.options import MOST, option
+from models.prompts import DATE
+from models.weights import DTYPES
+from train.config import ModelConfig, TrainConfig, to_json
+from train.data.packed_rows import MODES
+from train.finetuning.sources import SOURCES
+from train.optimizer_options import AdamW
+from train.runtime import reporters
+from train.runtime.distributed import DistributedConfig
+from train.runtime.sharding import MeshConfig
+
+
+@dataclass(frozen=True)
+class ReasoningData:
+    """The rows that a model learns to reason by, and how they fill rows of tokens."""
+
+    source: str = option(
+        "rows",
+        "`search` (generated in the run), `gsm8k`, `openr1` (OpenR1-Math-220k) or `rows` (your own "
+        "file, as train.condense reads it).",
+        choices=tuple(SOURCES),
+    )
+    path: Path | None = option(
+        None,
+        "file of rows, JSONL or parquet; of `gsm8k` and `openr1` also the folder of such files; "
+        "None: the Hub's.",
+    )
+    revision: str | None = option(
+        None, "commit, branch or tag of the Hub's data set; None: the newest."
+    )
+    train_rows: int | None = option(
+        None, "rows to train on, drawn by the seed; None: all that are left.", low=1
+    )
+    test_rows: int = option(100, "rows to judge by, drawn by the seed.", low=1)
+    row_tokens: int = option(
+        1024, "tokens of a row that examples share, and the longest example.", low=2
+    )
+    packing: str = option(
+        "first-fit",
+        "`first-fit`: whole examples that do not see each other; `chop`: one long text that is cut "
+        "every `row_tokens`, as the trainer of EPiC's artefacts does; `none`: an example a row.",
+        choices=tuple(MODES),
+    )
+    mask_prompt: bool = option(
+        False, "train on trace and answer alone; otherwise on the question as well, as published."
+    )
+    system_prompt: str | None = option(
+        None, "system message of the chat template; None: the template's own default."
+    )
+    template: str = option("auto", "how questions are written, as in train.unlearn.")
+    template_date: str = option(DATE, "today's date in chat templates that print one.")
+
+
+@dataclass(frozen=True)
+class CondenseConfig(Condense):
+    """How traces are shortened before they are learned; tau 1 leaves them whole."""
+
+    cost_matched: bool = option(
+        False,
+        "learn whole traces, of so many examples that they have as many tokens as the shortened "
+        "traces of all.",
+    )
+
+
+@dataclass(frozen=True)
+class ReasoningModel(ModelConfig):
+    """The model to start from."""
+
+    rope_theta: float | None = option(
+        None, "base of the rotary positions; None: as in the model.", low=1
+    )
+    context: int | None = option(
+        None, "longest context of the model; None: as in the model.", low=2
+    )
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """How models are judged."""
+
+    max_new_tokens: int = option(512, "longest generated answer, with its trace.", low=1)
+    generate_rows: int = option(64, "answers generated at once.", low=1)
+    score_tokens: int = option(4096, "rows times length of one scoring batch.", low=1)
+
+
+@dataclass(frozen=True)
+class ReasoningRun:
+    """One model that learns from traces."""
+
+    preset: str = option("", "name of the preset this configuration started from.")
+    seed: int = option(
+        0, "everything random follows from it, which rows are drawn as well.", low=0, high=MOST
+    )
+    smoke: bool = option(False, "few steps and rows through the same code, for a first look.")
+    output: Path | None = option(
+        None, "run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`)."
+    )
+    data: ReasoningData = ReasoningData()
+    condense: CondenseConfig = CondenseConfig()
+    model: ReasoningModel = ReasoningModel()
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(epochs=1, optimizer=AdamW(learning_rate=5e-5))
+    )
+    mesh: MeshConfig = MeshConfig()
+    evaluate: JudgeConfig = JudgeConfig()
+    export_dtype: str = option("float32", "dtype of the exported weights.", choices=tuple(DTYPES))
+    distributed: DistributedConfig = DistributedConfig()
+    report_to: str = option(
+        "",
+        "trackers that receive the metrics too, comma-separated: tensorboard, wandb, trackio.",
+        words=tuple(reporters.REPORTERS),
+    )
+
+
+def run_folder(config: ReasoningRun) -> Path:
+    """Where a configuration writes."""
+    if config.output is not None:
+        return config.output
+    return Path("runs") / f"{config.preset}-seed{config.seed}{'-smoke' if config.smoke else ''}"
+
+
+def identity(config: ReasoningRun) -> dict[str, Any]:
+    """What `config.json` holds: everything but where it runs and writes."""
+    whole = to_json(config)
+    for name in ("output", "distributed", "report_to"):
+        del whole[name]
+    return whole

@@ -1,0 +1,174 @@
+"""Reasoning rows as a model reads them: condensed, tokenised, packed; and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxlib_unlearn import cot
+from jaxlib_unlearn.errors import UserError
+from models import Decoder, Tokenizer
+from train.costs.utilisation import flops_per_token
+from train.data.batches import shuffled
+from train.data.examples import Example, encode_qa
+from train.data.packed_rows import PackedRows, pack_rows
+from train.finetuning.config import CondenseConfig, ReasoningData
+from train.finetuning.sources import Row
+from train.runtime.tracking import progress
+
+
+class Learned(NamedTuple):
+    """What is trained on.
+
+    Args:
+        stream: the packed rows.
+        examples: how many of the rows are in it.
+        tokens: of these, without padding.
+        token_ratio: its tokens, of those of all rows with whole traces.
+        thought_ratio: thoughts that are left, of those of the same rows.
+        too_long: rows left out because they do not fit a row of tokens.
+    """
+
+    stream: PackedRows
+    examples: int
+    tokens: int
+    token_ratio: float
+    thought_ratio: float
+    too_long: int
+
+
+def example_of(tokenizer: Tokenizer, trace: cot.Trace, system_prompt: str | None) -> Example:
+    """A question, and as its answer the trace and what follows it."""
+    return encode_qa(
+        tokenizer, trace.question, trace.text, system_prompt=system_prompt, max_length=2**31 - 1
+    )
+
+
+def check_template(tokenizer: Tokenizer, trace: cot.Trace) -> None:
+    """Raise `UserError` for a chat template that leaves traces out, as some of reasoning models."""
+    if tokenizer.has_chat_template and tokenizer.format.tags is None:
+        turns = [("user", trace.question), ("assistant", trace.text)]
+        said = tokenizer.chat([{"role": role, "content": text} for role, text in turns])
+        if trace.text.strip() not in said:
+            raise UserError(
+                "the model's chat template leaves out what stands between the think tags, so no "
+                "trace would be learned; choose --data.template question-answer"
+            )
+
+
+def learned(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    condense: CondenseConfig,
+    data: ReasoningData,
+    context: int,
+    seed: int,
+) -> Learned:
+    """The rows as they are trained on.
+
+    Args:
+        rows: whole.
+        tokenizer: of the model.
+        condense: how their traces are shortened.
+        data: how they are packed.
+        context: of the model; rows of tokens may be longer, examples not.
+        seed: of a random choice of thoughts or of rows.
+
+    Raises:
+        UserError: no row fits a row of tokens, or prompts to mask in rows that are cut.
+    """
+    if data.mask_prompt and data.packing == "chop":
+        raise UserError(
+            "--data.packing chop cuts examples in two, so there are no prompts to mask; leave out "
+            "--data.mask-prompt, or choose first-fit"
+        )
+    check_template(tokenizer, cot.find_trace(rows[0], condense.mode))
+    whole, short, kept, of = [], [], 0, 0
+    with progress("tokenise", len(rows)) as advance:
+        for number, row in enumerate(rows):
+            found = cot.condense(
+                row,
+                condense.tau,
+                condense.policy,
+                head_share=condense.head_share,
+                mode=condense.mode,
+                seed=seed,
+                number=number,
+            )
+            whole.append(example_of(tokenizer, found.before, data.system_prompt))
+            same = found.after is found.before
+            short.append(
+                whole[-1] if same else example_of(tokenizer, found.after, data.system_prompt)
+            )
+            kept, of = kept + len(found.after.thoughts), of + len(found.before.thoughts)
+            advance()
+    total = num_tokens(whole)
+    chosen = short
+    if condense.cost_matched:
+        chosen, kept, of = matched(whole, num_tokens(short), seed), 1, 1
+    room = min(data.row_tokens, context)
+    fitting = [e for e in chosen if data.packing == "chop" or len(e.tokens) - 1 <= room]
+    if not fitting:
+        least = min(len(e.tokens) - 1 for e in chosen)
+        raise UserError(
+            f"no example fits the {room} tokens of a row (the shortest has {least}); raise "
+            "--data.row-tokens" + (" and --model.context" if room == context else "")
+        )
+    stream = pack_rows(
+        fitting,
+        data.row_tokens,
+        data.packing,
+        mask_prompt=data.mask_prompt,
+        pad_id=tokenizer.pad_id or 0,
+    )
+    tokens = num_tokens(fitting)
+    left = len(chosen) - len(fitting)
+    return Learned(stream, len(fitting), tokens, tokens / total, kept / of, left)
+
+
+def num_tokens(examples: Sequence[Example]) -> int:
+    """Tokens of all examples."""
+    return sum(len(example.tokens) for example in examples)
+
+
+def matched(whole: Sequence[Example], tokens: int, seed: int) -> list[Example]:
+    """As many whole examples, drawn by the seed, as have at most so many tokens."""
+    found: list[Example] = []
+    for i in shuffled(seed, "cost-matched", 0, len(whole)):
+        tokens -= len(whole[i].tokens)
+        if tokens < 0 and found:
+            break
+        found.append(whole[i])
+    return found
+
+
+def flops(decoder: Decoder, stream: PackedRows) -> float:
+    """Operations of the model's own products for an epoch, without padding.
+
+        sum over examples of n  of  6 N n + 12 L h n^2
+
+    Of a batch with dense attention the second term is larger: it also multiplies what is masked.
+    """
+    fixed = flops_per_token(decoder, 0)
+    squared = flops_per_token(decoder, 1) - fixed
+    return float(sum(fixed * p.slots + squared * p.slots**2 for p in stream.pieces()))
+
+
+def answer_example(tokenizer: Tokenizer, row: Row, system_prompt: str | None) -> Example:
+    """A row whose labels are its final answer and the end of the turn, behind its whole trace."""
+    trace = cot.find_trace(row)
+    head, tag, _ = trace.after.partition(cot.CLOSE)
+    until = trace._replace(after=f"{head}{tag}")
+    full, before = (example_of(tokenizer, t, system_prompt) for t in (trace, until))
+    # The same tokens up to where the answer begins.
+    same = next(
+        (i for i, (a, b) in enumerate(zip(full.tokens, before.tokens, strict=False)) if a != b),
+        min(len(full.tokens), len(before.tokens)),
+    )
+    return Example(full.tokens, min(same, len(full.tokens) - 1))
+
+
+def texts(rows: Sequence[Row]) -> list[str]:
+    """The texts of rows, for a tokenizer that is trained on them."""
+    traces = [cot.find_trace(row) for row in rows]
+    return [text for trace in traces for text in (trace.question, trace.text)]

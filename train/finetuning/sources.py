@@ -1,0 +1,199 @@
+"""Where reasoning rows come from, and which of them train and judge a model.
+
+A row is a mapping that `jaxlib_unlearn.cot.find_trace` reads. A source is a function and a row of
+`SOURCES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlib_unlearn import cot
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.metrics.final_answer import MARK, final_answer
+from jaxlib_unlearn.reading import one_line
+from train.data.batches import shuffled
+from train.data.reasoning import FORMATS, read_rows
+from train.data.search_traces import search_rows
+from train.runtime.stages import digest
+
+Row = Mapping[str, Any]
+Placed = Iterator[tuple[str, Row]]
+
+
+class Rows(NamedTuple):
+    """The rows of a run, and a line about them for its report."""
+
+    train: list[Row]
+    test: list[Row]
+    notes: list[str]
+
+    def digest(self) -> str:
+        """sha256 of its rows."""
+        return digest([self.train, self.test])
+
+
+class Source(NamedTuple):
+    """Where rows come from.
+
+    Args:
+        pool: `data -> rows with their places`, of which a run draws its own; None: see `make`.
+        make: `(data, seed) -> (training rows, test rows)`.
+        hub: the data set at the Hub, its configuration and its split, where no path is given.
+    """
+
+    pool: Callable[[str, Row], Row] | None = None
+    make: Callable[[Any, int], tuple[list[Row], list[Row]]] | None = None
+    hub: tuple[str, str, str] | None = None
+
+
+def plain(where: str, row: Row) -> Row:
+    """A row as it is."""
+    return row
+
+
+def of_gsm8k(where: str, row: Row) -> Row:
+    """A row of GSM8K: the lines of its solution are the thoughts.
+
+    Raises:
+        UserError: no solution that ends in `####` and an answer.
+
+    Example:
+        >>> of_gsm8k("line 1", {"question": "1+1?", "answer": "1+1=2\\n#### 2"})
+        {'question': '1+1?', 'thoughts': ['1+1=2'], 'answer': '2'}
+    """
+    text = row.get("answer")
+    if not isinstance(text, str) or text.count(MARK) != 1:
+        raise UserError(
+            f"{where}: no {MARK} in 'answer', or several; a row of GSM8K has its solution, "
+            f"{MARK} and the answer there"
+        )
+    solution, _, answer = text.partition(MARK)
+    thoughts = [line for line in solution.split("\n") if line.strip()]
+    return {"question": row.get("question"), "thoughts": thoughts, "answer": answer.strip()}
+
+
+def _generated(data: Any, seed: int) -> tuple[list[Row], list[Row]]:
+    train = search_rows(seed, "train", data.train_rows or 8000)
+    asked = {row["question"] for row in train}
+    return [*train], [*search_rows(seed, "test", data.test_rows, asked)]
+
+
+SOURCES: dict[str, Source] = {
+    "search": Source(make=_generated),
+    "gsm8k": Source(of_gsm8k, hub=("openai/gsm8k", "main", "train")),
+    "openr1": Source(plain, hub=("open-r1/OpenR1-Math-220k", "default", "train")),
+    "rows": Source(plain),
+}
+
+
+def load(data: Any, seed: int) -> Rows:
+    """The rows of a run.
+
+    Args:
+        data: a `ReasoningData`.
+        seed: of the run.
+
+    Raises:
+        UserError: nothing there, a row without a trace or an answer, or too few rows.
+    """
+    source = SOURCES[data.source]
+    if source.make is not None:
+        for name in ("path", "revision"):
+            if getattr(data, name) is not None:
+                raise UserError(
+                    f"--data.{name} does not go with --data.source {data.source}, which is "
+                    "generated; leave one of them out"
+                )
+        train, test = source.make(data, seed)
+        place = "generated in the run"
+    else:
+        pool, place = _pool(source, data)
+        train, test = _drawn(pool, data, seed, place)
+        place = f"of {place}"
+    notes = [f"Rows: {len(train)} to train on, {len(test)} to judge by, {place}."]
+    return Rows(train, test, notes)
+
+
+def _pool(source: Source, data: Any) -> tuple[list[Row], str]:
+    """All rows of a file, of the files of a folder, or of the Hub."""
+    if data.path is None:
+        if source.hub is None:
+            raise UserError("--data.source rows needs --data.path, a file of reasoning rows")
+        found, place = _hub(source.hub, data.revision), source.hub[0]
+    else:
+        if data.revision is not None:
+            raise UserError("--data.revision is of the Hub's data set; leave out it or --data.path")
+        path = data.path.expanduser()
+        files = _files(path, source.hub is not None)
+        found, place = (
+            (item for file in files for item in read_rows(file, "--data.path")),
+            path.name,
+        )
+    assert source.pool is not None
+    rows = []
+    for where, raw in found:
+        row = source.pool(where, raw)
+        try:
+            cot.find_trace(row)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        rows.append(row)
+    return rows, place
+
+
+def _files(path: Path, folders: bool) -> Iterable[Path]:
+    if not (folders and path.is_dir()):
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in FORMATS and p.is_file())
+    if not files:
+        raise UserError(f"--data.path {path}: no {' or '.join(FORMATS)} file in it; give another")
+    return files
+
+
+def _hub(name: tuple[str, str, str], revision: str | None) -> Placed:
+    repository, subset, split = name
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"reading {repository} needs the package `datasets`; install it or give --data.path"
+        ) from None
+    try:
+        found = datasets.load_dataset(repository, subset, split=split, revision=revision)
+    except Exception as error:  # the Hub's client raises many types; all mean the same to the user
+        raise UserError(
+            f"{repository}: cannot be read ({type(error).__name__}: {one_line(error, 120)}); give "
+            "--data.path, a file of its rows, or check the network"
+        ) from None
+    return ((f"{repository}, row {i}", dict(row)) for i, row in enumerate(found, 1))
+
+
+def _drawn(pool: list[Row], data: Any, seed: int, place: str) -> tuple[list[Row], list[Row]]:
+    """Test rows, and training rows among the others, drawn by the seed."""
+    most = len(pool) - data.test_rows
+    wanted = data.train_rows or max(most, 1)
+    if wanted > most:
+        raise UserError(
+            f"{place} has {len(pool)} rows, fewer than --data.train-rows {wanted} and "
+            f"--data.test-rows {data.test_rows}; lower one of them"
+        )
+    order = shuffled(seed, "reasoning", 0, len(pool)).tolist()
+    test, train = order[: data.test_rows], order[data.test_rows : data.test_rows + wanted]
+    return [pool[i] for i in train], [pool[i] for i in test]
+
+
+def gold(row: Row) -> str:
+    """The final answer that a row asks for.
+
+    Example:
+        >>> gold({"question": "?", "answer": "<think>a</think> It is 4."})
+        '4'
+    """
+    found = cot.find_trace(row)
+    said = row.get("answer")
+    if found.column == "messages" and isinstance(said, str):
+        return said.strip()
+    return final_answer(found.after)
