@@ -15,7 +15,7 @@ import difflib
 from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
-from train import cli
+from train import cli, start
 from train.config import replace
 from train.finetuning import own_rows
 from train.finetuning.arguments import read_arguments
@@ -30,10 +30,7 @@ def main(argv: list[str]) -> None:
         run(read_arguments(argv))
         return
     if len(argv) < 2 or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        print("Presets:")
-        for name, preset in PRESETS.items():
-            print(f"  {name:21} {preset.summary}")
+        start.show_presets(__doc__, PRESETS)
         if "--help" in argv or "-h" in argv:
             cli.parse(
                 FinetuneRun, FinetuneRun(), ["--help"], "train.finetune MODEL ROWS", "options"

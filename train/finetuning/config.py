@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxlib_unlearn.cot import Condense
-from jaxlib_unlearn.options import MOST, option
+from jaxlib_unlearn.options import option
 from models.prompts import DATE
 from models.weights import DTYPES
-from train.config import ModelConfig, TrainConfig, to_json
+from train import optimizers
+from train.config import ModelConfig, ProgramConfig, TrainConfig
 from train.data.packed_rows import MODES
 from train.finetuning.sources import SOURCES
 from train.optimizer_options import AdamW
+from train.rows import chosen
 from train.runtime import reporters
 from train.runtime.distributed import DistributedConfig
 from train.runtime.sharding import MeshConfig
@@ -93,23 +95,31 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True)
-class ReasoningRun:
-    """One model that learns from traces."""
+class FitConfig:
+    """How long is trained, and in which steps."""
 
-    preset: str = option("", "name of the preset this configuration started from.")
-    seed: int = option(
-        0, "everything random follows from it, which rows are drawn as well.", low=0, high=MOST
+    epochs: float = option(
+        1.0, "passes over the rows (ignored when `steps` is given).", low=0, high=1e9
     )
-    smoke: bool = option(False, "few steps and rows through the same code, for a first look.")
-    output: Path | None = option(
-        None, "run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`)."
+    steps: int | None = option(None, "optimizer steps; None: from `epochs`.", low=1)
+    batch_size: int = option(8, "rows of tokens in a step.", low=1)
+    accumulate: int = option(
+        1, "micro-batches that a step is split into; results do not depend on it.", low=1
     )
+    checkpoint_seconds: float = option(
+        120.0, "least time between two checkpoints.", low=0, high=math.inf
+    )
+
+
+@dataclass(frozen=True)
+class ReasoningRun(ProgramConfig):
+    """One model that learns from traces, judged before and after."""
+
     data: ReasoningData = ReasoningData()
     condense: CondenseConfig = CondenseConfig()
     model: ReasoningModel = ReasoningModel()
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=1, optimizer=AdamW(learning_rate=5e-5))
-    )
+    train: FitConfig = FitConfig()
+    optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW(learning_rate=5e-5))
     mesh: MeshConfig = MeshConfig()
     evaluate: JudgeConfig = JudgeConfig()
     export_dtype: str = option("float32", "dtype of the exported weights.", choices=tuple(DTYPES))
@@ -121,16 +131,6 @@ class ReasoningRun:
     )
 
 
-def run_folder(config: ReasoningRun) -> Path:
-    """Where a configuration writes."""
-    if config.output is not None:
-        return config.output
-    return Path("runs") / f"{config.preset}-seed{config.seed}{'-smoke' if config.smoke else ''}"
-
-
-def identity(config: ReasoningRun) -> dict[str, Any]:
-    """What `config.json` holds: everything but where it runs and writes."""
-    whole = to_json(config)
-    for name in ("output", "distributed", "report_to"):
-        del whole[name]
-    return whole
+def stage_of(config: ReasoningRun) -> TrainConfig:
+    """The training stage."""
+    return TrainConfig(**vars(config.train), optimizer=config.optimizer)

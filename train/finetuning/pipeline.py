@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from jaxlib_unlearn import cot, objectives
 from jaxlib_unlearn.errors import UserError
 from train import base_models, checks, optimizers
-from train.config import DataConfig, to_json
+from train.config import DataConfig, identity, run_folder, to_json
 from train.data.bpe import train_bpe
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.evaluation import Model, num_parameters, score_items
 from train.exports import export_model
 from train.finetuning import encoding, sources
-from train.finetuning.config import ReasoningRun, identity, run_folder
+from train.finetuning.config import ReasoningRun, stage_of
 from train.replays import stored
 from train.reporting import card, tables
 from train.run import Recipe, Run, num_steps, phase, started
@@ -79,7 +79,7 @@ def opened(config: ReasoningRun) -> Iterator[Opened]:
         base = base_model(config, rows, mesh)
         base = base._replace(tokenizer=base.tokenizer.formatted(layout))
         with distributed.together():
-            checks.check_blocks(config.train.optimizer, base.decoder.config.num_layers)
+            checks.check_blocks(config.optimizer, base.decoder.config.num_layers)
             learned = encoding.learned(
                 rows.train,
                 base.tokenizer,
@@ -88,7 +88,7 @@ def opened(config: ReasoningRun) -> Iterator[Opened]:
                 base.decoder.config.max_position_embeddings,
                 config.seed,
             )
-            steps = num_steps(config.train, len(learned.stream), config.train.optimizer)
+            steps = num_steps(stage_of(config), len(learned.stream), config.optimizer)
         base = base.to_host()
         root = folder.enter(place, held)
         tracker = Timed(root, reporters.chosen(config.report_to), identity(config))
@@ -113,8 +113,8 @@ def check(config: ReasoningRun) -> tuple[Any, Any]:
     reporters.check(reporters.chosen(config.report_to))
     remote.check(config.output, "--output")
     mesh = sharding.make_mesh(config.mesh)
-    checks.check_finetuning(config.train, mesh)
-    optimizers.check_mesh(config.train.optimizer, mesh, config.train.batch_size)
+    checks.check_finetuning(stage_of(config), mesh)
+    optimizers.check_mesh(config.optimizer, mesh, config.train.batch_size)
     return mesh, layout
 
 
@@ -166,7 +166,7 @@ def train(opened: Opened) -> Model:
             opened.base,
             objectives.resolve("nll"),
             {"train": opened.learned.stream},
-            Recipe(config.train, config.train.optimizer),
+            Recipe(stage_of(config), config.optimizer),
             record=stored.NAME,
         ).to_host()
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from train.config import TrainConfig
 from train.finetuning.config import (
     CondenseConfig,
+    FitConfig,
     JudgeConfig,
     ReasoningData,
     ReasoningModel,
@@ -25,9 +25,9 @@ from train.runtime.sharding import MeshConfig
 class Preset(NamedTuple):
     """A configuration, a line about it, and the changes of `--smoke`."""
 
-    config: ReasoningRun
-    summary: str
-    smoke: Mapping[str, Any]
+    PRESET: ReasoningRun
+    SUMMARY: str
+    SMOKE: Mapping[str, Any]
 
 
 SMOKE = {
@@ -41,7 +41,7 @@ SMOKE = {
 TINY = Preset(
     ReasoningRun(
         preset="epic-tiny",
-        data=ReasoningData(source="search", train_rows=8000, test_rows=300, row_tokens=512),
+        data=ReasoningData(source="search", train_rows=8000, test_rows=300, row_tokens=736),
         model=ReasoningModel(
             path="scratch",
             vocab_size=320,
@@ -51,11 +51,8 @@ TINY = Preset(
             num_heads=4,
             num_kv_heads=4,
         ),
-        train=TrainConfig(
-            epochs=1,
-            batch_size=8,
-            optimizer=AdamW(learning_rate=4e-3, schedule="cosine", warmup=0.1, b2=0.98),
-        ),
+        train=FitConfig(epochs=1, batch_size=8),
+        optimizer=AdamW(learning_rate=4e-3, schedule="cosine", warmup=0.1, b2=0.98),
         evaluate=JudgeConfig(max_new_tokens=448, generate_rows=100),
     ),
     "a tiny model learns additions from traces that search first (no download, minutes)",
@@ -72,13 +69,10 @@ GSM8K = Preset(
     ReasoningRun(
         preset="epic-gsm8k-smollm2",
         # GSM8K's test file has 1319 rows; its solutions have a thought a line, 3.7 on average.
-        data=ReasoningData(source="gsm8k", train_rows=900, test_rows=419, row_tokens=512),
+        data=ReasoningData(source="gsm8k", train_rows=900, test_rows=419, row_tokens=1024),
         model=ReasoningModel(path="smollm2"),
-        train=TrainConfig(
-            epochs=1,
-            batch_size=8,
-            optimizer=AdamW(learning_rate=1e-4, schedule="cosine", warmup=0.1),
-        ),
+        train=FitConfig(epochs=1, batch_size=4),
+        optimizer=AdamW(learning_rate=1e-4, schedule="cosine", warmup=0.1),
         evaluate=JudgeConfig(max_new_tokens=256, generate_rows=64),
     ),
     "SmolLM2-135M learns 900 solutions of GSM8K: this shows the time, not the accuracy",
@@ -101,18 +95,16 @@ QWEN = Preset(
             rope_theta=300_000.0,
             context=32768,
         ),
-        train=TrainConfig(
-            epochs=3,
-            batch_size=16,  # inferred from the authors' numbers of steps
-            optimizer=AdamW(
-                learning_rate=5e-5,
-                schedule="linear",
-                warmup=0.1,
-                b1=0.9,
-                b2=0.999,
-                weight_decay=1e-4,
-                clip_norm=1.0,
-            ),
+        # A batch of 16 rows is inferred from the authors' numbers of steps.
+        train=FitConfig(epochs=3, batch_size=16),
+        optimizer=AdamW(
+            learning_rate=5e-5,
+            schedule="linear",
+            warmup=0.1,
+            b1=0.9,
+            b2=0.999,
+            weight_decay=1e-4,
+            clip_norm=1.0,
         ),
         mesh=MeshConfig(data=1, fsdp=-1, tp=1),
         evaluate=JudgeConfig(
@@ -126,4 +118,4 @@ QWEN = Preset(
     {**SMOKE, "train.batch_size": 8},
 )
 
-PRESETS: dict[str, Preset] = {preset.config.preset: preset for preset in (TINY, GSM8K, QWEN)}
+PRESETS: dict[str, Preset] = {preset.PRESET.preset: preset for preset in (TINY, GSM8K, QWEN)}

@@ -15,6 +15,7 @@ READERS = {
     "train.unlearn": "train.arguments",
     "train.pretrain": "train.pretraining.arguments",
     "train.classify": "train.classification.arguments",
+    "train.finetune": "train.finetuning.arguments",
 }
 UNLEARN = "train.unlearn"
 # They choose which options there are, or what the others start from.
