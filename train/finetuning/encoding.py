@@ -56,6 +56,15 @@ def check_template(tokenizer: Tokenizer, trace: cot.Trace) -> None:
             )
 
 
+def check_packing(data: ReasoningData) -> None:
+    """Raise `UserError` for prompts to mask in rows that are cut."""
+    if data.mask_prompt and data.packing == "chop":
+        raise UserError(
+            "--data.packing chop cuts examples in two, so there are no prompts to mask; leave out "
+            "--data.mask-prompt, or choose first-fit"
+        )
+
+
 def learned(
     rows: Sequence[Row],
     tokenizer: Tokenizer,
@@ -75,13 +84,8 @@ def learned(
         seed: of a random choice of thoughts or of rows.
 
     Raises:
-        UserError: no row fits a row of tokens, or prompts to mask in rows that are cut.
+        UserError: no row fits a row of tokens, or a chat template leaves the traces out.
     """
-    if data.mask_prompt and data.packing == "chop":
-        raise UserError(
-            "--data.packing chop cuts examples in two, so there are no prompts to mask; leave out "
-            "--data.mask-prompt, or choose first-fit"
-        )
     check_template(tokenizer, cot.find_trace(rows[0], condense.mode))
     whole, short, kept, of = [], [], 0, 0
     with progress("tokenise", len(rows)) as advance:

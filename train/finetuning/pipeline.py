@@ -109,6 +109,7 @@ def check(config: ReasoningRun) -> tuple[Any, Any]:
     """
     checks.check_numbers(config)
     data = config.data
+    encoding.check_packing(data)
     layout = prompt_format(DataConfig(template=data.template, template_date=data.template_date))
     reporters.check(reporters.chosen(config.report_to))
     remote.check(config.output, "--output")

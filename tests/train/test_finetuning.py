@@ -1,0 +1,373 @@
+"""train.finetune's presets: rows, their tokens, the judgement of a final answer, a whole run."""
+
+import dataclasses
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxlib_unlearn import cot
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.metrics.final_answer import final_answer, same_answer
+from models.decoder import Decoder, DecoderConfig
+from train import cli
+from train.config import replace, to_json
+from train.costs.utilisation import flops_per_token
+from train.data.bpe import train_bpe
+from train.data.search_traces import THOUGHTS, search_rows
+from train.evaluators import EVALUATORS
+from train.finetuning import encoding, sources
+from train.finetuning.arguments import read_arguments
+from train.finetuning.config import CondenseConfig, ReasoningData, ReasoningRun
+from train.presets.epic import PRESETS
+
+ROWS = search_rows(5, "train", 60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(encoding.texts(ROWS), 320)
+
+
+# Rows
+
+
+def test_generated_rows_are_solved_by_their_derivation():
+    """Against a loop over the question's own words."""
+    seen = set()
+    for row in ROWS:
+        start, *added = map(int, re.findall(r"(?:at|adds) (\d)", row["question"]))
+        total, k = start, len(added)
+        n = len(row["thoughts"])
+        assert n == THOUGHTS[k - 1] and 8 <= n <= 40
+        assert row["thoughts"][:k] == [f"Step {i} adds {x}." for i, x in enumerate(added, 1)]
+        for i, x in enumerate(added, 1):
+            last, total = total, (total + x) % 10
+            assert row["thoughts"][n - k + i - 1] == f"Step {i}: {last} + {x} = {total}."
+        assert row["answer"] == str(total)
+        first = str((start + added[0]) % 10)
+        tried = [re.fullmatch(r"Try (\d+): (\d)\? No\.", t) for t in row["thoughts"][k : n - k]]
+        assert [int(m[1]) for m in tried] == list(range(1, n - 2 * k + 1))
+        assert all(m[2] != first for m in tried)
+        seen.add(k)
+        # Both edges hold what was understood and what was derived; the middle holds neither.
+        for tau in (0.3, 0.5):
+            kept = cot.select(n, tau)
+            assert {*range(k), *range(n - k, n)} <= {*kept}
+        assert not {*range(n - k, n)} & {*cot.select(n, 0.5, "middle")}
+    assert seen == set(range(1, 7))
+    asked = {row["question"] for row in ROWS}
+    others = search_rows(5, "test", 40, asked)
+    assert not asked & {row["question"] for row in others} and len(others) == 40
+    assert search_rows(5, "train", 20) == ROWS[:20] != search_rows(6, "train", 20)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+SOLVED = [
+    {"question": f"{i}+1?", "answer": f"{i}+1={i + 1}\n\nSo.\n#### {i + 1}"} for i in range(9)
+]
+
+
+def test_rows_are_drawn_by_the_seed(tmp_path):
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    for name, some in (("a", SOLVED[:4]), ("b", SOLVED[4:])):
+        write(folder / f"{name}.jsonl", some)
+    (folder / "README.md").write_text("no rows")
+    data = ReasoningData(source="gsm8k", path=folder, train_rows=5, test_rows=3)
+    found = sources.load(data, 0)
+    assert len(found.train) == 5 and len(found.test) == 3
+    numbers = [int(row["answer"]) for row in (*found.train, *found.test)]
+    assert len(set(numbers)) == 8 and set(numbers) <= set(range(1, 10))
+    row = found.train[0]
+    n = int(row["answer"])
+    assert row["thoughts"] == [f"{n - 1}+1={n}", "So."] and sources.gold(row) == str(n)
+    assert sources.load(data, 0).digest() == found.digest() != sources.load(data, 1).digest()
+    rest = sources.load(dataclasses.replace(data, train_rows=None), 0)
+    assert len(rest.train) == 6 and rest.test == found.test
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"question": "?", "thoughts": ["a"], "answer": "x = 5"}, "5"),
+        ({"question": "?", "answer": "<think>7</think>\n\nSo \\boxed{\\frac{1}{2}} 3."}, None),
+        ({"answer": "1/2", "messages": [{"role": "user", "content": "?"}, {
+            "role": "assistant", "content": "<think>7</think> $\\boxed{0.5}$"}]}, "1/2"),
+    ],
+)  # fmt: skip
+def test_the_answer_that_a_row_asks_for(row, answer):
+    assert sources.gold(row) == (answer or r"\frac{1}{2}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        ([{"question": "?", "answer": "4"}], {}, "line 1: no #### in 'answer', or several"),
+        ([*SOLVED, {"question": "?", "answer": "#### 4"}], {}, "line 10: 'thoughts' is no list"),
+        ([{"question": "?", "answer": "a\n####"}], {}, "line 1: 'answer' is empty"),
+        ([{"answer": "a\n#### 4"}], {}, "line 1: no 'question'"),
+        (SOLVED, {"train_rows": 9}, "has 9 rows, fewer than --data.train-rows 9 and"),
+        (SOLVED, {"test_rows": 9}, "fewer than --data.train-rows 1"),
+        ([], {}, "has 0 rows"),
+        (SOLVED, {"source": "rows"}, "line 1: no <think> in 'answer'"),
+        (SOLVED, {"revision": "main"}, "leave out it or --data.path"),
+        (SOLVED, {"source": "search"}, "--data.path does not go with --data.source search"),
+        (SOLVED, {"source": "rows", "path": None}, "needs --data.path"),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path, rows, options, said):
+    path = write(tmp_path / "rows.jsonl", rows)
+    data = ReasoningData(source="gsm8k", path=path, test_rows=2)
+    with pytest.raises(UserError) as caught:
+        sources.load(dataclasses.replace(data, **options), 0)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Tokens
+
+
+def learned(tokenizer, rows=ROWS, row_tokens=512, context=4096, packing="first-fit", **condense):
+    data = ReasoningData(row_tokens=row_tokens, packing=packing)
+    return encoding.learned(rows, tokenizer, CondenseConfig(**condense), data, context, 3)
+
+
+def test_what_is_learned_is_the_condensed_text(tokenizer):
+    found = learned(tokenizer, tau=0.5, policy="random")
+    pieces = {tuple(p.tokens.tolist()) for p in found.stream.pieces()}
+    wanted, tokens = set(), 0
+    for number, row in enumerate(ROWS):
+        text = cot.condense(row, 0.5, "random", seed=3, number=number).after.text
+        ids = tokenizer.encode(f"Question: {row['question']}\nAnswer: {text}")
+        wanted.add((*ids, tokenizer.eos_id))  # the end is a label, whatever fills the rows
+        tokens += len(ids) + 1
+    assert pieces == wanted
+    whole = learned(tokenizer, tau=1.0)
+    assert found.tokens == tokens and whole.token_ratio == whole.thought_ratio == 1
+    assert found.token_ratio == pytest.approx(tokens / whole.tokens)
+    assert 0.5 <= found.thought_ratio < 0.53
+    # The padding of whole traces would be more than that.
+    assert found.stream.waste < 0.1 and found.examples == len(ROWS) and found.too_long == 0
+
+
+def test_whole_traces_of_equally_many_tokens(tokenizer):
+    short = learned(tokenizer, tau=0.5)
+    found = learned(tokenizer, tau=0.5, cost_matched=True)
+    longest = max(len(p.tokens) for p in learned(tokenizer, tau=1.0).stream.pieces())
+    assert short.tokens - longest < found.tokens <= short.tokens
+    assert found.examples < len(ROWS) and found.thought_ratio == 1
+    whole = {tuple(p.tokens.tolist()) for p in learned(tokenizer, tau=1.0).stream.pieces()}
+    assert {tuple(p.tokens.tolist()) for p in found.stream.pieces()} < whole
+
+
+def test_examples_that_fit_no_row(tokenizer):
+    sizes = [len(p.tokens) - 1 for p in learned(tokenizer, tau=1.0).stream.pieces()]
+    room = int(np.median(sizes))
+    found = learned(tokenizer, tau=1.0, row_tokens=room)
+    assert found.too_long == sum(size > room for size in sizes) > 0
+    assert learned(tokenizer, tau=1.0, context=room).too_long == found.too_long
+    assert learned(tokenizer, tau=1.0, row_tokens=room, packing="chop").too_long == 0
+    with pytest.raises(UserError, match=r"no example fits the 9 tokens of a row \(the shortest"):
+        learned(tokenizer, row_tokens=9)
+
+
+def test_a_template_that_leaves_traces_out(tokenizer):
+    """As those of reasoning models do, which keep what follows the closing tag."""
+    head = "{% for m in messages %}{{ m.role }}: "
+    last = "{{ m.content.split('</think>')[-1] }}"
+    dropping = tokenizer.with_template(f"{head}{last}{{% endfor %}}")
+    with pytest.raises(UserError, match="leaves out what stands between the think tags"):
+        learned(dropping, tau=0.5)
+    keeping = tokenizer.with_template(f"{head}{{{{ m.content }}}}{{% endfor %}}")
+    assert learned(keeping, tau=0.5).examples == len(ROWS)
+
+
+def test_the_labels_of_an_answer(tokenizer):
+    for row in ROWS[:9]:
+        example = encoding.answer_example(tokenizer, row, None)
+        words = tokenizer.decode(example.tokens[example.num_prompt :])
+        assert words.strip() == row["answer"] and example.tokens[-1] == tokenizer.eos_id
+        before = tokenizer.decode(example.tokens[: example.num_prompt])
+        assert before.rstrip().endswith(f"{row['thoughts'][-1]}\n{cot.CLOSE}")
+
+
+def test_expected_work_is_that_of_every_example(tokenizer):
+    decoder = Decoder(DecoderConfig(320, 16, 32, 2, 2, 2, 8))
+    stream = learned(tokenizer, tau=0.5).stream
+    by_hand = sum(n * flops_per_token(decoder, n) for n in (p.slots for p in stream.pieces()))
+    assert encoding.flops(decoder, stream) == by_hand
+
+
+# Judgement
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>4</think>\n\nThe digit is 6.", "6"),
+        ("<think>\\boxed{1}</think> \\boxed{2} or \\boxed{ {3} }.", "{3}"),
+        ("\\boxed{open", "open"),
+        ("It takes 3.\n#### 1,200\nmore 7", "1,200"),
+        ("between 3 and -4.5", "-4.5"),
+        ("a third: 1/3.", "1/3"),
+        (" no number ", "no number"),
+        ("", ""),
+    ],
+)
+def test_final_answer(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("18", "18.00", True),
+        ("$1,200.", "1200", True),
+        ("50%", "50", True),
+        ("1/3", "2/6", True),
+        ("1/0", "1/0", True),
+        ("x + 1", "x+1", True),
+        ("1/3", "0.333", False),
+        ("", "0", False),
+        ("yes", "no", False),
+        ("nan", "0", False),
+    ],
+)
+def test_same_answer(one, other, same):
+    assert same_answer(one, other) == same_answer(other, one) == same
+
+
+def test_the_evaluator_reads_what_follows_the_trace():
+    texts = {
+        "<think>1</think> 4": (1, 1, 8),
+        "<think>1</think> 5": (0, 1, 8),
+        "<think>4": (0, 0, 9),  # it never came to an answer
+        "<think>1</think> 4 and": (1, 0, 9),  # it was cut
+        "It is 4": (1, 0, 3),
+    }
+    log_probs = [np.array([-1.0, -3.0])] * len(texts)
+    context = SimpleNamespace(
+        answers=lambda split: SimpleNamespace(
+            texts=[[text] for text in texts], ids=[[[7] * n] for *_, n in texts.values()]
+        ),
+        scores=lambda split: {"answers": [{"logp": x} for x in log_probs]},
+        config=SimpleNamespace(max_new_tokens=9),
+    )
+    rows = {"test": [{"gold": "4"}] * len(texts)}
+    log = EVALUATORS["final_answer"].run(None, rows, context)
+
+    def scores(name):
+        items = log[name]["value_by_index"]
+        return [items[str(i)]["score"] for i in range(len(texts))]
+
+    assert scores("answer_accuracy") == [right for right, *_ in texts.values()]
+    assert scores("finished") == [done for _, done, _ in texts.values()]
+    assert log["generated_tokens"]["agg_value"] == np.mean([8, 8, 9, 9, 3])
+    assert log["answer_nll"]["agg_value"] == 2.0
+    assert log["answer_accuracy"]["agg_value"] == 0.6
+
+
+# The program
+
+
+def test_presets_read_back_and_say_what_the_card_says():
+    for name, preset in PRESETS.items():
+        config = preset.PRESET
+        assert config.preset == name
+        assert cli.from_json(ReasoningRun, json.loads(json.dumps(to_json(config)))) == config
+        assert replace(config, **preset.SMOKE).train.steps == 3
+        assert (config.condense.tau, config.condense.policy) == (0.5, "edge")
+    big = PRESETS["epic-qwen2.5-math-7b"].PRESET
+    assert (big.model.rope_theta, big.model.context, big.data.row_tokens) == (3e5, 32768, 32768)
+    adamw = big.optimizer
+    assert (adamw.learning_rate, adamw.schedule, adamw.warmup) == (5e-5, "linear", 0.1)
+    assert (adamw.weight_decay, adamw.clip_norm, adamw.b1, adamw.b2) == (1e-4, 1.0, 0.9, 0.999)
+    assert (big.train.epochs, big.train.batch_size, big.data.mask_prompt) == (3, 16, False)
+    other = read_arguments(["epic-tiny", "--data.source", "rows", "--data.path", "x.jsonl"])
+    assert other.data.train_rows == PRESETS["epic-tiny"].PRESET.data.train_rows
+    quick = read_arguments(["epic-tiny", "--smoke", "--optimizer.name", "teon"])
+    assert quick.smoke and quick.train.steps == 3 and quick.optimizer.name == "teon"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("epic-tny", "did you mean epic-tiny?"),
+        ("epic-tny --smoke", "did you mean epic-tiny?"),
+        ("epic-tiny --condense.tau 1.5", "--condense.tau is 1.5; it must be from 0 to 1"),
+        ("epic-tiny --condense.polcy edge", "did you mean --condense.policy?"),
+        ("epic-tiny --condense.policy edges", "did you mean 'edge'?"),
+        ("epic-tiny --tau 0.3", "did you mean --condense.tau?"),
+        ("epic-tiny --data.packing first", "--data.packing 'first' is unknown"),
+        ("epic-tiny --data.packing chop --data.mask-prompt", "no prompts to mask"),
+        ("epic-tiny --data.row-tokens 20", "no example fits the 20 tokens of a row"),
+        ("epic-tiny --train.epochs 0.001", "has no step"),
+        ("epic-tiny --data.template chatml", "--data.template 'chatml' is unknown"),
+        ("epic-gsm8k-smollm2 --data.path NONE", "NONE: no such file"),
+        ("epic-tiny --model.num-heads 5", "must divide one another"),
+        ("--config NONE", "NONE"),
+    ],
+)
+def test_bad_arguments(program, monkeypatch, tmp_path, argv, said):
+    def reached(*args, **options):
+        raise AssertionError("compute began")
+
+    monkeypatch.setattr("train.loop.run", reached)
+    monkeypatch.setattr("train.base_models.check_model", lambda *args: None)
+    words = argv.replace("NONE", str(tmp_path / "none.jsonl")).split()
+    sizes = [] if "epic-tny" in argv else ["--mesh.data", "1"]
+    sizes += ["--data.train-rows", "30"] if "tiny" in argv else []
+    done = program("train.finetune", *words, *sizes, "--output", tmp_path / "run")
+    assert done.code == 2 and done.err.splitlines()[-1].startswith("error: "), done.err
+    assert said.replace("NONE", str(tmp_path / "none.jsonl")) in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help(program):
+    done = program("train.finetune", "epic-tiny", "--help")
+    assert done.code == 0 and not done.err
+    for option in ("--condense.tau", "--condense.cost-matched", "--data.row-tokens"):
+        assert option in done.out
+    listed = program("train.finetune")
+    assert listed.code == 2 and all(name in listed.out for name in PRESETS)
+
+
+def test_a_whole_run(program, tmp_path):
+    root = tmp_path / "run"
+    argv = ["train.finetune", "epic-tiny", "--smoke", "--mesh.data", "1", "--output", root]
+    done = program(*argv)
+    assert done.code == 0, done.err
+    summary = json.loads((root / "summary.json").read_text())
+    assert list(summary) == ["base", "finetuned"]
+    finetuned = summary["finetuned"]
+    assert finetuned["answer_nll"] < summary["base"]["answer_nll"]
+    assert finetuned["train_steps"] == 3 and finetuned["train_seconds"] > 0
+    assert 0.55 < finetuned["token_ratio"] < 0.66 and 0.5 <= finetuned["thought_ratio"] < 0.53
+    log = json.loads((root / "evals" / "finetuned.json").read_text())
+    assert len(log["answer_accuracy"]["value_by_index"]) == 4
+    assert (root / "export" / "model.safetensors").exists()
+    assert "Answer accuracy" in done.out and "padding" in done.err
+    # Nothing is computed twice; the stored configuration is the same run.
+    steps = (root / "metrics.jsonl").read_bytes()
+    config = root / "config.json"
+    again = program("train.finetune", "--config", config, "--mesh.data", "1", "--output", root)
+    assert again.code == 0, again.err
+    assert json.loads((root / "summary.json").read_text()) == summary
+    assert (root / "metrics.jsonl").read_bytes() == steps
+
+
+@pytest.mark.slow
+def test_a_model_and_rows_of_others(program, tiny, tmp_path):
+    path = write(tmp_path / "gsm8k.jsonl", SOLVED)
+    argv = ["--smoke", "--mesh.data", "1", "--data.path", path, "--model.path", tiny]
+    argv += "--data.row-tokens 96 --data.train-rows 6 --data.test-rows 3".split()
+    done = program("train.finetune", "epic-gsm8k-smollm2", *argv, "--output", tmp_path / "run")
+    assert done.code == 0, done.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["finetuned"]["token_ratio"] == 1  # of two thoughts both are kept
