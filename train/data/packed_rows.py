@@ -21,13 +21,13 @@ CHOPPED = 1000  # examples that are joined at once, as TRL 0.16 does
 
 
 class Piece(NamedTuple):
-    """Tokens that see each other, (n,) int32, of which the first `unlabelled` are no labels.
+    """Tokens that see each other, (n,) int32, of which the first `num_prompt` are no labels.
 
     The last token is a label only, so a piece takes n - 1 slots.
     """
 
     tokens: np.ndarray
-    unlabelled: int
+    num_prompt: int
 
     @property
     def slots(self) -> int:
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
     @property
     def labels(self) -> int:
         """Number of its labels."""
-        return len(self.tokens) - max(self.unlabelled, 1)
+        return len(self.tokens) - max(self.num_prompt, 1)
 
 
 def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
@@ -106,7 +106,7 @@ MODES: dict[str, Callable[[Sequence[Piece], int], list[list[Piece]]]] = {
 
 
 def pack_rows(
-    examples: Sequence[Example],
+    examples: Sequence[Example | Piece],
     row_tokens: int,
     mode: str = "first-fit",
     *,
@@ -181,7 +181,7 @@ class PackedRows:
     def identity(self) -> str:
         """sha256 of the tokens of every piece, where its labels begin, and in which row it lies."""
         sizes = [
-            [i, len(piece.tokens), piece.unlabelled]
+            [i, len(piece.tokens), piece.num_prompt]
             for i, row in enumerate(self.rows)
             for piece in row
         ]

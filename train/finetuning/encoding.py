@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxlib_unlearn import cot
 from jaxlib_unlearn.errors import UserError
 from models import Decoder, Tokenizer
 from train.costs.utilisation import flops_per_token
 from train.data.batches import shuffled
 from train.data.examples import Example, encode_qa
-from train.data.packed_rows import PackedRows, pack_rows
+from train.data.packed_rows import PackedRows, Piece, pack_rows
 from train.finetuning.config import CondenseConfig, ReasoningData
 from train.finetuning.sources import Row
 from train.runtime.tracking import progress
@@ -87,7 +89,8 @@ def learned(
         UserError: no row fits a row of tokens, or a chat template leaves the traces out.
     """
     check_template(tokenizer, cot.find_trace(rows[0], condense.mode))
-    whole, short, kept, of = [], [], 0, 0
+    pieces: list[Piece] = []
+    whole = short = kept = of = 0
     with progress("tokenise", len(rows)) as advance:
         for number, row in enumerate(rows):
             found = cot.condense(
@@ -99,21 +102,20 @@ def learned(
                 seed=seed,
                 number=number,
             )
-            whole.append(example_of(tokenizer, found.before, data.system_prompt))
-            same = found.after is found.before
-            short.append(
-                whole[-1] if same else example_of(tokenizer, found.after, data.system_prompt)
-            )
+            before = after = example_of(tokenizer, found.before, data.system_prompt)
+            if found.after is not found.before:
+                after = example_of(tokenizer, found.after, data.system_prompt)
+            chosen = before if condense.cost_matched else after
+            pieces.append(Piece(np.asarray(chosen.tokens, np.int32), chosen.num_prompt))
+            whole, short = whole + len(before.tokens), short + len(after.tokens)
             kept, of = kept + len(found.after.thoughts), of + len(found.before.thoughts)
             advance()
-    total = num_tokens(whole)
-    chosen = short
     if condense.cost_matched:
-        chosen, kept, of = matched(whole, num_tokens(short), seed), 1, 1
+        pieces, kept, of = matched(pieces, short, seed), 1, 1
     room = min(data.row_tokens, context)
-    fitting = [e for e in chosen if data.packing == "chop" or len(e.tokens) - 1 <= room]
+    fitting = [p for p in pieces if data.packing == "chop" or p.slots <= room]
     if not fitting:
-        least = min(len(e.tokens) - 1 for e in chosen)
+        least = min(piece.slots for piece in pieces)
         raise UserError(
             f"no example fits the {room} tokens of a row (the shortest has {least}); raise "
             "--data.row-tokens" + (" and --model.context" if room == context else "")
@@ -125,19 +127,14 @@ def learned(
         mask_prompt=data.mask_prompt,
         pad_id=tokenizer.pad_id or 0,
     )
-    tokens = num_tokens(fitting)
-    left = len(chosen) - len(fitting)
-    return Learned(stream, len(fitting), tokens, tokens / total, kept / of, left)
+    tokens = sum(len(piece.tokens) for piece in fitting)
+    left = len(pieces) - len(fitting)
+    return Learned(stream, len(fitting), tokens, tokens / whole, kept / of, left)
 
 
-def num_tokens(examples: Sequence[Example]) -> int:
-    """Tokens of all examples."""
-    return sum(len(example.tokens) for example in examples)
-
-
-def matched(whole: Sequence[Example], tokens: int, seed: int) -> list[Example]:
+def matched(whole: Sequence[Piece], tokens: int, seed: int) -> list[Piece]:
     """As many whole examples, drawn by the seed, as have at most so many tokens."""
-    found: list[Example] = []
+    found: list[Piece] = []
     for i in shuffled(seed, "cost-matched", 0, len(whole)):
         tokens -= len(whole[i].tokens)
         if tokens < 0 and found:
