@@ -93,6 +93,19 @@ def test_rows_are_drawn_by_the_seed(tmp_path):
     assert len(rest.train) == 6 and rest.test == found.test
 
 
+def test_published_rows_whose_trace_was_cut_are_left_out(tmp_path):
+    def row(text):
+        turns = [("user", "?"), ("assistant", text)]
+        return {"messages": [{"role": role, "content": said} for role, said in turns]}
+
+    path = write(tmp_path / "rows.jsonl", [*[row("<think>a</think> 4")] * 3, row("<think>a")])
+    data = ReasoningData(source="openr1", path=path, test_rows=1)
+    found = sources.load(data, 0)
+    assert len(found.train) == 2 and "(1 without a whole trace left out)" in found.notes[0]
+    with pytest.raises(UserError, match="line 4: 1 <think> and 0 </think>"):
+        sources.load(dataclasses.replace(data, source="rows"), 0)
+
+
 @pytest.mark.parametrize(
     ("row", "answer"),
     [

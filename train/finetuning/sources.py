@@ -6,21 +6,20 @@ A row is a mapping that `jaxlib_unlearn.cot.find_trace` reads. A source is a fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn import cot
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics.final_answer import MARK, final_answer
-from jaxlib_unlearn.reading import one_line
+from train.data import hub_table
 from train.data.batches import shuffled
 from train.data.reasoning import FORMATS, read_rows
 from train.data.search_traces import search_rows
 from train.runtime.stages import digest
 
 Row = Mapping[str, Any]
-Placed = Iterator[tuple[str, Row]]
 
 
 class Rows(NamedTuple):
@@ -39,14 +38,17 @@ class Source(NamedTuple):
     """Where rows come from.
 
     Args:
-        pool: `data -> rows with their places`, of which a run draws its own; None: see `make`.
+        pool: `(place, row) -> row` of a file or of the Hub, of which a run draws its own; None: the
+            rows are made.
         make: `(data, seed) -> (training rows, test rows)`.
         hub: the data set at the Hub, its configuration and its split, where no path is given.
+        leaves_out: rows without a whole trace are left out and counted; otherwise they are refused.
     """
 
     pool: Callable[[str, Row], Row] | None = None
     make: Callable[[Any, int], tuple[list[Row], list[Row]]] | None = None
     hub: tuple[str, str, str] | None = None
+    leaves_out: bool = False
 
 
 def plain(where: str, row: Row) -> Row:
@@ -84,7 +86,8 @@ def _generated(data: Any, seed: int) -> tuple[list[Row], list[Row]]:
 SOURCES: dict[str, Source] = {
     "search": Source(make=_generated),
     "gsm8k": Source(of_gsm8k, hub=("openai/gsm8k", "main", "train")),
-    "openr1": Source(plain, hub=("open-r1/OpenR1-Math-220k", "default", "train")),
+    # Some of its traces were cut where the model that wrote them had no more tokens.
+    "openr1": Source(plain, hub=("open-r1/OpenR1-Math-220k", "default", "train"), leaves_out=True),
     "rows": Source(plain),
 }
 
@@ -122,26 +125,32 @@ def _pool(source: Source, data: Any) -> tuple[list[Row], str]:
     if data.path is None:
         if source.hub is None:
             raise UserError("--data.source rows needs --data.path, a file of reasoning rows")
-        found, place = _hub(source.hub, data.revision), source.hub[0]
+        repository, subset, split = source.hub
+        advice = "give --data.path a file of its rows"
+        table = hub_table.read(
+            repository, subset, split, data.revision, place=repository, advice=advice
+        )
+        place = " ".join([repository, *(f"at commit {c}" for c in table.commits)])
+        found = ((f"{repository}, row {i}", row) for i, row in enumerate(table.rows, 1))
     else:
         if data.revision is not None:
             raise UserError("--data.revision is of the Hub's data set; leave out it or --data.path")
         path = data.path.expanduser()
         files = _files(path, source.hub is not None)
-        found, place = (
-            (item for file in files for item in read_rows(file, "--data.path")),
-            path.name,
-        )
+        found, place = (row for file in files for row in read_rows(file, "--data.path")), path.name
     assert source.pool is not None
-    rows = []
+    rows, left = [], 0
     for where, raw in found:
         row = source.pool(where, raw)
         try:
             cot.find_trace(row)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            if not source.leaves_out:
+                raise UserError(f"{where}: {error}") from None
+            left += 1
+            continue
         rows.append(row)
-    return rows, place
+    return rows, f"{place} ({left} without a whole trace left out)" if left else place
 
 
 def _files(path: Path, folders: bool) -> Iterable[Path]:
@@ -151,24 +160,6 @@ def _files(path: Path, folders: bool) -> Iterable[Path]:
     if not files:
         raise UserError(f"--data.path {path}: no {' or '.join(FORMATS)} file in it; give another")
     return files
-
-
-def _hub(name: tuple[str, str, str], revision: str | None) -> Placed:
-    repository, subset, split = name
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"reading {repository} needs the package `datasets`; install it or give --data.path"
-        ) from None
-    try:
-        found = datasets.load_dataset(repository, subset, split=split, revision=revision)
-    except Exception as error:  # the Hub's client raises many types; all mean the same to the user
-        raise UserError(
-            f"{repository}: cannot be read ({type(error).__name__}: {one_line(error, 120)}); give "
-            "--data.path, a file of its rows, or check the network"
-        ) from None
-    return ((f"{repository}, row {i}", dict(row)) for i, row in enumerate(found, 1))
 
 
 def _drawn(pool: list[Row], data: Any, seed: int, place: str) -> tuple[list[Row], list[Row]]:
