@@ -109,6 +109,21 @@ def test_zeroth_order_against_forward_passes(repo, tmp_path, monkeypatch, capsys
     assert all(row["work"] in table for row in told["rows"])
 
 
+@pytest.mark.slow
+def test_packed_rows_save_padding(repo, tmp_path, monkeypatch, capsys):
+    """On a tiny model and made-up solutions: the contents of the table, not the timings."""
+    bench = load(repo, "packed_rows")
+    tiny = DecoderConfig(320, 32, 64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
+    monkeypatch.setattr(bench, "MODEL", tiny)
+    rows = [{"question": f"{i}?", "answer": f"{'so ' * i}\n#### {i}"} for i in range(1, 30)]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sizes = "--examples 8 --row-tokens 128 --repeats 1".split()
+    bench.main([*sizes, "--data", str(tmp_path), "--output", str(tmp_path)])
+    told = json.loads((tmp_path / "packed_rows.json").read_text())
+    assert 0 < told["padding"] < 0.2 and told["time"] > 0
+    assert (tmp_path / "packed_rows.md").read_text() in capsys.readouterr().out
+
+
 def test_traces_are_condensed(repo, tmp_path, capsys):
     """The contents of the table, not the timings."""
     bench = load(repo, "condense")

@@ -13,6 +13,8 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics.final_answer import final_answer, same_answer
 from models.decoder import Decoder, DecoderConfig
 from train import cli
+from train.choices import options
+from train.condense import CondenseRun
 from train.config import replace, to_json
 from train.costs.utilisation import flops_per_token
 from train.data.bpe import train_bpe
@@ -167,6 +169,17 @@ def test_what_is_learned_is_the_condensed_text(tokenizer):
     assert 0.5 <= found.thought_ratio < 0.53
     # The padding of whole traces would be more than that.
     assert found.stream.waste < 0.1 and found.examples == len(ROWS) and found.too_long == 0
+
+
+def test_the_tiny_preset_saves_what_it_should(tokenizer):
+    """Steps follow from rows: three in ten at least are saved, and little of them is padding."""
+    room = PRESETS["epic-tiny"].PRESET.data.row_tokens
+    rows = search_rows(0, "train", 600)
+    full, half = (learned(tokenizer, rows, room, room, tau=tau).stream for tau in (1.0, 0.5))
+    assert max(full.waste, half.waste) <= 0.08
+    assert len(half) <= 0.7 * len(full)
+    decoder = Decoder(DecoderConfig(320, 96, 256, 2, 4, 4, 24))
+    assert encoding.flops(decoder, half) <= 0.6 * encoding.flops(decoder, full)
 
 
 def test_whole_traces_of_equally_many_tokens(tokenizer):
@@ -340,6 +353,14 @@ def test_bad_arguments(program, monkeypatch, tmp_path, argv, said):
     assert done.code == 2 and done.err.splitlines()[-1].startswith("error: "), done.err
     assert said.replace("NONE", str(tmp_path / "none.jsonl")) in done.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("cls", "default"),
+    [(CondenseRun, CondenseRun()), *((ReasoningRun, p.PRESET) for p in PRESETS.values())],
+)
+def test_every_option_is_described(cls, default):
+    assert [o.name for o in options(cls, default) if not o.text] == []
 
 
 def test_help(program):
