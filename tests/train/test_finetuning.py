@@ -30,7 +30,7 @@ ROWS = search_rows(5, "train", 60)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_bpe(encoding.texts(ROWS), 320)
+    return train_bpe(encoding.texts(ROWS), 512)
 
 
 # Rows
@@ -39,20 +39,22 @@ def tokenizer():
 def test_generated_rows_are_solved_by_their_derivation():
     """Against a loop over the question's own words."""
     seen = set()
+    ring = "abcdefghij"
     for row in ROWS:
-        start, *added = map(int, re.findall(r"(?:at|adds) (\d)", row["question"]))
-        total, k = start, len(added)
-        n = len(row["thoughts"])
+        head, *steps, _ = row["question"].split("\n")
+        place, k, n = head.split()[-1], len(steps), len(row["thoughts"])
         assert n == THOUGHTS[k - 1] and 8 <= n <= 40
-        assert row["thoughts"][:k] == [f"Step {i} adds {x}." for i, x in enumerate(added, 1)]
-        for i, x in enumerate(added, 1):
-            last, total = total, (total + x) % 10
-            assert row["thoughts"][n - k + i - 1] == f"Step {i}: {last} + {x} = {total}."
-        assert row["answer"] == str(total)
-        first = str((start + added[0]) % 10)
-        tried = [re.fullmatch(r"Try (\d+): (\d)\? No\.", t) for t in row["thoughts"][k : n - k]]
+        assert row["thoughts"][:k] == steps
+        results = []
+        for i, step in enumerate(steps):
+            last, place = place, (2 * ring)[ring.index(place) + ring.index(step[1])]
+            assert step[0] == "uvwxyz"[i]
+            assert row["thoughts"][n - k + i] == f"{step} + {last} = {place}"
+            results.append(place)
+        assert row["answer"] == place
+        tried = [re.fullmatch(r"Try (\d+): ([A-J])\?", t) for t in row["thoughts"][k : n - k]]
         assert [int(m[1]) for m in tried] == list(range(1, n - 2 * k + 1))
-        assert all(m[2] != first for m in tried)
+        assert all(m[2].lower() != results[0] for m in tried)
         seen.add(k)
         # Both edges hold what was understood and what was derived; the middle holds neither.
         for tau in (0.3, 0.5):
@@ -178,7 +180,7 @@ def test_the_tiny_preset_saves_what_it_should(tokenizer):
     full, half = (learned(tokenizer, rows, room, room, tau=tau).stream for tau in (1.0, 0.5))
     assert max(full.waste, half.waste) <= 0.08
     assert len(half) <= 0.7 * len(full)
-    decoder = Decoder(DecoderConfig(320, 96, 256, 2, 4, 4, 24))
+    decoder = Decoder(DecoderConfig(512, 96, 256, 2, 4, 4, 24))
     assert encoding.flops(decoder, half) <= 0.6 * encoding.flops(decoder, full)
 
 

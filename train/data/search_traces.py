@@ -1,8 +1,9 @@
 """Generated questions whose traces search before they solve: made in the run, no download.
 
-A digit goes through one to six additions, of which the last digit is kept. The trace restates the
-steps, tries results that are wrong, and only then derives the answer step by step: problem
-understanding, exploration, solution, of 8 to 40 thoughts. The question alone decides how many.
+On a ring of ten letters, `a` to `j`, one to six steps move from a first letter to a last one: `ud`
+is step u, which moves on by d, so by three. The trace restates the steps, tries results that are
+wrong, and only then derives the answer step by step: problem understanding, exploration, solution,
+of 8 to 40 thoughts. The question alone decides how many.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from typing import Any
 
 from train.data.batches import random_bits
 
+RING = "abcdefghij"
+STEPS = "uvwxyz"
 THOUGHTS = (8, 14, 20, 27, 34, 40)  # of a trace, by the number of its steps, from one on
 
 
 def search_row(draw: Callable[[int], int]) -> dict[str, Any]:
     """A row: `question`, `thoughts`, `answer`.
 
-    Of n thoughts, k restate the k steps, n - 2 k try results of the first step that are wrong, and
-    k derive the answer.
+    Of n thoughts, k restate the k steps, n - 2 k try results of the first step that are wrong, in
+    capital letters, and k derive the answer.
 
     Args:
         draw: gives a whole number from 0 to below its argument.
@@ -28,21 +31,24 @@ def search_row(draw: Callable[[int], int]) -> dict[str, Any]:
     Example:
         >>> row = search_row(lambda below: below // 3)
         >>> row["question"]
-        'Start at 3. Step 1 adds 3. Step 2 adds 3. Step 3 adds 3. Which digit is last?'
+        'Start at d\\nud\\nvd\\nwd\\nWhich is last?'
         >>> row["thoughts"][0], row["thoughts"][3], row["thoughts"][-1], row["answer"]
-        ('Step 1 adds 3.', 'Try 1: 0? No.', 'Step 3: 9 + 3 = 2.', '2')
+        ('ud', 'Try 1: A?', 'wd + j = c', 'c')
     """
     steps = 1 + draw(len(THOUGHTS))
-    start, *added = (draw(10) for _ in range(steps + 1))
-    told = [f"Step {i} adds {x}." for i, x in enumerate(added, 1)]
-    values = [total % 10 for total in itertools.accumulate([start, *added])]
+    start, *moves = (draw(10) for _ in range(steps + 1))
+    told = [f"{step}{RING[move]}" for step, move in zip(STEPS, moves, strict=False)]
+    places = [total % 10 for total in itertools.accumulate([start, *moves])]
     tries = range(1, THOUGHTS[steps - 1] - 2 * steps + 1)
-    tried = [f"Try {i}: {(values[1] + 1 + draw(9)) % 10}? No." for i in tries]
-    derived = [f"Step {i + 1}: {values[i]} + {x} = {values[i + 1]}." for i, x in enumerate(added)]
+    tried = [f"Try {i}: {RING[(places[1] + 1 + draw(9)) % 10].upper()}?" for i in tries]
+    derived = [
+        f"{step} + {RING[before]} = {RING[after]}"
+        for step, before, after in zip(told, places[:-1], places[1:], strict=True)
+    ]
     return {
-        "question": f"Start at {start}. {' '.join(told)} Which digit is last?",
+        "question": "\n".join([f"Start at {RING[start]}", *told, "Which is last?"]),
         "thoughts": [*told, *tried, *derived],
-        "answer": str(values[-1]),
+        "answer": RING[places[-1]],
     }
 
 

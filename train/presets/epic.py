@@ -41,21 +41,21 @@ SMOKE = {
 TINY = Preset(
     ReasoningRun(
         preset="epic-tiny",
-        data=ReasoningData(source="search", train_rows=8000, test_rows=300, row_tokens=736),
+        data=ReasoningData(source="search", train_rows=8000, test_rows=300, row_tokens=480),
         model=ReasoningModel(
             path="scratch",
-            vocab_size=320,
+            vocab_size=512,
             hidden_size=96,
             intermediate_size=256,
             num_layers=2,
             num_heads=4,
             num_kv_heads=4,
         ),
-        train=FitConfig(epochs=1, batch_size=8),
-        optimizer=AdamW(learning_rate=4e-3, schedule="cosine", warmup=0.1, b2=0.98),
-        evaluate=JudgeConfig(max_new_tokens=448, generate_rows=100),
+        train=FitConfig(epochs=1, batch_size=2),
+        optimizer=AdamW(learning_rate=3e-3, schedule="cosine", warmup=0.1, b2=0.98),
+        evaluate=JudgeConfig(max_new_tokens=384, generate_rows=100),
     ),
-    "a tiny model learns additions from traces that search first (no download, minutes)",
+    "a tiny model learns to move on a ring from traces that search first (no download, minutes)",
     {
         **SMOKE,
         "model.hidden_size": 32,
