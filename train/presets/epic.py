@@ -51,6 +51,7 @@ TINY = Preset(
             num_heads=4,
             num_kv_heads=4,
         ),
+        # Not tuned: one epoch of AdamW teaches the form of a trace, not yet to look up its steps.
         train=FitConfig(epochs=1, batch_size=2),
         optimizer=AdamW(learning_rate=3e-3, schedule="cosine", warmup=0.1, b2=0.98),
         evaluate=JudgeConfig(max_new_tokens=384, generate_rows=100),
