@@ -39,11 +39,15 @@ class Frozen(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Answers that are known: of a batch, its label states and its hidden states by block."""
+    """Answers that are known: of a batch, its label states and its hidden states by block.
+
+    `mates` are the batches of the pass that gave them, this one among them, in their order there.
+    """
 
     batch: Batch
     states: Any
     hidden: dict[int, jax.Array]
+    mates: Sequence[Batch] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class AskedDecoder:
         """Ask for batches in one forward pass, which ends where nothing more is asked."""
         if not hidden:
             states = label_states(self.decoder, self.params, batches, **self.options)
-            made = [_Found(b, s, {}) for b, s in zip(batches, states, strict=True)]
+            made = [_Found(b, s, {}, batches) for b, s in zip(batches, states, strict=True)]
         else:
             blocks = self.blocks if blocks is None else blocks
             made = self._learn_hidden(batches, labels, blocks)
@@ -116,13 +120,24 @@ class AskedDecoder:
         made = []
         for i, batch in enumerate(batches):
             states = at_labels(final[:, i], batch) if labels else None
-            made.append(_Found(batch, states, {b: x[:, i] for b, x in collected.items()}))
+            hidden_here = {b: x[:, i] for b, x in collected.items()}
+            made.append(_Found(batch, states, hidden_here, batches))
         return made
+
+    def mates(self, batch: Batch) -> Sequence[Batch]:
+        """The batches that shared the pass of a batch that was asked for hidden states alone."""
+        for other in self.known:
+            if other.batch is batch and other.states is None:
+                return other.mates
+        return [batch]
 
 
 @dataclass(frozen=True)
 class AskedReference:
     """The frozen model: cached columns of a batch, or a forward pass of its own.
+
+    Its pass has the batches of the model's: as long as the two have the same parameters, they
+    compute the same bits, and what measures how far they are apart is exactly 0.
 
     Args:
         decoder: the model.
@@ -161,9 +176,10 @@ class AskedReference:
             if other.batch is batch and block in other.hidden:
                 return other.hidden[block], batch["segment_ids"] > 0
         blocks = tuple(sorted({*(b for b in self.blocks if b >= self.train_from), block}))
-        _, collected = self._forward(batch, hidden_at=blocks, depth=max(blocks) + 1)
-        self.known.append(_Found(batch, None, collected))
-        return collected[block], batch["segment_ids"] > 0
+        mates, _, collected = self._forward(batch, hidden_at=blocks, depth=max(blocks) + 1)
+        for i, mate in enumerate(mates):
+            self.known.append(_Found(mate, None, {b: x[:, i] for b, x in collected.items()}))
+        return self.hidden(batch, block)
 
     @property
     def head(self) -> Any:
@@ -177,18 +193,22 @@ class AskedReference:
         for other in self.known:
             if other.batch is batch and other.states is not None:
                 return other.states
-        states = at_labels(self._forward(batch)[0], batch)
-        self.known.append(_Found(batch, states, {}))
-        return states
+        mates, final, _ = self._forward(batch)
+        for i, mate in enumerate(mates):
+            self.known.append(_Found(mate, at_labels(final[:, i], mate), {}))
+        return self.states(batch)
 
-    def _forward(self, batch: Batch, **options: Any) -> tuple[jax.Array, dict[int, jax.Array]]:
+    def _forward(
+        self, batch: Batch, **options: Any
+    ) -> tuple[Sequence[Batch], jax.Array, dict[int, jax.Array]]:
         if self.frozen.params is None:
             raise ValueError(
                 "the frozen model is asked for what its row's reference neither caches nor forks"
             )
+        mates = self.model.mates(batch)
         if self.train_from:
-            below = self.train_from - 1
-            options["enter"] = (self.train_from, self.model.hidden(batch, below)[0])
-        final, collected = forward_joined(self.decoder, self.frozen.params, [batch], **options)
-        found = final[:, 0], {b: x[:, 0] for b, x in collected.items()}
-        return jax.lax.stop_gradient(found)
+            below = [self.model.hidden(mate, self.train_from - 1)[0] for mate in mates]
+            rows = jnp.stack(below, 1)  # as `forward_joined` arranges them
+            options["enter"] = (self.train_from, rows.reshape(-1, *rows.shape[2:]))
+        found = forward_joined(self.decoder, self.frozen.params, mates, **options)
+        return mates, *jax.lax.stop_gradient(found)

@@ -13,7 +13,7 @@ from train.presets import PRESETS
 # Options that replace the rows of a preset.
 OTHER_DATA = ("--data.forget", "--data.retain", "--data.path", "--data.source")
 # Fields of objectives that are tuned for one model and mean little to another.
-OF_ONE_MODEL = ("layer", "layers", "temperature")
+OF_ONE_MODEL = ("layer", "block", "layers", "temperature")
 
 
 def read_arguments(

@@ -8,6 +8,7 @@
 from jaxlib_unlearn.objectives.apply import ApplyModel, batch_from_labels, context_from_apply
 from jaxlib_unlearn.objectives.base import (
     Compat,
+    Facts,
     Objective,
     Options,
     Terms,
@@ -37,6 +38,7 @@ __all__ = [
     "Batch",
     "Compat",
     "Context",
+    "Facts",
     "Objective",
     "Options",
     "Questions",

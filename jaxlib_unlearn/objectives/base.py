@@ -111,6 +111,17 @@ RETAIN_KL = {
 SHARED_COMPAT = {**MEAN_OF_MEANS, **RETAIN_KL}
 
 
+class Facts(NamedTuple):
+    """What a run knows of its tokenizer and its rows; see ``Objective.fit``.
+
+    ``token_id(word)`` is the id of an entry of the vocabulary, None for a word that is none;
+    ``topics`` are the topics of the rows to forget, sorted.
+    """
+
+    token_id: Callable[[str], int | None]
+    topics: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
     """One unlearning method as a row of the table.
@@ -141,6 +152,10 @@ class Objective:
         also_cached: ``also_cached(options) -> {stream: quantity}``: what the options given need of
             the frozen model in place of what ``reference`` says; None: nothing.
         check: ``check(options)`` raises ``UserError`` for what no field's range can say.
+        adapt: ``adapt(row, options) -> row``: the row as its options make it, where they leave a
+            stream out or ask more; None: they do not.
+        fit: ``fit(options, facts) -> options``, with what follows from the run's tokenizer and rows
+            (:class:`Facts`) filled in; None: nothing does.
         asks: per stream, the questions its loss asks a model: ``"log_probs"`` (or
             ``reduce_logits``, ``compare``), ``"hidden"``, or those of other kinds of models; what
             is not named is asked for ``"log_probs"``. It decides which streams share a pass.
@@ -167,6 +182,8 @@ class Objective:
     per_micro_batch: bool = False
     also_cached: Callable[[Any], Mapping[str, str | None]] | None = None
     check: Callable[[Any], None] | None = None
+    adapt: Callable[["Objective", Any], "Objective"] | None = None
+    fit: Callable[[Any, Facts], Any] | None = None
     asks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     blocks: Callable[[Any], tuple[int, ...]] | None = None
     sides: tuple[str, str] = ("forget", "retain")
@@ -212,12 +229,17 @@ def side_of(term: str) -> str:
 def coefficient(term: str, options: Options) -> float:
     """The factor of a term in the total: its own weight, or its side's; 1 if there is neither.
 
+    The own weight of ``forget_trace`` is the option ``forget_trace_weight`` or ``trace_weight``.
+
     Example:
         >>> coefficient("retain", Sided(retain_weight=2.0))
         2.0
     """
-    side = getattr(options, f"{side_of(term)}_weight", 1.0)
-    return getattr(options, f"{term}_weight", side)
+    side, _, rest = term.partition("_")
+    for name in (term, rest, side):
+        if hasattr(options, f"{name}_weight"):
+            return getattr(options, f"{name}_weight")
+    return 1.0
 
 
 def combine(

@@ -7,12 +7,13 @@ which is drawn once, and :math:`h^0` the frozen model's:
     L = f \, E \, \lVert h_l(x_f) - c u \rVert^2 / d
       + r \, E \, \lVert h_l(x_r) - h^0_l(x_r) \rVert^2 / d
 
-Published runs train ``mlp/down`` of the blocks l - 2, l - 1 and l alone. Nothing above block l is
-computed, and the frozen model shares all blocks below the first trained one. Where all parameters
-are trained, it is a second copy of the whole model.
+Rows of several topics have one u each. Published runs train ``mlp/down`` of the blocks l - 2, l - 1
+and l alone. Nothing above block l is computed, and the frozen model shares all blocks below the
+first trained one. Where all parameters are trained, it is a second copy of the whole model.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,10 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_unlearn import losses
+from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.losses import Term
 from jaxlib_unlearn.objectives.base import (
     SHARED_COMPAT,
     Compat,
+    Facts,
     Objective,
     Options,
     Terms,
@@ -33,16 +36,29 @@ from jaxlib_unlearn.objectives.base import (
     retain_terms,
     weight,
 )
-from jaxlib_unlearn.objectives.context import HIDDEN, Batch, Context, frozen
+from jaxlib_unlearn.objectives.context import HIDDEN, LABELS, Batch, Context, frozen
 from jaxlib_unlearn.objectives.gradient import QA
-from jaxlib_unlearn.options import option
+from jaxlib_unlearn.options import is_zero, option
 
+# Words by which a model takes up a thought again, as R2MU's code penalises them (RTP).
+REFLECTION = tuple(
+    "<think> Wait wait but Okay Hmm Albeit However But Yet Still Nevertheless Though Meanwhile "
+    "Whereas".split()
+)
+PADDED = {
+    "padded": Compat(
+        "means over all positions, prompt and padding too (R2MU's and WMDP's code)",
+        additive=False,
+        drops=("positions",),
+    )
+}
 _COMPAT = {
     "every_slot": Compat(
         "means over all positions, prompt and padding too (WMDP's code)",
         additive=False,
         drops=("positions",),
     ),
+    **PADDED,
     "batch_lengths": Compat(
         "mean of the rows' sums times the mean of 1 / lengths (OpenUnlearning)", additive=False
     ),
@@ -50,13 +66,15 @@ _COMPAT = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class RMU(Options):
-    """Options of ``rmu``: layer, steering and retain weight as in the paper for Zephyr-7B."""
+def block_read(default: Any, doc: str, **more: Any) -> Any:
+    """The field ``block`` of a row that reads hidden states."""
+    return option(default, doc, low=0, **more)
 
-    name: str = named("rmu")
-    compat: str | None = forms(_COMPAT)
-    layer: int = option(7, "the block whose output is moved.", low=0)
+
+@dataclasses.dataclass(frozen=True)
+class Steered(Options):
+    """Options of rows that move hidden states to a vector."""
+
     steering: float = option(6.5, "c, the length of the vector that it is moved to.", above=0)
     positions: Literal["answer", "all"] = option(
         "answer", "tokens that count: those of the answer, or all.", choices=("answer", "all")
@@ -68,24 +86,94 @@ class RMU(Options):
     )
     forget_weight: float = weight("forget", 1.0)
     retain_weight: float = weight("retain", 1200.0)
+    reflection_penalty: float = option(
+        0.0,
+        "factor of the mean probability of `reflection_words` on the forget texts (RTP).",
+        low=0,
+        wanted="0 or more",
+        later=True,
+    )
+    reflection_words: tuple[str, ...] = option(
+        REFLECTION, "words that the penalty is on, entries of the vocabulary.", later=True
+    )
+    reflection_ids: tuple[int, ...] = option(
+        (), "ids of these words; (): as the run's tokenizer has them.", later=True
+    )
+    topics: tuple[str, ...] = option(
+        (),
+        "topics that have a vector each; (): those of the rows to forget, and one vector where "
+        "there is one topic or none.",
+        later=True,
+    )
 
 
-def direction(key: jax.Array, options: RMU, sizes: Mapping[str, int]) -> dict[str, jax.Array]:
-    """The row's state: ``{"direction": (d,)}``, uniform draws from [0, 1) of norm 1.
+@dataclasses.dataclass(frozen=True)
+class RMU(Steered):
+    """Options of ``rmu``: layer, steering and retain weight as in the paper for Zephyr-7B."""
+
+    name: str = named("rmu")
+    compat: str | None = forms(_COMPAT)
+    layer: int = option(7, "the block whose output is moved.", low=0)
+    block: int | None = block_read(
+        None, "the same, by its name in r2mu; goes before `layer`.", none="layer", later=True
+    )
+
+
+def block_of(options: Any) -> int:
+    """The block whose output is moved."""
+    return options.layer if options.block is None else options.block
+
+
+def direction(key: jax.Array, options: Steered, sizes: Mapping[str, int]) -> dict[str, jax.Array]:
+    """The row's state: uniform draws from [0, 1) of norm 1, ``(d,)``, or ``(topics, d)``.
+
+    The vector of a topic depends on its name, not on what other topics there are.
 
     Example:
         >>> u = direction(jax.random.key(0), RMU(), {"hidden": 8})["direction"]
         >>> bool(u.min() >= 0), round(float(jnp.linalg.norm(u)), 4)
         (True, 1.0)
+        >>> two = RMU(topics=("art", "law"))
+        >>> direction(jax.random.key(0), two, {"hidden": 8})["direction"].shape
+        (2, 8)
     """
-    del options
-    draw = jax.random.uniform(key, (sizes["hidden"],))
-    return {"direction": draw / jnp.linalg.norm(draw)}
+    keys = [jax.random.fold_in(key, zlib.crc32(topic.encode())) for topic in options.topics]
+    draws = jnp.stack([jax.random.uniform(k, (sizes["hidden"],)) for k in keys or [key]])
+    unit = draws / jnp.linalg.norm(draws, axis=1, keepdims=True)
+    return {"direction": unit if keys else unit[0]}
 
 
-def _distance(hidden: jax.Array, mask: jax.Array, target: Any, batch: Batch, options: RMU) -> Term:
+def fit(options: Steered, facts: Facts) -> Any:
+    """The options with the ids of the words and the topics of the rows.
+
+    Raises:
+        UserError: no word of the penalty is an entry of the vocabulary.
+    """
+    changes: dict[str, Any] = {}
+    if len(facts.topics) > 1 and not options.topics:
+        changes["topics"] = facts.topics
+    if not is_zero(options.reflection_penalty) and not options.reflection_ids:
+        found = {facts.token_id(word) for word in options.reflection_words} - {None}
+        if not found:
+            raise UserError(
+                f"objective {options.name!r}: none of the reflection words is an entry of the "
+                "tokenizer's vocabulary; give others with --objective.reflection-words, or leave "
+                "--objective.reflection-penalty out"
+            )
+        changes["reflection_ids"] = tuple(sorted(found))
+    return dataclasses.replace(options, **changes)
+
+
+def adapt(row: Objective, options: Steered) -> Objective:
+    """The row, asked for log-probabilities of the forget texts too where there is a penalty."""
+    if is_zero(options.reflection_penalty):
+        return row
+    return dataclasses.replace(row, asks={**row.asks, "forget": (HIDDEN, LABELS)})
+
+
+def _distance(hidden: jax.Array, mask: jax.Array, target: Any, batch: Batch, options: Any) -> Term:
     values = losses.squared_error(hidden, target)
-    if options.compat == "every_slot":
+    if every_slot(options):
         return losses.masked_sum(values)
     if options.positions == "answer":
         mask = answer_mask(batch, mask)
@@ -114,26 +202,68 @@ def answer_mask(batch: Batch, mask: jax.Array) -> jax.Array:
     return found.at[rows, jnp.asarray(batch["label_index"]) + 1].max(labels, mode="drop")
 
 
-def rmu(context: Context, batches: Mapping[str, Batch], options: RMU) -> Terms:
-    """``L = f |h_l(forget) - c u|^2 + r |h_l(retain) - h0_l(retain)|^2``, means over channels."""
-    target = options.steering * context.state["direction"]
-    terms = {"forget": _moved(context, batches["forget"], target, options)}
+def every_slot(options: Any) -> bool:
+    """Whether padding counts as well."""
+    return options.compat in ("every_slot", "padded")
+
+
+def rmu(context: Context, batches: Mapping[str, Batch], options: Any) -> Terms:
+    """``L = f |h_l(forget) - c u|^2 + r |h_l(retain) - h0_l(retain)|^2``, means over channels.
+
+    With a penalty p on the words W: ``+ f p mean_w P(w)`` over the labels of the forget texts.
+    """
+    forget = batches["forget"]
+    terms = {"forget": moved(context, forget, options)}
+    if not is_zero(options.reflection_penalty):
+        total, count = reflection(context, forget, options)
+        terms["forget_reflection"] = options.reflection_penalty * total, count
     if options.retain != "hidden":
         return terms | retain_terms(context, batches, options)
-    return terms | {"retain": _moved(context, batches["retain"], None, options)}
+    return terms | {"retain": kept(context, batches["retain"], options)}
 
 
-def _moved(context: Context, batch: Batch, target: Any, options: RMU) -> Term:
-    """The distance of a stream's hidden states to a vector, or (None) to the frozen model's."""
-    if options.compat == "every_slot":
+def moved(context: Context, batch: Batch, options: Any) -> Term:
+    """The distance of a stream's hidden states to ``c u``, u the vector of each row's topic."""
+    u = context.state["direction"]
+    if u.ndim == 2:  # (topics, d)
+        u = u[jnp.asarray(batch["topic"])][:, None]
+    return _apart(context, batch, options.steering * u, options)
+
+
+def kept(context: Context, batch: Batch, options: Any) -> Term:
+    """The distance of a stream's hidden states to the frozen model's."""
+    return _apart(context, batch, None, options)
+
+
+def _apart(context: Context, batch: Batch, target: Any, options: Any) -> Term:
+    if every_slot(options):
         batch = at_every_slot(batch)
-    hidden, mask = context.model.hidden(batch, options.layer)
+    block = block_of(options)
+    hidden, mask = context.model.hidden(batch, block)
     if target is None:
-        target, _ = frozen(context).hidden(batch, options.layer)
+        target, _ = frozen(context).hidden(batch, block)
     return _distance(hidden, mask, target, batch, options)
 
 
-def _references(options: RMU) -> dict[str, str | None]:
+def reflection(context: Context, batch: Batch, options: Any) -> Term:
+    """The mean probability of the reflection words at the labels of a stream (RTP).
+
+    R2MU's code, ``unlearn_think.py`` (arXiv 2506.12963).
+    """
+    ids = jnp.asarray(options.reflection_ids, jnp.int32)
+
+    def probability(logits: jax.Array, targets: jax.Array) -> jax.Array:
+        del targets
+        return jnp.mean(jax.nn.softmax(losses.upcast(logits))[..., ids], -1)
+
+    if every_slot(options):
+        batch = at_every_slot(batch)
+    values = context.model.reduce_logits(batch, probability)
+    reduce = losses.masked_sum if every_slot(options) else losses.sequence_mean
+    return reduce(values, batch["target_mask"])
+
+
+def references(options: Steered) -> dict[str, str | None]:
     return {} if options.retain == "hidden" else {"retain": None}
 
 
@@ -150,9 +280,11 @@ ROWS = (
         options=RMU,
         summary="move hidden states of the forget texts to a random direction",
         compat=_COMPAT,
-        also_cached=_references,
+        also_cached=references,
         asks={"forget": (HIDDEN,), "retain": (HIDDEN,)},
-        blocks=lambda options: (options.layer,),
+        blocks=lambda options: (block_of(options),),
+        adapt=adapt,
+        fit=fit,
         init_state=direction,
     ),
 )

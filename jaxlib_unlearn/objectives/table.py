@@ -13,6 +13,7 @@ from jaxlib_unlearn.objectives import (
     gradient,
     misdirection,
     preference,
+    reasoning,
     smoothing,
 )
 from jaxlib_unlearn.objectives.base import Compat, Objective, Options
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, Objective] = {
         *alternate.ROWS,
         *smoothing.ROWS,
         *misdirection.ROWS,
+        *reasoning.ROWS,
     )
 }
 """Every objective of unlearning by name. A new method is one more row."""
@@ -156,6 +158,7 @@ def _with_form(row: Objective, options: Options, form: Compat | None) -> Options
 
 def _specialise(row: Objective, options: Any, form: Compat | None) -> Objective:
     """The row as the chosen options make it: streams, caches and additivity."""
+    row = row if row.adapt is None else row.adapt(row, options)
     streams, additive, asks = row.streams, row.additive, dict(row.asks)
     reference: dict[str, str | None] = dict(row.reference)
     retain = getattr(options, "retain", None)
@@ -176,7 +179,7 @@ def _specialise(row: Objective, options: Any, form: Compat | None) -> Objective:
         row,
         streams=streams,
         columns=columns,
-        reference={stream: kind for stream, kind in reference.items() if kind is not None},
+        reference={s: kind for s, kind in reference.items() if kind is not None and s in streams},
         asks=asks,
         additive=additive,
         per_micro_batch=form is not None and form.per_micro_batch,

@@ -16,7 +16,13 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import OBJECTIVES, batch_from_labels, combine, options_of
+from jaxlib_unlearn.objectives import (
+    OBJECTIVES,
+    batch_from_labels,
+    combine,
+    misdirection,
+    options_of,
+)
 from jaxlib_unlearn.options import option
 
 V, D, LAYERS, T = 9, 4, 2, 7
@@ -27,7 +33,10 @@ LENGTHS = {
     "alternate": (2, 1, 0, 0, 4),
     "retain": (4, 0, 2, 5, 1),
     "train": (1, 6, 3, 2, 0),
+    "traces": (6, 6, 1, 0, 4),
+    "cot": (6, 0, 6, 2, 5),
 }
+HIDDEN_ROWS = ("rmu", "r2mu")  # of 7 and more blocks unless told otherwise
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +240,11 @@ def drift(x):
     return sum((h - a) ** 2 for h, a in zip(x.h, x.h0, strict=True)) / D
 
 
+def probability_of(*ids):
+    """The mean probability of some words where a label is predicted."""
+    return lambda x: sum(math.exp(log_softmax(x.z)[i]) for i in ids) / len(ids)
+
+
 def by_row(rows, distance):
     return mean_of([sum(map(distance, row)) / len(row) for row in rows if row])
 
@@ -419,6 +433,65 @@ CASES = {
         layer=1,
         compat="batch_lengths",
     ),
+    "rmu padded": case(
+        lambda s: {
+            "forget": mean_of([steered(6.5)(x) for x in flat(s["forget, every slot"])]),
+            "retain": mean_of([drift(x) for x in flat(s["retain, every slot"])]),
+        },
+        "rmu",
+        block=1,
+        compat="padded",
+    ),
+    "rmu reflection": case(
+        lambda s: {
+            "forget": by_row(s["forget"], steered(6.5)),
+            "forget_reflection": times(0.4, by_row(s["forget"], probability_of(2, 7))),
+            "retain": by_row(s["retain"], drift),
+        },
+        "rmu",
+        layer=0,
+        reflection_penalty=0.4,
+        reflection_ids=(2, 7),
+    ),
+    "r2mu": case(
+        lambda s: {
+            "forget": by_row(labelled(s, "forget"), steered(2.0)),
+            "forget_trace": by_row(labelled(s, "traces"), steered(2.0)),
+            "retain": by_row(labelled(s, "retain"), drift),
+            "retain_cot": by_row(labelled(s, "cot"), drift),
+        },
+        "r2mu",
+        block=1,
+        steering=2.0,
+        retain_weight=3.0,
+        trace_weight=0.5,
+        cot_weight=7.0,
+    ),
+    "r2mu padded": case(
+        lambda s: {
+            "forget": mean_of([steered(6.5)(x) for x in flat(s["forget, every slot"])]),
+            "forget_trace": mean_of([steered(6.5)(x) for x in flat(s["traces, every slot"])]),
+            "retain": mean_of([drift(x) for x in flat(s["retain, every slot"])]),
+            "retain_cot": mean_of([drift(x) for x in flat(s["cot, every slot"])]),
+        },
+        "r2mu",
+        block=0,
+        compat="padded",
+    ),
+    "r2mu v0 reflection": case(
+        lambda s: {
+            "forget": by_row(labelled(s, "forget"), steered(6.5)),
+            "forget_reflection": times(2.0, by_row(s["forget"], probability_of(0, 1, 8))),
+            "forget_trace": by_row(labelled(s, "traces"), steered(6.5)),
+            "retain": nll(s["retain"]),
+        },
+        "r2mu",
+        block=1,
+        cot_weight=0.0,
+        retain="nll",
+        reflection_penalty=2.0,
+        reflection_ids=(0, 1, 8),
+    ),
     "asu_idk token_mean": case(
         lambda s: {
             "forget": asu_tokens([row[1:] for row in s["forget"]]),
@@ -473,7 +546,7 @@ def loops(world, config):
     streams = {}
     for stream, batch in world.batches.items():
         z, ref = apply(world.params, batch), apply(world.ref, batch)
-        block = getattr(options, "layer", 0)
+        block = misdirection.block_of(options) if options.name in HIDDEN_ROWS else 0
         h, h0 = (hidden(params, batch, block) for params in (world.params, world.ref))
         found = (z, ref, apply(world.ref, batch, temperature), h, h0)
         z, ref, smooth, h, h0 = (np.asarray(x).tolist() for x in found)
@@ -662,7 +735,7 @@ def test_padding_changes_nothing(name, world):
     row, options, batches = prepare(world, CASES[name].config)
     want = terms_of(row, options, batches, world.params)
     got = terms_of(*prepare(world, CASES[name].config, wider), world.params)
-    every = {"kl_all_positions": ("retain",), "every_slot": tuple(want)}
+    every = {"kl_all_positions": ("retain",), "every_slot": tuple(want), "padded": tuple(want)}
     for term in every.get(options.compat, ()):  # padding is part of these means
         (before, count), (after, more) = want.pop(term), got.pop(term)
         assert more == count + T and before != after
@@ -711,10 +784,11 @@ def test_shared_forms_change_what_they_name_in_every_row(name, form, world):
     if form not in OBJECTIVES[name].compat:
         assert "retain" not in OBJECTIVES[name].streams and form != "mean_of_means"
         return
-    config = options_of(name, compat=form, layer=1 if name == "rmu" else None)
+    block = {"block": 1} if name in HIDDEN_ROWS else {}
+    config = options_of(name, compat=form, **block)
     row, options, batches = prepare(world, config)
     retain = "kl" if form.startswith("kl") else None
-    plain = options_of(name, retain=retain, layer=1 if name == "rmu" else None)
+    plain = options_of(name, retain=retain, **block)
     same = terms_of(*prepare(world, plain), world.params)
     got = terms_of(row, options, batches, world.params)
     if form.startswith("kl"):
@@ -725,7 +799,7 @@ def test_shared_forms_change_what_they_name_in_every_row(name, form, world):
         np.testing.assert_allclose(got.pop("retain"), oracle(rows), rtol=1e-11)
         del same["retain"]
     assert row.per_micro_batch == (form == "mean_of_means")
-    assert row.packable == (form == "kl_sequence_mean" and name != "rmu")
+    assert row.packable == (form == "kl_sequence_mean" and name not in HIDDEN_ROWS)
     for term, value in same.items():
         np.testing.assert_allclose(got[term], value, rtol=1e-12, err_msg=term)
 
@@ -753,6 +827,98 @@ def test_at_the_reference_kl_terms_vanish(name, world):
     value, grad = jax.value_and_grad(total)(world.ref)
     assert abs(float(value)) < 1e-13
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad)) < 1e-13
+
+
+def test_r2mu_without_its_terms_is_rmu_bit_by_bit(world):
+    """Both weights at 0: RMU's streams, value and gradient; the last at 0: R2MU-v0."""
+    same = {"block": 1, "positions": "all", "retain_weight": 3.0, "steering": 2.0}
+    found = []
+    for options in (
+        options_of("rmu", **same),
+        options_of("r2mu", **same, trace_weight=0.0, cot_weight=0.0),
+    ):
+        row, options, batches = prepare(world, options)
+        assert tuple(batches) == ("forget", "retain")
+        loss = jax.jit(
+            jax.value_and_grad(
+                lambda p, row=row, o=options, b=batches: combine(terms_of(row, o, b, p), None, o)
+            )
+        )
+        found.append(loss(world.params))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    v0, _, batches = prepare(world, options_of("r2mu", cot_weight=0.0))
+    assert tuple(batches) == ("forget", "traces", "retain") and v0.reference == {"retain": "fork"}
+
+
+def test_a_batch_given_twice_weighs_the_same(world):
+    row, options, batches = prepare(world, CASES["r2mu"].config)
+    twice = {s: {k: jnp.concatenate([x, x]) for k, x in b.items()} for s, b in batches.items()}
+    once = combine(terms_of(row, options, batches, world.params), None, options)
+    again = combine(terms_of(row, options, twice, world.params), None, options)
+    np.testing.assert_allclose(again, once, rtol=1e-12)
+
+
+def test_every_topic_has_a_vector_of_its_own(world):
+    """Rows of a topic are steered as if there were no other; a name decides its vector."""
+    _, _, batches = prepare(world, CASES["r2mu"].config)
+    topics = np.array([0, 1, 1, 0, 1])
+    mixed = {name: {**batch, "topic": jnp.asarray(topics)} for name, batch in batches.items()}
+    row, options = objectives.resolve("r2mu", block=1, topics=("art", "law"))
+
+    def terms(options, batches):
+        state = row.init_state(jax.random.key(3), options, {"hidden": D})
+        context = objectives.context_from_apply(
+            apply, world.params, reference=world.ref, hidden_fn=hidden, state=state
+        )
+        return row.loss(context, batches, options), state["direction"]
+
+    got, u = terms(options, mixed)
+    np.testing.assert_allclose(jnp.linalg.norm(u, axis=1), 1, rtol=1e-6)
+    assert u.shape == (2, D) and bool((u >= 0).all()) and not np.allclose(u[0], u[1])
+    for index, topic in enumerate(options.topics):
+        alone, v = terms(dataclasses.replace(options, topics=(topic,)), {
+            name: {**b, "topic": jnp.zeros(5, int),
+                   "target_mask": b["target_mask"] * (topics == index)[:, None]}
+            for name, b in batches.items()
+        })  # fmt: skip
+        np.testing.assert_array_equal(v[0], u[index])
+        for term in ("forget", "forget_trace"):
+            total, count = got[term]
+            got[term] = total - alone[term][0], count - alone[term][1]
+    for term in ("forget", "forget_trace"):
+        np.testing.assert_allclose(got[term], 0, atol=1e-12)
+
+
+def test_what_a_run_fills_in():
+    words = {"<think>": 4, "Wait": 9}
+    facts = objectives.Facts(words.get, ("art", "law"))
+    for name in HIDDEN_ROWS:
+        row, options = objectives.resolve(name, reflection_penalty=1.0)
+        found = row.fit(options, facts)
+        assert found.reflection_ids == (4, 9) and found.topics == ("art", "law")
+        assert row.fit(found, objectives.Facts(lambda word: 1)) == found
+        assert set(row.questions(found).asks["forget"]) == {"hidden", "log_probs"}
+        with pytest.raises(UserError, match="none of the reflection words is an entry"):
+            row.fit(options, objectives.Facts(lambda word: None))
+        plain = objectives.resolve(name)[1]
+        assert row.fit(plain, objectives.Facts(words.get, ("art",))) == plain
+
+
+def test_the_penalty_lowers_the_words(world):
+    row, options, batches = prepare(world, CASES["rmu reflection"].config)
+
+    def penalty(logits):
+        context = objectives.context_from_apply(lambda params, batch: logits, None)
+        total, count = misdirection.reflection(context, batches["forget"], options)
+        return total / count
+
+    logits = apply(world.params, batches["forget"])
+    value, grad = jax.value_and_grad(penalty)(logits)
+    assert 0 < value < 1
+    at = batches["forget"]["label_index"][0, 0]
+    assert all(grad[0, at, i] > 0 for i in options.reflection_ids)
+    assert float(jnp.abs(grad[0, 0]).max()) == 0  # no label there
+    np.testing.assert_allclose(penalty(jnp.zeros_like(logits)), 1 / V, rtol=1e-12)
 
 
 def test_graddiff_without_one_side_is_the_other_method(world, compiled):
@@ -906,6 +1072,9 @@ def test_gradient_ascent_diverges_where_asu_does_not(facts):
         ("rmu", {"steering": 0.0}, "steering is 0.0; it must be greater than 0"),
         ("rmu", {"retain": "nl"}, "did you mean 'nll'?"),
         ("rmu", {"compat": "every_slot", "positions": "all"}, "does not use positions"),
+        ("r2mu", {"compat": "padded", "positions": "answer"}, "does not use positions"),
+        ("r2mu", {"trace_weight": -1.0}, "trace_weight is -1.0; it must be 0 or more"),
+        ("r2mu", {"layer": 3}, "does not use layer; it takes steering"),
     ],
 )
 def test_bad_options_end_in_one_line(name, given, message):

@@ -91,6 +91,7 @@ def check_same(mesh, params, objective, optimizer, **options):
 ROWS = {name: {} for name in objectives.OBJECTIVES if name != "nll"} | {
     "asu": {"push": 0.5, "contrast": 2.0},
     "rmu": {"layer": 1},
+    "r2mu": {"block": 1},
 }
 
 

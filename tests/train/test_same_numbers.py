@@ -100,7 +100,9 @@ def plain():
         for e in forget.examples
         for k in range(ALTERNATES)
     ]
-    return streams | {"alternate": make_stream(alternates, 0, buckets=1, follows="forget")}
+    streams["alternate"] = make_stream(alternates, 0, buckets=1, follows="forget")
+    streams["traces"] = replace(stream(20), follows="forget")
+    return streams | {"cot": stream(30)}
 
 
 def distance(a, b):
@@ -239,7 +241,7 @@ def test_alternates_of_a_question_take_turns(plain):
 
 def configured(name, **options):
     """A row's options, of blocks that the model has."""
-    return objective_of(name, **options, **({"layer": 1} if name == "rmu" else {}))
+    return objective_of(name, **options, **({"block": 1} if name in ("rmu", "r2mu") else {}))
 
 
 CONFIGS = [
