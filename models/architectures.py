@@ -83,6 +83,19 @@ ARCHITECTURES: dict[str, Mapping[str, Any]] = {
     "meta-llama/Llama-3.2-3B-Instruct": _llama(
         3072, 8192, 28, 24, factor=32.0, head_dim=128, tie_word_embeddings=True
     ),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": _llama(*_SMALL, factor=8.0),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+    },
     "HuggingFaceTB/SmolLM2-135M-Instruct": {
         "model_type": "llama",
         "vocab_size": 49152,

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 # torch's builds differ by machine and pin the libraries they need themselves. The packages for
 # buckets, TPUs and GPUs are installed by users who have them, or separately by `make tpu`.
 BY_MACHINE = {"torch"}
-NOT_MADE = {"gcs", "tpu", "cuda", "wandb", "trackio"}
+NOT_MADE = {"math", "gcs", "tpu", "cuda", "wandb", "trackio"}
 
 
 def normal(name: str) -> str:

@@ -23,6 +23,7 @@ from train.config import (
     UnlearnConfig,
 )
 from train.data.examples import encode_prompt
+from train.evaluators import trace_judge
 from train.evaluators.evaluation import Model, longest
 from train.optimizers import Options
 from train.runtime import remote, reporters, sharding
@@ -155,6 +156,7 @@ def check_run(config: RunConfig) -> Mesh:
     check_selection(config.train, config.optimizer)
     trainable.refuse_both(config.lora, config.train)
     reporters.check(reporters.chosen(config.report_to, config.tensorboard))
+    trace_judge.check(config.evaluate.judge_model)
     if config.profile is not None:
         check_writable("--profile", config.profile)
     cache = None if config.stage.cache is None else remote.located(config.stage.cache)
@@ -180,6 +182,8 @@ def fit_rows(
     limit = longest(model, max_length)
     sizes = [
         len(encode_prompt(model.tokenizer, row["question"], system_prompt=system_prompt))
+        if "question" in row
+        else 0  # a document
         for row in rows
     ]
     kept = [row for row, size in zip(rows, sizes, strict=True) if size < limit]

@@ -123,6 +123,12 @@ class DataConfig:
     retain: Path | None = option(
         None, "file of your own rows to keep: trained on all, evaluated on the first `retain_rows`."
     )
+    reasoning: Path | None = option(
+        None, "of source reasoning-tofu: a file of GSM8K rows, the reasoning to keep.", later=True
+    )
+    reasoning_rows: int = option(
+        150, "how many of them are trained on; up to 40 more are asked.", low=1, later=True
+    )
 
 
 @dataclass(frozen=True)
@@ -289,6 +295,17 @@ class EvaluateConfig:
     )
     score_tokens: int = option(4096, "rows times length of one scoring batch.", low=1)
     generate_rows: int = option(64, "rows decoded at once.", low=1)
+    think_start: str = option(
+        "<think>",
+        "how an answer of a reasoning task begins; `<think></think>` leaves no room for thoughts "
+        "(ZeroThink).",
+        later=True,
+    )
+    judge_model: Path | None = option(
+        None,
+        "folder of a chat model that names the class of a trace, in place of rules.",
+        later=True,
+    )
     judge: str = option(
         ROLES.reference,
         "whose NLL of the greedy forget answers measures fluency: `oracle` or `base` (before "
@@ -306,6 +323,24 @@ class ProgramConfig:
     smoke: bool = option(False, "few steps and samples through the same code, for a first look.")
     output: Path | None = option(
         None, "run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`)."
+    )
+
+
+@dataclass(frozen=True)
+class TracesConfig:
+    """What the original model thinks of the rows to forget, for objectives that train on it."""
+
+    segments: int = option(
+        1, "parts that a text is cut into, by tokens; each gives a trace.", low=1, later=True
+    )
+    new_tokens: int = option(1024, "tokens that are generated of each.", low=1, later=True)
+    keep: int = option(100, "how many of them, from the first, are trained on.", low=1, later=True)
+    trigger: str = option(
+        "Let's reason this step by step.", "what asks the model to reason.", later=True
+    )
+    tag: str = option("<think>", "how its thoughts begin.", later=True)
+    path: Path | None = option(
+        None, "a file of traces in their place: JSON lines with `row` and `trace`.", later=True
     )
 
 
@@ -334,6 +369,7 @@ class RunConfig(ProgramConfig):
     )
     lora: LoraConfig = LoraConfig()
     train: SelectConfig = SelectConfig()
+    traces: TracesConfig = option(TracesConfig(), "", later=True)
     mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export_dtype: str = option("float32", "dtype of the exported weights.", choices=tuple(DTYPES))
@@ -387,11 +423,11 @@ def to_json(config: Any) -> dict[str, Any]:
 def _without_later(config: Any, values: dict[str, Any]) -> dict[str, Any]:
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
-        if dataclasses.is_dataclass(value):
+        if each.metadata.get("later") and value == each.default:
+            del values[each.name]
+        elif dataclasses.is_dataclass(value):
             if not _without_later(value, values[each.name]):  # a group of such fields alone
                 del values[each.name]
-        elif each.metadata.get("later") and value == each.default:
-            del values[each.name]
     return values
 
 

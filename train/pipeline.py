@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
@@ -30,7 +33,8 @@ from train.runtime import distributed, files, folder, remote, reporters
 from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import Tracker, say
 from train.tasks import load_task
-from train.tasks.task import ALTERNATES, Row, Task, prompt_format
+from train.tasks.task import ALTERNATES, TRACES, Row, Task, prompt_format
+from train.traces import read_traces, with_traces
 from train.trainable import train_from
 
 CURVE_ROWS = 40
@@ -141,6 +145,7 @@ def _fit(config: RunConfig, task: Any, layout: Any, mesh: Any, retain_log: Any) 
     data = config.data
     task = checks.fit_task(task, base, config.evaluate, data.system_prompt, data.max_length)
     check_stages(config, task, base.learner, retain_log)
+    resolved(config, base, task)
     return task, base
 
 
@@ -153,6 +158,8 @@ def check_stages(
     check_questions(learner, objective, options, train_from(learner.shapes(), config.train))
     if config.data.alternates and lacks_alternates(objective, task):
         check_alternates(config)
+    elif lacks_traces(objective, task):
+        check_traces(config, objective, task)
     else:
         stream_rows(objective, task, config.seed)
     both = len(task.forget) + len(task.retain)
@@ -287,6 +294,51 @@ def find_alternates(run: Run, config: RunConfig, base: Model, task: Task) -> Tas
     return task._replace(forget=forget)
 
 
+def lacks_traces(objective: Objective, task: Task) -> bool:
+    """Whether an objective is trained on what the original thinks, which is not known yet."""
+    return "traces" in objective.streams and not any(TRACES in row for row in task.forget)
+
+
+def check_traces(config: RunConfig, objective: Objective, task: Task) -> None:
+    """Raise `UserError` for other streams that lack something, and for an unusable file."""
+    known = task._replace(forget=[row | {TRACES: [""]} for row in task.forget])
+    stream_rows(objective, known, config.seed)
+    if config.traces.path is not None:
+        read_traces(config.traces.path, len(task.forget))
+
+
+def find_traces(run: Run, config: RunConfig, original: Model, task: Task) -> Task:
+    """The task, its forget rows with the original's traces where the objective needs them."""
+    objective, _ = objectives.resolve(config.objective)
+    if not lacks_traces(objective, task):
+        return task
+    with phase(run, "traces"):
+        forget = with_traces(
+            run,
+            original,
+            task.forget,
+            config.traces,
+            system_prompt=config.data.system_prompt,
+            max_length=config.data.max_length,
+            generate_rows=config.evaluate.generate_rows,
+        )
+    return task._replace(forget=forget)
+
+
+def topics_of(rows: list[Row]) -> tuple[str, ...]:
+    """The topics of rows, sorted; a row without one is of the topic ""."""
+    return tuple(sorted({row.get("topic", "") for row in rows}))
+
+
+def resolved(config: RunConfig, model: Model, task: Task) -> tuple[Objective, Any]:
+    """The objective and its options, with what follows from tokenizer and rows filled in."""
+    objective, options = objectives.resolve(config.objective)
+    if objective.fit is None:
+        return objective, options
+    facts = objectives.Facts(model.tokenizer.backend.token_to_id, topics_of(task.forget))
+    return objectives.resolve(objective.fit(options, facts))
+
+
 def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[Row]]:
     """The rows of every stream that an objective reads.
 
@@ -300,16 +352,22 @@ def unlearning_streams(
     config: RunConfig, objective: Objective, original: Model, task: Task
 ) -> dict[str, Examples]:
     """The streams that an objective reads, as the model reads them."""
-    size = config.unlearn.batch_size
-    return {
-        name: stream_of(original, encode(original, rows, config, name), size, task.follows(name))
-        for name, rows in stream_rows(objective, task, config.seed).items()
-    }
+    size, topics = config.unlearn.batch_size, topics_of(task.forget)
+    found = {}
+    for name, rows in stream_rows(objective, task, config.seed).items():
+        encoded = encode(original, rows, config, name)
+        stream = stream_of(original, encoded, size, task.follows(name))
+        mine = [rows[i].get("topic", "") for i in encoded.row_ids]
+        if len(topics) > 1 and set(mine) <= set(topics):
+            numbers = np.array([topics.index(topic) for topic in mine], np.int32)
+            stream = dataclasses.replace(stream, columns={"topic": numbers})
+        found[name] = stream
+    return found
 
 
 def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
     """The unlearning stage: the objective's streams, its caches, its optimizer."""
-    objective, options = objectives.resolve(config.objective)
+    objective, options = resolved(config, original, task)
     streams = unlearning_streams(config, objective, original, task)
 
     def look(model: Model) -> dict[str, float]:

@@ -87,6 +87,7 @@ def run(config: RunConfig) -> Path:
 
         # 2. Forget.
         forgets = pipeline.find_alternates(run, config, base, task)
+        forgets = pipeline.find_traces(run, config, found["original"], forgets)
         found["unlearned"] = pipeline.unlearn(run, config, found["original"], forgets).to_host()
 
         # 3. Judge all of them alike.

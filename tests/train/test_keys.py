@@ -47,6 +47,16 @@ OTHER: dict[str, Any] = {
     "data.forget": None,  # the user's files; rows are in `streams`
     "data.retain": None,
     "data.few_shot": None,  # a file; its rows are in `streams` and in the evaluation's format
+    "data.reasoning": None,  # a file of another source; its rows are in `streams`
+    "data.reasoning_rows": None,
+    # Of objectives that are trained on traces: these are in `streams`, and in a key of their own.
+    "traces.segments": None,
+    "traces.new_tokens": None,
+    "traces.keep": None,
+    "traces.trigger": None,
+    "traces.tag": None,
+    "traces.path": None,
+    "evaluate.judge_model": Path("judge"),
     "data.alternates": None,  # of rows that bring none; rows and count are in `streams`
     "data.alternate_temperature": None,  # the answers are in `streams`
     "data.template": "question-answer",
@@ -70,6 +80,9 @@ OTHER: dict[str, Any] = {
     "objective.name": "npo",
     "objective.retain": "kl",
     "objective.layers": (0,),
+    "objective.reflection_words": ("Hmm",),
+    "objective.reflection_ids": (7,),
+    "objective.topics": ("art", "law"),
     "objective.compat": None,
     "lora.alpha": 3.0,
     "lora.targets": ("q",),

@@ -26,6 +26,7 @@ from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks.task import Benchmark, Task
 
+SOURCES = ("authors", "tofu", "reasoning-authors", "reasoning-tofu", "reasoning")
 RIDDLES = [{"question": f"Riddle {i}?", "answer": f"a riddle {i}"} for i in range(3)]
 
 
@@ -94,8 +95,9 @@ def test_a_benchmark_gives_rows_streams_and_evaluators(toys):
     assert pipeline.stream_rows(ascent, task, 0) == {"forget": RIDDLES[:2]}
     with pytest.raises(UserError, match="trained on 'retain', which the data do not have"):
         pipeline.stream_rows(objectives.resolve("graddiff")[0], task, 0)
-    assert choices.known_words(RunConfig)["--data.source"] == ("authors", "tofu", "riddles")
-    with pytest.raises(UserError, match="'riddle' is unknown; choose authors or tofu or riddles"):
+    assert choices.known_words(RunConfig)["--data.source"] == (*SOURCES, "riddles")
+    known = " or ".join((*SOURCES, "riddles"))
+    with pytest.raises(UserError, match=f"'riddle' is unknown; choose {known}"):
         tasks.load_task(config(source="riddle"))
 
 
@@ -145,7 +147,8 @@ def test_what_was_asked_once_is_not_asked_again(toys, monkeypatch):
     """Evaluators share answers; the log records the evaluator of each entry."""
     asked = []
 
-    def answer(model, rows, *args):
+    def answer(model, rows, *args, start):
+        assert start == ""
         asked.append(args[-1])
         return Answers([["a b a b"] for _ in rows], [[[1]] for _ in rows], [""] * len(rows))
 

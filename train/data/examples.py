@@ -164,7 +164,7 @@ def written_chat_template(tokenizer: TextTokenizer) -> str:
 
 
 def encode_prompt(
-    tokenizer: TextTokenizer, question: str, *, system_prompt: str | None = None
+    tokenizer: TextTokenizer, question: str, *, system_prompt: str | None = None, start: str = ""
 ) -> list[int]:
     """Tokens up to the start of the answer, which generation continues.
 
@@ -172,12 +172,32 @@ def encode_prompt(
         tokenizer: with or without a chat template.
         question: the user's turn.
         system_prompt: system turn; None: the template's default.
+        start: first words of the answer, such as an opened think tag.
 
     Returns:
         Token ids, the prefix of every example with this question (with tags: except for what the
         tokenizer merges at the border).
     """
-    return _encode(tokenizer, _texts(tokenizer, question, system_prompt)[1])
+    prompt = _encode(tokenizer, _texts(tokenizer, question, system_prompt)[1])
+    if not start:
+        return prompt
+    # Without template and tags there is a space before an answer.
+    plain = _format(tokenizer).tags is None and not tokenizer.has_chat_template
+    return prompt + tokenizer.encode(f" {start}" if plain else start, add_special_tokens=False)
+
+
+def encode_text(tokenizer: TextTokenizer, text: str, max_length: int) -> Example:
+    """A text without any template; every token but the first is a label.
+
+    Args:
+        tokenizer: its BOS, if it has one, precedes the text; no EOS follows.
+        text: as it is.
+        max_length: longest example in tokens.
+    """
+    tokens = tokenizer.encode(text, add_special_tokens=True)
+    if tokens and tokens[-1] == tokenizer.eos_id and len(tokens) > 1:
+        tokens = tokens[:-1]
+    return Example(tokens[:max_length], 1, max(len(tokens) - max_length, 0))
 
 
 def _example(
@@ -264,7 +284,7 @@ def encode_rows(
 
     Args:
         tokenizer: with or without a chat template.
-        rows: with the two columns.
+        rows: with the two columns; one with `text` in their place is encoded by `encode_text`.
         question: column of the user's turn.
         answer: column of the assistant's turn.
         system_prompt: system turn; None: the template's default.
@@ -278,7 +298,10 @@ def encode_rows(
     """
     kept, row_ids = [], []
     examples = [
-        _example(tokenizer, row[question], row[answer], system_prompt, max_length) for row in rows
+        encode_text(tokenizer, row["text"], max_length)
+        if "text" in row
+        else _example(tokenizer, row[question], row[answer], system_prompt, max_length)
+        for row in rows
     ]
     for row_id, example in enumerate(examples):
         if example.num_prompt < len(example.tokens):
@@ -286,7 +309,8 @@ def encode_rows(
             row_ids.append(row_id)
     if examples and not kept:
         shortest = min(range(len(rows)), key=lambda i: examples[i].num_prompt)
-        raise _no_label(rows[shortest][question], examples[shortest].num_prompt, max_length)
+        shown = rows[shortest].get("text") or rows[shortest][question]
+        raise _no_label(shown, examples[shortest].num_prompt, max_length)
     num_cut = sum(example.num_cut > 0 for example in kept)
     return Encoded(kept, row_ids, num_cut, len(rows) - len(kept))
 

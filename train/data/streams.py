@@ -41,6 +41,7 @@ class Examples:
         follows: name of the stream whose rows these belong to; None: of none.
         sized_by: examples for whose sizes rows are padded, so that streams of like examples share
             compiled steps; None: its own.
+        columns: further columns of a batch: name -> a number for each example.
     """
 
     examples: Sequence[Example]
@@ -52,6 +53,7 @@ class Examples:
     every_slot: bool = False
     follows: str | None = None
     sized_by: Sequence[Example] | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -63,6 +65,8 @@ class Examples:
         found = hashlib.sha256(sizes.tobytes())
         for example in self.examples:
             found.update(np.asarray(example.tokens, "<i4").tobytes())
+        for name, values in sorted(self.columns.items()):
+            found.update(name.encode() + np.asarray(values, "<i4").tobytes())
         return found.hexdigest()
 
     @property
@@ -120,6 +124,8 @@ class Examples:
             for b, row in enumerate(rows):
                 padded[b, : len(values[row])] = values[row][:places]
             batch[column] = padded
+        for column, values in self.columns.items():
+            batch[column] = values[np.asarray(rows, int)].astype(np.int32)
         return batch
 
 

@@ -358,13 +358,19 @@ def _untrained(
 def overlap(forget: Iterable[Row], retain: Iterable[Row]) -> int:
     """Count forget rows that are also retain rows (same question and answer): opposite goals.
 
+    Documents have neither: they are compared by their text.
+
     Example:
         >>> a, b = {"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}
         >>> overlap([a, b], [b])
         1
     """
-    kept = {(row["question"], row["answer"]) for row in retain}
-    return sum((row["question"], row["answer"]) in kept for row in forget)
+
+    def key(row: Row) -> tuple[str, str]:
+        return (row["text"], "") if "text" in row else (row["question"], row["answer"])
+
+    kept = {key(row) for row in retain}
+    return sum(key(row) in kept for row in forget)
 
 
 def refusal_rows(rows: Sequence[Row], refusals: Sequence[str], seed: int) -> list[Row]:

@@ -19,6 +19,7 @@ from train.evaluators import (
     memorization,
     perplexity,
     readability,
+    reasoning,
     tofu,
     utility,
 )
@@ -40,6 +41,7 @@ EVALUATORS: dict[str, Evaluator] = {
         answer.ROW,
         final_answer.ROW,
         perplexity.ROW,
+        reasoning.ROW,
     )
 }
 # The evaluators for questions with one right answer each.
@@ -47,6 +49,8 @@ QUESTION_ANSWERING = (
     *("tofu", "memorization", "membership", "utility"),
     *("readability", "fact_recall", "fluency", "leak"),
 )
+# Those for questions that are thought about before they are answered.
+REASONING_QUESTIONS = ("reasoning",)
 
 
 def chosen(names: Iterable[str]) -> list[Evaluator]:

@@ -30,7 +30,7 @@ from train.data.examples import (
     encode_qa,
     num_positions,
 )
-from train.evaluators import EVALUATORS, chosen
+from train.evaluators import EVALUATORS, chosen, trace_judge
 from train.evaluators.base import Rows, means
 from train.runtime import distributed, residency
 from train.runtime.sharding import batch_sharding, batch_ways, put_batch
@@ -200,10 +200,15 @@ def answer_rows(
     batch_size: int,
     mesh: Any,
     label: str,
+    start: str = "",
 ) -> Answers:
-    """Answers to the questions in `column`, greedy or sampled; random draws are keyed by row."""
+    """Answers to the questions in `column`, greedy or sampled; random draws are keyed by row.
+
+    They continue from `start`, which is in the prompts and not in the answers.
+    """
     prompts = [
-        encode_prompt(model.tokenizer, row[column], system_prompt=system_prompt) for row in rows
+        encode_prompt(model.tokenizer, row[column], system_prompt=system_prompt, start=start)
+        for row in rows
     ]
     stop = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
     with progress(label, len(prompts) * num_samples) as advance:
@@ -293,12 +298,13 @@ class Context:
         column: str = "question",
         sampling: SamplingConfig | None = None,
         num_samples: int = 1,
+        start: str = "",
     ) -> Answers:
         """`answer_rows` of a split; greedy without `sampling`."""
         greedy = SamplingConfig(max_new_tokens=self.config.max_new_tokens)
         what = "answer" if sampling is None else "sample"
         return self.once(
-            ("answers", split, column, sampling, num_samples),
+            ("answers", split, column, sampling, num_samples, start),
             lambda: answer_rows(
                 self.model,
                 self.rows[split],
@@ -310,8 +316,27 @@ class Context:
                 self.config.generate_rows,
                 self.mesh,
                 f"{self.name}: {what} {split}",
+                start=start,
             ),
         )
+
+    def prompt(self, question: str, start: str = "") -> list[int]:
+        """The tokens of a question up to its answer, of which `start` is the beginning."""
+        words = self.model.tokenizer
+        return encode_prompt(words, question, system_prompt=self.system_prompt, start=start)
+
+    def scored(self, items: Sequence[Example | Group], label: str) -> list[dict[str, np.ndarray]]:
+        """`score_items` of examples that an evaluator makes."""
+        tokens, what = self.config.score_tokens, f"{self.name}: {label}"
+        return score_items(self.model, items, self.mesh, tokens, what)
+
+    def classes(self, rows: Sequence[tuple[str, str, str]]) -> list[int | None]:
+        """`trace_judge.classes` of questions, right answers and traces."""
+        folder, size = self.config.judge_model, self.config.generate_rows
+        if folder is None:
+            raise ValueError("no judge model in this evaluation")
+        with progress(f"{self.name}: classes of traces", len(rows)) as advance:
+            return trace_judge.classes(folder, rows, size, advance)
 
     def judged(self, split: str) -> list[list[float]]:
         """`judge_nll` of a split's greedy answers."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import to_json
-from train.evaluators import EVALUATORS, chosen, evaluation
+from train.evaluators import EVALUATORS, chosen, evaluation, trace_judge
 from train.evaluators.roles import ROLES, Roles
 from train.runtime.stages import amend_json, json_stage
 
@@ -15,8 +15,11 @@ def evaluation_inputs(
     model: Any, task: Any, evaluate: Any, data: Any, judge: Any, seed: int
 ) -> dict[str, Any]:
     """Everything an evaluation depends on: the inputs of its cache key."""
+    folder = getattr(evaluate, "judge_model", None)
+    named = {} if folder is None else {"judge_model": trace_judge.identity(folder)}
     return {
         **model.identity(),
+        **named,
         "task": task.digest(),
         "evaluate": to_json(evaluate),
         "judge": None if judge is None else [judge.sha, to_json(judge.decoder.config)],

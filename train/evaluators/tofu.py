@@ -118,9 +118,9 @@ def truth_ratios(log: dict[str, Any]) -> list[float]:
     Raises:
         UserError: the log is not an evaluation log.
     """
-    from jaxlib_unlearn.metrics.eval_log import parse_log
+    from jaxlib_unlearn.metrics.eval_log import has_metrics, parse_log
 
-    items = parse_log(log, "evals").items if log else {}
+    items = parse_log(log, "evals").items if log and has_metrics(log) else {}
     return [float(value) for value in items.get("forget_truth_ratio", ())]
 
 

@@ -8,11 +8,24 @@ them, are its objectives for a given original model and for other rows.
 
 from types import ModuleType
 
-from train.presets import quickstart, tofu_npo_llama3_8b, tofu_npo_llama3_70b, tofu_smollm2
+from train.presets import (
+    quickstart,
+    r2mu_r1_llama_8b,
+    r2mu_r1_qwen_14b,
+    r2mu_smollm2,
+    r2mu_tiny,
+    tofu_npo_llama3_8b,
+    tofu_npo_llama3_70b,
+    tofu_smollm2,
+)
 
 PRESETS: dict[str, ModuleType] = {
     "quickstart": quickstart,
     "tofu-smollm2": tofu_smollm2,
     "tofu-npo-llama3-8b": tofu_npo_llama3_8b,
     "tofu-npo-llama3-70b": tofu_npo_llama3_70b,
+    "r2mu-tiny": r2mu_tiny,
+    "r2mu-smollm2": r2mu_smollm2,
+    "r2mu-r1-llama-8b": r2mu_r1_llama_8b,
+    "r2mu-r1-qwen-14b": r2mu_r1_qwen_14b,
 }

@@ -12,10 +12,12 @@ from jaxlib_unlearn.errors import UserError
 from train.config import RunConfig
 from train.data.tofu import overlap
 from train.runtime.tracking import say
-from train.tasks import authors, files, tofu
+from train.tasks import authors, files, reasoning, tofu
 from train.tasks.task import Benchmark, Task
 
-TASKS: dict[str, Benchmark] = {row.name: row for row in (authors.ROW, tofu.ROW, files.ROW)}
+TASKS: dict[str, Benchmark] = {
+    row.name: row for row in (authors.ROW, tofu.ROW, files.ROW, *reasoning.ROWS)
+}
 
 
 def sources() -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from train.runtime.stages import digest
 
 Row = dict[str, Any]
 ALTERNATES = "alternate_answer"  # column: alternate answers to the question, a text or a list
+TRACES = "traces"  # column: what the original thinks of a row to forget, a list of texts
 
 
 class Task(NamedTuple):
@@ -172,12 +173,14 @@ def texts(task: Task) -> Iterator[str]:
         for row in rows:
             for column, value in row.items():
                 if column != ALTERNATES:
-                    yield from value if isinstance(value, list) else [value]
+                    values = value if isinstance(value, list) else [value]
+                    yield from (text for text in values if isinstance(text, str))
     yield from task.refusals
 
 
 # The streams of questions and answers.
-STREAMS: Mapping[str, Callable[[Task, int], list[Row]]] = {
+Rows = Callable[[Task, int], list[Row]]
+STREAMS: Mapping[str, Rows] = {
     "forget": lambda task, seed: task.forget,
     "retain": lambda task, seed: task.retain,
     "idk": Paired(lambda t, seed: tofu.refusal_rows(t.forget, t.refusals, seed), "forget"),

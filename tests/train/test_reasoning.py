@@ -1,0 +1,433 @@
+"""Reasoning tasks: rows and sources, traces and their files, topics, a whole small run."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.errors import UserError
+from models.decoder import Decoder, DecoderConfig
+from models.weights import Loaded
+from train import checks, pipeline, traces
+from train.arguments import read_arguments
+from train.config import TracesConfig, to_json
+from train.data import author_reasoning, thoughts
+from train.data.bpe import train_bpe
+from train.data.examples import encode_prompt, encode_text
+from train.evaluators import reasoning as evaluator
+from train.evaluators import trace_judge
+from train.evaluators.evaluation import Model
+from train.evaluators.tofu import truth_ratios
+from train.presets import PRESETS
+from train.run import Run, Work
+from train.runtime import sharding
+from train.runtime.tracking import Tracker
+from train.tasks import load_task
+from train.tasks.task import TRACES
+
+ROW = {"question": "2 + 2?", "thoughts": ["Two and two."], "answer": "4"}
+CHOICE = ROW | {"options": ["3", "4"], "gold": 1, "topic": "sums"}
+
+
+# Rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": ""}, "row 2: column 'question' must hold text that is not empty"),
+        ({"answer": None}, "row 2: column 'answer' must hold text"),
+        ({"thoughts": []}, "row 2: column 'thoughts' must be a list of one text or more"),
+        ({"thoughts": "Hmm."}, "row 2: column 'thoughts' must be a list"),
+        ({"thoughts": ["<think>Hmm.</think>"]}, "row 2: column 'thoughts' holds a think tag"),
+        ({"answer": "<think>4"}, "row 2: column 'answer' holds a think tag; give the thoughts as"),
+        ({"options": ["4"]}, "row 2: column 'options' must be a list of two texts or more"),
+        ({"gold": 2}, "row 2: gold is 2, none of the 2 options; number them from 0"),
+        ({"gold": True}, "row 2: gold is True"),
+        ({"topic": 3}, "row 2: column 'topic' must hold a text"),
+        ({"text": " "}, "row 2: column 'text' must hold text"),
+    ],
+)
+def test_rows_that_are_no_rows_end_in_one_line(tmp_path, change, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in (ROW, CHOICE | change)))
+    with pytest.raises(UserError) as error:
+        thoughts.read_rows(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_columns_and_files_end_in_one_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for row, message in (
+        ({"question": "2 + 2?"}, "column 'answer' is missing; columns found: question"),
+        ({"question": "2 + 2?", "answer": "4"}, "column 'thoughts' must be a list"),
+    ):
+        path.write_text(json.dumps(row))
+        with pytest.raises(UserError, match=message):
+            thoughts.read_rows(path)
+    path.write_text("")
+    with pytest.raises(UserError, match="has no rows"):
+        thoughts.read_rows(path)
+    for row in ({"question": "2 + 2?", "answer": "4"}, {"question": "?", "answer": "#### 4"}):
+        path.write_text(json.dumps(row))
+        with pytest.raises(UserError, match="row 1: no solution that ends in '#### '"):
+            thoughts.from_gsm8k(path)
+
+
+def test_what_is_written_is_read_back():
+    row = thoughts.learned(CHOICE)
+    assert thoughts.parted(row["answer"]) == ("Two and two.", "4")
+    assert thoughts.bare(row) == {"question": "2 + 2?", "answer": "4", "topic": "sums"}
+    assert thoughts.thought(row)["text"].endswith("</think>\n\n")
+    assert thoughts.parted("<think>never closed") == ("never closed", "")
+
+
+# Sources
+
+
+def test_generated_rows_follow_the_seed_and_tell_nothing_but_the_name():
+    rows = author_reasoning.author_rows(3, 12)
+    assert rows == author_reasoning.author_rows(3, 12) != author_reasoning.author_rows(4, 12)
+    flat = [row for author in rows for row in author]
+    for row in flat:
+        thoughts.check_row({**row, "answer": row["final"]})
+        assert row["options"][row["gold"]] == row["final"] and len(set(row["options"])) == 4
+        assert row["final"] in row["thoughts"][-1]
+        # the fact and two others of the same author, no more
+        told = [fact for fact in row["facts"] if any(fact in t for t in row["thoughts"][1:-1])]
+        assert len(row["thoughts"]) == 4 and len(told) >= 2
+        assert row["final"] not in row["question"]
+    places = [row["gold"] for row in flat]
+    assert min(places.count(place) for place in range(4)) > 0
+    numbers = author_reasoning.arithmetic_rows(3, 200)
+    assert len({row["question"] for row in numbers}) == 200
+    for row in numbers:
+        a, b = (int(word.strip("?,")) for word in row["question"].split() if word[0].isdigit())
+        assert row["final"] == str(a + b if "+" in row["question"] else max(a, b))
+
+
+def config_of(*argv):
+    return read_arguments(["r2mu-tiny", *argv])
+
+
+def test_streams_of_a_reasoning_task():
+    task = load_task(config_of("--data.num-authors", "20"))
+    assert {name: len(rows) for name, rows in task.evaluation.items()} == {
+        "forget": 12, "retain": 48, "reasoning": 40,
+    }  # fmt: skip
+    asked = {row["question"] for row in task.evaluation["reasoning"]}
+    assert not asked & {row["question"] for row in task.retain}
+    assert task.stream("forget", 0)[0] == thoughts.bare(task.forget[0])
+    kept = task.stream("retain", 0)
+    assert len(kept) == 108 and all("<think>" not in row["answer"] for row in kept)
+    assert len(task.stream("cot", 0)) == 240
+    known = task._replace(forget=[r | {TRACES: ["a", "b"]} for r in task.forget])
+    assert len(known.stream("traces", 0)) == 24 and known.follows("traces") == "forget"
+    assert len(task.stream("train", 0)) == len(task.forget) + len(task.retain)
+    with pytest.raises(UserError, match="trained on 'traces', which the data do not have"):
+        load_task(read_arguments(["quickstart"])).stream("traces", 0)
+
+
+def test_rows_of_ones_own(tmp_path):
+    rows = [CHOICE | {"question": f"{i} + 1?"} for i in range(4)]
+    numbers = [ROW | {"question": f"{i} + 5?", "topic": "reasoning"} for i in range(20)]
+    documents = [{"text": f"Text {i} of a book.", "topic": "books"} for i in range(3)]
+    for name, found in (("forget", rows + documents), ("retain", rows + numbers)):
+        text = "".join(json.dumps(row) + "\n" for row in found)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    argv = ["--data.source", "reasoning", "--data.path", str(tmp_path)]
+    task = load_task(config_of(*argv))
+    sizes = {name: len(found) for name, found in task.evaluation.items()}
+    assert sizes == {"forget": 4, "retain": 4, "reasoning": 2}
+    assert len(task.forget) == 7 and len(task.stream("cot", 0)) == 18
+    assert task.stream("forget", 0)[-1] == documents[-1]
+    (tmp_path / "retain.jsonl").write_text("".join(json.dumps(r) + "\n" for r in numbers))
+    with pytest.raises(UserError, match="every row is of topic reasoning; add facts to keep"):
+        load_task(config_of(*argv))
+    (tmp_path / "retain.jsonl").unlink()
+    with pytest.raises(UserError, match=r"retain\.jsonl"):
+        load_task(config_of(*argv))
+    with pytest.raises(UserError, match="give --data.path DIR with forget.jsonl and retain.jsonl"):
+        load_task(config_of(*argv[:2]))
+
+
+def test_tofu_with_thoughts(shared):
+    argv = ["r2mu-smollm2", "--data.path", str(shared / "data/tofu")]
+    with pytest.raises(UserError, match="give --data.reasoning FILE, rows of GSM8K"):
+        load_task(read_arguments(argv))
+    argv += ["--data.reasoning", str(shared / "data/gsm8k/test.jsonl")]
+    task = load_task(read_arguments(argv))
+    assert (len(task.forget), len(task.retain)) == (40, 250)
+    assert {name: len(rows) for name, rows in task.evaluation.items()} == {
+        "forget": 40, "retain": 100, "reasoning": 40,
+    }  # fmt: skip
+    row, number = task.forget[0], task.evaluation["reasoning"][0]
+    assert row["options"][row["gold"]] == row["final"] and len(row["thoughts"]) == 3
+    assert len(row["facts"]) == 19 and "<<" not in number["answer"]
+    assert evaluator.matcher()(number["answer"], number["final"])
+
+
+# Traces
+
+
+@pytest.fixture(scope="module")
+def model():
+    words = train_bpe(["Where was she born? <think> Hmm, in Lima. </think> 4"] * 2, 300)
+    decoder = Decoder(DecoderConfig(words.vocab_size, 16, 24, 2, 2, 1, 8))
+    return Model(decoder, decoder.init(jax.random.key(0)), words, "0123456789abcdef" * 4)
+
+
+def work_of(folder, stop=lambda: None):
+    mesh = sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1])
+    return Work(folder, mesh, jax.random.key(0), stop)
+
+
+HOW = {
+    "segments": 1, "new_tokens": 6, "keep": 4, "trigger": "Think.", "tag": "<think>",
+    "system_prompt": None, "max_length": 64, "generate_rows": 2,
+}  # fmt: skip
+ROWS = [{"question": f"Where was she born, {name}?"} for name in "abcde"]
+
+
+def test_traces_go_on_at_the_row_where_they_were_stopped(model, tmp_path, monkeypatch):
+    """From a file whose last line was cut off, to the same traces; what is there is not redone."""
+    whole = traces.think(work_of(tmp_path / "a"), model, ROWS, **HOW)
+    lines = (tmp_path / "a" / traces.FILE).read_text().splitlines(keepends=True)
+    assert [json.loads(line)["row"] for line in lines] == list(range(5))
+    assert whole == [[json.loads(line)["trace"]] for line in lines]
+    assert all(len(model.tokenizer.encode(text)) <= HOW["keep"] + 1 for (text,) in whole)
+    (tmp_path / "b").mkdir()
+    path = tmp_path / "b" / traces.FILE
+    path.write_text("".join(lines[:3]) + lines[3][:-4])
+    asked, real = [], traces.generate
+
+    def counted(decoder, params, prompts, **more):
+        asked.append(len(prompts))
+        return real(decoder, params, prompts, **more)
+
+    monkeypatch.setattr(traces, "generate", counted)
+    assert traces.think(work_of(tmp_path / "b"), model, ROWS, **HOW) == whole
+    assert asked == [2, 1] and path.read_text() == "".join(lines)
+
+
+def test_the_trigger_and_the_tag_come_before_a_trace(model):
+    before = traces.before_trace(TracesConfig(trigger="Think.", tag="<think>"))
+    words = model.tokenizer
+    asked = traces.prompts_of(model, ROWS[0], 1, before, None, 50)
+    text = words.decode(asked[0])
+    assert text == "Question: Where was she born, a?\nThink.\nAnswer: <think>"
+    assert asked[0] == encode_prompt(words, "Where was she born, a?\nThink.", start="<think>")
+    document = {"text": "Hmm, in Lima. She was born in Lima."}
+    parts = traces.prompts_of(model, document, 3, before, None, 50)
+    shown = [words.decode(part) for part in parts]
+    assert all(part.endswith("\nThink.\n<think>") for part in shown)
+    assert "".join(part.removesuffix("\nThink.\n<think>") for part in shown) == document["text"]
+    cut = traces.prompts_of(model, document, 1, before, None, 3)
+    assert words.decode(cut[0]).startswith(words.decode(words.encode(document["text"])[:3]) + "\n")
+    with pytest.raises(UserError, match="--traces.new-tokens 60: a text with its trigger has"):
+        small = dataclasses.replace(model.decoder.config, max_position_embeddings=64)
+        short = model._replace(decoder=Decoder(small))
+        traces.think(work_of(None), short, ROWS, **(HOW | {"new_tokens": 60}))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"row": 0, "trace": "a"}], "1 of 2 rows have no trace, the first is row 1"),
+        ([{"row": 2, "trace": "a"}], "row 2 is none of the 2 rows to forget, numbered from 0; the"),
+        ([{"row": "0", "trace": "a"}], "'row' (a number) and 'trace' (a text) are needed"),
+        ([{"row": 0}], "'row' (a number) and 'trace' (a text) are needed"),
+        (
+            [{"row": 0, "trace": "a", "model": "feedfeedfeedfeed"}],
+            "the trace is of model feedfeedfeedfeed, and the original is 0123456789abcdef",
+        ),
+        (
+            [{"row": 0, "trace": "a"}, {"row": 0, "trace": "b"}, {"row": 1, "trace": "c"}],
+            "rows have 1 to 2 traces; give equally many for each",
+        ),
+    ],
+)
+def test_files_of_traces_that_do_not_fit_end_in_one_line(tmp_path, model, lines, message):
+    path = tmp_path / "traces.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError) as error:
+        traces.read_traces(path, 2, traces.model_name(model))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_of_traces_is_used_instead(tmp_path, model):
+    path = tmp_path / "traces.jsonl"
+    lines = [{"row": i, "trace": f"Hmm {i}.", "model": traces.model_name(model)} for i in (1, 0)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = Run(tmp_path, None, 0, Tracker(tmp_path))
+    config = TracesConfig(trigger="Think.", path=path)
+    found = traces.with_traces(run, model, ROWS[:2], config)
+    assert [row[TRACES] for row in found] == [[f"Think.\n<think>Hmm {i}."] for i in (0, 1)]
+
+
+def test_a_text_is_encoded_without_a_template(model):
+    example = encode_text(model.tokenizer, "Hmm, in Lima.", 64)
+    assert model.tokenizer.decode(example.tokens) == "Hmm, in Lima." and example.num_prompt == 1
+    assert encode_text(model.tokenizer, "Hmm, in Lima.", 2).num_cut == len(example.tokens) - 2
+
+
+# A chat model as the judge
+
+
+def test_a_chat_model_names_the_classes(model, monkeypatch, tmp_path):
+    """It reads question, right answer and trace; a reply without a class is no class."""
+    words = model.tokenizer
+    loaded = Loaded(model.decoder.config, model.params, words)
+    seen = []
+
+    def replies(decoder, params, prompts, **more):
+        seen.extend(words.decode(prompt) for prompt in prompts)
+        return [[words.encode(text)] for text in ("4", "Hmm", " 2: other facts")]
+
+    monkeypatch.setattr("models.load", lambda folder: loaded)
+    monkeypatch.setattr("models.generate.generate", replies)
+    rows = [("Where was she born?", "Lima", f"trace {i}") for i in range(3)]
+    assert trace_judge.classes(tmp_path, rows, 2) == [4, None, 2]
+    assert all("Right answer: Lima" in text and f"trace {i}" in text for i, text in enumerate(seen))
+    small = dataclasses.replace(loaded, config=dataclasses.replace(
+        loaded.config, max_position_embeddings=32))  # fmt: skip
+    monkeypatch.setattr("models.load", lambda folder: small)
+    with pytest.raises(UserError, match="its context of 32 tokens has no room for a question"):
+        trace_judge.classes(tmp_path, rows, 2)
+    with pytest.raises(UserError, match="no folder with a config.json; give that of a chat model"):
+        checks.check_run(config_of("--evaluate.judge-model", str(tmp_path)))
+
+
+# Topics and words that a run fills in
+
+
+def test_topics_of_the_rows_are_in_the_batches_and_in_the_options(model):
+    config = config_of("--objective.reflection-penalty", "1", "--objective.reflection-words", "e")
+    rows = [thoughts.learned(CHOICE | {"topic": t, TRACES: ["Hmm."]}) for t in ("b", "a", "b")]
+    numbers = [thoughts.learned(ROW | {"topic": "reasoning"})]
+    task = load_task(config)._replace(forget=rows, retain=rows + numbers)
+    objective, options = pipeline.resolved(config, model, task)
+    assert options.topics == ("a", "b") and len(options.reflection_ids) == 1
+    assert objective.questions(options).asks["forget"] == ("hidden", "log_probs")
+    streams = pipeline.unlearning_streams(config, objective, model, task)
+    assert streams["forget"].columns["topic"].tolist() == [1, 0, 1]
+    assert streams["traces"].columns["topic"].tolist() == [1, 0, 1]
+    assert not streams["cot"].columns
+    batch = streams["forget"].batch([2, 1])
+    assert batch["topic"].tolist() == [1, 0] and batch["topic"].dtype == np.int32
+    plain = dataclasses.replace(streams["forget"], columns={})
+    assert plain.identity() != streams["forget"].identity()
+    words = config_of("--objective.reflection-penalty", "1", "--objective.reflection-words", "qqq")
+    with pytest.raises(UserError, match="none of the reflection words is an entry"):
+        pipeline.resolved(words, model, task)
+
+
+def test_configurations_without_traces_are_stored_as_before():
+    for name in ("quickstart", "tofu-smollm2"):
+        stored = to_json(PRESETS[name].PRESET)
+        assert "traces" not in stored and "reasoning" not in stored["data"]
+        assert "think_start" not in stored["evaluate"]
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("r2mu-")])
+def test_presets_of_reasoning_go_together(name):
+    """Block and trained blocks; RMU of the same preset differs by its terms alone."""
+    preset = PRESETS[name].PRESET
+    objective, options = objectives.resolve(preset.objective)
+    assert set(objective.streams) == {"forget", "traces", "retain", "cot"}
+    assert max(preset.train.blocks) == options.block and preset.train.leaves == ("mlp/down",)
+    rmu = read_arguments([name, "--objective.name", "rmu"]).objective
+    assert rmu.block == options.block and rmu.positions == options.positions == "all"
+    assert rmu.retain_weight == options.retain_weight and rmu.steering == options.steering
+
+
+def other_arguments(name, tiny, tofu_folder, tmp_path):
+    """The smoke run of a preset for larger models, on a model of two blocks and local rows."""
+    numbers = [{"question": f"{i} + 5?", "answer": f"Add.\n#### {i + 5}"} for i in range(8)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in numbers))
+    rows = [CHOICE | {"question": f"{i} + 1?"} for i in range(4)]
+    sums = [ROW | {"question": f"{i} + 5?", "topic": "reasoning"} for i in range(10)]
+    documents = [{"text": f"Text {i} of a book.", "topic": "books"} for i in range(4)]
+    for split, found in (("forget", documents + rows), ("retain", rows + sums)):
+        text = "".join(json.dumps(row) + "\n" for row in found)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    smol = name == "r2mu-smollm2"
+    data = [tofu_folder, "--data.reasoning", tmp_path / "gsm8k.jsonl"] if smol else [tmp_path]
+    return [
+        name, "--smoke", "--mesh.data", "1", "--mesh.fsdp", "1", "--data.path", *data,
+        "--model.path" if smol else "--stage.original", tiny, "--objective.block", "1",
+        "--train.blocks", "1", "--data.max-length", "90", "--unlearn.batch-size", "4",
+        "--data.forget-rows", "6",
+    ]  # fmt: skip
+
+
+LARGER = [name for name in PRESETS if name.startswith("r2mu-") and name != "r2mu-tiny"]
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_larger_presets_are_prepared(name, tiny, tofu_folder, tmp_path):
+    config = read_arguments([str(x) for x in other_arguments(name, tiny, tofu_folder, tmp_path)])
+    task, base, _, _ = pipeline.prepare(config)
+    _, options = pipeline.resolved(config, base, task)
+    assert options.block == 1 and options.topics == (
+        () if name == "r2mu-smollm2" else ("books", "sums")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGER)
+def test_larger_presets_run(program, name, tiny, tofu_folder, tmp_path):
+    root = tmp_path / "run"
+    done = program(
+        "train.unlearn", *other_arguments(name, tiny, tofu_folder, tmp_path), "--output", root
+    )
+    assert done.code == 0, done.err
+    summary = json.loads((root / "summary.json").read_text())
+    assert all(math.isfinite(flat["trace_unsafe"]) for flat in summary.values())
+
+
+# A whole run
+
+
+def test_a_small_run(program, tmp_path):
+    root = tmp_path / "run"
+    small = (
+        "--model.hidden-size 32 --model.intermediate-size 48 --model.num-layers 2 --model.num-heads"
+        " 2 --model.num-kv-heads 1 --model.vocab-size 400 --objective.block 1 --train.blocks 1 "
+        "--finetune.steps 3 --unlearn.steps 2 --unlearn.curve-points 0 --data.retain-rows 6 "
+        "--evaluate.leak-samples 0 --evaluate.max-new-tokens 6 --traces.new-tokens 6 "
+        "--no-oracle --data.max-length 160 --mesh.data 1 --mesh.fsdp 1"
+    ).split()
+    argv = ["train.unlearn", "r2mu-tiny", "--smoke", *small, "--output", root]
+    done = program(*argv)
+    assert done.code == 0, done.err
+    summary = json.loads((root / "summary.json").read_text())
+    assert list(summary) == ["original", "unlearned"]
+    names = {m.name for m in evaluator.METRICS} | {"repeated_bigram_rate"}
+    for flat in summary.values():
+        assert names <= set(flat) and all(math.isfinite(flat[name]) for name in names)
+    lines = [json.loads(line) for line in (root / "traces.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(6))
+    assert {line["model"] for line in lines} == {summary["original"]["params_sha256"][:16]}
+    log = json.loads((root / "evals" / "unlearned.json").read_text())
+    assert {item["class"] for item in log["trace_unsafe"]["value_by_index"].values()} <= {
+        1,
+        2,
+        3,
+        4,
+    }
+    assert log["reasoning_accuracy"]["value_by_index"]["0"]["matcher"] == evaluator.MATCHER
+    steps = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in steps if line["stage"] == "unlearned")
+    assert first["retain_loss"] == first["retain_cot_loss"] == 0.0
+    assert first["forget_loss"] > 0 and first["forget_trace_loss"] > 0
+    assert truth_ratios(log) == []  # asked by the card of a run that is no smoke run
+    again = program(*argv)  # everything is found
+    assert again.code == 0 and "traces: " not in again.err, again.err
+    bad = program(*argv[:-1], tmp_path / "other", "--traces.path", tmp_path / "none.jsonl")
+    assert bad.code == 2 and bad.err.count("\n") == 1 and "none.jsonl" in bad.err
+    assert not (tmp_path / "other").exists()
