@@ -119,7 +119,7 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
         lines.append("A smoke run: steps and samples are cut, so there is no verdict.")
     else:
         questions = len(truth_ratios(logs.get(run.roles.judged, {})))
-        found = verdicts(summary, questions, roles=run.roles, evaluators=run.evaluators)
+        found = verdicts(summary, questions, roles=run.roles, evaluators=run.evaluators, logs=logs)
         lines += _table(
             ("question", "answer", "how it was judged"),
             [(one.question, f"{one.answer} ({one.state})", one.text) for one in found],

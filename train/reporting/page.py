@@ -150,7 +150,7 @@ def build(run_dir: str | Path) -> Path:
         title=f"{preset}, {method}, seed {seed}" if method else f"{preset}, seed {seed}",
         topic="training" if lead else "unlearning",
         lead=lead or LEAD,
-        verdicts=verdicts(run.summary, questions, smoke, roles, run.evaluators),
+        verdicts=verdicts(run.summary, questions, smoke, roles, run.evaluators, logs),
         directions=[
             (metrics_table.ARROWS[k], text)
             for k, text in metrics_table.DIRECTIONS.items()

@@ -6,7 +6,7 @@ disagree with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from train.evaluators import QUESTION_ANSWERING, chosen
@@ -26,6 +26,7 @@ def verdicts(
     smoke: bool = False,
     roles: Roles = ROLES,
     evaluators: Iterable[str] = QUESTION_ANSWERING,
+    logs: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[Finding]:
     """The findings of a run, in reading order.
 
@@ -35,10 +36,11 @@ def verdicts(
         smoke: a smoke run, from which nothing can be concluded.
         roles: which model is which.
         evaluators: names of the run's evaluators.
+        logs: per-item logs by model.
     """
     if smoke:
         return []
-    results = Results(summary, roles=roles, questions=n)
+    results = Results(summary, logs or {}, roles=roles, questions=n)
     rows = arranged(verdict for row in chosen(evaluators) for verdict in row.verdicts)
     found = [row.find(results) for row in rows]
     return [finding for finding in found if finding is not None]
