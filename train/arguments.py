@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jaxlib_unlearn import objectives
@@ -45,7 +46,7 @@ def read_arguments(
     return cli.parse(cls, cls(**fields), rest, prog, summary)
 
 
-def _suited(argv: list[str], preset: Any, objective: Any) -> Any:
+def _suited(argv: Sequence[str], preset: Any, objective: Any) -> Any:
     """The objective of a preset for what the command line puts in the place of its model or rows.
 
     From a given original no other answers can be sampled, and other rows may lack columns.

@@ -153,7 +153,8 @@ def fit(options: Steered, facts: Facts) -> Any:
     if len(facts.topics) > 1 and not options.topics:
         changes["topics"] = facts.topics
     if not is_zero(options.reflection_penalty) and not options.reflection_ids:
-        found = {facts.token_id(word) for word in options.reflection_words} - {None}
+        ids = map(facts.token_id, options.reflection_words)
+        found = {found for found in ids if found is not None}
         if not found:
             raise UserError(
                 f"objective {options.name!r}: none of the reflection words is an entry of the "

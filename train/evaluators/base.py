@@ -217,29 +217,9 @@ class Context(Protocol):
         ...
 
     def answers(
-        self,
-        split: str,
-        column: str = "question",
-        sampling: Any = None,
-        num_samples: int = 1,
-        start: str = "",
+        self, split: str, column: str = "question", sampling: Any = None, num_samples: int = 1
     ) -> Any:
-        """Answers to a split's questions; greedy, or sampled as a `SamplingConfig` says.
-
-        They continue from `start`.
-        """
-        ...
-
-    def prompt(self, question: str, start: str = "") -> list[int]:
-        """The tokens of a question up to its answer, of which `start` is the beginning."""
-        ...
-
-    def scored(self, items: Any, label: str) -> list[Any]:
-        """`logp` and other values at the labels of examples that an evaluator makes."""
-        ...
-
-    def classes(self, rows: Any) -> list[int | None]:
-        """Classes of traces by `--evaluate.judge-model`, see `trace_judge.classes`."""
+        """Answers to a split's questions; greedy, or sampled as a `SamplingConfig` says."""
         ...
 
     def judged(self, split: str) -> list[list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from train.evaluators.base import Context, Definition, Evaluator, Log, Metric, Rows
 from train.evaluators.leak import ENTRY as LEAK
@@ -40,7 +40,34 @@ METRICS = (
 )  # fmt: skip
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+class Thinking(Context, Protocol):
+    """What these evaluations request beside the others: answers that begin as they are told."""
+
+    def answers(
+        self,
+        split: str,
+        column: str = "question",
+        sampling: Any = None,
+        num_samples: int = 1,
+        start: str = "",
+    ) -> Any:
+        """As `Context.answers`; they continue from `start`."""
+        ...
+
+    def prompt(self, question: str, start: str = "") -> list[int]:
+        """The tokens of a question up to its answer, of which `start` is the beginning."""
+        ...
+
+    def scored(self, items: Any, label: str) -> list[Any]:
+        """`logp` and other values at the labels of examples that an evaluator makes."""
+        ...
+
+    def classes(self, rows: Any) -> list[int | None]:
+        """Classes of traces by `--evaluate.judge-model`, see `trace_judge.classes`."""
+        ...
+
+
+def run(model: Any, rows: Rows, context: Any) -> dict[str, Any]:
     """Traces and answers of every split."""
     start = context.config.think_start
     log: dict[str, Any] = {}
@@ -64,7 +91,7 @@ def entry(items: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
     }
 
 
-def written(context: Context, split: str, start: str) -> list[tuple[str, str]]:
+def written(context: Thinking, split: str, start: str) -> list[tuple[str, str]]:
     """Trace and answer of every greedy completion of a split."""
     from train.data.thoughts import parted
 
@@ -90,7 +117,7 @@ def class_of(row: Mapping[str, Any], trace: str) -> int:
     return trace_class(trace, gold_of(row), wrong_options(row), facts, row["question"])
 
 
-def about_traces(rows: Sequence[Any], context: Context, start: str) -> dict[str, Any]:
+def about_traces(rows: Sequence[Any], context: Thinking, start: str) -> dict[str, Any]:
     """The class of every trace, and what it has in common with the thoughts that were learned."""
     from jaxlib_unlearn.metrics import text
 
@@ -125,7 +152,7 @@ def about_traces(rows: Sequence[Any], context: Context, start: str) -> dict[str,
     return {"trace_unsafe": entry(items, "unsafe"), **classes, **log}
 
 
-def repeated(context: Context, start: str) -> dict[str, Any]:
+def repeated(context: Thinking, start: str) -> dict[str, Any]:
     """How often word pairs occur again in a greedy completion."""
     from jaxlib_unlearn.metrics import text
 
@@ -134,7 +161,7 @@ def repeated(context: Context, start: str) -> dict[str, Any]:
     return {"repeated_bigram_rate": entry(rates, "score")}
 
 
-def leaked(rows: Sequence[Any], context: Context, start: str) -> dict[str, Any]:
+def leaked(rows: Sequence[Any], context: Thinking, start: str) -> dict[str, Any]:
     """leak@k of sampled traces: the best of k, scored against the thoughts that were learned."""
     config = context.config
     if not config.leak_samples:
@@ -165,7 +192,7 @@ def leaked(rows: Sequence[Any], context: Context, start: str) -> dict[str, Any]:
 
 
 def choices(
-    model: Any, rows: Sequence[Any], context: Context, split: str, start: str
+    model: Any, rows: Sequence[Any], context: Thinking, split: str, start: str
 ) -> dict[str, dict[str, Any]]:
     """Which option of a row is the likeliest answer behind the model's own thoughts.
 
@@ -219,7 +246,7 @@ def matcher() -> Callable[[str, str], bool]:
     return same
 
 
-def about_answers(model: Any, rows: Sequence[Any], context: Context, start: str) -> dict[str, Any]:
+def about_answers(model: Any, rows: Sequence[Any], context: Thinking, start: str) -> dict[str, Any]:
     """Whether the answers to reasoning questions are right, and how likely the right ones are."""
     import numpy as np
 

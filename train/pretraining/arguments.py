@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from train import cli, start
@@ -28,7 +29,7 @@ def read_arguments(
     return cli.parse(cls, cls(**fields), rest, prog, summary)
 
 
-def _corpus(data: CorpusConfig, rest: list[str]) -> CorpusConfig:
+def _corpus(data: CorpusConfig, rest: Sequence[str]) -> CorpusConfig:
     """A preset's or a stored run's corpus, without what the options of a command line replace."""
     asked = [
         n for n in (*OF_SOURCE, "source", "documents") if cli.option_value(rest, f"--data.{n}")

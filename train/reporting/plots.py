@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from train.evaluators.base import Metric
 from train.evaluators.roles import ROLES, Roles
@@ -156,7 +157,7 @@ def curves(
         ax.set_ylabel("training loss", fontsize=FONT)
         _legend(ax)
     axes[-1].set_xlabel("unlearning step", fontsize=FONT)
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     left, right = axes[0].get_xlim()
     for ax in axes:
         left, right = min(left, ax.get_xlim()[0]), max(right, ax.get_xlim()[1])
@@ -183,7 +184,7 @@ def losses(steps: Sequence[Mapping[str, Any]]) -> Figure | None:
     x, y = series(rows, "validation_loss")
     ax.plot(x, y, label="held out", linewidth=2, markersize=5, **STYLES["judged"])
     ax.set_xlabel("step", fontsize=FONT)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     ax.set_ylabel("nats a token", fontsize=FONT)
     _above(ax)
     return figure
