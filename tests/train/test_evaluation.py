@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -409,7 +410,10 @@ def keys(model, task):
     yield "a split", key(task=task._replace(evaluation=fewer))
     for field in dataclasses.fields(CONFIG):
         value = getattr(CONFIG, field.name)
-        other = value + "x" if isinstance(value, str) else value + 1
+        if value is None:  # `judge_model`: any folder
+            other = Path(__file__).parents[2] / ".ci"
+        else:
+            other = value + "x" if isinstance(value, str) else value + 1
         yield field.name, key(config=dataclasses.replace(CONFIG, **{field.name: other}))
 
 
