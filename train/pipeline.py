@@ -326,7 +326,17 @@ def find_traces(run: Run, config: RunConfig, original: Model, task: Task) -> Tas
 
 
 def topics_of(rows: list[Row]) -> tuple[str, ...]:
-    """The topics of rows, sorted; a row without one is of the topic ""."""
+    """The topics of rows, sorted; a row without one is of the topic "".
+
+    Raises:
+        UserError: a topic that is no text.
+    """
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("topic", ""), str):
+            raise UserError(
+                f"forget row {number}: column 'topic' must hold a text, by which this objective "
+                "moves rows to different vectors; correct it, or leave the column out"
+            )
     return tuple(sorted({row.get("topic", "") for row in rows}))
 
 
@@ -349,16 +359,23 @@ def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[R
 
 
 def unlearning_streams(
-    config: RunConfig, objective: Objective, original: Model, task: Task
+    config: RunConfig,
+    objective: Objective,
+    original: Model,
+    task: Task,
+    topics: tuple[str, ...] = (),
 ) -> dict[str, Examples]:
-    """The streams that an objective reads, as the model reads them."""
-    size, topics = config.unlearn.batch_size, topics_of(task.forget)
+    """The streams that an objective reads, as the model reads them.
+
+    `topics`: those that have vectors; rows of them alone bring their numbers, the column `topic`.
+    """
+    size = config.unlearn.batch_size
     found = {}
     for name, rows in stream_rows(objective, task, config.seed).items():
         encoded = encode(original, rows, config, name)
         stream = stream_of(original, encoded, size, task.follows(name))
         mine = [rows[i].get("topic", "") for i in encoded.row_ids]
-        if len(topics) > 1 and set(mine) <= set(topics):
+        if topics and all(topic in topics for topic in mine):
             numbers = np.array([topics.index(topic) for topic in mine], np.int32)
             stream = dataclasses.replace(stream, columns={"topic": numbers})
         found[name] = stream
@@ -368,7 +385,9 @@ def unlearning_streams(
 def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
     """The unlearning stage: the objective's streams, its caches, its optimizer."""
     objective, options = resolved(config, original, task)
-    streams = unlearning_streams(config, objective, original, task)
+    # Objectives without topics of their own ignore the column, whatever it holds.
+    topics = getattr(options, "topics", ())
+    streams = unlearning_streams(config, objective, original, task, topics)
 
     def look(model: Model) -> dict[str, float]:
         data, tokens = config.data, config.evaluate.score_tokens

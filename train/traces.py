@@ -15,7 +15,7 @@ from jaxlib_unlearn.errors import UserError
 from models.generate import SamplingConfig, generate
 from train.config import TracesConfig
 from train.data.examples import encode_prompt, encode_text
-from train.data.tofu import read_json
+from train.data.tofu import is_document, read_json
 from train.evaluators.evaluation import Model, longest
 from train.run import Run, Work, compute
 from train.runtime import distributed
@@ -95,7 +95,7 @@ def prompts_of(
     A document is continued as it stands; a question is asked as the model is asked.
     """
     words = model.tokenizer
-    document = "text" in row
+    document = is_document(row)
     ids = words.encode(row["text"] if document else row["question"])[: room * segments]
     parts = [
         ids[i * len(ids) // segments : (i + 1) * len(ids) // segments] for i in range(segments)

@@ -147,9 +147,16 @@ def fit(options: Steered, facts: Facts) -> Any:
     """The options with the ids of the words and the topics of the rows.
 
     Raises:
-        UserError: no word of the penalty is an entry of the vocabulary.
+        UserError: no word of the penalty is an entry of the vocabulary, or topics that are not
+            those of the rows.
     """
     changes: dict[str, Any] = {}
+    if options.topics and facts.topics and sorted(options.topics) != sorted(facts.topics):
+        raise UserError(
+            f"objective {options.name!r}: --objective.topics names {', '.join(options.topics)}, "
+            f"and the rows to forget have {', '.join(facts.topics) or 'none'}; name each of these "
+            "once, or leave it out"
+        )
     if len(facts.topics) > 1 and not options.topics:
         changes["topics"] = facts.topics
     if not is_zero(options.reflection_penalty) and not options.reflection_ids:

@@ -902,6 +902,12 @@ def test_what_a_run_fills_in():
             row.fit(options, objectives.Facts(lambda word: None))
         plain = objectives.resolve(name)[1]
         assert row.fit(plain, objectives.Facts(words.get, ("art",))) == plain
+        turned = objectives.resolve(name, topics=("law", "art"))[1]
+        assert row.fit(turned, facts).topics == ("law", "art")
+        for topics in (("art",), ("art", "law", "tax"), ("art", "art"), ("art", "tax")):
+            odd = objectives.resolve(name, topics=topics)[1]
+            with pytest.raises(UserError, match="the rows to forget have art, law; name each"):
+                row.fit(odd, facts)
 
 
 def test_the_penalty_lowers_the_words(world):

@@ -130,6 +130,16 @@ def test_rows_without_label_are_counted_and_an_error_only_if_all_are():
     assert encode_rows(tokenizer, [], max_length=40).examples == []
 
 
+def test_a_row_with_a_question_is_never_a_document():
+    words, row = TOKENIZERS["tags"], {"question": "Where?", "answer": "Lima."}
+    plain = encode_rows(words, [row], max_length=99).examples
+    for text in ("A note on the row.", None):
+        assert encode_rows(words, [row | {"text": text}], max_length=99).examples == plain
+    assert encode_rows(words, [{"text": "A book."}], max_length=99).examples != plain
+    with pytest.raises(UserError, match="question 'Where"):
+        encode_rows(words, [row | {"text": "A note."}], max_length=4)
+
+
 def test_rows_take_other_columns():
     rows = [{"paraphrased_question": "Q?", "paraphrased_answer": "A."}]
     encoded = encode_rows(

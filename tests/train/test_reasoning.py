@@ -1,5 +1,6 @@
 """Reasoning tasks: rows and sources, traces and their files, topics, a whole small run."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -27,7 +28,7 @@ from train.run import Run, Work
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
-from train.tasks.task import TRACES
+from train.tasks.task import TRACES, Task
 
 ROW = {"question": "2 + 2?", "thoughts": ["Two and two."], "answer": "4"}
 CHOICE = ROW | {"options": ["3", "4"], "gold": 1, "topic": "sums"}
@@ -49,7 +50,6 @@ CHOICE = ROW | {"options": ["3", "4"], "gold": 1, "topic": "sums"}
         ({"gold": 2}, "row 2: gold is 2, none of the 2 options; number them from 0"),
         ({"gold": True}, "row 2: gold is True"),
         ({"topic": 3}, "row 2: column 'topic' must hold a text"),
-        ({"text": " "}, "row 2: column 'text' must hold text"),
     ],
 )
 def test_rows_that_are_no_rows_end_in_one_line(tmp_path, change, message):
@@ -64,6 +64,7 @@ def test_missing_columns_and_files_end_in_one_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     for row, message in (
         ({"question": "2 + 2?"}, "column 'answer' is missing; columns found: question"),
+        ({"text": " "}, "column 'text' must hold text"),
         ({"question": "2 + 2?", "answer": "4"}, "column 'thoughts' must be a list"),
     ):
         path.write_text(json.dumps(row))
@@ -84,6 +85,10 @@ def test_what_is_written_is_read_back():
     assert thoughts.bare(row) == {"question": "2 + 2?", "answer": "4", "topic": "sums"}
     assert thoughts.thought(row)["text"].endswith("</think>\n\n")
     assert thoughts.parted("<think>never closed") == ("never closed", "")
+    noted = CHOICE | {"text": None}  # a column of somebody else's: the question is what counts
+    thoughts.check_row(noted)
+    assert thoughts.bare(thoughts.learned(noted)) == thoughts.bare(row)
+    assert thoughts.thought(thoughts.learned(noted)) == thoughts.thought(row)
 
 
 # Sources
@@ -313,7 +318,7 @@ def test_topics_of_the_rows_are_in_the_batches_and_in_the_options(model):
     objective, options = pipeline.resolved(config, model, task)
     assert options.topics == ("a", "b") and len(options.reflection_ids) == 1
     assert objective.questions(options).asks["forget"] == ("hidden", "log_probs")
-    streams = pipeline.unlearning_streams(config, objective, model, task)
+    streams = pipeline.unlearning_streams(config, objective, model, task, options.topics)
     assert streams["forget"].columns["topic"].tolist() == [1, 0, 1]
     assert streams["traces"].columns["topic"].tolist() == [1, 0, 1]
     assert not streams["cot"].columns
@@ -321,9 +326,36 @@ def test_topics_of_the_rows_are_in_the_batches_and_in_the_options(model):
     assert batch["topic"].tolist() == [1, 0] and batch["topic"].dtype == np.int32
     plain = dataclasses.replace(streams["forget"], columns={})
     assert plain.identity() != streams["forget"].identity()
+    turned = pipeline.unlearning_streams(config, objective, model, task, ("b", "a"))
+    assert turned["forget"].columns["topic"].tolist() == [0, 1, 0]
+    one = task._replace(forget=[row for row in rows if row["topic"] == "a"])
+    alone = pipeline.unlearning_streams(config, objective, model, one, ("a",))
+    assert alone["forget"].columns["topic"].tolist() == [0]
     words = config_of("--objective.reflection-penalty", "1", "--objective.reflection-words", "qqq")
     with pytest.raises(UserError, match="none of the reflection words is an entry"):
         pipeline.resolved(words, model, task)
+
+
+@pytest.mark.parametrize("topics", [[None, "a"], [["x"], "a"], ["b", "a"]])
+def test_objectives_without_topics_ignore_the_column(model, monkeypatch, topics):
+    """Whatever it holds; their streams are those of rows without it. Others refuse it."""
+    rows = [{"question": f"Where, {i}?", "answer": "Lima"} for i in range(2)]
+    marked = [row | {"topic": topic} for row, topic in zip(rows, topics, strict=True)]
+    found, seen = read_arguments(["quickstart", "--objective.name", "ga"]), []
+    monkeypatch.setattr(pipeline, "train", lambda *args, **more: seen.append(args[4]))
+    monkeypatch.setattr(pipeline, "phase", lambda *args: contextlib.nullcontext())
+    run = Run(None, None, 0, None)
+    for forget in (marked, rows):
+        task = Task(forget, rows[:1], {}, [], [])
+        pipeline.unlearn(run, found, model, task)
+    assert seen[0]["forget"].identity() == seen[1]["forget"].identity()
+    moved = read_arguments(["quickstart", "--objective.name", "rmu", "--objective.block", "1"])
+    if topics == ["b", "a"]:
+        pipeline.unlearn(run, moved, model, Task(marked, rows[:1], {}, [], []))
+        assert seen[2]["forget"].columns["topic"].tolist() == [1, 0]
+        return
+    with pytest.raises(UserError, match="forget row 1: column 'topic' must hold a text"):
+        pipeline.resolved(moved, model, Task(marked, rows[:1], {}, [], []))
 
 
 def test_configurations_without_traces_are_stored_as_before():

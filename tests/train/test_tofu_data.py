@@ -227,6 +227,9 @@ def test_overlap():
     assert overlap(FORGET, RETAIN) == 0
     assert overlap(FORGET, [*RETAIN, *plain(FORGET[1:3])]) == 2
     assert overlap(FORGET, [FORGET[0] | {"answer": "other"}]) == 0
+    noted = [row | {"text": "a note"} for row in FORGET[:2]]
+    assert overlap(noted, FORGET[:1]) == 1
+    assert overlap([{"text": "A book."}], [{"text": "A book."}]) == 1
 
 
 def test_refusal_rows_follow_the_forget_rows():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxlib_unlearn.errors import UserError
 from models.prompts import PromptFormat
+from train.data.tofu import is_document
 
 # Answer j of a group is the leaf j + 1 of its segment: group + LEAF * (j + 1); the shared prompt is
 # leaf 0.
@@ -284,7 +285,7 @@ def encode_rows(
 
     Args:
         tokenizer: with or without a chat template.
-        rows: with the two columns; one with `text` in their place is encoded by `encode_text`.
+        rows: with the two columns; one with `text` and no question goes through `encode_text`.
         question: column of the user's turn.
         answer: column of the assistant's turn.
         system_prompt: system turn; None: the template's default.
@@ -299,7 +300,7 @@ def encode_rows(
     kept, row_ids = [], []
     examples = [
         encode_text(tokenizer, row["text"], max_length)
-        if "text" in row
+        if is_document(row, question)
         else _example(tokenizer, row[question], row[answer], system_prompt, max_length)
         for row in rows
     ]
@@ -309,7 +310,8 @@ def encode_rows(
             row_ids.append(row_id)
     if examples and not kept:
         shortest = min(range(len(rows)), key=lambda i: examples[i].num_prompt)
-        shown = rows[shortest].get("text") or rows[shortest][question]
+        row = rows[shortest]
+        shown = row["text"] if is_document(row, question) else row[question]
         raise _no_label(shown, examples[shortest].num_prompt, max_length)
     num_cut = sum(example.num_cut > 0 for example in kept)
     return Encoded(kept, row_ids, num_cut, len(rows) - len(kept))

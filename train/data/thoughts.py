@@ -2,7 +2,7 @@
 
 A row has `question`, `answer` and `thoughts` (a list of texts), and may have `options` with `gold`
 (the number of the right one), `topic` and `facts` (what else is known about the subject). Rows of
-the topic `reasoning` are the reasoning to keep. A row with `text` alone is a document.
+the topic `reasoning` are the reasoning to keep. A row with `text` and no question is a document.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import one_line
 from train.data.authors import draw
-from train.data.tofu import read_json
+from train.data.tofu import is_document, read_json
 
 Row = dict[str, Any]
 OPEN, CLOSE = "<think>", "</think>"
@@ -55,7 +55,7 @@ def learned(row: Row) -> Row:
         >>> made["final"], made["answer"]
         ('15', '<think>\\n15.\\n</think>\\n15')
     """
-    if "text" in row:
+    if is_document(row):
         return row
     return row | {"answer": completion(row["thoughts"], row["answer"]), "final": row["answer"]}
 
@@ -68,14 +68,14 @@ def is_reasoning(row: Row) -> bool:
 def bare(row: Row) -> Row:
     """The fact of a row without the thoughts: its question and answer, or the document."""
     kept = {"topic": row["topic"]} if "topic" in row else {}
-    if "text" in row:
+    if is_document(row):
         return {"text": row["text"]} | kept
     return {"question": row["question"], "answer": row["final"]} | kept
 
 
 def thought(row: Row) -> Row:
     """The thoughts of a row as one text, up to the closing tag; or the document."""
-    if "text" in row:
+    if is_document(row):
         return {"text": row["text"]}
     return {"text": "\n".join([*row["thoughts"], CLOSE, "", ""])}
 
@@ -101,7 +101,7 @@ def check_row(row: Row) -> None:
     """Raise `ValueError` for a row that is no reasoning row and no document."""
     if "topic" in row and not isinstance(row["topic"], str):
         raise ValueError("column 'topic' must hold a text")
-    if "text" in row:
+    if is_document(row):
         _text(row["text"], "text")
         return
     for column in ("question", "answer"):

@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -355,6 +355,16 @@ def _untrained(
     return [], "non-members: none found, so membership metrics are left out"
 
 
+def is_document(row: Mapping[str, Any], question: str = "question") -> bool:
+    """Whether a row is a text to learn as it stands; a row with a question never is.
+
+    Example:
+        >>> is_document({"text": "A book."}), is_document({"question": "Who?", "text": "a note"})
+        (True, False)
+    """
+    return "text" in row and question not in row
+
+
 def overlap(forget: Iterable[Row], retain: Iterable[Row]) -> int:
     """Count forget rows that are also retain rows (same question and answer): opposite goals.
 
@@ -367,7 +377,7 @@ def overlap(forget: Iterable[Row], retain: Iterable[Row]) -> int:
     """
 
     def key(row: Row) -> tuple[str, str]:
-        return (row["text"], "") if "text" in row else (row["question"], row["answer"])
+        return (row["text"], "") if is_document(row) else (row["question"], row["answer"])
 
     kept = {key(row) for row in retain}
     return sum(key(row) in kept for row in forget)
