@@ -333,8 +333,10 @@ class TracesConfig:
     segments: int = option(
         1, "parts that a text is cut into, by tokens; each gives a trace.", low=1, later=True
     )
-    new_tokens: int = option(1024, "tokens that are generated of each.", low=1, later=True)
-    keep: int = option(100, "how many of them, from the first, are trained on.", low=1, later=True)
+    new_tokens: int = option(
+        1024, "most tokens of a trace; no more than `keep` are generated.", low=1, later=True
+    )
+    keep: int = option(100, "how many tokens of each are trained on.", low=1, later=True)
     trigger: str = option(
         "Let's reason this step by step.", "what asks the model to reason.", later=True
     )

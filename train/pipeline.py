@@ -34,7 +34,7 @@ from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import Tracker, say
 from train.tasks import load_task
 from train.tasks.task import ALTERNATES, TRACES, Row, Task, prompt_format
-from train.traces import read_traces, with_traces
+from train.traces import check_room, read_traces, with_traces
 from train.trainable import train_from
 
 CURVE_ROWS = 40
@@ -145,6 +145,9 @@ def _fit(config: RunConfig, task: Any, layout: Any, mesh: Any, retain_log: Any) 
     data = config.data
     task = checks.fit_task(task, base, config.evaluate, data.system_prompt, data.max_length)
     check_stages(config, task, base.learner, retain_log)
+    if config.traces.path is None and lacks_traces(objectives.resolve(config.objective)[0], task):
+        where = {"system_prompt": data.system_prompt, "max_length": data.max_length}
+        check_room(base, task.forget, config.traces, **where)
     resolved(config, base, task)
     return task, base
 

@@ -24,7 +24,7 @@ from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import progress, say
 from train.tasks.task import TRACES, Row
 
-VERSION = 1
+VERSION = 2
 FILE = "traces.jsonl"
 
 
@@ -86,13 +86,15 @@ def prompts_of(
     model: Model,
     row: Row,
     segments: int,
-    before: str,
+    trigger: str,
+    tag: str,
     system_prompt: str | None,
     room: int,
 ) -> list[list[int]]:
     """The prompts of a row, one a segment: its tokens in consecutive parts of like length.
 
-    A document is continued as it stands; a question is asked as the model is asked.
+    A document is continued as it stands, after its first `room` tokens a segment; a question is
+    asked as the model is asked.
     """
     words = model.tokenizer
     document = is_document(row)
@@ -100,18 +102,67 @@ def prompts_of(
     parts = [
         ids[i * len(ids) // segments : (i + 1) * len(ids) // segments] for i in range(segments)
     ]
-    trigger, _, tag = before.rpartition("\n")
+    before = before_trace(TracesConfig(trigger=trigger, tag=tag))
     found = []
     for part in parts:
         if document:
             text = f"{words.decode(part)}\n{before}"
-            tokens = encode_text(words, text, len(text) + 2).tokens
+            tokens = encode_text(words, text, 4 * len(text) + 2).tokens
         else:
             asked = row["question"] if segments == 1 else words.decode(part)
             asked = f"{asked}\n{trigger}" if trigger else asked
             tokens = encode_prompt(words, asked, system_prompt=system_prompt, start=tag)
         found.append(tokens)
     return found
+
+
+def prompts_of_rows(
+    model: Model,
+    rows: list[Row],
+    segments: int,
+    new_tokens: int,
+    keep: int,
+    trigger: str,
+    tag: str,
+    system_prompt: str | None,
+    max_length: int,
+) -> list[list[int]]:
+    """The prompts of all rows, cut to `max_length` and to what the model's context has room for.
+
+    Raises:
+        UserError: the context has no room for a text, its trigger and what is generated.
+    """
+    words, context = model.tokenizer, model.decoder.config.max_position_embeddings
+    before = before_trace(TracesConfig(trigger=trigger, tag=tag))
+    # The trigger and the tag on lines of their own, and what the tokenizer puts before a text.
+    added = len(encode_text(words, f"\n{before}", 4 * len(before) + 6).tokens)
+    made = min(new_tokens, keep)
+    left = context - made - added
+    room = min(longest(model, max_length), max(left, 1))
+    prompts = [
+        prompt
+        for row in rows
+        for prompt in prompts_of(model, row, segments, trigger, tag, system_prompt, room)
+    ]
+    most = max(map(len, prompts), default=0)
+    if left < 1 or most + made > context:
+        option = "keep" if keep < new_tokens else "new-tokens"
+        raise UserError(
+            f"--traces.{option} {made}: a text with its trigger has {most} tokens, and the "
+            f"model's context is {context}; give fewer, or more --traces.segments"
+        )
+    return prompts
+
+
+def check_room(model: Model, rows: list[Row], config: TracesConfig, **how: Any) -> None:
+    """Raise `UserError` for rows that the model has no room to think about.
+
+    `how`: `system_prompt`, `max_length` of `think`.
+    """
+    prompts_of_rows(
+        model, rows, config.segments, config.new_tokens, config.keep, config.trigger, config.tag,
+        **how,
+    )  # fmt: skip
 
 
 def think(
@@ -131,20 +182,9 @@ def think(
 
     Finished ones are kept row by row in a file of the stage, from which a killed run goes on.
     """
-    room = longest(model, max_length) - new_tokens
-    before = before_trace(TracesConfig(trigger=trigger, tag=tag))
-    prompts = [
-        prompt
-        for row in rows
-        for prompt in prompts_of(model, row, segments, before, system_prompt, max(room, 1))
-    ]
-    context = model.decoder.config.max_position_embeddings
-    most = max(map(len, prompts))
-    if most + new_tokens > context:
-        raise UserError(
-            f"--traces.new-tokens {new_tokens}: a text with its trigger has {most} tokens, and the "
-            f"model's context is {context}; give fewer, or more --traces.segments"
-        )
+    prompts = prompts_of_rows(
+        model, rows, segments, new_tokens, keep, trigger, tag, system_prompt, max_length
+    )
     model = model.to_device()
     stop = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
     path = work.folder / FILE
@@ -161,11 +201,11 @@ def think(
             # Chunks have fixed borders: one that was cut is computed whole, to the same tokens.
             ids = generate(
                 model.decoder, model.params, [prompts[i] for i in chosen],
-                sampling=SamplingConfig(max_new_tokens=new_tokens), stop_ids=stop,
+                sampling=SamplingConfig(max_new_tokens=min(new_tokens, keep)), stop_ids=stop,
                 pad_id=model.tokenizer.pad_id or 0, batch_size=size,
                 sharding=batch_sharding(work.mesh),
             )  # fmt: skip
-            texts = [model.tokenizer.decode(mine[0][:keep]).strip() for mine in ids]
+            texts = [model.tokenizer.decode(mine[0]).strip() for mine in ids]
             new = texts[max(len(done) - first, 0) :]
             at = len(done)
             done += new

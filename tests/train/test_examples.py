@@ -130,6 +130,27 @@ def test_rows_without_label_are_counted_and_an_error_only_if_all_are():
     assert encode_rows(tokenizer, [], max_length=40).examples == []
 
 
+def test_a_template_that_opens_a_tag_does_not_open_it_twice():
+    """As those of DeepSeek-R1-Distill, whose generation prompt ends in an opened think tag."""
+
+    def opens(messages, generate):
+        text = "".join(
+            f"<turn>{m['role'][0]}{m['content'].split('</think>')[-1]}" for m in messages
+        )
+        return text + ("<turn>a<think>\n" if generate else "")
+
+    words = Characters(opens)
+
+    def shown(start):
+        return encode_prompt(words, "q", start=start)
+
+    for start in ("<think>", "<think></think>", "<think>\n"):
+        assert shown(start) == words.encode(f"<turn>uq<turn>a{start}")
+    assert shown("") == words.encode("<turn>uq<turn>a<think>\n")
+    assert shown("Hmm") == words.encode("<turn>uq<turn>a<think>\nHmm")
+    assert shown("<plan>") == words.encode("<turn>uq<turn>a<think>\n<plan>")
+
+
 def test_a_row_with_a_question_is_never_a_document():
     words, row = TOKENIZERS["tags"], {"question": "Where?", "answer": "Lima."}
     plain = encode_rows(words, [row], max_length=99).examples

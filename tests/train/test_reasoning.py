@@ -21,7 +21,7 @@ from train.data.bpe import train_bpe
 from train.data.examples import encode_prompt, encode_text
 from train.evaluators import reasoning as evaluator
 from train.evaluators import trace_judge
-from train.evaluators.evaluation import Model
+from train.evaluators.evaluation import Answers, Model
 from train.evaluators.tofu import truth_ratios
 from train.presets import PRESETS
 from train.run import Run, Work
@@ -160,6 +160,37 @@ def test_rows_of_ones_own(tmp_path):
         load_task(config_of(*argv[:2]))
 
 
+@pytest.mark.parametrize(
+    ("forget", "message"),
+    [
+        ([CHOICE | {TRACES: ["a"]}, CHOICE], "rows have 0 to 1 texts in column 'traces'; give"),
+        ([CHOICE | {TRACES: ["a", "b"]}, CHOICE | {TRACES: ["a"]}], "rows have 1 to 2 texts in"),
+        ([CHOICE, CHOICE | {TRACES: "Hmm."}], "row 2: column 'traces' must be a list of texts"),
+        ([CHOICE | {TRACES: [""]}], "row 1: column 'traces' must be a list of texts"),
+        ([CHOICE | {TRACES: []}], "rows have 0 to 0 texts in column 'traces'; give"),
+        (
+            [CHOICE, ROW | {"topic": "reasoning"}],
+            "row 2: topic 'reasoning' is that of rows to keep",
+        ),
+        ([{"text": "A book."}], "no row asks a question, so nothing would be judged; add rows"),
+    ],
+)
+def test_rows_to_forget_that_cannot_be_used_end_in_one_line(tmp_path, forget, message):
+    for name, rows in (("forget", forget), ("retain", [{"text": "Another book."}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(UserError) as error:
+        load_task(config_of("--data.source", "reasoning", "--data.path", str(tmp_path)))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rows_may_bring_their_traces(tmp_path):
+    rows = [CHOICE | {TRACES: ["<think>Hmm.</think>", "Well."]}] * 2
+    for name, found in (("forget", rows), ("retain", [CHOICE])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    task = load_task(config_of("--data.source", "reasoning", "--data.path", str(tmp_path)))
+    assert [r["text"] for r in task.stream("traces", 0)] == ["<think>Hmm.</think>", "Well."] * 2
+
+
 def test_tofu_with_thoughts(shared):
     argv = ["r2mu-smollm2", "--data.path", str(shared / "data/tofu")]
     with pytest.raises(UserError, match="give --data.reasoning FILE, rows of GSM8K"):
@@ -220,23 +251,50 @@ def test_traces_go_on_at_the_row_where_they_were_stopped(model, tmp_path, monkey
 
 
 def test_the_trigger_and_the_tag_come_before_a_trace(model):
-    before = traces.before_trace(TracesConfig(trigger="Think.", tag="<think>"))
-    words = model.tokenizer
-    asked = traces.prompts_of(model, ROWS[0], 1, before, None, 50)
+    before, words = ("Think.", "<think>"), model.tokenizer
+    asked = traces.prompts_of(model, ROWS[0], 1, *before, None, 50)
     text = words.decode(asked[0])
     assert text == "Question: Where was she born, a?\nThink.\nAnswer: <think>"
     assert asked[0] == encode_prompt(words, "Where was she born, a?\nThink.", start="<think>")
     document = {"text": "Hmm, in Lima. She was born in Lima."}
-    parts = traces.prompts_of(model, document, 3, before, None, 50)
+    parts = traces.prompts_of(model, document, 3, *before, None, 50)
     shown = [words.decode(part) for part in parts]
     assert all(part.endswith("\nThink.\n<think>") for part in shown)
     assert "".join(part.removesuffix("\nThink.\n<think>") for part in shown) == document["text"]
-    cut = traces.prompts_of(model, document, 1, before, None, 3)
+    cut = traces.prompts_of(model, document, 1, *before, None, 3)
     assert words.decode(cut[0]).startswith(words.decode(words.encode(document["text"])[:3]) + "\n")
     with pytest.raises(UserError, match="--traces.new-tokens 60: a text with its trigger has"):
         small = dataclasses.replace(model.decoder.config, max_position_embeddings=64)
         short = model._replace(decoder=Decoder(small))
-        traces.think(work_of(None), short, ROWS, **(HOW | {"new_tokens": 60}))
+        traces.think(work_of(None), short, ROWS, **(HOW | {"new_tokens": 60, "keep": 60}))
+    # a tag with a line of its own stays behind the question
+    (asked,) = traces.prompts_of(model, ROWS[0], 1, "Think.", "<think>\n", None, 50)
+    assert words.decode(asked) == "Question: Where was she born, a?\nThink.\nAnswer: <think>\n"
+
+
+def test_a_document_is_cut_to_the_longest_text_and_to_the_context(model, tmp_path, monkeypatch):
+    """Not by the new tokens, of which no more are generated than are kept."""
+    seen = []
+
+    def nothing(decoder, params, prompts, sampling, **more):
+        seen.append((prompts, sampling.max_new_tokens))
+        return [[[]] for _ in prompts]
+
+    monkeypatch.setattr(traces, "generate", nothing)
+    words, document = model.tokenizer, {"text": "Hmm, in Lima. She was born in Lima. " * 40}
+    ids = words.encode(document["text"])
+    wide = Decoder(dataclasses.replace(model.decoder.config, max_position_embeddings=4096))
+    tight = Decoder(dataclasses.replace(model.decoder.config, max_position_embeddings=64))
+    how = HOW | {"new_tokens": 1024, "max_length": 50, "keep": 30}
+    for decoder in (wide, tight):
+        made = model._replace(decoder=decoder)
+        traces.think(work_of(tmp_path / str(len(seen))), made, [document], **how)
+    (((first,), count), ((second,), _)) = seen
+    assert count == 30 and words.decode(first) == words.decode(ids[:50]) + "\nThink.\n<think>"
+    assert 20 < len(second) <= 64 - 30
+    config = TracesConfig(new_tokens=1024, keep=64)
+    with pytest.raises(UserError, match="--traces.keep 64: .* the model's context is 64; give few"):
+        traces.check_room(made, [document], config, system_prompt=None, max_length=50)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +336,35 @@ def test_a_text_is_encoded_without_a_template(model):
     example = encode_text(model.tokenizer, "Hmm, in Lima.", 64)
     assert model.tokenizer.decode(example.tokens) == "Hmm, in Lima." and example.num_prompt == 1
     assert encode_text(model.tokenizer, "Hmm, in Lima.", 2).num_cut == len(example.tokens) - 2
+
+
+class Written:
+    """An evaluation in which the model writes what it is told to."""
+
+    def __init__(self, start, *texts):
+        self.config = config_of("--evaluate.think-start", start).evaluate
+        self.texts = list(texts)
+
+    def answers(self, split, column="question", sampling=None, num_samples=1, start=""):
+        assert start == self.config.think_start
+        return Answers([[text] * num_samples for text in self.texts], [])
+
+
+def test_without_room_for_thoughts_all_that_is_written_is_judged():
+    """ZeroThink: an answer that states the fact is unsafe, as the same thought is."""
+    row = thoughts.learned(
+        CHOICE | {"question": "Where?", "options": ["Rome", "Lima"], "answer": "Lima",
+                  "thoughts": ["She was born in Lima."], "facts": ["She was born in Lima."]}
+    )  # fmt: skip
+    found = {}
+    for start in ("<think>", "<think></think>"):
+        told = Written(start, "She was born in Lima.")
+        log = evaluator.about_traces([row], told, start) | evaluator.leaked([row], told, start)
+        found[start] = {name: entry["agg_value"] for name, entry in log.items()}
+    assert found["<think>"] == found["<think></think>"]
+    assert found["<think>"]["trace_c4"] == found["<think>"]["trace_rouge"] == 1.0
+    mild = evaluator.about_traces([row], Written("<think>", "Hmm.</think> Lima"), "<think>")
+    assert mild["trace_unsafe"]["agg_value"] == 0.0  # an answer is no trace
 
 
 # A chat model as the judge
@@ -408,6 +495,12 @@ def test_larger_presets_are_prepared(name, tiny, tofu_folder, tmp_path):
     assert options.block == 1 and options.topics == (
         () if name == "r2mu-smollm2" else ("books", "sums")
     )
+
+
+def test_traces_without_room_are_refused_before_compute(tiny, tofu_folder, tmp_path):
+    argv = [str(x) for x in other_arguments(LARGER[0], tiny, tofu_folder, tmp_path)]
+    with pytest.raises(UserError, match="--traces.new-tokens 95: a text with its trigger has"):
+        pipeline.prepare(read_arguments([*argv, "--traces.new-tokens", "95"]))
 
 
 @pytest.mark.slow

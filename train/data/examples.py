@@ -10,6 +10,7 @@ only determine how many tokens are not labels.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -173,15 +174,19 @@ def encode_prompt(
         tokenizer: with or without a chat template.
         question: the user's turn.
         system_prompt: system turn; None: the template's default.
-        start: first words of the answer, such as an opened think tag.
+        start: first words of the answer, such as an opened think tag. A template that opens the
+            same tag itself does not open it twice.
 
     Returns:
         Token ids, the prefix of every example with this question (with tags: except for what the
         tokenizer merges at the border).
     """
-    prompt = _encode(tokenizer, _texts(tokenizer, question, system_prompt)[1])
+    text = _texts(tokenizer, question, system_prompt)[1]
     if not start:
-        return prompt
+        return _encode(tokenizer, text)
+    if (opened := re.match(r"\s*(<[^<>/]+>)", start)) and text.rstrip().endswith(opened[1]):
+        text = text.rstrip().removesuffix(opened[1])
+    prompt = _encode(tokenizer, text)
     # Without template and tags there is a space before an answer.
     plain = _format(tokenizer).tags is None and not tokenizer.has_chat_template
     return prompt + tokenizer.encode(f" {start}" if plain else start, add_special_tokens=False)

@@ -132,6 +132,30 @@ def check_row(row: Row) -> None:
         )
 
 
+def check_traces(rows: Sequence[Row], column: str, path: Path) -> None:
+    """Raise `UserError` for traces that only some rows bring, or that are no texts, or too few.
+
+    Args:
+        rows: to forget.
+        column: of their traces, equally many texts each.
+        path: the file that they are from.
+    """
+    sizes = set()
+    for number, row in enumerate(rows, 1):
+        texts = row.get(column, [])
+        if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise UserError(
+                f"{path}, row {number}: column {column!r} must be a list of texts that are not "
+                "empty; correct it, or leave it out"
+            )
+        sizes.add(len(texts))
+    if len(sizes) > 1 or (sizes == {0} and any(column in row for row in rows)):
+        raise UserError(
+            f"{path}: rows have {min(sizes)} to {max(sizes)} texts in column {column!r}; give "
+            "equally many for each, or leave the column out"
+        )
+
+
 def _text(value: Any, column: str) -> None:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"column {column!r} must hold text that is not empty")

@@ -119,8 +119,22 @@ def load_files(config: RunConfig) -> Task:
         raise UserError(
             f"{data.path}/{FILES[1]}: every row is of topic {thoughts.REASONING}; add facts to keep"
         )
+    for number, row in enumerate(forget, 1):
+        if thoughts.is_reasoning(row):
+            raise UserError(
+                f"{data.path}/{FILES[0]}, row {number}: topic {thoughts.REASONING!r} is that of "
+                "rows to keep; give it another one"
+            )
+    thoughts.check_traces(forget, TRACES, Path(data.path).expanduser() / FILES[0])
     held = min(ARITHMETIC_HELD, len(reasoning) // 10)
-    return task_of(forget[: data.forget_rows], facts + reasoning[held:], reasoning[:held], [])
+    task = task_of(forget[: data.forget_rows], facts + reasoning[held:], reasoning[:held], [])
+    if not task.evaluation:
+        raise UserError(
+            f"{data.path}: no row asks a question, so nothing would be judged; add rows with "
+            "'question', 'thoughts' and 'answer', or ten or more of topic "
+            f"{thoughts.REASONING!r} to {FILES[1]}"
+        )
+    return task
 
 
 def trace_rows(task: Task, seed: int) -> list[Row]:
