@@ -134,12 +134,22 @@ def load(
     return Loaded(dataclasses.replace(config, dtype=dtype), params, tokenizer)
 
 
-def _load_folder(folder: Path, tensors: Any, dtype: str, shardings: Shardings | None) -> Loaded:
-    """A model from the small files of `folder` and the safetensors files of `tensors`."""
+def described(folder: Path) -> tuple[DecoderConfig, Tokenizer]:
+    """The configuration and the tokenizer of a model's folder, without its weights.
+
+    Raises:
+        UserError: one of them is missing, damaged or of an unsupported kind, or they do not fit.
+    """
     raw = read_json(folder / "config.json", "a Hugging Face model folder has one")
     config = from_hf(raw, str(folder / "config.json"))
     tokenizer = Tokenizer.from_folder(folder)
     _check_vocabulary(config, tokenizer, str(folder))
+    return config, tokenizer
+
+
+def _load_folder(folder: Path, tensors: Any, dtype: str, shardings: Shardings | None) -> Loaded:
+    """A model from the small files of `folder` and the safetensors files of `tensors`."""
+    config, tokenizer = described(folder)
     stored = safetensors_of(tensors)
     params = assemble(config, stored, "hf", DTYPES[dtype], shardings, str(tensors))
     return Loaded(dataclasses.replace(config, dtype=dtype), params, tokenizer)

@@ -46,7 +46,10 @@ _OPTIONAL = {"traces": "trace_weight", "cot": "cot_weight"}
 
 @dataclasses.dataclass(frozen=True)
 class R2MU(Steered):
-    """Options of ``r2mu``: block, steering and weights as in R2MU's code for models of 8B."""
+    """Options of ``r2mu``: block, steering, trace and cot weight as in R2MU's code for 8B models.
+
+    The retain weight is not that of the code, which has 1.4 for them and tries others up to 3.
+    """
 
     name: str = named("r2mu")
     compat: str | None = forms(_COMPAT)

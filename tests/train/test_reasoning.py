@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from train.evaluators.evaluation import Answers, Model
 from train.evaluators.tofu import truth_ratios
 from train.presets import PRESETS
 from train.run import Run, Work
-from train.runtime import sharding
+from train.runtime import seal, sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
 from train.tasks.task import TRACES, Task
@@ -380,18 +381,44 @@ def test_a_chat_model_names_the_classes(model, monkeypatch, tmp_path):
         seen.extend(words.decode(prompt) for prompt in prompts)
         return [[words.encode(text)] for text in ("4", "Hmm", " 2: other facts")]
 
-    monkeypatch.setattr("models.load", lambda folder: loaded)
+    loads = []
+    trace_judge._loaded.cache_clear()
+    monkeypatch.setattr("models.load", lambda folder: loads.append(folder) or loaded)
     monkeypatch.setattr("models.generate.generate", replies)
     rows = [("Where was she born?", "Lima", f"trace {i}") for i in range(3)]
     assert trace_judge.classes(tmp_path, rows, 2) == [4, None, 2]
     assert all("Right answer: Lima" in text and f"trace {i}" in text for i, text in enumerate(seen))
+    assert trace_judge.classes(tmp_path, rows, 2) == [4, None, 2] and len(loads) == 1
     small = dataclasses.replace(loaded, config=dataclasses.replace(
         loaded.config, max_position_embeddings=32))  # fmt: skip
+    trace_judge._loaded.cache_clear()
     monkeypatch.setattr("models.load", lambda folder: small)
     with pytest.raises(UserError, match="its context of 32 tokens has no room for a question"):
         trace_judge.classes(tmp_path, rows, 2)
+    trace_judge._loaded.cache_clear()
     with pytest.raises(UserError, match="no folder with a config.json; give that of a chat model"):
         checks.check_run(config_of("--evaluate.judge-model", str(tmp_path)))
+
+
+def test_a_judge_that_cannot_be_used_is_refused_before_compute(tiny, tmp_path):
+    folder = tmp_path / "judge"
+    shutil.copytree(tiny, folder)
+    (folder / seal.NAME).unlink(missing_ok=True)
+    argv = config_of("--evaluate.judge-model", str(folder))
+    with pytest.raises(UserError, match="its context of 96 tokens has no room for a question"):
+        checks.check_run(argv)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    trace_judge.check(folder)
+    weights, words = folder / "model.safetensors", folder / "tokenizer.json"
+    for file, kept in ((weights, weights.read_bytes()), (words, words.read_bytes())):
+        file.write_bytes(kept[: len(kept) // 2])
+        with pytest.raises(UserError, match=f"--evaluate.judge-model: .*{file.name}") as error:
+            trace_judge.check(folder)
+        assert "\n" not in str(error.value)
+        file.write_bytes(kept)
+    trace_judge.check(folder)
 
 
 # Topics and words that a run fills in

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,12 +26,24 @@ Answer with one digit from 1 to 4."""
 
 
 def check(folder: Path | None) -> None:
-    """Raise `UserError` for a folder without a model."""
-    if folder is not None and not (folder.expanduser() / "config.json").is_file():
+    """Raise `UserError` for a folder without a usable model; of weights, the headers are read."""
+    if folder is None:
+        return
+    if not (folder.expanduser() / "config.json").is_file():
         raise UserError(
             f"--evaluate.judge-model {folder}: no folder with a config.json; give that of a chat "
             "model"
         )
+    from models.weights import described, safetensors_of
+    from train.runtime import seal
+
+    try:
+        seal.check(folder.expanduser())
+        config, words = described(folder.expanduser())
+        safetensors_of(folder.expanduser())
+    except UserError as error:
+        raise UserError(f"--evaluate.judge-model: {error}") from None
+    prompt(folder, words, config.max_position_embeddings, ("", "", ""))
 
 
 def identity(folder: Path) -> dict[str, str]:
@@ -51,6 +65,42 @@ def digit(text: str) -> int | None:
     return value if 1 <= value <= 4 else None
 
 
+def prompt(folder: Path, words: Any, context: int, row: tuple[str, str, str]) -> list[int]:
+    """The tokens of a request; the end of a trace that is too long for the context is left out.
+
+    Raises:
+        UserError: there is no room for the question.
+    """
+    from train.data.examples import encode_prompt
+
+    question, gold, trace = row
+    cut = words.encode(trace)
+    while True:
+        shown = QUESTION.format(question=question, gold=gold, trace=words.decode(cut))
+        found = encode_prompt(words, shown)
+        if (over := len(found) + NEW_TOKENS - context) <= 0:
+            return found
+        if not cut:
+            raise UserError(
+                f"--evaluate.judge-model {folder}: its context of {context} tokens has no room for "
+                "a question; give a model with a longer one"
+            )
+        cut = cut[: max(len(cut) - over, 0)]
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(folder: Path, files: tuple[Any, ...]) -> Any:
+    """The chat model, read once for all models of a run; between them it waits on the host.
+
+    `files`: names, sizes and times of its files; others are another model.
+    """
+    import models
+    from train.runtime import residency
+
+    loaded = models.load(folder)
+    return dataclasses.replace(loaded, params=residency.to_host(loaded.params))
+
+
 def classes(
     folder: Path,
     rows: Sequence[tuple[str, str, str]],
@@ -65,29 +115,16 @@ def classes(
         batch_size: traces that are read at once.
         progress: called with the number of newly read ones.
     """
-    import models
     from models.generate import SamplingConfig, generate
-    from train.data.examples import encode_prompt
+    from train.runtime import residency
 
-    loaded = models.load(folder.expanduser())
+    folder = folder.expanduser()
+    states = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    loaded = _loaded(folder, tuple((name, s.st_size, s.st_mtime_ns) for name, s in states))
     words, context = loaded.tokenizer, loaded.config.max_position_embeddings
-    prompts = []
-    for question, gold, trace in rows:
-        cut = words.encode(trace)
-        while True:  # the end of a trace that is too long is left out
-            shown = QUESTION.format(question=question, gold=gold, trace=words.decode(cut))
-            prompt = encode_prompt(words, shown)
-            if len(prompt) + NEW_TOKENS <= context or not cut:
-                break
-            cut = cut[: max(len(cut) - (len(prompt) + NEW_TOKENS - context), 0)]
-        if len(prompt) + NEW_TOKENS > context:
-            raise UserError(
-                f"--evaluate.judge-model {folder}: its context of {context} tokens has no room for "
-                "a question; give a model with a longer one"
-            )
-        prompts.append(prompt)
+    prompts = [prompt(folder, words, context, row) for row in rows]
     replies = generate(
-        loaded.decoder, loaded.params, prompts,
+        loaded.decoder, residency.to_device(loaded.params), prompts,
         sampling=SamplingConfig(max_new_tokens=NEW_TOKENS),
         stop_ids=() if words.eos_id is None else (words.eos_id,),
         pad_id=words.pad_id or 0, batch_size=batch_size, progress=progress,

@@ -6,10 +6,11 @@
 DIR holds forget.jsonl and retain.jsonl: documents (`text`), reasoning to keep (`question`,
 `thoughts`, `answer`, topic `reasoning`) and questions to judge by. The values are those of the
 authors' code, but for 8 rows a step (one a chip) in place of 4: 500 steps, blocks 5 to 7, block 7,
-c = 6.5, retain weight 1.4, a rate of 7.5e-5 with a weight decay of 0.01, 1024 tokens a trace of
-which 100 are kept. Its corpora are not part of this repository, and its weights, gradients and
-moments are bfloat16: with float32 ones, as here, the same rate moves every weight, so rate and
-retain weight may want less.
+c = 6.5, retain weight 1.4, a rate of 7.5e-5 with a weight decay of 0.01, traces of 100
+tokens (there, the first 100 of 1024 that are generated). Reasoning to keep is cut at 512 tokens
+(--data.max-length), as every stream is; there at 150. Its corpora are not part of this repository,
+and its weights, gradients and moments are bfloat16: with float32 ones, as here, the same rate moves
+every weight, so rate and retain weight may want less.
 """
 
 from jaxlib_unlearn.objectives import options_of
