@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -223,7 +224,7 @@ def work_of(folder, stop=lambda: None):
     return Work(folder, mesh, jax.random.key(0), stop)
 
 
-HOW = {
+HOW: dict[str, Any] = {
     "segments": 1, "new_tokens": 6, "keep": 4, "trigger": "Think.", "tag": "<think>",
     "system_prompt": None, "max_length": 64, "generate_rows": 2,
 }  # fmt: skip
@@ -351,6 +352,11 @@ class Written:
         return Answers([[text] * num_samples for text in self.texts], [])
 
 
+def told_to_write(*args) -> Any:
+    """`Written`, which has of a context what these entries ask of it."""
+    return Written(*args)
+
+
 def test_without_room_for_thoughts_all_that_is_written_is_judged():
     """ZeroThink: an answer that states the fact is unsafe, as the same thought is."""
     row = thoughts.learned(
@@ -359,12 +365,13 @@ def test_without_room_for_thoughts_all_that_is_written_is_judged():
     )  # fmt: skip
     found = {}
     for start in ("<think>", "<think></think>"):
-        told = Written(start, "She was born in Lima.")
+        told = told_to_write(start, "She was born in Lima.")
         log = evaluator.about_traces([row], told, start) | evaluator.leaked([row], told, start)
         found[start] = {name: entry["agg_value"] for name, entry in log.items()}
     assert found["<think>"] == found["<think></think>"]
     assert found["<think>"]["trace_c4"] == found["<think>"]["trace_rouge"] == 1.0
-    mild = evaluator.about_traces([row], Written("<think>", "Hmm.</think> Lima"), "<think>")
+    told = told_to_write("<think>", "Hmm.</think> Lima")
+    mild = evaluator.about_traces([row], told, "<think>")
     assert mild["trace_unsafe"]["agg_value"] == 0.0  # an answer is no trace
 
 
@@ -451,14 +458,14 @@ def test_topics_of_the_rows_are_in_the_batches_and_in_the_options(model):
 
 
 @pytest.mark.parametrize("topics", [[None, "a"], [["x"], "a"], ["b", "a"]])
-def test_objectives_without_topics_ignore_the_column(model, monkeypatch, topics):
+def test_objectives_without_topics_ignore_the_column(model, monkeypatch, tmp_path, topics):
     """Whatever it holds; their streams are those of rows without it. Others refuse it."""
     rows = [{"question": f"Where, {i}?", "answer": "Lima"} for i in range(2)]
     marked = [row | {"topic": topic} for row, topic in zip(rows, topics, strict=True)]
     found, seen = read_arguments(["quickstart", "--objective.name", "ga"]), []
     monkeypatch.setattr(pipeline, "train", lambda *args, **more: seen.append(args[4]))
     monkeypatch.setattr(pipeline, "phase", lambda *args: contextlib.nullcontext())
-    run = Run(None, None, 0, None)
+    run = Run(tmp_path, None, 0, Tracker(tmp_path))
     for forget in (marked, rows):
         task = Task(forget, rows[:1], {}, [], [])
         pipeline.unlearn(run, found, model, task)
