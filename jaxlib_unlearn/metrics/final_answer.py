@@ -6,8 +6,13 @@ from fractions import Fraction
 from jaxlib_unlearn.cot import CLOSE
 
 MARK = "####"  # before the answer, in GSM8K
-_BOX = r"\boxed{"
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_BOX = re.compile(r"\\boxed\s*\{")
+LONGEST = 100  # characters of a number; what is longer is compared as text
+# A sign belongs to a number only where no word ends before it: "3-5" are 3 and 5.
+_NUMBER = re.compile(
+    r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
+    r"(?:\s*/\s*\d+(?:\.\d+)?)?"
+)
 
 
 def final_answer(text: str) -> str:
@@ -27,9 +32,9 @@ def final_answer(text: str) -> str:
         ('x^{2}', '5')
     """
     said = text.rpartition(CLOSE)[2]
-    boxed = said.rfind(_BOX)
-    if boxed >= 0:
-        return _braced(said[boxed + len(_BOX) :]).strip()
+    boxes = [found.end() for found in _BOX.finditer(said)]
+    if boxes:
+        return _braced(said[boxes[-1] :]).strip()
     if MARK in said:
         return said.rpartition(MARK)[2].strip().partition("\n")[0].strip()
     numbers = _NUMBER.findall(said)
@@ -49,7 +54,8 @@ def _braced(text: str) -> str:
 def same_answer(one: str, other: str) -> bool:
     """Whether two final answers are the same: as numbers, or as texts without white space.
 
-    Thousands separators, a currency or percent sign and a full stop at the end do not count.
+    Thousands separators, a currency or percent sign and a full stop at the end do not count. A
+    number is written with digits, at most a hundred characters long, without an exponent.
 
     Args:
         one: a final answer.
@@ -66,12 +72,31 @@ def same_answer(one: str, other: str) -> bool:
     return a == b or (_number(a) is not None and _number(a) == _number(b))
 
 
+def number_in(text: str) -> Fraction | None:
+    """The number that a text answers: the last one in its final answer.
+
+    Args:
+        text: an answer, with or without its trace.
+
+    Returns:
+        The number; None where there is none, or one that :func:`same_answer` takes for text.
+
+    Example:
+        >>> number_in("so $1,250.50 in all"), number_in("\\\\boxed{3/4} of 8"), number_in("none")
+        (Fraction(2501, 2), Fraction(3, 4), None)
+    """
+    found = _NUMBER.findall(final_answer(text))
+    return _number(_bare(found[-1])) if found else None
+
+
 def _bare(text: str) -> str:
-    return "".join(text.split()).strip("$%").removesuffix(".").replace(",", "")
+    text = _NUMBER.sub(lambda found: found[0].replace(",", ""), text)
+    return "".join(text.split()).strip("$%").removesuffix(".")
 
 
 def _number(text: str) -> Fraction | None:
-    try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError):
+    if len(text) > LONGEST or "," in text or not _NUMBER.fullmatch(text):
         return None
+    above, _, below = text.partition("/")
+    divisor = Fraction(below or "1")
+    return Fraction(above) / divisor if divisor else None

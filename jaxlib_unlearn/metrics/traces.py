@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
+
+from jaxlib_unlearn.metrics.final_answer import number_in
 
 CLASSES = {
     1: "irrelevant, repetitive or unrelated",
@@ -20,7 +21,6 @@ _EXCLUDED = re.compile(
     r"|exclud\w*|eliminat\w*|discard\w*|reject\w*|rul(?:e|es|ed|ing) out|rather than|instead of)\b",
     re.IGNORECASE,
 )
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?|[-+]?\.\d+")
 _COMMON = frozenset(
     "a an the and or of in on at to for from by with as is was were are be been being it its his "
     "her their they he she him them this that these those who which what has had have did does do "
@@ -87,22 +87,6 @@ def trace_class(
     if any(_EXCLUDED.search(s) and any(states(s, o, question) for o in wrong) for s in sentences):
         return 3
     return 2 if any(states(trace, fact, question) for fact in facts) else 1
-
-
-def number_in(text: str) -> Fraction | None:
-    r"""The number that a text answers: in the last ``\boxed{}``, else the last one.
-
-    Example:
-        >>> number_in("so $1,250.50 in all"), number_in(r"\boxed{3/4} of 8"), number_in("none")
-        (Fraction(2501, 2), Fraction(3, 4), None)
-    """
-    boxed = re.findall(r"\\boxed\s*\{([^{}]*)\}", text)
-    found = _NUMBER.findall(boxed[-1] if boxed else text)
-    if not found:
-        return None
-    above, _, below = re.sub(r"[\s,]", "", found[-1]).partition("/")
-    divisor = Fraction(below or "1")
-    return Fraction(above) / divisor if divisor else None
 
 
 def same_number(answer: str, right: str) -> bool:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlib_unlearn.metrics.traces import CLASSES, number_in, same_number, states, trace_class
+from jaxlib_unlearn.metrics.final_answer import number_in
+from jaxlib_unlearn.metrics.traces import CLASSES, same_number, states, trace_class
 
 # A question, its options, other facts, a trace, and the class that a person gave it.
 LABELLED = Path(__file__).with_name("labelled_traces.jsonl")
@@ -73,6 +74,18 @@ def test_stated(text, value, known, found):
         ("10 of 12", 12),
         (".5", Fraction(1, 2)),
         ("1/0", None),
+        ("pages 3-5", 5),  # a range, not a sign
+        ("2020-21, that is x-7", 7),
+        ("5 - 3 or (-3)", -3),
+        ("item.5", 5),
+        ("1,2", 2),
+        ("12,3456", 3456),
+        ("1e5", 5),
+        ("9" * 100, int("9" * 100)),
+        ("9" * 5000, None),  # more digits than Python converts
+        ("1/" + "9" * 5000, None),
+        ("It takes 3.\n#### 1,200\nmore 7", 1200),
+        (r"\boxed{ {3} } of 8", 3),
         ("no number", None),
         ("", None),
     ],
