@@ -295,17 +295,24 @@ def test_the_evaluator_reads_what_follows_the_trace():
         "<think>4": (0, 0, 9),  # it never came to an answer
         "<think>1</think> 4 and": (1, 0, 9),  # it was cut
         "It is 4": (1, 0, 3),
+        "<think>1</think> 4.": (1, 0, 6),  # as far as the context reaches behind its prompt
+        "<think>1</think> 4!": (1, 1, 5),
     }
+    prompts = {text: 14 if text[-1] in ".!" else 5 for text in texts}
+    model = SimpleNamespace(
+        decoder=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=20))
+    )
     log_probs = [np.array([-1.0, -3.0])] * len(texts)
     context = SimpleNamespace(
         answers=lambda split: SimpleNamespace(
             texts=[[text] for text in texts], ids=[[[7] * n] for *_, n in texts.values()]
         ),
         scores=lambda split: {"answers": [{"logp": x} for x in log_probs]},
+        prompt=lambda question: [7] * prompts[question],
         config=SimpleNamespace(max_new_tokens=9),
     )
-    rows = {"test": [{"gold": "4"}] * len(texts)}
-    log = EVALUATORS["final_answer"].run(None, rows, context)
+    rows = {"test": [{"question": text, "gold": "4"} for text in texts]}
+    log = EVALUATORS["final_answer"].run(model, rows, context)
 
     def scores(name):
         items = log[name]["value_by_index"]
@@ -313,9 +320,9 @@ def test_the_evaluator_reads_what_follows_the_trace():
 
     assert scores("answer_accuracy") == [right for right, *_ in texts.values()]
     assert scores("finished") == [done for _, done, _ in texts.values()]
-    assert log["generated_tokens"]["agg_value"] == np.mean([8, 8, 9, 9, 3])
+    assert log["generated_tokens"]["agg_value"] == np.mean([8, 8, 9, 9, 3, 6, 5])
     assert log["answer_nll"]["agg_value"] == 2.0
-    assert log["answer_accuracy"]["agg_value"] == 0.6
+    assert log["answer_accuracy"]["agg_value"] == 5 / 7
 
 
 # The program

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.evaluators.base import Context, Definition, Evaluator, Metric, Rows
+from train.evaluators.base import Definition, Evaluator, Metric, Rows
 
 METRICS = (
     Metric("answer_accuracy", "Answer accuracy", "share of the greedy answers that end in the "
@@ -24,7 +24,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: Any) -> dict[str, Any]:
     """The judgement of every greedy answer, and the likelihood of the right one."""
     import numpy as np
 
@@ -33,7 +33,7 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
 
     asked = rows["test"]
     answers = context.answers("test")
-    most = context.config.max_new_tokens
+    most, slots = context.config.max_new_tokens, model.decoder.config.max_position_embeddings
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("answer_accuracy", "finished")}
     found |= {"generated_tokens": [], "answer_nll": []}
     for row, texts, ids in zip(asked, answers.texts, answers.ids, strict=True):
@@ -41,7 +41,9 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
         stuck = OPEN in text and CLOSE not in text  # no answer was given
         said = "" if stuck else final_answer(text)
         right = same_answer(said, row["gold"])
-        ended = CLOSE in text and count < most
+        # The end of the turn is not among the tokens: an answer that fills its room was cut.
+        room = min(most, slots - len(context.prompt(row["question"])))
+        ended = CLOSE in text and count < room
         found["answer_accuracy"].append(
             {"score": float(right), "generation": text, "gold": row["gold"]}
         )
@@ -66,4 +68,4 @@ DEFINITIONS = (
         "last number. An answer whose trace does not end is wrong.",
     ),
 )
-ROW = Evaluator("final_answer", run, METRICS, definitions=DEFINITIONS)
+ROW = Evaluator("final_answer", run, METRICS, definitions=DEFINITIONS, version=2)
