@@ -20,7 +20,7 @@ from train.costs.utilisation import flops_per_token
 from train.data.bpe import train_bpe
 from train.data.search_traces import THOUGHTS, search_rows
 from train.evaluators import EVALUATORS
-from train.finetuning import encoding, sources
+from train.finetuning import encoding, pipeline, sources
 from train.finetuning.arguments import read_arguments
 from train.finetuning.config import CondenseConfig, ReasoningData, ReasoningRun
 from train.presets.epic import PRESETS
@@ -194,6 +194,44 @@ def test_whole_traces_of_equally_many_tokens(tokenizer):
     assert {tuple(p.tokens.tolist()) for p in found.stream.pieces()} < whole
 
 
+@pytest.mark.parametrize("room", [150, 200, 300])
+@pytest.mark.parametrize("tau", [0.3, 0.5])
+def test_whole_traces_are_matched_among_those_that_fit(tokenizer, room, tau):
+    """A budget of what is learned, spent on what is learned: examples too long are in neither."""
+    short = learned(tokenizer, row_tokens=room, tau=tau)
+    found = learned(tokenizer, row_tokens=room, tau=tau, cost_matched=True)
+    sizes = [len(p.tokens) for p in learned(tokenizer, tau=1.0).stream.pieces()]
+    fitting = [size for size in sizes if size - 1 <= room]
+    assert found.too_long == len(ROWS) - len(fitting) > 0
+    possible = min(short.tokens, sum(fitting))
+    assert possible - max(fitting) < found.tokens <= possible
+    assert found.missing == short.tokens - possible
+    said = f"; {found.missing:,} tokens fewer than shortened"
+    assert (said in pipeline.words(found)) == (found.missing > 0)
+
+
+def test_questions_that_fill_the_context_are_not_asked(tokenizer):
+    def prompt(row):
+        return len(tokenizer.encode(f"Question: {row['question']}\nAnswer:"))
+
+    def whole(row):
+        return len(encoding.example_of(tokenizer, cot.find_trace(row), None).tokens)
+
+    def left(context, positions="rotary"):
+        config = DecoderConfig(512, 8, 8, 1, 1, 1, 8)
+        changes = {"max_position_embeddings": context, "positions": positions}
+        config = dataclasses.replace(config, **changes)
+        return encoding.answerable(ROWS, tokenizer, None, config)
+
+    for context in (prompt(ROWS[0]), prompt(ROWS[0]) + 1, 4096):
+        assert left(context) == [row for row in ROWS if prompt(row) < context]
+    # Learned positions have an end; the right answer is scored behind the whole trace.
+    assert left(200, "learned") == [row for row in ROWS if whole(row) <= 200] != ROWS
+    shortest = min(map(prompt, ROWS))
+    with pytest.raises(UserError, match=f"the model reads {shortest} tokens, and the shortest"):
+        left(shortest)
+
+
 def test_examples_that_fit_no_row(tokenizer):
     sizes = [len(p.tokens) - 1 for p in learned(tokenizer, tau=1.0).stream.pieces()]
     room = int(np.median(sizes))
@@ -359,6 +397,7 @@ def test_presets_read_back_and_say_what_the_card_says():
         ("epic-tiny --data.packing first", "--data.packing 'first' is unknown"),
         ("epic-tiny --data.packing chop --data.mask-prompt", "no prompts to mask"),
         ("epic-tiny --data.row-tokens 20", "no example fits the 20 tokens of a row"),
+        ("epic-tiny --data.row-tokens 20 --data.packing chop", "no test question leaves room"),
         ("epic-tiny --train.epochs 0.001", "has no step"),
         ("epic-tiny --data.template chatml", "--data.template 'chatml' is unknown"),
         ("epic-gsm8k-smollm2 --data.path NONE", "NONE: no such file"),

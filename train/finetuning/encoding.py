@@ -9,10 +9,10 @@ import numpy as np
 
 from jaxlib_unlearn import cot
 from jaxlib_unlearn.errors import UserError
-from models import Decoder, Tokenizer
+from models import Decoder, DecoderConfig, Tokenizer
 from train.costs.utilisation import flops_per_token
 from train.data.batches import shuffled
-from train.data.examples import Example, encode_qa
+from train.data.examples import Example, encode_prompt, encode_qa
 from train.data.packed_rows import PackedRows, Piece, pack_rows
 from train.finetuning.config import CondenseConfig, ReasoningData
 from train.finetuning.sources import Row
@@ -29,6 +29,7 @@ class Learned(NamedTuple):
         token_ratio: its tokens, of those of all rows with whole traces.
         thought_ratio: thoughts that are left, of those of the same rows.
         too_long: rows left out because they do not fit a row of tokens.
+        missing: tokens fewer than the shortened traces have, where whole ones are to match them.
     """
 
     stream: PackedRows
@@ -37,6 +38,7 @@ class Learned(NamedTuple):
     token_ratio: float
     thought_ratio: float
     too_long: int
+    missing: int = 0
 
 
 def example_of(tokenizer: Tokenizer, trace: cot.Trace, system_prompt: str | None) -> Example:
@@ -89,8 +91,10 @@ def learned(
         UserError: no row fits a row of tokens, or a chat template leaves the traces out.
     """
     check_template(tokenizer, cot.find_trace(rows[0], condense.mode))
+    room = min(data.row_tokens, context)
     pieces: list[Piece] = []
-    whole = short = kept = of = 0
+    short: list[Piece] = []
+    whole = kept = of = 0
     with progress("tokenise", len(rows)) as advance:
         for number, row in enumerate(rows):
             found = cot.condense(
@@ -102,18 +106,23 @@ def learned(
                 seed=seed,
                 number=number,
             )
-            before = after = example_of(tokenizer, found.before, data.system_prompt)
+            before = after = _piece(tokenizer, found.before, data.system_prompt)
             if found.after is not found.before:
-                after = example_of(tokenizer, found.after, data.system_prompt)
-            chosen = before if condense.cost_matched else after
-            pieces.append(Piece(np.asarray(chosen.tokens, np.int32), chosen.num_prompt))
-            whole, short = whole + len(before.tokens), short + len(after.tokens)
+                after = _piece(tokenizer, found.after, data.system_prompt)
+            pieces.append(before if condense.cost_matched else after)
+            short.append(after)
+            whole += len(before.tokens)
             kept, of = kept + len(found.after.thoughts), of + len(found.before.thoughts)
             advance()
+    # What is learned is matched, so only examples that fit count, on both sides.
+    fitting, shortened = (
+        [p for p in some if data.packing == "chop" or p.slots <= room] for some in (pieces, short)
+    )
+    left, missing = len(pieces) - len(fitting), 0
     if condense.cost_matched:
-        pieces, kept, of = matched(pieces, short, seed), 1, 1
-    room = min(data.row_tokens, context)
-    fitting = [p for p in pieces if data.packing == "chop" or p.slots <= room]
+        wanted = num_tokens(shortened)
+        missing = max(wanted - num_tokens(fitting), 0)
+        fitting, kept, of = matched(fitting, wanted, seed), 1, 1
     if not fitting:
         least = min(piece.slots for piece in pieces)
         raise UserError(
@@ -127,9 +136,18 @@ def learned(
         mask_prompt=data.mask_prompt,
         pad_id=tokenizer.pad_id or 0,
     )
-    tokens = sum(len(piece.tokens) for piece in fitting)
-    left = len(pieces) - len(fitting)
-    return Learned(stream, len(fitting), tokens, tokens / whole, kept / of, left)
+    tokens = num_tokens(fitting)
+    return Learned(stream, len(fitting), tokens, tokens / whole, kept / of, left, missing)
+
+
+def num_tokens(pieces: Sequence[Piece]) -> int:
+    """Tokens of examples."""
+    return sum(len(piece.tokens) for piece in pieces)
+
+
+def _piece(tokenizer: Tokenizer, trace: cot.Trace, system_prompt: str | None) -> Piece:
+    example = example_of(tokenizer, trace, system_prompt)
+    return Piece(np.asarray(example.tokens, np.int32), example.num_prompt)
 
 
 def matched(whole: Sequence[Piece], tokens: int, seed: int) -> list[Piece]:
@@ -140,6 +158,42 @@ def matched(whole: Sequence[Piece], tokens: int, seed: int) -> list[Piece]:
         if tokens < 0 and found:
             break
         found.append(whole[i])
+    return found
+
+
+def answerable(
+    rows: Sequence[Row], tokenizer: Tokenizer, system_prompt: str | None, config: DecoderConfig
+) -> list[Row]:
+    """The test rows that a model can be asked: an answer of one token at least fits its context.
+
+    Args:
+        rows: to judge by.
+        tokenizer: of the model.
+        system_prompt: of the chat template.
+        config: of the model. Where its positions are learned, the whole trace has to fit as well,
+            behind which the right answer is scored.
+
+    Returns:
+        These rows, in order.
+
+    Raises:
+        UserError: there is none.
+    """
+    most = config.max_position_embeddings
+    found, sizes = [], []
+    for row in rows:
+        trace = cot.find_trace(row)
+        size = len(encode_prompt(tokenizer, trace.question, system_prompt=system_prompt)) + 1
+        if config.learned_positions is not None:
+            size = max(size, len(example_of(tokenizer, trace, system_prompt).tokens))
+        sizes.append(size)
+        if size <= most:
+            found.append(row)
+    if not found:
+        raise UserError(
+            f"no test question leaves room for an answer: the model reads {most} tokens, and the "
+            f"shortest needs {min(sizes)}; raise --model.context, or give shorter rows"
+        )
     return found
 
 

@@ -88,11 +88,20 @@ def opened(config: ReasoningRun) -> Iterator[Opened]:
                 base.decoder.config.max_position_embeddings,
                 config.seed,
             )
+            test = encoding.answerable(
+                rows.test, base.tokenizer, config.data.system_prompt, base.decoder.config
+            )
             steps = num_steps(stage_of(config), len(learned.stream), config.optimizer)
+        notes = [*rows.notes, words(learned)]
+        if len(test) < len(rows.test):
+            notes.append(
+                f"Judged by {len(test)} of the {len(rows.test)} rows drawn; the others fill the "
+                "model's context."
+            )
+        rows = rows._replace(test=test)
         base = base.to_host()
         root = folder.enter(place, held)
         tracker = Timed(root, reporters.chosen(config.report_to), identity(config))
-        notes = [*rows.notes, words(learned)]
         run = Run(root, mesh, config.seed, tracker, notes=notes, about=ABOUT)
         size, where = num_parameters(base.params) / 1e6, remote.home(root)
         say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {where}")
@@ -154,6 +163,8 @@ def words(learned: encoding.Learned) -> str:
         f"{stream.length} with {stream.waste:.1%} padding"
     )
     left = f"; {learned.too_long} longer than a row left out" if learned.too_long else ""
+    if learned.missing:
+        left += f"; {learned.missing:,} tokens fewer than shortened, as no other whole ones fit"
     return f"{text}{left}.".replace("%", " %")
 
 
