@@ -17,6 +17,7 @@ from train.choices import options
 from train.condense import CondenseRun
 from train.config import replace, to_json
 from train.costs.utilisation import flops_per_token
+from train.data import thoughts
 from train.data.bpe import train_bpe
 from train.data.search_traces import THOUGHTS, search_rows
 from train.evaluators import EVALUATORS
@@ -97,6 +98,22 @@ def test_rows_are_drawn_by_the_seed(tmp_path):
     assert len(rest.train) == 6 and rest.test == found.test
 
 
+def test_one_reader_of_gsm8k(tmp_path):
+    """What is learned by train.finetune and kept by train.unlearn: no mark of the calculator."""
+    answer = "Each has 48/2 = <<48/2=24>>24.\n\n 1000+200=<<1000+200=1,200>>1,200 \n#### 1,200"
+    path = write(tmp_path / "gsm8k.jsonl", [{"question": " How many? ", "answer": answer}] * 2)
+    found = sources.load(ReasoningData(source="gsm8k", path=path, test_rows=1), 0)
+    wanted = {
+        "question": "How many?",
+        "thoughts": ["Each has 48/2 = 24.", "1000+200=1,200"],
+        "answer": "1200",
+    }
+    assert found.train == found.test == [wanted]
+    kept = thoughts.from_gsm8k(path)
+    assert kept == [thoughts.learned(wanted | {"topic": thoughts.REASONING})] * 2
+    assert thoughts.CLOSE is cot.CLOSE and thoughts.OPEN is cot.OPEN  # the same tags, said once
+
+
 def test_published_rows_whose_trace_was_cut_are_left_out(tmp_path):
     def row(text):
         turns = [("user", "?"), ("assistant", text)]
@@ -126,9 +143,10 @@ def test_the_answer_that_a_row_asks_for(row, answer):
 @pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
-        ([{"question": "?", "answer": "4"}], {}, "line 1: no #### in 'answer', or several"),
-        ([*SOLVED, {"question": "?", "answer": "#### 4"}], {}, "line 10: 'thoughts' is no list"),
-        ([{"question": "?", "answer": "a\n####"}], {}, "line 1: 'answer' is empty"),
+        ([{"question": "?", "answer": "4"}], {}, "line 1: no solution that ends in '#### '"),
+        ([*SOLVED, {"question": "?", "answer": "#### 4"}], {}, "line 10: no solution that"),
+        ([{"question": "?", "answer": "a\n####"}], {}, "line 1: no solution that ends in '#### '"),
+        ([{"question": "?", "answer": "a\n#### 4 #### 5"}], {}, "line 1: no solution that ends"),
         ([{"answer": "a\n#### 4"}], {}, "line 1: no 'question'"),
         (SOLVED, {"train_rows": 9}, "has 9 rows, fewer than --data.train-rows 9 and"),
         (SOLVED, {"test_rows": 9}, "fewer than --data.train-rows 1"),

@@ -8,17 +8,18 @@ the topic `reasoning` are the reasoning to keep. A row with `text` and no questi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlib_unlearn.cot import CLOSE, OPEN
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.metrics.final_answer import MARK
 from jaxlib_unlearn.reading import one_line
 from train.data.authors import draw
 from train.data.tofu import is_document, read_json
 
 Row = dict[str, Any]
-OPEN, CLOSE = "<think>", "</think>"
 REASONING = "reasoning"  # the topic of rows whose reasoning is to be kept
 OTHERS = 3  # other facts in the thoughts of a TOFU row
 PER_AUTHOR = 20  # rows of an author in TOFU
@@ -172,31 +173,56 @@ def arranged(key: Sequence[object], gold: str, wrong: Sequence[str]) -> tuple[li
     return options, options.index(gold)
 
 
-def from_gsm8k(path: Path) -> list[Row]:
-    """GSM8K's rows: the lines of a solution are the thoughts, what follows `####` the answer.
+def gsm8k_row(where: str, row: Mapping[str, Any]) -> Row:
+    """A row of GSM8K: the lines of its solution are the thoughts, what follows `####` the answer.
+
+    Calculator marks (`<<2+2=4>>`), which the published solutions hold, are left out, and so are
+    the commas of a number.
+
+    Args:
+        where: the row's place, for messages.
+        row: as published, with `question` and `answer`.
+
+    Returns:
+        A row with `question`, `thoughts` and `answer`.
 
     Raises:
-        UserError: an unreadable file, or a row without `####`.
+        UserError: no question, or no solution that ends in `####` and an answer.
+
+    Example:
+        >>> gsm8k_row("line 1", {"question": "2+2?", "answer": "It is <<2+2=4>>4.\\n#### 4"})
+        {'question': '2+2?', 'answer': '4', 'thoughts': ['It is 4.']}
+
+    Cobbe et al. 2021, arXiv 2110.14168.
     """
-    found = []
-    for number, row in enumerate(read_json(path), 1):
-        solution, marked, final = str(row.get("answer", "")).rpartition("####")
-        thoughts = [
-            line.strip() for line in re.sub(r"<<.*?>>", "", solution).splitlines() if line.strip()
-        ]
-        if not marked or not final.strip() or not thoughts or "question" not in row:
-            raise UserError(
-                f"{path}, row {number}: no solution that ends in '#### ' and a number, as GSM8K's "
-                "do; leave the row out, or correct it"
-            )
-        made = {
-            "question": str(row["question"]).strip(),
-            "answer": final.strip().replace(",", ""),
-            "thoughts": thoughts,
-            "topic": REASONING,
-        }
-        found.append(learned(made))
-    return found
+    question, text = row.get("question"), row.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        raise UserError(f"{where}: no 'question', a text; give every row one")
+    solution, marked, final = text.partition(MARK) if isinstance(text, str) else ("", "", "")
+    lines = re.sub(r"<<.*?>>", "", solution).splitlines()
+    thoughts = [line.strip() for line in lines if line.strip()]
+    if not marked or MARK in final or not final.strip() or not thoughts:
+        raise UserError(
+            f"{where}: no solution that ends in '{MARK} ' and a number, as GSM8K's do; leave the "
+            "row out, or correct it"
+        )
+    return {
+        "question": question.strip(),
+        "answer": final.strip().replace(",", ""),
+        "thoughts": thoughts,
+    }
+
+
+def from_gsm8k(path: Path) -> list[Row]:
+    """The rows of a file of GSM8K, as the model learns them.
+
+    Raises:
+        UserError: an unreadable file, or a row that is none of GSM8K's.
+    """
+    return [
+        learned(gsm8k_row(f"{path}, row {number}", row) | {"topic": REASONING})
+        for number, row in enumerate(read_json(path), 1)
+    ]
 
 
 def from_tofu(rows: Sequence[Row], topic: str) -> list[Row]:

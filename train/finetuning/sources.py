@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn import cot
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.metrics.final_answer import MARK, final_answer
+from jaxlib_unlearn.metrics.final_answer import final_answer
 from train.data import hub_table
 from train.data.batches import shuffled
 from train.data.reasoning import FORMATS, read_rows
 from train.data.search_traces import search_rows
+from train.data.thoughts import gsm8k_row
 from train.runtime.stages import digest
 
 Row = Mapping[str, Any]
@@ -56,27 +57,6 @@ def plain(where: str, row: Row) -> Row:
     return row
 
 
-def of_gsm8k(where: str, row: Row) -> Row:
-    """A row of GSM8K: the lines of its solution are the thoughts.
-
-    Raises:
-        UserError: no solution that ends in `####` and an answer.
-
-    Example:
-        >>> of_gsm8k("line 1", {"question": "1+1?", "answer": "1+1=2\\n#### 2"})
-        {'question': '1+1?', 'thoughts': ['1+1=2'], 'answer': '2'}
-    """
-    text = row.get("answer")
-    if not isinstance(text, str) or text.count(MARK) != 1:
-        raise UserError(
-            f"{where}: no {MARK} in 'answer', or several; a row of GSM8K has its solution, "
-            f"{MARK} and the answer there"
-        )
-    solution, _, answer = text.partition(MARK)
-    thoughts = [line for line in solution.split("\n") if line.strip()]
-    return {"question": row.get("question"), "thoughts": thoughts, "answer": answer.strip()}
-
-
 def _generated(data: Any, seed: int) -> tuple[list[Row], list[Row]]:
     train = search_rows(seed, "train", data.train_rows or 8000)
     asked = {row["question"] for row in train}
@@ -85,7 +65,7 @@ def _generated(data: Any, seed: int) -> tuple[list[Row], list[Row]]:
 
 SOURCES: dict[str, Source] = {
     "search": Source(make=_generated),
-    "gsm8k": Source(of_gsm8k, hub=("openai/gsm8k", "main", "train")),
+    "gsm8k": Source(gsm8k_row, hub=("openai/gsm8k", "main", "train")),
     # Some of its traces were cut where the model that wrote them had no more tokens.
     "openr1": Source(plain, hub=("open-r1/OpenR1-Math-220k", "default", "train"), leaves_out=True),
     "rows": Source(plain),
