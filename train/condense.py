@@ -20,7 +20,7 @@ from typing import Any
 from jaxlib_unlearn import cot
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import MOST, option
-from jaxlib_unlearn.reading import reading
+from jaxlib_unlearn.reading import read_json, reading
 from models import Tokenizer, gguf_files, hub
 from train import cli
 from train.base_models import model_source
@@ -143,7 +143,21 @@ def check_files(source: Path, output: Path) -> reasoning.Format:
     report = output.with_name(REPORT)
     if report.is_dir():
         raise UserError(f"{report} is a folder, where the report goes; give another file to write")
+    if report.exists() and not is_report(report):
+        raise UserError(
+            f"{report} is no report of this program, and would be replaced by one; move it, or "
+            "write to another folder"
+        )
     return found
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report of an earlier run."""
+    try:
+        told = read_json(path)
+    except UserError:
+        return False
+    return isinstance(told, dict) and set(vars(Counts())) <= set(told)
 
 
 def tokenizer_of(name: str) -> Tokenizer:

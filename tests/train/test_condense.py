@@ -12,6 +12,7 @@ import tokenizers
 
 import models
 from jaxlib_unlearn import cot
+from jaxlib_unlearn.errors import UserError
 from train.data import reasoning
 
 THOUGHTS = ["Read it.", "Perhaps 3?", "Wait, no.", "Try 5.", "It is 4."]
@@ -186,6 +187,40 @@ def test_bad_arguments(program, tmp_path, argv, said):
     assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1
     assert said in done.err
     assert sorted(p.name for p in folder.iterdir()) == before and source.read_text() == GOOD
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [("[]", True), ('{"rows": 3}', True), ("not JSON", True), (None, False)],
+)
+def test_a_report_replaces_none_but_a_report(program, tmp_path, content, kept):
+    source, out = write(tmp_path / "in.jsonl", GOOD), tmp_path / "out.jsonl"
+    report = tmp_path / "report.json"
+    if content is None:
+        assert program("train.condense", source, out, "--tau", "1").code == 0
+        assert json.loads(report.read_text())["tau"] == 1
+    else:
+        report.write_text(content)
+    done = program("train.condense", source, out, "--tau", "0.5")
+    if kept:
+        assert done.code == 2 and "report.json is no report of this program" in done.err
+        assert report.read_text() == content and not out.exists()
+    else:
+        assert done.code == 0 and json.loads(report.read_text())["tau"] == 0.5
+
+
+def test_parquet_text_that_is_not_utf_8(program, tmp_path):
+    source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    raw = pyarrow.array([b"4", b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    columns = {"question": ["?", "?"], "thoughts": [["a", "b", "c"]] * 2, "answer": raw}
+    parquet.write_table(pyarrow.table(columns), source)
+    said = f"{source}: cannot be read as parquet (not UTF-8 text at byte 0)"
+    with pytest.raises(UserError) as caught:
+        read(source)
+    assert str(caught.value).startswith(said)
+    done = program("train.condense", source, out)
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1
+    assert not out.exists()
 
 
 INTERRUPTED = """

@@ -121,9 +121,14 @@ def _parquet(path: Path) -> Any:
         return parquet.ParquetFile(path)
 
 
-def _batches(path: Path, file: Any, columns: list[str] | None = None) -> Iterator[Any]:
+def _batches(
+    path: Path, file: Any, columns: list[str] | None = None
+) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+    """Some rows at a time: their table, and what `COLUMNS` hold as Python's values."""
+    names = _named(file)
     with reading(path, "write the file again", "cannot be read as parquet"):
-        yield from file.iter_batches(batch_size=TABLE_ROWS, columns=columns)
+        for batch in file.iter_batches(batch_size=TABLE_ROWS, columns=columns):
+            yield batch, batch.select(names).to_pylist()
 
 
 def _named(file: Any) -> list[str]:
@@ -132,8 +137,8 @@ def _named(file: Any) -> list[str]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     file, number = _parquet(path), 0
-    for batch in _batches(path, file, _named(file)):
-        for row in batch.to_pylist():
+    for _, rows in _batches(path, file, _named(file)):
+        for row in rows:
             number += 1
             yield f"{path}, row {number}", row
 
@@ -145,8 +150,7 @@ def _rewrite_parquet(source: Path, target: Path, change: Change) -> Iterator[flo
 
     names, schema = _named(file), file.schema_arrow
     with parquet.ParquetWriter(target, schema) as out:
-        for batch in _batches(source, file):
-            rows = batch.select(names).to_pylist()
+        for batch, rows in _batches(source, file):
             places = [f"{source}, row {done + i + 1}" for i in range(len(rows))]
             changed = change(places, rows)
             for name in names:
