@@ -136,8 +136,10 @@ class AskedDecoder:
 class AskedReference:
     """The frozen model: cached columns of a batch, or a forward pass of its own.
 
-    Its pass has the batches of the model's: as long as the two have the same parameters, they
-    compute the same bits, and what measures how far they are apart is exactly 0.
+    The pass of a fork has the batches of the model's: as long as the two have the same parameters,
+    they compute the same bits, and what measures how far they are apart is exactly 0. It costs the
+    blocks from `train_from` on for batches that nothing is asked of. A whole copy has no pass but
+    those of the batches that it is asked for.
 
     Args:
         decoder: the model.
@@ -205,8 +207,9 @@ class AskedReference:
             raise ValueError(
                 "the frozen model is asked for what its row's reference neither caches nor forks"
             )
-        mates = self.model.mates(batch)
+        mates: Sequence[Batch] = [batch]
         if self.train_from:
+            mates = self.model.mates(batch)
             below = [self.model.hidden(mate, self.train_from - 1)[0] for mate in mates]
             rows = jnp.stack(below, 1)  # as `forward_joined` arranges them
             options["enter"] = (self.train_from, rows.reshape(-1, *rows.shape[2:]))

@@ -9,7 +9,7 @@ import pytest
 from jax.interpreters import partial_eval
 
 from jaxlib_unlearn import objectives
-from models import selection
+from models import asked, selection
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train.config import SelectConfig
@@ -137,6 +137,30 @@ def test_what_is_kept_is_exactly_0_at_the_start(params):
         assert float(found["forget_loss"]) > 0 and float(found["forget_trace_loss"]) > 0
         values.append(float(found["loss"]))
     assert values[0] == values[1]
+
+
+@pytest.mark.parametrize(("select", "size"), [(None, 1), (DOWN, 4)])
+def test_a_whole_copy_computes_only_what_is_asked_of_it(params, select, size, monkeypatch):
+    """A fork has the batches of the model's pass; a copy one batch a pass, of what is kept."""
+    training, passes, real = trainable_of(params, ROW, select=select), [], asked.forward_joined
+
+    def counted(decoder, tree, batches, **options):
+        passes.append([id(batch["tokens"]) for batch in batches])
+        return real(decoder, tree, batches, **options)
+
+    def value(start, frozen, batches):
+        losses = losses_of(training._replace(frozen=frozen), start, batches=batches)
+        passes.clear()
+        found = losses.look(start)
+        names = {id(batch["tokens"]): stream for stream, batch in batches.items()}
+        passes[:] = [[names[one] for one in many] for many in passes]
+        return found
+
+    monkeypatch.setattr(asked, "forward_joined", counted)
+    jax.eval_shape(value, training.start, training.frozen, BATCHES)
+    ours, *frozen = passes
+    assert ours == list(ROW.streams)
+    assert frozen == ([ours] if size == 4 else [["retain"], ["cot"]])
 
 
 def test_without_its_two_terms_it_is_rmu_bit_by_bit(params):
