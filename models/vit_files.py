@@ -66,11 +66,13 @@ class LoadedViT(NamedTuple):
         config: shape and conventions.
         params: the parameter tree.
         names: of the classes.
+        note: what became of the head that the files hold; empty: it is as it was.
     """
 
     config: ViTConfig
     params: Any
     names: tuple[str, ...]
+    note: str = ""
 
 
 def is_vit(source: str | Path) -> bool:
@@ -94,8 +96,9 @@ def load(
 
     Args:
         source: a folder with config.json and safetensors, or the file.
-        names: of the classes to tell apart, or their number. A head for as many is kept, and in the
-            place of any other one are zeros. None: the classes of the folder.
+        names: of the classes to tell apart, or their number. A head for these classes is kept, in
+            their order, and one for as many where names or files have none; in the place of any
+            other one are zeros. None: the classes of the folder.
         shardings: `(path, shape) -> sharding` of every leaf; default: JAX's default device.
 
     Returns:
@@ -130,11 +133,21 @@ def load(
         names = known
     elif isinstance(names, int):
         as_many = known is not None and len(known) == names
-        names = known if as_many else tuple(map(str, range(names)))
+        known = names = known if as_many else tuple(map(str, range(names)))
     assert names is not None
+    names = tuple(names)
     config = dataclasses.replace(config, num_classes=len(names))
     shapes = flatten(ViT(config).shapes())
-    kept = head is not None and head.shape == (len(names),)
+    order = None
+    if head is not None and head.shape == (len(names),):
+        order = _order(names if known is None else known, names)
+    kept, note = order is not None, ""
+    if order is None and head is not None:
+        note = f"{path}: its head is of other classes; zeros take its place"
+    elif order is not None and order != list(range(len(names))):
+        note = f"{path}: its head has the classes in another order, and is brought to theirs"
+        for name in {table.hf("head/kernel"), table.hf("head/bias")} & stored.keys():
+            stored[name] = _in_order(stored[name], order)
     read = {name: shape for name, shape in shapes.items() if kept or not name.startswith("head/")}
 
     def ignored(name: str) -> bool:
@@ -146,7 +159,25 @@ def load(
     for name in shapes.keys() - read.keys():
         where = None if shardings is None else shardings(name, shapes[name].shape)
         insert(params, name, jnp.zeros(shapes[name].shape, jnp.float32, device=where))
-    return LoadedViT(config, params, tuple(names))
+    return LoadedViT(config, params, names, note)
+
+
+def _order(known: Sequence[str], names: Sequence[str]) -> list[int] | None:
+    """The place of each name among those that are known; None where they are others."""
+    if tuple(known) == tuple(names):
+        return list(range(len(names)))
+    places = {name: i for i, name in enumerate(known)}
+    same = len(places) == len(known) == len(names) and places.keys() == set(names)
+    return [places[name] for name in names] if same else None
+
+
+def _in_order(tensor: Stored, order: Sequence[int]) -> Stored:
+    """A tensor with its rows in another order."""
+
+    def read(first: int, last: int) -> np.ndarray:
+        return tensor.read(0, tensor.shape[0])[np.asarray(order)][first:last]
+
+    return tensor._replace(read=read)
 
 
 def hf_config(raw: Mapping[str, Any], folder: Path) -> tuple[ViTConfig, tuple[str, ...]]:

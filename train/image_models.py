@@ -22,12 +22,16 @@ from train.runtime.checkpointing import params_sha256
 
 
 class ImageModel(NamedTuple):
-    """A vision transformer with its parameters, its classes and the sha256 of the parameters."""
+    """A vision transformer with its parameters, its classes and the sha256 of the parameters.
+
+    `note` says what became of the head in its files, where it is not as it was.
+    """
 
     vit: ViT
     params: Any
     names: tuple[str, ...]
     sha: str
+    note: str = ""
 
     @property
     def learner(self) -> ViTLearner:
@@ -86,7 +90,8 @@ def load_model(
         )
         sharding.check_heads(mesh, loaded.config.num_heads)
     vit = ViT(dataclasses.replace(loaded.config, dtype=dtype), remat)
-    return ImageModel(vit, loaded.params, loaded.names, params_sha256(loaded.params))
+    sha = params_sha256(loaded.params)
+    return ImageModel(vit, loaded.params, loaded.names, sha, loaded.note)
 
 
 def new_model(

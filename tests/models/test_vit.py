@@ -161,6 +161,23 @@ def test_another_number_of_classes_starts_with_a_head_of_zeros(tmp_path, folder,
     assert np.any(logits(vit_files.load(folder, NAMES), images))
 
 
+def test_a_head_is_kept_for_its_own_classes_alone(tmp_path, folder, loaded, images):
+    """As many of other names get zeros, the same ones in another order their own logits."""
+    want = logits(loaded, images)
+    for names, columns in ((NAMES, range(5)), ("cbaed", (2, 1, 0, 4, 3)), (5, range(5))):
+        found = vit_files.load(folder, names)
+        np.testing.assert_array_equal(logits(found, images), want[:, list(columns)])
+        assert ("in another order" in found.note) == (names == "cbaed")
+        assert found.names == (tuple(names) if names != 5 else NAMES)
+    for names in ("abcdf", "aabcd", "01234"):
+        found = vit_files.load(folder, tuple(names))
+        assert not np.any(logits(found, images)) and "is of other classes" in found.note
+    # A .npz file names no classes: their number is all there is.
+    np.savez(tmp_path / "ViT.npz", **published())
+    found = vit_files.load(tmp_path / "ViT.npz", tuple("vwxyz"))
+    assert np.any(logits(found, images)) and found.note == ""
+
+
 def test_an_export_is_the_same_to_the_last_bit(folder, loaded):
     found = vit_files.load(folder)
     assert (found.config, found.names) == (CONFIG, NAMES)

@@ -143,6 +143,8 @@ def begin(config: Any, run: Any, rows: Any, encoded: Any, model: ImageModel) -> 
     It is exported to `RUN/start`: a replay of the run begins there.
     """
     if config.model.path != SCRATCH:
+        if model.note:
+            say(model.note)
         return model
     from train.run import Recipe, train
 
