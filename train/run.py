@@ -267,7 +267,7 @@ def train(
         if coefficients.replays(optimizer):
             recorded = recording(
                 run.folder / (record or stored.named(name)), name, start.sha, training.start,
-                optimizer, steps, adapters, recipe.select, run.seed,
+                optimizer, steps, adapters, recipe.select, run.seed, getattr(start, "names", None),
             )  # fmt: skip
         plan = loop.Stage(
             name=name,

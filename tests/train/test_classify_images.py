@@ -7,12 +7,18 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlib_unlearn.errors import UserError
 from models import vit_files
 from models.vit import ViT, ViTConfig
-from train.classification import pipeline
+from train.classification import image_kinds, pipeline
+from train.classification.config import StartConfig
 from train.classify import read_arguments
 from train.config import identity
+from train.optimizers import options_of
+from train.replay import BaseConfig
+from train.replays import bases, recording, stored
 from train.runtime import distributed
+from train.runtime.sharding import MeshConfig, make_mesh
 
 SIDE, CLASSES = 8, 10
 ONE = ("--mesh.data", "1")
@@ -87,7 +93,7 @@ def test_a_smoke_run(smoke):
     log = json.loads((output / "evals" / "finetuned.json").read_text())
     assert len(log["accuracy"]["value_by_index"]["0"]["scores"]) == CLASSES
     start = vit_files.load(output / "start")
-    assert start.names[0] == "T-shirt/top" and not np.any(start.params["head"]["kernel"])
+    assert start.names == tuple("0123456789") and not np.any(start.params["head"]["kernel"])
     assert "image-classification" in (output / "export" / "README.md").read_text()
 
 
@@ -101,6 +107,8 @@ def test_its_steps_are_replayed_from_the_start_that_it_made(smoke, program, tmp_
     assert again["params_sha256"] == summary_of(output)["finetuned"]["params_sha256"]
     ours, theirs = (vit_files.load(run / "export") for run in (output, tmp_path / "again"))
     assert ours.names == theirs.names
+    line = json.loads((output / "replay.zo").read_bytes().partition(b"\n")[0])
+    assert line["classes"] == list(ours.names)
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     other = ("--model.path", output / "export", "--mesh.data", "1")
     done = program("train.replay", output, *other, "--check")
@@ -253,6 +261,44 @@ def test_what_is_refused_before_compute(name, program, data, tmp_path):
     assert done.code == 2 and done.out == "" and len(last) == 1, done.err
     assert last[0].startswith("error: ") and all(part in last[0] for part in parts), last[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_short_run_takes_a_given_model(monkeypatch):
+    """What --smoke changes of a model that the run trains is of none where one is given."""
+    short = read_arguments(["vit-fashion", "--smoke"])
+    given = read_arguments(["vit-fashion", "--smoke", "--model.path", "./mine"])
+    typed = read_arguments("vit-fashion --smoke --model.path ./mine --start.steps 7".split())
+    assert short.start.steps == 4 and given.start == StartConfig() and typed.start.steps == 7
+    assert given.train == short.train and given.data == short.data
+    for config in (given, typed):
+        with pytest.raises(UserError) as caught:
+            image_kinds.check(config)
+        assert ("--start.* is of" in str(caught.value)) == (config is typed)
+
+
+def test_a_replay_names_the_classes_as_its_run_did(tmp_path):
+    """One of an earlier version, whose header has no names, is read as before."""
+    mesh = make_mesh(MeshConfig(1), jax.devices()[:1])
+    start = vit_files.load(model_folder(tmp_path / "random"))
+    start = start._replace(
+        params=start.params | {"head": jax.tree.map(np.ones_like, start.params["head"])}
+    )
+    folder = vit_files.export(start, tmp_path / "model")
+
+    def names_of(classes):
+        made = recording.recording(
+            tmp_path / "a.zo", "x", "", start.params, options_of("mezo"), 1, None, None, 0, classes
+        )
+        assert ("classes" in made.header) == (classes is not None)
+        header = json.loads(json.dumps(made.header))
+        replay = stored.Replay(header, np.zeros((0, 1)), ())
+        found = bases.IMAGES.load(BaseConfig(str(folder)), replay, mesh)
+        # Of other classes than the model's the head is of zeros, as in the run.
+        assert np.any(found.params["head"]["kernel"]) == (classes != tuple("cab"))
+        return found.names
+
+    assert names_of(tuple("cab")) == tuple("cab") and names_of(tuple("210")) == tuple("210")
+    assert names_of(None) == tuple("012")
 
 
 def test_a_text_task_takes_no_start(program, tmp_path):

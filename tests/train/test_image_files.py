@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import sys
+import tracemalloc
 import types
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from jaxlib_unlearn.errors import UserError
 from train.classification.config import ClassifyData
+from train.data import image_files
 from train.data.batches import shuffled
 from train.data.image_files import read_idx, read_images
 from train.data.images import Picture, Pictures, resized
@@ -80,6 +82,38 @@ def test_a_folder_for_each_class(tmp_path, mode):
         Image.fromarray(np.full((SIDE, SIDE), 7, np.uint8)).save(tmp_path / "train/cat/0.png")
         found = read_images(tmp_path / "train")
         assert found.held_out is None and found.train.images[0].tolist()[0][0] == [7, 7, 7]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    """Or test: it is a part of the data only where it has folders of classes itself."""
+    found = read_images(class_folders(tmp_path / "a", classes=("test", "train", "tree"), each=1))
+    assert found.names == ("test", "train", "tree") and found.held_out is None
+    assert found.train.labels.tolist() == [0, 1, 2]
+    class_folders(tmp_path / "b" / "train", classes=("train", "tree"))
+    class_folders(tmp_path / "b" / "val", classes=("train", "tree"), each=1)
+    found = read_images(tmp_path / "b")
+    assert found.names == ("train", "tree") and found.held_out is not None
+
+
+def test_no_more_is_unpacked_than_a_header_tells_of(tmp_path, monkeypatch):
+    """Thirty kilobytes that unpack to thirty megabytes."""
+    packed = gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 9]) + bytes(2**25))
+    (tmp_path / "a.gz").write_bytes(packed)
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((2**15, 32, 32), np.uint8),
+                        labels=np.arange(2**15) % 2)  # fmt: skip
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="more bytes, its header tells of 17"):
+            read_idx(tmp_path / "a.gz")
+        monkeypatch.setattr(image_files, "host_memory", lambda: 2**24)
+        with pytest.raises(UserError, match="a.npz: its arrays take 0.0 GiB, this host has"):
+            read_images(tmp_path / "a.npz")
+        (tmp_path / "b").write_bytes(bytes([0, 0, 8, 1, 2, 0, 0, 0]) + b"less")
+        with pytest.raises(UserError, match="b: its arrays take 0.0 GiB, this host has"):
+            read_idx(tmp_path / "b")
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
 
 
 def test_npz_files(tmp_path):
@@ -159,6 +193,12 @@ def refused(name, folder):
         case "npz names":
             np.savez(path, images=x, labels=y, names=["one"])
             return path
+        case "npz large":
+            np.savez(path, images=x, labels=y * 100_000)
+            return path
+        case "IDX too long":
+            data = gzip.decompress((idx_folder(folder) / images).read_bytes())
+            (folder / images).write_bytes(gzip.compress(data + b"x"))
         case "npz negative":
             np.savez(path, images=x, labels=y - 1)
             return path
@@ -192,6 +232,8 @@ REFUSED = {
     "npz objects": "cannot be read, truncated or damaged",
     "npz cut": "cannot be read, truncated or damaged",
     "npz names": "1 names for 2 classes",
+    "npz large": "label 100000; number the classes from 0, at most 100,000",
+    "IDX too long": "truncated or damaged (more bytes, its header tells of 448)",
     "npz negative": "label -1; number the classes from 0",
     "absent": "none does not exist; give a folder of images",
     "a file": "a.png is no folder and no .npz file",
@@ -262,6 +304,9 @@ def test_fashion_mnist_where_it_is_and_digits_where_it_is_not(tmp_path, monkeypa
     rows = rows_of("fashion-mnist")
     assert rows.train[0]["options"].words == tasks.CLOTHES
     assert rows.notes[0].startswith("Fashion-MNIST: 28 rows to train on")
+    for path in (clothes, idx_folder(tmp_path / "digits", train=30, test=10, classes=10)):
+        words = rows_of("fashion-mnist", path=path).train[0]["options"].words
+        assert words == (tasks.CLOTHES if path == clothes else tuple("0123456789"))
     monkeypatch.setattr(tasks, "FASHION", tmp_path / "none")
     scans = np.arange(1797 * 64).reshape(1797, 8, 8) % 17 / 1.0
     fake = types.SimpleNamespace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
@@ -15,7 +16,10 @@ def read_arguments(argv: list[str]) -> ClassifyRun:
     started = start.start_of(argv, ClassifyRun, PRESETS, "train.classify")
     preset, default, rest, prog, summary = started
     default = start.with_optimizer(default, rest, preset)
+    whole = default
     default = start.shortened(default, rest, preset, lambda c: c.train.forwards // 6 * 2)
+    if (cli.option_value(rest, "--model.path") or default.model.path) != "scratch":
+        default = replace(default, start=whole.start)  # the run trains no model to start from
     return cli.parse(ClassifyRun, default, rest, prog, summary)
 
 

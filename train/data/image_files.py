@@ -17,10 +17,11 @@ import numpy as np
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import exists, one_line, reading
+from models.bounds import host_memory
 from train.runtime.tracking import progress
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-TRAIN, HELD_OUT = ("train",), ("test", "t10k", "validation", "val")
+TRAIN, HELD_OUT = "train", ("test", "t10k", "validation", "val")
 MOST_CLASSES = 100_000
 IDX = re.compile(r"(train|t10k|test)-(images|labels)[-.]idx\d-ubyte(\.gz)?$")
 MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "LA": "L", "CMYK": "RGB"}
@@ -106,17 +107,34 @@ def read_idx(path: Path) -> np.ndarray:
         UserError: it is truncated, damaged, or of another kind.
     """
     with reading(path, "download it again", "truncated or damaged"):
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        if data[:3] != b"\0\0\x08" or len(data) < 4:
-            raise ValueError("no IDX file of bytes")
-        rank = data[3]
-        sizes = [int(n) for n in np.frombuffer(data[4 : 4 + 4 * rank], ">i4")]
-        need = 4 + 4 * rank + math.prod(sizes)
-        if len(sizes) != rank or min(sizes, default=-1) < 0 or len(data) != need:
-            raise ValueError(f"{len(data)} bytes, its header tells of {need}")
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(sizes)
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as file:
+            magic = file.read(4)
+            if magic[:3] != b"\0\0\x08" or len(magic) < 4:
+                raise ValueError("no IDX file of bytes")
+            header = file.read(4 * magic[3])
+            sizes = [int(n) for n in np.frombuffer(header[: len(header) // 4 * 4], ">i4")]
+            need = math.prod(sizes)
+            if len(sizes) != magic[3] or min(sizes, default=-1) < 0:
+                raise ValueError(f"{4 + len(header)} bytes, no whole header")
+            _check_room(need, path)
+            data = file.read(need + 1)  # a small file may unpack to more than memory holds
+        if len(data) != need:
+            before = len(magic) + len(header)
+            found = f"{before + len(data)} bytes" if len(data) < need else "more bytes"
+            raise ValueError(f"{found}, its header tells of {before + need}")
+        return np.frombuffer(data, np.uint8).reshape(sizes)
+
+
+def _check_room(needed: int, where: object) -> None:
+    """Raise `UserError` when `needed` bytes do not fit in this host's memory."""
+    there = host_memory()
+    if there is not None and needed > there:
+        raise UserError(
+            f"{where}: its arrays take {needed / 2**30:,.1f} GiB, this host has "
+            f"{there / 2**30:,.1f} GiB of memory; give fewer or smaller images"
+        )
 
 
 def _read_idx_folder(path: Path) -> Images:
@@ -169,8 +187,12 @@ def _checked(images: np.ndarray, labels: np.ndarray, where: str) -> Labels:
         )
     if not len(images):
         raise UserError(f"{where}: no images; give a file with some")
-    if labels.min() < 0 or labels.max() >= MOST_CLASSES:
+    if labels.min() < 0:
         raise UserError(f"{where}: label {labels.min()}; number the classes from 0")
+    if labels.max() >= MOST_CLASSES:
+        raise UserError(
+            f"{where}: label {labels.max()}; number the classes from 0, at most {MOST_CLASSES:,}"
+        )
     return Labels(images, labels.astype(np.int64))
 
 
@@ -192,6 +214,9 @@ def _read_npz(path: Path) -> Images:
                     f"{path}: no x_train and y_train, and no images and labels in it (arrays "
                     f"found: {listed}); name them so"
                 )
+            used = {f"{key}.npy" for key in (*keys, "names")}
+            entries = archive.zip.infolist()  # of which no more is unpacked than they say
+            _check_room(sum(e.file_size for e in entries if e.filename in used), path)
             train = _checked(archive[keys[0]], archive[keys[1]], f"{path}, {keys[0]}")
             held_out = None
             if set(keys[2:]) <= set(there):
@@ -206,13 +231,12 @@ def _read_npz(path: Path) -> Images:
 
 
 def _read_class_folders(path: Path, mixed: bool) -> Images:
-    splits = {}
-    for split, names in (("train", TRAIN), ("held_out", HELD_OUT)):
-        there = [path / name for name in names if (path / name).is_dir()]
+    splits = {"train": path}
+    if _folders(path / TRAIN):  # without folders of its own it is a class of that name
+        splits["train"] = path / TRAIN
+        there = [path / name for name in HELD_OUT if (path / name).is_dir()]
         if there:
-            splits[split] = there[0]
-    if "train" not in splits:
-        splits = {"train": path}
+            splits["held_out"] = there[0]
     listed = {split: _listed(folder) for split, folder in splits.items()}
     names = tuple(listed["train"])
     if "held_out" in listed and set(listed["held_out"]) != set(names):
@@ -258,9 +282,16 @@ def size(pixels: np.ndarray) -> str:
     return " x ".join(map(str, pixels.shape[:2]))
 
 
+def _folders(path: Path) -> list[Path]:
+    """The folders in one, in the order of their names; none where it is no folder."""
+    if not path.is_dir():
+        return []
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _listed(folder: Path) -> dict[str, list[Path]]:
     """The images of every class folder, both in the order of their names."""
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = _folders(folder)
     if not classes:
         raise UserError(
             f"--data.path {folder} holds neither IDX files nor folders; give a folder of IDX "

@@ -30,8 +30,15 @@ def _decoder(model: Any, made: Replay, mesh: Any) -> Any:
 
 
 def _images(model: Any, made: Replay, mesh: Any) -> Any:
-    head = made.header["leaves"].get("head/bias")  # of adapters alone the file has none
-    return image_models.load_model(model.path, None if head is None else head[1], "none", mesh)
+    return image_models.load_model(model.path, _classes(made.header), "none", mesh)
+
+
+def _classes(header: dict[str, Any]) -> tuple[str, ...] | int | None:
+    """The names of the classes; a file of an earlier version has their number at most."""
+    if isinstance(header.get("classes"), list):
+        return tuple(map(str, header["classes"]))
+    head = header["leaves"].get("head/bias")  # of adapters alone the file has none
+    return None if head is None else head[1]
 
 
 def _export_images(model: Any, folder: Path, dtype: str) -> None:

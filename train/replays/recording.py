@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ def recording(
     adapters: LoraConfig | None,
     select: SelectConfig | None,
     seed: int,
+    classes: Sequence[str] | None = None,
 ) -> Recording:
     """The file of a stage.
 
@@ -51,12 +52,15 @@ def recording(
         adapters: low-rank adapters in the place of the parameters.
         select: leaves that are trained, if not all.
         seed: of the run; adapters are drawn from it.
+        classes: the names of those that the model tells apart, if it has any.
     """
     header: dict[str, Any] = {"stage": name, "base_sha256": base, "steps": steps}
     if adapters is not None and adapters.rank is not None:
         header |= {"lora": to_json(adapters), "lora_seed": seed}
     if select is not None and select.given:
         header["select"] = to_json(select)
+    if classes is not None:
+        header["classes"] = list(classes)
     header |= {"optimizer": to_json(optimizer), "schedule": schedule_numbers(optimizer, steps)}
     return Recording(path, header | {"leaves": digests.tree_shapes(trained)})
 
