@@ -111,7 +111,7 @@ def test_the_card_says_verdict_numbers_command_and_digests(tmp_path):
     assert "| Did it forget? | forgotten (good) | ROUGE-L of its answers" in body
     assert re.search(r"\| Forget ROUGE-L ≈ \| 1.000 \| 0.310 \| 0.312 \|", body)
     assert "Model utility, 3 parts" in body and "b" * 64 in body and "a" * 64 in body
-    assert "python -m train.unlearn quickstart" in body and "--seed 3" in body
+    assert "python -m train.unlearn --config RUN/config.json" in body  # test_rerun has others
     assert "a \\| note" in body  # no cell or item breaks the page
     assert "apply_chat_template" in body and "Minutes" not in body
     again = card.of_run(run_of(tmp_path)._replace(about={"minutes": {"all": 9.0}}))

@@ -225,7 +225,7 @@ def test_answers_are_escaped(built):
 
 def test_what_was_run_and_limits_are_there(built):
     text = Page(built[2]).text
-    assert "python -m train.unlearn --config config.json" in text  # no preset has its notes
+    assert "python -m train.unlearn --config RUN/config.json" in text  # no preset has its notes
     assert "40 forget, 40 retain, 16 sampled answers to each of 40" in text
     assert "original 0.750, all 3.500" in text and "cpu x 1" in text and "n = 40" in text
     assert "tiny model" in text and "the p of this seed stays below .05" in text

@@ -57,13 +57,13 @@ def test_the_command_reads_as_the_configuration(name):
 )
 def test_where_no_options_give_it_the_stored_file_is_named(changes):
     _, config = stored("unlearn quickstart")
-    assert rerun.command(config | changes) == "python -m train.unlearn --config config.json"
+    assert rerun.command(config | changes) == "python -m train.unlearn --config RUN/config.json"
 
 
 def test_an_option_that_is_stored_by_its_absence():
     program, config = stored("classify vit-b16-cifar100 --data.no-resize")
     assert "resize" not in config["data"]
-    assert rerun.command(config, program) == "python -m train.classify --config config.json"
+    assert rerun.command(config, program) == "python -m train.classify --config RUN/config.json"
 
 
 def test_a_stored_command_is_repeated_as_it_is():

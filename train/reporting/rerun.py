@@ -47,7 +47,7 @@ def command(config: Mapping[str, Any], program: str | None = None) -> str:
     program = program or UNLEARN
     lines = options(config, program)
     if lines is None:
-        lines = ["--config config.json"]
+        lines = ["--config RUN/config.json"]
     return " \\\n    ".join([f"python -m {program} {lines[0]}", *lines[1:]])
 
 
