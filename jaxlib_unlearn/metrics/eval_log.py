@@ -122,7 +122,7 @@ def _names() -> list[str]:
 
 
 def has_metrics(log: Mapping[str, Any]) -> bool:
-    """Whether a log has an entry that `parse_log` reads from EVAL.json.
+    """Whether a log has an entry that `parse_log` reads: of EVAL.json, or of TOFU's own form.
 
     Args:
         log: the parsed JSON.
@@ -134,8 +134,8 @@ def has_metrics(log: Mapping[str, Any]) -> bool:
         >>> has_metrics({"forget_Q_A_ROUGE": {}}), has_metrics({"my_metric": {}})
         (True, False)
     """
-    known = {*_names(), *OTHERS}
-    return any(name in known or name.startswith("mia_") for name in log)
+    known = {*_names(), *OTHERS, *TOFU_BLOCKS.values()}
+    return any(name.removesuffix(".json") in known or name.startswith("mia_") for name in log)
 
 
 def _check_tables(data: Any, source: str) -> None:

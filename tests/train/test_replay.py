@@ -559,7 +559,7 @@ def test_a_sketch_of_equal_digits_is_not_bitwise_equality(stage, start, monkeypa
     monkeypatch.setattr(digests, "params_sha256", lambda tree: "00" * 32)
     *_, how = replayed(root / "replay.zo", start, tolerance=1e-6)
     assert how == (0.0, 3, False)
-    with pytest.raises(UserError, match="differ from the run's by less than a sketch .* tells"):
+    with pytest.raises(UserError, match="differ from the run's by less than a sketch .* shows"):
         replayed(root / "replay.zo", start)
 
 

@@ -13,7 +13,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim.zeroth_order.parts import Part
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from train import checks, finetune, optimizers
+from train import checks, optimizers
 from train import run as runs
 from train.arguments import read_arguments
 from train.classification import pipeline as classification
@@ -22,6 +22,7 @@ from train.config import TrainConfig, replace, to_json
 from train.costs.pretraining_program import pretraining_program, pretraining_update
 from train.data.examples import Example
 from train.data.streams import make_stream
+from train.finetuning import own_rows
 from train.pretraining import pipeline as pretraining
 from train.pretraining.config import PretrainConfig
 from train.run import Recipe, Run
@@ -84,9 +85,9 @@ def test_every_program_checks_a_query_for_every_row(tmp_path):
     checks.check_run(read_arguments("quickstart --mesh.data 1 --optimizer.name rowwise".split()))
     classification.check(ClassifyRun(optimizer=ROWWISE, mesh=ALONE))
     pretraining.check(PretrainConfig(optimizer=ROWWISE, mesh=ALONE, output=tmp_path / "run"))
-    config = finetune.FinetuneRun(rows=str(tmp_path / "none"), output=tmp_path / "run", mesh=ALONE)
+    config = own_rows.FinetuneRun(rows=str(tmp_path / "none"), output=tmp_path / "run", mesh=ALONE)
     with pytest.raises(UserError, match="rows file .* does not exist"):  # checked after it
-        finetune.run(replace(config, **{"train.optimizer": ROWWISE}))
+        own_rows.run(replace(config, **{"train.optimizer": ROWWISE}))
 
 
 def test_a_pretraining_plan_has_a_query_for_every_row():

@@ -19,11 +19,12 @@ from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner, check_questions
 from train import base_models, checks, pipeline
 from train.arguments import read_arguments
-from train.config import SelectConfig, UnlearnConfig
+from train.config import SelectConfig, UnlearnConfig, identity
 from train.costs.flops import count_jaxpr
 from train.evaluators.evaluation import Model
 from train.optimizers import build
 from train.optimizers import options_of as optimizer_of
+from train.presets import PRESETS
 from train.reporting import provenance, tables
 from train.run import Recipe, Run, train
 from train.runtime import sharding
@@ -449,7 +450,7 @@ def test_a_selected_stage_from_the_command_line(small, tmp_path):
     ],
 )
 def test_a_report_says_what_was_trained(tmp_path, selected, words):
-    config = {"preset": "quickstart", "seed": 0}
+    config = identity(PRESETS["quickstart"].PRESET, "stage.cache")
     config |= {} if selected is None else {"train": selected}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "summary.json").write_text('{"unlearned": {"forget_rouge": 0.1}}')
