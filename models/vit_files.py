@@ -112,7 +112,7 @@ def load(
     Example:
         >>> load("none.npz")
         Traceback (most recent call last):
-        jaxlib_unlearn.errors.UserError: none.npz: no such file; give an ImageNet-21k .npz file ...
+        jaxlib_unlearn.errors.UserError: none.npz: no such file; give an ImageNet-21k .npz file, ...
     """
     path = hub.local(str(source))
     if path.suffix == ".npz":
