@@ -29,9 +29,10 @@ def main(argv: list[str]) -> None:
     if argv and (argv[0] in PRESETS or argv[0] == "--config"):
         run(read_arguments(argv))
         return
-    if len(argv) < 2 or argv[0] in ("-h", "--help"):
+    asked = bool({"-h", "--help"} & {*argv[:2]})
+    if asked or not argv:
         start.show_presets(__doc__, PRESETS)
-        if "--help" in argv or "-h" in argv:
+        if asked:
             cli.parse(
                 FinetuneRun, FinetuneRun(), ["--help"], "train.finetune MODEL ROWS", "options"
             )

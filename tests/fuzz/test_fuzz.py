@@ -1,8 +1,8 @@
 """Damaged and hostile files of every class: refused in one line, or read as they were.
 
 `ROWS` is the table; a class of files is a row. `make test` tries a few thousand cases with one
-seed, `pytest -m slow tests/fuzz` an hour of others (FUZZ_SECONDS, FUZZ_SEED, FUZZ_ROWS). A case that fails is
-printed with its seed and its bytes are kept in pytest's temporary folder.
+seed, `pytest -m slow tests/fuzz` an hour of others (FUZZ_SECONDS, FUZZ_SEED, FUZZ_ROWS). A case
+that fails is printed with its seed and its bytes are kept in pytest's temporary folder.
 """
 
 from __future__ import annotations
