@@ -341,7 +341,7 @@ def test_a_text_is_encoded_without_a_template(model):
 
 
 class Written:
-    """An evaluation in which the model writes what it is told to."""
+    """An evaluation in which the model writes the given text."""
 
     def __init__(self, start, *texts):
         self.config = config_of("--evaluate.think-start", start).evaluate

@@ -261,7 +261,7 @@ class Context:
 
     model: Model
     rows: Rows
-    config: EvaluateConfig
+    config: Any  # an `EvaluateConfig`, or what has its limits
     system_prompt: str | None
     max_length: int
     mesh: Any

@@ -239,7 +239,7 @@ def judge(opened: Opened, found: Mapping[str, Model]) -> dict[str, Any]:
             context = Context(
                 model=model.to_device(),
                 rows={"test": test},
-                config=config.evaluate,  # type: ignore[arg-type]
+                config=config.evaluate,
                 system_prompt=config.data.system_prompt,
                 max_length=config.data.row_tokens,
                 mesh=run.mesh,
