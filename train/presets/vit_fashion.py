@@ -8,6 +8,8 @@ ten classes, is then fine-tuned at the published budget of 34 000 forward passes
 Fashion-MNIST, installed or given (--data.path), scikit-learn's digits take its place.
 """
 
+from typing import Any
+
 from train.classification.config import (
     ClassifyData,
     ClassifyModel,
@@ -16,10 +18,21 @@ from train.classification.config import (
     StartConfig,
 )
 from train.optimizer_options import AdamW, Hybrid, MeZO, Rowwise, SubspaceMeZO, ZOMuon
+from train.optimizers import Options
 
 SUMMARY = "a small ViT learns Fashion-MNIST from its first classes (minutes on two cores)"
 
 # 2000 steps of ZO-Muon with 16 queries, as published for CIFAR-10 (arXiv 2602.17155, its code).
+ZO_MUON = ZOMuon(
+    learning_rate=1e-2,
+    vector_rate=1e-4,
+    rank=64,
+    refresh=100,
+    queries=16,
+    schedule="constant",
+    warmup=0.0,
+)
+
 PRESET = ClassifyRun(
     preset="vit-fashion",
     task="fashion-mnist",
@@ -27,30 +40,33 @@ PRESET = ClassifyRun(
     model=ClassifyModel(path="scratch"),
     start=StartConfig(classes=8),
     train=ClassifyTrain(forwards=34_000, batch_size=64, curve_points=20),
-    optimizer=ZOMuon(
-        learning_rate=1e-2,
-        vector_rate=1e-4,
-        rank=64,
-        refresh=100,
-        queries=16,
-        schedule="constant",
-        warmup=0.0,
-    ),
+    optimizer=ZO_MUON,
 )
 
-# By optimizer: its options, and the other options that it changes. The rates of zeroth order are
-# those published for larger models (row-wise directions: MeZO's), and not tuned.
-OPTIMIZERS = {
-    "adamw": (AdamW(learning_rate=3e-4, schedule="linear", warmup=0.0), {}),
-    "mezo": (MeZO(learning_rate=1e-4, schedule="constant", warmup=0.0), {}),
-    "subspace-mezo": (SubspaceMeZO(learning_rate=1e-4, schedule="constant", warmup=0.0), {}),
-    "rowwise": (Rowwise(learning_rate=1e-4, schedule="constant", warmup=0.0), {}),
-    "hybrid": (
-        Hybrid(learning_rate=3e-4, zo_learning_rate=1e-4, schedule="constant", warmup=0.0),
-        {},
-    ),
-    "zo-muon": (PRESET.optimizer, {}),
-}
+
+def optimizers_at(rate: float) -> dict[str, tuple[Options, dict[str, Any]]]:
+    """By optimizer: its options, and the other options that it changes.
+
+    The rates of zeroth order are those published for larger models (row-wise directions: MeZO's),
+    and not tuned.
+
+    Args:
+        rate: of the steps with a gradient.
+    """
+    return {
+        "adamw": (AdamW(learning_rate=rate, schedule="linear", warmup=0.0), {}),
+        "mezo": (MeZO(learning_rate=1e-4, schedule="constant", warmup=0.0), {}),
+        "subspace-mezo": (SubspaceMeZO(learning_rate=1e-4, schedule="constant", warmup=0.0), {}),
+        "rowwise": (Rowwise(learning_rate=1e-4, schedule="constant", warmup=0.0), {}),
+        "hybrid": (
+            Hybrid(learning_rate=rate, zo_learning_rate=1e-4, schedule="constant", warmup=0.0),
+            {},
+        ),
+        "zo-muon": (ZO_MUON, {}),
+    }
+
+
+OPTIMIZERS = optimizers_at(3e-4)
 
 SMOKE = {
     "train.forwards": 35,
