@@ -113,6 +113,7 @@ def test_its_page_shows_accuracy_over_forward_passes(learned):
     assert "Training report: sst2-tiny" in text and "Did it learn the task?" in text
     assert "While it learns" in text and "--task rows" in text and "--train.forwards 95" in text
     assert not any(word in text.lower() for word in ("forget", "unlearned", "no curve"))
+    assert "not described" not in text
 
 
 def test_it_looks_at_the_dev_rows_on_the_way(learned):

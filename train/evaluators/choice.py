@@ -30,6 +30,10 @@ METRICS = (
            "down", main=True),
     Metric("dev_accuracy", "Dev accuracy", "the accuracy on the dev rows", "up"),
     Metric("dev_nll", "Dev NLL", "NLL of the choice on the dev rows", "down"),
+    Metric("forwards", "Forward passes", "of a batch, that the training took"),
+    Metric("steps", "Steps", "of the optimizer"),
+    Metric("seconds", "Seconds", "that these steps took"),
+    Metric("step_mib", "Step memory", "of the compiled step, in MiB"),
 )  # fmt: skip
 
 
