@@ -67,6 +67,7 @@ bench:  ## optimizer benchmarks against optax and torch, into runs/bench (10 min
 	$(RUN) tests/bench/optimizers.py $(ARGS)
 	$(RUN) tests/bench/collectives_table.py
 	$(RUN) tests/bench/memory.py
+	$(RUN) tests/bench/steps.py
 
 pretrain-table:  ## AdamW, Muon, NorMuon, TEON on pretrain-tiny, into runs/bench/pretrain (80 minutes)
 	$(ENVIRONMENT) train

@@ -43,15 +43,20 @@ from jaxlib_unlearn.objectives import options_of as objective_of
 from models.generate import SamplingConfig, generate
 from train import optimizers
 from train.base_models import load_model
-from train.config import DataConfig, EvaluateConfig, ModelConfig
+from train.config import DataConfig, EvaluateConfig, ModelConfig, replace
+from train.data.bpe import train_bpe
 from train.data.examples import Example, encode_prompt, encode_qa, encode_rows
 from train.data.references import with_references
 from train.data.stream import Stream
 from train.data.streams import Examples, batches_of, make_stream, pack_streams
 from train.data.tofu import read_json
+from train.data.token_file import Tokens
+from train.data.token_rows import TokenRows
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model, longest, score_items, score_rows
 from train.optimizers import options_of as optimizer_of
+from train.presets.pretraining import PRESETS
+from train.pretraining import pipeline
 from train.runtime import hugepages, residency, sharding
 from train.step import compile_step, init_state, make_step
 
@@ -189,9 +194,11 @@ def streams_of(bench: Bench, examples: Mapping[str, Sequence[Example]]) -> dict[
     return pack_streams(streams, BATCH, BATCH, DataConfig().row_tokens)
 
 
-def batches(streams: Mapping[str, Stream]) -> Callable[[int], dict[str, dict[str, np.ndarray]]]:
+def batches(
+    streams: Mapping[str, Stream], rows: int = BATCH
+) -> Callable[[int], dict[str, dict[str, np.ndarray]]]:
     """`step -> batches`; the first stream is iterated epoch by epoch."""
-    return batches_of(streams, next(iter(streams)), SEED, BATCH)
+    return batches_of(streams, next(iter(streams)), SEED, rows)
 
 
 def examples_of(stream: Examples, batch: Mapping[str, np.ndarray]) -> list[Any]:
@@ -210,7 +217,7 @@ def training_steps(streams: Mapping[str, Stream]) -> Iterator[tuple[Any, int, An
 
 
 def trainer(
-    bench: Bench, streams: Mapping[str, Stream], objective: Any, config: Any
+    bench: Bench, streams: Mapping[str, Stream], objective: Any, config: Any, rows: int = BATCH
 ) -> Callable[[int], Turn]:
     """`step -> Turn` as in `train.loop`: rows collated, put on the device, one update."""
     model, mesh = bench.model, bench.mesh
@@ -220,7 +227,7 @@ def trainer(
     method, options = objective
     step = make_step(model.learner, method, options, tx, schedule, 1, needs)
     compiled = compile_step(step, shardings, mesh)
-    make, held = batches(streams), [state]
+    make, held = batches(streams, rows), [state]
     del params, state
 
     def run(number: int) -> Turn:
@@ -285,6 +292,40 @@ def finetune(bench: Bench) -> Result:
     speeds = " and ".join(f"{real / s:.0f}" for s in seconds)
     note = f"fine-tuning: {real:.0f} real tokens a step on average, {speeds} tokens/s"
     return Result([row(f"fine-tuning step, {BATCH} rows, s", TORCH, *seconds, 1.1)], [note])
+
+
+def pretrain(bench: Bench) -> Result:
+    """One pre-training step of pretrain-tiny's shape as a GPT-2, on rows of random tokens.
+
+    Every row is a document: transformers' rows see all that comes before in them.
+    """
+    config = replace(
+        PRESETS["pretrain-tiny"].PRESET, **{"model.family": "gpt2", "optimizer": ADAMW}
+    )
+    decoder, context = pipeline.decoder_of(config), config.data.context
+    rows = config.train.batch_tokens // context
+    tokenizer = train_bpe(
+        [row["answer"] for row in bench.rows["retain90"]], config.model.vocab_size
+    )
+    ids = np.random.default_rng(SEED).integers(0, tokenizer.vocab_size, 64 * rows * context)
+    part = Tokens(ids.astype(np.uint16), np.arange(0, len(ids), context), "random")
+    streams: dict[str, Stream] = {"train": TokenRows(part, context)}
+    params = jax.jit(decoder.init)(jax.random.key(SEED))
+    with tempfile.TemporaryDirectory() as folder:
+        there = Path(folder) / "gpt2"
+        models.export(models.Loaded(decoder.config, params, tokenizer), there)
+        model = Model(decoder, params, tokenizer, "random")
+        here = bench._replace(model=model, folder=there)
+        make = batches(streams, rows)
+        steps = (
+            ("one", step, {"rows": make(step)["train"]["tokens"].tolist()})
+            for step in itertools.count()
+        )
+        ours = trainer(here, streams, objectives.resolve("nll"), ADAMW, rows)
+        with torch_side(here, "pretrain", {"learning_rate": ADAMW.learning_rate}) as theirs:
+            seconds = take_turns(steps, ours, theirs, same_loss, bench.repeats)
+    work = f"pre-training step, GPT-2 of 4 x 192, {rows} rows of {context} tokens, s"
+    return Result([row(work, TORCH, *seconds, 1.0)])
 
 
 def check_draws(bench: Bench, side: str, prompt: Sequence[int], draws: Sequence[Any]) -> None:
@@ -474,6 +515,7 @@ def first_step(bench: Bench) -> None:
 WORKS: dict[str, Callable[[Bench], Result]] = {
     "npo": npo,
     "finetune": finetune,
+    "pretrain": pretrain,
     "generate": samples,
     "likelihood": likelihood,
     "mezo": mezo,

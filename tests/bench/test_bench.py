@@ -109,6 +109,35 @@ def test_zeroth_order_against_forward_passes(repo, tmp_path, monkeypatch, capsys
     assert all(row["work"] in table for row in told["rows"])
 
 
+@pytest.mark.parametrize(
+    ("only", "bounds"),
+    [
+        (("loader",), [20]),
+        pytest.param(("muon", "teon"), [1.1, 1.15], marks=pytest.mark.slow),
+        pytest.param(("r2mu",), [0.35], marks=pytest.mark.slow),
+    ],
+)
+def test_steps_of_presets(repo, tmp_path, monkeypatch, capsys, only, bounds):
+    """On tiny models: the contents of the table, not the timings."""
+    bench = load(repo, "steps")
+    tiny = bench.pretraining.PRESETS["pretrain-tiny"]
+    small = {"data.context": 16, "train.batch_tokens": 64, "model.hidden_size": 32}
+    smaller = tiny._replace(PRESET=bench.replace(tiny.PRESET, **small))
+    monkeypatch.setitem(bench.pretraining.PRESETS, "pretrain-tiny", smaller)
+    config = DecoderConfig(64, 32, 64, num_layers=9, num_heads=2, num_kv_heads=1, head_dim=16)
+    monkeypatch.setattr(bench.programs, "decoder_of", lambda _: Decoder(config))
+    monkeypatch.setattr(bench, "LENGTH", 8)
+    monkeypatch.setattr(bench, "CORPUS", 4096)
+    bench.main(["--only", *only, "--repeats", "1", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "steps.json").read_text())
+    assert [row["work"].split(":")[0] for row in rows] == list(only)
+    assert [row["bound"] for row in rows] == bounds
+    for row in rows:
+        assert row["ours"] > 0 and row["ratio"] == pytest.approx(row["ours"] / row["theirs"])
+    text = (tmp_path / "steps.md").read_text()
+    assert text in capsys.readouterr().out and all(row["work"] in text for row in rows)
+
+
 @pytest.mark.slow
 def test_packed_rows_save_padding(repo, tmp_path, monkeypatch, capsys):
     """On a tiny model and made-up solutions: the contents of the table, not the timings."""
@@ -192,7 +221,17 @@ def test_peers_on_a_tiny_model(repo, tiny_llama, small_tofu, tmp_path):
     told = json.loads((tmp_path / "bench" / "peers.json").read_text())
     assert set(told) == {"device", "rows"}
     table = (tmp_path / "bench" / "peers.md").read_text()
-    starts = ["NPO", "NPO", "fine", "64 samples", *["likelihood"] * 2, "MeZO", "ZO-Muon", "cold"]
+    starts = [
+        "NPO",
+        "NPO",
+        "fine",
+        "pre-training",
+        "64 samples",
+        *["likelihood"] * 2,
+        "MeZO",
+        "ZO-Muon",
+        "cold",
+    ]
     for row, start in zip(told["rows"], starts, strict=True):
         assert set(row) == {"work", "peer", "ours", "theirs", "ratio", "goal"}, row
         assert row["work"].startswith(start) and row["work"] in table

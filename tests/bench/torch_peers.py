@@ -127,6 +127,18 @@ def finetune(folder: str, data: Data) -> Work:
     return Work(step)
 
 
+def pretrain(folder: str, data: Data) -> Work:
+    """The model's own loss on full rows of tokens; no dropout, as is usual today."""
+    model = load(folder).eval()
+    optimizer = adamw(model, data)
+
+    def step(request: Data) -> float:
+        rows = torch.tensor(request["rows"])
+        return descend(optimizer, model, model(input_ids=rows, labels=rows).loss)
+
+    return Work(step)
+
+
 def generate(folder: str, data: Data) -> Work:
     """Samples from the whole distribution, all of one length."""
     model = load(folder).eval()
@@ -352,6 +364,7 @@ def zo_muon(folder: str, data: Data) -> Work:
 WORKS: dict[str, Callable[[str, Data], Work]] = {
     "npo": npo,
     "finetune": finetune,
+    "pretrain": pretrain,
     "generate": generate,
     "likelihood": likelihood,
     "mezo": mezo,
