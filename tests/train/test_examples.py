@@ -149,6 +149,13 @@ def test_a_template_that_opens_a_tag_does_not_open_it_twice():
     assert shown("") == words.encode("<turn>uq<turn>a<think>\n")
     assert shown("Hmm") == words.encode("<turn>uq<turn>a<think>\nHmm")
     assert shown("<plan>") == words.encode("<turn>uq<turn>a<think>\n<plan>")
+    for answer in ("<think>\nHmm.\n</think>\nFour", "\n<think>Hmm.\n</think>\nFour"):
+        example = encode_qa(words, "q", answer, max_length=99)
+        text = "<turn>uq<turn>a<think>\nHmm.\n</think>\nFour"
+        assert example.tokens == [*words.encode(text), words.eos_id]
+        assert example.tokens[: example.num_prompt] == shown("")
+    plain = encode_qa(words, "q", "Four", max_length=99)  # the prompt is what the model will see
+    assert plain.tokens == [*words.encode("<turn>uq<turn>a<think>\nFour"), words.eos_id]
 
 
 def test_a_row_with_a_question_is_never_a_document():

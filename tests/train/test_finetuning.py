@@ -261,15 +261,22 @@ def test_examples_that_fit_no_row(tokenizer):
         learned(tokenizer, row_tokens=9)
 
 
-def test_a_template_that_leaves_traces_out(tokenizer):
-    """As those of reasoning models do, which keep what follows the closing tag."""
-    head = "{% for m in messages %}{{ m.role }}: "
-    last = "{{ m.content.split('</think>')[-1] }}"
-    dropping = tokenizer.with_template(f"{head}{last}{{% endfor %}}")
-    with pytest.raises(UserError, match="leaves out what stands between the think tags"):
-        learned(dropping, tau=0.5)
-    keeping = tokenizer.with_template(f"{head}{{{{ m.content }}}}{{% endfor %}}")
-    assert learned(keeping, tau=0.5).examples == len(ROWS)
+@pytest.mark.parametrize("opens", ["", "<think>\n"])
+def test_a_template_that_leaves_traces_out(tokenizer, opens):
+    """As those of reasoning models do; newer ones open the tag in the prompt as well."""
+    last = "{{ m.content.split('</think>')[-1] }}<end>"
+    prompt = f"{{% if add_generation_prompt %}}assistant: {opens}{{% endif %}}"
+    template = f"{{% for m in messages %}}{{{{ m.role }}}}: {last}{{% endfor %}}{prompt}"
+    dropping = tokenizer.with_template(template)
+    for row in ROWS[:4]:
+        trace = cot.find_trace(row)
+        example = encoding.example_of(dropping, trace, None)
+        text = dropping.decode(example.tokens, skip_special_tokens=False)
+        assert text.startswith(f"user: {row['question']}<end>assistant: {trace.text}<end>")
+        prompt = encoding.encode_prompt(dropping, row["question"])
+        assert example.tokens[: example.num_prompt] == prompt
+    whole = learned(dropping, tau=1.0)
+    assert whole.examples == len(ROWS) and learned(dropping, tau=0.5).tokens < whole.tokens
 
 
 def test_the_labels_of_an_answer(tokenizer):

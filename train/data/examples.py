@@ -184,12 +184,40 @@ def encode_prompt(
     text = _texts(tokenizer, question, system_prompt)[1]
     if not start:
         return _encode(tokenizer, text)
-    if (opened := re.match(r"\s*(<[^<>/]+>)", start)) and text.rstrip().endswith(opened[1]):
-        text = text.rstrip().removesuffix(opened[1])
+    if opened := _opened(text, start):
+        text = text.rstrip().removesuffix(opened)
     prompt = _encode(tokenizer, text)
     # Without template and tags there is a space before an answer.
     plain = _format(tokenizer).tags is None and not tokenizer.has_chat_template
     return prompt + tokenizer.encode(f" {start}" if plain else start, add_special_tokens=False)
+
+
+def _opened(prompt: str, answer: str) -> str:
+    """The tag that an answer begins with and its prompt ends in; "" if they share none."""
+    found = re.match(r"\s*(<[^<>/]+>)", answer)
+    return found[1] if found and prompt.rstrip().endswith(found[1]) else ""
+
+
+def _answered(
+    tokenizer: TextTokenizer, messages: list[dict[str, str]], prompt: str, answer: str
+) -> str:
+    """The conversation with its answer, as the chat template renders it.
+
+    Templates of reasoning models leave out what stands between think tags, or open the tag in the
+    prompt. There the answer follows the prompt as it is, with one opened tag, and ends as other
+    answers do.
+    """
+
+    def rendered(content: str) -> str:
+        return tokenizer.chat([*messages, {"role": "assistant", "content": content}])
+
+    whole = rendered(answer)
+    if whole.startswith(prompt) and answer.strip() in whole[len(prompt) :]:
+        return whole
+    if opened := _opened(prompt, answer):
+        between = prompt[len(prompt.rstrip()) :]
+        answer = answer.lstrip().removeprefix(opened).removeprefix(between)
+    return prompt + answer + rendered("Yes.").rpartition("Yes.")[2]
 
 
 def encode_text(tokenizer: TextTokenizer, text: str, max_length: int) -> Example:
@@ -216,9 +244,7 @@ def _example(
     if tagged:
         full_text = prompt_text + answer
     elif tokenizer.has_chat_template:
-        full_text = tokenizer.chat([*messages, {"role": "assistant", "content": answer}])
-        if not full_text.startswith(prompt_text):
-            full_text = prompt_text + answer
+        full_text = _answered(tokenizer, messages, prompt_text, answer)
     else:
         full_text = f"{prompt_text} {answer}"
     tokens = _encode(tokenizer, full_text)

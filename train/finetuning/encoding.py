@@ -48,18 +48,6 @@ def example_of(tokenizer: Tokenizer, trace: cot.Trace, system_prompt: str | None
     )
 
 
-def check_template(tokenizer: Tokenizer, trace: cot.Trace) -> None:
-    """Raise `UserError` for a chat template that leaves traces out, as some of reasoning models."""
-    if tokenizer.has_chat_template and tokenizer.format.tags is None:
-        turns = [("user", trace.question), ("assistant", trace.text)]
-        said = tokenizer.chat([{"role": role, "content": text} for role, text in turns])
-        if trace.text.strip() not in said:
-            raise UserError(
-                "the model's chat template leaves out what stands between the think tags, so no "
-                "trace would be learned; choose --data.template question-answer"
-            )
-
-
 def check_packing(data: ReasoningData) -> None:
     """Raise `UserError` for prompts to mask in rows that are cut."""
     if data.mask_prompt and data.packing == "chop":
@@ -88,9 +76,8 @@ def learned(
         seed: of a random choice of thoughts or of rows.
 
     Raises:
-        UserError: no row fits a row of tokens, or a chat template leaves the traces out.
+        UserError: no row fits a row of tokens.
     """
-    check_template(tokenizer, cot.find_trace(rows[0], condense.mode))
     room = min(data.row_tokens, context)
     pieces: list[Piece] = []
     short: list[Piece] = []
