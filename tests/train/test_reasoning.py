@@ -209,6 +209,28 @@ def test_tofu_with_thoughts(shared):
     assert evaluator.matcher()(number["answer"], number["final"])
 
 
+ANSWERS = {  # answer, right answer: equal to everybody, to math-verify alone
+    ("15", "15"): (True, True),
+    ("So it is 15.", "15"): (True, True),
+    ("1,234", "1234"): (True, True),
+    ("2/4", "1/2"): (True, True),
+    ("", "3"): (False, False),
+    ("14", "15"): (False, False),
+    ("The point is (1,2)", "12"): (False, False),
+    ("$x = 3$", "3"): (True, True),
+    ("$\\sqrt{4}$", "2"): (False, True),
+}
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_answers_are_compared(package, monkeypatch):
+    if package:
+        pytest.importorskip("math_verify", reason="the extra [math] is not installed")
+    monkeypatch.setattr(evaluator, "VERIFIES", package)
+    same = evaluator.matcher()
+    assert {pair: same(*pair) for pair in ANSWERS} == {p: e[package] for p, e in ANSWERS.items()}
+
+
 # Traces
 
 
