@@ -96,6 +96,18 @@ ARCHITECTURES: dict[str, Mapping[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131072,
     },
+    "Qwen/Qwen2.5-Math-7B": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096,
+    },
     "HuggingFaceTB/SmolLM2-135M-Instruct": {
         "model_type": "llama",
         "vocab_size": 49152,

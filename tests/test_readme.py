@@ -5,7 +5,7 @@ import re
 import pytest
 
 from train import cli
-from train.plan import PlanConfig
+from train.costs.planned import PlanConfig
 from train.presets import PRESETS
 
 

@@ -2,6 +2,7 @@
 
 python -m train.plan tofu-npo-llama3-8b --topology v5e:8x8
 python -m train.plan llama-1b --topology v5e:4x4
+python -m train.plan sst2-opt-13b --topology v5e:2x4 --length 256
 python -m train.plan PRESET --topology KIND:SHAPE [any option of the preset's program] [--json]
 
 The programs of the run are compiled ahead of time for the slice; no TPU and no weights are needed.
@@ -14,17 +15,11 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.options import option
-from models.bounds import check_positions
 from train import cli, suggest
-from train.config import RunConfig
-from train.costs import PROGRAMS
 from train.costs.topology import GIB, Topology, check_topology, find_topology
-from train.pretraining.config import PretrainConfig
 
 # What a collective sends over a chip's links in a group of n, as a fraction of its bytes.
 WIRE = {
@@ -36,152 +31,40 @@ WIRE = {
 }
 
 
-@dataclass(frozen=True)
-class PlanConfig(RunConfig):
-    """A run, and what to plan it for.
-
-    Args:
-        topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
-        length: padded tokens per row; None: `data.max_length`.
-        labels: padded labels per row; None: `length`.
-        json: print one JSON object and nothing else.
-    """
-
-    topology: str = ""
-    length: int | None = None
-    labels: int | None = None
-    programs: tuple[str, ...] = option(
-        PROGRAMS, "which programs to compile: train, score, generate.", words=PROGRAMS
-    )
-    json: bool = False
-
-
-@dataclass(frozen=True)
-class PretrainPlanConfig(PretrainConfig):
-    """A pre-training run, and what to plan it for.
-
-    Args:
-        topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
-        json: print one JSON object and nothing else.
-    """
-
-    topology: str = ""
-    json: bool = False
-
-
 def main(argv: list[str]) -> None:
     """The program."""
-    from train import arguments
-    from train.presets import PRESETS, pretraining
-    from train.pretraining import arguments as pretraining_arguments
+    from train.costs.planned import PLANNERS
 
+    presets = {preset: row for row in PLANNERS.values() for preset in row.presets}
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
-        print("Presets: " + ", ".join([*PRESETS, *pretraining.PRESETS]))
+        for program, row in PLANNERS.items():
+            print(f"Presets of {program}: {', '.join(row.presets)}")
         return
-    if argv[0] in pretraining.PRESETS:
-        read = pretraining_arguments.read_arguments
-        config = read(argv, PretrainPlanConfig, "train.plan")
-    else:
-        if not argv[0].startswith("-"):
-            suggest.choose(argv[0], {**PRESETS, **pretraining.PRESETS}, "preset")
-        config = arguments.read_arguments(argv, PlanConfig, "train.plan")
+    if not argv[0].startswith("-"):
+        suggest.choose(argv[0], presets, "preset")
+    row = presets.get(argv[0], PLANNERS["train.unlearn"])
+    config = row.read(argv, row.config, "train.plan")
     check(config)
     found = plan(config, say=None if config.json else lambda text: print(text, flush=True))
     print(json.dumps(found, indent=1) if config.json else table(found))
 
 
-def check(config: PlanConfig | PretrainPlanConfig) -> None:
+def check(config: Any) -> None:
     """Raise `UserError` for wrong options, before any device is looked for."""
+    from train.costs.planned import planner_of
+
     if not config.topology:
         raise UserError("give --topology, a TPU slice such as v5e:8x8, or cpu:8")
     check_topology(config.topology)
-    if isinstance(config, PretrainPlanConfig):
-        from train.checks import check_numbers
-
-        check_numbers(config)
-        return
-    for name in config.programs:
-        suggest.check_choice("--programs", name, PROGRAMS)
-    for name, size in (("--length", config.length), ("--labels", config.labels)):
-        if size is not None and size < 1:
-            raise UserError(f"{name} {size} must be at least 1")
-    if (config.labels or 1) > (config.length or config.data.max_length):
-        raise UserError(f"--labels {config.labels} are more than the tokens of a row")
+    planner_of(config).check(config)
 
 
-class Planned(NamedTuple):
-    """What is planned of a run.
-
-    Args:
-        model: where it comes from.
-        programs: those to compile.
-        update: `update()`: the optimizer's update and its shapes, or None.
-        knobs: `knobs(programs) -> options` to change if something does not fit.
-    """
-
-    model: str
-    programs: list[Any]
-    update: Any
-    knobs: Any
-
-
-def planned_run(config: PlanConfig, devices: list[Any]) -> tuple[Planned, Any]:
-    """The programs of an unlearning run, and its mesh.
-
-    Raises:
-        UserError: the slice cannot hold the run.
-    """
-    from train.costs import programs
-    from train.runtime import sharding
-
-    decoder = programs.decoder_of(config)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_heads(mesh, decoder.config.num_heads)
-    length = config.length or config.data.max_length
-    check_positions(decoder.config.learned_positions, length, "--length or --data.max-length")
-    labels = config.labels or length
-    wanted = []
-    if "train" in config.programs:
-        wanted.append(programs.train_program(config, decoder, mesh, length, labels))
-    if "score" in config.programs:
-        wanted.append(programs.score_program(config, decoder, mesh, length, labels))
-    if "generate" in config.programs:
-        wanted += programs.generate_programs(config, decoder, mesh, length)
-    return Planned(
-        config.stage.original or config.model.path,
-        wanted,
-        lambda: programs.update_program(config, decoder, mesh),
-        lambda done: knobs(config, done, mesh),
-    ), mesh
-
-
-def planned_pretraining(config: PretrainPlanConfig, devices: list[Any]) -> tuple[Planned, Any]:
-    """The step of a pre-training run, and its mesh.
-
-    Raises:
-        UserError: the slice cannot hold the run.
-    """
-    from train.costs import pretraining_program as programs
-    from train.pretraining import pipeline
-    from train.runtime import sharding
-
-    decoder = pipeline.decoder_of(config)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_heads(mesh, decoder.config.num_heads)
-    return Planned(
-        f"{config.model.family} from random weights",
-        [programs.pretraining_program(config, decoder, mesh)],
-        lambda: programs.pretraining_update(config, decoder, mesh),
-        lambda done: pretraining_knobs(config, done, mesh),
-    ), mesh
-
-
-def plan(config: PlanConfig | PretrainPlanConfig, say: Any = None) -> dict[str, Any]:
+def plan(config: Any, say: Any = None) -> dict[str, Any]:
     """Compile the programs of a run for a slice and compute their costs.
 
     Args:
-        config: the run and the slice.
+        config: the run and the slice (`costs.planned`).
         say: called with a line before each compilation; None: silent.
 
     Returns:
@@ -191,12 +74,10 @@ def plan(config: PlanConfig | PretrainPlanConfig, say: Any = None) -> dict[str, 
     Raises:
         UserError: the slice does not exist, or the run cannot use it.
     """
+    from train.costs.planned import planner_of
+
     topology = find_topology(config.topology)
-    devices = list(topology.devices)
-    if isinstance(config, PretrainPlanConfig):
-        planned, mesh = planned_pretraining(config, devices)
-    else:
-        planned, mesh = planned_run(config, devices)
+    planned, mesh = planner_of(config).planned(config, list(topology.devices))
     done = {}
     for program in planned.programs:
         if say is not None:
@@ -359,54 +240,6 @@ def argument_bytes(args: Any) -> int:
     return total
 
 
-def knobs(config: PlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
-    """Options to change if something does not fit, the cheapest first."""
-    from models.decoder import REMAT
-    from train.runtime.sharding import batch_ways
-
-    out = []
-    if "train" in done and not done["train"]["fits"]:
-        words = list(REMAT)
-        out += [f"--model.remat {word}" for word in words[words.index(config.model.remat) + 1 :]]
-        rows = config.unlearn.batch_size
-        ways = batch_ways(mesh)
-        parts = config.unlearn.accumulate * 2
-        if rows % (ways * parts) == 0:
-            out.append(f"--unlearn.accumulate {parts}")
-        if mesh.shape["data"] > 1:
-            out.append(f"--mesh.data 1 --mesh.fsdp {ways}")
-        if config.model.dtype == "float32":
-            out.append("--model.dtype bfloat16")
-        if getattr(config.optimizer, "state_dtype", None) == "float32":
-            out.append("--optimizer.state-dtype bfloat16")
-        if config.lora.rank is None and not config.train.given:
-            out.append("--lora.rank 16")
-        out.append("a larger --topology")
-    if not all(p["fits"] for name, p in done.items() if name != "train"):
-        out.append("--evaluate.score-tokens, --evaluate.generate-rows: smaller")
-    return out
-
-
-def pretraining_knobs(config: PretrainPlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
-    """As `knobs`, of a pre-training run."""
-    from models.decoder import REMAT
-    from train.runtime.sharding import batch_ways
-
-    if done["train"]["fits"]:
-        return []
-    words = list(REMAT)
-    out = [f"--model.remat {word}" for word in words[words.index(config.model.remat) + 1 :]]
-    if config.train.micro_tokens >= 2 * config.data.context:
-        out.append(f"--train.micro-tokens {config.train.micro_tokens // 2}")
-    if mesh.shape["data"] > 1:
-        out.append(f"--mesh.data 1 --mesh.fsdp {batch_ways(mesh)}")
-    if config.model.dtype == "float32":
-        out.append("--model.dtype bfloat16")
-    if getattr(config.optimizer, "state_dtype", None) == "float32":
-        out.append("--optimizer.state-dtype bfloat16")
-    return [*out, "a larger --topology"]
-
-
 def table(found: dict[str, Any]) -> str:
     """A plan as lines for a terminal."""
     mesh = " x ".join(f"{name} {n}" for name, n in found["mesh"].items())
@@ -457,4 +290,4 @@ if __name__ == "__main__":
     cli.main(main)
 
 
-__all__ = ["PlanConfig", "account", "check", "main", "plan", "table"]
+__all__ = ["account", "check", "main", "plan", "table"]

@@ -18,6 +18,7 @@ from train import cli, suggest
 from train.arguments import read_arguments
 from train.choices import FIRST, known_words, options
 from train.config import OBJECTIVE, RunConfig, replace, to_json
+from train.costs.planned import PlanConfig
 from train.evaluate import EvaluateRun
 from train.evaluate import read_arguments as evaluation_of
 from train.finetune import FinetuneRun
@@ -25,7 +26,6 @@ from train.loop import TrainingError
 from train.optimizers import COMBINERS, OPTIMIZERS, make_schedule, other
 from train.optimizers import ROWS as OPTIMIZER
 from train.optimizers import options_of as optimizer_of
-from train.plan import PlanConfig
 from train.presets import PRESETS
 
 OPTION = re.compile(r"^  (--(?!no-)[\w.-]+)", re.MULTILINE)  # how help prints an option

@@ -17,7 +17,8 @@ from models.weights import find_smollm2
 from train import plan
 from train.arguments import read_arguments
 from train.costs import collectives, flops, hlo, hlo_flops, programs, topology
-from train.plan import PlanConfig, needed_bytes
+from train.costs.planned import PLANNERS, PlanConfig
+from train.plan import needed_bytes
 from train.presets import PRESETS
 from train.runtime import sharding
 
@@ -112,6 +113,8 @@ def test_published_numbers_of_parameters():
     assert round(parameters("meta-llama/Meta-Llama-3-70B-Instruct"), 1) == 70.6
     assert round(parameters("meta-llama/Llama-3.2-1B-Instruct"), 2) == 1.24
     assert round(parameters("meta-llama/Llama-3.2-3B-Instruct"), 2) == 3.21
+    assert round(parameters("Qwen/Qwen2.5-Math-7B"), 2) == 7.62
+    assert round(parameters("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"), 1) == 14.8
     assert round(parameters(ALIASES["smollm2"]), 4) == 0.1345
 
 
@@ -350,6 +353,49 @@ def test_bad_input_is_one_line_before_anything_is_compiled(args, parts, monkeypa
     with pytest.raises(UserError) as error:
         plan.main(["quickstart", *args])
     assert all(part in str(error.value) for part in parts), error.value
+
+
+# What of a preset's run is as large as its step, for each program.
+OF_PROGRAMS = {
+    "epic-tiny": ("--model.hidden-size", "32", "--data.row-tokens", "32"),
+    "sst2-opt-13b": ("--length", "16", "--options", "3"),
+    "sst2-smollm2": ("--length", "16", "--lora.rank", "2", "--optimizer.name", "adamw"),
+}
+
+
+@on_devices
+@pytest.mark.parametrize("preset", OF_PROGRAMS)
+def test_the_steps_of_other_programs(preset, monkeypatch):
+    """The step that is planned takes the shapes that are asked for; it is not compiled here."""
+    row = next(row for row in PLANNERS.values() if preset in row.presets)
+    args = [preset, *OF_PROGRAMS[preset], "--topology", "cpu:2"]
+    config = row.read(args, row.config, "train.plan")
+    plan.check(config)
+    found, mesh = row.planned(config, jax.devices()[:2])
+    (program,) = found.programs
+    state, _, frozen, batches = program.args
+    rows = config.train.batch_size
+    width = {"epic-tiny": 32, "sst2-opt-13b": 15, "sst2-smollm2": 15}[preset]
+    tokens = batches["train"]["tokens"].shape
+    assert tokens[0] == rows and width <= tokens[1] <= max(width, 16)
+    assert f"{rows} rows of {max(width, 16)} tokens" in program.unit
+    size = sum(x.size for x in jax.tree.leaves(state.params))
+    if preset == "sst2-opt-13b":
+        assert batches["train"]["options"].shape == (rows, 3)
+        assert round(size / 1e9, 1) == 12.9 and found.update() is None
+    if preset == "sst2-smollm2":  # adapters, beside the frozen model
+        assert size < 1e6 < 1e8 < sum(x.size for x in jax.tree.leaves(frozen))
+    program.call.lower(*program.args)
+    assert found.knobs({"train": {"fits": True}}) == []
+    advice = found.knobs({"train": {"fits": False}})
+    assert advice[-1] == "a larger --topology"
+    assert ("--lora.rank 16" in advice) == (preset == "sst2-opt-13b")
+
+
+@on_devices
+def test_images_are_not_planned():
+    with pytest.raises(UserError, match="--task fashion-mnist is not planned; .* sst2, rte"):
+        plan.main(["vit-fashion", "--topology", "cpu:2"])
 
 
 def test_the_command_line_prints_one_object_or_one_line():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from train import cli, start
@@ -11,16 +12,22 @@ from train.classification.config import ClassifyRun
 from train.presets.classify import PRESETS
 
 
-def read_arguments(argv: list[str]) -> ClassifyRun:
-    """The configuration of a command line: a preset, or `--config FILE`, with overrides."""
-    started = start.start_of(argv, ClassifyRun, PRESETS, "train.classify")
+def read_arguments(
+    argv: list[str], cls: type[ClassifyRun] = ClassifyRun, program: str = "train.classify"
+) -> Any:
+    """The configuration of a command line: a preset, or `--config FILE`, with overrides.
+
+    `cls` may have more options than `ClassifyRun`, those of another `program`.
+    """
+    started = start.start_of(argv, ClassifyRun, PRESETS, program)
     preset, default, rest, prog, summary = started
     default = start.with_optimizer(default, rest, preset)
     whole = default
     default = start.shortened(default, rest, preset, lambda c: c.train.forwards // 6 * 2)
     if (cli.option_value(rest, "--model.path") or default.model.path) != "scratch":
         default = replace(default, start=whole.start)  # the run trains no model to start from
-    return cli.parse(ClassifyRun, default, rest, prog, summary)
+    values = {f.name: getattr(default, f.name) for f in fields(default)}
+    return cli.parse(cls, cls(**values), rest, prog, summary)
 
 
 def check_start(config: ClassifyRun) -> None:

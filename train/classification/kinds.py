@@ -35,6 +35,8 @@ class Kind(NamedTuple):
             that were trained in the place of the model; None: the exported model has them in it.
         begin: `begin(config, run, rows, encoded, model)`: the model to start from, where more is
             done for it than to load it: it is trained in the run.
+        like: `like(length, options)`: a stream of one row of so many tokens and options, as a plan
+            takes it in the place of data; None: not planned.
         cache_version: raised when a score or an answer may change.
     """
 
@@ -49,4 +51,5 @@ class Kind(NamedTuple):
     answers: Callable[..., list[str]] | None = None
     export_adapter: Callable[[Any, Any, Any, Any, Path, str], None] | None = None
     begin: Callable[..., Any] | None = None
+    like: Callable[[int, int], Stream] | None = None
     cache_version: int = 1

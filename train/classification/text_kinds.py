@@ -19,7 +19,7 @@ from train.data.choice import (
     cut_prompt,
     encode_choices,
 )
-from train.data.examples import Example
+from train.data.examples import Example, pack
 from train.data.streams import Examples, make_stream
 from train.evaluators.evaluation import Model, longest, score_items
 from train.reporting import card
@@ -69,6 +69,20 @@ def score_options(
         logp = values["logp"].astype(np.float64)
         found.append(np.array([logp[values["answer"] == k].mean() for k in range(row.num_options)]))
     return found
+
+
+def choices_like(length: int, options: int) -> Choices:
+    """One prompt with options of a token, `length` tokens with one of them."""
+    prompt = [0] * (length - 1)
+    group = pack([Example([*prompt, option], length - 1) for option in range(options)])
+    return choice_stream([Choice(group, options, 0)], 0)
+
+
+def answers_like(length: int, options: int) -> Examples:
+    """One prompt with an answer of the longest length, `length` tokens together."""
+    del options
+    prompt = max(1, length - LONGEST_ANSWER)
+    return make_stream([Example([0] * length, prompt)], 0, batch_size=1)
 
 
 class Asked(NamedTuple):
@@ -175,6 +189,7 @@ CHOICE = Kind(
     scores=score_options,
     export=export_decoder,
     export_adapter=export_adapter,
+    like=choices_like,
 )
 ANSWER = CHOICE._replace(
     objective="nll",
@@ -183,4 +198,5 @@ ANSWER = CHOICE._replace(
     stream=stream_answers,
     scores=None,
     answers=answer_prompts,
+    like=answers_like,
 )

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from train import cli, start
 from train.config import replace
 from train.finetuning.config import ReasoningRun
 from train.presets.epic import PRESETS
 
 
-def read_arguments(argv: list[str]) -> ReasoningRun:
-    """The configuration of a command line: a preset, or `--config FILE`, with overrides."""
-    started = start.start_of(argv, ReasoningRun, PRESETS, "train.finetune")
+def read_arguments(
+    argv: list[str], cls: type[ReasoningRun] = ReasoningRun, program: str = "train.finetune"
+) -> Any:
+    """The configuration of a command line: a preset, or `--config FILE`, with overrides.
+
+    `cls` may have more options than `ReasoningRun`, those of another `program`.
+    """
+    started = start.start_of(argv, ReasoningRun, PRESETS, program)
     preset, default, rest, prog, summary = started
     source = cli.option_value(rest, "--data.source")
     if source is not None and source != default.data.source:
@@ -18,4 +26,5 @@ def read_arguments(argv: list[str]) -> ReasoningRun:
         default = replace(default, **{"data.path": None, "data.revision": None})
     default = start.with_optimizer(default, rest, preset)
     default = start.shortened(default, rest, preset, lambda c: c.train.steps or 1)
-    return cli.parse(ReasoningRun, default, rest, prog, summary)
+    fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    return cli.parse(cls, cls(**fields), rest, prog, summary)
