@@ -20,10 +20,13 @@ from train.reporting import tables
 from train.runtime import hub, seal
 from train.runtime.tracking import say
 
+WRITTEN = "A model written by the exporter of jaxlib-unlearn."
+
 
 def main(argv: list[str]) -> None:
     """The program."""
     import models
+    from models import vit_files
     from train import checks
     from train.reporting import card
 
@@ -47,13 +50,17 @@ def main(argv: list[str]) -> None:
             if folder is None:
                 folder = Path(held.enter_context(tempfile.TemporaryDirectory())) / "model"
             loaded, text, tokens = read(args.source, run, other)
-            models.export(
-                loaded,
-                folder,
-                dtype=args.dtype,
-                max_new_tokens=tokens,
-                card=lambda written: card.with_digests(text, written),
-            )
+
+            def described(written: Path) -> str:
+                return card.with_digests(text, written)
+
+            if isinstance(loaded, vit_files.LoadedViT):
+                dtype = args.dtype or "float32"
+                vit_files.export(loaded, folder, dtype=dtype, card=described)
+            else:
+                models.export(
+                    loaded, folder, dtype=args.dtype, max_new_tokens=tokens, card=described
+                )
         if args.output is not None:
             say(f"model: {args.output}")
         if args.push_to_hub is not None:
@@ -111,15 +118,28 @@ def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, in
     Of a run it is the judged model, or the `other` one.
     """
     import models
+    from models import vit_files
     from train.base_models import model_source
     from train.reporting import card
     from train.reporting.runlogs import read_evals
+    from train.runtime.digests import params_sha256
 
     if run is None:
-        target = str(Path(source)) if Path(source).exists() else source
-        loaded = models.load(model_source(target))
-        return loaded, card.plain("A model written by the exporter of jaxlib-unlearn."), None
+        target, what = str(Path(source)) if Path(source).exists() else source, WRITTEN
+        if vit_files.is_vit(target):
+            image_model = vit_files.load(target)
+            return image_model, card.of_images(what, params_sha256(image_model.params)), None
+        return models.load(model_source(target)), card.plain(what), None
     found = tables.load_run(run)
+    if vit_files.is_vit(run / "export"):
+        role = found.roles.judged if other is None else other
+        folder = run / ("export" if other is None else "start")
+        if other not in (None, found.roles.start) or not folder.is_dir():
+            raise UserError(f"{run}: holds no {other} model; its --model.path is that of the base")
+        seal.check(folder)
+        sha = str(found.summary[role].get("params_sha256"))
+        text = card.of_images(f"The model '{role}' of a run of jaxlib-unlearn.", sha)
+        return vit_files.load(folder), text, None
     evaluate = found.config.get("evaluate")
     tokens = evaluate.get("max_new_tokens") if isinstance(evaluate, dict) else None
     tokens = tokens if isinstance(tokens, int) else None

@@ -18,6 +18,7 @@ from train.optimizers import options_of
 from train.replay import BaseConfig
 from train.replays import bases, recording, stored
 from train.runtime import distributed
+from train.runtime.digests import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh
 
 SIDE, CLASSES = 8, 10
@@ -139,6 +140,22 @@ def test_the_exported_model_is_the_one_that_was_judged(learned, data):
     assert np.mean(found == np.arange(60) % CLASSES) == pytest.approx(
         summary_of(output)["finetuned"]["accuracy"]
     )
+
+
+def test_the_models_of_a_run_are_exported(learned, program, tmp_path):
+    output, _ = learned
+    summary = summary_of(output)
+    for name, more in (("finetuned", ("--dtype", "bfloat16")), ("base", ("--model", "base"))):
+        done = program("train.export", output, tmp_path / name, *more)
+        assert done.code == 0, done.err
+        loaded = vit_files.load(tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text()
+        assert summary[name]["params_sha256"] in card and "image-classification" in card
+        if name == "base":
+            assert params_sha256(loaded.params) == summary[name]["params_sha256"]
+    assert json.loads((tmp_path / "finetuned" / "config.json").read_text())["dtype"] == "bfloat16"
+    done = program("train.export", tmp_path / "base", tmp_path / "again")
+    assert done.code == 0 and vit_files.is_vit(tmp_path / "again")
 
 
 def test_a_second_start_finds_everything(learned, program, data, monkeypatch):

@@ -69,6 +69,7 @@ SMOKE = {
     "data.judged_retain_rows": None,
     "data.extra_rows": 2,
     "data.holdout_rows": 4,
+    "data.alternates": 1,
     "evaluate.leak_samples": 2,
     "evaluate.max_new_tokens": 16,
 }
