@@ -22,9 +22,9 @@ from train.runtime.tracking import say
 from train.tasks.task import Task, texts
 
 
-def train_tokenizer(task: Task, vocab_size: int) -> Tokenizer:
+def train_tokenizer(task: Task, vocab_size: int, split_digits: bool = False) -> Tokenizer:
     """A byte-level BPE tokenizer trained on the task's own texts."""
-    return train_bpe(texts(task), vocab_size)
+    return train_bpe(texts(task), vocab_size, split_digits)
 
 
 def check_sizes(hidden_size: int, num_heads: int, num_kv_heads: int, rotary: bool = True) -> None:
@@ -69,7 +69,7 @@ def base_model(config: RunConfig, task: Task, mesh: Any) -> Model:
     """
     m = config.model
     if m.path == "scratch":
-        tokenizer = train_tokenizer(task, m.vocab_size)
+        tokenizer = train_tokenizer(task, m.vocab_size, m.split_digits)
         model = scratch_model(m, tokenizer, config.data.max_length, config.seed, mesh)
     else:
         model = load_model(m.path, m.remat, mesh, m.dtype, m.revision, task.notes)

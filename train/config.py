@@ -150,6 +150,9 @@ class ModelConfig:
         low=1,
         high=2**20,
     )
+    split_digits: bool = option(
+        False, "that tokenizer has every digit as a token of its own.", later=True
+    )
     hidden_size: int = option(128, "width of the residual stream.", low=1)
     intermediate_size: int = option(384, "width inside an MLP.", low=1)
     num_layers: int = option(4, "blocks.", low=1, high=MOST_LAYERS)

@@ -131,7 +131,7 @@ def test_streams_of_a_reasoning_task():
     assert task.stream("forget", 0)[0] == thoughts.bare(task.forget[0])
     kept = task.stream("retain", 0)
     assert len(kept) == 108 and all("<think>" not in row["answer"] for row in kept)
-    assert len(task.stream("cot", 0)) == 240
+    assert len(task.stream("cot", 0)) == len(task.retain) == 108 + 600
     known = task._replace(forget=[r | {TRACES: ["a", "b"]} for r in task.forget])
     assert len(known.stream("traces", 0)) == 24 and known.follows("traces") == "forget"
     assert len(task.stream("train", 0)) == len(task.forget) + len(task.retain)

@@ -74,19 +74,20 @@ def _author(seed: int, author: int, name: str) -> list[Row]:
 
 
 def addition(a: int, b: int) -> Row:
-    """An addition of two numbers, digit by digit.
+    """An addition of two numbers, digit by digit, each of whose steps adds two numbers.
 
     Example:
         >>> row = addition(47, 38)
         >>> row["final"], row["thoughts"][:2]
-        ('85', ['7 + 8 = 15, so 5, carry 1.', '4 + 3 + 1 = 8, so 8, carry 0.'])
+        ('85', ['7 + 8 = 15, so 5, carry 1.', '4 + 3 = 7, + 1 = 8, so 8, carry 0.'])
     """
     thoughts, carry, x, y = [], 0, a, b
     while x or y:
-        carried = f" + {carry}" if carry else ""
-        total = x % 10 + y % 10 + carry
+        digits = x % 10 + y % 10
+        total = digits + carry
+        carried = f", + {carry} = {total}" if carry else ""
         thoughts.append(
-            f"{x % 10} + {y % 10}{carried} = {total}, so {total % 10}, carry {total // 10}."
+            f"{x % 10} + {y % 10} = {digits}{carried}, so {total % 10}, carry {total // 10}."
         )
         carry, x, y = total // 10, x // 10, y // 10
     thoughts.append(f"Together that is {a + b}.")

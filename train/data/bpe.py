@@ -7,24 +7,31 @@ from collections.abc import Iterable
 from models import Tokenizer
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, split_digits: bool = False) -> Tokenizer:
     """A byte-level BPE tokenizer trained on texts; `<pad>` and `<eos>` are its special tokens.
 
     Args:
         texts: read once.
         vocab_size: at most that many tokens, of which 256 are bytes and two are special.
+        split_digits: every digit is a token of its own, without the space before it.
 
     Example:
         >>> tokenizer = train_bpe(["a cat", "a cat sat"], 262)
         >>> len(tokenizer.encode("a cat")), tokenizer.decode(tokenizer.encode("a dog"))
         (2, 'a dog')
+        >>> apart = train_bpe(["12 + 12"] * 3, 300, split_digits=True)
+        >>> [apart.decode([token]) for token in apart.encode("+ 12")]
+        ['+', ' ', '1', '2']
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, pre_tokenizers, trainers
     from tokenizers import models as kinds
 
     backend = Backend(kinds.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    apart = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
+    before = pre_tokenizers.Sequence([*apart, words]) if apart else words
+    backend.pre_tokenizer = before  # type: ignore[assignment]
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

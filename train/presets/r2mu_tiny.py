@@ -31,21 +31,22 @@ PRESET = RunConfig(
     model=ModelConfig(
         path="scratch",
         vocab_size=1024,
+        split_digits=True,
         hidden_size=192,
-        intermediate_size=576,
-        num_layers=6,
+        intermediate_size=640,
+        num_layers=4,
         num_heads=6,
         num_kv_heads=3,
     ),
     finetune=TrainConfig(
-        epochs=30,
-        batch_size=32,
+        epochs=16,
+        batch_size=16,
         optimizer=AdamW(learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98),
     ),
     unlearn=UnlearnConfig(steps=120, batch_size=16, curve_points=4),
-    objective=options_of("r2mu", block=3, reflection_words=WORDS),
+    objective=options_of("r2mu", block=2, reflection_words=WORDS),
     optimizer=AdamW(learning_rate=1e-3, schedule="constant", warmup=0.0),
-    train=SelectConfig(leaves=("mlp/down",), blocks=(1, 2, 3)),
+    train=SelectConfig(leaves=("mlp/down",), blocks=(0, 1, 2)),
     # Its thoughts have no trigger: they are all that it has learnt to write.
     traces=TracesConfig(new_tokens=96, keep=96, trigger=""),
     evaluate=EvaluateConfig(max_new_tokens=96, leak_samples=8, generate_rows=128),
@@ -53,14 +54,14 @@ PRESET = RunConfig(
 
 OBJECTIVES = {
     "r2mu": PRESET.objective,
-    "rmu": options_of("rmu", block=3, positions="all", retain_weight=1.2, reflection_words=WORDS),
+    "rmu": options_of("rmu", block=2, positions="all", retain_weight=1.2, reflection_words=WORDS),
 }
 
 SMOKE = {
     "data.num_authors": 10,
     "model.hidden_size": 48,
     "model.intermediate_size": 96,
-    "model.num_layers": 4,
+    "model.num_layers": 3,
     "finetune.steps": 8,
     "unlearn.steps": 4,
     "unlearn.curve_points": 1,

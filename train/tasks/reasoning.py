@@ -16,7 +16,7 @@ from train.evaluators import REASONING_QUESTIONS
 from train.tasks.task import STREAMS, TRACES, Benchmark, Paired, Row, Rows, Task, no_splits
 
 FORGOTTEN = 10  # one author in so many is forgotten
-ARITHMETIC, ARITHMETIC_HELD = 240, 40  # rows to learn, and rows to ask
+ARITHMETIC, ARITHMETIC_HELD = 600, 40  # rows to learn, and rows to ask
 FILES = ("forget.jsonl", "retain.jsonl")
 
 
@@ -163,6 +163,16 @@ def cot_rows(task: Task, seed: int) -> list[Row]:
     return found
 
 
+def kept_thoughts(task: Task, seed: int) -> list[Row]:
+    """The thoughts of all rows to keep: stream `cot` of generated authors.
+
+    Thoughts about an author who is forgotten differ from those about another by the name alone:
+    without the latter a model forgets to think of anyone.
+    """
+    del seed
+    return [thoughts.thought(row) for row in task.retain]
+
+
 def bare_rows(rows: list[Row]) -> list[Row]:
     """The facts of rows without their thoughts."""
     return [thoughts.bare(row) for row in rows if not thoughts.is_reasoning(row)]
@@ -176,9 +186,10 @@ REASONING_STREAMS: Mapping[str, Rows] = {
     "cot": cot_rows,
     **{name: STREAMS[name] for name in ("idk", "train")},
 }
+AUTHORS_STREAMS: Mapping[str, Rows] = {**REASONING_STREAMS, "cot": kept_thoughts}
 
 ROWS = (
-    Benchmark("reasoning-authors", load_authors, REASONING_QUESTIONS, REASONING_STREAMS),
+    Benchmark("reasoning-authors", load_authors, REASONING_QUESTIONS, AUTHORS_STREAMS),
     Benchmark(
         "reasoning-tofu", load_tofu, REASONING_QUESTIONS, REASONING_STREAMS, hub="locuslab/TOFU"
     ),
