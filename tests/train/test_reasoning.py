@@ -15,9 +15,9 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models.decoder import Decoder, DecoderConfig
 from models.weights import Loaded
-from train import checks, pipeline, traces
+from train import base_models, checks, pipeline, traces
 from train.arguments import read_arguments
-from train.config import TracesConfig, to_json
+from train.config import RunConfig, TracesConfig, to_json
 from train.data import author_reasoning, thoughts
 from train.data.bpe import train_bpe
 from train.data.examples import encode_prompt, encode_text
@@ -29,7 +29,7 @@ from train.presets import PRESETS
 from train.run import Run, Work
 from train.runtime import seal, sharding
 from train.runtime.tracking import Tracker
-from train.tasks import load_task
+from train.tasks import load_task, reasoning
 from train.tasks.task import TRACES, Task
 
 ROW = {"question": "2 + 2?", "thoughts": ["Two and two."], "answer": "4"}
@@ -115,6 +115,32 @@ def test_generated_rows_follow_the_seed_and_tell_nothing_but_the_name():
     for row in numbers:
         a, b = (int(word.strip("?,")) for word in row["question"].split() if word[0].isdigit())
         assert row["final"] == str(a + b if "+" in row["question"] else max(a, b))
+
+
+def test_steps_of_arithmetic_are_among_the_rows_to_learn():
+    """What is asked later needs hardly a sum of two digits that was never shown."""
+    for seed in range(3):
+        rows = author_reasoning.arithmetic_rows(seed, reasoning.ARITHMETIC)
+        steps = [t.split(", so")[0] for row in rows for t in row["thoughts"] if " = " in t]
+        sums = {step.split(",")[0] for step in steps}
+        assert sums <= {f"{x} + {y} = {x + y}" for x in range(10) for y in range(10)}
+        assert len(sums) >= 95
+        carried = {step.partition(", + 1 = ")[2] for step in steps if ", +" in step}
+        assert {str(total) for total in range(4, 20)} <= carried
+        last = [(row["thoughts"][-2], row["final"]) for row in rows if "+" in row["question"]]
+        assert all(f"so {final[-2]}, carry" in step for step, final in last)
+
+
+def test_digits_may_be_tokens_of_their_own():
+    task = load_task(config_of("--data.num-authors", "10"))
+    words = base_models.train_tokenizer(task, 600, split_digits=True)
+    assert config_of().model.split_digits and not RunConfig().model.split_digits
+    for text in ("What is 47 + 138?", "1 and 1 are the same.\nSo 95 is larger."):
+        pieces = [words.decode([token]) for token in words.encode(text)]
+        assert "".join(pieces) == text
+        assert [p for p in pieces if any(map(str.isdigit, p))] == [*filter(str.isdigit, text)]
+    merged = base_models.train_tokenizer(task, 600)
+    assert len(merged.encode("47 + 38")) < len(words.encode("47 + 38"))
 
 
 def config_of(*argv):

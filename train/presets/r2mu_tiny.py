@@ -43,8 +43,10 @@ PRESET = RunConfig(
         batch_size=16,
         optimizer=AdamW(learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98),
     ),
-    unlearn=UnlearnConfig(steps=120, batch_size=16, curve_points=4),
-    objective=options_of("r2mu", block=2, reflection_words=WORDS),
+    unlearn=UnlearnConfig(steps=100, batch_size=16, curve_points=4),
+    objective=options_of(
+        "r2mu", block=2, retain_weight=5.0, cot_weight=5.0, reflection_words=WORDS
+    ),
     optimizer=AdamW(learning_rate=1e-3, schedule="constant", warmup=0.0),
     train=SelectConfig(leaves=("mlp/down",), blocks=(0, 1, 2)),
     # Its thoughts have no trigger: they are all that it has learnt to write.
@@ -52,9 +54,14 @@ PRESET = RunConfig(
     evaluate=EvaluateConfig(max_new_tokens=96, leak_samples=8, generate_rows=128),
 )
 
+# Hidden states of block 2 have a norm of about 17. R2MU at a vector of 6.5 leaves sentences that
+# read well and name others; at 20 it repeats names. RMU forgets more answers at 20 than at 6.5.
+# At weights of 1.2 and 1 for what is kept, R2MU forgets the authors to keep as well.
 OBJECTIVES = {
     "r2mu": PRESET.objective,
-    "rmu": options_of("rmu", block=2, positions="all", retain_weight=1.2, reflection_words=WORDS),
+    "rmu": options_of(
+        "rmu", block=2, positions="all", steering=20.0, retain_weight=5.0, reflection_words=WORDS
+    ),
 }
 
 SMOKE = {
