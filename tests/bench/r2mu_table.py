@@ -1,4 +1,4 @@
-r"""RMU, its variants, NPO and R2MU on r2mu-tiny: the table of traces (an hour on two cores).
+"""RMU, its variants, NPO and R2MU on r2mu-tiny: the table of traces (an hour on two cores).
 
     python tests/bench/r2mu_table.py [--seeds 0 1 2] [--only NAME ...] [--output DIR]
 

@@ -4,7 +4,9 @@
 
 No download, no data file, no accelerator. --objective.name rmu, --objective.cot-weight 0 (R2MU-v0),
 --objective.reflection-penalty 1 (RTP) and --evaluate.think-start "<think></think>" (ZeroThink) are
-what the paper compares with.
+what the paper compares with; tests/bench/r2mu_table.py runs them all. Original and oracle take some
+400 seconds of CPU each, RMU one minute, R2MU two. On two seeds the original answers 0.8 to 0.95 of
+the authors' questions and 0.85 to 0.92 of the arithmetic.
 """
 
 from jaxlib_unlearn.objectives import options_of
