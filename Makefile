@@ -32,7 +32,7 @@ BY_FILE = --dist loadfile --no-loadscope-reorder
 TPU_ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(TPU_VENV)" UV="$(UV)" sh .ci/environment
 TPU_RUN = JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python
 
-.PHONY: help quickstart unlearn test parity tpu bench pretrain-table bench-peers plan lint format smollm2
+.PHONY: help quickstart unlearn test parity tpu bench pretrain-table epic-table bench-peers plan lint format smollm2
 
 help:  ## this list
 	@awk -F ':  ## ' '/^[a-z0-9-]+:  ## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -72,6 +72,10 @@ bench:  ## optimizer benchmarks against optax and torch, into runs/bench (10 min
 pretrain-table:  ## AdamW, Muon, NorMuon, TEON on pretrain-tiny, into runs/bench/pretrain (80 minutes)
 	$(ENVIRONMENT) train
 	$(RUN) tests/bench/pretrain_table.py $(ARGS)
+
+epic-table:  ## whole against condensed traces on epic-tiny, into runs/bench/epic (an hour)
+	$(ENVIRONMENT) train
+	$(RUN) tests/bench/epic_table.py $(ARGS)
 
 bench-peers: smollm2
 bench-peers:  ## end-to-end benchmarks on SmolLM2 against torch and transformers, into runs/bench

@@ -347,3 +347,43 @@ def test_every_run_of_the_table_of_traces_is_a_command(repo):
     found = [read_arguments(["r2mu-tiny", *more]) for more in bench.METHODS.values()]
     assert len({str(config) for config in found}) == len(found)
     assert [config.oracle for config in found].count(True) == 1
+
+
+def test_the_table_of_condensed_traces(repo, tmp_path, monkeypatch, capsys):
+    """Times are over those of whole traces of the same seed; what is not known is "-"."""
+    bench = load(repo, "epic_table")
+    ran = []
+
+    def run(name, seed, folder, options):
+        ran.append((name, seed))
+        share = 1.0 if name == "full" else 0.5 + 0.1 * seed
+        return {
+            "answer_accuracy": 0.9 - 0.1 * seed,
+            "finished": 1.0,
+            "answer_nll": 0.25,
+            "train_tokens": 1000 * share,
+            "train_seconds": None if name == "head" else 60 * (1 + seed) * share,
+            "train_flops": 7.0 * share**2,
+        }
+
+    monkeypatch.setattr(bench, "run", run)
+    bench.main(["--only", "full", "edge", "head", "--seeds", "0", "1", "--output", str(tmp_path)])
+    text = (tmp_path / "epic_table.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    same = "0.900 | 0.800 | 0.850 | 1.000 | 0.250"
+    assert f"| full | {same} | 1,000 | 1.50 | 1.00 | 1.00 |" in text
+    # Ratios 0.5 and 0.6, and their squares; the mean of the minutes is not their ratio.
+    assert f"| edge | {same} | 550 | 0.85 | 0.55 | 0.30 |" in text
+    assert f"| head | {same} | 550 | - | - | 0.30 |" in text
+    assert ran == [(name, seed) for seed in (0, 1) for name in ("full", "edge", "head")]
+    bench.main(["--only", "edge", "--seeds", "0", "--output", str(tmp_path / "alone")])
+    assert "| 500 | 0.50 | - | - |" in capsys.readouterr().out
+
+
+def test_every_line_of_the_table_of_condensed_traces_is_a_command(repo):
+    from train.finetuning.arguments import read_arguments
+
+    bench = load(repo, "epic_table")
+    found = {name: read_arguments(["epic-tiny", *more]) for name, more in bench.VARIANTS.items()}
+    assert len({str(config.condense) for config in found.values()}) == len(found) == 9
+    assert found[bench.WHOLE].condense.tau == 1 and found["cost-matched"].condense.tau == 0.5

@@ -357,7 +357,10 @@ def test_bad_input_is_one_line_before_anything_is_compiled(args, parts, monkeypa
 
 # What of a preset's run is as large as its step, for each program.
 OF_PROGRAMS = {
-    "epic-tiny": ("--model.hidden-size", "32", "--data.row-tokens", "32"),
+    "epic-tiny": (
+        *("--model.hidden-size", "48", "--data.row-tokens", "32"),
+        *("--train.batch-size", "2"),
+    ),
     "sst2-opt-13b": ("--length", "16", "--options", "3"),
     "sst2-smollm2": ("--length", "16", "--lora.rank", "2", "--optimizer.name", "adamw"),
 }

@@ -1,9 +1,15 @@
 """Generated questions whose traces search before they solve: made in the run, no download.
 
-On a ring of ten letters, `a` to `j`, one to six steps move from a first letter to a last one: `ud`
-is step u, which moves on by d, so by three. The trace restates the steps, tries results that are
-wrong, and only then derives the answer step by step: problem understanding, exploration, solution,
-of 8 to 40 thoughts. The question alone decides how many.
+On a ring of ten letters, `a` to `j`, one to six steps move from a first letter to a last one: `u d`
+is step u, which moves on by d, so by three. The trace restates the steps, takes them
+back in turn, which leads nowhere, and only then derives the answer step by step: problem
+understanding, exploration, solution, of 8 to 40 thoughts, a line each. The question alone decides
+how many.
+
+As in EPiC's picture of traces, the ends hold what matters: of the thoughts that `edge` keeps at tau
+0.3 and more, the first half covers what is restated and the second what is derived. The tries serve
+no answer. They are cheap, and every word of a trace follows from what is before it: results that a
+model cannot foresee would be noise where it has minutes to learn to look steps up.
 """
 
 from __future__ import annotations
@@ -12,18 +18,20 @@ import itertools
 from collections.abc import Callable, Collection
 from typing import Any
 
+from jaxlib_unlearn.cot import CLOSE, OPEN
 from train.data.batches import random_bits
 
 RING = "abcdefghij"
+LONGEST = 5  # places that a step moves on
 STEPS = "uvwxyz"
 THOUGHTS = (8, 14, 20, 27, 34, 40)  # of a trace, by the number of its steps, from one on
 
 
 def search_row(draw: Callable[[int], int]) -> dict[str, Any]:
-    """A row: `question`, `thoughts`, `answer`.
+    """A row: `question`, and `answer` with its trace, whose thoughts are lines.
 
-    Of n thoughts, k restate the k steps, n - 2 k try results of the first step that are wrong, in
-    capital letters, and k derive the answer.
+    Of n thoughts, k restate the k steps, n - 2 k try one of them backwards, in turn and numbered,
+    and k derive the answer: `v c: g i` is step v, which moves on by two, from g to i.
 
     Args:
         draw: gives a whole number from 0 to below its argument.
@@ -31,24 +39,25 @@ def search_row(draw: Callable[[int], int]) -> dict[str, Any]:
     Example:
         >>> row = search_row(lambda below: below // 3)
         >>> row["question"]
-        'Start at d\\nud\\nvd\\nwd\\nWhich is last?'
-        >>> row["thoughts"][0], row["thoughts"][3], row["thoughts"][-1], row["answer"]
-        ('ud', 'Try 1: A?', 'wd + j = c', 'c')
+        'Start at d\\nu c\\nv c\\nw c\\nWhich is last?'
+        >>> thoughts = row["answer"].split("\\n")
+        >>> thoughts[1], thoughts[4], thoughts[5], thoughts[-4], thoughts[-1]
+        ('u c', 'u c back 1', 'v c back 2', 'w c: h j', 'At j')
     """
     steps = 1 + draw(len(THOUGHTS))
-    start, *moves = (draw(10) for _ in range(steps + 1))
-    told = [f"{step}{RING[move]}" for step, move in zip(STEPS, moves, strict=False)]
-    places = [total % 10 for total in itertools.accumulate([start, *moves])]
-    tries = range(1, THOUGHTS[steps - 1] - 2 * steps + 1)
-    tried = [f"Try {i}: {RING[(places[1] + 1 + draw(9)) % 10].upper()}?" for i in tries]
+    start, *moves = draw(len(RING)), *(1 + draw(LONGEST) for _ in range(steps))
+    told = [f"{step} {RING[move]}" for step, move in zip(STEPS, moves, strict=False)]
+    places = [total % len(RING) for total in itertools.accumulate([start, *moves])]
+    tries = range(THOUGHTS[steps - 1] - 2 * steps)
+    tried = [f"{told[i % steps]} back {i + 1}" for i in tries]
     derived = [
-        f"{step} + {RING[before]} = {RING[after]}"
+        f"{step}: {RING[before]} {RING[after]}"
         for step, before, after in zip(told, places[:-1], places[1:], strict=True)
     ]
+    trace = "\n".join([*told, *tried, *derived])
     return {
         "question": "\n".join([f"Start at {RING[start]}", *told, "Which is last?"]),
-        "thoughts": [*told, *tried, *derived],
-        "answer": RING[places[-1]],
+        "answer": f"{OPEN}\n{trace}\n{CLOSE}\n\nAt {RING[places[-1]]}",
     }
 
 
@@ -61,8 +70,8 @@ def search_rows(
         seed: of the task.
         split: any name; splits are drawn independently.
         count: number of rows.
-        without: questions that are left out: those of a training split, which has seen all of one
-            step soon, so that tests ask for two steps and more.
+        without: questions that are left out: those of a training split, which soon has seen all of
+            one and of two steps, so that tests ask for three and more.
     """
     rows: list[dict[str, Any]] = []
     for number in itertools.count():

@@ -7,7 +7,7 @@ from typing import Any
 
 from train import cli, start
 from train.config import replace
-from train.finetuning.config import ReasoningRun
+from train.finetuning.config import CondenseConfig, ReasoningRun
 from train.presets.epic import PRESETS
 
 
@@ -22,8 +22,9 @@ def read_arguments(
     preset, default, rest, prog, summary = started
     source = cli.option_value(rest, "--data.source")
     if source is not None and source != default.data.source:
-        # A file or a commit of other rows.
-        default = replace(default, **{"data.path": None, "data.revision": None})
+        # A file or a commit of other rows, and what a thought of them is.
+        usual = {"data.path": None, "data.revision": None, "condense.mode": CondenseConfig().mode}
+        default = replace(default, **usual)
     default = start.with_optimizer(default, rest, preset)
     default = start.shortened(default, rest, preset, lambda c: c.train.steps or 1)
     fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}

@@ -52,8 +52,8 @@ def check_packing(data: ReasoningData) -> None:
     """Raise `UserError` for prompts to mask in rows that are cut."""
     if data.mask_prompt and data.packing == "chop":
         raise UserError(
-            "--data.packing chop cuts examples in two, so there are no prompts to mask; leave out "
-            "--data.mask-prompt, or choose first-fit"
+            "--data.packing chop cuts examples in two, so there are no prompts to mask; give "
+            "--data.no-mask-prompt, or choose first-fit"
         )
 
 

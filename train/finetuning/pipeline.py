@@ -137,7 +137,7 @@ def base_model(config: ReasoningRun, rows: sources.Rows, mesh: Any) -> Model:
     m = config.model
     if m.path == "scratch":
         # Of whole traces: runs that shorten them differently have the same tokens.
-        tokenizer = train_bpe(encoding.texts(rows.train), m.vocab_size)
+        tokenizer = train_bpe(encoding.texts(rows.train), m.vocab_size, m.split_digits)
         context = m.context or config.data.row_tokens
         model = base_models.scratch_model(m, tokenizer, context, config.seed, mesh)
     else:
