@@ -102,7 +102,11 @@ def trained_shapes(
     checks.check_lora(config.lora, config.optimizer, params)
     checks.check_selection(config.train, config.optimizer, params)
     refuse_both(config.lora, config.train)
-    made = trainable_of(params, objective, config.lora, config.train, dtype=dtype)
+    return laid_out(trainable_of(params, objective, config.lora, config.train, dtype=dtype), mesh)
+
+
+def laid_out(made: Trainable, mesh: Mesh) -> Trainable:
+    """What a stage trains and what it keeps beside, as shapes laid out on the mesh."""
 
     def laid(tree: Any) -> Any:
         return shaped(tree, sharding.param_shardings(tree, mesh))

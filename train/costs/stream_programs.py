@@ -17,13 +17,18 @@ from models.learner import DecoderLearner
 from train import checks, optimizers
 from train.base_models import scratch_shape
 from train.classification.config import TASKS, ClassifyRun
-from train.costs.programs import AbstractProgram, param_shapes, step_program, update_of
+from train.costs.programs import (
+    AbstractProgram,
+    laid_out,
+    param_shapes,
+    step_program,
+    update_of,
+)
 from train.data.examples import Example
 from train.data.packed_rows import pack_rows
 from train.data.stream import Stream
-from train.finetuning.config import ReasoningRun
+from train.finetuning.config import ReasoningRun, stretched
 from train.runtime import sharding
-from train.step import shaped
 from train.trainable import Trainable, trainable_of
 
 
@@ -44,14 +49,12 @@ def finetuned_decoder(config: ReasoningRun) -> Decoder:
     """The decoder of a fine-tuning run, without its weights.
 
     Raises:
-        UserError: the shapes of the model are not known.
+        UserError: the shapes of the model are not known, or it has learned positions.
     """
     m = config.model
     context = m.context or config.data.row_tokens
     shape = scratch_shape(m, m.vocab_size, context) if m.path == "scratch" else config_of(m.path)
-    changes = {"rope_theta": m.rope_theta, "max_position_embeddings": m.context}
-    given = {name: value for name, value in changes.items() if value is not None}
-    return Decoder(dataclasses.replace(shape, dtype=m.dtype, **given), m.remat)
+    return Decoder(dataclasses.replace(stretched(shape, m), dtype=m.dtype), m.remat)
 
 
 def finetuning_program(config: ReasoningRun, decoder: Decoder, mesh: Mesh) -> AbstractProgram:
@@ -143,12 +146,7 @@ def classified_part(config: ClassifyRun, decoder: Decoder, mesh: Mesh) -> Traina
     params = param_shapes(decoder, mesh)
     checks.check_lora(config.lora, config.optimizer, params)
     objective, _ = objectives.resolve(TASKS[config.task].kind.objective, objectives.LEARNING)
-    made = trainable_of(params, objective, config.lora, dtype=decoder.config.dtype)
-
-    def laid(tree: Any) -> Any:
-        return shaped(tree, sharding.param_shardings(tree, mesh))
-
-    return made._replace(start=laid(made.start), frozen=laid(made.frozen))
+    return laid_out(trainable_of(params, objective, config.lora, dtype=decoder.config.dtype), mesh)
 
 
 def classification_update(

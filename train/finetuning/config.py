@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jaxlib_unlearn.cot import Condense
+from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import option
+from models.decoder import DecoderConfig
 from models.prompts import DATE
 from models.weights import DTYPES
 from train import optimizers
@@ -83,6 +86,22 @@ class ReasoningModel(ModelConfig):
     context: int | None = option(
         None, "longest context of the model; None: as in the model.", low=2
     )
+
+
+def stretched(shape: DecoderConfig, model: ReasoningModel) -> DecoderConfig:
+    """The shape of a model with the rotary base and the context that the options give.
+
+    Raises:
+        UserError: its positions are learned.
+    """
+    changes = {"rope_theta": model.rope_theta, "max_position_embeddings": model.context}
+    given: dict[str, Any] = {name: x for name, x in changes.items() if x is not None}
+    if given and shape.learned_positions is not None:
+        raise UserError(
+            f"{model.path} has learned positions, whose number is fixed; leave out --model.context "
+            "and --model.rope-theta"
+        )
+    return replace(shape, **given)
 
 
 @dataclass(frozen=True)

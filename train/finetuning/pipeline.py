@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn import cot, objectives
-from jaxlib_unlearn.errors import UserError
 from train import base_models, checks, optimizers
 from train.config import DataConfig, identity, run_folder, to_json
 from train.data.bpe import train_bpe
@@ -18,7 +17,7 @@ from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.evaluation import Model, num_parameters, score_items
 from train.exports import export_model
 from train.finetuning import encoding, sources
-from train.finetuning.config import ReasoningRun, stage_of
+from train.finetuning.config import ReasoningRun, stage_of, stretched
 from train.replays import stored
 from train.reporting import card, tables
 from train.run import Recipe, Run, num_steps, phase, started
@@ -142,14 +141,7 @@ def base_model(config: ReasoningRun, rows: sources.Rows, mesh: Any) -> Model:
         model = base_models.scratch_model(m, tokenizer, context, config.seed, mesh)
     else:
         model = base_models.load_model(m.path, m.remat, mesh, m.dtype, m.revision, rows.notes)
-    changes = {"rope_theta": m.rope_theta, "max_position_embeddings": m.context}
-    given = {name: value for name, value in changes.items() if value is not None}
-    if given and model.decoder.config.learned_positions is not None:
-        raise UserError(
-            f"{m.path} has learned positions, whose number is fixed; leave out --model.context and "
-            "--model.rope-theta"
-        )
-    shape = dataclasses.replace(model.decoder.config, **given)
+    shape = stretched(model.decoder.config, m)
     model = model._replace(decoder=dataclasses.replace(model.decoder, config=shape))
     return base_models.masking_pad_ids(model) if m.mask_all_pad_id_tokens else model
 
