@@ -5,7 +5,7 @@ import re
 import pytest
 
 from train import cli
-from train.costs.planned import PlanConfig
+from train.costs.planned import PLANNERS
 from train.presets import PRESETS
 
 
@@ -31,7 +31,8 @@ def test_commands_exist(repo, page):
     assert programs and all((repo / f"{p.replace('.', '/')}.py").exists() for p in programs)
     presets = set(re.findall(r"train\.unlearn ([a-z][\w-]*)", text))
     assert presets and presets <= set(PRESETS)
-    known = set(cli.option_names(PlanConfig)) | {"--list", "--help", "--config", "--only"}
+    known = {"--list", "--help", "--config", "--only"}
+    known = known.union(*(cli.option_names(row.config) for row in PLANNERS.values()))
     known |= (
         {"--example-data", "--html"}
         | {"--repeats", "--huge-pages-for-both", "--worker", "--command"}

@@ -57,13 +57,11 @@ PRESET = RunConfig(
 )
 
 # Hidden states of block 2 have a norm of about 17. R2MU at a vector of 6.5 leaves sentences that
-# read well and name others; at 20 it repeats names. RMU forgets more answers at 20 than at 6.5.
-# At weights of 1.2 and 1 for what is kept, R2MU forgets the authors to keep as well.
+# read well and name others; at 20 it repeats names. At weights of 1.2 and 1 for what is kept, it
+# forgets the authors to keep as well.
 OBJECTIVES = {
     "r2mu": PRESET.objective,
-    "rmu": options_of(
-        "rmu", block=2, positions="all", steering=20.0, retain_weight=5.0, reflection_words=WORDS
-    ),
+    "rmu": options_of("rmu", block=2, positions="all", retain_weight=5.0, reflection_words=WORDS),
 }
 
 SMOKE = {

@@ -63,13 +63,14 @@ OBJECTIVES = {
 SMOKE = {
     "finetune.steps": 2,
     "unlearn.steps": 2,
+    "unlearn.batch_size": 4,
     "unlearn.curve_points": 1,
     "data.forget_rows": 4,
     "data.retain_rows": 4,
-    "data.judged_retain_rows": None,
+    "data.judged_retain_rows": 2,
     "data.extra_rows": 2,
-    "data.holdout_rows": 4,
+    "data.holdout_rows": 2,
     "data.alternates": 1,
     "evaluate.leak_samples": 2,
-    "evaluate.max_new_tokens": 16,
+    "evaluate.max_new_tokens": 8,
 }
