@@ -2,7 +2,7 @@
 
 python -m train.plan tofu-npo-llama3-8b --topology v5e:8x8
 python -m train.plan llama-1b --topology v5e:4x4
-python -m train.plan sst2-opt-13b --topology v5e:2x4 --length 256
+python -m train.plan sst2-opt-13b --topology v5e:4x4 --length 256
 python -m train.plan PRESET --topology KIND:SHAPE [any option of the preset's program] [--json]
 
 The programs of the run are compiled ahead of time for the slice; no TPU and no weights are needed.
@@ -277,7 +277,9 @@ def table(found: dict[str, Any]) -> str:
 
 def _optimizer(p: dict[str, Any]) -> str:
     spent = p.get("optimizer_flops_per_chip")
-    return f", {spent / 1e12:.2f} of them the update" if spent else ""
+    evaluates = "asked_optimizer_flops_per_chip" not in p
+    what = "the update and the losses it asks for" if evaluates else "the update"
+    return f", {spent / 1e12:.2f} of them {what}" if spent else ""
 
 
 def _repeated(p: dict[str, Any]) -> str:

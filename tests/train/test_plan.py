@@ -393,6 +393,8 @@ def test_the_steps_of_other_programs(preset, monkeypatch):
     advice = found.knobs({"train": {"fits": False}})
     assert advice[-1] == "a larger --topology"
     assert ("--lora.rank 16" in advice) == (preset == "sst2-opt-13b")
+    # Without a backward pass there is nothing to compute again.
+    assert ("--model.remat full" in advice) == (preset != "sst2-opt-13b")
 
 
 @on_devices

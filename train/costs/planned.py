@@ -17,6 +17,7 @@ from train.config import RunConfig
 from train.costs import PROGRAMS, pretraining_program, programs, stream_programs
 from train.finetuning import arguments as finetune_arguments
 from train.finetuning.config import ReasoningRun
+from train.optimizers import OPTIMIZERS
 from train.presets import PRESETS, classify, epic, pretraining
 from train.pretraining import arguments as pretrain_arguments
 from train.pretraining import pipeline
@@ -60,8 +61,9 @@ class Planner(NamedTuple):
 
 def more_room(config: Any, mesh: Any, smaller: Sequence[str]) -> list[str]:
     """Options to change if a step does not fit, the cheapest first; `smaller`: of its batch."""
-    words = list(REMAT)
-    out = [f"--model.remat {word}" for word in words[words.index(config.model.remat) + 1 :]]
+    words, out = list(REMAT), []
+    if OPTIMIZERS[config.optimizer.name].needs != "value":  # else there is no backward pass
+        out += [f"--model.remat {word}" for word in words[words.index(config.model.remat) + 1 :]]
     out += smaller
     if mesh.shape["data"] > 1:
         out.append(f"--mesh.data 1 --mesh.fsdp {sharding.batch_ways(mesh)}")
