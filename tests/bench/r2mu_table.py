@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "runs" / "bench" / "r2mu"
 SEEDS = (0, 1, 2)
 RMU = ("--objective.name", "rmu")
-# By name: what the run is told. The oracle, which never knew, is trained in that of R2MU alone.
+# Options by name. The oracle, which never knew, is trained in that of R2MU alone.
 METHODS: dict[str, tuple[str, ...]] = {
     "RMU": (*RMU, "--no-oracle"),
     "RMU + ZeroThink": (*RMU, "--evaluate.think-start", "<think></think>", "--no-oracle"),
