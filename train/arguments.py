@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,8 +41,7 @@ def read_arguments(
     if other and bound and preset is not None and default.objective in preset.OBJECTIVES.values():
         default = replace(default, objective=objectives.options_of(default.objective.name))
     default = start.shortened(default, rest, preset, lambda config: config.unlearn.steps or 1)
-    fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
-    return cli.parse(cls, cls(**fields), rest, prog, summary)
+    return cli.parse(cls, default, rest, prog, summary)
 
 
 def _suited(argv: Sequence[str], preset: Any, objective: Any) -> Any:

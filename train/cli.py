@@ -127,9 +127,12 @@ def option_value(args: Sequence[str], option: str) -> str | None:
 
 
 def parse(cls: type, default: Any, args: Sequence[str], prog: str, summary: str) -> Any:
-    """`default` overridden by command-line options."""
+    """`default` overridden by command-line options, as a `cls`, which may have more of them."""
     import tyro
 
+    if type(default) is not cls:
+        fields = dataclasses.fields(default)
+        default = cls(**{f.name: getattr(default, f.name) for f in fields})
     if "--help" in args or "-h" in args:
         default = with_rows(default, args)
         tyro.cli(grouped(cls, default), args=["--help"], prog=prog, description=summary)

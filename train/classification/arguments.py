@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ def read_arguments(
     default = start.shortened(default, rest, preset, lambda c: c.train.forwards // 6 * 2)
     if (cli.option_value(rest, "--model.path") or default.model.path) != "scratch":
         default = replace(default, start=whole.start)  # the run trains no model to start from
-    values = {f.name: getattr(default, f.name) for f in fields(default)}
-    return cli.parse(cls, cls(**values), rest, prog, summary)
+    return cli.parse(cls, default, rest, prog, summary)
 
 
 def check_start(config: ClassifyRun) -> None:

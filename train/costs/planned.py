@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import option
 from models.bounds import check_positions
-from models.decoder import REMAT
+from models.decoder import REMAT, Decoder
 from train import arguments, checks, suggest
 from train.classification import arguments as classify_arguments
 from train.classification.config import ClassifyRun
@@ -57,6 +57,17 @@ class Planner(NamedTuple):
     read: Callable[..., Any]
     check: Callable[[Any], None]
     planned: Callable[[Any, list[Any]], tuple[Planned, Any]]
+
+
+def mesh_of(config: Any, decoder: Decoder, devices: list[Any]) -> Any:
+    """The mesh of a run, which can split the decoder's heads.
+
+    Raises:
+        UserError: the devices or the heads do not divide as the options say.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_heads(mesh, decoder.config.num_heads)
+    return mesh
 
 
 def more_room(config: Any, mesh: Any, smaller: Sequence[str]) -> list[str]:
@@ -126,8 +137,7 @@ def planned_run(config: PlanConfig, devices: list[Any]) -> tuple[Planned, Any]:
         UserError: the slice cannot hold the run.
     """
     decoder = programs.decoder_of(config)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_heads(mesh, decoder.config.num_heads)
+    mesh = mesh_of(config, decoder, devices)
     length = config.length or config.data.max_length
     check_positions(decoder.config.learned_positions, length, "--length or --data.max-length")
     labels = config.labels or length
@@ -182,8 +192,7 @@ def planned_pretraining(config: PretrainPlanConfig, devices: list[Any]) -> tuple
         UserError: the slice cannot hold the run.
     """
     decoder = pipeline.decoder_of(config)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_heads(mesh, decoder.config.num_heads)
+    mesh = mesh_of(config, decoder, devices)
     tokens = config.train.micro_tokens
     smaller = [f"--train.micro-tokens {tokens // 2}"] if tokens >= 2 * config.data.context else []
     return Planned(
@@ -224,8 +233,7 @@ def planned_finetuning(config: FinetunePlanConfig, devices: list[Any]) -> tuple[
         UserError: the slice cannot hold the run.
     """
     decoder = stream_programs.finetuned_decoder(config)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_heads(mesh, decoder.config.num_heads)
+    mesh = mesh_of(config, decoder, devices)
     return Planned(
         config.model.path,
         [stream_programs.finetuning_program(config, decoder, mesh)],
@@ -267,8 +275,7 @@ def planned_classification(config: ClassifyPlanConfig, devices: list[Any]) -> tu
         UserError: the slice cannot hold the run.
     """
     decoder = stream_programs.classified_decoder(config)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_heads(mesh, decoder.config.num_heads)
+    mesh = mesh_of(config, decoder, devices)
     check_positions(decoder.config.learned_positions, config.length, "--length")
     adapters = ["--lora.rank 16"] if config.lora.rank is None else []
     smaller = accumulated(config, "train", mesh)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -12,22 +11,18 @@ from jaxlib_unlearn import objectives
 from models.decoder import Decoder
 from models.learner import DecoderLearner
 from train import checks, optimizers
-from train.costs.programs import AbstractProgram, param_shapes, step_program, update_of
+from train.costs.programs import (
+    AbstractProgram,
+    param_shapes,
+    shapes_of,
+    step_program,
+    update_of,
+)
 from train.data.token_file import Tokens
 from train.data.token_rows import TokenRows
 from train.pretraining.config import PretrainConfig, batch_rows, num_steps
 from train.runtime import sharding
 from train.trainable import trainable_of
-
-
-def row_shapes(rows: int, context: int, mesh: Mesh) -> dict[str, Any]:
-    """A batch as shapes: what `TokenRows` makes."""
-    none = Tokens(np.zeros(1, np.uint16), np.zeros(1, np.int64), "")
-    where = sharding.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
-        for name, x in TokenRows(none, context).batch(np.zeros(1, int), (), 0).items()
-    }
 
 
 def pretraining_program(config: PretrainConfig, decoder: Decoder, mesh: Mesh) -> AbstractProgram:
@@ -40,13 +35,14 @@ def pretraining_program(config: PretrainConfig, decoder: Decoder, mesh: Mesh) ->
     rows, parts = batch_rows(config, sharding.batch_ways(mesh))
     objective, options = objectives.resolve("nll")
     context = config.data.context
+    stream = TokenRows(Tokens(np.zeros(1, np.uint16), np.zeros(1, np.int64), ""), context)
     micro = f" in {parts} micro-batches" if parts > 1 else ""
     return step_program(
         DecoderLearner(decoder),
         (objective, options),
         optimizers.over_rows(config.optimizer, rows),
         trainable_of(param_shapes(decoder, mesh), objective),
-        {"train": row_shapes(rows, context, mesh)},
+        {"train": shapes_of(stream, rows, mesh)},
         mesh,
         f"a step of {rows} rows of {context} tokens ({rows * context} tokens){micro}",
         accumulate=parts,

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,6 +29,7 @@ from train.base_models import scratch_shape
 from train.config import RunConfig
 from train.data.batches import collate
 from train.data.references import REFERENCE_COLUMNS, cached_streams
+from train.data.stream import Stream
 from train.hyper import hyper_of, traced_step
 from train.runtime import sharding
 from train.step import (
@@ -79,6 +81,16 @@ def batch_shapes(rows: int, length: int, labels: int, mesh: Mesh) -> dict[str, A
     """A training or scoring batch as shapes: what `collate` makes."""
     batch = collate([], [], length, labels, batch_size=1)
     where = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
+        for name, x in batch.items()
+    }
+
+
+def shapes_of(stream: Stream, rows: int, mesh: Mesh) -> dict[str, Any]:
+    """A batch of `rows` rows as shapes: what the stream makes."""
+    first = np.zeros(1, int)
+    batch, where = stream.batch(first, stream.shape(first), 0), sharding.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
         for name, x in batch.items()
@@ -295,6 +307,7 @@ __all__ = [
     "generate_programs",
     "param_shapes",
     "score_program",
+    "shapes_of",
     "train_program",
     "trained_shapes",
     "update_program",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxlib_unlearn import objectives
@@ -21,26 +19,15 @@ from train.costs.programs import (
     AbstractProgram,
     laid_out,
     param_shapes,
+    shapes_of,
     step_program,
     update_of,
 )
 from train.data.examples import Example
 from train.data.packed_rows import pack_rows
-from train.data.stream import Stream
 from train.finetuning.config import ReasoningRun, stretched
 from train.runtime import sharding
 from train.trainable import Trainable, trainable_of
-
-
-def shapes_of(stream: Stream, rows: int, mesh: Mesh) -> dict[str, Any]:
-    """A batch of `rows` rows as shapes: what the stream makes."""
-    first = np.zeros(1, int)
-    batch, where = stream.batch(first, stream.shape(first), 0), sharding.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=where)
-        for name, x in batch.items()
-    }
-
 
 # Fine-tuning on traces
 

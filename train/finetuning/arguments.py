@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from train import cli, start
@@ -27,5 +26,4 @@ def read_arguments(
         default = replace(default, **usual)
     default = start.with_optimizer(default, rest, preset)
     default = start.shortened(default, rest, preset, lambda c: c.train.steps or 1)
-    fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
-    return cli.parse(cls, cls(**fields), rest, prog, summary)
+    return cli.parse(cls, default, rest, prog, summary)

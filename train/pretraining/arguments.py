@@ -25,8 +25,7 @@ def read_arguments(
     default = replace(default, data=_corpus(default.data, rest))
     no_digest = {"data.digest": None}
     default = start.shortened(default, rest, preset, num_steps, **no_digest)
-    fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
-    return cli.parse(cls, cls(**fields), rest, prog, summary)
+    return cli.parse(cls, default, rest, prog, summary)
 
 
 def _corpus(data: CorpusConfig, rest: Sequence[str]) -> CorpusConfig:
