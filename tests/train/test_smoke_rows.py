@@ -120,7 +120,9 @@ def test_a_smoke_run_on_files_judges_few_rows(prepared):
     name, _, task, _ = prepared
     if name in TOFU:
         sizes = {split: len(rows) for split, rows in task.evaluation.items()}
-        wanted = {"forget": 4, "retain": 4, "holdout": 4, "real_authors": 2, "world_facts": 2}
+        # SmolLM2's also samples other answers and trains on a processor: two minutes are little.
+        kept = 2 if name == "tofu-smollm2" else 4
+        wanted = {"forget": 4, "retain": kept, "holdout": kept, "real_authors": 2, "world_facts": 2}
         assert sizes == wanted and (len(task.forget), len(task.retain)) == (4, 4)
 
 
