@@ -113,7 +113,7 @@ def measure(images: np.ndarray) -> dict[str, np.ndarray]:
     inside = grey > FOREGROUND
     count = np.maximum(inside.sum((1, 2)), 1)
     brightness = (grey * inside).sum((1, 2)) / count
-    columns, rows = _extent(inside.any(axis=1)), _extent(inside.any(axis=2))
+    columns, rows = (_extent(np.asarray(inside.any(axis))) for axis in (1, 2))
     change = np.zeros(len(grey), np.float32)
     pairs = np.zeros(len(grey), np.int64)
     for values, there in ((grey, inside), (grey.swapaxes(1, 2), inside.swapaxes(1, 2))):
