@@ -21,6 +21,7 @@ from jaxlib_unlearn.objectives.base import (
 from jaxlib_unlearn.objectives.context import Asked, Batch, Context, Questions, row_keys
 from jaxlib_unlearn.objectives.smoothing import attention_temperatures, reference_forward
 from jaxlib_unlearn.objectives.table import (
+    DENOISING,
     LEARNING,
     OBJECTIVES,
     describe,
@@ -31,6 +32,7 @@ from jaxlib_unlearn.objectives.table import (
 )
 
 __all__ = [
+    "DENOISING",
     "LEARNING",
     "OBJECTIVES",
     "ApplyModel",

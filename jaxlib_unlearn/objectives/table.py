@@ -10,6 +10,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import (
     alternate,
     choice,
+    denoising,
     gradient,
     misdirection,
     preference,
@@ -33,6 +34,9 @@ OBJECTIVES: dict[str, Objective] = {
 
 LEARNING: dict[str, Objective] = {row.name: row for row in (OBJECTIVES["nll"], *choice.ROWS)}
 """What a model learns its rows by, where nothing is unlearned; see ``resolve``."""
+
+DENOISING: dict[str, Objective] = {row.name: row for row in denoising.ROWS}
+"""What a denoiser learns images by, and what it forgets concepts by; see ``resolve``."""
 
 
 def _nearest(word: object, names: Iterable[str]) -> str:
