@@ -84,10 +84,10 @@ class ClipText:
         ValueError: unknown `remat` or activation, or heads that do not divide the width.
 
     Example:
-        >>> encoder = ClipText(ClipTextConfig(99, 32, 64, num_layers=2, num_heads=4))
-        >>> params = encoder.init(jax.random.key(0))
-        >>> encoder.apply(params, jnp.zeros((2, 77), jnp.int32)).shape
-        (2, 77, 32)
+        >>> encoder = ClipText(ClipTextConfig())
+        >>> params = jax.eval_shape(encoder.init, jax.random.key(0))
+        >>> jax.eval_shape(encoder.apply, params, jnp.zeros((2, 77), jnp.int32)).shape
+        (2, 77, 768)
 
     Paper: Radford et al., arXiv:2103.00020, section 2.4; Rombach et al., arXiv:2112.10752,
     section 3.3, for its use as a condition.
@@ -185,13 +185,13 @@ class ClipText:
             UserError: rows longer than the positions that the model has learned.
 
         Example:
-            >>> encoder = ClipText(ClipTextConfig(9, 8, 16, num_layers=1, num_heads=2))
-            >>> params = encoder.init(jax.random.key(0))
-            >>> embeds = encoder.embed(params, jnp.zeros((1, 8), jnp.int32))
-            >>> before = encoder.apply_embeds(params, embeds)
-            >>> after = encoder.apply_embeds(params, embeds.at[:, 5].set(0.1))  # a pseudo-token
-            >>> jnp.any(before != after, axis=(0, 2))[3:7].tolist()
-            [False, False, True, True]
+            >>> encoder = ClipText(ClipTextConfig())
+            >>> def written(token):  # a pseudo-token at position 5 of "a ... a"
+            ...     params = jax.tree.map(lambda x: jnp.zeros(x.shape), encoder.shapes())
+            ...     embeds = encoder.embed(params, jnp.full((1, 77), 320)).at[:, 5].set(token)
+            ...     return encoder.apply_embeds(params, embeds).sum()
+            >>> jax.eval_shape(jax.grad(written), jnp.zeros(768)).shape
+            (768,)
         """
         c = self.config
         if embeds.ndim != 3 or embeds.shape[-1] != c.hidden_size:
