@@ -20,9 +20,10 @@ import numpy as np
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import exists, one_line
-from models import hub
+from models import clip_tokenizer, hub
 from models.arrays import host
-from models.diffusers_parts import PARTS, VERSION, Part, swapped, viewed, with_dtype
+from models.diffusers_configs import VERSION
+from models.diffusers_parts import PARTS, Part, swapped, viewed, with_dtype
 from models.export import (
     CARD,
     EXPORTER,
@@ -34,7 +35,7 @@ from models.export import (
 )
 from models.stored import Stored
 from models.tensors import Slot
-from models.tokenizer import read_json
+from models.tokenizer import Tokenizer, read_json
 from models.weights import (
     DTYPES,
     Shardings,
@@ -48,6 +49,7 @@ from models.weights import (
 
 MODEL_INDEX, CONFIG = "model_index.json", "config.json"
 SCHEDULER, SCHEDULER_CONFIG = "scheduler", "scheduler_config.json"
+TOKENIZER, TEXT = "tokenizer", "text_encoder"
 PIPELINE = "StableDiffusionPipeline"
 VARIANT = "fp16"
 HOW = "in diffusers, pipe.save_pretrained(FOLDER) does"
@@ -81,11 +83,13 @@ class Pipeline:
         configs: configurations by the name of the part, a row of `models.diffusers_parts.PARTS`.
         params: parameter trees by the name of the part.
         scheduler: what `scheduler_config.json` says.
+        tokenizer: of the text encoder, if that is there.
     """
 
     configs: Mapping[str, Any]
     params: Mapping[str, Any]
     scheduler: Mapping[str, Any]
+    tokenizer: Tokenizer | None = None
 
 
 def load(
@@ -138,6 +142,7 @@ def load(
     }
     _check_agreement(configs, str(folder))
     scheduler = read_json(folder / SCHEDULER / SCHEDULER_CONFIG, "it has the noise schedule")
+    tokenizer = _tokenizer(folder, configs[TEXT]) if TEXT in configs else None
     stored = {name: _stored(part, folder / name, variant) for name, part in rows.items()}
     params = {
         name: _filled(
@@ -145,7 +150,7 @@ def load(
         )
         for name in rows
     }
-    return Pipeline(configs, params, scheduler)
+    return Pipeline(configs, params, scheduler, tokenizer)
 
 
 def overlay(
@@ -220,7 +225,8 @@ def _check_index(index: Mapping[str, Any], parts: Sequence[str], folder: Path) -
                 f"{folder / MODEL_INDEX}: {name} is {one_line(repr(index.get(name)), 80)}, and "
                 f"{want} alone is read; give a folder of {PIPELINE}"
             )
-    missing = [name for name in (*parts, SCHEDULER) if not (folder / name).is_dir()]
+    wanted = (*parts, SCHEDULER, *[TOKENIZER] * (TEXT in parts))
+    missing = [name for name in wanted if not (folder / name).is_dir()]
     if missing:
         raise UserError(f"{folder}: no folder {shortened(missing)} in it; download it again")
 
@@ -237,6 +243,17 @@ def _check_agreement(configs: Mapping[str, Any], where: str) -> None:
                 f"{where}: {one}/{CONFIG} says {key} {found[0]}, {other}/{CONFIG} {other_key} "
                 f"{found[1]}; use the parts of one model"
             )
+
+
+def _tokenizer(folder: Path, config: Any) -> Tokenizer:
+    """The tokenizer, which must not know more tokens than the text encoder."""
+    found = clip_tokenizer.from_folder(folder / TOKENIZER)
+    if found.largest_id >= config.vocab_size:
+        raise UserError(
+            f"{folder}: {TOKENIZER} has token id {found.largest_id}, {TEXT}/{CONFIG} says "
+            f"vocab_size {config.vocab_size}; use the parts of one model"
+        )
+    return found
 
 
 def _stored(part: Part, folder: Path, variant: str | None) -> dict[str, Stored]:
@@ -333,6 +350,9 @@ def export(
             write_json(temporary / name / CONFIG, PARTS[name].write(pipeline.configs[name]))
         (temporary / SCHEDULER).mkdir()
         write_json(temporary / SCHEDULER / SCHEDULER_CONFIG, dict(pipeline.scheduler))
+        if pipeline.tokenizer is not None:
+            (temporary / TOKENIZER).mkdir()
+            clip_tokenizer.save(pipeline.tokenizer, temporary / TOKENIZER)
         write_json(temporary / MODEL_INDEX, _index(pipeline))
         if card is not None:
             (temporary / CARD).write_text(card(temporary), encoding="utf-8")
@@ -347,10 +367,12 @@ def export(
 
 def _index(pipeline: Pipeline) -> dict[str, Any]:
     """`model_index.json`; keys that begin with an underscore are not read by diffusers."""
+    tokenizer = {} if pipeline.tokenizer is None else {TOKENIZER: ["transformers", "CLIPTokenizer"]}
     return {
         "_class_name": PIPELINE,
         "_diffusers_version": VERSION,
         "_exporter": EXPORTER,
+        **tokenizer,
         **{name: [PARTS[name].library, PARTS[name].kind] for name in pipeline.configs},
         SCHEDULER: ["diffusers", pipeline.scheduler["_class_name"]],
         "feature_extractor": [None, None],
@@ -367,6 +389,7 @@ def _check_replaceable(folder: Path) -> None:
     """As `models.export.check_replaceable`, in the folders of the parts as well."""
     inside = {name: (CONFIG, f"{part.stem}.safetensors.index.json") for name, part in PARTS.items()}
     inside[SCHEDULER] = (SCHEDULER_CONFIG,)
+    inside[TOKENIZER] = (clip_tokenizer.VOCAB, clip_tokenizer.MERGES, *clip_tokenizer.SPECIAL)
     check_replaceable(folder, _exporter, (*inside, MODEL_INDEX, CARD))
     for name, files in inside.items():
         check_replaceable(folder / name, lambda _: EXPORTER, files)

@@ -93,10 +93,9 @@ class UNet:
         >>> config = UNetConfig(8, channels=(4, 8), attends=(True, False), layers_per_block=1,
         ...                     num_heads=2, cross_attention_dim=6, norm_groups=2)
         >>> unet = UNet(config)
-        >>> params = unet.init(jax.random.key(0))
-        >>> unet.apply(params, jnp.zeros((2, 8, 8, 4)), jnp.array([1, 981]), jnp.zeros((2, 3, 6))
-        ...            ).shape
-        (2, 8, 8, 4)
+        >>> latents, context = jnp.zeros((2, 8, 8, 4)), jnp.zeros((2, 3, 6))
+        >>> jax.eval_shape(unet.apply, unet.shapes(), latents, jnp.array([1, 981]), context)
+        ShapeDtypeStruct(shape=(2, 8, 8, 4), dtype=float32)
 
     Paper: Rombach et al., arXiv:2112.10752, section 3.3; `UNet2DConditionModel` of diffusers.
     """

@@ -85,9 +85,9 @@ class VAE:
 
     Example:
         >>> vae = VAE(VAEConfig(8, channels=(4, 8), layers_per_block=1, norm_groups=2))
-        >>> params = vae.init(jax.random.key(0))
-        >>> mean, logvar = vae.encode(params, jnp.zeros((2, 8, 8, 3)))
-        >>> mean.shape, vae.decode(params, vae.sample(mean, logvar, jnp.zeros(mean.shape))).shape
+        >>> images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+        >>> mean, logvar = jax.eval_shape(vae.encode, vae.shapes(), images)
+        >>> mean.shape, jax.eval_shape(vae.decode, vae.shapes(), mean).shape
         ((2, 4, 4, 4), (2, 8, 8, 3))
 
     Paper: Kingma & Welling, arXiv:1312.6114, section 2; Rombach et al., arXiv:2112.10752, section

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.matrices import resolve
 from models import diffusion_layers, unet
-from models.diffusers_parts import file_name, unet_config, unet_json
+from models.diffusers_configs import unet_config, unet_json
+from models.diffusers_parts import file_name
 from models.diffusion_layers import attention, matrices
 from models.layout import path_str, spec_of
 from models.unet import RULES, UNet, UNetConfig
@@ -94,7 +95,7 @@ def test_it_has_the_published_number_of_parameters():
 
 def test_optimizers_see_its_matrices(params):
     shapes = UNet(UNetConfig()).shapes()
-    flat = flatten(shapes)
+    flat = {path_str(path): x for path, x in jax.tree_util.tree_leaves_with_path(shapes)}
     found = dict(zip(flat, resolve(shapes, matrices), strict=True))
     for path, axes in found.items():
         if path.endswith("kernel"):
@@ -223,7 +224,7 @@ def test_one_time_for_all_rows(params):
 
 
 def test_at_first_it_predicts_no_noise():
-    params = UNet(SMALL).init(jax.random.key(0))
+    params = jax.jit(UNet(SMALL).init)(jax.random.key(0))
     assert not np.any(params["conv_out"]["kernel"])
     block = params["mid_block"]["resnets_0"]
     assert not np.any(block["conv2"]["kernel"])

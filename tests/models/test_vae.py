@@ -15,9 +15,10 @@ from safetensors.numpy import load_file
 
 from jaxlib_unlearn.optim.matrices import resolve
 from models import vae as module
-from models.diffusers_parts import file_name, vae_config, vae_json
+from models.diffusers_configs import vae_config, vae_json
+from models.diffusers_parts import file_name
 from models.diffusion_layers import Downsample, doubled, matrices
-from models.layout import spec_of
+from models.layout import path_str, spec_of
 from models.vae import RULES, VAE, VAEConfig, pixels
 from models.weights import flatten
 from train.runtime.sharding import MeshConfig, make_mesh
@@ -58,7 +59,8 @@ def test_it_has_the_published_number_of_parameters():
 
 def test_its_matrices_and_their_places():
     shapes = VAE(VAEConfig()).shapes()
-    flat, mesh = flatten(shapes), make_mesh(MeshConfig(1, 4, 2), jax.devices())
+    mesh = make_mesh(MeshConfig(1, 4, 2), jax.devices())
+    flat = {path_str(path): x for path, x in jax.tree_util.tree_leaves_with_path(shapes)}
     for (path, leaf), axes in zip(flat.items(), resolve(shapes, matrices), strict=True):
         assert (axes is not None) == path.endswith("kernel")
         spec_of(path, leaf.shape, mesh, RULES)  # raises for a leaf without a rule
@@ -112,19 +114,20 @@ def test_samples_and_their_scale():
 
 def test_from_images_to_latents_and_back():
     vae = VAE(SMALL)
-    params = vae.init(jax.random.key(0))
+    params = jax.jit(vae.init)(jax.random.key(0))
     assert not np.any(params["decoder"]["mid_block"]["attentions_0"]["to_out_0"]["kernel"])
     assert np.any(params["decoder"]["conv_out"]["kernel"])
     images = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (2, 8, 12, 1)), jnp.float32)
     params["quant_conv"]["bias"] = jnp.array([0.0, 0.0, 100.0, -100.0])
-    mean, logvar = vae.encode({k: params[k] for k in ("encoder", "quant_conv")}, images)
+    mean, logvar = jax.jit(vae.encode)({k: params[k] for k in ("encoder", "quant_conv")}, images)
     assert mean.shape == logvar.shape == (2, 4, 6, 2)
     assert np.all(logvar[..., 0] == 20) and np.all(logvar[..., 1] == -30)
-    decoded = vae.decode({k: params[k] for k in ("decoder", "post_quant_conv")}, mean)
+    half = {k: params[k] for k in ("decoder", "post_quant_conv")}
+    decoded = jax.jit(vae.decode)(half, mean)
     assert decoded.shape == images.shape
     # The scale is taken off first.
     other = VAE(dataclasses.replace(SMALL, scaling_factor=1.0))
-    np.testing.assert_array_equal(other.decode(params, 2 * mean), decoded)
+    np.testing.assert_array_equal(jax.jit(other.decode)(half, 2 * mean), decoded)
     assert 0 <= pixels(decoded).min() and pixels(decoded).max() <= 1
 
 
