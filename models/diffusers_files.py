@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import exists, one_line
-from models import clip_tokenizer, hub
+from models import clip_tokenizer, hub, scheduler_files
 from models.arrays import host
 from models.diffusers_configs import VERSION
 from models.diffusers_parts import PARTS, Part, swapped, viewed, with_dtype
@@ -33,6 +33,7 @@ from models.export import (
     write_json,
     write_tensors,
 )
+from models.schedulers import Schedule
 from models.stored import Stored
 from models.tensors import Slot
 from models.tokenizer import Tokenizer, read_json
@@ -48,25 +49,10 @@ from models.weights import (
 )
 
 MODEL_INDEX, CONFIG = "model_index.json", "config.json"
-SCHEDULER, SCHEDULER_CONFIG = "scheduler", "scheduler_config.json"
-TOKENIZER, TEXT = "tokenizer", "text_encoder"
+SCHEDULER, TOKENIZER, TEXT = "scheduler", "tokenizer", "text_encoder"
 PIPELINE = "StableDiffusionPipeline"
 VARIANT = "fp16"
 HOW = "in diffusers, pipe.save_pretrained(FOLDER) does"
-# The scheduler of Stable Diffusion v1.
-PNDM: dict[str, Any] = {
-    "_class_name": "PNDMScheduler",
-    "_diffusers_version": VERSION,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
 # Sizes that two parts must agree on.
 AGREE = (
     (("unet", "cross_attention_dim"), ("text_encoder", "hidden_size")),
@@ -82,13 +68,13 @@ class Pipeline:
     Args:
         configs: configurations by the name of the part, a row of `models.diffusers_parts.PARTS`.
         params: parameter trees by the name of the part.
-        scheduler: what `scheduler_config.json` says.
+        scheduler: the noise schedule and its sampler.
         tokenizer: of the text encoder, if that is there.
     """
 
     configs: Mapping[str, Any]
     params: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
+    scheduler: Schedule
     tokenizer: Tokenizer | None = None
 
 
@@ -141,7 +127,7 @@ def load(
         for name, part in rows.items()
     }
     _check_agreement(configs, str(folder))
-    scheduler = read_json(folder / SCHEDULER / SCHEDULER_CONFIG, "it has the noise schedule")
+    scheduler = scheduler_files.from_folder(folder / SCHEDULER)
     tokenizer = _tokenizer(folder, configs[TEXT]) if TEXT in configs else None
     stored = {name: _stored(part, folder / name, variant) for name, part in rows.items()}
     params = {
@@ -349,7 +335,7 @@ def export(
             write_tensors(own, temporary / name, stem=PARTS[name].stem)
             write_json(temporary / name / CONFIG, PARTS[name].write(pipeline.configs[name]))
         (temporary / SCHEDULER).mkdir()
-        write_json(temporary / SCHEDULER / SCHEDULER_CONFIG, dict(pipeline.scheduler))
+        write_json(temporary / SCHEDULER / scheduler_files.FILE, _schedule(pipeline))
         if pipeline.tokenizer is not None:
             (temporary / TOKENIZER).mkdir()
             clip_tokenizer.save(pipeline.tokenizer, temporary / TOKENIZER)
@@ -374,11 +360,15 @@ def _index(pipeline: Pipeline) -> dict[str, Any]:
         "_exporter": EXPORTER,
         **tokenizer,
         **{name: [PARTS[name].library, PARTS[name].kind] for name in pipeline.configs},
-        SCHEDULER: ["diffusers", pipeline.scheduler["_class_name"]],
+        SCHEDULER: ["diffusers", _schedule(pipeline)["_class_name"]],
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
         "requires_safety_checker": False,
     }
+
+
+def _schedule(pipeline: Pipeline) -> dict[str, Any]:
+    return scheduler_files.to_hf(pipeline.scheduler)
 
 
 def _exporter(folder: Path) -> Any:
@@ -388,7 +378,7 @@ def _exporter(folder: Path) -> Any:
 def _check_replaceable(folder: Path) -> None:
     """As `models.export.check_replaceable`, in the folders of the parts as well."""
     inside = {name: (CONFIG, f"{part.stem}.safetensors.index.json") for name, part in PARTS.items()}
-    inside[SCHEDULER] = (SCHEDULER_CONFIG,)
+    inside[SCHEDULER] = (scheduler_files.FILE,)
     inside[TOKENIZER] = (clip_tokenizer.VOCAB, clip_tokenizer.MERGES, *clip_tokenizer.SPECIAL)
     check_replaceable(folder, _exporter, (*inside, MODEL_INDEX, CARD))
     for name, files in inside.items():

@@ -13,9 +13,10 @@ from jaxlib_unlearn.errors import UserError
 from models import clip_tokenizer, diffusers_files
 from models.clip_text import ClipTextConfig
 from models.diffusers_configs import unet_config, unet_json, vae_config, vae_json
-from models.diffusers_files import PNDM, Pipeline
+from models.diffusers_files import Pipeline
 from models.diffusers_parts import PARTS
 from models.layout import path_str, spec_of
+from models.schedulers import Schedule
 from models.unet import RULES, UNetConfig
 from models.vae import VAEConfig
 from models.weights import flatten
@@ -42,7 +43,7 @@ def pipeline():
         name: jax.tree.map(one, part.model(CONFIGS[name]).shapes()) for name, part in PARTS.items()
     }
     tokenizer = clip_tokenizer.of_merges([("c", "a"), ("ca", "t</w>")])
-    return Pipeline(CONFIGS, params, PNDM, tokenizer)
+    return Pipeline(CONFIGS, params, Schedule(), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def configure(path, **changes):
 
 def test_an_export_is_the_same_to_the_last_bit(exported, pipeline):
     found = diffusers_files.load(exported)
-    assert found.configs == CONFIGS and found.scheduler == PNDM
+    assert found.configs == CONFIGS and found.scheduler == Schedule()
     assert found.tokenizer is not None and pipeline.tokenizer is not None
     assert found.tokenizer.encode("a cat") == pipeline.tokenizer.encode("a cat")
     same(found.params, pipeline.params)
@@ -288,6 +289,8 @@ def spoil(name, folder):
         configure(unet, layers_per_block=2)
     elif name == "vocabulary":
         configure(folder / "text_encoder" / "config.json", vocab_size=500)
+    elif name == "sampler":
+        configure(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     elif name == "linear":
         configure(unet, use_linear_projection=True)
     elif name == "levels":
@@ -336,8 +339,9 @@ SPOILT = {
     "class": "_class_name 'AutoencoderKL' is no UNet2DConditionModel",
     "context": "unet/config.json says cross_attention_dim 24, text_encoder/config.json hidden",
     "latents": "unet/config.json says in_channels 4, vae/config.json latent_channels 8",
-    "layers": r"unet: the tensors do not fit a unet model; missing: down_blocks.0.resnets.1",
+    "layers": r"unet: the tensors do not fit a unet model; missing: down_blocks.0.att.*; wrong shape: ",
     "vocabulary": "tokenizer has token id 515, text_encoder/config.json says vocab_size 500",
+    "sampler": "prediction_type is 'v_prediction', and 'epsilon' alone is supported",
     "linear": "use_linear_projection is True, and only False is supported",
     "levels": "2 down_block_types, 2 up_block_types and 3 block_out_channels",
     "blocks": "levels attend on the way down or up alone",

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 from models import clip_tokenizer, diffusers_files
 from models.clip_text import ClipText, ClipTextConfig
 from models.diffusers_configs import unet_config, vae_config
-from models.diffusers_files import PNDM, Pipeline
+from models.diffusers_files import Pipeline
 from models.diffusers_parts import PARTS
+from models.schedulers import Schedule
 from models.unet import UNet
 from models.vae import VAE
 
@@ -58,7 +59,7 @@ def folder(theirs, tmp_path_factory):
     tokenizer = clip_tokenizer.of_merges([("c", "a"), ("ca", "t</w>")])
     config = ClipTextConfig(516, 24, 32, num_layers=3, num_heads=4)
     text = ClipText(config).init(jax.random.key(0))
-    ours = Pipeline({"text_encoder": config}, {"text_encoder": text}, PNDM, tokenizer)
+    ours = Pipeline({"text_encoder": config}, {"text_encoder": text}, Schedule(), tokenizer)
     diffusers_files.export(ours, folder)
     for name, model in zip(("unet", "vae"), theirs, strict=True):
         model.float().save_pretrained(folder / name)
