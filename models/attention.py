@@ -92,7 +92,7 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
         q: queries `(B, T, H, D)`.
         parts: keys and values in one or several parts (a prompt and an answer), normalised
             together.
-        scale: of the scores; they and the softmax are float32.
+        scale: of the scores; they and the softmax are float32, or float64 of float64.
 
     Returns:
         `(B, T, H, D)` in the dtype of `q`. A query that sees no key gets the mean of all values in
@@ -183,12 +183,13 @@ def _softmax_average(scores: Sequence[jax.Array], values: Sequence[jax.Array]) -
 
 
 def _shared_einsum(product: str, x: jax.Array, shared: jax.Array) -> jax.Array:
-    """`einsum` of B rows `x`, `(B, K, n, D or S)`, with R rows of keys or values; float32.
+    """`einsum` of B rows `x`, `(B, K, n, D or S)`, with R rows of keys or values; float32 or wider.
 
     Rows that share keys (samples of one prompt) are joined, so that the keys are read once.
     """
     batch, rows = len(x), len(shared)
-    found = jnp.einsum(product, _joined(x, rows), shared, preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    found = jnp.einsum(product, _joined(x, rows), shared, preferred_element_type=wide)
     return _parted(found, batch)
 
 

@@ -147,9 +147,8 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         # mkdtemp's folders and safetensors' files are private by default.
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        for path in temporary.iterdir():
-            path.chmod(0o666 & ~umask)
+        for path in (temporary, *temporary.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         _swap(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -376,9 +375,15 @@ def _tensors(loaded: Loaded, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]
 
 
 def write_tensors(
-    tensors: Iterator[tuple[str, np.ndarray]], folder: Path, shard_bytes: int = SHARD_BYTES
+    tensors: Iterator[tuple[str, np.ndarray]],
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    stem: str = "model",
 ) -> None:
-    """Write safetensors files of at most `shard_bytes` each, with their index if there are more."""
+    """Write safetensors files of at most `shard_bytes` each, with their index if there are more.
+
+    Their names begin with `stem`.
+    """
     from safetensors.numpy import save_file
 
     files: list[Path] = []
@@ -403,14 +408,15 @@ def write_tensors(
         total += array.nbytes
     write(shard)
     if len(files) == 1:
-        files[0].rename(folder / "model.safetensors")
+        files[0].rename(folder / f"{stem}.safetensors")
         return
     final = {
-        path: f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        path: f"{stem}-{number:05d}-of-{len(files):05d}.safetensors"
         for number, path in enumerate(files, 1)
     }
     for path, name in final.items():
         path.rename(folder / name)
     weight_map = {name: final[path] for name, path in sorted(table.items())}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")

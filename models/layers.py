@@ -91,7 +91,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class LayerNorm(nnx.Module):
-    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`, statistics in float32, last axis."""
+    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` over the last axis.
+
+    Statistics are float32, or float64 of float64.
+    """
 
     def __init__(self, size: int, eps: float):
         self.scale = nnx.Param(jnp.ones((size,)))
@@ -99,7 +102,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide - jnp.mean(wide, -1, keepdims=True)
         normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
         return normal.astype(x.dtype) * self.scale[...].astype(x.dtype) + self.bias[...].astype(
@@ -154,11 +157,13 @@ class Attention(nnx.Module):
         return self.o(y.reshape(batch, length, self.heads * self.head_dim)), cache
 
 
-# `gelu_new` is the approximation by tanh, as GPT-2 has it; `gelu` the function itself.
+# `gelu_new` is the approximation by tanh, as GPT-2 has it; `quick_gelu` that by a sigmoid, as CLIP
+# has it; `gelu` the function itself.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
 }
 

@@ -196,36 +196,56 @@ def _check_vocabulary(config: DecoderConfig, tokenizer: Tokenizer, where: str) -
         )
 
 
-def safetensors_of(folder: Any) -> dict[str, Stored]:
-    """The headers of a folder's safetensors files, whole or sharded."""
-    index = folder / INDEX
+def safetensors_of(folder: Any, stem: str = "model", variant: str = "") -> dict[str, Stored]:
+    """The headers of a folder's safetensors files, whole or sharded.
+
+    Args:
+        folder: that holds them.
+        stem: their names begin with it.
+        variant: a word of their names, such as fp16; "": they have none.
+
+    Raises:
+        UserError: there are none, one of them is missing or damaged.
+    """
+    word = f".{variant}" if variant else ""
+    whole, index = f"{stem}{word}.safetensors", folder / f"{stem}.safetensors.index{word}.json"
     if index.is_file():
         table = read_json(index, "it lists the shards").get("weight_map")
         if not isinstance(table, dict):
             raise UserError(f"{index}: no weight_map in it; download the model again")
         files = sorted({_shard(file, index) for file in table.values()})
-    elif (folder / "model.safetensors").is_file():
-        table, files = None, ["model.safetensors"]
+    elif (folder / whole).is_file():
+        table, files = None, [whole]
     else:
-        pickled = any(folder.glob("pytorch_model*.bin"))
+        pickled = any(folder.glob("*pytorch_model*.bin"))
         why = " (pickled .bin weights are never read)" if pickled else ""
         raise UserError(
-            f"{folder}: neither model.safetensors nor {INDEX}{why}; save the model as safetensors"
+            f"{folder}: neither {whole} nor {index.name}{why}; save the model as safetensors"
         )
     absent = [file for file in files if not (folder / file).is_file()]
     if absent:
         raise UserError(f"{folder}: missing {shortened(absent)}; download the model again")
-    stored: dict[str, Stored] = {}
-    for file in files:
-        with reading(folder / file, "download it again", "cannot be read, truncated or damaged"):
-            header = safetensors_files.read_header(folder / file)
-        for name, (kind, shape, offset) in header.items():
-            if table is None or table.get(name) == file:
-                read = functools.partial(
-                    safetensors_files.read_rows, folder / file, kind, shape, offset
-                )
-                stored[name] = Stored(shape, kind, read, (file, offset))
-    return stored
+    return {
+        name: tensor
+        for file in files
+        for name, tensor in stored_in(folder / file).items()
+        if table is None or table.get(name) == file
+    }
+
+
+def stored_in(path: Any) -> dict[str, Stored]:
+    """The headers of one safetensors file.
+
+    Raises:
+        UserError: it cannot be read, truncated or damaged.
+    """
+    with reading(path, "download it again", "cannot be read, truncated or damaged"):
+        header = safetensors_files.read_header(path)
+    found = {}
+    for name, (kind, shape, offset) in header.items():
+        read = functools.partial(safetensors_files.read_rows, path, kind, shape, offset)
+        found[name] = Stored(shape, kind, read, (path.name, offset))
+    return found
 
 
 def _shard(file: Any, index: Any) -> str:
