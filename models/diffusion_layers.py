@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from optax.contrib import MuonDimensionNumbers
 
 from models import layout
 from models.activation_sharding import batch_sharded
@@ -35,36 +34,6 @@ LAYERS: layout.Rules = (
     (r"(conv|conv_in|conv_shortcut|proj_in|proj_out|conv_out)/kernel$", ("fsdp", None)),
     (r"(scale|bias)$", ()),
 )
-CONVOLUTION = MuonDimensionNumbers((0, 1, 2), (3,))
-
-
-def matrices(params: Any) -> Any:
-    """Which leaves are matrices, for `matrices=` of the optimizers in `jaxlib_unlearn.optim`.
-
-    A convolution's kernel `(k, k, in, out)` is one matrix `(k k in, out)`; the rules of
-    `jaxlib_unlearn.optim` place all other leaves: dense kernels are matrices, norms, biases and
-    tables are not.
-
-    Args:
-        params: a tree of arrays or shapes, of one network or of several.
-
-    Returns:
-        The tree with `optax.contrib.MuonDimensionNumbers` or the word "rules" for each leaf.
-
-    Example:
-        >>> from jaxlib_unlearn.optim.matrices import describe
-        >>> params = {"conv": {"kernel": jnp.zeros((3, 3, 4, 8)), "bias": jnp.zeros(8)}}
-        >>> print(describe(params, matrices=matrices))
-        leaf         shape        optimizer  rule
-        conv/bias    (8,)         adamw      a vector
-        conv/kernel  (3, 3, 4, 8) muon       1 x (36 in, 8 out)
-    """
-
-    def one(path, leaf):
-        kernel = layout.path_str(path).endswith("kernel") and len(leaf.shape) == 4
-        return CONVOLUTION if kernel else "rules"
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def abstract(make: Callable[[], nnx.Module]) -> tuple[Any, Any]:

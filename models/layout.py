@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
 
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored
 
@@ -33,6 +34,9 @@ DECODER: Rules = (
     (r"(attn/o|mlp/down)/lora_b/kernel$", (None, "fsdp")),
     (r"(scale|bias)$", ()),
 )
+
+
+CONVOLUTION = MuonDimensionNumbers((0, 1, 2), (3,))
 
 
 def path_str(path: Any) -> str:
@@ -83,3 +87,33 @@ def constrain(tree: Any, dtype: Any = None, rules: Rules = DECODER) -> Any:
         return jax.lax.with_sharding_constraint(leaf, sharding)
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda x: isinstance(x, Factored))
+
+
+def matrices(params: Any) -> Any:
+    """Which leaves are matrices, for `matrices=` of the optimizers in `jaxlib_unlearn.optim`.
+
+    A convolution's kernel `(k, k, in, out)` is one matrix `(k k in, out)`; the rules of
+    `jaxlib_unlearn.optim` place all other leaves: dense kernels are matrices, norms, biases and
+    tables are not.
+
+    Args:
+        params: a tree of arrays or shapes, of one network or of several.
+
+    Returns:
+        The tree with `optax.contrib.MuonDimensionNumbers` or the word "rules" for each leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxlib_unlearn.optim.matrices import describe
+        >>> params = {"conv": {"kernel": jnp.zeros((3, 3, 4, 8)), "bias": jnp.zeros(8)}}
+        >>> print(describe(params, matrices=matrices))
+        leaf         shape        optimizer  rule
+        conv/bias    (8,)         adamw      a vector
+        conv/kernel  (3, 3, 4, 8) muon       1 x (36 in, 8 out)
+    """
+
+    def one(path, leaf):
+        kernel = path_str(path).endswith("kernel") and len(leaf.shape) == 4
+        return CONVOLUTION if kernel else "rules"
+
+    return jax.tree_util.tree_map_with_path(one, params)

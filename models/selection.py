@@ -34,7 +34,7 @@ class Selection(NamedTuple):
     Args:
         inner: paths below one layer, `mlp/down/kernel`.
         outer: paths of leaves outside the layers, `embed/embedding`.
-        runs: all blocks, in runs of trained ones and others.
+        runs: all blocks, in runs of trained ones and others; of a model without stacks, none.
     """
 
     inner: tuple[str, ...]
@@ -46,7 +46,8 @@ class Selection(NamedTuple):
         """The first block that a gradient has to reach."""
         if any(path.startswith(BELOW_BLOCKS) for path in self.outer):
             return 0
-        return next((run.first for run in self.runs if run.trained), self.runs[-1].last)
+        depth = self.runs[-1].last if self.runs else 0
+        return next((run.first for run in self.runs if run.trained), depth)
 
 
 def select(
@@ -55,7 +56,7 @@ def select(
     """Choose leaves by name and by block.
 
     Args:
-        params: a decoder's parameters, with one stack of layers (arrays or shapes).
+        params: of a model with one stack of layers, or with none (arrays or shapes).
         leaves: parts of paths, `mlp/down` or `q`; None: all. A leaf outside the layers is chosen by
             its name alone.
         blocks: which blocks; None: all.
@@ -76,8 +77,9 @@ def select(
         [(1, 3)]
     """
     outside = {name: part for name, part in params.items() if name != "layers"}
-    inner, outer = _paths(params["layers"]), _paths(outside)
-    depth = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = params.get("layers", {})
+    inner, outer = _paths(layers), _paths(outside)
+    depth = jax.tree.leaves(layers)[0].shape[0] if inner else 0
     if leaves is not None:
         for name in leaves:
             if not any(_matches(path, name) for path in inner + outer):
@@ -92,7 +94,8 @@ def select(
         outer = []
     for block in blocks or ():
         if not 0 <= block < depth:
-            raise UserError(f"--train.blocks {block}: the model has blocks 0 to {depth - 1}")
+            there = f"blocks 0 to {depth - 1}" if depth else "no stack of blocks; leave it out"
+            raise UserError(f"--train.blocks {block}: the model has {there}")
     chosen = set(range(depth) if blocks is None else blocks) if inner else set()
     if blocks is not None and not chosen:
         raise UserError(
@@ -114,7 +117,7 @@ def split(
     """The trained tree, and all the rest.
 
     Args:
-        params: a decoder's parameters, with one stack of layers.
+        params: of a model with one stack of layers, or with none.
         chosen: from `select`.
         cut: `(leaf, path, first, last) ->` these layers of a stacked leaf; None: a slice. A leaf
             outside the layers is given as one layer of its own, from 0 to its first axis.
@@ -155,7 +158,7 @@ def split(
     if stacks:
         trainable["layers"] = stacks[0] if len(stacks) == 1 else tuple(stacks)
     frozen = _pick(outside, lambda path: path not in chosen.outer)
-    return trainable, frozen | {"layers": tuple(rest)}
+    return trainable, frozen | ({"layers": tuple(rest)} if rest else {})
 
 
 def bind(
@@ -259,14 +262,14 @@ def _whole(
 ) -> dict[str, Any]:
     """The model with `fn(i, frozen stack, trained stack)` in the i-th trained run."""
     mine, layers, i = _stacks(trainable), [], 0
-    for run, stack in zip(chosen.runs, frozen["layers"], strict=True):
+    for run, stack in zip(chosen.runs, frozen.get("layers", ()), strict=True):
         layers.append(fn(i, stack, mine[i]) if run.trained else stack)
         i += run.trained
     outside = _join(
         {name: part for name, part in frozen.items() if name != "layers"},
         {name: part for name, part in trainable.items() if name != "layers"},
     )
-    return outside | {"layers": tuple(layers)}
+    return outside | ({"layers": tuple(layers)} if layers else {})
 
 
 def _walk(tree: Any, above: str = "") -> list[tuple[str, Any]]:

@@ -20,6 +20,7 @@ from jaxlib_unlearn import optim
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim import matrices
 from jaxlib_unlearn.optim.spectral.groups import ATTENTION
+from models import layout
 from train.optimizer_options import (
     FZOO,
     GROUPS,
@@ -125,7 +126,8 @@ def _with_matrices(make: Callable[..., Any], **options: Any):
     """Muon, TEON or SIFT: matrix updates have AdamW's typical RMS, AdamW trains the rest."""
 
     def build(c: Any, schedule: optax.Schedule):
-        more = {"shape_scale": "match_rms"} | {name: value(c) for name, value in options.items()}
+        more: dict[str, Any] = {"shape_scale": "match_rms", "matrices": layout.matrices}
+        more |= {name: value(c) for name, value in options.items()}
         rate = getattr(c, "adam_learning_rate", None)
         if rate is not None:
             # Both follow the run's schedule, whose peak may be traced.
@@ -174,7 +176,7 @@ def _optax_muon(c: OptaxMuon, schedule: optax.Schedule):
     def dimensions(params: Any) -> Any:
         leaves = [
             None if axes is None else optax.contrib.MuonDimensionNumbers(axes.fan_in, axes.fan_out)
-            for axes in matrices.resolve(params)
+            for axes in matrices.resolve(params, layout.matrices)
         ]
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 

@@ -1,9 +1,9 @@
 r"""Denoisers that learn images with their captions, or forget a concept.
 
 A batch holds noisy latents ``x``, their times, the noise ``e`` that was added and the token ids of
-a prompt ``c``; all of it is drawn by the stream. A model answers ``noise(batch, prompt)``: the
-noise that it sees in the latents, given the prompt in a column of the batch, ``(B, ..)``. Errors
-are means over the entries of a row, and sums over rows.
+a prompt ``c``; all of it is drawn by the stream. A model answers ``noise(batch, *prompts)``: the
+noise that it sees in the latents, ``(B, ..)``, given each of the prompts, which are columns of the
+batch; several in one pass. Errors are means over the entries of a row, and sums over rows.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def denoise(context: Context, batches: Mapping[str, Batch], options: Denoise) ->
     r"""Learn to see the noise: :math:`L = E \lVert e - e_\theta(x, t, c) \rVert^2 / n`."""
     del options
     batch = batches["train"]
-    return {"train": _error(_noise(context.model, batch), batch["noise"])}
+    return {"train": _error(_noise(context.model, batch)[0], batch["noise"])}
 
 
 def esd(context: Context, batches: Mapping[str, Batch], options: ESD) -> Terms:
@@ -80,11 +80,10 @@ def esd(context: Context, batches: Mapping[str, Batch], options: ESD) -> Terms:
     with :math:`e_0` the frozen model and :math:`c'` the empty prompt, in ``other_tokens``.
     """
     batch = batches["forget"]
-    asked, plain = (_noise(frozen(context), batch, prompt) for prompt in (PROMPT, OTHER))
+    asked, plain = _noise(frozen(context), batch, PROMPT, OTHER)
     target = asked - options.guidance * (asked - plain)
-    return {"forget": _error(_noise(context.model, batch), target)} | _kept(
-        context, batches, options
-    )
+    forget = _error(_noise(context.model, batch)[0], target)
+    return {"forget": forget} | _kept(context, batches, options)
 
 
 def redirect(context: Context, batches: Mapping[str, Batch], options: Redirect) -> Terms:
@@ -96,10 +95,9 @@ def redirect(context: Context, batches: Mapping[str, Batch], options: Redirect) 
     with :math:`c'` the prompt of another concept, in ``other_tokens``.
     """
     batch = batches["forget"]
-    target = _noise(frozen(context), batch, OTHER)
-    return {"forget": _error(_noise(context.model, batch), target)} | _kept(
-        context, batches, options
-    )
+    (target,) = _noise(frozen(context), batch, OTHER)
+    forget = _error(_noise(context.model, batch)[0], target)
+    return {"forget": forget} | _kept(context, batches, options)
 
 
 def _kept(context: Context, batches: Mapping[str, Batch], options: Erasing) -> Terms:
@@ -107,12 +105,13 @@ def _kept(context: Context, batches: Mapping[str, Batch], options: Erasing) -> T
     if options.keep == "none":
         return {}
     batch = batches["retain"]
-    target = batch["noise"] if options.keep == "denoise" else _noise(frozen(context), batch)
-    return {"retain": _error(_noise(context.model, batch), target)}
+    target = batch["noise"] if options.keep == "denoise" else _noise(frozen(context), batch)[0]
+    return {"retain": _error(_noise(context.model, batch)[0], target)}
 
 
-def _noise(model: Any, batch: Batch, prompt: str = PROMPT) -> Any:
-    return model.noise(batch, prompt)
+def _noise(model: Any, batch: Batch, *prompts: str) -> tuple[Any, ...]:
+    """The answers to each of the prompts; without one, to the batch's own."""
+    return model.noise(batch, *(prompts or (PROMPT,)))
 
 
 def _error(found: Any, target: Any) -> Term:

@@ -20,12 +20,10 @@ class Toy(NamedTuple):
     kernel: object  # (2, 2)
     table: object  # (WORDS, 2)
 
-    def noise(self, batch, prompt):
-        words = jnp.mean(jnp.asarray(self.table)[batch[prompt]], axis=1)
-        return (
-            batch["latents"] @ self.kernel
-            + words[:, None, None] * batch["time"][:, None, None, None]
-        )
+    def noise(self, batch, *prompts):
+        level = batch["time"][:, None, None, None]
+        words = [jnp.mean(jnp.asarray(self.table)[batch[p]], axis=1) for p in prompts]
+        return tuple(batch["latents"] @ self.kernel + w[:, None, None] * level for w in words)
 
 
 def toy(seed):

@@ -20,8 +20,8 @@ from jaxlib_unlearn.optim.matrices import resolve
 from models import diffusion_layers, unet
 from models.diffusers_configs import unet_config, unet_json
 from models.diffusers_parts import file_name
-from models.diffusion_layers import attention, matrices
-from models.layout import path_str, spec_of
+from models.diffusion_layers import attention
+from models.layout import matrices, path_str, spec_of
 from models.unet import RULES, UNet, UNetConfig
 from models.weights import flatten
 from train.runtime.sharding import MeshConfig, make_mesh, param_shardings

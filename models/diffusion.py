@@ -1,0 +1,271 @@
+"""A text-to-image denoiser: a text encoder, and the denoiser that reads its states.
+
+Both are trained, sharded and exchanged as one tree, `{"text_encoder": .., "unet": ..}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_unlearn.concepts import attack_token
+from jaxlib_unlearn.objectives import Context, Questions
+from models import clip_text, layout, unet
+from models.asked import Frozen
+from models.clip_text import ClipText
+from models.labels import Batch
+from models.unet import UNet
+
+NOISE = "noise"  # the question that it answers
+TEXT, UNET = "text_encoder", "unet"
+NETWORK = "network"  # of an attack: what is trained
+
+RULES: layout.Rules = (*clip_text.RULES, *unet.RULES)
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    r"""Text encoder and denoiser as pure functions of `params`.
+
+    .. math:: \hat\epsilon = \epsilon_\theta(z_t, t, \tau(c))
+
+    Args:
+        text: the encoder, tau.
+        unet: the denoiser.
+
+    Raises:
+        ValueError: the denoiser reads states of another width.
+
+    Example:
+        >>> from models.clip_text import ClipTextConfig
+        >>> from models.unet import UNetConfig
+        >>> model = Diffusion(ClipText(ClipTextConfig()), UNet(UNetConfig()))
+        >>> z, ids = jnp.zeros((2, 64, 64, 4)), jnp.zeros((2, 77), jnp.int32)
+        >>> jax.eval_shape(model.noise, model.shapes(), z, jnp.array([1, 981]), ids).shape
+        (2, 64, 64, 4)
+
+    Paper: Rombach et al., arXiv:2112.10752, section 3.3.
+    """
+
+    text: ClipText
+    unet: UNet
+
+    def __post_init__(self):
+        has, reads = self.text.config.hidden_size, self.unet.config.cross_attention_dim
+        if has != reads:
+            raise ValueError(
+                f"the denoiser reads states of width {reads}, those of a text have {has}"
+            )
+
+    def shapes(self) -> dict[str, Any]:
+        """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
+        return {TEXT: self.text.shapes(), UNET: self.unet.shapes()}
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Random parameters of both."""
+        one, two = jax.random.split(key)
+        return {TEXT: self.text.init(one), UNET: self.unet.init(two)}
+
+    def noise(
+        self, params: Any, latents: jax.Array, time: jax.Array, tokens: jax.Array
+    ) -> jax.Array:
+        """The noise that latents hold, given token ids.
+
+        Args:
+            params: the tree of both.
+            latents: noisy, `(B, H, W, C)`.
+            time: `(B,)` or a scalar.
+            tokens: int32 `(B, T)`.
+
+        Returns:
+            `(B, H, W, C)`.
+        """
+        return self.noise_given(params, latents, time, self.text.embed(params[TEXT], tokens))
+
+    def noise_given(
+        self, params: Any, latents: jax.Array, time: jax.Array, embeds: jax.Array
+    ) -> jax.Array:
+        """The same, given token embeddings `(B, T, d)`, which may be of no word at all."""
+        states = self.text.apply_embeds(params[TEXT], embeds)
+        return self.unet.apply(params[UNET], latents, time, states)
+
+
+@dataclass(frozen=True)
+class AskedDenoiser:
+    """A denoiser and its parameters, as objectives ask it.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        embed: `(params, batch, token ids) -> embeddings`.
+        frozen: no gradient flows back.
+        known: answers so far; they are added as they are asked for.
+    """
+
+    model: Diffusion
+    params: Any
+    embed: Any
+    frozen: bool = False
+    known: list[tuple[Batch, str, jax.Array]] = field(default_factory=list)
+
+    def noise(self, batch: Batch, *prompts: str) -> tuple[jax.Array, ...]:
+        """The noise in `batch["latents"]` at `batch["time"]`, for the prompt in each column.
+
+        Those not yet known are computed in one pass.
+
+        Returns:
+            `(B, H, W, C)` each.
+
+        Raises:
+            ValueError: a frozen model that is not there.
+        """
+        if self.params is None:
+            raise ValueError("the frozen model is asked, which its row's reference does not fork")
+        wanted = [p for p in dict.fromkeys(prompts) if self._find(batch, p) is None]
+        if wanted:
+            times = len(wanted)
+            embeds = [self.embed(self.params, batch, batch[p]) for p in wanted]
+            latents, time = batch["latents"], jnp.asarray(batch["time"])
+            found = self.model.noise_given(
+                self.params,
+                jnp.concatenate([latents] * times) if times > 1 else latents,
+                jnp.concatenate([time] * times) if times > 1 else time,
+                jnp.concatenate(embeds) if times > 1 else embeds[0],
+            )
+            found = jax.lax.stop_gradient(found) if self.frozen else found
+            for prompt, part in zip(wanted, jnp.split(found, times), strict=True):
+                self.known.append((batch, prompt, part))
+        answers = [self._find(batch, prompt) for prompt in prompts]
+        return tuple(answer for answer in answers if answer is not None)
+
+    def _find(self, batch: Batch, prompt: str) -> jax.Array | None:
+        for other, name, found in self.known:
+            if other is batch and name == prompt:
+                return found
+        return None
+
+
+@dataclass(frozen=True)
+class DiffusionLearner:
+    """A text-to-image denoiser as the trainer sees it, see `models.learner.Learner`.
+
+    Args:
+        model: the model.
+    """
+
+    model: Diffusion
+    answers = frozenset((NOISE,))
+    rules = RULES
+    layered = False
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Width of the text's states, size of the vocabulary."""
+        c = self.model.text.config
+        return {"hidden": c.hidden_size, "vocab": c.vocab_size}
+
+    @property
+    def dtype(self) -> str:
+        """What the denoiser computes in."""
+        return self.model.unet.config.dtype
+
+    def identity(self) -> Any:
+        """Both configurations."""
+        return [self.model.text.config, self.model.unet.config]
+
+    def shapes(self) -> Any:
+        """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
+        return self.model.shapes()
+
+    def embed(self, params: Any, batch: Batch, tokens: jax.Array) -> jax.Array:
+        """The embeddings of token ids, `(B, T, d)`."""
+        del batch
+        return self.model.text.embed(params[TEXT], tokens)
+
+    def context(
+        self,
+        params: Any,
+        frozen: Frozen,
+        batches: Mapping[str, Batch],
+        questions: Questions,
+        *,
+        layer_map: Any = None,
+        fuse: bool = True,
+        train_from: int = 0,
+    ) -> Context:
+        """What a loss may ask of these parameters, see `Learner.context`."""
+        del batches, questions, layer_map, fuse, train_from
+        params = layout.constrain(params, rules=self.rules)
+        model: Any = AskedDenoiser(self.model, params, self.embed)
+        reference: Any = AskedDenoiser(self.model, frozen.params, self.embed, frozen=True)
+        return Context(model, reference)
+
+
+@dataclass(frozen=True)
+class AttackLearner(DiffusionLearner):
+    """A denoiser to which one token is learned, as SubAttack does it.
+
+    Its tree is the model's with two parts more: `network`, the one that is trained, and `basis`,
+    the span of the tokens before, `{"embedding": (d, K)}`. A batch has `place (B,)` beside the
+    rest: the position of its tokens that the learned embedding takes.
+
+    Args:
+        model: the model, all of it frozen.
+        words: so many of the vocabulary's first rows are combined; special tokens come after them.
+        hidden: units of the network.
+        form: what is made orthogonal, a word of `jaxlib_unlearn.concepts.tokens.FORMS`.
+        positive: what makes coefficients non-negative, a word of its `POSITIVE`.
+        tokens: K, the most tokens that a basis holds.
+    """
+
+    words: int = 0
+    hidden: int = 100
+    form: str = "deflate"
+    positive: str = "softplus"
+    tokens: int = 1
+    rules = (*RULES, (r"^(network|basis)/", ()))
+
+    def identity(self) -> Any:
+        """Both configurations, and how a token is made."""
+        made = [self.words, self.hidden, self.form, self.positive, self.tokens]
+        return [*super().identity(), *made]
+
+    def shapes(self) -> Any:
+        """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
+
+        def leaf(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        width = self.model.text.config.hidden_size
+        sizes: Sequence[tuple[str, int, int]] = (
+            ("hidden", width, self.hidden),
+            ("output", self.hidden, 1),
+        )
+        network = {
+            name: {"kernel": leaf(into, out), "bias": leaf(out)} for name, into, out in sizes
+        }
+        return self.model.shapes() | {
+            NETWORK: network,
+            "basis": {"embedding": leaf(width, self.tokens)},
+        }
+
+    def token(self, params: Any) -> Any:
+        """The token that the network makes now, a `jaxlib_unlearn.concepts.Token`."""
+        return attack_token(
+            params[NETWORK],
+            params[TEXT]["embed"]["embedding"][: self.words],
+            params["basis"]["embedding"],
+            form=self.form,
+            positive=self.positive,
+        )
+
+    def embed(self, params: Any, batch: Batch, tokens: jax.Array) -> jax.Array:
+        """The embeddings of token ids, with the learned one at its place."""
+        embeds = self.model.text.embed(params[TEXT], tokens)
+        here = jnp.arange(tokens.shape[1]) == jnp.asarray(batch["place"])[:, None]
+        learned = self.token(params).embedding.astype(embeds.dtype)
+        return jnp.where(here[..., None], learned, embeds)
