@@ -135,7 +135,7 @@ class ClipText:
                 return jnp.ones(leaf.shape, leaf.dtype)
             if name.endswith("bias"):
                 return jnp.zeros(leaf.shape, leaf.dtype)
-            std = tables.get(name, leaf.shape[-2] ** -0.5)
+            std = tables[name] if name in tables else leaf.shape[-2] ** -0.5
             if name.endswith(("/o/kernel", "/down/kernel")):
                 std /= (2 * depth) ** 0.5
             mine = jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -186,7 +186,7 @@ class ClipText:
 
         Example:
             >>> encoder = ClipText(ClipTextConfig())
-            >>> def written(token):  # a pseudo-token at position 5 of "a ... a"
+            >>> def written(token):  # at position 5, as a pseudo-token
             ...     params = jax.tree.map(lambda x: jnp.zeros(x.shape), encoder.shapes())
             ...     embeds = encoder.embed(params, jnp.full((1, 77), 320)).at[:, 5].set(token)
             ...     return encoder.apply_embeds(params, embeds).sum()

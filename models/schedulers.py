@@ -101,7 +101,9 @@ def _abar(schedule: Schedule) -> np.ndarray:
     return found
 
 
-def add_noise(schedule: Schedule, clean: jax.Array, noise: jax.Array, times: jax.Array):
+def add_noise(
+    schedule: Schedule, clean: jax.Array, noise: jax.Array, times: jax.Array
+) -> jax.Array:
     r"""A sample of the forward process at given times (q-sample).
 
     .. math:: z_t = \sqrt{\bar\alpha_t}\, z + \sqrt{1 - \bar\alpha_t}\, \epsilon
