@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlib_unlearn.objectives import Context, Questions
 from models import layout
+from models.asked import Frozen
 from models.decoder import REMAT
 from models.diffusion_layers import (
     LAYERS,
@@ -25,6 +27,7 @@ from models.diffusion_layers import (
     draw,
     recomputed,
 )
+from models.labels import Batch
 from models.layers import Linear
 
 Params = Mapping[str, Any]
@@ -34,6 +37,7 @@ LOG_VARIANCE = (-30.0, 20.0)  # least and largest
 ZERO = ("conv2", "to_out_0")  # kernels that start at 0: the last ones of residual branches
 
 RULES: layout.Rules = LAYERS
+LATENTS = "latents"  # the question that it answers
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,70 @@ def pixels(images: jax.Array) -> jax.Array:
         [0.0, 0.0, 0.5, 1.0]
     """
     return jnp.clip(images / 2 + 0.5, 0, 1)
+
+
+@dataclass(frozen=True)
+class AskedVAE:
+    """An autoencoder and its parameters, as objectives ask it."""
+
+    vae: VAE
+    params: Any
+
+    def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Mean and logarithm of the variance of the latents of `batch["image"]`, not scaled."""
+        return self.vae.encode(self.params, jnp.asarray(batch["image"]))
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Images from latents that are not scaled."""
+        return self.vae.decode(self.params, self.vae.config.scaling_factor * latents)
+
+
+@dataclass(frozen=True)
+class VAELearner:
+    """An autoencoder as the trainer sees it, see `models.learner.Learner`.
+
+    Args:
+        vae: the model.
+    """
+
+    vae: VAE
+    answers = frozenset((LATENTS,))
+    rules = RULES
+    layered = False
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Channels of the latents."""
+        return {"latent_channels": self.vae.config.latent_channels}
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return self.vae.config.dtype
+
+    def identity(self) -> Any:
+        """The configuration."""
+        return self.vae.config
+
+    def shapes(self) -> Any:
+        """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
+        return self.vae.shapes()
+
+    def context(
+        self,
+        params: Any,
+        frozen: Frozen,
+        batches: Mapping[str, Batch],
+        questions: Questions,
+        *,
+        layer_map: Any = None,
+        fuse: bool = True,
+        train_from: int = 0,
+    ) -> Context:
+        """What a loss may ask of these parameters, see `Learner.context`."""
+        del frozen, batches, questions, layer_map, fuse, train_from
+        asked: Any = AskedVAE(self.vae, layout.constrain(params, rules=RULES))
+        return Context(asked)
 
 
 @functools.lru_cache(maxsize=64)

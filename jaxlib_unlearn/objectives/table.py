@@ -9,6 +9,7 @@ from jaxlib_unlearn import options as fields
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import (
     alternate,
+    autoencoding,
     choice,
     denoising,
     gradient,
@@ -32,7 +33,9 @@ OBJECTIVES: dict[str, Objective] = {
 }
 """Every objective of unlearning by name. A new method is one more row."""
 
-LEARNING: dict[str, Objective] = {row.name: row for row in (OBJECTIVES["nll"], *choice.ROWS)}
+LEARNING: dict[str, Objective] = {
+    row.name: row for row in (OBJECTIVES["nll"], *choice.ROWS, *autoencoding.ROWS)
+}
 """What a model learns its rows by, where nothing is unlearned; see ``resolve``."""
 
 DENOISING: dict[str, Objective] = {row.name: row for row in denoising.ROWS}
