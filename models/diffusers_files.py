@@ -373,9 +373,12 @@ def _exporter(folder: Path) -> Any:
 
 def _check_replaceable(folder: Path) -> None:
     """As `models.export.check_replaceable`, in the folders of the parts as well."""
-    inside = {name: (CONFIG, f"{part.stem}.safetensors.index.json") for name, part in PARTS.items()}
-    inside[SCHEDULER] = (scheduler_files.FILE,)
-    inside[TOKENIZER] = (clip_tokenizer.VOCAB, clip_tokenizer.MERGES, *clip_tokenizer.SPECIAL)
+    inside: dict[str, tuple[str, ...]] = {
+        SCHEDULER: (scheduler_files.FILE,),
+        TOKENIZER: (clip_tokenizer.VOCAB, clip_tokenizer.MERGES, *clip_tokenizer.SPECIAL),
+    }
+    for name, part in PARTS.items():
+        inside[name] = (CONFIG, f"{part.stem}.safetensors.index.json")
     check_replaceable(folder, _exporter, (*inside, MODEL_INDEX, CARD))
     for name, files in inside.items():
         check_replaceable(folder / name, lambda _: EXPORTER, files)
