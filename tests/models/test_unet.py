@@ -24,6 +24,7 @@ from models.diffusion_layers import attention
 from models.layout import matrices, path_str, spec_of
 from models.unet import RULES, UNet, UNetConfig
 from models.weights import flatten
+from train.costs.flops import flops
 from train.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 SMALL = UNetConfig(
@@ -94,6 +95,13 @@ def test_it_has_the_published_number_of_parameters():
     assert len(flat) == 686 and sum(math.prod(x.shape) for x in flat.values()) == 859_520_964
     targets = [path for path in flat if "attn2/to_k/" in path or "attn2/to_v/" in path]
     assert len(targets) == 32 and all(flat[path].shape[0] == 768 for path in targets)
+
+
+def test_its_work_is_that_of_the_published_one():
+    """790 GFLOP by XLA's counter, which leaves out what convolutions multiply in their padding."""
+    model, leaf = UNet(UNetConfig()), jax.ShapeDtypeStruct
+    given = leaf((1, 64, 64, 4), jnp.float32), 1.0, leaf((1, 77, 768), jnp.float32)
+    assert flops(model.apply, model.shapes(), *given) == pytest.approx(790e9, rel=0.02)
 
 
 def test_optimizers_see_its_matrices(params):
