@@ -17,8 +17,8 @@ from jaxlib_unlearn.optim.matrices import resolve
 from models import vae as module
 from models.diffusers_configs import vae_config, vae_json
 from models.diffusers_parts import file_name
-from models.diffusion_layers import Downsample, doubled, draw, matrices
-from models.layout import path_str, spec_of
+from models.diffusion_layers import Downsample, doubled, draw
+from models.layout import matrices, path_str, spec_of
 from models.vae import RULES, VAE, VAEConfig, pixels
 from models.weights import flatten
 from train.runtime.sharding import MeshConfig, make_mesh
