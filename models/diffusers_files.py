@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import exists, one_line
@@ -153,7 +154,7 @@ def overlay(
         source: a safetensors file whose tensors have the names of the part's, some of them or all;
             or a folder with such a file as diffusers names it.
         part: whose they are.
-        shardings: as in `load`, of the leaves that are replaced.
+        shardings: as in `load`, of the leaves that are replaced; default: as these lie.
 
     Returns:
         A pipeline that shares the leaves that the file does not hold.
@@ -177,7 +178,14 @@ def overlay(
     if not stored:
         raise UserError(f"{path}: holds no tensors; give a .safetensors file of a {part}")
     flat = flatten(base)
-    dtype = np.dtype(next(iter(flat.values())).dtype)
+    first = next(iter(flat.values()))
+
+    def as_before(path: str, shape: tuple[int, ...]) -> Any:
+        return flat[path.removeprefix(f"{part}/")].sharding
+
+    if shardings is None and isinstance(getattr(first, "sharding", None), NamedSharding):
+        shardings = as_before
+    dtype = np.dtype(first.dtype)
     found = _filled(part, config, stored, dtype, shardings, str(path), partial=True)
     tree: dict[str, Any] = {}
     for name, leaf in (flat | flatten(found)).items():
@@ -283,17 +291,8 @@ def _filled(
             return any(slot.hf.format(layer) in full for layer in layers)
 
         shapes = {slot.path: shapes[slot.path] for slot in table.slots if there(slot)}
-    return filled(
-        shapes,
-        table,
-        stored,
-        "hf",
-        dtype,
-        None if shardings is None else placed,
-        where,
-        name,
-        ignored,
-    )
+    own = None if shardings is None else placed
+    return filled(shapes, table, stored, "hf", dtype, own, where, name, ignored)
 
 
 def export(
@@ -335,7 +334,8 @@ def export(
             write_tensors(own, temporary / name, stem=PARTS[name].stem)
             write_json(temporary / name / CONFIG, PARTS[name].write(pipeline.configs[name]))
         (temporary / SCHEDULER).mkdir()
-        write_json(temporary / SCHEDULER / scheduler_files.FILE, _schedule(pipeline))
+        schedule = scheduler_files.to_hf(pipeline.scheduler)
+        write_json(temporary / SCHEDULER / scheduler_files.FILE, schedule)
         if pipeline.tokenizer is not None:
             (temporary / TOKENIZER).mkdir()
             clip_tokenizer.save(pipeline.tokenizer, temporary / TOKENIZER)
@@ -360,15 +360,11 @@ def _index(pipeline: Pipeline) -> dict[str, Any]:
         "_exporter": EXPORTER,
         **tokenizer,
         **{name: [PARTS[name].library, PARTS[name].kind] for name in pipeline.configs},
-        SCHEDULER: ["diffusers", _schedule(pipeline)["_class_name"]],
+        SCHEDULER: ["diffusers", scheduler_files.to_hf(pipeline.scheduler)["_class_name"]],
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
         "requires_safety_checker": False,
     }
-
-
-def _schedule(pipeline: Pipeline) -> dict[str, Any]:
-    return scheduler_files.to_hf(pipeline.scheduler)
 
 
 def _exporter(folder: Path) -> Any:
@@ -377,9 +373,12 @@ def _exporter(folder: Path) -> Any:
 
 def _check_replaceable(folder: Path) -> None:
     """As `models.export.check_replaceable`, in the folders of the parts as well."""
-    inside = {name: (CONFIG, f"{part.stem}.safetensors.index.json") for name, part in PARTS.items()}
-    inside[SCHEDULER] = (scheduler_files.FILE,)
-    inside[TOKENIZER] = (clip_tokenizer.VOCAB, clip_tokenizer.MERGES, *clip_tokenizer.SPECIAL)
+    inside: dict[str, tuple[str, ...]] = {
+        SCHEDULER: (scheduler_files.FILE,),
+        TOKENIZER: (clip_tokenizer.VOCAB, clip_tokenizer.MERGES, *clip_tokenizer.SPECIAL),
+    }
+    for name, part in PARTS.items():
+        inside[name] = (CONFIG, f"{part.stem}.safetensors.index.json")
     check_replaceable(folder, _exporter, (*inside, MODEL_INDEX, CARD))
     for name, files in inside.items():
         check_replaceable(folder / name, lambda _: EXPORTER, files)
@@ -389,8 +388,11 @@ def _tensors(
     part: Part, config: Any, params: Any, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Name and host array of every tensor, one at a time."""
-    flat = flatten(params)
-    for slot in part.table(config).slots:
+    flat, slots = flatten(params), part.table(config).slots
+    extra = sorted(flat.keys() - {slot.path for slot in slots})
+    if extra:
+        raise UserError(f"parameters {shortened(extra)} have no name in a folder of diffusers")
+    for slot in slots:
         stack = flat[slot.path]
         for layer in range(stack.shape[0]) if slot.layered else (None,):
             leaf = host(stack if layer is None else stack[layer]).astype(dtype)

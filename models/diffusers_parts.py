@@ -108,6 +108,14 @@ def viewed(part: Part, config: Any, stored: Mapping[str, Stored]) -> dict[str, S
 
     Returns:
         The tensors; rows are read as before.
+
+    Example:
+        >>> from models.vae import VAEConfig
+        >>> name = "decoder.mid_block.attentions.0.query.weight"
+        >>> stored = {name: Stored((8, 8, 1, 1), "F32", lambda first, last: ...)}
+        >>> found = viewed(PARTS["vae"], VAEConfig(), stored)
+        >>> {name: tensor.shape for name, tensor in found.items()}
+        {'decoder.mid_block.attentions.0.to_q.weight': (8, 8)}
     """
     shapes = part.shapes(config)
     ranks = {slot.hf: len(shapes[slot.path].shape) for slot in part.table(config).slots}
@@ -169,5 +177,11 @@ PARTS: dict[str, Part] = {
 
 
 def with_dtype(config: Any, dtype: str) -> Any:
-    """A configuration with another dtype of the computation."""
+    """A configuration with another dtype of the computation.
+
+    Example:
+        >>> from models.vae import VAEConfig
+        >>> with_dtype(VAEConfig(), "bfloat16").dtype
+        'bfloat16'
+    """
     return dataclasses.replace(config, dtype=dtype)

@@ -93,6 +93,10 @@ def recomputed(module: Any, remat: str, *inputs: Any) -> Any:
 
     Returns:
         The output, sharded along the batch where the parameters are on a mesh.
+
+    Example:
+        >>> recomputed(Linear(2, 3, False), "full", jnp.ones((1, 2))).shape
+        (1, 3)
     """
     graph, state = nnx.split(module)
     like = jax.tree.leaves(state)[0]

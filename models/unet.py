@@ -254,8 +254,12 @@ class _Level(nnx.Module):
         sizes: channels in and out of each block.
         attends: whether there are transformers.
         c: the configuration.
+        remat: what the backward pass recomputes of each.
         transformers: how many; by default one behind each block.
     """
+
+    downsamplers_0: Downsample
+    upsamplers_0: Upsample
 
     def __init__(
         self,

@@ -154,6 +154,11 @@ class VAE:
 
         Returns:
             What a denoiser is trained on, of their shape.
+
+        Example:
+            >>> vae, noise = VAE(VAEConfig(scaling_factor=0.5)), jnp.array([0.0, 1.0])
+            >>> vae.sample(jnp.ones(2), jnp.zeros(2), noise).tolist()
+            [0.5, 1.0]
         """
         return self.config.scaling_factor * (mean + jnp.exp(logvar / 2) * noise.astype(mean.dtype))
 
@@ -293,6 +298,9 @@ class _Level(nnx.Module):
         remat: what the backward pass recomputes of each.
         attends: whether there is attention behind the first one.
     """
+
+    downsamplers_0: Downsample
+    upsamplers_0: Upsample
 
     def __init__(
         self, sizes: list[tuple[int, int]], c: VAEConfig, remat: str, attends: bool = False

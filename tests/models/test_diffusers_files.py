@@ -219,6 +219,11 @@ def test_shards_onto_a_mesh(folder, pipeline):
     same(found, pipeline.params["unet"])
     kernel = found["mid_block"]["resnets_0"]["conv1"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 4, 8)}
+    # What is laid over it lies as it does.
+    pipeline = dataclasses.replace(pipeline, params={"unet": found})
+    again = diffusers_files.overlay(pipeline, folder / "unet").params["unet"]
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, again, found))
+    same(again, found)
 
 
 def test_part_of_a_denoiser_over_another(pipeline, exported, tmp_path):
@@ -339,7 +344,7 @@ SPOILT = {
     "class": "_class_name 'AutoencoderKL' is no UNet2DConditionModel",
     "context": "unet/config.json says cross_attention_dim 24, text_encoder/config.json hidden",
     "latents": "unet/config.json says in_channels 4, vae/config.json latent_channels 8",
-    "layers": r"unet: the tensors do not fit a unet model; missing: down_blocks.0.att.*; wrong shape: ",
+    "layers": "unet: the tensors do not fit a unet model; missing: down_blocks.0.att.*; wrong sha",
     "vocabulary": "tokenizer has token id 515, text_encoder/config.json says vocab_size 500",
     "sampler": "prediction_type is 'v_prediction', and 'epsilon' alone is supported",
     "linear": "use_linear_projection is True, and only False is supported",
@@ -384,6 +389,10 @@ def test_only_an_earlier_export_is_replaced(pipeline, folder):
         diffusers_files.export(odd, folder)
     diffusers_files.export(pipeline, folder, card=lambda at: "hi")
     assert (folder / "README.md").read_text() == "hi"
+    more = dict(pipeline.params, vae=pipeline.params["vae"] | {"lora": {"kernel": np.zeros(1)}})
+    with pytest.raises(UserError, match="parameters lora/kernel have no name"):
+        diffusers_files.export(dataclasses.replace(pipeline, params=more), folder)
+    same(diffusers_files.load(folder).params, pipeline.params)  # the earlier one is still there
     (folder / "unet" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"no earlier export \(notes.txt\)"):
         diffusers_files.export(pipeline, folder)

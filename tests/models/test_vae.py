@@ -17,8 +17,8 @@ from jaxlib_unlearn.optim.matrices import resolve
 from models import vae as module
 from models.diffusers_configs import vae_config, vae_json
 from models.diffusers_parts import file_name
-from models.diffusion_layers import Downsample, doubled, matrices
-from models.layout import path_str, spec_of
+from models.diffusion_layers import Downsample, doubled, draw
+from models.layout import matrices, path_str, spec_of
 from models.vae import RULES, VAE, VAEConfig, pixels
 from models.weights import flatten
 from train.runtime.sharding import MeshConfig, make_mesh
@@ -114,21 +114,25 @@ def test_samples_and_their_scale():
 
 def test_from_images_to_latents_and_back():
     vae = VAE(SMALL)
-    params = jax.jit(vae.init)(jax.random.key(0))
-    assert not np.any(params["decoder"]["mid_block"]["attentions_0"]["to_out_0"]["kernel"])
-    assert np.any(params["decoder"]["conv_out"]["kernel"])
-    images = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (2, 8, 12, 1)), jnp.float32)
-    params["quant_conv"]["bias"] = jnp.array([0.0, 0.0, 100.0, -100.0])
-    mean, logvar = jax.jit(vae.encode)({k: params[k] for k in ("encoder", "quant_conv")}, images)
-    assert mean.shape == logvar.shape == (2, 4, 6, 2)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype("f4"), vae.shapes())
+    params["quant_conv"] |= {"bias": np.array([0.0, 0.0, 1e4, -1e4], np.float32)}
+    halves = [{k: params[k] for k in ks} for ks in (("encoder", "quant_conv"), ("decoder",))]
+    images = rng.uniform(-1, 1, (2, 8, 12, 1)).astype(np.float32)
+    mean, logvar = jax.jit(vae.encode)(halves[0], images)
+    assert mean.shape == logvar.shape == (2, 4, 6, 2) and np.std(mean) > 0.1
     assert np.all(logvar[..., 0] == 20) and np.all(logvar[..., 1] == -30)
-    half = {k: params[k] for k in ("decoder", "post_quant_conv")}
-    decoded = jax.jit(vae.decode)(half, mean)
-    assert decoded.shape == images.shape
-    # The scale is taken off first.
-    other = VAE(dataclasses.replace(SMALL, scaling_factor=1.0))
-    np.testing.assert_array_equal(jax.jit(other.decode)(half, 2 * mean), decoded)
-    assert 0 <= pixels(decoded).min() and pixels(decoded).max() <= 1
+    half = halves[1] | {"post_quant_conv": params["post_quant_conv"]}
+    assert jax.eval_shape(vae.decode, half, mean).shape == images.shape
+    assert pixels(jnp.array([-2.0, 0.5, 2.0])).tolist() == [0.0, 0.75, 1.0]
+
+
+def test_what_starts_at_zero():
+    shapes = VAE(SMALL).shapes()["decoder"]
+    kept = {"attentions_0": shapes["mid_block"]["attentions_0"], "conv_out": shapes["conv_out"]}
+    found = jax.jit(lambda key: draw(key, kept, module.ZERO))(jax.random.key(0))
+    assert not np.any(found["attentions_0"]["to_out_0"]["kernel"])
+    assert np.any(found["attentions_0"]["to_q"]["kernel"]) and np.any(found["conv_out"]["kernel"])
 
 
 def test_what_does_not_fit():
