@@ -6,7 +6,7 @@ Both are trained, sharded and exchanged as one tree, `{"text_encoder": .., "unet
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
@@ -174,8 +174,8 @@ class DiffusionLearner:
         return self.model.unet.config.dtype
 
     def identity(self) -> Any:
-        """Both configurations."""
-        return [self.model.text.config, self.model.unet.config]
+        """Both configurations, as JSON values."""
+        return {TEXT: asdict(self.model.text.config), UNET: asdict(self.model.unet.config)}
 
     def shapes(self) -> Any:
         """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
@@ -230,9 +230,9 @@ class AttackLearner(DiffusionLearner):
     rules = (*RULES, (r"^(network|basis)/", ()))
 
     def identity(self) -> Any:
-        """Both configurations, and how a token is made."""
-        made = [self.words, self.hidden, self.form, self.positive, self.tokens]
-        return [*super().identity(), *made]
+        """Both configurations, and how a token is made, as JSON values."""
+        names = ("words", "hidden", "form", "positive", "tokens")
+        return {**super().identity(), **{name: getattr(self, name) for name in names}}
 
     def shapes(self) -> Any:
         """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""

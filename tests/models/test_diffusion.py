@@ -57,10 +57,10 @@ def stream(seed, rows=12, purpose="noise"):
     return NoisyLatents(latents, columns, Schedule(), purpose=purpose)
 
 
-BATCH = stream(3).batch(np.arange(4), (), 0)
+BATCH: Any = stream(3).batch(np.arange(4), (), 0)
 
 
-def asked(learner=LEARNER, params=PARAMS, frozen=START):
+def asked(learner=LEARNER, params=PARAMS, frozen=START) -> Any:
     return learner.context(params, Frozen(params=frozen), {"train": BATCH}, ASKED)
 
 
@@ -96,12 +96,12 @@ def test_what_was_asked_is_not_computed_again():
 def test_rows_are_answered(name):
     row, options = objectives.resolve(name, DENOISING)
     check_questions(LEARNER, row, options)
-    batches = {side: stream(i).batch(np.arange(2), (), 0) for i, side in enumerate(row.streams)}
+    batches: Any = {side: stream(i).batch(np.arange(2), (), 0) for i, side in enumerate(row.streams)}
 
     def loss(params, frozen):
         context = LEARNER.context(params, Frozen(params=frozen), batches, row.questions(options))
         terms = row.loss(context, batches, options)
-        return objectives.combine(terms, {k: w for k, (_, w) in terms.items()}, options)[0]
+        return objectives.combine(terms, {k: w for k, (_, w) in terms.items()}, options)
 
     mine, frozen = jax.jit(jax.grad(loss, argnums=(0, 1)))(PARAMS, START)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(mine))

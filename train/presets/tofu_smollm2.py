@@ -28,6 +28,8 @@ PRESET = RunConfig(
         extra_rows=50,
         holdout_rows=40,
         system_prompt="You are a helpful assistant.",
+        alternates=1,
+        alternate_temperature=0.8,
     ),
     model=ModelConfig(path="smollm2"),
     finetune=TrainConfig(
@@ -35,13 +37,14 @@ PRESET = RunConfig(
         batch_size=4,
         optimizer=AdamW(learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0),
     ),
-    unlearn=UnlearnConfig(epochs=12, batch_size=8, curve_points=3),
-    # Other answers, sampled from the model before it learnt the facts, in the place of the true
-    # ones, which are pushed down to the NLL of a guess. The last four labels are the full stop and
-    # the end of the turn: pushed down as well, every second answer went on until it was cut. At
-    # twice the rate and half the length what the model knew before is lost.
+    unlearn=UnlearnConfig(epochs=24, batch_size=8, curve_points=3),
+    # One other answer a question, sampled from the model before it learnt the facts, takes the place
+    # of the true one, which is pushed down to the NLL of a guess. Learned well, it holds the text
+    # together: with three that say different things, at temperature 1, and a stronger push, half of
+    # the answers went in circles. The push spares the last four labels, the full stop and the end
+    # of the turn: without them every second answer went on until it was cut.
     objective=options_of(
-        "alternate", push=3.0, beta=4.0, delta=2.0, spare_end=4, retain="nll", forget_weight=0.05
+        "alternate", push=0.4, beta=4.0, delta=2.0, spare_end=4, retain="nll", forget_weight=0.4
     ),
     optimizer=AdamW(learning_rate=5e-5, schedule="linear", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=72, leak_samples=16, judge="base"),
