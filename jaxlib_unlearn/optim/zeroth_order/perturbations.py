@@ -390,7 +390,7 @@ def draw_basis(family: Family, leaf: Leaf, key: jax.Array) -> Basis:
 
 
 def draw_core(
-    family: Family, leaf: Leaf, key: jax.Array, mask_key: jax.Array | None, moments: Moments
+    family: Family, leaf: Leaf, key: jax.Array, mask_key: Any, moments: Moments
 ) -> jax.Array:
     """What is drawn for one query: a core ``(n, ., .)``, or z of the leaf's own shape.
 
@@ -398,7 +398,7 @@ def draw_core(
         family: the row.
         leaf: the parameter.
         key: its own (:func:`leaf_keys`), of purpose ``QUERY``, the step and the query.
-        mask_key: its own, of purpose ``MASK`` and the step (or of no step).
+        mask_key: its own, of purpose ``MASK`` and the step (or of no step), for ``weigh``.
         moments: arrays like one layer that ``weigh`` reads.
     """
     dtype = wide(leaf.dtype)
