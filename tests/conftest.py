@@ -123,10 +123,10 @@ def compile_quickly(quick: bool, fused: bool) -> None:
     """How the next programs are compiled."""
     if quick and State.known is None:
         State.known = []
-        for option in (FUSIONS, MODULES):
+        for name, value in (FUSIONS, MODULES):
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # one that this XLA has not
-                jax.jit(lambda x: x).lower(1.0).compile(compiler_options=dict([option]))
-                State.known.append(option)
+                jax.jit(lambda x: x).lower(1.0).compile(compiler_options={name: value})
+                State.known.append((name, value))
     State.fused = fused
     jax.config.update("jax_disable_most_optimizations", quick)
 

@@ -91,7 +91,7 @@ def norm_scales(family: Family, layout: Layout, draws: Draws, num_queries: int) 
         keys = draw_keys(family, draws, jax.random.fold_in(draws.key, query))
 
         def squares(leaf, own, moments):
-            return jnp.sum(jnp.square(draw_core(family, leaf, *own, moments)))
+            return jnp.sum(jnp.square(draw_core(family, leaf, own[0], own[1], moments)))
 
         return sum(jnp.sum(x) for x in walk(squares, layout, keys, (draws.moments,)).values())
 
@@ -390,7 +390,7 @@ def _query(draws: Draws, query: jax.Array, offset: jax.Array) -> tuple[jax.Array
 
 
 def _moved(family, leaf, own, any_key, scale, x, basis, moments, factored=False):
-    draw = functools.partial(draw_core, family, leaf, *own, moments)
+    draw = functools.partial(draw_core, family, leaf, own[0], own[1], moments)
     # Parts are evaluated together: what belongs to one is broadcast over its tokens.
     core = drawn_once(draw, any_key) if family.parts else draw()
     return perturb(family, leaf, x, core, basis, scale, factored)

@@ -54,7 +54,8 @@ def steps(
 
     def sums(leaf, own, moments, square_weights):
         def regenerate(own, weights, square_weights):
-            return weighted_sums(family, leaf, *own, moments, weights, square_weights)
+            key, mask_key = own
+            return weighted_sums(family, leaf, key, mask_key, moments, weights, square_weights)
 
         return on_all(leaf, regenerate)(own, weights, square_weights)
 
