@@ -1,5 +1,6 @@
 """Settings to make before JAX starts a backend, and the fixtures that every test may use."""
 
+import contextlib
 import gc
 import importlib.util
 import os
@@ -12,6 +13,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Threads of XLA's pool, as many as cores by default: eight devices that wait in a collective leave
+# none for the kernels that the others still have to run, and after 40 s the process is aborted.
+os.environ.setdefault("PJRT_NPROC", "32")
 for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[_offline] = "1"
 
@@ -43,10 +47,12 @@ SMALL = (
 # Files that take longest, in this order: with `--dist loadfile` one of them begun last would keep
 # one worker busy alone.
 HEAVY = (
-    "test_colab test_smoke test_optimizers_common test_objectives test_resume test_same_numbers "
-    "test_multiprocess test_sift test_optimizer_sharding test_evaluation test_generate test_plan "
-    "test_run test_wrappers test_zeroth_order test_losses test_muon test_decoder test_bench "
-    "test_fuzz test_own_data test_lora_stage test_remote test_sharding test_smollm2"
+    "test_same_numbers test_colab test_zeroth_order_layers test_optimizers_common test_smoke "
+    "test_objectives test_resume test_generate test_multiprocess test_lora_stage test_sift "
+    "test_optimizer_sharding test_evaluation test_plan test_run test_wrappers test_zeroth_order "
+    "test_losses test_muon test_decoder test_residency test_classify_images test_replay "
+    "test_donation test_sift_sharding test_bench test_fuzz test_own_data test_remote test_sharding "
+    "test_smollm2"
 ).split()
 
 
@@ -56,13 +62,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(HEAVY)))
 
 
-# Most of a test's time is XLA's. Tests want its semantics, not its speed: without LLVM's optimiser
-# and without fused kernels a program compiles in a third of the time. Programs of several devices
-# keep their fusions: without them more threads wait for each other than a small machine has.
+# Most of a test's time is XLA's. Tests want its semantics, not its speed: without LLVM's optimiser,
+# without fused kernels and in few modules a program compiles in a third of the time.
 # `@pytest.mark.fused` is for tests that measure a program, `optimised` for those that run a large
 # one.
 QUICK = jax.config.jax_platforms == "cpu"
-FUSIONS = "xla_cpu_use_fusion_emitters"
+FUSIONS = ("xla_cpu_use_fusion_emitters", False)
+MODULES = ("xla_cpu_parallel_codegen_split_count", 4)  # XLA makes up to 32 of a program
 KEPT = 0.05  # seconds of compilation from which on a program is kept
 MANY = 25_000  # memory maps
 
@@ -71,12 +77,12 @@ class State:
     """What the compilations of this process are told, and how many there were."""
 
     fused = True
-    unfused: list[tuple[str, bool]] | None = None  # not known yet
+    known: list[tuple[str, int]] | None = None  # options that this XLA has
     programs = 0
 
 
 def compile_options(*args, _real=compiler.get_compile_options, **options):
-    """JAX's own, without fusions where they are not wanted.
+    """JAX's own, and those that compile quickly.
 
     Programs that are measured are not kept, nor those of several devices: from the cache, XLA's CPU
     programs run their collectives in any order, one device waits in one all-reduce, another in the
@@ -85,8 +91,8 @@ def compile_options(*args, _real=compiler.get_compile_options, **options):
     State.programs += 1
     made = _real(*args, **options)
     alone = made.num_replicas == made.num_partitions == 1
-    if alone and not State.fused:
-        made.env_option_overrides = [*made.env_option_overrides, *(State.unfused or ())]
+    mine = [one for one in State.known or () if one != FUSIONS or not State.fused]
+    made.env_option_overrides = [*made.env_option_overrides, *mine]
     kept = alone and not (QUICK and State.fused)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT if kept else 1e9)
     return made
@@ -115,12 +121,12 @@ def pytest_configure(config):
 
 def compile_quickly(quick: bool, fused: bool) -> None:
     """How the next programs are compiled."""
-    if not fused and State.unfused is None:
-        State.unfused = [(FUSIONS, False)]
-        try:
-            jax.jit(lambda x: x).lower(1.0).compile(compiler_options=dict(State.unfused))
-        except jax.errors.JaxRuntimeError:  # an XLA that does not know the option
-            State.unfused = []
+    if quick and State.known is None:
+        State.known = []
+        for name, value in (FUSIONS, MODULES):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # one that this XLA has not
+                jax.jit(lambda x: x).lower(1.0).compile(compiler_options={name: value})
+                State.known.append((name, value))
     State.fused = fused
     jax.config.update("jax_disable_most_optimizations", quick)
 
@@ -159,7 +165,7 @@ def few_mappings():
 def quick_environment() -> dict[str, str]:
     """For programs that a test starts on one device: they compile as quickly as the tests do."""
     flags = [os.environ.get("XLA_FLAGS", "")]
-    flags += [f"--{name}={str(value).lower()}" for name, value in State.unfused or ()]
+    flags += [f"--{name}={str(value).lower()}" for name, value in State.known or ()]
     found = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(flags).strip()}
     if folder := jax.config.jax_compilation_cache_dir:
         found |= {"JAX_COMPILATION_CACHE_DIR": folder}

@@ -79,11 +79,12 @@ def test_one_layer_at_a_time_draws_what_the_stack_draws(name):
             i = where[f"layers/up/{part}"]
             leaf = layout.leaves[i]
             basis, moments = jax.tree.map(lambda x: x[index], (draws.bases[i], draws.moments[i]))
-            core = families.draw_core(
-                family, leaf, jax.random.fold_in(draws.key, query), draws.mask_key, index, moments
-            )
+            # Its key, fold by fold.
+            keys = jax.random.fold_in(draws.key, query), draws.mask_key, key(families.BASIS, 0)
+            own = [jax.random.fold_in(jax.random.fold_in(k, leaf.code), index) for k in keys]
+            core = families.draw_core(family, leaf, *own[:2], moments)
             # The basis of one layer alone is the slice of the stack's, too.
-            alone = families.draw_basis(family, leaf, key(families.BASIS, 0), index)
+            alone = families.draw_basis(family, leaf, own[2])
             out[part] = families.lift(family, leaf, core, basis)
             out[part + " alone"] = families.lift(family, leaf, core, alone)
         return out
@@ -178,9 +179,9 @@ def test_variance_of_a_projected_estimate():
 
     def one(i):
         cores = jax.vmap(
-            lambda q: families.draw_core(family, layout.leaves[0], key(1, i, q), key(2), None, {})[
-                0
-            ]
+            lambda q: families.draw_core(
+                family, layout.leaves[0], key(1, i, q, layout.leaves[0].code), None, {}
+            )[0]
         )(jnp.arange(queries))
         mean = jnp.mean(jnp.sum(cores * target, (1, 2))[:, None, None] * cores, 0)
         return jnp.sum(jnp.square(mean - target)) / jnp.sum(jnp.square(target))

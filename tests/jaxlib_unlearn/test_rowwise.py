@@ -14,7 +14,7 @@ from jaxlib_unlearn.optim.zeroth_order import directions, perturbations
 from jaxlib_unlearn.optim.zeroth_order.engine import scale_by_zeroth_order, zeroth_order
 from jaxlib_unlearn.optim.zeroth_order.leaves import layout_of
 from jaxlib_unlearn.optim.zeroth_order.parts import Part, take
-from jaxlib_unlearn.optim.zeroth_order.perturbations import QUERY, Factored, leaf_key, matmul
+from jaxlib_unlearn.optim.zeroth_order.perturbations import QUERY, Factored, leaf_keys, matmul
 
 ROWS, LENGTH, VOCAB, WIDTH = 6, 3, 7, 4
 TOKENS = np.random.default_rng(2).integers(0, VOCAB, (ROWS, LENGTH))
@@ -82,7 +82,7 @@ def dense_directions(params, step, count, rank, seed=0):
         for leaf, x in zip(layout_of(params).leaves, leaves, strict=True):
             stacked = leaf.path.startswith("layers")
             layers = range(len(x)) if stacked else [None]
-            drawn = [one(leaf, leaf.shape, leaf_key(mine, leaf, index)) for index in layers]
+            drawn = [one(leaf, leaf.shape, leaf_keys(mine, [leaf], index)[0]) for index in layers]
             zs.append(np.stack(drawn) if stacked else drawn[0])
         found.append(jax.tree.unflatten(structure, zs))
     return found

@@ -77,15 +77,22 @@ def losses(family, params, decoder=DECODER, *, layered, factored=True, **options
     return updates, state
 
 
+@functools.cache
+def materialised(name):
+    """`losses` of a family from perturbed copies, for the tests that compare with them."""
+    return losses(FAMILIES[name], small(), layered=False)
+
+
+@functools.cache
 def small():
     """Parameters scaled down, so that a perturbation with entries of size one stays moderate."""
-    return DECODER.init(jax.random.key(0))
+    return jax.jit(DECODER.init)(jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layer_map_equals_materialised_copies(name):
     params = small()
-    plain, a = losses(FAMILIES[name], params, layered=False)
+    plain, a = materialised(name)
     inside, b = losses(FAMILIES[name], params, layered=True)
     # Losses of about 10 in float32; 1e-6 of that, for the two orders of summation.
     np.testing.assert_allclose(a.value, b.value, rtol=1e-6)
@@ -141,9 +148,8 @@ def test_segments_draw_what_one_stack_draws(layered):
         **params,
         "layers": tuple(jax.tree.map(lambda x, s=s: x[s], stack) for s in (slice(1), slice(1, 3))),
     }
-    family = perturbations.uzv(2)
-    whole, a = losses(family, params, layered=False)
-    parts, b = losses(family, cut, layered=layered)
+    whole, a = materialised("uzv")
+    parts, b = losses(FAMILIES["uzv"], cut, layered=layered)
     np.testing.assert_allclose(a.coeffs, b.coeffs, rtol=1e-5, atol=1e-5)
     joined = jax.tree.map(lambda *x: jnp.concatenate(x), *parts["layers"])
     for x, y in zip(jax.tree.leaves(whole["layers"]), jax.tree.leaves(joined), strict=True):
@@ -151,7 +157,7 @@ def test_segments_draw_what_one_stack_draws(layered):
 
 
 def test_a_frozen_segment_stays_where_it_is():
-    params = small()
+    params = dict(small())
     stack = params["layers"]
     params["layers"] = tuple(
         jax.tree.map(lambda x, s=s: x[s], stack) for s in (slice(1), slice(1, 3))

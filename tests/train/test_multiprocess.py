@@ -196,13 +196,13 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def environment(devices: int) -> dict[str, str]:
+def environment(devices: int, quick: dict[str, str]) -> dict[str, str]:
     # No compilation cache: programs from it run their collectives in any order (conftest).
     mine = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+    mine |= {k: quick[k] for k in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
     return mine | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
         "PYTHONWARNINGS": "ignore",
     }
 
@@ -210,7 +210,14 @@ def environment(devices: int) -> dict[str, str]:
 class Started:
     """Running processes; their output goes to files, so that none waits for a reader."""
 
-    def __init__(self, commands: list[list[Any]], devices: int, repo: Path, folder: Path):
+    def __init__(
+        self,
+        commands: list[list[Any]],
+        devices: int,
+        repo: Path,
+        folder: Path,
+        quick: dict[str, str],
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.files = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(len(commands))]
         self.processes = []
@@ -220,7 +227,7 @@ class Started:
                     subprocess.Popen(
                         [sys.executable, *map(str, command)],
                         cwd=repo,
-                        env=environment(devices) | {"PYTHONPATH": str(repo)},
+                        env=environment(devices, quick) | {"PYTHONPATH": str(repo)},
                         stdout=one,
                         stderr=two,
                     )
@@ -256,7 +263,7 @@ class Started:
 
 
 @pytest.fixture
-def launch(repo, tmp_path):
+def launch(repo, tmp_path, quick_environment):
     """`launch(command, processes, devices) -> Started`; all of one run get one coordinator."""
     runs = []
 
@@ -269,7 +276,8 @@ def launch(repo, tmp_path):
                  "--distributed.processes", len(commands), "--distributed.process", i]
                 for i, command in enumerate(commands)
             ]  # fmt: skip
-        runs.append(Started(commands, devices, repo, tmp_path / f"processes{len(runs)}"))
+        folder = tmp_path / f"processes{len(runs)}"
+        runs.append(Started(commands, devices, repo, folder, quick_environment))
         return runs[-1]
 
     yield start
@@ -290,10 +298,11 @@ def lines_of(root: Path, stage: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
-def test_two_processes_give_the_numbers_of_one(which, repo, tmp_path):
+def test_two_processes_give_the_numbers_of_one(which, repo, tmp_path, quick_environment):
     port, file = free_port(), tmp_path / "two.npz"
     command = [Path(__file__), which]
-    run = Started([[*command, i, port, file] for i in range(2)], 2, repo, tmp_path / "run")
+    commands = [[*command, i, port, file] for i in range(2)]
+    run = Started(commands, 2, repo, tmp_path / "run", quick_environment)
     mine = numbers(which, tmp_path / "one")
     for done in run.end():
         assert done.code == 0, done.err

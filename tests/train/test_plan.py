@@ -22,8 +22,6 @@ from train.plan import needed_bytes
 from train.presets import PRESETS
 from train.runtime import sharding
 
-pytestmark = pytest.mark.fused
-
 on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 without_libtpu = importlib.util.find_spec("libtpu") is None
 KEYS = {

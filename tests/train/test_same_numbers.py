@@ -314,14 +314,19 @@ def test_every_objective_has_the_same_gradient(config, start, plain):
 # Forms whose value depends on the split or on the padding, against loops in float64.
 
 
+@jax.jit
+def logits_of(params, tokens, positions, segment_ids):
+    hidden, _ = DECODER.forward(params, tokens, positions=positions, segment_ids=segment_ids)
+    return DECODER.unembed(params, hidden)
+
+
 def label_values(batch, params, ref=None):
     """Per example: (NLL of its labels, KL(ref || params) at every slot of its padded row)."""
     segments = np.where(batch["segment_ids"] == 0, -1, batch["segment_ids"])
     slots = np.broadcast_to(np.arange(segments.shape[1], dtype=np.int32), segments.shape)
 
     def log_probs(tree):
-        hidden, _ = DECODER.forward(tree, batch["tokens"], positions=slots, segment_ids=segments)
-        logits = np.asarray(DECODER.unembed(tree, hidden), np.float64)
+        logits = np.asarray(logits_of(tree, batch["tokens"], slots, segments), np.float64)
         logits -= logits.max(-1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -334,12 +339,13 @@ def label_values(batch, params, ref=None):
         yield nll, kl
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1)])
-def test_mean_of_means_is_that_of_the_micro_batches(sizes, start, plain):
-    """GradDiff: the mean over four micro-batches of each one's token means, on any mesh."""
-    config = objective_of("graddiff", retain_weight=2.0, compat="mean_of_means")
-    metrics, gradient = gradient_of(config, sizes, 4, start, plain)
-    row, options = objectives.resolve(config)
+MEAN_OF_MEANS = objective_of("graddiff", retain_weight=2.0, compat="mean_of_means")
+
+
+@pytest.fixture(scope="module")
+def micro_batches(start, plain):
+    """Losses of four micro-batches, of one, and the mean of the gradients of four steps."""
+    row, _ = objectives.resolve(MEAN_OF_MEANS)
     host = batches_of({n: plain[n] for n in row.streams}, "forget", SEED, ROWS)(0)
 
     def mean_of_means(name, params):
@@ -347,30 +353,31 @@ def test_mean_of_means_is_that_of_the_micro_batches(sizes, start, plain):
         parts = [np.concatenate(values[a::4]) for a in range(4)]  # rows are dealt in turn
         return np.mean([part.mean() for part in parts]), np.concatenate(values).mean()
 
-    forget, _ = mean_of_means("forget", start)
-    retain, plain_mean = mean_of_means("retain", start)
+    # The gradient is that of the mean of four steps' losses.
+    parts = split_batch({n: jax.tree.map(jnp.asarray, b) for n, b in host.items()}, 4)
+    ordinary = objectives.resolve(replace(MEAN_OF_MEANS, compat=None))
+
+    @jax.jit
+    def gradient(params, batches):
+        return Losses(LEARNER, *ordinary, params, None, batches, 1).grad(params)
+
+    grads = [gradient(start, jax.tree.map(lambda x, a=a: x[a], parts)) for a in range(4)]
+    mean = jax.tree.map(lambda *g: sum(g) / 4, *jax.device_get(grads))
+    whole, _ = gradient_of(MEAN_OF_MEANS, (1, 1, 1), 1, start, plain)
+    return mean_of_means("forget", start), mean_of_means("retain", start), mean, whole
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1)])
+def test_mean_of_means_is_that_of_the_micro_batches(sizes, micro_batches, start, plain):
+    """GradDiff: the mean over four micro-batches of each one's token means, on any mesh."""
+    metrics, gradient = gradient_of(MEAN_OF_MEANS, sizes, 4, start, plain)
+    (forget, _), (retain, plain_mean), mean, whole = micro_batches
     assert abs(retain - plain_mean) > 1e-3  # unequal numbers of labels: it is another number
     assert metrics["forget_loss"] == pytest.approx(-forget, rel=1e-5)
     assert metrics["retain_loss"] == pytest.approx(retain, rel=1e-5)
     assert metrics["loss"] == pytest.approx(2 * retain - forget, rel=1e-5)
-    # The gradient is that of the mean of four steps' losses.
-    parts = split_batch({n: jax.tree.map(jnp.asarray, b) for n, b in host.items()}, 4)
-    ordinary = objectives.resolve(replace(config, compat=None))
-    means = [
-        Losses(
-            LEARNER,
-            *ordinary,
-            start,
-            None,
-            jax.tree.map(lambda x, a=a: x[a], parts),
-            1,
-        )
-        for a in range(4)
-    ]
-    grads = [losses.grad(start) for losses in means]
-    assert distance(jax.tree.map(lambda *g: sum(g) / 4, *grads), gradient[0]) <= 1e-5
+    assert distance(mean, gradient[0]) <= 1e-5
     # One micro-batch is the ordinary mean.
-    whole, _ = gradient_of(config, (1, 1, 1), 1, start, plain)
     assert whole["retain_loss"] == pytest.approx(plain_mean, rel=1e-5)
 
 
@@ -415,8 +422,8 @@ def test_one_forward_pass_for_all_streams(start, plain):
 
     assert layers(None) == 2
     assert layers("forget", "retain") >= 4
-    joint, (total,) = losses.gradients(start)
-    apart, (forget, retain) = losses.gradients(start, ("forget", "retain"))
+    joint, (total,) = jax.jit(losses.gradients)(start)
+    apart, (forget, retain) = jax.jit(lambda p: losses.gradients(p, ("forget", "retain")))(start)
     assert distance(jax.tree.map(np.add, forget, retain), total) <= 1e-6
     for name, value in joint.items():
         assert float(apart[name]) == pytest.approx(float(value), rel=1e-6), name

@@ -154,8 +154,9 @@ def test_teon_takes_whole_groups(params):
     whole = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params)
     tx = build(teon, 10)[0]
     part = {"layers": {"attn": {"q": {"kernel": whole["layers"]["attn"]["q"]["kernel"][4:6]}}}}
-    alone, _ = tx.update(part, tx.init(trained), trained)
-    every, _ = tx.update(whole, tx.init(params), params)
+    update = jax.jit(tx.update)
+    alone, _ = update(part, tx.init(trained), trained)
+    every, _ = update(whole, tx.init(params), params)
     np.testing.assert_allclose(
         alone["layers"]["attn"]["q"]["kernel"],
         every["layers"]["attn"]["q"]["kernel"][4:6],
@@ -210,16 +211,16 @@ def test_rmu_equals_two_models_in_float64(params):
         start = moved(training.start)
         u = objective_state(learner, ROW, OPTIONS, 7)["direction"]
         losses = losses_of(training, learner, start)
+        value = jax.jit(losses.value)
         down = start["layers"]["mlp"]["down"]["kernel"]
-        np.testing.assert_allclose(losses.value(start), reference_loss(wide, down, u), rtol=1e-10)
+        np.testing.assert_allclose(value(start), reference_loss(wide, down, u), rtol=1e-10)
         # the fork from block 5 on, against a frozen model of its own
         apart = trainable_of(wide, ROW)
         whole = selection.finish(start, wide, chosen=selection.select(wide, *_pair(DOWN)))
-        np.testing.assert_allclose(
-            losses_of(apart, learner, whole).value(whole), losses.value(start), rtol=1e-12
-        )
-        grad = losses.grad(start)
-        want = losses_of(apart, learner, whole).grad(whole)["layers"]["mlp"]["down"]["kernel"]
+        other = losses_of(apart, learner, whole)
+        np.testing.assert_allclose(jax.jit(other.value)(whole), value(start), rtol=1e-12)
+        grad = jax.jit(losses.grad)(start)
+        want = jax.jit(other.grad)(whole)["layers"]["mlp"]["down"]["kernel"]
         np.testing.assert_allclose(
             grad["layers"]["mlp"]["down"]["kernel"], want[5:8], rtol=1e-9, atol=1e-14
         )
@@ -228,8 +229,7 @@ def test_rmu_equals_two_models_in_float64(params):
             jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (grad, step)), strict=True)
         )
         ends = [
-            losses.value(jax.tree.map(lambda p, s, e=e: p + e * s, start, step))
-            for e in (1e-3, -1e-3)
+            value(jax.tree.map(lambda p, s, e=e: p + e * s, start, step)) for e in (1e-3, -1e-3)
         ]
         np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-3, rtol=1e-4)
 
@@ -244,7 +244,7 @@ def test_rmu_at_the_start(params):
     metrics = losses_of(training).look(training.start)
     assert float(metrics["retain_loss"]) < 1e-12 and float(metrics["forget_loss"]) > 0
     row, options = objectives.resolve("rmu", forget_weight=0.0)
-    grad = losses_of(training, row=row, options=options).grad(training.start)
+    grad = jax.jit(losses_of(training, row=row, options=options).grad)(training.start)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad)) < 1e-9
     spoiled = jax.tree.map(lambda x: x.at[8:].set(jnp.nan), params["layers"])
     broken = {**params, "layers": spoiled, "final_norm": {"scale": jnp.full(16, jnp.nan)}}

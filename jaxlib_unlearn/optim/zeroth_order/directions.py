@@ -25,6 +25,7 @@ from jaxlib_unlearn.optim.zeroth_order.perturbations import (
     draw_basis,
     draw_core,
     is_low_rank,
+    leaf_keys,
     perturb,
     wide,
 )
@@ -52,16 +53,34 @@ class Draws(NamedTuple):
 
 
 def draw_bases(family: Family, layout: Layout, key: jax.Array) -> list[Basis]:
-    """The bases of all leaves, drawn for the refresh that the key belongs to."""
+    """The bases of all leaves, drawn for the refresh that the key belongs to.
+
+    Leaves of equal matrices are drawn together: one decomposition in the program, not one each.
+    """
     out: list[Basis] = [()] * len(layout.leaves)
-    for i in layout.outer:
-        out[i] = draw_basis(family, layout.leaves[i], key, None)
-    for stack in layout.stacks:
-        for i in stack.members:
+    if family.basis is None:
+        return out
+    alike: dict[Any, list[tuple[int, jax.Array]]] = {}
+
+    def note(members, keys):
+        for i, own in zip(members, keys, strict=True):
             leaf = layout.leaves[i]
-            if is_low_rank(family, leaf) and leaf.trainable:
-                draw = jax.vmap(lambda index, leaf=leaf: draw_basis(family, leaf, key, index))
-                out[i] = draw(_indices(stack))
+            alike.setdefault((leaf.axes, leaf.shape, leaf.dtype), []).append((i, own))
+
+    outer, stacks = _trainable(layout)
+    for members, stack in ((outer, None), *((members, stack) for stack, members in stacks)):
+        low = [i for i in members if is_low_rank(family, layout.leaves[i])]
+        if low:
+            leaves = [layout.leaves[i] for i in low]
+            draw = functools.partial(leaf_keys, key, leaves)
+            note(low, draw(None) if stack is None else jax.vmap(draw, out_axes=1)(_indices(stack)))
+    for members in alike.values():
+        leaf, end = layout.leaves[members[0][0]], 0
+        keys = jnp.concatenate([own.reshape(-1) for _, own in members])
+        drawn = jax.vmap(functools.partial(draw_basis, family, leaf))(keys)
+        for i, own in members:
+            start, end = end, end + own.size
+            out[i] = tuple(x[start:end].reshape(*own.shape, *x.shape[1:]) for x in drawn)
     return out
 
 
@@ -69,13 +88,12 @@ def norm_scales(family: Family, layout: Layout, draws: Draws, num_queries: int) 
     """``sqrt(d) / norm`` of every query's draw over all d trainable parameters, ``(q,)``."""
 
     def one(query):
-        key = jax.random.fold_in(draws.key, query)
+        keys = draw_keys(family, draws, jax.random.fold_in(draws.key, query))
 
-        def squares(leaf, index, moments):
-            core = draw_core(family, leaf, key, draws.mask_key, index, moments)
-            return jnp.sum(jnp.square(core))
+        def squares(leaf, own, moments):
+            return jnp.sum(jnp.square(draw_core(family, leaf, own[0], own[1], moments)))
 
-        return sum(jnp.sum(x) for x in walk(squares, layout, (draws.moments,)).values())
+        return sum(jnp.sum(x) for x in walk(squares, layout, keys, (draws.moments,)).values())
 
     total = jax.lax.map(one, jnp.arange(num_queries, dtype=jnp.int32))
     return jnp.sqrt(layout.size() / total)
@@ -104,10 +122,11 @@ def perturbed(
     """
     key, scale = _query(draws, query, offset)
 
-    def move(leaf, index, *entry):
-        return _moved(family, leaf, index, key, draws.mask_key, scale, *entry)
+    def move(leaf, own, *entry):
+        return _moved(family, leaf, own, draws.key, scale, *entry)
 
-    moved = walk(move, layout, (arrays, draws.bases, draws.moments))
+    keys = draw_keys(family, draws, key)
+    moved = walk(move, layout, keys, (arrays, draws.bases, draws.moments))
     return [moved.get(i, x) for i, x in enumerate(arrays)]
 
 
@@ -132,11 +151,13 @@ def layered(
         ValueError: no stacked layers, or stacks under several names.
     """
     key, scale = _query(draws, query, offset)
+    keys = draw_keys(family, draws, key)
     out: list[Any] = list(arrays)
-    for i in _trainable(layout)[0]:
+    single = _trainable(layout)[0]
+    for i, own in zip(single, _own([layout.leaves[i] for i in single], keys, None), strict=True):
         leaf, entry = layout.leaves[i], (arrays[i], draws.bases[i], draws.moments[i])
         low = factored and leaf.path in outer
-        out[i] = _moved(family, leaf, None, key, draws.mask_key, scale, *entry, low)
+        out[i] = _moved(family, leaf, own, draws.key, scale, *entry, low)
     prefixes = {stack.prefix for stack in layout.stacks}
     if len(prefixes) != 1:
         raise ValueError(
@@ -154,12 +175,17 @@ def layered(
 
     def layer_map(layer, index):
         flat, structure = jax.tree_util.tree_flatten_with_path(layer)
-        moved = []
-        for path, x in flat:
+        found = []
+        for path, _ in flat:
             name = f"{prefix}/{path_str(path)}"
             if name not in tables:
                 raise ValueError(f"layer_map got {name!r}, which the parameters do not have")
-            moved.append(tables[name].move(family, x, index, key, draws.mask_key, scale, factored))
+            found.append(tables[name])
+        moving = [i for i, table in enumerate(found) if table.active.any()]
+        moved = [x for _, x in flat]
+        owns = _own([found[i].leaf for i in moving], keys, index)
+        for i, own in zip(moving, owns, strict=True):
+            moved[i] = found[i].move(family, moved[i], index, own, draws.key, scale, factored)
         return jax.tree.unflatten(structure, moved)
 
     return out, layer_map
@@ -192,23 +218,21 @@ class _LayerTable(NamedTuple):
         bases, moments = jax.tree.map(join, *kept) if kept else ((), {})
         return cls(layout.leaves[(moving or found)[0][1]], active, bases, moments)
 
-    def move(self, family, x, index, key, mask_key, scale, factored):
-        if not self.active.any():
-            return x
+    def move(self, family, x, index, own, any_key, scale, factored):
         if not self.active.all():
             scale = scale * jnp.asarray(self.active)[index].astype(scale.dtype)
         basis, moments = jax.tree.map(
             lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False),
             (self.bases, self.moments),
         )
-        return _moved(family, self.leaf, index, key, mask_key, scale, x, basis, moments, factored)
+        return _moved(family, self.leaf, own, any_key, scale, x, basis, moments, factored)
 
 
 def weighted_sums(
     family: Family,
     leaf: Leaf,
-    draws: Draws,
-    index: jax.Array | None,
+    keys: jax.Array,
+    mask_key: jax.Array | None,
     moments: Moments,
     weights: jax.Array,
     square_weights: jax.Array | None = None,
@@ -218,8 +242,8 @@ def weighted_sums(
     Args:
         family: what a direction is.
         leaf: the parameter.
-        draws: of the step.
-        index: absolute index of the layer, or None.
+        keys: ``(q,)`` its own (``perturbations.leaf_keys``) of every query.
+        mask_key: its own of purpose MASK, for families that weigh.
         moments: of this layer.
         weights: ``(q,)``, the draws' scales included.
         square_weights: ``(q,)`` or None.
@@ -232,30 +256,27 @@ def weighted_sums(
     if square_weights is not None:
         pairs += (square_weights.astype(dtype),)
 
-    def terms(query, pair):
-        key = jax.random.fold_in(draws.key, query)
-        core = draw_core(family, leaf, key, draws.mask_key, index, moments)
+    def terms(key, pair):
+        core = draw_core(family, leaf, key, mask_key, moments)
         return tuple(w * z for w, z in zip(pair, (core, jnp.square(core)), strict=False))
 
     if weights.shape[0] == 1:
-        sums = terms(jnp.int32(0), tuple(w[0] for w in pairs))
+        sums = terms(keys[0], tuple(w[0] for w in pairs))
     else:
 
         def body(total, inputs):
             return tuple(t + n for t, n in zip(total, terms(*inputs), strict=True)), None
 
-        one = jax.eval_shape(terms, jnp.int32(0), tuple(w[0] for w in pairs))
+        one = jax.eval_shape(terms, keys[0], tuple(w[0] for w in pairs))
         start = tuple(jnp.zeros(x.shape, x.dtype) for x in one)
-        queries = jnp.arange(weights.shape[0], dtype=jnp.int32)
-        sums, _ = jax.lax.scan(body, start, (queries, pairs))
+        sums, _ = jax.lax.scan(body, start, (keys, pairs))
     return sums[0], (sums[1] if len(sums) > 1 else None)
 
 
 def product_sum(
     family: Family,
     leaf: Leaf,
-    draws: Draws,
-    index: jax.Array | None,
+    keys: jax.Array,
     basis: Basis,
     weights: jax.Array,
 ) -> jax.Array:
@@ -267,8 +288,7 @@ def product_sum(
     Args:
         family: what a direction is.
         leaf: the parameter.
-        draws: of the step.
-        index: absolute index of the layer, or None.
+        keys: ``(q,)`` its own (``perturbations.leaf_keys``) of every query.
         basis: of this layer.
         weights: ``(q,)``.
 
@@ -279,26 +299,22 @@ def product_sum(
     count, fan_in = weights.shape[0], leaf.axes.sizes(leaf.shape)[1]
     weights = weights.astype(wide(leaf.dtype))
 
-    def factors(query):
-        key = jax.random.fold_in(draws.key, query)
-        core = draw_core(family, leaf, key, draws.mask_key, index, {})
+    def factors(key):
+        core = draw_core(family, leaf, key, None, {})
         return family.factors(core, basis, fan_in)  # pyright: ignore[reportOptionalCall]
 
-    def some(queries, weights):
-        left, right = jax.vmap(factors)(queries)
+    def some(keys, weights):
+        left, right = jax.vmap(factors)(keys)
         return jnp.einsum("q,qnir,qnor->nio", weights, left, right, precision="highest")
 
-    queries = jnp.arange(count, dtype=jnp.int32)
     if count <= AT_ONCE:
-        return as_leaf(leaf, some(queries, weights))
+        return as_leaf(leaf, some(keys, weights))
     chunks = -(-count // AT_ONCE)
-    missing = chunks * AT_ONCE - count  # further queries, of weight 0
-    queries = jnp.arange(chunks * AT_ONCE, dtype=jnp.int32).reshape(chunks, AT_ONCE)
+    missing = chunks * AT_ONCE - count  # the first queries again, with weight 0
+    keys = keys[jnp.arange(chunks * AT_ONCE) % count].reshape(chunks, AT_ONCE)
     weights = jnp.pad(weights, (0, missing)).reshape(chunks, AT_ONCE)
     start = jnp.zeros(leaf.axes.sizes(leaf.shape), weights.dtype)
-    total, _ = jax.lax.scan(
-        lambda sum_, some_: (sum_ + some(*some_), None), start, (queries, weights)
-    )
+    total, _ = jax.lax.scan(lambda sum_, some_: (sum_ + some(*some_), None), start, (keys, weights))
     return as_leaf(leaf, total)
 
 
@@ -309,30 +325,53 @@ def gain(family: Family, leaf: Leaf) -> float:
     return family.gain(*leaf.axes.sizes(leaf.shape)[1:])
 
 
-def walk(fn: Callable[..., Any], layout: Layout, groups: Sequence[Sequence[Any]]) -> dict[int, Any]:
-    """Applies ``fn(leaf, index, *entries)`` to every trainable leaf, one layer at a time.
+def walk(
+    fn: Callable[..., Any],
+    layout: Layout,
+    keys: Sequence[jax.Array | None],
+    groups: Sequence[Sequence[Any]],
+) -> dict[int, Any]:
+    """Applies ``fn(leaf, own keys, *entries)`` to every trainable leaf, one layer at a time.
 
     Args:
-        fn: ``(leaf, index, one entry of each group) -> tree of arrays``.
+        fn: ``(leaf, its own of the keys, one entry of each group) -> tree of arrays``.
         layout: of the parameters.
+        keys: of the step, or None; ``perturbations.leaf_keys`` gives the leaves' own.
         groups: per group one tree of arrays for each leaf; stacked leaves have the layer axis in
             front.
 
     Returns:
         Leaf position -> result, the layers stacked again.
     """
+
+    def visit(members, index, entries):
+        leaves = [layout.leaves[i] for i in members]
+        owns = _own(leaves, keys, index)
+        return [fn(*one, *e) for *one, e in zip(leaves, owns, entries, strict=True)]
+
     outer, stacks = _trainable(layout)
-    out = {i: fn(layout.leaves[i], None, *(group[i] for group in groups)) for i in outer}
+    entries = [tuple(group[i] for group in groups) for i in outer]
+    out = dict(zip(outer, visit(outer, None, entries), strict=True))
     for stack, members in stacks:
-
-        def layer(inputs, members=members):
-            index, entries = inputs
-            return [fn(layout.leaves[i], index, *e) for i, e in zip(members, entries, strict=True)]
-
         entries = [tuple(group[i] for group in groups) for i in members]
-        results = jax.lax.map(layer, (_indices(stack), entries))
+        results = jax.lax.map(
+            lambda inputs, members=members: visit(members, *inputs), (_indices(stack), entries)
+        )
         out |= dict(zip(members, results, strict=True))
     return out
+
+
+def draw_keys(family: Family, draws: Draws, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The keys of a draw: those of queries, and of the mask where the family weighs."""
+    return key, None if family.weigh is None else draws.mask_key
+
+
+def _own(
+    leaves: Sequence[Leaf], keys: Sequence[jax.Array | None], index: jax.Array | None
+) -> list[tuple[Any, ...]]:
+    """For every leaf (one layer of it) its own of the keys."""
+    found = [None if key is None or not leaves else leaf_keys(key, leaves, index) for key in keys]
+    return [tuple(k if k is None else k[i] for k in found) for i in range(len(leaves))]
 
 
 def _trainable(layout: Layout) -> tuple[list[int], list[tuple[Stack, list[int]]]]:
@@ -350,8 +389,8 @@ def _query(draws: Draws, query: jax.Array, offset: jax.Array) -> tuple[jax.Array
     return jax.random.fold_in(draws.key, query), scale
 
 
-def _moved(family, leaf, index, key, mask_key, scale, x, basis, moments, factored=False):
-    draw = functools.partial(draw_core, family, leaf, key, mask_key, index, moments)
+def _moved(family, leaf, own, any_key, scale, x, basis, moments, factored=False):
+    draw = functools.partial(draw_core, family, leaf, own[0], own[1], moments)
     # Parts are evaluated together: what belongs to one is broadcast over its tokens.
-    core = drawn_once(draw, mask_key) if family.parts else draw()
+    core = drawn_once(draw, any_key) if family.parts else draw()
     return perturb(family, leaf, x, core, basis, scale, factored)

@@ -25,11 +25,12 @@ queries are multiplied at once.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlib_unlearn.optim.arrays import thin_qr
 from jaxlib_unlearn.optim.draws import normal
@@ -224,7 +225,7 @@ def uzv(rank: int) -> Family:
 
     def basis(key, n, fan_in, fan_out, dtype):
         r = min(rank, fan_in, fan_out)
-        left, right = (jax.random.fold_in(key, i) for i in range(2))
+        left, right = fold(key, jnp.arange(2))
         return orthonormal(left, n, fan_in, r, dtype), orthonormal(right, n, fan_out, r, dtype)
 
     def factors(core, basis, fan_in):
@@ -332,46 +333,80 @@ def is_low_rank(family: Family, leaf: Leaf) -> bool:
     return family.core is not None and leaf.axes is not None
 
 
-def leaf_key(key: jax.Array, leaf: Leaf, index: jax.Array | int | None) -> jax.Array:
-    """The key of a leaf, and of one of its layers: by name and absolute layer index."""
-    key = jax.random.fold_in(key, leaf.code)
-    return key if index is None else jax.random.fold_in(key, index)
+def leaf_keys(key: jax.Array, leaves: Sequence[Leaf], index: jax.Array | int | None) -> jax.Array:
+    """The keys of leaves, or of one layer of them: by name and absolute layer index.
+
+    All folded at once: a fold is a loop of a program, and one for every leaf, query and place where
+    it is drawn made most of the time that a zeroth-order step took to compile.
+
+    Args:
+        key: a typed key, or an array of them.
+        leaves: n of them, at least one.
+        index: absolute index of the layer, None if layers are not stacked.
+
+    Returns:
+        ``(n, *key.shape)`` keys.
+    """
+    codes = jnp.asarray(np.array([leaf.code for leaf in leaves], np.uint32))
+    keys = fold(key, codes.reshape(-1, *[1] * key.ndim))
+    return keys if index is None else fold(keys, index)
 
 
-def draw_basis(family: Family, leaf: Leaf, key: jax.Array, index: Any) -> Basis:
+def fold(keys: jax.Array, data: jax.typing.ArrayLike) -> jax.Array:
+    """``jax.random.fold_in`` of arrays that are broadcast against each other.
+
+    Args:
+        keys: typed keys.
+        data: integers.
+
+    Returns:
+        Keys.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> keys = fold(jax.random.key(0), jnp.arange(3))
+        >>> bool(keys[2] == jax.random.fold_in(jax.random.key(0), 2))
+        True
+    """
+    data = jnp.asarray(data)
+    shape = jnp.broadcast_shapes(keys.shape, data.shape)
+    if not shape:
+        return jax.random.fold_in(keys, data)
+    keys, data = jnp.broadcast_to(keys, shape), jnp.broadcast_to(data, shape)
+    return jax.vmap(jax.random.fold_in)(keys.reshape(-1), data.reshape(-1)).reshape(shape)
+
+
+def draw_basis(family: Family, leaf: Leaf, key: jax.Array) -> Basis:
     """What the family keeps for a leaf (one layer of it), ``(n, ...)`` each; () for most.
 
     Args:
         family: the row.
         leaf: the parameter.
-        key: of purpose ``BASIS`` and the refresh it belongs to.
-        index: absolute index of the layer, None if layers are not stacked.
+        key: its own (:func:`leaf_keys`), of purpose ``BASIS`` and the refresh it belongs to.
     """
     if family.basis is None or leaf.axes is None or not leaf.trainable:
         return ()
-    key = leaf_key(key, leaf, index)
     return family.basis(key, *leaf.axes.sizes(leaf.shape), wide(leaf.dtype))
 
 
 def draw_core(
-    family: Family, leaf: Leaf, key: jax.Array, mask_key: jax.Array, index: Any, moments: Moments
+    family: Family, leaf: Leaf, key: jax.Array, mask_key: Any, moments: Moments
 ) -> jax.Array:
     """What is drawn for one query: a core ``(n, ., .)``, or z of the leaf's own shape.
 
     Args:
         family: the row.
         leaf: the parameter.
-        key: of purpose ``QUERY``, the step and the query.
-        mask_key: of purpose ``MASK`` and the step (or of no step).
-        index: absolute index of the layer, None if layers are not stacked.
+        key: its own (:func:`leaf_keys`), of purpose ``QUERY``, the step and the query.
+        mask_key: its own, of purpose ``MASK`` and the step (or of no step), for ``weigh``.
         moments: arrays like one layer that ``weigh`` reads.
     """
-    key, dtype = leaf_key(key, leaf, index), wide(leaf.dtype)
+    dtype = wide(leaf.dtype)
     if family.core is not None and leaf.axes is not None:
         n, fan_in, fan_out = leaf.axes.sizes(leaf.shape)
         return normal(key, (n, *family.core(fan_in, fan_out)), dtype)
     z = family.sample(key, leaf.shape, dtype)
-    return z if family.weigh is None else family.weigh(z, leaf_key(mask_key, leaf, index), moments)
+    return z if family.weigh is None else family.weigh(z, mask_key, moments)
 
 
 def lift(family: Family, leaf: Leaf, core: jax.Array, basis: Basis) -> jax.Array:

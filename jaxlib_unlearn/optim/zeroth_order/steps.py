@@ -7,8 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
-from jaxlib_unlearn.optim.zeroth_order.directions import gain, product_sum, walk, weighted_sums
-from jaxlib_unlearn.optim.zeroth_order.perturbations import is_low_rank, lift
+from jaxlib_unlearn.optim.zeroth_order.directions import (
+    draw_keys,
+    gain,
+    product_sum,
+    walk,
+    weighted_sums,
+)
+from jaxlib_unlearn.optim.zeroth_order.perturbations import fold, is_low_rank, lift
 from jaxlib_unlearn.optim.zeroth_order.whole import whole
 
 
@@ -43,46 +49,46 @@ def steps(
     def on_all(leaf, fn):
         return whole(fn, arrays) if is_low_rank(family, leaf) else fn
 
-    keys = (draws.key, draws.mask_key)
+    queries = jnp.arange(coeffs.shape[0], dtype=jnp.int32)
+    keys = draw_keys(family, draws, fold(draws.key, queries))
 
-    def sums(leaf, index, moments, square_weights):
-        def regenerate(key, mask_key, index, weights, square_weights):
-            drawn = draws._replace(key=key, mask_key=mask_key)
-            return weighted_sums(family, leaf, drawn, index, moments, weights, square_weights)
+    def sums(leaf, own, moments, square_weights):
+        def regenerate(own, weights, square_weights):
+            key, mask_key = own
+            return weighted_sums(family, leaf, key, mask_key, moments, weights, square_weights)
 
-        return on_all(leaf, regenerate)(*keys, index, weights, square_weights)
+        return on_all(leaf, regenerate)(own, weights, square_weights)
 
     def products(leaf):
-        def regenerate(key, mask_key, index, basis, weights):
-            drawn = draws._replace(key=key, mask_key=mask_key)
-            return product_sum(family, leaf, drawn, index, basis, weights)
+        def regenerate(own, basis, weights):
+            return product_sum(family, leaf, own[0], basis, weights)
 
         return regenerate
 
     cores: list[Any] = [()] * len(arrays)
     if reshape_core is not None:
 
-        def mean_core(leaf, index, moments):
+        def mean_core(leaf, own, moments):
             if not is_low_rank(family, leaf):
                 return ()
-            return sums(leaf, index, moments, None)[0]
+            return sums(leaf, own, moments, None)[0]
 
-        means = walk(mean_core, plan, (draws.moments,))
+        means = walk(mean_core, plan, keys, (draws.moments,))
         picked = [i for i, mean in means.items() if not isinstance(mean, tuple)]
         reshape = whole(lambda found: _reshape_cores(reshape_core, found), arrays)
         shaped = reshape([means[i] for i in picked])
         for i, core in zip(picked, shaped, strict=True):
             cores[i] = (core,)
 
-    def step(leaf, index, x, basis, moments, core):
+    def step(leaf, own, x, basis, moments, core):
         square = None
         if is_low_rank(family, leaf) and not family.linear:
-            direction = on_all(leaf, products(leaf))(*keys, index, basis, weights)
+            direction = on_all(leaf, products(leaf))(own, basis, weights)
         else:
             if core:
                 first = core[0]
             else:
-                first, square = sums(leaf, index, moments, squares)
+                first, square = sums(leaf, own, moments, squares)
             raised = on_all(leaf, lambda core, basis: lift(family, leaf, core, basis))
             direction = raised(first, basis)
         direction = direction * gain(family, leaf)
@@ -96,7 +102,7 @@ def steps(
             direction = -rate * direction
         return _like(direction.astype(x.dtype), x), moments
 
-    return walk(step, plan, (arrays, draws.bases, draws.moments, cores))
+    return walk(step, plan, keys, (arrays, draws.bases, draws.moments, cores))
 
 
 def _reshape_cores(fn: Orthogonalizer, cores: list[jax.Array]) -> list[jax.Array]:
