@@ -44,6 +44,16 @@ def test_to_the_host_and_back():
         assert not pointers(copy) & (pointers(x) | pointers(away["a"]))
 
 
+def test_a_fresh_copy_on_more_devices_shares_nothing():
+    """JAX lends the one device's buffer to its replica, whatever `may_alias` says."""
+    where = NamedSharding(make_mesh(MeshConfig(2, 2, 2)), P())
+    x = jnp.arange(64.0)
+    assert pointers(jax.device_put(x, where, may_alias=False)) & pointers(x)
+    copy = residency.fresh({"a": x}, {"a": where})["a"]
+    assert copy.sharding == where and np.array_equal(copy, x)
+    assert not pointers(copy) & pointers(x)
+
+
 def test_donating_a_fresh_copy_leaves_what_it_was_made_from():
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for x in (jnp.ones((64, 64)), residency.to_host(jnp.ones((64, 64)))):

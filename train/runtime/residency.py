@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 HOST = "pinned_host"
 DEVICE = "device"
@@ -60,7 +61,14 @@ def fresh(params: Any, shardings: Any) -> Any:
     Returns:
         A tree of equal arrays that shares no memory with `params`.
     """
-    return jax.device_put(params, shardings, may_alias=False)
+
+    def one(x, where):
+        # Put from one device onto several, an array lends its buffer to the replica on its own.
+        if isinstance(x, jax.Array) and x.sharding.device_set != where.device_set:
+            x = jnp.copy(x)
+        return jax.device_put(x, where, may_alias=False)
+
+    return jax.tree.map(one, params, shardings)
 
 
 def _moved(params: Any, kind: str) -> Any:
