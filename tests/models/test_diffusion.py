@@ -96,7 +96,8 @@ def test_what_was_asked_is_not_computed_again():
 def test_rows_are_answered(name):
     row, options = objectives.resolve(name, DENOISING)
     check_questions(LEARNER, row, options)
-    batches: Any = {side: stream(i).batch(np.arange(2), (), 0) for i, side in enumerate(row.streams)}
+    sides = enumerate(row.streams)
+    batches: Any = {side: stream(i).batch(np.arange(2), (), 0) for i, side in sides}
 
     def loss(params, frozen):
         context = LEARNER.context(params, Frozen(params=frozen), batches, row.questions(options))
@@ -146,12 +147,14 @@ def test_esd_moves_all_of_it(adamw):
     assert not [path for path in before if np.array_equal(before[path], after[path])]
 
 
+@pytest.mark.slow  # a minute of compilation
 def test_four_devices_are_one(adamw, tmp_path):
     _, _, lines = train(tmp_path, sizes=(2, 2, 1))
     for name in ("forget_loss", "retain_loss", "grad_norm"):
         assert lines[0][name] == pytest.approx(adamw[2][0][name], rel=1e-6)
 
 
+@pytest.mark.slow  # minutes of compilation; test_toy_denoiser has the same on a small model
 @pytest.mark.parametrize("name", ["muon", "sift", "mezo"])
 def test_any_optimizer_trains_it(name, tmp_path):
     """Convolutions are matrices, two sides are two gradients, and a forward pass is enough."""

@@ -38,11 +38,11 @@ PRESET = RunConfig(
         optimizer=AdamW(learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0),
     ),
     unlearn=UnlearnConfig(epochs=24, batch_size=8, curve_points=3),
-    # One other answer a question, sampled from the model before it learnt the facts, takes the place
-    # of the true one, which is pushed down to the NLL of a guess. Learned well, it holds the text
-    # together: with three that say different things, at temperature 1, and a stronger push, half of
-    # the answers went in circles. The push spares the last four labels, the full stop and the end
-    # of the turn: without them every second answer went on until it was cut.
+    # One other answer a question, sampled from the model before it learnt the facts, takes the
+    # place of the true one, which is pushed down to the NLL of a guess. Learned well, it holds the
+    # text together: with three that say different things, at temperature 1, and a stronger push,
+    # half of the answers went in circles. The push spares the last four labels, the full stop and
+    # the end of the turn: without them every second answer went on until it was cut.
     objective=options_of(
         "alternate", push=0.4, beta=4.0, delta=2.0, spare_end=4, retain="nll", forget_weight=0.4
     ),
