@@ -1,4 +1,4 @@
-"""A decoder as objectives ask it: the one that is trained, and the frozen one.
+"""Models as objectives ask them: a decoder that is trained, the frozen one, a classifier.
 
 Answers are kept: a forward pass serves all questions to a batch, and streams that are asked the
 same share one.
@@ -6,7 +6,7 @@ same share one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ from models.labels import (
     target_log_prob,
 )
 
+CLASSES = "classes"  # the question that a classifier answers
+
 
 class Frozen(NamedTuple):
     """What is known of the frozen model in a step.
@@ -36,6 +38,27 @@ class Frozen(NamedTuple):
 
     head: Any = None
     params: Any = None
+
+
+@dataclass(frozen=True)
+class AskedClassifier:
+    """A classifier of images, as objectives ask it.
+
+    Args:
+        logits: `images -> logits`, with its parameters.
+        known: answers so far; they are added as they are asked for.
+    """
+
+    logits: Callable[[Any], jax.Array]
+    known: list[tuple[Batch, jax.Array]] = field(default_factory=list)
+
+    def classes(self, batch: Batch) -> jax.Array:
+        """Logits of the classes of `batch["image"]`, float32 `(B, C)`."""
+        for other, found in self.known:
+            if other is batch:
+                return found
+        self.known.append((batch, self.logits(batch["image"])))
+        return self.known[-1][1]
 
 
 class _Found(NamedTuple):

@@ -7,9 +7,10 @@ the same to these.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -20,12 +21,10 @@ from jaxlib_unlearn.objectives import Context, Questions
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored, matmul
 from models import layout
 from models.activation_sharding import batch_sharded
-from models.asked import Frozen
+from models.asked import CLASSES, AskedClassifier, Frozen
 from models.attention import KeyValues
 from models.decoder import REMAT, LayerMap, Params, abstract_block, abstract_norm, segments_of
 from models.labels import Batch
-
-CLASSES = "classes"  # the question that it answers
 
 # The blocks lie as a decoder's do.
 RULES: layout.Rules = (
@@ -251,31 +250,6 @@ def _table(table: jax.Array | Factored, dtype: Any) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class AskedViT:
-    """A vision transformer and its parameters, as objectives ask it.
-
-    Args:
-        vit: the model.
-        params: its parameters.
-        options: keyword options of `ViT.logits`.
-        known: answers so far; they are added as they are asked for.
-    """
-
-    vit: ViT
-    params: Any
-    options: Mapping[str, Any] = field(default_factory=dict)
-    known: list[tuple[Batch, jax.Array]] = field(default_factory=list)
-
-    def classes(self, batch: Batch) -> jax.Array:
-        """Logits of the classes of `batch["image"]`, float32 `(B, C)`."""
-        for other, found in self.known:
-            if other is batch:
-                return found
-        self.known.append((batch, self.vit.logits(self.params, batch["image"], **self.options)))
-        return self.known[-1][1]
-
-
-@dataclass(frozen=True)
 class ViTLearner:
     """A vision transformer as the trainer sees it, see `models.learner.Learner`.
 
@@ -325,6 +299,8 @@ class ViTLearner:
         params = layout.constrain(outer, rules=RULES) | {"layers": params["layers"]}
         # With a layer map of values or of adapters no gradient flows back to the layer itself.
         layer_map = layer_map or (lambda layer, index: layout.constrain(layer, self.dtype))
-        options = {"layer_map": layer_map, "train_from": train_from}
-        asked: Any = AskedViT(self.vit, params, options)
+        logits = functools.partial(
+            self.vit.logits, params, layer_map=layer_map, train_from=train_from
+        )
+        asked: Any = AskedClassifier(logits)
         return Context(asked)

@@ -17,8 +17,9 @@ from jaxlib_unlearn.optim.matrices import labels
 from jaxlib_unlearn.optim.zeroth_order.leaves import layout_of
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored
 from models import lora, selection, vit_files
+from models.asked import AskedClassifier
 from models.layout import path_str
-from models.vit import AskedViT, ViT, ViTConfig, ViTLearner
+from models.vit import ViT, ViTConfig, ViTLearner
 from models.vit_files import LoadedViT
 from models.weights import flatten
 
@@ -346,5 +347,5 @@ def test_asked_twice_it_computes_once(loaded, images, monkeypatch):
     batch, calls = batch_of(images), []
     real = ViT.logits
     monkeypatch.setattr(ViT, "logits", lambda *a, **k: calls.append(1) or real(*a, **k))
-    model = AskedViT(ViT(CONFIG), loaded.params)
+    model = AskedClassifier(functools.partial(ViT(CONFIG).logits, loaded.params))
     assert model.classes(batch) is model.classes(batch) and len(calls) == 1
