@@ -71,6 +71,7 @@ FUSIONS = ("xla_cpu_use_fusion_emitters", False)
 MODULES = ("xla_cpu_parallel_codegen_split_count", 4)  # XLA makes up to 32 of a program
 KEPT = 0.05  # seconds of compilation from which on a program is kept
 MANY = 25_000  # memory maps
+LARGE, MORE = 4 * 2**30, 2**30  # bytes of memory, and on top of what cannot be given back
 
 
 class State:
@@ -79,6 +80,7 @@ class State:
     fused = True
     known: list[tuple[str, int]] | None = None  # options that this XLA has
     programs = 0
+    memory = LARGE
 
 
 def compile_options(*args, _real=compiler.get_compile_options, **options):
@@ -149,16 +151,23 @@ def few_mappings():
     """Forget compiled programs before they exhaust the memory maps of a process (65530 on Linux).
 
     A file of tests on eight devices adds 20 000; past the limit LLVM "cannot allocate memory", XLA
-    fails to "materialize symbols", and finally the process is aborted.
+    fails to "materialize symbols", and finally the process is aborted. Nor may two workers fill the
+    memory of a small machine.
     """
     yield
-    maps = Path("/proc/self/maps")
+    maps, pages = Path("/proc/self/maps"), Path("/proc/self/statm")
     if State.programs < 100 or not maps.exists():
         return
     State.programs = 0
-    if maps.read_bytes().count(b"\n") > MANY:
+    if held(pages) > State.memory or maps.read_bytes().count(b"\n") > MANY:
         jax.clear_caches()
         gc.collect()
+        State.memory = max(LARGE, held(pages) + MORE)
+
+
+def held(pages: Path) -> int:
+    """Bytes of memory of this process, of `/proc/self/statm`."""
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="session")
