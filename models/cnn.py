@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlib_unlearn.objectives import Context, Questions
 from models import layout
-from models.asked import CLASSES, AskedClassifier, Frozen
+from models.asked import CLASSES, AskedClassifier
 from models.diffusion_layers import Conv, abstract, draw
-from models.labels import Batch
 from models.layers import Linear
+from models.learner import PlainLearner
 
 Params = Mapping[str, Any]
 
@@ -137,49 +136,22 @@ class _Network(nnx.Module):
 
 
 @dataclass(frozen=True)
-class CNNLearner:
+class CNNLearner(PlainLearner):
     """The network as the trainer sees it, see `models.learner.Learner`.
 
     Args:
-        cnn: the model.
+        model: the network.
     """
 
-    cnn: CNN
+    model: CNN
     answers = frozenset((CLASSES,))
     rules = RULES
-    layered = False
 
     @property
     def sizes(self) -> Mapping[str, int]:
         """Number of features and classes."""
-        return {"hidden": self.cnn.config.features, "classes": self.cnn.config.num_classes}
+        return {"hidden": self.model.config.features, "classes": self.model.config.num_classes}
 
-    @property
-    def dtype(self) -> str:
-        """What it computes in."""
-        return self.cnn.config.dtype
-
-    def identity(self) -> Any:
-        """The configuration."""
-        return self.cnn.config
-
-    def shapes(self) -> Any:
-        """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
-        return self.cnn.shapes()
-
-    def context(
-        self,
-        params: Any,
-        frozen: Frozen,
-        batches: Mapping[str, Batch],
-        questions: Questions,
-        *,
-        layer_map: Any = None,
-        fuse: bool = True,
-        train_from: int = 0,
-    ) -> Context:
-        """What a loss may ask of these parameters, see `Learner.context`."""
-        del frozen, batches, questions, layer_map, fuse, train_from
-        params = layout.constrain(params, rules=RULES)
-        asked: Any = AskedClassifier(functools.partial(self.cnn.logits, params))
-        return Context(asked)
+    def ask(self, params: Any) -> Any:
+        """The network as objectives ask it."""
+        return AskedClassifier(functools.partial(self.model.logits, params))

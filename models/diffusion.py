@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_unlearn.concepts import attack_token
-from jaxlib_unlearn.objectives import Context, Questions
 from models import clip_text, layout, unet
-from models.asked import Frozen
 from models.clip_text import ClipText
 from models.labels import Batch
+from models.learner import PlainLearner
 from models.unet import UNet
 
 NOISE = "noise"  # the question that it answers
@@ -102,14 +101,12 @@ class AskedDenoiser:
         model: the model.
         params: its parameters.
         embed: `(params, batch, token ids) -> embeddings`.
-        frozen: no gradient flows back.
         known: answers so far; they are added as they are asked for.
     """
 
     model: Diffusion
     params: Any
     embed: Any
-    frozen: bool = False
     known: list[tuple[Batch, str, jax.Array]] = field(default_factory=list)
 
     def noise(self, batch: Batch, *prompts: str) -> tuple[jax.Array, ...]:
@@ -119,12 +116,7 @@ class AskedDenoiser:
 
         Returns:
             `(B, H, W, C)` each.
-
-        Raises:
-            ValueError: a frozen model that is not there.
         """
-        if self.params is None:
-            raise ValueError("the frozen model is asked, which its row's reference does not fork")
         wanted = [p for p in dict.fromkeys(prompts) if self._find(batch, p) is None]
         if wanted:
             times = len(wanted)
@@ -136,7 +128,6 @@ class AskedDenoiser:
                 jnp.concatenate([time] * times) if times > 1 else time,
                 jnp.concatenate(embeds) if times > 1 else embeds[0],
             )
-            found = jax.lax.stop_gradient(found) if self.frozen else found
             for prompt, part in zip(wanted, jnp.split(found, times), strict=True):
                 self.known.append((batch, prompt, part))
         answers = [self._find(batch, prompt) for prompt in prompts]
@@ -150,7 +141,7 @@ class AskedDenoiser:
 
 
 @dataclass(frozen=True)
-class DiffusionLearner:
+class DiffusionLearner(PlainLearner):
     """A text-to-image denoiser as the trainer sees it, see `models.learner.Learner`.
 
     Args:
@@ -160,7 +151,6 @@ class DiffusionLearner:
     model: Diffusion
     answers = frozenset((NOISE,))
     rules = RULES
-    layered = False
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -177,32 +167,14 @@ class DiffusionLearner:
         """Both configurations, as JSON values."""
         return {TEXT: asdict(self.model.text.config), UNET: asdict(self.model.unet.config)}
 
-    def shapes(self) -> Any:
-        """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
-        return self.model.shapes()
-
     def embed(self, params: Any, batch: Batch, tokens: jax.Array) -> jax.Array:
         """The embeddings of token ids, `(B, T, d)`."""
         del batch
         return self.model.text.embed(params[TEXT], tokens)
 
-    def context(
-        self,
-        params: Any,
-        frozen: Frozen,
-        batches: Mapping[str, Batch],
-        questions: Questions,
-        *,
-        layer_map: Any = None,
-        fuse: bool = True,
-        train_from: int = 0,
-    ) -> Context:
-        """What a loss may ask of these parameters, see `Learner.context`."""
-        del batches, questions, layer_map, fuse, train_from
-        params = layout.constrain(params, rules=self.rules)
-        model: Any = AskedDenoiser(self.model, params, self.embed)
-        reference: Any = AskedDenoiser(self.model, frozen.params, self.embed, frozen=True)
-        return Context(model, reference)
+    def ask(self, params: Any) -> Any:
+        """The denoiser as objectives ask it."""
+        return AskedDenoiser(self.model, params, self.embed)
 
 
 @dataclass(frozen=True)

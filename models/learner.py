@@ -75,6 +75,62 @@ class Learner(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class PlainLearner:
+    """What learners of models without stacks of layers share; their own are a subclass of it.
+
+    A subclass has `answers`, `rules` and `sizes`, and `ask`: what answers, given parameters.
+
+    Args:
+        model: with `config`, whose `dtype` it computes in, and `shapes`.
+    """
+
+    model: Any
+    answers = frozenset[str]()
+    rules = layout.DECODER
+    layered = False
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Numbers that a row's state may depend on."""
+        return {}
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return self.model.config.dtype
+
+    def identity(self) -> Any:
+        """The configuration."""
+        return self.model.config
+
+    def shapes(self) -> Any:
+        """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
+        return self.model.shapes()
+
+    def ask(self, params: Any) -> Any:
+        """The model as objectives ask it."""
+        raise NotImplementedError
+
+    def context(
+        self,
+        params: Any,
+        frozen: Frozen,
+        batches: Mapping[str, Batch],
+        questions: Questions,
+        *,
+        layer_map: Any = None,
+        fuse: bool = True,
+        train_from: int = 0,
+    ) -> Context:
+        """What a loss may ask of these parameters, see `Learner.context`."""
+        del batches, questions, layer_map, fuse, train_from
+        model = self.ask(layout.constrain(params, rules=self.rules))
+        if frozen.params is None:
+            return Context(model)
+        return Context(model, self.ask(jax.lax.stop_gradient(frozen.params)))
+
+
 def check_questions(learner: Learner, row: Objective, options: Any, train_from: int = 0) -> None:
     """Raise `UserError` for an objective that asks what a model does not answer.
 

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlib_unlearn.objectives import Context, Questions
 from models import layout
-from models.asked import Frozen
 from models.decoder import REMAT
 from models.diffusion_layers import (
     LAYERS,
@@ -29,6 +27,7 @@ from models.diffusion_layers import (
 )
 from models.labels import Batch
 from models.layers import Linear
+from models.learner import PlainLearner
 
 Params = Mapping[str, Any]
 
@@ -214,51 +213,25 @@ class AskedVAE:
 
 
 @dataclass(frozen=True)
-class VAELearner:
+class VAELearner(PlainLearner):
     """An autoencoder as the trainer sees it, see `models.learner.Learner`.
 
     Args:
-        vae: the model.
+        model: the autoencoder.
     """
 
-    vae: VAE
+    model: VAE
     answers = frozenset((LATENTS,))
     rules = RULES
-    layered = False
 
     @property
     def sizes(self) -> Mapping[str, int]:
         """Channels of the latents."""
-        return {"latent_channels": self.vae.config.latent_channels}
+        return {"latent_channels": self.model.config.latent_channels}
 
-    @property
-    def dtype(self) -> str:
-        """What it computes in."""
-        return self.vae.config.dtype
-
-    def identity(self) -> Any:
-        """The configuration."""
-        return self.vae.config
-
-    def shapes(self) -> Any:
-        """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
-        return self.vae.shapes()
-
-    def context(
-        self,
-        params: Any,
-        frozen: Frozen,
-        batches: Mapping[str, Batch],
-        questions: Questions,
-        *,
-        layer_map: Any = None,
-        fuse: bool = True,
-        train_from: int = 0,
-    ) -> Context:
-        """What a loss may ask of these parameters, see `Learner.context`."""
-        del frozen, batches, questions, layer_map, fuse, train_from
-        asked: Any = AskedVAE(self.vae, layout.constrain(params, rules=RULES))
-        return Context(asked)
+    def ask(self, params: Any) -> Any:
+        """The autoencoder as objectives ask it."""
+        return AskedVAE(self.model, params)
 
 
 @functools.lru_cache(maxsize=64)

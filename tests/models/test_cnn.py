@@ -69,7 +69,7 @@ def test_it_learns_digits():
     row, options = objectives.resolve("classes", LEARNING)
     check_questions(learner, row, options)
     images, labels = np.asarray(train.images), np.asarray(train.labels)
-    params = learner.cnn.init(jax.random.key(0))
+    params = learner.model.init(jax.random.key(0))
     optimizer = optax.adam(3e-3)
 
     def loss(params, batch):
@@ -93,5 +93,5 @@ def test_it_learns_digits():
     order = np.random.default_rng(0).integers(0, len(labels), (200, 64))
     params, values = learn(params, order)
     assert values[0] == pytest.approx(np.log(10), rel=1e-5)  # the head is 0
-    answers = jnp.argmax(learner.cnn.logits(params, np.asarray(test.images)), -1)
+    answers = jnp.argmax(learner.model.logits(params, np.asarray(test.images)), -1)
     assert np.mean(answers == test.labels) > 0.8
