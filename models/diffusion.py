@@ -5,14 +5,14 @@ Both are trained, sharded and exchanged as one tree, `{"text_encoder": .., "unet
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlib_unlearn.concepts import attack_token
+from jaxlib_unlearn.concepts import attack_token, init_network
 from models import clip_text, layout, unet
 from models.clip_text import ClipText
 from models.labels import Batch
@@ -213,13 +213,8 @@ class AttackLearner(DiffusionLearner):
             return jax.ShapeDtypeStruct(shape, jnp.float32)
 
         width = self.model.text.config.hidden_size
-        sizes: Sequence[tuple[str, int, int]] = (
-            ("hidden", width, self.hidden),
-            ("output", self.hidden, 1),
-        )
-        network = {
-            name: {"kernel": leaf(into, out), "bias": leaf(out)} for name, into, out in sizes
-        }
+        made = jax.eval_shape(lambda: init_network(jax.random.key(0), width, self.hidden))
+        network = jax.tree.map(lambda x: leaf(*x.shape), made)
         return self.model.shapes() | {
             NETWORK: network,
             "basis": {"embedding": leaf(width, self.tokens)},
