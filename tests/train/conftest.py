@@ -48,6 +48,16 @@ def own_steps():
         loop._COMPILED.clear()
 
 
+@pytest.fixture
+def float64(monkeypatch):
+    """Nothing is rounded to float32, which the decoder's norms, scores and logits are otherwise."""
+    import jax
+
+    with jax.enable_x64(True):
+        monkeypatch.setattr(jax.numpy, "float32", jax.numpy.float64)
+        yield
+
+
 @pytest.fixture(scope="session")
 def program():
     """`program("train.unlearn", "quickstart", ...) -> (code, out, err)`, in this process."""

@@ -1,5 +1,6 @@
 """Rows with options: the loss against float64 loops, whatever lies beside a row; bad rows."""
 
+import dataclasses
 import math
 
 import jax
@@ -89,12 +90,12 @@ def alone(params, row):
     return math.log(sum(math.exp(s) for s in scores)) - scores[row["gold"]]
 
 
-def value_and_grad(params, batch, accumulate=1):
+def value_and_grad(params, batch, accumulate=1, learner=LEARNER):
     batches = {"train": {name: jnp.asarray(x) for name, x in batch.items()}}
 
     @jax.jit
     def both(params):
-        made = Losses(LEARNER, ROW, OPTIONS, params, None, batches, accumulate)
+        made = Losses(learner, ROW, OPTIONS, params, None, batches, accumulate)
         metrics, (grads,) = made.gradients(params)
         return metrics["loss"], grads
 
@@ -112,11 +113,6 @@ def wanted(params):
     return float(np.mean([alone(params, row) for row in RANDOM]))
 
 
-@pytest.fixture(scope="module")
-def plain(params):
-    return value_and_grad(params, whole(stream()))
-
-
 ORDER = [3, 1, 7, 0, 2, 6, 5, 4]
 LAYOUTS = {
     "padded, in another order": lambda: (whole(stream(), ORDER, (80, 19)), 1),
@@ -126,17 +122,19 @@ LAYOUTS = {
 }
 
 
-def test_the_loss_is_that_of_a_float64_loop(plain, wanted):
-    assert plain[0] == pytest.approx(wanted, rel=1e-6)
+def test_the_loss_is_that_of_a_float64_loop(params, wanted):
+    assert value_and_grad(params, whole(stream()))[0] == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_lies_beside_a_row_changes_nothing(params, plain, layout):
-    batch, accumulate = LAYOUTS[layout]()
-    loss, grads = value_and_grad(params, batch, accumulate)
-    assert loss == pytest.approx(plain[0], rel=1e-6)
-    off = optax.tree.norm(optax.tree.sub(grads, plain[1]))
-    assert off <= 1e-6 * optax.tree.norm(plain[1])
+def test_what_lies_beside_a_row_changes_nothing(params, float64):
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+    wide = DecoderLearner(Decoder(dataclasses.replace(CONFIG, dtype="float64")))
+    plain = value_and_grad(params, whole(stream()), learner=wide)
+    for name, layout in LAYOUTS.items():
+        loss, grads = value_and_grad(params, *layout(), learner=wide)
+        assert loss == pytest.approx(plain[0], rel=1e-12), name
+        off = optax.tree.norm(optax.tree.sub(grads, plain[1]))
+        assert off.dtype == np.float64 and off <= 1e-12 * optax.tree.norm(plain[1]), name
 
 
 def test_the_layouts_are_what_they_say():

@@ -129,14 +129,6 @@ def padded(packed: PackedRows, rows: int) -> dict[str, np.ndarray]:
     return filled.batch(np.arange(rows), (), 0)
 
 
-@pytest.fixture
-def float64(monkeypatch):
-    """Nothing is rounded to float32, which the decoder's norms, scores and logits are otherwise."""
-    with jax.enable_x64(True):
-        monkeypatch.setattr(jnp, "float32", jnp.float64)
-        yield
-
-
 def test_packed_equals_unpacked(float64):
     """In any order of rows and in rows, and on four devices."""
     params = jax.tree.map(
