@@ -111,23 +111,8 @@ def load(
         Traceback (most recent call last):
         jaxlib_unlearn.errors.UserError: no-such-folder: no such folder; give one with ...
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
-    folder = _folder(source)
-    index = read_json(folder / MODEL_INDEX, "a folder of diffusers has one")
-    _check_index(index, parts, folder)
-    rows = {name: PARTS[name] for name in parts}
-    configs = {
-        name: with_dtype(
-            part.read(
-                read_json(folder / name / CONFIG, "each part has one"),
-                str(folder / name / CONFIG),
-            ),
-            dtype,
-        )
-        for name, part in rows.items()
-    }
-    _check_agreement(configs, str(folder))
+    configs = read_configs(source, dtype=dtype, parts=parts)
+    folder, rows = _folder(source), {name: PARTS[name] for name in parts}
     scheduler = scheduler_files.from_folder(folder / SCHEDULER)
     tokenizer = _tokenizer(folder, configs[TEXT]) if TEXT in configs else None
     stored = {name: _stored(part, folder / name, variant) for name, part in rows.items()}
@@ -138,6 +123,34 @@ def load(
         for name in rows
     }
     return Pipeline(configs, params, scheduler, tokenizer)
+
+
+def read_configs(
+    source: str | Path, *, dtype: str = "float32", parts: Sequence[str] = tuple(PARTS)
+) -> dict[str, Any]:
+    """The configurations of a folder's parts, by name; no tensor of them need be there.
+
+    Args:
+        source: the folder.
+        dtype: of the computation: float32, bfloat16 or float16.
+        parts: those that are wanted.
+
+    Raises:
+        UserError: no such folder, a part of it is missing or of an unsupported kind, or parts that
+            do not fit each other.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    folder = _folder(source)
+    index = read_json(folder / MODEL_INDEX, "a folder of diffusers has one")
+    _check_index(index, parts, folder)
+    configs = {}
+    for name in parts:
+        path = folder / name / CONFIG
+        raw = read_json(path, "each part has one")
+        configs[name] = with_dtype(PARTS[name].read(raw, str(path)), dtype)
+    _check_agreement(configs, str(folder))
+    return configs
 
 
 def overlay(

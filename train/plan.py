@@ -3,6 +3,7 @@
 python -m train.plan tofu-npo-llama3-8b --topology v5e:8x8
 python -m train.plan llama-1b --topology v5e:4x4
 python -m train.plan sst2-opt-13b --topology v5e:4x4 --length 256
+python -m train.plan sd14 --topology v5e:2x2 --programs train attack sample decode
 python -m train.plan PRESET --topology KIND:SHAPE [any option of the preset's program] [--json]
 
 The programs of the run are compiled ahead of time for the slice; no TPU and no weights are needed.
@@ -98,6 +99,7 @@ def plan(config: Any, say: Any = None) -> dict[str, Any]:
         **first,
         "fits": all(p["fits"] for p in done.values()),
         "knobs": planned.knobs(done),
+        "forward": planned.forward(),
         "programs": done,
     }
 
@@ -270,9 +272,22 @@ def table(found: dict[str, Any]) -> str:
                 + ", ".join(f"{k} {v:.3f} s" for k, v in times.items())
                 + f": bound by {slowest}"
             )
+    for i, (name, work) in enumerate(found["forward"].items()):
+        lines += [""] * (i == 0) + [_forward(name, work)]
     if found["knobs"]:
         lines += ["", "left to turn: " + "; ".join(found["knobs"])]
     return "\n".join(lines)
+
+
+def _forward(name: str, work: dict[str, Any]) -> str:
+    """The work of a part of the model, beside another count of it."""
+    line = f"{name}, one row forward: {work['flops'] / 1e9:.0f} GFLOP"
+    if work["counted"] is None:
+        return line
+    off = work["flops"] / work["counted"] - 1
+    return (
+        f"{line} ({off:+.1%} of the {work['counted'] / 1e9:.0f} that XLA counts, without padding)"
+    )
 
 
 def _optimizer(p: dict[str, Any]) -> str:

@@ -150,10 +150,10 @@ def _selected(
 
 def _cut(x: Any, path: str, first: int, last: int, mesh: Any = None) -> Any:
     """Layers `first` to `last - 1` of a leaf, on the device, where one leaf at a time is whole."""
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda x: x[first:last], x)
     if (first, last) == (0, x.shape[0]):
         return residency.to_device(x)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda x: x[first:last], x)
     shape = (last - first, *x.shape[1:])
     where = None if mesh is None else sharding.sharding_of(path, shape, mesh)
     return jax.jit(lambda x: x[first:last], out_shardings=where)(residency.to_device(x))

@@ -78,7 +78,10 @@ _STACK = re.compile(r"^(layers|blocks|stack|scan|experts)$|^scan", re.IGNORECASE
 _DENSE_GENERAL_IN = re.compile(r"^(query|key|value|qkv|q_proj|k_proj|v_proj)$")
 _DENSE_GENERAL_OUT = re.compile(r"^(out|out_proj|attn_out)$")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_ROW_PARALLEL = re.compile(r"^(o|out|wo|down|w2|fc2|c_proj|[a-z_]*(o|out|down)_proj)$")
+_ROW_PARALLEL = re.compile(
+    r"^(o|out|wo|down|w2|fc2|c_proj|[a-z_]*(o|out|down)_proj"
+    r"|to_out_0|net_2|conv2|linear_2)$"  # of diffusion models
+)
 _ADAPTER = re.compile(r"^lora_[ab]$", re.IGNORECASE)
 _REFUSED_BARE_NAME = re.compile(r"(bias(es)?|scales?)$", re.IGNORECASE)
 
@@ -271,8 +274,8 @@ def sharding_role(path: Any) -> str:
     Example:
         >>> sharding_role("layers/attn/o/kernel"), sharding_role("layers/attn/q/kernel")
         ('row', 'column')
-        >>> sharding_role("layers/attn/o/lora_a/kernel")
-        'row'
+        >>> sharding_role("layers/attn/o/lora_a/kernel"), sharding_role("attn2/to_out_0/kernel")
+        ('row', 'row')
     """
     parts = [part for part in split_path(path_str(path)) if not _ADAPTER.match(part)]
     return "row" if any(_ROW_PARALLEL.match(part) for part in parts[-2:]) else "column"

@@ -16,7 +16,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxlib_unlearn import optim
-from jaxlib_unlearn.optim.matrices import resolve
+from jaxlib_unlearn.optim.matrices import resolve, sharding_role
 from models import diffusion_layers, unet
 from models.diffusers_configs import unet_config, unet_json
 from models.diffusers_parts import file_name
@@ -147,6 +147,10 @@ def test_every_leaf_has_a_place_on_a_mesh():
         f"{block}/norm1/scale": (None,),
     }.items():
         assert specs[path] == want, path
+    # What optimizers believe of a matrix, which they see by its name alone.
+    of_kernels = {path: spec for path, spec in specs.items() if path.endswith("kernel")}
+    by_name = {path for path in of_kernels if sharding_role(path) == "row"}
+    assert by_name == {path for path, spec in of_kernels.items() if spec[-2] == "tp"}
 
 
 def test_the_output_has_the_shape_of_the_latents():

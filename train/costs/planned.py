@@ -14,7 +14,14 @@ from train import arguments, checks, suggest
 from train.classification import arguments as classify_arguments
 from train.classification.config import ClassifyRun
 from train.config import RunConfig
-from train.costs import PROGRAMS, pretraining_program, programs, stream_programs
+from train.costs import (
+    PROGRAMS,
+    diffusion_programs,
+    pretraining_program,
+    programs,
+    stream_programs,
+)
+from train.costs.diffusion_programs import DiffusionPlanConfig
 from train.finetuning import arguments as finetune_arguments
 from train.finetuning.config import ReasoningRun
 from train.optimizers import OPTIMIZERS
@@ -33,12 +40,15 @@ class Planned(NamedTuple):
         programs: those to compile.
         update: `update()`: the optimizer's update and its shapes, or None.
         knobs: `knobs(programs) -> options` to change if something does not fit.
+        forward: `forward()`: of parts of the model, the operations of a forward pass of one row
+            (`flops`) and, where it is known, an independent count of them (`counted`).
     """
 
     model: str
     programs: list[Any]
     update: Any
     knobs: Any
+    forward: Callable[[], dict[str, Any]] = dict
 
 
 class Planner(NamedTuple):
@@ -291,6 +301,39 @@ def planned_classification(config: ClassifyPlanConfig, devices: list[Any]) -> tu
     ), mesh
 
 
+# train.diffuse
+
+
+def planned_diffusion(config: DiffusionPlanConfig, devices: list[Any]) -> tuple[Planned, Any]:
+    """The programs of a text-to-image model, and its mesh.
+
+    Raises:
+        UserError: the slice cannot hold them.
+    """
+    models = diffusion_programs.models_of(config)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_heads(mesh, models.heads)
+    wanted = [n for n in diffusion_programs.PROGRAMS if n in config.programs]
+    return Planned(
+        config.model.path,
+        [diffusion_programs.MAKE[name](config, models, mesh) for name in wanted],
+        lambda: diffusion_programs.erasing_update(config, models, mesh),
+        lambda done: diffusion_knobs(config, done, mesh),
+        lambda: diffusion_programs.forward_work(models),
+    ), mesh
+
+
+def diffusion_knobs(config: DiffusionPlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
+    """Options to change if something of a text-to-image model does not fit."""
+    large = [name for name, p in done.items() if not p["fits"]]
+    groups = [group for name, group in (("train", "erase"), ("attack", "attack")) if name in large]
+    halved = [option for group in groups for option in accumulated(config, group, mesh)]
+    out = more_room(config, mesh, halved) if groups else []
+    if {"sample", "decode"} & {*large}:
+        out.append("--sample.images: fewer")
+    return [*out, LARGER] if large else []
+
+
 PLANNERS: dict[str, Planner] = {
     "train.unlearn": Planner(PRESETS, PlanConfig, arguments.read_arguments, check_run, planned_run),
     "train.pretrain": Planner(
@@ -313,6 +356,13 @@ PLANNERS: dict[str, Planner] = {
         classify_arguments.read_arguments,
         check_classification,
         planned_classification,
+    ),
+    "train.diffuse": Planner(
+        diffusion_programs.PRESETS,
+        DiffusionPlanConfig,
+        diffusion_programs.read_arguments,
+        diffusion_programs.check,
+        planned_diffusion,
     ),
 }
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import Objective
-from models import generate
+from models import generate, layout
 from models.architectures import config_of
 from models.decoder import Decoder
 from models.labels import score
@@ -97,10 +97,10 @@ def shapes_of(stream: Stream, rows: int, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def param_shapes(decoder: Decoder, mesh: Mesh) -> Any:
-    """Parameters as shapes laid out on the mesh."""
-    shapes = decoder.shapes()
-    return shaped(shapes, sharding.param_shardings(shapes, mesh))
+def param_shapes(model: Any, mesh: Mesh, rules: layout.Rules = layout.DECODER) -> Any:
+    """Parameters of anything that has `shapes()`, as shapes laid out on the mesh."""
+    shapes = model.shapes()
+    return shaped(shapes, sharding.param_shardings(shapes, mesh, rules))
 
 
 def trained_shapes(
