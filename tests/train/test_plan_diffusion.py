@@ -167,7 +167,8 @@ def test_a_plan_for_virtual_devices(folder):
         assert program["flops_per_chip"] >= 25 / 36 * program["asked_flops_per_chip"] > 0
     json.dumps(found)
     text = plan.table(found)
-    assert "guided" not in text and "UNet, one row forward" in text
+    assert f"sd14: {folder} in bfloat16, adamw, on cpu:4" in text
+    assert "UNet, one row forward: " in text
 
 
 @on_devices
@@ -211,6 +212,8 @@ def test_what_does_not_fit_has_knobs(folder):
         (("--sample.steps", "2000"), ("2000 steps", "1 to 1000")),
         (("--sample.sampler", "ddmi"), ("--sample.sampler", "ddim")),
         (("--objective.name", "npo"), ("npo", "esd")),
+        (("--optimizer.name", "teon"), ("teon", "--optimizer.name muon")),
+        (("--optimizer.name", "rowwise"), ("rowwise", "--mesh.data")),
         (("--combine", "blur", "--objective.keep", "none"), ("--combine blur", "retain side")),
         (("--erase.batch", "3"), ("--erase.batch", "did you mean --erase.batch-size")),
     ],

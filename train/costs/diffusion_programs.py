@@ -197,6 +197,12 @@ def models_of(config: DiffusionPlanConfig) -> Models:
     return Models(Diffusion(text, unet), VAE(found["vae"], m.remat))
 
 
+def name_of(config: DiffusionPlanConfig) -> str:
+    """The model and what it computes in, for people."""
+    path = "Stable Diffusion v1.4" if config.model.path == SD14 else config.model.path
+    return f"{path} in {config.model.dtype}"
+
+
 def check(config: DiffusionPlanConfig) -> None:
     """Raise `UserError` for options that are wrong whatever the devices are."""
     checks.check_numbers(config)
@@ -240,6 +246,7 @@ def erasing_program(config: DiffusionPlanConfig, models: Models, mesh: Mesh) -> 
     optimizers.check_pair(config.optimizer, config.combine, row, options)
     learner, rows = DiffusionLearner(models.denoiser), config.erase.batch_size
     check_questions(learner, row, options)
+    checks.check_blocks(config.optimizer, learner.sizes.get("blocks", 0))
     sharding.check_batch(mesh, rows, config.erase.accumulate, "erasing")
     optimizers.check_mesh(config.optimizer, mesh, rows, "the erasing")
     streams = {

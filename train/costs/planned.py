@@ -315,7 +315,7 @@ def planned_diffusion(config: DiffusionPlanConfig, devices: list[Any]) -> tuple[
     sharding.check_heads(mesh, models.heads)
     wanted = [n for n in diffusion_programs.PROGRAMS if n in config.programs]
     return Planned(
-        config.model.path,
+        diffusion_programs.name_of(config),
         [diffusion_programs.MAKE[name](config, models, mesh) for name in wanted],
         lambda: diffusion_programs.erasing_update(config, models, mesh),
         lambda done: diffusion_knobs(config, done, mesh),
