@@ -134,6 +134,20 @@ def test_an_attack_step_has_no_gradient_of_the_model(folder):
 
 
 @on_devices
+@pytest.mark.slow  # two large traces
+def test_an_attack_step_is_less_work_than_a_training_step():
+    """At the sizes of v1.4, for as many rows: there is no gradient of the model's weights."""
+    args = ("--topology", "cpu:4", "--mesh.data", "1", "--mesh.tp", "1", "--model.remat", "none")
+    whole = ("--objective.name", "denoise", "--train.leaves", "None", "--erase.batch-size", "6")
+    work = {}
+    for name, more in (("attack", ()), ("train", whole)):
+        found, _ = planned_diffusion(read(*args, "--programs", name, *more), jax.devices()[:4])
+        (program,) = found.programs
+        work[name] = flops.count_jaxpr(program.call.trace(*program.args).jaxpr).flops
+    assert work["attack"] <= 0.75 * work["train"]
+
+
+@on_devices
 def test_samples_are_guided_in_one_scan(folder):
     # With `tp` the decoder's only head would be padded to two.
     args = ("--mesh.data", "4", "--mesh.tp", "1", "--sample.images", "4")
