@@ -265,6 +265,7 @@ def test_the_preset_is_listed(capsys):
 
 @pytest.mark.libtpu
 @pytest.mark.skipif(without_libtpu, reason="needs libtpu: make tpu")
+@pytest.mark.slow  # minutes
 def test_a_small_model_on_a_small_slice(folder):
     args = ("--topology", "v5e:2x2", "--model.path", str(folder))
     found = plan.plan(read(*args))
