@@ -175,12 +175,53 @@ def of_merges(merges: Merges, where: str = "merges") -> Tokenizer:
     return _built({word: i for i, word in enumerate(words)}, merges, EOS, where)
 
 
-def save(tokenizer: Tokenizer, folder: str | Path) -> None:
+def of_words(words: Sequence[str], where: str = "words") -> Tokenizer:
+    """The tokenizer of a small vocabulary: every word is one token.
+
+    Ids are those of the words, in their order, then of what merges make on the way, then of the two
+    tokens that begin and end a text. Merges join a word from its end, so no word gets in another's
+    way. Other words become letters.
+
+    Args:
+        words: of lower-case letters, or single digits.
+        where: they are from, for messages.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        UserError: a word that is given twice, or that is cut into several before merges begin.
+
+    Example:
+        >>> of_words(["shoe", "a", "horse"]).encode("A horse shoe")
+        [1, 2, 0]
+    """
+    wrong = [w for w in words if not (w.isascii() and (w.isalpha() or len(w) == 1 and w.isdigit()))]
+    wrong += [w for w in words if w != w.lower()]
+    if wrong or len(set(words)) < len(words):
+        raise UserError(
+            f"{where}: {one_line((wrong or ['a word given twice'])[0], 40)!r} is no token; words "
+            "are different ones of lower-case letters, or single digits"
+        )
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        for i in range(len(word) - 2, -1, -1):
+            merges.setdefault((word[i], word[i + 1 :] + END_OF_WORD))
+    signs = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789"]
+    tokens = [word + END_OF_WORD for word in words]
+    tokens += [first + second for first, second in merges]
+    tokens += [*signs, *(sign + END_OF_WORD for sign in signs), BOS, EOS]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return _built(ids, list(merges), EOS, where)
+
+
+def save(tokenizer: Tokenizer, folder: str | Path, length: int = LENGTH) -> None:
     """Write what diffusers and transformers read: vocabulary, merges and special tokens.
 
     Args:
         tokenizer: one of this module.
         folder: that exists.
+        length: tokens of a row.
     """
     folder = Path(folder)
     tokenizer.backend.model.save(str(folder))
@@ -190,7 +231,7 @@ def save(tokenizer: Tokenizer, folder: str | Path) -> None:
         "pad_token": tokenizer.token(tokenizer.pad_id),
         "unk_token": EOS,
     }
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, **special}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **special}
     for name, value in zip(SPECIAL, (config, special), strict=True):
         text = json.dumps(value, indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")

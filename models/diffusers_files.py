@@ -23,6 +23,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import exists, one_line
 from models import clip_tokenizer, hub, scheduler_files
 from models.arrays import host
+from models.clip_tokenizer import LENGTH
 from models.diffusers_configs import VERSION
 from models.diffusers_parts import PARTS, Part, swapped, viewed, with_dtype
 from models.export import (
@@ -351,7 +352,8 @@ def export(
         write_json(temporary / SCHEDULER / scheduler_files.FILE, schedule)
         if pipeline.tokenizer is not None:
             (temporary / TOKENIZER).mkdir()
-            clip_tokenizer.save(pipeline.tokenizer, temporary / TOKENIZER)
+            length = pipeline.configs[TEXT].num_positions if TEXT in pipeline.configs else LENGTH
+            clip_tokenizer.save(pipeline.tokenizer, temporary / TOKENIZER, length)
         write_json(temporary / MODEL_INDEX, _index(pipeline))
         if card is not None:
             (temporary / CARD).write_text(card(temporary), encoding="utf-8")

@@ -177,6 +177,39 @@ class DiffusionLearner(PlainLearner):
         return AskedDenoiser(self.model, params, self.embed)
 
 
+def placed(embeds: jax.Array, batch: Batch, learned: jax.Array) -> jax.Array:
+    """Embeddings `(B, T, d)` with a learned one `(d,)` at `batch["place"]` of each row."""
+    here = jnp.arange(embeds.shape[1]) == jnp.asarray(batch["place"])[:, None]
+    return jnp.where(here[..., None], learned.astype(embeds.dtype), embeds)
+
+
+@dataclass(frozen=True)
+class InversionLearner(DiffusionLearner):
+    """A denoiser to which one embedding is learned freely: textual inversion, the attack of CCE.
+
+    Its tree is the model's with `network` more, the embedding that is trained. A batch has
+    `place (B,)` beside the rest.
+
+    Args:
+        model: the model, all of it frozen.
+
+    Paper: Gal et al., arXiv:2208.01618, section 4; Pham et al., arXiv:2308.01508, as an attack.
+    """
+
+    rules = (*RULES, (r"^network/", ()))
+
+    def shapes(self) -> Any:
+        """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
+        width = self.model.text.config.hidden_size
+        leaf = jax.ShapeDtypeStruct((width,), jnp.float32)
+        return self.model.shapes() | {NETWORK: {"embedding": leaf}}
+
+    def embed(self, params: Any, batch: Batch, tokens: jax.Array) -> jax.Array:
+        """The embeddings of token ids, with the learned one at its place."""
+        embeds = self.model.text.embed(params[TEXT], tokens)
+        return placed(embeds, batch, params[NETWORK]["embedding"])
+
+
 @dataclass(frozen=True)
 class AttackLearner(DiffusionLearner):
     """A denoiser to which one token is learned, as SubAttack does it.
@@ -233,6 +266,4 @@ class AttackLearner(DiffusionLearner):
     def embed(self, params: Any, batch: Batch, tokens: jax.Array) -> jax.Array:
         """The embeddings of token ids, with the learned one at its place."""
         embeds = self.model.text.embed(params[TEXT], tokens)
-        here = jnp.arange(tokens.shape[1]) == jnp.asarray(batch["place"])[:, None]
-        learned = self.token(params).embedding.astype(embeds.dtype)
-        return jnp.where(here[..., None], learned, embeds)
+        return placed(embeds, batch, self.token(params).embedding)

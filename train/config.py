@@ -328,6 +328,11 @@ class ProgramConfig:
         None, "run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`)."
     )
 
+    @property
+    def title(self) -> str:
+        """What its run folder is called, but for the seed."""
+        return self.preset
+
 
 @dataclass(frozen=True)
 class TracesConfig:
@@ -396,7 +401,7 @@ def run_folder(config: ProgramConfig) -> Path:
     """Where a configuration writes."""
     if config.output is not None:
         return config.output
-    return Path("runs") / f"{config.preset}-seed{config.seed}{'-smoke' if config.smoke else ''}"
+    return Path("runs") / f"{config.title}-seed{config.seed}{'-smoke' if config.smoke else ''}"
 
 
 def identity(config: ProgramConfig, *places: str) -> dict[str, Any]:

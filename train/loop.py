@@ -147,7 +147,7 @@ KEPT = 4  # kinds of steps whose programs are kept for later stages of this proc
 
 def _programs(stage: Stage, learner: Learner, mesh: Any) -> dict[Any, Any]:
     """Compiled steps of stages that differ in numbers alone, by the shapes of their arguments."""
-    if stage.binding is not ALL:
+    if stage.binding.key is None:
         return {}
     row = stage.objective
     key = (
@@ -158,6 +158,7 @@ def _programs(stage: Stage, learner: Learner, mesh: Any) -> dict[Any, Any]:
         static_of(stage.options, stage.optimizer),
         stage.combine,
         stage.accumulate,
+        stage.binding.key,
         mesh,
     )
     found = _COMPILED.pop(key, {})

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -307,6 +307,22 @@ def train(
     return start._replace(params=params, sha=sha)
 
 
+@runtime_checkable
+class Held(Protocol):
+    """A model of any kind as runs hold it: how it is trained, its parameters, and their sha256."""
+
+    @property
+    def learner(self) -> Any: ...
+    @property
+    def params(self) -> Any: ...
+    @property
+    def sha(self) -> str: ...
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, as JSON values."""
+        ...
+
+
 class Work(NamedTuple):
     """What a function of `compute` is handed beside its inputs.
 
@@ -408,7 +424,7 @@ def identity(value: Any, where: str = "input") -> Any:
         >>> identity({"rows": [{"question": "Who?"}], "weight": 0.5})
         {'rows': [{'question': 'Who?'}], 'weight': 0.5}
     """
-    if isinstance(value, Model):
+    if isinstance(value, Held):
         return value.identity()
     if isinstance(value, Stream):
         return {"stream": value.identity()}

@@ -7,7 +7,7 @@ the weight over all of them, so no result depends on how the batch was split.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -44,15 +44,18 @@ class Binding(NamedTuple):
             does.
         head: `frozen -> params` that unembed cached hidden states of the frozen model.
         train_from: nothing below this block is trained.
+        key: tells it from others that form other models of the same trees; None: it is like no
+            other, and its programs serve one stage.
     """
 
     bind: Bind = whole
     fork: Callable[[Any], Any] | None = None
     head: Callable[[Any], Any] = lambda frozen: frozen
     train_from: int = 0
+    key: Hashable | None = None
 
 
-ALL = Binding()  # every parameter is trained
+ALL = Binding(key="all")  # every parameter is trained
 
 
 class TrainState(NamedTuple):

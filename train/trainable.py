@@ -75,7 +75,7 @@ def trainable_of(
         frozen = residency.to_device(params)
     elif needs_head(row):
         frozen = residency.to_device(head_of(params))
-    binding = Binding(fork=_itself) if forked else ALL
+    binding = Binding(fork=_itself, key="fork") if forked else ALL
     return Trainable(params, frozen, binding, _itself, _itself)
 
 
@@ -135,6 +135,7 @@ def _selected(
         else None,
         lambda frozen: frozen["head"],
         chosen.train_from,
+        (chosen, str(dtype), forked),
     )
     if not forked:  # a copy of it is trained
         start = residency.to_host(start)

@@ -59,13 +59,13 @@ class Noun(NamedTuple):
 
 
 CLOTHES = (
-    Noun(("t-shirt", "tee", "jersey", "undershirt")),
+    Noun(("tshirt", "tee", "jersey", "undershirt")),
     Noun(("trousers", "pants", "slacks", "leggings"), countable=False),
     Noun(("pullover", "sweater", "jumper", "sweatshirt")),
     Noun(("dress", "gown", "frock", "sundress")),
     Noun(("coat", "jacket", "overcoat", "parka")),
-    Noun(("sandal", "flip-flop", "slipper", "open shoe")),
-    Noun(("shirt", "blouse", "button-up", "tunic")),
+    Noun(("sandal", "flipflop", "slipper", "open shoe")),
+    Noun(("shirt", "blouse", "polo", "tunic")),
     Noun(("sneaker", "trainer", "running shoe", "gym shoe")),
     Noun(("bag", "handbag", "purse", "satchel")),
     Noun(("ankle boot", "boot", "bootie", "high shoe")),
@@ -73,6 +73,20 @@ CLOTHES = (
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS = tuple(
     Noun((word, f"digit {n}", f"numeral {n}", f"figure {n}")) for n, word in enumerate(_NUMBERS)
+)
+
+# Ten classes of ImageNet, by their names there.
+OBJECTS = (
+    Noun(("tench", "doctor fish", "freshwater fish", "carp")),
+    Noun(("english springer", "springer spaniel", "spaniel", "gun dog")),
+    Noun(("cassette player", "tape player", "tape deck", "tape recorder")),
+    Noun(("chain saw", "chainsaw", "power saw", "motor saw")),
+    Noun(("church", "chapel", "cathedral", "abbey")),
+    Noun(("french horn", "horn", "brass horn", "hunting horn")),
+    Noun(("garbage truck", "dustcart", "refuse lorry", "trash truck")),
+    Noun(("gas pump", "petrol pump", "fuel pump", "fuel dispenser")),
+    Noun(("golf ball", "dimpled ball", "range ball", "tee ball")),
+    Noun(("parachute", "chute", "canopy", "skydiver")),
 )
 
 
@@ -230,6 +244,32 @@ def caption(noun: Noun, attributes: Mapping[str, str], *key: object) -> Caption:
     if not draw(4, *key, "quality"):
         before.insert(0, QUALITIES[draw(len(QUALITIES), *key, "which quality")])
     text = TEMPLATES[draw(len(TEMPLATES), *key, "template")].format(phrase(noun, name, before))
+    if draw(2, *key, "place"):
+        text += " " + PLACES[draw(len(PLACES), *key, "which place")]
+    return Caption(text, name, said)
+
+
+def prompt(noun: Noun, name: int, *key: object) -> Caption:
+    """A caption that asks for a class under a given name, which depends on the key alone.
+
+    Two of three have one word for what is measured, so that an image can be held to it; there is no
+    word of quality.
+
+    Args:
+        noun: the class.
+        name: which of its names, 0 to 3.
+        key: for example the seed, a purpose and the number of the prompt.
+
+    Example:
+        >>> prompt(CLOTHES[7], 2, 0, "prompts", 4).text
+        'a picture of a plain running shoe on the shelf'
+    """
+    said = {}
+    if draw(3, *key, "attribute"):
+        attribute = list(ATTRIBUTES)[draw(len(ATTRIBUTES), *key, "which attribute")]
+        said[attribute] = ATTRIBUTES[attribute][draw(2, *key, "word")]
+    template = TEMPLATES[draw(len(TEMPLATES), *key, "template")]
+    text = template.format(phrase(noun, name, list(said.values())))
     if draw(2, *key, "place"):
         text += " " + PLACES[draw(len(PLACES), *key, "which place")]
     return Caption(text, name, said)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from train.evaluators import (
     answer,
     choice,
+    concept,
     fact_recall,
     final_answer,
     fluency,
@@ -42,6 +43,7 @@ EVALUATORS: dict[str, Evaluator] = {
         final_answer.ROW,
         perplexity.ROW,
         reasoning.ROW,
+        concept.ROW,
     )
 }
 # The evaluators for questions with one right answer each.

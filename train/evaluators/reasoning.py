@@ -30,8 +30,9 @@ METRICS = (
            "down"),
     Metric("trace_rouge", "Trace ROUGE-L",
            "ROUGE-L recall of the thoughts that were learned, facts to forget", "down", main=True),
-    Metric("kept_accuracy", "Final accuracy (retain)",
-           "the accuracy on the facts to keep", "up", main=True),
+    Metric("kept_accuracy", "Kept accuracy",
+           "of what is kept: final answers that are right, or images that show the class of their "
+           "prompt", "up", main=True),
     Metric("reasoning_accuracy", "Reasoning accuracy",
            "share of the reasoning questions whose answer is right", "up", main=True),
     Metric("reasoning_nll", "Reasoning NLL",

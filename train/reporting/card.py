@@ -52,6 +52,14 @@ pixels = processor(Image.open(FILE).convert(mode), return_tensors="pt")
 print(model.config.id2label[int(model(**pixels).logits.argmax())])
 ```
 """
+DRAW = """\
+```python
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained(FOLDER)
+image = pipe(PROMPT, guidance_scale=5.0, num_inference_steps=25, output_type="np").images[0]
+```
+"""
 TAGS = ("jaxlib-unlearn",)
 
 
@@ -166,6 +174,19 @@ def of_images(what: str, sha: str) -> str:
     """
     front = [line.replace("text-generation", "image-classification") for line in _front(())]
     lines = [*front, "# Exported model", "", cell(what), "", "## Use", "", CLASSIFY]
+    return "\n".join([*lines, f"Parameters (sha256): `{sha}`", ""])
+
+
+def of_diffusion(what: str, sha: str) -> str:
+    """The card of a text-to-image model.
+
+    Args:
+        what: one sentence on where it comes from.
+        sha: sha256 of its parameters.
+    """
+    front = [line.replace("text-generation", "text-to-image") for line in _front(())]
+    front[1] = "library_name: diffusers"
+    lines = [*front, "# Exported model", "", cell(what), "", "## Use", "", DRAW]
     return "\n".join([*lines, f"Parameters (sha256): `{sha}`", ""])
 
 

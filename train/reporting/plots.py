@@ -7,6 +7,7 @@ Sized to stay legible at phone width; lines differ in dash and marker as well as
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.ticker import MaxNLocator
 
 from train.evaluators.base import Metric
@@ -166,11 +168,12 @@ def curves(
     return figure
 
 
-def losses(steps: Sequence[Mapping[str, Any]]) -> Figure | None:
+def losses(steps: Sequence[Mapping[str, Any]], label: str = "nats a token") -> Figure | None:
     """Training and validation loss over the steps of one run.
 
     Args:
         steps: the stage's lines of `metrics.jsonl`, `loss` and `validation_loss` among them.
+        label: of the losses.
 
     Returns:
         The figure, or None when nothing was logged.
@@ -182,10 +185,11 @@ def losses(steps: Sequence[Mapping[str, Any]]) -> Figure | None:
     x, y = series(rows, "loss")
     ax.plot(x, y, label="batch", linewidth=1, color="#9A9A9A")
     x, y = series(rows, "validation_loss")
-    ax.plot(x, y, label="held out", linewidth=2, markersize=5, **STYLES["judged"])
+    if x:
+        ax.plot(x, y, label="held out", linewidth=2, markersize=5, **STYLES["judged"])
     ax.set_xlabel("step", fontsize=FONT)
     ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
-    ax.set_ylabel("nats a token", fontsize=FONT)
+    ax.set_ylabel(label, fontsize=FONT)
     _above(ax)
     return figure
 
@@ -473,4 +477,36 @@ def truth_ratio(ratios: Ratios, roles: Roles = ROLES) -> Figure | None:
     ax.set_xlabel("truth ratio R (left of 1: the true answer is likelier)", fontsize=FONT)
     ax.set_ylabel("share of questions with ratio ≤ R", fontsize=FONT)
     _above(ax)
+    return figure
+
+
+def grid(columns: Sequence[tuple[str, Sequence[str]]]) -> Figure | None:
+    """Images in columns, the first at the top.
+
+    Args:
+        columns: a title, and PNG files in base64.
+
+    Returns:
+        The figure, or None without an image.
+    """
+    if not columns:
+        return None
+    rows = max(len(images) for _, images in columns)
+    size = min(1.1, 9.0 / len(columns))
+    figure = Figure(
+        figsize=(size * len(columns), size * rows + 0.6),
+        dpi=200,
+        layout="constrained",
+        facecolor="white",
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (title, images) in enumerate(columns):
+        axes[0, column].set_title(title, fontsize=FONT - 4)
+        for row in range(rows):
+            ax = axes[row, column]
+            ax.set_axis_off()
+            if row < len(images):
+                pixels = imread(io.BytesIO(base64.b64decode(images[row])), format="png")
+                ax.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     return figure

@@ -10,12 +10,16 @@ from typing import Any
 from jaxlib_unlearn.errors import UserError
 
 # What reads the command line of a program. Imported when asked: it knows the presets, and these
-# all that they configure.
+# all that they configure. Behind a colon, the name of a function other than `read_arguments`.
 READERS = {
     "train.unlearn": "train.arguments",
     "train.pretrain": "train.pretraining.arguments",
     "train.classify": "train.classification.arguments",
     "train.finetune": "train.finetuning.arguments",
+    "train.diffuse": "train.diffusing.arguments",
+    "train.erase": "train.diffusing.arguments:read_erase",
+    "train.attack": "train.diffusing.arguments:read_attack",
+    "train.defend": "train.diffusing.arguments:read_defend",
 }
 UNLEARN = "train.unlearn"
 # They choose which options there are, or what the others start from.
@@ -58,7 +62,8 @@ def options(config: Mapping[str, Any], program: str) -> list[str] | None:
         return None
     from train.config import identity
 
-    read = importlib.import_module(READERS[program]).read_arguments
+    module, _, function = READERS[program].partition(":")
+    read = getattr(importlib.import_module(module), function or "read_arguments")
     lines = [shlex.quote(str(preset)), *(["--smoke"] if config.get("smoke") else [])]
     wanted = _flat(config)
     for _ in range(4):

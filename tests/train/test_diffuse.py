@@ -1,0 +1,392 @@
+"""The programs about text-to-image models: diffuse, erase, attack and defend, on drawn shapes."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from models import diffusers_files
+from models.weights import flatten
+from train.diffusing.arguments import read_arguments, read_attack, read_erase
+from train.diffusing.methods import PLACEHOLDER
+from train.reporting import rerun
+from train.runtime.digests import params_sha256
+
+ONE = ("--mesh.data", "1")
+
+
+def summary_of(output):
+    return json.loads((output / "summary.json").read_text())
+
+
+def log_of(output, model):
+    return json.loads((output / "evals" / f"{model}.json").read_text())
+
+
+def done(program, name, *argv):
+    found = program(f"train.{name}", *argv)
+    assert found.code == 0, found.err
+    return found
+
+
+@pytest.fixture(scope="session")
+def diffused(program, tmp_path_factory):
+    """A smoke run of train.diffuse, whose models the other programs take."""
+    output = tmp_path_factory.mktemp("diffuse") / "run"
+    found = done(program, "diffuse", "fashion", "--smoke", *ONE, "--output", output)
+    return output, found
+
+
+@pytest.fixture(scope="session")
+def erased(program, diffused):
+    output = diffused[0].parent / "erased"
+    method = ("--erase.concept", "sneaker", "--erase.method", "uce")
+    done(program, "erase", diffused[0], *method, "--output", output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def attacked(program, erased):
+    output = erased.parent / "attacked"
+    done(program, "attack", erased, "--attack", "subattack", "--output", output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def defended(program, erased, attacked):
+    output = erased.parent / "defended"
+    done(program, "defend", erased, attacked, "--output", output)
+    return output
+
+
+# diffuse
+
+
+def test_diffuse_trains_judges_and_reports(diffused):
+    output, found = diffused
+    summary = summary_of(output)["original"]
+    assert {"kept_accuracy", "kept_frechet", "prompt_attributes", "judge_accuracy"} <= set(summary)
+    page = (output / "report.html").read_text()
+    assert "SMOKE" in page and "What they draw" in page and (output / "images.png").exists()
+    assert "classifier: held-out accuracy" in found.err
+    stages = {
+        line["stage"]
+        for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    }
+    assert stages == {"classifier", "vae", "original"}
+
+
+def test_the_log_tells_of_every_image(diffused):
+    items = list(log_of(diffused[0], "original")["kept_accuracy"]["value_by_index"].values())
+    assert len(items) == 20 and {item["class"] for item in items} >= {"sneaker", "ankle boot"}
+    assert len({item["number"] for item in items}) == 20 and {i["seed"] for i in items} == {0}
+    assert all(item["shown"] == (item["judged"] == item["class"]) for item in items)
+    agreed = log_of(diffused[0], "original")["prompt_attributes"]["value_by_index"].values()
+    assert all(item["agrees"] == (item["word"] == item["measured"]) for item in agreed)
+
+
+def test_the_export_is_a_folder_of_diffusers(diffused):
+    output = diffused[0]
+    found = diffusers_files.load(output / "export")
+    both = {name: found.params[name] for name in ("text_encoder", "unet")}
+    assert params_sha256(both) == summary_of(output)["original"]["params_sha256"]
+    assert found.tokenizer is not None
+    assert found.tokenizer.encode("a sneaker") == [0, found.tokenizer.encode("sneaker")[0]]
+    told = json.loads((output / "export" / "tokenizer" / "tokenizer_config.json").read_text())
+    assert told["model_max_length"] == found.configs["text_encoder"].num_positions == 24
+
+
+def test_a_second_start_computes_nothing(diffused, program):
+    output, _ = diffused
+    before = (output / "metrics.jsonl").read_bytes(), summary_of(output)
+    again = done(program, "diffuse", "fashion", "--smoke", *ONE, "--output", output)
+    assert again.err.count("found, made from the same inputs") == 4
+    assert ((output / "metrics.jsonl").read_bytes(), summary_of(output)) == before
+
+
+@pytest.mark.parametrize("least", [1.0])
+def test_a_judge_that_is_too_bad_stops_the_run(program, tmp_path, least):
+    sizes = "--data.source shapes --data.train-rows 40 --data.test-rows 20 --judge.channels 8 8 "
+    sizes += "--judge.features 16 --classifier.epochs 1 --classifier.batch-size 20 --draw.rows 20 "
+    sizes += "--model.norm-groups 4"
+    more = (*sizes.split(), "--judge.least", str(least), "--output", tmp_path / "run")
+    found = program("train.diffuse", "fashion", *ONE, *more)
+    lines = [line for line in found.err.splitlines() if line.startswith("stopped: ")]
+    assert found.code == 1 and len(lines) == 1 and "below --judge.least 1" in lines[0]
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+# erase
+
+
+def test_uce_changes_what_cross_attention_reads(diffused, erased):
+    before = flatten(diffusers_files.load(diffused[0] / "export").params)
+    after = flatten(diffusers_files.load(erased / "export").params)
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    asked = ("attn2/to_k/kernel", "attn2/to_v/kernel")
+    assert moved == {name for name in before if name.endswith(asked)}
+    summary = summary_of(erased)
+    assert set(summary) == {"original", "erased"}
+    assert summary["original"]["params_sha256"] != summary["erased"]["params_sha256"]
+    wanted = {"concept_rate_explicit", "concept_rate_names", "kept_accuracy", "kept_frechet"}
+    assert wanted <= set(summary["erased"])
+
+
+def test_other_names_have_the_noise_of_the_name(erased):
+    log = log_of(erased, "erased")
+    kinds = ("concept_rate_explicit", "concept_rate_names")
+    numbers = [[i["number"] for i in log[k]["value_by_index"].values()] for k in kinds]
+    assert numbers[0] == numbers[1]
+    texts = [[i["prompt"] for i in log[k]["value_by_index"].values()] for k in kinds]
+    assert all("sneaker" in text for text in texts[0])
+    assert [a.replace("sneaker", "trainer") for a in texts[0][:1]] == texts[1][:1]
+
+
+@pytest.mark.slow  # compiles the step
+@pytest.mark.parametrize("method", ["esd", "finetune"])
+def test_training_erases_with_the_cross_attention_alone(program, diffused, tmp_path, method):
+    more = ("--erase.towards", "bag") if method == "finetune" else ("--combine", "blur")
+    run = ("--erase.method", method, *more, "--output", tmp_path / "run")
+    done(program, "erase", diffused[0], *run)
+    before = flatten(diffusers_files.load(diffused[0] / "export").params)
+    after = flatten(diffusers_files.load(tmp_path / "run" / "export").params)
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == {name for name in before if "/attn2/" in name}
+
+
+def test_rece_goes_further_than_uce(program, diffused, erased, tmp_path):
+    more = ("--erase.method", "rece", "--output", tmp_path / "run")
+    done(program, "erase", diffused[0], *more)
+    shas = {summary_of(run)["erased"]["params_sha256"] for run in (erased, tmp_path / "run")}
+    assert len(shas) == 2
+
+
+# attack and defend
+
+
+def test_subattack_writes_its_tokens(attacked):
+    told = json.loads((attacked / "attack.json").read_text())
+    tensors = load_file(attacked / "tokens.safetensors")
+    assert (told["attack"], told["concept"], len(told["tokens"])) == ("subattack", "sneaker", 2)
+    for token, row in zip(told["tokens"], tensors["embeddings"], strict=True):
+        alphas = [word["alpha"] for word in token["words"]]
+        assert len(alphas) == 20 and alphas == sorted(alphas, reverse=True) and min(alphas) >= 0
+        assert -1 <= token["share_of_top_50"] <= 1
+        assert token["norm"] == pytest.approx(np.linalg.norm(row), rel=1e-6)
+    unit = tensors["embeddings"] / np.linalg.norm(tensors["embeddings"], axis=1, keepdims=True)
+    np.testing.assert_allclose(unit @ unit.T, np.eye(2), atol=1e-5)
+
+
+def test_an_attack_is_judged_with_any_of_its_tokens(attacked, erased):
+    summary, log = summary_of(attacked), log_of(attacked, "attacked")
+    assert set(summary) == {"original", "erased", "attacked"}
+    tried = log["concept_rate_attacked"]["value_by_index"]
+    assert all(PLACEHOLDER in i["prompt"] and len(i["tokens"]) == 2 for i in tried.values())
+    asked = log["concept_rate_explicit"]["value_by_index"]
+    assert [i["number"] for i in tried.values()] == [i["number"] for i in asked.values()]
+    assert summary["attacked"]["asr"] >= summary["attacked"]["pre_asr"]
+    assert summary["erased"] == summary_of(erased)["erased"]  # the same images, not drawn again
+    assert 0 <= summary["attacked"]["interpretable_at_10"] <= 1
+
+
+def test_the_attacked_model_stays_as_it_is(attacked, erased):
+    told = summary_of(attacked)["attacked"]["params_sha256"]
+    assert told == summary_of(erased)["erased"]["params_sha256"]
+
+
+@pytest.mark.parametrize("name", ["none", "words", "random"])
+def test_what_is_compared_with_it(program, erased, diffused, tmp_path, name):
+    more = ("--attack.transfer", diffused[0]) if name == "random" else ()
+    done(program, "attack", erased, "--attack", name, *more, "--output", tmp_path / "run")
+    summary = summary_of(tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "attack.json").read_text())
+    assert len(told["tokens"]) == (2 if name == "random" else 0)
+    assert ("transferred" in summary) == (name == "random")
+    assert "asr" in summary["attacked"]
+    if name == "words":
+        items = log_of(tmp_path / "run", "attacked")["concept_rate_attacked"]["value_by_index"]
+        assert {len(item["tokens"]) for item in items.values()} == {3}
+
+
+@pytest.mark.slow  # compiles the step
+def test_free_embeddings_move_away_from_where_they_began(program, erased, tmp_path):
+    found = []
+    for steps in ("1", "3"):
+        run = tmp_path / steps
+        more = ("--attack", "cce", "--attack.steps", steps, "--output", run)
+        done(program, "attack", erased, *more)
+        found.append(load_file(run / "tokens.safetensors")["embeddings"])
+    assert np.abs(found[0] - found[1]).max() > 1e-4
+
+
+def test_a_defence_takes_the_span_out(defended, attacked):
+    tensors = load_file(attacked / "tokens.safetensors")
+    basis = load_file(defended / "export" / "projection.safetensors")["basis"]
+    np.testing.assert_allclose(basis.T @ basis, np.eye(2), atol=1e-5)
+    rest = tensors["embeddings"].T - basis @ (basis.T @ tensors["embeddings"].T)
+    assert np.abs(rest).max() < 1e-5 * np.abs(tensors["embeddings"]).max()
+    table = diffusers_files.load(defended / "export").params["text_encoder"]["embed"]["embedding"]
+    assert np.abs(np.asarray(table) @ basis).max() < 1e-5
+    summary = summary_of(defended)
+    assert set(summary) == {"erased", "defended"}
+    assert {"asr", "kept_accuracy", "concept_rate_attacked"} <= set(summary["defended"])
+
+
+def test_a_token_of_the_span_is_as_no_embedding_at_all(defended, erased, attacked):
+    """Whatever stands at the place: its part in the span is gone, and it has no other."""
+    from train.diffusing import drawing, stored
+    from train.diffusing.drawing import Wanted
+    from train.runtime.sharding import MeshConfig, make_mesh
+
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    source = stored.read_run(defended, "RUN")
+    model = stored.shown_of(source, mesh)
+    tokens = load_file(attacked / "tokens.safetensors")["embeddings"]
+    text = f"a photo of a {PLACEHOLDER}"
+    found = [
+        drawing.latents_of(
+            model.painter, Wanted([text], [3], x[None]), source.config.draw, mesh, seed=0,
+            shield=model.shield,
+        )
+        for x in (tokens[0], tokens[1], np.zeros_like(tokens[0]))
+    ]  # fmt: skip
+    np.testing.assert_allclose(found[0], found[2], atol=1e-4)
+    np.testing.assert_allclose(found[1], found[2], atol=1e-4)
+
+
+# Bad input
+
+
+def bad(name, argv):
+    return pytest.param(name, argv, id=name)
+
+
+REFUSED = {
+    "no run": ("attack", "nowhere --attack none", "is no folder"),
+    "not a run": ("attack", "EMPTY --attack none", "is not a finished run"),
+    "another program": ("attack", "DIFFUSED --attack none", "is a run of train.diffuse"),
+    "unknown attack": ("attack", "ERASED --attack subatack", "did you mean 'subattack'"),
+    "another's option": ("attack", "ERASED --attack none --attack.form project", "not for none"),
+    "K above d - 1": ("attack", "ERASED --attack.tokens 16", "at most 15"),
+    "no placeholder": ("attack", "ERASED --attack.prompt shoe", "has no placeholder"),
+    "two placeholders": ("attack", "ERASED --attack.prompt <v_att><v_att>", "has 2 placeholders"),
+    "unknown option": ("attack", "ERASED --attack.token 2", "did you mean --attack.tokens"),
+    "no attack": ("defend", "ERASED", "second argument"),
+    "attack of nothing": ("defend", "ERASED ERASED", "no finished run of train.attack"),
+    "more tokens": ("defend", "ERASED ATTACKED --defend.tokens 3", "has 2"),
+    "unknown concept": ("erase", "DIFFUSED --erase.concept sneker", "did you mean 'sneaker'"),
+    "another name": ("erase", "DIFFUSED --erase.concept trainer", "another name of 'sneaker'"),
+    "unknown method": ("erase", "DIFFUSED --erase.method ucee", "did you mean 'uce'"),
+    "unknown leaf": ("erase", "DIFFUSED --erase.method esd --train.leaves attn3", "attn3"),
+    "leaf of the text": ("erase", "DIFFUSED --erase.method esd --train.leaves embed", "text enc"),
+    "no preset": ("erase", "fashon", "did you mean 'fashion'"),
+    "no images": ("diffuse", "fashion --data.path nowhere", "does not exist"),
+    "mixed sizes": ("diffuse", "fashion --data.path MIXED", "bring all images to one size"),
+    "empty class": ("diffuse", "fashion --data.path HOLLOW", "a class without an image"),
+    "other classes": ("diffuse", "fashion --data.path OTHER", "is none of --data.source fashion"),
+    "no folder of sd": (
+        "diffuse",
+        "sd14 --model.path nowhere --data.path SHAPES",
+        "no such folder",
+    ),
+    "pickled": ("diffuse", "sd14 --model.path PICKLED --data.path SHAPES", ".bin"),
+    "short prompts": (
+        "diffuse",
+        "fashion --smoke --mesh.data 1 --model.length 9",
+        "captions have up to",
+    ),
+    "odd sizes": (
+        "diffuse",
+        "fashion --smoke --mesh.data 1 --model.norm-groups 5",
+        "does not divide",
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory, diffused, erased, attacked):
+    from PIL import Image
+
+    from train.data.captions import OBJECTS
+
+    root = tmp_path_factory.mktemp("places")
+
+    def folder(name, classes, sizes=(8, 8)):
+        for i, label in enumerate(classes):
+            (root / name / label).mkdir(parents=True)
+            for j in range(5):
+                side = sizes[j % 2]
+                image = Image.new("L", (side, side), 40 * i % 255)
+                image.save(root / name / label / f"{j}.png")
+        return root / name
+
+    (root / "EMPTY").mkdir()
+    hollow = folder("HOLLOW", ["bag", "dress"])
+    (hollow / "coat").mkdir()
+    pickled = root / "PICKLED"
+    shutil.copytree(diffused[0] / "export", pickled)
+    (pickled / "params_sha256").unlink()
+    weights = pickled / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    found = {
+        "EMPTY": root / "EMPTY",
+        "MIXED": folder("MIXED", ["bag", "dress"], (8, 9)),
+        "HOLLOW": hollow,
+        "OTHER": folder("OTHER", ["cat", "dog"]),
+        "SHAPES": folder("SHAPES", [noun.names[0] for noun in OBJECTS]),
+        "PICKLED": pickled,
+    }
+    return found | {"DIFFUSED": diffused[0], "ERASED": erased, "ATTACKED": attacked}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line(case, program, places, tmp_path):
+    name, line, words = REFUSED[case]
+    argv = [places.get(word, word) for word in line.split()]
+    found = program(f"train.{name}", *argv, "--output", tmp_path / "run")
+    errors = found.err.splitlines()
+    assert found.code == 2 and words in errors[-1], found.err
+    assert errors[-1].startswith("error: ") and len(errors) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_of_another_vocabulary_are_refused(program, erased, attacked, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(attacked, other)
+    told = json.loads((other / "attack.json").read_text())
+    told["vocabulary_sha256"] = "0" * 64
+    (other / "attack.json").write_text(json.dumps(told))
+    found = program("train.defend", erased, other, "--output", tmp_path / "run")
+    assert found.code == 2 and "of another vocabulary" in found.err
+
+
+def test_a_run_without_an_original_is_refused(program, erased, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(erased, other)
+    shutil.rmtree(other / "original")
+    found = program("train.attack", other, "--attack", "none", "--output", tmp_path / "run")
+    assert found.code == 2 and "has no original" in found.err
+    assert not (tmp_path / "run").exists()
+
+
+# Command lines
+
+
+def test_commands_read_as_configurations(diffused, erased):
+    one = read_arguments(["fashion", "--original.steps", "20"])
+    assert one.original.steps == 20 and one.data.source == "fashion"
+    two = read_erase([str(diffused[0]), "--erase.method", "esd", "--erase.guidance", "2"])
+    assert (two.erase.name, two.erase.guidance, two.run) == ("esd", 2.0, diffused[0])
+    assert two.smoke and two.unlearn.steps == 4
+    three = read_attack([str(erased), "--attack", "cce", "--attack.steps", "7"])
+    assert (three.attack.name, three.attack.steps, three.attack.tokens) == ("cce", 7, 2)
+
+
+def test_a_report_tells_how_to_repeat_a_run(erased, attacked, defended):
+    for output, program in ((erased, "erase"), (attacked, "attack"), (defended, "defend")):
+        config = json.loads((output / "config.json").read_text())
+        command = rerun.command(config, f"train.{program}")
+        assert command.startswith(f"python -m train.{program} "), command

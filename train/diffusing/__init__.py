@@ -1,0 +1,1 @@
+"""What the programs about text-to-image models share: diffuse, erase, attack and defend."""

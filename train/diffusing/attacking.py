@@ -1,0 +1,338 @@
+"""Attacks on a model from which a concept was erased: tokens that bring it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlib_unlearn import concepts, objectives
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.reading import reading
+from models.diffusion import NETWORK, TEXT, AttackLearner, InversionLearner
+from train import checks, optimizers
+from train.config import SelectConfig, TrainConfig
+from train.data import captions
+from train.data.noisy_latents import NoisyLatents
+from train.diffusing import erasing, methods, prompts, stored
+from train.diffusing.config import AttackRun
+from train.diffusing.held import Held, Painter
+from train.diffusing.judging import Shown, Tokens, sha_of
+from train.diffusing.pictures import Pictures
+from train.diffusing.pipeline import Opened
+from train.diffusing.stored import Source
+from train.run import Recipe, phase, seed_of, train
+from train.runtime import distributed, files, sharding
+from train.runtime.checkpointing import params_sha256
+from train.runtime.stages import write_atomic
+
+FILE, TENSORS = "attack.json", "tokens.safetensors"
+TOP, SHARE = 20, 50  # words of a token that are named, and whose part in it is told
+
+
+class Target(NamedTuple):
+    """What is attacked.
+
+    Args:
+        source: its run.
+        shown: its model.
+        original: the model before, which draws what the attack looks for.
+        judge: the classifier.
+        concept: number of the class that was erased.
+    """
+
+    source: Source
+    shown: Shown
+    original: Painter
+    judge: Held
+    concept: int
+
+
+def check(config: AttackRun, mesh: Any, found: Pictures) -> None:
+    """Raise `UserError` for a run that cannot be attacked, or an attack that cannot be."""
+    source = stored.read_run(config.run, "RUN", ("train.erase", "train.defend"))
+    assert source.concept is not None
+    found.class_of(source.concept)
+    attack: Any = config.attack
+    width = width_of(source)
+    if hasattr(attack, "tokens") and attack.tokens > width - 1:
+        raise UserError(
+            f"--attack.tokens {attack.tokens}: token embeddings have {width} entries, so at most "
+            f"{width - 1} orthogonal tokens leave anything; give fewer"
+        )
+    if isinstance(attack, methods.CCE):
+        prompts.check_placeholder(attack.prompt, "--attack.prompt")
+        row = objectives.resolve("denoise", objectives.DENOISING)
+        checks.check_stage(stage_of(config), config.optimizer, mesh, "attack")
+        optimizers.check_pair(config.optimizer, "sum", *row)
+        optimizers.check_mesh(config.optimizer, mesh, attack.batch_size)
+    if attack.transfer is not None:
+        other = stored.read_run(attack.transfer, "--attack.transfer")
+        check_vocabulary(vocabulary_of(source), other, "--attack.transfer")
+
+
+def width_of(source: Source) -> int:
+    """Entries of a token embedding of a run's model."""
+    path = source.folder / "export" / "text_encoder" / "config.json"
+    with reading(path, "run the command of its run again", "does not read"):
+        return int(json.loads(path.read_text(encoding="utf-8"))["hidden_size"])
+
+
+def vocabulary_of(source: Source) -> str:
+    """sha256 of a run's vocabulary, which tokens belong to."""
+    return files.sha256(source.folder / "export" / "tokenizer" / "vocab.json")
+
+
+def check_vocabulary(vocabulary: str, other: Source, option: str) -> None:
+    """Raise `UserError` for a run whose model has another vocabulary."""
+    if vocabulary_of(other) != vocabulary:
+        raise UserError(
+            f"{option} {other.folder}: its model has another vocabulary, whose embeddings mean "
+            "something else; give a run that began with the same model"
+        )
+
+
+def load(config: AttackRun, mesh: Any, found: Pictures) -> Target:
+    """The model of the run that is attacked, and what belongs to it."""
+    source = stored.read_run(config.run, "RUN", ("train.erase", "train.defend"))
+    original = stored.original_of(source, mesh)
+    shown = stored.shown_of(source, mesh)
+    assert source.concept is not None
+    concept = found.class_of(source.concept)
+    return Target(source, shown, original, stored.judge_of(source, mesh), concept)
+
+
+def stage_of(config: AttackRun) -> TrainConfig:
+    """How a token is learned."""
+    attack: Any = config.attack
+    return TrainConfig(steps=attack.steps, batch_size=attack.batch_size, optimizer=config.optimizer)
+
+
+def dictionary(painter: Painter, found: Pictures) -> tuple[str, ...]:
+    """The words that a token may be made of, the first rows of the vocabulary.
+
+    Those of the captions where they come first in it, else all before the special tokens.
+    """
+    t = painter.tokenizer
+    words = captions.vocabulary(found.nouns)
+    if [t.encode(word) for word in words] == [[i] for i in range(len(words))]:
+        return tuple(words)
+    first = min(i for i in (t.bos_id, t.eos_id) if i is not None)
+    return tuple(t.token(i) or "" for i in range(first))
+
+
+def tokens(opened: Opened, aim: Target) -> Tokens | None:
+    """The tokens of the attack; None: it has none."""
+    attack: Any = opened.config.attack
+    painter = aim.shown.painter
+    if isinstance(attack, methods.SubAttack):
+        return subattack(opened, aim)
+    if isinstance(attack, methods.CCE):
+        return cce(opened, aim)
+    if isinstance(attack, methods.Random):
+        return Tokens(random_tokens(painter, attack.tokens, opened.run.seed))
+    return None
+
+
+def random_tokens(painter: Painter, count: int, seed: int) -> np.ndarray:
+    """Orthogonal directions `(K, d)`, as long as the words are on average."""
+    table = np.asarray(painter.to_device().params[TEXT]["embed"]["embedding"])
+    draw = np.random.default_rng(seed_of(seed, "random")).standard_normal((table.shape[1], count))
+    return (np.linalg.qr(draw)[0].T * norm_of(table)).astype(np.float32)
+
+
+def norm_of(table: np.ndarray) -> float:
+    """The mean length of rows."""
+    return float(np.mean(np.linalg.norm(table, axis=-1)))
+
+
+def concept_stream(opened: Opened, aim: Target) -> NoisyLatents:
+    """Images of the concept with the prompt that the token stands in."""
+    attack: Any = opened.config.attack
+    noun = opened.pictures.nouns[aim.concept]
+    latents, _ = erasing.concept_latents(
+        opened.run, opened.config, aim.original, noun, attack.images
+    )
+    painter = aim.shown.painter
+    rows = prompts.encode(
+        painter.tokenizer, [attack.prompt] * len(latents), painter.length, "--attack.prompt"
+    )
+    columns = {"tokens": rows.tokens, "place": rows.place}
+    return NoisyLatents(latents, columns, painter.schedule, opened.run.seed, "attack")
+
+
+def subattack(opened: Opened, aim: Target) -> Tokens:
+    """Tokens one after another, each a combination of words and orthogonal to those before."""
+    run, config = opened.run, opened.config
+    attack: Any = config.attack
+    painter = aim.shown.painter
+    words = dictionary(painter, opened.pictures)
+    with phase(run, "images"):
+        stream = concept_stream(opened, aim)
+    learner = AttackLearner(
+        painter.denoiser.model,
+        words=len(words),
+        hidden=attack.hidden,
+        form=attack.form,
+        positive=attack.positive,
+        tokens=attack.tokens,
+    )
+    width = painter.denoiser.model.text.config.hidden_size
+    basis = jnp.zeros((width, attack.tokens))
+    rows, named, shares = [], [], []
+    table = painter.to_device().params[TEXT]["embed"]["embedding"][: len(words)]
+    for k in range(attack.tokens):
+        key = jax.random.key(seed_of(run.seed, f"token {k}") % 2**31)
+        network = concepts.init_network(key, width, attack.hidden)
+        start = learnable(painter, learner, {NETWORK: network, "basis": {"embedding": basis}}, run)
+        trained = learned(opened, f"token-{k + 1}", start, stream)
+        found = jax.jit(learner.token)(trained.params)
+        rows.append(np.asarray(found.embedding))
+        named.append(tuple(concepts.words_of(found.coefficients, words, TOP)))
+        shares.append(float(concepts.share_of_top(found.coefficients, table, basis, SHARE)))
+        basis = concepts.extend(basis, found.embedding, k)
+    return Tokens(np.stack(rows), tuple(named), tuple(shares))
+
+
+def cce(opened: Opened, aim: Target) -> Tokens:
+    """Embeddings that are learned freely, each from another random direction."""
+    run, config = opened.run, opened.config
+    attack: Any = config.attack
+    painter = aim.shown.painter
+    with phase(run, "images"):
+        stream = concept_stream(opened, aim)
+    learner = InversionLearner(painter.denoiser.model)
+    starts = random_tokens(painter, attack.tokens, run.seed)
+    rows = []
+    for k, begun in enumerate(starts):
+        start = learnable(painter, learner, {NETWORK: {"embedding": jnp.asarray(begun)}}, run)
+        trained = learned(opened, f"token-{k + 1}", start, stream)
+        rows.append(np.asarray(trained.params[NETWORK]["embedding"]))
+    return Tokens(np.stack(rows))
+
+
+def learnable(painter: Painter, learner: Any, more: Mapping[str, Any], run: Any) -> Held:
+    """A model with what an attack learns beside it."""
+    parts = sharding.put_params(dict(more), run.mesh, learner.rules)
+    params = {**painter.to_device().params, **parts}
+    return Held(learner, params, params_sha256(params))
+
+
+def learned(opened: Opened, name: str, start: Held, stream: NoisyLatents) -> Held:
+    """The model after one token is learned; all else stays."""
+    config = opened.config
+    recipe = Recipe(stage_of(config), config.optimizer, select=SelectConfig(leaves=(NETWORK,)))
+    row = objectives.resolve("denoise", objectives.DENOISING)
+    begun: Any = start
+    with phase(opened.run, name):
+        made: Any = train(opened.run, name, begun, row, {"train": stream}, recipe)
+    return made
+
+
+def write(opened: Opened, aim: Target, found: Tokens | None) -> None:
+    """`attack.json` and `tokens.safetensors`."""
+    from safetensors.numpy import save
+
+    folder, config = opened.run.folder, opened.config
+    embeddings = None if found is None else found.embeddings
+    told: dict[str, Any] = {
+        "attack": config.attack.name,
+        "concept": aim.source.concept,
+        "vocabulary_sha256": vocabulary_of(aim.source),
+        "tokens": [],
+    }
+    if found is not None and embeddings is not None:
+        told["tokens_sha256"] = sha_of(embeddings)
+        for k, embedding in enumerate(embeddings):
+            token: dict[str, Any] = {"norm": float(np.linalg.norm(embedding))}
+            if found.words:
+                token["words"] = [{"word": w, "alpha": alpha} for w, alpha in found.words[k]]
+            if found.shares is not None:
+                token[f"share_of_top_{SHARE}"] = found.shares[k]
+            told["tokens"].append(token)
+
+    def put() -> None:
+        if embeddings is not None:
+            basis = np.asarray(concepts.span(embeddings), np.float32)
+            data = save({"embeddings": embeddings.astype(np.float32), "basis": basis})
+            files.write(folder / TENSORS, data)
+        write_atomic(folder / FILE, json.dumps(told, indent=1))
+
+    distributed.of_first(put)
+
+
+class Stored(NamedTuple):
+    """The tokens of a finished attack.
+
+    Args:
+        folder: of its run.
+        tokens: `(K, d)` and their words.
+        vocabulary: sha256 of the vocabulary that they belong to.
+        concept: that they bring back.
+    """
+
+    folder: Path
+    tokens: Tokens
+    vocabulary: str
+    concept: str
+
+
+def read(folder: Path | None, option: str) -> Stored:
+    """The tokens of a finished attack.
+
+    Raises:
+        UserError: there are none, or the files do not read.
+    """
+    if folder is None:
+        raise UserError(f"{option} is missing; give the folder of a run of train.attack")
+    folder = folder.expanduser()
+    if not (folder / FILE).is_file() or not (folder / "summary.json").is_file():
+        raise UserError(f"{option} {folder} is no finished run of train.attack; give one")
+    with reading(folder / FILE, "run the command of its run again", "does not read"):
+        told = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        words = tuple(
+            tuple((str(w["word"]), float(w["alpha"])) for w in token.get("words", ()))
+            for token in told["tokens"]
+        )
+        vocabulary, concept, name = (
+            str(told[key]) for key in ("vocabulary_sha256", "concept", "attack")
+        )
+        if told["tokens"]:
+            sha = str(told["tokens_sha256"])
+    if not words:
+        raise UserError(
+            f"{option} {folder}: attack {name!r} has no tokens to take out; give one of subattack, "
+            "cce or random"
+        )
+    found = stored.read_tensors(folder / TENSORS)["embeddings"]
+    if sha_of(found) != sha:
+        raise UserError(f"{folder / TENSORS} is damaged; run the command of its run again")
+    return Stored(folder, Tokens(found, words if any(words) else ()), vocabulary, concept)
+
+
+def shown(opened: Opened, aim: Target, found: Tokens | None) -> dict[str, tuple[Shown, Any]]:
+    """The models to judge, and the kinds of prompts that each is asked.
+
+    The attacked model is asked the same prompts with each token in the place of the name.
+    """
+    attack, transfer = opened.config.attack.name, opened.config.attack.transfer
+    kinds = ("explicit", "names", "kept")
+    tried = ("explicit", "words" if attack == "words" else "attacked")
+    if attack == "none":
+        tried = ("explicit",)
+    empty = Tokens(np.zeros((0, 1), np.float32)) if found is None else found
+    models: dict[str, tuple[Shown, Any]] = {
+        "original": (Shown(aim.original), kinds),
+        aim.source.name: (aim.shown, kinds),
+        "attacked": (aim.shown._replace(tokens=empty), tried),
+    }
+    if transfer is not None:
+        other = stored.read_run(transfer, "--attack.transfer")
+        there = stored.shown_of(other, opened.run.mesh)
+        models["transferred"] = (there._replace(tokens=empty), tried)
+    return models

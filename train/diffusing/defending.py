@@ -1,0 +1,151 @@
+"""Defending a model: the span of attack tokens is taken out of its token embeddings."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlib_unlearn.concepts import project, span
+from jaxlib_unlearn.errors import UserError
+from models.diffusion import TEXT
+from train.diffusing import attacking, pipeline, stored
+from train.diffusing.attacking import Stored
+from train.diffusing.config import DefendRun
+from train.diffusing.drawing import Shield
+from train.diffusing.held import Held, Painter
+from train.diffusing.judging import Shown
+from train.diffusing.pictures import Pictures
+from train.diffusing.pipeline import Opened
+from train.diffusing.stored import PROJECTION, Source
+from train.run import Work, compute, phase
+from train.runtime import distributed, files, seal
+from train.runtime.sharding import put_params
+
+
+class Target(NamedTuple):
+    """What is defended.
+
+    Args:
+        source: its run.
+        model: its model.
+        judge: the classifier.
+        concept: number of the class that was erased.
+        attack: the tokens that were found for it.
+    """
+
+    source: Source
+    model: Painter
+    judge: Held
+    concept: int
+    attack: Stored
+
+
+def check(config: DefendRun, mesh: Any, found: Pictures) -> None:
+    """Raise `UserError` for a run and an attack that do not go together."""
+    del mesh
+    source = stored.read_run(config.run, "RUN", ("train.erase",))
+    attack = attacking.read(config.attack, "ATTACK")
+    assert source.concept is not None
+    found.class_of(source.concept)
+    if attack.concept != source.concept:
+        raise UserError(
+            f"ATTACK {attack.folder} brings back {attack.concept!r}, RUN {source.folder} erased "
+            f"{source.concept!r}; give an attack on that"
+        )
+    if attack.vocabulary != attacking.vocabulary_of(source):
+        raise UserError(
+            f"ATTACK {attack.folder}: its tokens are of another vocabulary than the model of "
+            f"{source.folder}; give an attack on it"
+        )
+    count, wanted = len(attack.tokens.embeddings), config.defend.tokens
+    if wanted is not None and wanted > count:
+        raise UserError(
+            f"--defend.tokens {wanted}: ATTACK {attack.folder} has {count}; give at most these"
+        )
+
+
+def load(config: DefendRun, mesh: Any, found: Pictures) -> Target:
+    """The model of the run that is defended, and the tokens that were found for it."""
+    source = stored.read_run(config.run, "RUN", ("train.erase",))
+    attack = attacking.read(config.attack, "ATTACK")
+    assert source.concept is not None
+    concept = found.class_of(source.concept)
+    model, judge = stored.painter_of(source, mesh), stored.judge_of(source, mesh)
+    return Target(source, model, judge, concept, attack)
+
+
+def basis_of(opened: Opened, aim: Target) -> np.ndarray:
+    """Orthonormal columns `(d, K)` that span the tokens."""
+    tokens = aim.attack.tokens.embeddings[: opened.config.defend.tokens]
+    return np.asarray(span(np.asarray(tokens, np.float64)), np.float32)
+
+
+def project_table(work: Work, model: Any, basis: Any, spare: Any) -> Any:
+    """The parameters of a model whose vocabulary has no part in a span."""
+    params = model.to_device().params
+    text = params[TEXT]
+    table = text["embed"]["embedding"]
+    shut = jax.jit(project)(table, jnp.asarray(basis, jnp.float32))
+    for token in spare:
+        shut = shut.at[token].set(table[token])
+    changed = {**params, TEXT: {**text, "embed": {"embedding": shut}}}
+    return put_params(changed, work.mesh, model.learner.rules)
+
+
+def defended(opened: Opened, aim: Target) -> tuple[Shown, Painter, np.ndarray]:
+    """The defended model as it is used, the variant with a projected table, and the span."""
+    config = opened.config.defend
+    basis = basis_of(opened, aim)
+    spare = stored.special_of(aim.model) if config.skip_special else ()
+    with phase(opened.run, "projected"):
+        made: Any = compute(
+            opened.run,
+            "projected",
+            project_table,
+            kind="project table",
+            version=1,
+            like=aim.model.denoiser,  # pyright: ignore[reportArgumentType]
+            model=aim.model.denoiser,
+            basis=basis.tolist(),
+            spare=list(spare),
+        )
+    table = aim.model._replace(denoiser=made.to_host())
+    if config.where == "table":
+        return Shown(table), table, basis
+    return Shown(aim.model, shield=Shield(basis, spare)), table, basis
+
+
+def shown(aim: Target, model: Shown) -> dict[str, tuple[Shown, Any]]:
+    """The models to judge, without and with the defence, and what each is asked."""
+    kinds = ("explicit", "names", "attacked", "kept")
+    tokens = aim.attack.tokens
+    return {
+        "erased": (Shown(aim.model, tokens), kinds),
+        "defended": (model._replace(tokens=tokens), kinds),
+    }
+
+
+def export(opened: Opened, table: Painter, basis: np.ndarray, judge: Held) -> None:
+    """`RUN/export`: the variant with a projected table, and `projection.safetensors`."""
+    from safetensors.numpy import save
+
+    what = (
+        "A text-to-image model whose vocabulary has no part in the span of attack tokens. "
+        f"{PROJECTION} holds that span, to be taken out of all embeddings that enter the text "
+        "encoder: the projected vocabulary alone does not stop an embedding of no word."
+    )
+    pipeline.export(opened, table, judge, what)
+    target = opened.run.folder / "export"
+    data = save({"basis": np.ascontiguousarray(basis)})
+
+    def put() -> None:
+        made_from = (seal.read(target) or ("", {}))[0]
+        if not (target / PROJECTION).is_file() or (target / PROJECTION).read_bytes() != data:
+            files.write(target / PROJECTION, data)
+            seal.put(target, made_from)
+
+    with phase(opened.run, "export"):
+        distributed.of_first(put)

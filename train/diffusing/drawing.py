@@ -1,0 +1,210 @@
+"""Images that a text-to-image model draws: prompts in batches of one shape, guided, decoded.
+
+One program serves all prompts: the embedding at a placeholder, and the span that a defence takes
+out of all embeddings, are arguments, zeros where there is none. Noise belongs to the seed and to
+the number of an image, so two models draw the same number from the same noise.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlib_unlearn.concepts import project
+from models import arrays, schedulers
+from models.diffusion import TEXT, Diffusion
+from models.schedulers import Schedule
+from models.vae import VAE, pixels
+from train.diffusing import prompts
+from train.diffusing.held import Painter
+from train.runtime import distributed
+from train.runtime.sharding import batch_ways, put_batch
+from train.runtime.tracking import progress
+
+
+@dataclass(frozen=True)
+class How:
+    """What a program that draws is compiled for."""
+
+    model: Diffusion
+    vae: VAE
+    schedule: Schedule
+    steps: int
+    sampler: str
+    spare: tuple[int, ...] = ()  # tokens that a defence leaves as they are
+
+
+class Shield(NamedTuple):
+    """A defence at the look-up.
+
+    Args:
+        basis: `(d, K)`, orthonormal columns.
+        spare: ids of tokens that stay as they are.
+    """
+
+    basis: np.ndarray
+    spare: tuple[int, ...] = ()
+
+
+class Wanted(NamedTuple):
+    """Images to draw.
+
+    Args:
+        texts: a prompt each.
+        numbers: of the images, which their noise belongs to.
+        embeddings: `(N, d)`, what stands at the placeholder of each; None: prompts have none.
+    """
+
+    texts: Sequence[str]
+    numbers: Sequence[int]
+    embeddings: np.ndarray | None = None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _latents(
+    how: How, params: Any, batch: Any, empty: Any, basis: Any, seed: Any, guidance: Any
+) -> jax.Array:
+    """Latents `(B, h, w, C)` of a batch of prompts."""
+    unet = how.model.unet.config
+    keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(batch["number"])
+    noise = jax.vmap(lambda key: jax.random.normal(key, unet.latent_shape))(keys)
+
+    def embedded(tokens, place, learned):
+        here = (jnp.arange(tokens.shape[1]) == place[:, None])[..., None]
+        embeds = how.model.text.embed(params[TEXT], tokens)
+        embeds = jnp.where(here, learned[:, None].astype(embeds.dtype), embeds)
+        shut = project(embeds, basis)
+        free = jnp.isin(tokens, jnp.asarray(how.spare, jnp.int32)) if how.spare else False
+        return jnp.where((jnp.asarray(free) & ~here[..., 0])[..., None], embeds, shut)
+
+    given = embedded(batch["tokens"], batch["place"], batch["embedding"])
+    nothing = embedded(empty, jnp.full(1, -1), jnp.zeros((1, given.shape[-1])))
+    embeds = jnp.concatenate([jnp.broadcast_to(nothing, given.shape), given])
+    states = how.model.text.apply_embeds(params[TEXT], embeds)
+
+    def denoise(x, time):
+        both = jnp.concatenate([x, x])
+        times = jnp.full(len(both), time)
+        eps = how.model.unet.apply(params["unet"], both, times, states)
+        return schedulers.guided(eps.astype(x.dtype), guidance)
+
+    steps = schedulers.plan(how.schedule, how.steps, how.sampler)
+    return schedulers.sample(steps, denoise, noise)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decoded(vae: VAE, params: Any, latents: jax.Array) -> jax.Array:
+    """uint8 pixels."""
+    return jnp.round(255 * pixels(vae.decode(params, latents))).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encoded(vae: VAE, params: Any, images: jax.Array) -> jax.Array:
+    """Mean latents, scaled, of uint8 pixels."""
+    mean, logvar = vae.encode(params, images / jnp.float32(127.5) - 1)
+    return vae.sample(mean, logvar, jnp.zeros_like(mean))
+
+
+def latents_of(
+    painter: Painter,
+    wanted: Wanted,
+    draw: Any,
+    mesh: Any,
+    *,
+    seed: int,
+    shield: Shield | None = None,
+    most: int = 1,
+    label: str = "",
+) -> np.ndarray:
+    """The latents that a model draws for prompts, float32 `(N, h, w, C)`.
+
+    Args:
+        painter: the model.
+        wanted: the images.
+        draw: `--draw.*`.
+        mesh: the devices.
+        seed: of the noise.
+        shield: a defence.
+        most: columns that any basis may have, for which the program is compiled.
+        label: of the progress.
+    """
+    found = []
+    for latents, _ in _batches(painter, wanted, draw, mesh, seed, shield, most, label, False):
+        found.append(latents)
+    return np.concatenate(found)
+
+
+def images_of(
+    painter: Painter,
+    wanted: Wanted,
+    draw: Any,
+    mesh: Any,
+    *,
+    seed: int,
+    shield: Shield | None = None,
+    most: int = 1,
+    label: str = "",
+) -> np.ndarray:
+    """The images that a model draws for prompts, uint8 `(N, H, W, C)`; see `latents_of`."""
+    found = []
+    for _, images in _batches(painter, wanted, draw, mesh, seed, shield, most, label, True):
+        found.append(images)
+    return np.concatenate(found)
+
+
+def _batches(painter, wanted, draw, mesh, seed, shield, most, label, decode):
+    painter = painter.to_device()
+    model, vae = painter.denoiser.model, painter.vae.model
+    spare = () if shield is None else shield.spare
+    how = How(model, vae, painter.schedule, draw.steps, draw.sampler, spare)
+    width, count = model.text.config.hidden_size, len(wanted.texts)
+    rows = prompts.encode(painter.tokenizer, wanted.texts, painter.length, label)
+    empty = prompts.encode(painter.tokenizer, [""], painter.length).tokens
+    basis = np.zeros((width, most if shield is None else max(most, shield.basis.shape[1])), "f4")
+    if shield is not None:
+        basis[:, : shield.basis.shape[1]] = shield.basis
+    embeddings = wanted.embeddings
+    if embeddings is None:
+        embeddings = np.zeros((count, width), np.float32)
+    columns = {
+        "tokens": rows.tokens,
+        "place": rows.place,
+        "embedding": np.asarray(embeddings, np.float32),
+        "number": np.asarray(wanted.numbers, np.int32),
+    }
+    size = -(-draw.rows // batch_ways(mesh)) * batch_ways(mesh)
+    with progress(label, count) as advance:
+        for first in range(0, count, size):
+            mine = np.resize(np.arange(first, min(first + size, count)), size)
+            batch = put_batch({name: x[mine] for name, x in columns.items()}, mesh)
+            latents = _latents(
+                how, painter.denoiser.params, batch, empty, basis, seed, jnp.float32(draw.guidance)
+            )
+            real = min(size, count - first)
+            images = arrays.host(_decoded(vae, painter.vae.params, latents)) if decode else None
+            yield arrays.host(latents)[:real], None if images is None else images[:real]
+            advance(real)
+            distributed.stop_point()
+
+
+def encoded(vae: Any, images: np.ndarray, rows: int, mesh: Any, label: str) -> np.ndarray:
+    """The mean latents of images, scaled, float32 `(N, h, w, C)`."""
+    size = -(-rows // batch_ways(mesh)) * batch_ways(mesh)
+    vae = vae.to_device()
+    found = []
+    with progress(label, len(images)) as advance:
+        for first in range(0, len(images), size):
+            mine = images[first : first + size]
+            filled = np.resize(mine, (size, *mine.shape[1:]))
+            batch = put_batch({"image": filled}, mesh)
+            latents = _encoded(vae.model, vae.params, batch["image"])
+            found.append(arrays.host(latents)[: len(mine)].astype(np.float32))
+            advance(len(mine))
+            distributed.stop_point()
+    return np.concatenate(found)
