@@ -24,7 +24,8 @@ FACTS = {"num_parameters"}
 
 def metrics() -> list[Metric]:
     """The metrics of all evaluators, in reading order."""
-    return arranged(metric for row in EVALUATORS.values() for metric in row.metrics)
+    # Evaluators that mean the same share a metric.
+    return arranged(dict.fromkeys(m for row in EVALUATORS.values() for m in row.metrics))
 
 
 def _find(name: str, known: list[Metric]) -> tuple[int, int]:
