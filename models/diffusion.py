@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlib_unlearn.concepts import attack_token, init_network
+from jaxlib_unlearn.concepts import attack_token, init_network, project
 from models import clip_text, layout, unet
 from models.clip_text import ClipText
 from models.labels import Batch
@@ -187,27 +187,38 @@ def placed(embeds: jax.Array, batch: Batch, learned: jax.Array) -> jax.Array:
 class InversionLearner(DiffusionLearner):
     """A denoiser to which one embedding is learned freely: textual inversion, the attack of CCE.
 
-    Its tree is the model's with `network` more, the embedding that is trained. A batch has
-    `place (B,)` beside the rest.
+    Its tree is the model's with `network` more, the embedding that is trained, and `shield`, the
+    span that a defence takes out of it, `{"embedding": (d, S)}`. A batch has `place (B,)` beside
+    the rest.
 
     Args:
         model: the model, all of it frozen.
+        shield: S, columns of the span; 0: there is no defence.
 
     Paper: Gal et al., arXiv:2208.01618, section 4; Pham et al., arXiv:2308.01508, as an attack.
     """
 
-    rules = (*RULES, (r"^network/", ()))
+    shield: int = 0
+    rules = (*RULES, (r"^(network|shield)/", ()))
+
+    def identity(self) -> Any:
+        """Both configurations, and the size of the span, as JSON values."""
+        return {**super().identity(), "shield": self.shield}
 
     def shapes(self) -> Any:
         """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
         width = self.model.text.config.hidden_size
-        leaf = jax.ShapeDtypeStruct((width,), jnp.float32)
-        return self.model.shapes() | {NETWORK: {"embedding": leaf}}
+        sizes = {NETWORK: (width,), "shield": (width, self.shield)}
+        return self.model.shapes() | {
+            name: {"embedding": jax.ShapeDtypeStruct(shape, jnp.float32)}
+            for name, shape in sizes.items()
+        }
 
     def embed(self, params: Any, batch: Batch, tokens: jax.Array) -> jax.Array:
         """The embeddings of token ids, with the learned one at its place."""
         embeds = self.model.text.embed(params[TEXT], tokens)
-        return placed(embeds, batch, params[NETWORK]["embedding"])
+        learned = project(params[NETWORK]["embedding"], params["shield"]["embedding"])
+        return placed(embeds, batch, learned)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,7 @@ def train(
     shared: bool = False,
     keep: Callable[[Any], None] | None = None,
     record: str | None = None,
+    only: Sequence[str] = (),
 ) -> Model:
     """A stage of training: found by the digest of what it is made from, or computed.
 
@@ -195,6 +196,7 @@ def train(
         keep: called with the tree that was trained, before it becomes plain parameters.
         record: name of the file in the run folder that holds the coefficients of its steps, where
             they are all that its updates need; None: `replay-NAME.zo`, with the stage's name.
+        only: parts of the tree that alone are stored, where no other is trained; (): all.
 
     Raises:
         UserError: parts that do not go together.
@@ -242,6 +244,8 @@ def train(
     )
     if frozen.sha != start.sha:
         inputs["reference"] = frozen.sha
+    if only:
+        inputs["only"] = list(only)
     computed: list[str] = []
 
     def make(checkpoints: Path) -> Any:
@@ -296,12 +300,17 @@ def train(
         trained = loop.run(plan, start.learner, training.start, training.frozen, mesh, run.tracker)
         if keep is not None:
             keep(trained)
-        return training.finish(trained)
+        return parts_of(training.finish(trained))
+
+    def parts_of(tree: Any) -> Any:
+        return {name: tree[name] for name in only} if only else tree
 
     rules = start.learner.rules
     like = shaped(start.params, sharding.param_shardings(start.params, mesh, rules))
     cache = run.cache if shared else None
-    params, sha = params_stage(run.folder, name, inputs, like, make, cache)
+    params, sha = params_stage(run.folder, name, inputs, parts_of(like), make, cache)
+    if only:
+        params, sha = {**start.params, **params}, digest([start.sha, sha])
     if recipe.profile is not None and not computed:
         say(f"--profile {recipe.profile}: nothing traced, stage {name} was done already")
     return start._replace(params=params, sha=sha)

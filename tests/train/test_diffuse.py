@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from models import diffusers_files
+from models import diffusers_files, vit_files
+from models.vit import ViT, ViTConfig
+from models.vit_files import LoadedViT
 from models.weights import flatten
-from train.diffusing import drawing, stored
-from train.diffusing.arguments import read_arguments, read_attack, read_erase
+from train.data.captions import CLOTHES
+from train.diffusing import drawing, pipeline, stored
+from train.diffusing.arguments import read_arguments, read_attack, read_defend, read_erase
 from train.diffusing.drawing import Wanted
 from train.diffusing.methods import PLACEHOLDER
 from train.reporting import rerun
@@ -121,6 +124,21 @@ def test_a_judge_that_is_too_bad_stops_the_run(program, tmp_path, least):
     lines = [line for line in found.err.splitlines() if line.startswith("stopped: ")]
     assert found.code == 1 and len(lines) == 1 and "below --judge.least 1" in lines[0]
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow  # compiles for eight devices and for another judge
+def test_given_models_are_judged(program, diffused, tmp_path):
+    """A folder of diffusers, and a vision transformer as the judge."""
+    names = tuple(noun.names[0] + ", clothing" for noun in CLOTHES)
+    shape = ViTConfig(8, 4, 1, 12, 24, 1, 2, len(names), mean=(0.5,), std=(0.5,))
+    vit = LoadedViT(shape, ViT(shape).init(jax.random.key(0)), names)
+    vit_files.export(vit, tmp_path / "vit")
+    given = ("--model.path", diffused[0] / "export", "--judge.path", tmp_path / "vit")
+    more = (*ONE, "--data.source", "shapes", "--output", tmp_path / "run")
+    done(program, "diffuse", "sd14", "--smoke", *given, *more, "--draw.sampler", "ddim")
+    found = summary_of(tmp_path / "run")["original"]
+    assert found["params_sha256"] == summary_of(diffused[0])["original"]["params_sha256"]
+    assert not (tmp_path / "run" / "judge").exists()
 
 
 # erase
@@ -384,8 +402,13 @@ def test_commands_read_as_configurations(diffused, erased):
     assert (attack.name, attack.steps, attack.tokens) == ("cce", 7, 2)
 
 
+READ = {"erase": read_erase, "attack": read_attack, "defend": read_defend}
+
+
 def test_a_report_tells_how_to_repeat_a_run(erased, attacked, defended):
     for output, program in ((erased, "erase"), (attacked, "attack"), (defended, "defend")):
         config = json.loads((output / "config.json").read_text())
+        again = READ[program](["--config", str(output / "config.json")])
+        assert pipeline.identity(again) == config
         command = rerun.command(config, f"train.{program}")
         assert command.startswith(f"python -m train.{program} "), command

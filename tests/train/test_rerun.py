@@ -26,10 +26,11 @@ RUNS = {
     "labelled rows": "classify sst2-tiny --task rte --train.forwards 100 --data.path DIR",
     "images": "classify vit-fashion --task images --data.path DIR --start.steps 5 --data.resize",
     "labelled, smoke": "classify sst2-smollm2 --smoke --optimizer.name mezo",
+    "a model of images": "diffuse fashion --data.source digits --original.steps 20 --smoke",
     "traces": "finetune epic-tiny --condense.tau 0.3 --condense.policy middle",
     "traces, other rows": "finetune epic-tiny --data.source rows --data.path rows.jsonl --smoke",
 }
-PLACES = {"unlearn": "stage.cache", "pretrain": "data.cache"}
+PLACES = {"unlearn": "stage.cache", "diffuse": "stage.cache", "pretrain": "data.cache"}
 
 
 def stored(line):

@@ -44,7 +44,8 @@ def read_erase(argv: list[str]) -> EraseRun:
         preset, config, rest, prog, summary = start.start_of(
             [first, *rest], EraseRun, PRESETS, "train.erase"
         )
-        config = smoked(_as(EraseRun, config), rest, preset)
+        config = config if isinstance(config, EraseRun) else _as(EraseRun, config)
+        config = smoked(config, rest, preset)
     config = _short(_optimizer(config, rest), "erase", ERASING, rest)
     return cli.parse(EraseRun, config, rest, prog, summary)
 

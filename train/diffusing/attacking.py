@@ -19,9 +19,10 @@ from train import checks, optimizers
 from train.config import SelectConfig, TrainConfig
 from train.data import captions
 from train.data.noisy_latents import NoisyLatents
-from train.diffusing import erasing, methods, prompts, stored
+from train.diffusing import erasing, judges, methods, prompts, stored
 from train.diffusing.config import AttackRun
 from train.diffusing.held import Held, Painter
+from train.diffusing.judges import Judge
 from train.diffusing.judging import Shown, Tokens, sha_of
 from train.diffusing.pictures import Pictures
 from train.diffusing.pipeline import Opened
@@ -49,7 +50,7 @@ class Target(NamedTuple):
     source: Source
     shown: Shown
     original: Painter
-    judge: Held
+    judge: Judge
     concept: int
 
 
@@ -200,17 +201,25 @@ def subattack(opened: Opened, aim: Target) -> Tokens:
 
 
 def cce(opened: Opened, aim: Target) -> Tokens:
-    """Embeddings that are learned freely, each from another random direction."""
+    """Embeddings that are learned freely, each from another random direction.
+
+    Where the model has a defence at the look-up, they are learned behind it. SubAttack's words need
+    no such care: the vocabulary of a defended model has no part in the span.
+    """
     run, config = opened.run, opened.config
     attack: Any = config.attack
     painter = aim.shown.painter
     with phase(run, "images"):
         stream = concept_stream(opened, aim)
-    learner = InversionLearner(painter.denoiser.model)
+    shield = aim.shown.shield
+    basis = np.zeros((painter.denoiser.model.text.config.hidden_size, 0), np.float32)
+    basis = basis if shield is None else shield.basis
+    learner = InversionLearner(painter.denoiser.model, basis.shape[1])
     starts = random_tokens(painter, attack.tokens, run.seed)
     rows = []
     for k, begun in enumerate(starts):
-        start = learnable(painter, learner, {NETWORK: {"embedding": jnp.asarray(begun)}}, run)
+        more = {NETWORK: {"embedding": begun}, "shield": {"embedding": basis}}
+        start = learnable(painter, learner, jax.tree.map(jnp.asarray, more), run)
         trained = learned(opened, f"token-{k + 1}", start, stream)
         rows.append(np.asarray(trained.params[NETWORK]["embedding"]))
     return Tokens(np.stack(rows))
@@ -230,7 +239,7 @@ def learned(opened: Opened, name: str, start: Held, stream: NoisyLatents) -> Hel
     row = objectives.resolve("denoise", objectives.DENOISING)
     begun: Any = start
     with phase(opened.run, name):
-        made: Any = train(opened.run, name, begun, row, {"train": stream}, recipe)
+        made: Any = train(opened.run, name, begun, row, {"train": stream}, recipe, only=(NETWORK,))
     return made
 
 
@@ -309,7 +318,7 @@ def read(folder: Path | None, option: str) -> Stored:
             f"{option} {folder}: attack {name!r} has no tokens to take out; give one of subattack, "
             "cce or random"
         )
-    found = stored.read_tensors(folder / TENSORS)["embeddings"]
+    found = judges.read_tensors(folder / TENSORS)["embeddings"]
     if sha_of(found) != sha:
         raise UserError(f"{folder / TENSORS} is damaged; run the command of its run again")
     return Stored(folder, Tokens(found, words if any(words) else ()), vocabulary, concept)

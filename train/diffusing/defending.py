@@ -15,7 +15,8 @@ from train.diffusing import attacking, pipeline, stored
 from train.diffusing.attacking import Stored
 from train.diffusing.config import DefendRun
 from train.diffusing.drawing import Shield
-from train.diffusing.held import Held, Painter
+from train.diffusing.held import Painter
+from train.diffusing.judges import Judge
 from train.diffusing.judging import Shown
 from train.diffusing.pictures import Pictures
 from train.diffusing.pipeline import Opened
@@ -38,7 +39,7 @@ class Target(NamedTuple):
 
     source: Source
     model: Painter
-    judge: Held
+    judge: Judge
     concept: int
     attack: Stored
 
@@ -128,7 +129,7 @@ def shown(aim: Target, model: Shown) -> dict[str, tuple[Shown, Any]]:
     }
 
 
-def export(opened: Opened, table: Painter, basis: np.ndarray, judge: Held) -> None:
+def export(opened: Opened, table: Painter, basis: np.ndarray, judge: Judge) -> None:
     """`RUN/export`: the variant with a projected table, and `projection.safetensors`."""
     from safetensors.numpy import save
 

@@ -22,7 +22,8 @@ from train.data.noisy_latents import NoisyLatents
 from train.diffusing import drawing, held, methods, pictures, pipeline, prompts, stored
 from train.diffusing.config import EraseRun
 from train.diffusing.drawing import Wanted
-from train.diffusing.held import Held, Painter
+from train.diffusing.held import Painter
+from train.diffusing.judges import Judge
 from train.diffusing.pictures import Pictures
 from train.diffusing.pipeline import Opened
 from train.run import Recipe, Run, Work, compute, num_steps, phase, train
@@ -43,6 +44,11 @@ def check(config: EraseRun, mesh: Any, found: Pictures) -> None:
         stored.read_run(config.run, "RUN", ("train.diffuse",))
     if erase.name in OBJECTIVES:
         row, options = objective_of(config)
+        if "retain" in row.streams and found.train is None:
+            raise UserError(
+                f"--erase.retain {erase.retain} trains on images of the other classes, and there "
+                "are none; give --data.path, or --erase.retain none"
+            )
         checks.check_stage(config.unlearn, config.optimizer, mesh, "unlearning")
         optimizers.check_pair(config.optimizer, config.combine, row, options)
         optimizers.check_mesh(config.optimizer, mesh, config.unlearn.batch_size)
@@ -72,7 +78,7 @@ def load(config: EraseRun, mesh: Any, found: Pictures) -> Any:
     return stored.judge_of(source, mesh), painter
 
 
-def models(opened: Opened) -> tuple[Held, Painter]:
+def models(opened: Opened) -> tuple[Judge, Painter]:
     """The judge and the original: of the run that was given, or made here."""
     if opened.config.run is None:
         return pipeline.models(opened)
@@ -251,7 +257,7 @@ def check_unet(params: Any, select: Any) -> None:
         )
 
 
-def export(opened: Opened, original: Painter, model: Painter, judge: Held) -> None:
+def export(opened: Opened, original: Painter, model: Painter, judge: Judge) -> None:
     """`RUN/export`, and what an attack needs beside it: `RUN/original`, `RUN/judge`."""
     erase, config = opened.config.erase, opened.config
     what = f"A text-to-image model from which {erase.concept!r} was erased by {erase.name}."

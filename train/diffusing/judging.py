@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import io
 import json
@@ -12,27 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxlib_unlearn.metrics.images import frechet_distance
-from models import arrays
-from models.cnn import CNN
 from train.config import to_json
 from train.data import captions
 from train.data.captions import Noun
-from train.diffusing import drawing
+from train.diffusing import drawing, judges
 from train.diffusing.drawing import Shield, Wanted
-from train.diffusing.held import Held, Painter
+from train.diffusing.held import Painter
+from train.diffusing.judges import Judge
 from train.diffusing.methods import PLACEHOLDER
 from train.diffusing.pictures import Pictures
 from train.evaluators import concept
 from train.evaluators.concept import IMAGES
 from train.run import Run
-from train.runtime import distributed, files, residency
-from train.runtime.sharding import batch_ways, put_batch
+from train.runtime import files
 from train.runtime.stages import digest, json_stage
-from train.runtime.tracking import progress
 
 SIDE = 64  # of the images in a log, at most
 VERSION = 1
@@ -105,7 +100,7 @@ class Asked(NamedTuple):
     """
 
     run: Run
-    judge: Any
+    judge: Judge
     pictures: Pictures
     concept: int | None
     draw: Any
@@ -277,7 +272,8 @@ def _seen(
     asked: Asked, kind: str, rows: Sequence[Mapping[str, Any]], images: np.ndarray
 ) -> dict[str, Any]:
     """What the judge and the measures say of images."""
-    logits, features = judged(asked.judge, images, asked.run.mesh, asked.draw.rows)
+    logits, features = judges.judged(asked.judge, images, asked.run.mesh, asked.draw.rows)
+    seen = asked.judge.seen(logits).tolist()
     borders, words = asked.pictures.borders, None
     labels = np.array([row["class"] for row in rows])
     if borders is not None:
@@ -285,7 +281,7 @@ def _seen(
         words = captions.words_for(measured, labels, borders)
     items = []
     for i, row in enumerate(rows):
-        item = {**row, "judged": int(np.argmax(logits[i])), "seed": asked.seed}
+        item = {**row, "judged": seen[i], "seed": asked.seed}
         if words is not None:
             item["measured"] = words[i]
         if sum(other["class"] == row["class"] for other in rows[:i]) < asked.draw.shown or (
@@ -297,41 +293,9 @@ def _seen(
     test = asked.pictures.test
     if kind == "kept" and test is not None:
         real = np.flatnonzero(np.isin(test.labels, np.unique(labels)))
-        _, others = judged(asked.judge, test.images[real], asked.run.mesh, asked.draw.rows)
+        _, others = judges.judged(asked.judge, test.images[real], asked.run.mesh, asked.draw.rows)
         found["frechet"] = frechet_distance(features, others)
     return found
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _judged(cnn: CNN, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return cnn.logits(params, images), cnn.features(params, images)
-
-
-def judged(
-    judge: Held, images: np.ndarray, mesh: Any, rows: int, label: str = ""
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits `(N, classes)` and features `(N, d)` of images."""
-    size = -(-rows // batch_ways(mesh)) * batch_ways(mesh)
-    params = residency.to_device(judge.params)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    with progress(label, len(images)) as advance:
-        for first in range(0, len(images), size):
-            mine = images[first : first + size]
-            batch = put_batch({"image": np.resize(mine, (size, *mine.shape[1:]))}, mesh)
-            both = _judged(judge.model, params, batch["image"])
-            logits, features = (arrays.host(x)[: len(mine)] for x in both)
-            found.append((logits, features))
-            advance(len(mine))
-            distributed.stop_point()
-    logits, features = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return logits, features
-
-
-def accuracy(judge: Held, pictures: Pictures, mesh: Any, rows: int) -> float:
-    """Share of the held-out images whose class the judge sees."""
-    assert pictures.test is not None
-    logits, _ = judged(judge, pictures.test.images, mesh, rows, "classifier: held-out images")
-    return float(np.mean(np.argmax(logits, -1) == pictures.test.labels))
 
 
 def png(image: np.ndarray) -> str:

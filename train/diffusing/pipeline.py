@@ -29,9 +29,10 @@ from train.config import TrainConfig, run_folder
 from train.data import captions
 from train.data.images import Pictures as Labelled
 from train.data.noisy_latents import NoisyLatents
-from train.diffusing import drawing, held, judging, pictures, prompts
+from train.diffusing import drawing, held, judges, judging, pictures, prompts
 from train.diffusing.config import ConceptRun, DiffuseRun
 from train.diffusing.held import Held, Painter
+from train.diffusing.judges import Judge
 from train.diffusing.judging import Asked, Shown
 from train.diffusing.pictures import Pictures
 from train.diffusing.streams import Scaled
@@ -40,7 +41,7 @@ from train.evaluators.roles import Roles
 from train.loop import TrainingError
 from train.reporting import card, page, tables
 from train.run import Recipe, Run, Work, compute, num_steps, phase, started, train
-from train.runtime import distributed, files, folder, remote, reporters, sharding
+from train.runtime import distributed, files, folder, remote, reporters, seal, sharding
 from train.runtime.stages import json_stage, write_atomic
 from train.runtime.tracking import Tracker, say
 
@@ -123,20 +124,20 @@ def multiple_of(config: Any) -> int:
 
 def check(config: DiffuseRun, mesh: Any, found: Pictures) -> None:
     """Raise `UserError` for stages that cannot be, or sizes that do not go together."""
-    rows = [("classifier", "classes", objectives.LEARNING)]
+    rows = []
+    if config.judge.path == "scratch":
+        rows += [("classifier", "classes", objectives.LEARNING)]
     if config.model.path == "scratch":
         rows += [("vae", "autoencode", objectives.LEARNING)]
         rows += [(ORIGINAL, "denoise", objectives.DENOISING)]
     if found.train is None:
-        if config.model.path == "scratch":
+        if rows:
             raise UserError(
-                f"--data.source {config.data.source} needs --data.path to train a model; give the "
-                "images, or --model.path with a Stable Diffusion folder"
+                f"--data.source {config.data.source} has no images of its own, which the "
+                f"{rows[0][0]} would be trained on; give --data.path with a folder of images for "
+                f"each class ({', '.join(found.names)}), or --model.path and --judge.path"
             )
-        raise UserError(
-            "no images to train the judge on; give --data.path with a folder of images for each "
-            f"class ({', '.join(found.names)})"
-        )
+        return
     for name, row, table in rows:
         stage: TrainConfig = getattr(config, name)
         checks.check_stage(stage, stage.optimizer, mesh, name)
@@ -149,7 +150,8 @@ def check(config: DiffuseRun, mesh: Any, found: Pictures) -> None:
             held.new_denoiser(config, vae.model.config, tokenizer_of(found).largest_id + 1)
     if config.model.path != "scratch":
         return
-    longest = max(len(t.split()) for t in captions.TEMPLATES) + 8
+    # A template, three attributes, a quality, an article, a name of two words, a place of three.
+    longest = max(len(t.format("").split()) for t in captions.TEMPLATES) + 10
     if config.model.length < longest + 2:
         raise UserError(
             f"--model.length {config.model.length}: captions have up to {longest} words; give at "
@@ -171,13 +173,15 @@ def tokenizer_of(found: Pictures) -> Tokenizer:
     return clip_tokenizer.of_words(captions.vocabulary(found.nouns))
 
 
-def classifier(opened: Opened) -> Held:
-    """The judge: a classifier trained on the images.
+def classifier(opened: Opened) -> Judge:
+    """The judge: a classifier trained on the images, or the one at `--judge.path`.
 
     Raises:
         TrainingError: it is not as good as `--judge.least` asks.
     """
-    run, config, found, _ = opened
+    run, config, found, loaded = opened
+    if loaded.judge is not None:
+        return checked(opened, loaded.judge)
     assert found.train is not None and found.test is not None
     learner = held.new_judge(config, found.shape, len(found.nouns))
     start: Any = held.random(learner, run.mesh, config.seed).to_host()
@@ -187,8 +191,19 @@ def classifier(opened: Opened) -> Held:
         row = objectives.resolve("classes", objectives.LEARNING)
         recipe = Recipe(stage, stage.optimizer)
         trained: Any = train(run, "classifier", start, row, {"train": stream}, recipe, shared=True)
-        trained = trained.to_host()
-        right = judge_accuracy(opened, trained)
+        return checked(opened, Judge(trained.to_host()))
+
+
+def checked(opened: Opened, judge: Judge) -> Judge:
+    """The judge, which sees the classes of real images.
+
+    Raises:
+        TrainingError: not as often as `--judge.least` asks.
+    """
+    config, found = opened.config, opened.pictures
+    if found.test is None:
+        return judge
+    right = judge_accuracy(opened, judge)
     say(f"classifier: held-out accuracy {right:.3f} on {len(found.test.labels)} images")
     if right < config.judge.least and not config.smoke:
         raise TrainingError(
@@ -196,17 +211,18 @@ def classifier(opened: Opened) -> Held:
             f"{config.judge.least:g}: what it says of images would mean little; raise "
             "--classifier.epochs, or lower the bound"
         )
-    return trained
+    return judge
 
 
-def judge_accuracy(opened: Opened, judge: Held) -> float:
+def judge_accuracy(opened: Opened, judge: Judge) -> float:
     """Share of the held-out images whose class the judge sees; measured once."""
     run, config, found, _ = opened
     assert found.test is not None
     inputs = {"judge": judge.identity(), "images": judging.sha_of(found.test.images)}
 
     def measured() -> float:
-        return judging.accuracy(judge, found, run.mesh, config.draw.rows)
+        assert found.test is not None
+        return judges.accuracy(judge, *found.test, run.mesh, config.draw.rows)
 
     return json_stage(run.folder / "computed" / "judge.json", inputs, measured)
 
@@ -228,7 +244,7 @@ def autoencoder(opened: Opened) -> Held:
         inputs = {"vae": trained.identity(), "images": judging.sha_of(few)}
 
         def deviation() -> float:
-            latents = drawing.encoded(trained.to_device(), few, ENCODED, run.mesh, "")
+            latents = drawing.encoded(trained.to_device(), few, ENCODED, run.mesh, "encode images")
             return float(np.std(latents))
 
         scale = json_stage(run.folder / "computed" / "latents.json", inputs, deviation)
@@ -287,8 +303,6 @@ def given(path: str | Path, config: Any, mesh: Any) -> Painter:
     Raises:
         UserError: it cannot be read, or is not what was exported.
     """
-    from train.runtime import seal
-
     distributed.of_first(lambda: seal.check(Path(path).expanduser()))
     rules = {TEXT: DiffusionLearner.rules, UNET: DiffusionLearner.rules, "vae": VAELearner.rules}
 
@@ -312,15 +326,25 @@ def given(path: str | Path, config: Any, mesh: Any) -> Painter:
     ).to_host()
 
 
-def load(config: ConceptRun, mesh: Any, found: Pictures) -> Painter | None:
-    """The text-to-image model at `--model.path`; None: it is trained.
+class Loaded(NamedTuple):
+    """The models that are not trained in the run; None for those that are."""
+
+    judge: Judge | None
+    painter: Painter | None
+
+
+def load(config: ConceptRun, mesh: Any, found: Pictures) -> Loaded:
+    """The models at `--judge.path` and `--model.path`.
 
     Raises:
-        UserError: it cannot be read, or draws other images than those of the data.
+        UserError: they cannot be read, or are for other images than those of the data.
     """
+    judge = None
+    if config.judge.path != "scratch":
+        judge = judges.given(config.judge.path, found.names, mesh)
     path = config.model.path
     if path == "scratch":
-        return None
+        return Loaded(judge, None)
     painter = given(path, config, mesh)
     shape = painter.vae.model.config.image_shape
     if found.train is not None and found.shape != shape:
@@ -328,20 +352,20 @@ def load(config: ConceptRun, mesh: Any, found: Pictures) -> Painter | None:
             f"--model.path {path} draws images of {shape[0]} x {shape[1]} x {shape[2]}, those of "
             f"{found.place} are {' x '.join(map(str, found.shape))}; bring them to that size"
         )
-    return painter
+    return Loaded(judge, painter)
 
 
-def models(opened: Opened) -> tuple[Held, Painter]:
-    """The judge and the original: trained, or the original given."""
+def models(opened: Opened) -> tuple[Judge, Painter]:
+    """The judge and the original: trained, or given."""
     judge = classifier(opened)
-    if opened.loaded is not None:
-        return judge, opened.loaded
+    if opened.loaded.painter is not None:
+        return judge, opened.loaded.painter
     return judge, original(opened, autoencoder(opened))
 
 
 def judge(
     opened: Opened,
-    judge: Held,
+    judge: Judge,
     found: Mapping[str, tuple[Shown, Sequence[str]]],
     concept: int | None,
     known: Sequence[Path] = (),
@@ -395,34 +419,13 @@ def export_painter(painter: Painter, target: Path, dtype: str, what: str) -> Non
     exports.sealed(target, made_from, [text, painter.identity()["vae"]], write)
 
 
-def export(opened: Opened, painter: Painter, judge: Held, what: str) -> None:
+def export(opened: Opened, painter: Painter, judge: Judge, what: str) -> None:
     """`RUN/export`, the model, and `RUN/judge`, the classifier that judged it."""
     with phase(opened.run, "export"):
         target = opened.run.folder / "export"
         export_painter(painter, target, opened.config.export_dtype, what)
-        stored_judge(judge, opened.run.folder / "judge")
-
-
-def stored_judge(judge: Held, target: Path) -> None:
-    """A classifier as a sealed folder: `config.json` and `model.safetensors`."""
-    from safetensors.numpy import save_file
-
-    from models.weights import flatten
-
-    shape = configs.to_json(judge.model.config)
-
-    def write() -> None:
-        params = flatten(judge.to_device().params)
-        tensors = {name: np.asarray(x) for name, x in params.items()}
-
-        def files_() -> None:
-            target.mkdir(parents=True, exist_ok=True)
-            write_atomic(target / "config.json", json.dumps(shape, indent=1))
-            save_file(tensors, target / "model.safetensors")
-
-        distributed.of_first(files_)
-
-    exports.sealed(target, judge.sha, shape, write)
+        if opened.config.judge.path == "scratch":
+            judges.store(judge, opened.run.folder / "judge")
 
 
 def report(opened: Opened, summary: Mapping[str, Any]) -> None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.reading import reading
-from models.cnn import CNN, CNNConfig, CNNLearner
-from models.weights import insert, stored_in
 from train import cli
-from train.diffusing import held, pipeline
+from train.diffusing import judges, pipeline
 from train.diffusing.config import ConceptRun, DefendRun, DiffuseRun, EraseRun
 from train.diffusing.drawing import Shield
-from train.diffusing.held import Held, Painter
+from train.diffusing.held import Painter
+from train.diffusing.judges import Judge
 from train.diffusing.judging import Shown
+from train.diffusing.pictures import NOUNS
 from train.reporting import tables
-from train.runtime import seal
 
 KINDS: dict[str, type[ConceptRun]] = {
     "train.diffuse": DiffuseRun,
@@ -82,8 +77,8 @@ def read_run(folder: Path | None, option: str, programs: tuple[str, ...] = tuple
         concept = config.erase.concept
     if isinstance(config, DefendRun):
         concept = read_run(config.run, f"{folder}'s run").concept
-    if not (folder / "export").is_dir() or not (folder / "judge").is_dir():
-        raise UserError(f"{option} {folder} has lost its export or judge; run its command again")
+    if not (folder / "export").is_dir():
+        raise UserError(f"{option} {folder} has lost its export; run its command again")
     return Source(folder, program, config, concept)
 
 
@@ -114,32 +109,20 @@ def original_of(source: Source, mesh: Any) -> Painter:
     return pipeline.given(path, source.config, mesh)
 
 
-def judge_of(source: Source, mesh: Any) -> Held:
+def judge_of(source: Source, mesh: Any) -> Judge:
     """The classifier that judged a run.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged or gone.
     """
+    config = source.config
+    if config.judge.path != "scratch":
+        names = tuple(noun.names[0] for noun in NOUNS[config.data.source])
+        return judges.given(config.judge.path, names, mesh)
     folder = source.folder / "judge"
-    seal.check(folder)
-    with reading(folder, "run the command of its run again", "no judge that reads"):
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        shape = CNNConfig(**{**raw, "channels": tuple(raw["channels"])})
-        tree: dict[str, Any] = {}
-        for name, tensor in read_tensors(folder / "model.safetensors").items():
-            insert(tree, name, tensor)
-    return held.placed(CNNLearner(CNN(shape)), tree, mesh).to_host()
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run the command of its run again")
-    return {name: np.asarray(x.read(0, x.shape[0])) for name, x in stored_in(path).items()}
+    if not folder.is_dir():
+        raise UserError(f"{source.folder} has lost its judge; run its command again")
+    return judges.load(folder, mesh)
 
 
 def shown_of(source: Source, mesh: Any) -> Shown:
@@ -147,7 +130,7 @@ def shown_of(source: Source, mesh: Any) -> Shown:
     painter = painter_of(source, mesh)
     if source.program != "train.defend" or source.config.defend.where != "lookup":
         return Shown(painter)
-    basis = read_tensors(source.folder / "export" / PROJECTION)["basis"]
+    basis = judges.read_tensors(source.folder / "export" / PROJECTION)["basis"]
     spare = special_of(painter) if source.config.defend.skip_special else ()
     return Shown(painter, shield=Shield(basis, spare))
 

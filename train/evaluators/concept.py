@@ -75,12 +75,15 @@ def run(model: Any, rows: Rows, context: Any) -> dict[str, Any]:
             mean = sum(values) / len(values) if mean is None else mean
             log[name] = {"agg_value": mean, "value_by_index": found}
 
+    def name_of(label: int) -> str:
+        return drawings.names[label] if label >= 0 else "something else"
+
     def shown(kind: str) -> list[dict[str, Any]]:
         return [
             {
                 "shown": float(item["judged"] == item["class"]),
                 **item,
-                "judged": drawings.names[item["judged"]],
+                "judged": name_of(item["judged"]),
                 "class": drawings.names[item["class"]],
             }
             for item in drawings.drawn(kind)["items"]

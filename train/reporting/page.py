@@ -139,7 +139,8 @@ def build(run_dir: str | Path) -> Path:
     made = pictures(run, logs)
     definitions = arranged(one for row in chosen(run.evaluators) for one in row.definitions)
     preset, seed = run.config.get("preset") or run.folder.name, run.config.get("seed")
-    objective = run.config.get("objective")
+    methods = (run.config.get(name) for name in ("objective", "erase", "attack"))
+    objective = next((method for method in methods if method), None)
     method = objective.get("name") if isinstance(objective, dict) else objective
     smoke = bool(run.config.get("smoke"))
     own_reference = logs.get(roles.reference) if roles.reference in run.summary else None
