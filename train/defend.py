@@ -16,7 +16,7 @@ from train.diffusing.arguments import read_defend
 from train.diffusing.config import DefendRun
 from train.evaluators.roles import Roles
 
-ROLES = Roles("erased", "none", "defended")
+ROLES = Roles("original", "none", "defended")
 
 
 def main(argv: list[str]) -> None:

@@ -253,7 +253,7 @@ def test_a_defence_takes_the_span_out(defended, attacked):
     table = diffusers_files.load(defended / "export").params["text_encoder"]["embed"]["embedding"]
     assert np.abs(np.asarray(table) @ basis).max() < 1e-5
     summary = summary_of(defended)
-    assert set(summary) == {"erased", "defended"}
+    assert set(summary) == {"original", "erased", "defended"}
     assert {"asr", "kept_accuracy", "concept_rate_attacked"} <= set(summary["defended"])
 
 

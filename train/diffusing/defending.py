@@ -31,6 +31,7 @@ class Target(NamedTuple):
 
     Args:
         source: its run.
+        original: the model before anything was erased.
         model: its model.
         judge: the classifier.
         concept: number of the class that was erased.
@@ -38,6 +39,7 @@ class Target(NamedTuple):
     """
 
     source: Source
+    original: Painter
     model: Painter
     judge: Judge
     concept: int
@@ -74,8 +76,8 @@ def load(config: DefendRun, mesh: Any, found: Pictures) -> Target:
     attack = attacking.read(config.attack, "ATTACK")
     assert source.concept is not None
     concept = found.class_of(source.concept)
-    model, judge = stored.painter_of(source, mesh), stored.judge_of(source, mesh)
-    return Target(source, model, judge, concept, attack)
+    original, model = stored.original_of(source, mesh), stored.painter_of(source, mesh)
+    return Target(source, original, model, stored.judge_of(source, mesh), concept, attack)
 
 
 def basis_of(opened: Opened, aim: Target) -> np.ndarray:
@@ -120,10 +122,12 @@ def defended(opened: Opened, aim: Target) -> tuple[Shown, Painter, np.ndarray]:
 
 
 def shown(aim: Target, model: Shown) -> dict[str, tuple[Shown, Any]]:
-    """The models to judge, without and with the defence, and what each is asked."""
+    """The models to judge, before, without and with the defence, and what each is asked."""
     kinds = ("explicit", "names", "attacked", "kept")
+    before = ("explicit", "names", "kept")
     tokens = aim.attack.tokens
     return {
+        "original": (Shown(aim.original), before),
         "erased": (Shown(aim.model, tokens), kinds),
         "defended": (model._replace(tokens=tokens), kinds),
     }
