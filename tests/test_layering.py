@@ -131,6 +131,7 @@ MODULES = {
 }
 PROGRAMS = {"train.unlearn", "train.finetune", "train.evaluate", "train.export", "train.report"}
 PROGRAMS |= {"train.plan", "train.pretrain", "train.classify", "train.replay", "train.condense"}
+PROGRAMS |= {"train.diffuse", "train.erase", "train.attack", "train.defend"}
 
 
 def imported(source: str) -> set[str]:

@@ -1,7 +1,7 @@
 """Train a small Stable Diffusion: a judge, an autoencoder, and the text-to-image model.
 
-python -m train.diffuse fashion                               (Fashion-MNIST, half an hour)
-python -m train.diffuse fashion --smoke                       (drawn shapes, seconds, no file)
+python -m train.diffuse fashion                               (Fashion-MNIST)
+python -m train.diffuse fashion --smoke                       (drawn shapes, no file)
 python -m train.diffuse fashion --data.path DIR               (IDX files that lie elsewhere)
 python -m train.diffuse fashion --data.source digits          (scikit-learn's digits)
 python -m train.diffuse sd14 --model.path DIR --data.path DIR (a given model is judged)

@@ -395,6 +395,8 @@ def test_commands_read_as_configurations(diffused, erased):
     one = read_arguments(["fashion", "--original.steps", "20"])
     assert one.original.steps == 20 and one.data.source == "fashion"
     two = read_erase([str(diffused[0]), "--erase.method", "esd", "--erase.guidance", "2"])
+    tuned: dict[str, Any] = {name: read_erase([name]).erase for name in ("fashion", "sd14")}
+    assert (tuned["fashion"].positions, tuned["sd14"].positions) == ("onward", "last")
     erase: Any = two.erase
     assert (erase.name, erase.guidance, two.run) == ("esd", 2.0, diffused[0])
     assert two.smoke and two.unlearn.steps == 4

@@ -39,20 +39,22 @@ def read_erase(argv: list[str]) -> EraseRun:
 
         source = stored.read_run(Path(first), "RUN", ("train.diffuse",))
         config = replace(_as(EraseRun, source.config), run=source.folder)
+        stored_one = False
         prog, summary = "train.erase RUN", "erase a concept from the model of a run"
     else:
         preset, config, rest, prog, summary = start.start_of(
             [first, *rest], EraseRun, PRESETS, "train.erase"
         )
-        config = config if isinstance(config, EraseRun) else _as(EraseRun, config)
+        stored_one = isinstance(config, EraseRun)
+        config = config if stored_one else _as(EraseRun, config)
         config = smoked(config, rest, preset)
-    config = _short(_optimizer(config, rest), "erase", ERASING, rest)
+    config = _short(_optimizer(config, rest), "erase", ERASING, rest, not stored_one)
     return cli.parse(EraseRun, config, rest, prog, summary)
 
 
 def read_attack(argv: list[str]) -> AttackRun:
     """That of train.attack: the folder of a run, or `--config FILE`."""
-    words = spelled(argv, "--attack", "--attack.name")
+    words = [argv[0], *spelled(argv[1:], "--attack", "--attack.name")]
     return _of_run(AttackRun, words, "train.attack", ("train.erase", "train.defend"), ())
 
 
@@ -103,13 +105,20 @@ def _as(cls: type, config: ConceptRun) -> Any:
     return cls(**{name: getattr(config, name) for name in shared})
 
 
-def _short(config: Any, place: str, rows: Rows, rest: Sequence[str]) -> Any:
-    """The configuration with the method that the command line names, made short in a smoke run."""
+def _short(config: Any, place: str, rows: Rows, rest: Sequence[str], fresh: bool = True) -> Any:
+    """The configuration with the method that the command line names, made short in a smoke run.
+
+    `fresh`: it is not that of a stored run, whose method is as it was.
+    """
     chosen = getattr(config, place)
     name = cli.option_value(rest, f"--{place}.name")
     if name is not None and name != chosen.name:
-        chosen = rows.other(chosen, name)
-    if config.smoke or "--smoke" in rest:
+        chosen, fresh = rows.other(chosen, name), True
+    # Those tuned for the preset, in the place of the defaults.
+    tuned = getattr(PRESETS.get(config.preset), place.upper(), {}).get(chosen.name)
+    if fresh and tuned is not None:
+        chosen = tuned
+    if (fresh and config.smoke) or "--smoke" in rest:
         config = replace(config, smoke=True)
         if hasattr(config, "unlearn"):
             config = replace(config, **{"unlearn.steps": 4, "unlearn.batch_size": 4})

@@ -1,4 +1,7 @@
-"""The presets of the programs about text-to-image models: `PRESET`, `SUMMARY`, `SMOKE`."""
+"""The presets of the programs about text-to-image models: `PRESET`, `SUMMARY`, `SMOKE`.
+
+`ERASE`, where a preset has it: the options tuned for it, by method.
+"""
 
 from types import ModuleType
 
