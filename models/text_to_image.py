@@ -17,7 +17,7 @@ def draw_latents(
     params: Any,
     steps: Steps,
     noise: jax.Array,
-    tokens: jax.Array,
+    embeds: jax.Array,
     empty: jax.Array,
     guidance: jax.Array | float = 7.5,
 ) -> jax.Array:
@@ -33,8 +33,8 @@ def draw_latents(
         params: the tree of both.
         steps: of the sampler, one that draws no noise of its own.
         noise: standard normal `(B, H, W, C)`; latents are in its dtype.
-        tokens: of the prompts, int32 `(B, T)`.
-        empty: of the empty prompt, int32 `(T,)`.
+        embeds: token embeddings of the prompts, `(B, T, d)`.
+        empty: those of the empty prompt, `(T, d)`.
         guidance: w; 1 is the prompt alone. It may be traced.
 
     Returns:
@@ -45,16 +45,16 @@ def draw_latents(
         >>> from models.schedulers import Schedule, plan
         >>> from models.unet import UNet, UNetConfig
         >>> model = Diffusion(ClipText(ClipTextConfig()), UNet(UNetConfig()))
-        >>> steps, ids = plan(Schedule(), 50, "ddim"), jnp.zeros((2, 77), jnp.int32)
+        >>> steps, x = plan(Schedule(), 50, "ddim"), jnp.zeros((2, 77, 768))
         >>> def draw(params):
-        ...     return draw_latents(model, params, steps, jnp.ones((2, 64, 64, 4)), ids, ids[0])
+        ...     return draw_latents(model, params, steps, jnp.ones((2, 64, 64, 4)), x, x[0])
         >>> jax.eval_shape(draw, model.shapes()).shape
         (2, 64, 64, 4)
 
     Paper: Ho and Salimans, arXiv:2207.12598, equation 6.
     """
-    both = jnp.concatenate([jnp.broadcast_to(empty, tokens.shape), tokens])
-    states = model.text.apply(params[TEXT], both)
+    both = jnp.concatenate([jnp.broadcast_to(empty, embeds.shape), embeds])
+    states = model.text.apply_embeds(params[TEXT], both)
 
     def denoise(x: jax.Array, time: jax.Array) -> jax.Array:
         eps = model.unet.apply(params[UNET], jnp.concatenate([x, x]), time, states)

@@ -7,7 +7,7 @@ import pytest
 
 from models import schedulers
 from models.clip_text import ClipText, ClipTextConfig
-from models.diffusion import Diffusion
+from models.diffusion import TEXT, Diffusion
 from models.schedulers import Schedule
 from models.text_to_image import draw_images, draw_latents
 from models.unet import UNet, UNetConfig
@@ -34,7 +34,11 @@ EMPTY = jnp.arange(LENGTH)
 
 @pytest.fixture(scope="module")
 def drawn():
-    return jax.jit(lambda weight: draw_latents(MODEL, PARAMS, STEPS, NOISE, TOKENS, EMPTY, weight))
+    def draw(weight):
+        given, empty = (MODEL.text.embed(PARAMS[TEXT], ids) for ids in (TOKENS, EMPTY))
+        return draw_latents(MODEL, PARAMS, STEPS, NOISE, given, empty, weight)
+
+    return jax.jit(draw)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from models.clip_text import ClipText, ClipTextConfig
 from models.decoder import REMAT
 from models.diffusers_files import read_configs
 from models.diffusers_parts import with_dtype
-from models.diffusion import NETWORK, AttackLearner, Diffusion, DiffusionLearner
+from models.diffusion import NETWORK, TEXT, AttackLearner, Diffusion, DiffusionLearner
 from models.learner import check_questions
 from models.schedulers import Schedule
 from models.text_to_image import draw_images, draw_latents
@@ -325,7 +325,8 @@ def sample_program(config: DiffusionPlanConfig, models: Models, mesh: Mesh) -> A
     length = model.text.config.num_positions
 
     def draw(params, noise, tokens, empty, guidance):
-        return draw_latents(model, params, steps, noise, tokens, empty, guidance)
+        given, nothing = (model.text.embed(params[TEXT], ids) for ids in (tokens, empty))
+        return draw_latents(model, params, steps, noise, given, nothing, guidance)
 
     args = (
         param_shapes(model, mesh, DiffusionLearner.rules),

@@ -20,7 +20,8 @@ from jaxlib_unlearn.concepts import project
 from models import arrays, schedulers
 from models.diffusion import TEXT, Diffusion
 from models.schedulers import Schedule
-from models.vae import VAE, pixels
+from models.text_to_image import draw_images, draw_latents
+from models.vae import VAE
 from train.diffusing import prompts
 from train.diffusing.held import Painter
 from train.runtime import distributed
@@ -85,23 +86,14 @@ def _latents(
 
     given = embedded(batch["tokens"], batch["place"], batch["embedding"])
     nothing = embedded(empty, jnp.full(1, -1), jnp.zeros((1, given.shape[-1])))
-    embeds = jnp.concatenate([jnp.broadcast_to(nothing, given.shape), given])
-    states = how.model.text.apply_embeds(params[TEXT], embeds)
-
-    def denoise(x, time):
-        both = jnp.concatenate([x, x])
-        times = jnp.full(len(both), time)
-        eps = how.model.unet.apply(params["unet"], both, times, states)
-        return schedulers.guided(eps.astype(x.dtype), guidance)
-
     steps = schedulers.plan(how.schedule, how.steps, how.sampler)
-    return schedulers.sample(steps, denoise, noise)
+    return draw_latents(how.model, params, steps, noise, given, nothing[0], guidance)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decoded(vae: VAE, params: Any, latents: jax.Array) -> jax.Array:
     """uint8 pixels."""
-    return jnp.round(255 * pixels(vae.decode(params, latents))).astype(jnp.uint8)
+    return jnp.round(255 * draw_images(vae, params, latents)).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnums=0)
