@@ -6,6 +6,7 @@ import pytest
 
 from train import cli
 from train.costs.planned import PLANNERS
+from train.diffusing.config import AttackRun, DefendRun, EraseRun
 from train.presets import PRESETS
 
 
@@ -32,9 +33,10 @@ def test_commands_exist(repo, page):
     presets = set(re.findall(r"train\.unlearn ([a-z][\w-]*)", text))
     assert presets and presets <= set(PRESETS)
     known = {"--list", "--help", "--config", "--only"}
-    known = known.union(*(cli.option_names(row.config) for row in PLANNERS.values()))
+    configs = [*(row.config for row in PLANNERS.values()), EraseRun, AttackRun, DefendRun]
+    known = known.union(*map(cli.option_names, configs))
     known |= (
-        {"--example-data", "--html"}
+        {"--example-data", "--html", "--attack"}
         | {"--repeats", "--huge-pages-for-both", "--worker", "--command"}
         | {
             "--nodes",
