@@ -214,7 +214,7 @@ def _columns(results: Results) -> list[tuple[str, list[str]]]:
     """Titles and pictures of the columns of the grid."""
     found = []
     for name, title in KINDS:
-        for model in results.roles.order(results.summary):
+        for model in results.summary:  # before it was erased, after, and so on
             items = list(items_of(results.logs.get(model), name).values())
             if name == "kept_accuracy":  # the first image of each class, then the second ones
                 items.sort(key=lambda item: item["number"] % IMAGES)
