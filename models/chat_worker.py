@@ -84,7 +84,10 @@ def limit_time(seconds: float) -> None:
 
 def main() -> None:
     """Answer requests until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asked
+    # They reach a whole process group, and are for the program that asked, which ends this one.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.path += sys.argv[1:]
     sandbox = environment()
     limit_memory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import signal
 import time
 
 import pytest
@@ -66,6 +67,18 @@ def test_one_process_renders_for_all_and_comes_back_when_it_died():
     assert chat_templates._workers != [worker]
     chat_templates.stop()
     assert chat_templates._workers == [] and render("a", {}) == "a"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_to_the_whole_group_is_not_for_the_worker(name):
+    """The program that asked stops by itself, and may render until it has."""
+    if not hasattr(signal, name):
+        pytest.skip(f"this system has no {name}")
+    assert render("{{ messages[0].content }}", SCOPE) == "hi"
+    (worker,) = chat_templates._workers
+    worker.process.send_signal(getattr(signal, name))
+    assert render("{{ 1 + 1 }}", SCOPE) == "2"
+    assert chat_templates._workers == [worker] and worker.process.poll() is None
 
 
 def test_an_interrupted_question_leaves_no_answer_for_the_next(monkeypatch):
