@@ -268,7 +268,8 @@ def test_a_token_of_the_span_is_as_no_embedding_at_all(defended, attacked):
     def drawn(embedding, shield):
         wanted = Wanted([text], [3], embedding[None])
         draw = source.config.draw
-        return drawing.latents_of(model.painter, wanted, draw, mesh, seed=0, shield=shield)
+        how = {"seed": 0, "shield": shield, "decode": False}
+        return drawing.drawn(model.painter, wanted, draw, mesh, **how)
 
     nothing = np.zeros_like(token)
     apart = [np.abs(drawn(token, s) - drawn(nothing, s)).max() for s in (model.shield, None)]

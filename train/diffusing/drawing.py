@@ -17,16 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_unlearn.concepts import project
-from models import arrays, schedulers
+from models import schedulers
 from models.diffusion import TEXT, Diffusion
 from models.schedulers import Schedule
 from models.text_to_image import draw_images, draw_latents
 from models.vae import VAE
 from train.diffusing import prompts
+from train.diffusing.batched import batched
 from train.diffusing.held import Painter
-from train.runtime import distributed
-from train.runtime.sharding import batch_ways, put_batch
-from train.runtime.tracking import progress
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def _encoded(vae: VAE, params: Any, images: jax.Array) -> jax.Array:
     return vae.sample(mean, logvar, jnp.zeros_like(mean))
 
 
-def latents_of(
+def drawn(
     painter: Painter,
     wanted: Wanted,
     draw: Any,
@@ -111,10 +109,10 @@ def latents_of(
     *,
     seed: int,
     shield: Shield | None = None,
-    most: int = 1,
     label: str = "",
+    decode: bool = True,
 ) -> np.ndarray:
-    """The latents that a model draws for prompts, float32 `(N, h, w, C)`.
+    """What a model draws for prompts: images, uint8 `(N, H, W, C)`, or their latents, float32.
 
     Args:
         painter: the model.
@@ -123,34 +121,9 @@ def latents_of(
         mesh: the devices.
         seed: of the noise.
         shield: a defence.
-        most: columns that any basis may have, for which the program is compiled.
         label: of the progress.
+        decode: whether latents become images.
     """
-    found = []
-    for latents, _ in _batches(painter, wanted, draw, mesh, seed, shield, most, label, False):
-        found.append(latents)
-    return np.concatenate(found)
-
-
-def images_of(
-    painter: Painter,
-    wanted: Wanted,
-    draw: Any,
-    mesh: Any,
-    *,
-    seed: int,
-    shield: Shield | None = None,
-    most: int = 1,
-    label: str = "",
-) -> np.ndarray:
-    """The images that a model draws for prompts, uint8 `(N, H, W, C)`; see `latents_of`."""
-    found = []
-    for _, images in _batches(painter, wanted, draw, mesh, seed, shield, most, label, True):
-        found.append(images)
-    return np.concatenate(found)
-
-
-def _batches(painter, wanted, draw, mesh, seed, shield, most, label, decode):
     painter = painter.to_device()
     model, vae = painter.denoiser.model, painter.vae.model
     spare = () if shield is None else shield.spare
@@ -158,9 +131,7 @@ def _batches(painter, wanted, draw, mesh, seed, shield, most, label, decode):
     width, count = model.text.config.hidden_size, len(wanted.texts)
     rows = prompts.encode(painter.tokenizer, wanted.texts, painter.length, label)
     empty = prompts.encode(painter.tokenizer, [""], painter.length).tokens
-    basis = np.zeros((width, most if shield is None else max(most, shield.basis.shape[1])), "f4")
-    if shield is not None:
-        basis[:, : shield.basis.shape[1]] = shield.basis
+    basis = np.zeros((width, 1), np.float32) if shield is None else shield.basis
     embeddings = wanted.embeddings
     if embeddings is None:
         embeddings = np.zeros((count, width), np.float32)
@@ -170,33 +141,23 @@ def _batches(painter, wanted, draw, mesh, seed, shield, most, label, decode):
         "embedding": np.asarray(embeddings, np.float32),
         "number": np.asarray(wanted.numbers, np.int32),
     }
-    size = -(-draw.rows // batch_ways(mesh)) * batch_ways(mesh)
-    with progress(label, count) as advance:
-        for first in range(0, count, size):
-            mine = np.resize(np.arange(first, min(first + size, count)), size)
-            batch = put_batch({name: x[mine] for name, x in columns.items()}, mesh)
-            latents = _latents(
-                how, painter.denoiser.params, batch, empty, basis, seed, jnp.float32(draw.guidance)
-            )
-            real = min(size, count - first)
-            images = arrays.host(_decoded(vae, painter.vae.params, latents)) if decode else None
-            yield arrays.host(latents)[:real], None if images is None else images[:real]
-            advance(real)
-            distributed.stop_point()
+    guidance = jnp.float32(draw.guidance)
+
+    def compute(batch: Any) -> jax.Array:
+        latents = _latents(how, painter.denoiser.params, batch, empty, basis, seed, guidance)
+        return _decoded(vae, painter.vae.params, latents) if decode else latents
+
+    def read(mine: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: x[mine] for name, x in columns.items()}
+
+    return batched(count, draw.rows, mesh, label, read, compute)
 
 
 def encoded(vae: Any, images: np.ndarray, rows: int, mesh: Any, label: str) -> np.ndarray:
     """The mean latents of images, scaled, float32 `(N, h, w, C)`."""
-    size = -(-rows // batch_ways(mesh)) * batch_ways(mesh)
     vae = vae.to_device()
-    found = []
-    with progress(label, len(images)) as advance:
-        for first in range(0, len(images), size):
-            mine = images[first : first + size]
-            filled = np.resize(mine, (size, *mine.shape[1:]))
-            batch = put_batch({"image": filled}, mesh)
-            latents = _encoded(vae.model, vae.params, batch["image"])
-            found.append(arrays.host(latents)[: len(mine)].astype(np.float32))
-            advance(len(mine))
-            distributed.stop_point()
-    return np.concatenate(found)
+
+    def compute(batch: Any) -> jax.Array:
+        return _encoded(vae.model, vae.params, batch["image"]).astype(jnp.float32)
+
+    return batched(len(images), rows, mesh, label, lambda mine: {"image": images[mine]}, compute)

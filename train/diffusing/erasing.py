@@ -190,8 +190,8 @@ def draw_concept(
 ) -> dict[str, jax.Array]:
     """Latents that a model draws for prompts."""
     wanted = Wanted(texts, list(range(len(texts))))
-    found = drawing.latents_of(
-        painter.to_device(), wanted, draw, work.mesh, seed=seed, label="draw the concept"
+    found = drawing.drawn(
+        painter, wanted, draw, work.mesh, seed=seed, label="draw the concept", decode=False
     )
     return {"latents": jnp.asarray(found)}
 

@@ -23,11 +23,10 @@ from train import config as configs
 from train import exports, image_models
 from train.data.images import resized
 from train.diffusing import held
+from train.diffusing.batched import batched
 from train.diffusing.held import Held
 from train.runtime import distributed, seal
-from train.runtime.sharding import batch_ways, put_batch
 from train.runtime.stages import write_atomic
-from train.runtime.tracking import progress
 
 NONE = -1  # of what a judge sees that is none of the classes
 
@@ -82,21 +81,16 @@ def judged(
     judge: Judge, images: np.ndarray, mesh: Any, rows: int, label: str = "judge images"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits `(N, classes)` and features `(N, d)` of uint8 images, brought to the model's size."""
-    size = -(-rows // batch_ways(mesh)) * batch_ways(mesh)
     model = judge.model
     params, shape = judge.held.to_device().params, model.config.image_shape
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    with progress(label, len(images)) as advance:
-        for first in range(0, len(images), size):
-            mine = np.stack([resized(x, shape) for x in images[first : first + size]])
-            batch = put_batch({"image": np.resize(mine, (size, *shape))}, mesh)
-            both = _judged(model, params, batch["image"])
-            logits, features = (arrays.host(x)[: len(mine)] for x in both)
-            found.append((logits, features))
-            advance(len(mine))
-            distributed.stop_point()
-    logits, features = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return logits, features
+    return batched(
+        len(images),
+        rows,
+        mesh,
+        label,
+        lambda mine: {"image": np.stack([resized(images[i], shape) for i in mine])},
+        lambda batch: _judged(model, params, batch["image"]),
+    )
 
 
 def accuracy(judge: Judge, images: np.ndarray, labels: np.ndarray, mesh: Any, rows: int) -> float:

@@ -254,7 +254,7 @@ def _drawn(context: Context, kind: str) -> dict[str, Any]:
         if shown.tokens is not None:
             embeddings = shown.tokens.embeddings[[row["token"] for row in rows]]
         wanted = Wanted([r["prompt"] for r in rows], [r["number"] for r in rows], embeddings)
-        images = drawing.images_of(
+        images = drawing.drawn(
             painter,
             wanted,
             asked.draw,
