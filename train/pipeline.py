@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,10 +26,10 @@ from train.evaluators.evaluation import Model, curve, longest, num_parameters
 from train.evaluators.judging import compare_logs, evaluate_cached, summarize
 from train.evaluators.roles import ROLES
 from train.replays import stored
-from train.reporting import card, page, tables
+from train.reporting import card, ending, tables
 from train.run import Recipe, Run, Watch, num_steps, phase, started, train
 from train.runtime import distributed, files, folder, remote, reporters
-from train.runtime.stages import digest, write_atomic
+from train.runtime.stages import digest
 from train.runtime.tracking import Tracker, say
 from train.tasks import load_task
 from train.tasks.task import ALTERNATES, TRACES, Row, Task, prompt_format
@@ -491,18 +490,4 @@ def export(run: Run, config: RunConfig, unlearned: Model, judged: Judged) -> Non
 
 def report(run: Run, judged: Judged) -> None:
     """`summary.json`, the page and its pictures, and the table on the terminal."""
-
-    def write() -> None:
-        text = json.dumps(judged.summary, indent=1)
-        write_atomic(run.folder / "summary.json", text)
-        write_atomic(run.folder / "summary.key", files.key_text(text))
-        page.build(run.folder)
-        tables.show(tables.columns([tables.load_run(run.folder)]))
-        remote.send(run.folder)
-
-    distributed.of_first(write)
-    run.tracker.close(judged.summary)
-    where = remote.home(run.folder)
-    minutes = 0.0 if run.clock is None else run.clock.minutes["all"]
-    ends = f"model: {where / 'export'}   {minutes:.1f} minutes"
-    say(f"report: {where / 'report.html'}   {ends}")
+    ending.publish(run, judged.summary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,11 +18,11 @@ from train.config import TrainConfig, identity, run_folder, to_json
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.evaluation import Answers, num_parameters
 from train.replays import stored
-from train.reporting import page, tables
+from train.reporting import ending
 from train.reporting.runlogs import read_steps
 from train.run import Recipe, Run, Watch, phase, started, train
-from train.runtime import distributed, files, folder, remote, reporters, sharding
-from train.runtime.stages import json_stage, write_atomic
+from train.runtime import distributed, folder, remote, reporters, sharding
+from train.runtime.stages import json_stage
 from train.runtime.tracking import Timed, say
 from train.tasks import labelled
 
@@ -326,22 +325,8 @@ def export(config: ClassifyRun, opened: Opened, finetuned: Finetuned) -> None:
 
 def report(opened: Opened, summary: Mapping[str, Any], cost: Mapping[str, Any]) -> None:
     """`summary.json`, the page and its picture, and the numbers on the terminal."""
-    run = opened.run
     whole = {**summary, STAGE: {**summary[STAGE], **cost}}
-    majority = opened.rows.majority_accuracy
-
-    def write() -> None:
-        text = json.dumps({**whole, "majority_accuracy": majority}, indent=1)
-        write_atomic(run.folder / "summary.json", text)
-        write_atomic(run.folder / "summary.key", files.key_text(text))
-        page.build(run.folder)
-        tables.show(tables.columns([tables.load_run(run.folder)]))
-        remote.send(run.folder)
-
-    distributed.of_first(write)
-    run.tracker.close(whole)
+    majority, notes = opened.rows.majority_accuracy, []
     if majority is not None:
-        say(f"always the commonest label of the training rows: accuracy {majority:.3f}")
-    where = remote.home(run.folder)
-    minutes = 0.0 if run.clock is None else run.clock.minutes["all"]
-    say(f"report: {where / 'report.html'}   model: {where / 'export'}   {minutes:.1f} minutes")
+        notes = [f"always the commonest label of the training rows: accuracy {majority:.3f}"]
+    ending.publish(opened.run, {**whole, "majority_accuracy": majority}, whole, notes)

@@ -4,7 +4,6 @@ about text-to-image models begin and end with the same ones."""
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,10 +38,10 @@ from train.diffusing.streams import Scaled
 from train.evaluators import evaluation
 from train.evaluators.roles import Roles
 from train.loop import TrainingError
-from train.reporting import card, page, tables
+from train.reporting import card, ending
 from train.run import Recipe, Run, Work, compute, num_steps, phase, started, train
-from train.runtime import distributed, files, folder, remote, reporters, seal, sharding
-from train.runtime.stages import json_stage, write_atomic
+from train.runtime import distributed, folder, remote, reporters, seal, sharding
+from train.runtime.stages import json_stage
 from train.runtime.tracking import Tracker, say
 
 ORIGINAL = "original"
@@ -430,18 +429,4 @@ def export(opened: Opened, painter: Painter, judge: Judge, what: str) -> None:
 
 def report(opened: Opened, summary: Mapping[str, Any]) -> None:
     """`summary.json`, the page and its pictures, and the table on the terminal."""
-    run = opened.run
-
-    def write() -> None:
-        write_atomic(run.folder / "summary.json", text := json.dumps(summary, indent=1))
-        write_atomic(run.folder / "summary.key", files.key_text(text))
-        page.build(run.folder)
-        tables.show(tables.columns([tables.load_run(run.folder)]))
-        remote.send(run.folder)
-
-    distributed.of_first(write)
-    run.tracker.close(summary)
-    where = remote.home(run.folder)
-    minutes = 0.0 if run.clock is None else run.clock.minutes["all"]
-    made = f"model: {where / 'export'}   " if (run.folder / "export").is_dir() else ""
-    say(f"report: {where / 'report.html'}   {made}{minutes:.1f} minutes")
+    ending.publish(opened.run, summary)

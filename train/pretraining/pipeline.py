@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -31,12 +30,12 @@ from train.evaluators.token_loss import mean_loss, row_losses
 from train.exports import export_model
 from train.pretraining.config import PretrainConfig, batch_rows, num_steps, stage_of
 from train.replays import stored
-from train.reporting import card, page, tables
+from train.reporting import card, ending
 from train.run import Recipe, Run, Watch, phase, seed_of, started
 from train.run import train as train_stage
-from train.runtime import distributed, files, folder, remote, reporters, sharding
+from train.runtime import distributed, folder, remote, reporters, sharding
 from train.runtime.checkpointing import params_sha256
-from train.runtime.stages import json_stage, write_atomic
+from train.runtime.stages import json_stage
 from train.runtime.tracking import Timed, say
 
 STAGE = "pretrained"
@@ -334,19 +333,4 @@ def export(opened: Opened, trained: Model, summary: dict[str, Any]) -> None:
 
 def report(opened: Opened, summary: dict[str, Any]) -> None:
     """`summary.json`, the page and its pictures, and the table on the terminal."""
-    run = opened.run
-
-    def write() -> None:
-        text = json.dumps(summary, indent=1)
-        write_atomic(run.folder / "summary.json", text)
-        write_atomic(run.folder / "summary.key", files.key_text(text))
-        page.build(run.folder)
-        tables.show(tables.columns([tables.load_run(run.folder)]))
-        remote.send(run.folder)
-
-    distributed.of_first(write)
-    run.tracker.close(summary)
-    where = remote.home(run.folder)
-    minutes = 0.0 if run.clock is None else run.clock.minutes["all"]
-    ends = f"model: {where / 'export'}   {minutes:.1f} minutes"
-    say(f"report: {where / 'report.html'}   {ends}")
+    ending.publish(opened.run, summary)
