@@ -346,7 +346,8 @@ def export(
         for name, own in tensors.items():
             (temporary / name).mkdir()
             write_tensors(own, temporary / name, stem=PARTS[name].stem)
-            write_json(temporary / name / CONFIG, PARTS[name].write(pipeline.configs[name]))
+            more = _special(pipeline.tokenizer) if name == TEXT else {}
+            write_json(temporary / name / CONFIG, PARTS[name].write(pipeline.configs[name]) | more)
         (temporary / SCHEDULER).mkdir()
         schedule = scheduler_files.to_hf(pipeline.scheduler)
         write_json(temporary / SCHEDULER / scheduler_files.FILE, schedule)
@@ -364,6 +365,17 @@ def export(
 
     first_writes(itertools.chain.from_iterable(tensors.values()), write)
     return folder
+
+
+def _special(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Ids of the special tokens: transformers' text encoder finds the end of a text by its id.
+
+    It takes those of CLIP's own vocabulary where they are left out.
+    """
+    if tokenizer is None:
+        return {}
+    names = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return names | {"pad_token_id": tokenizer.pad_id}
 
 
 def _index(pipeline: Pipeline) -> dict[str, Any]:

@@ -87,6 +87,11 @@ def test_an_export_is_the_same_to_the_last_bit(exported, pipeline):
         + [f"tokenizer/{n}" for n in ("vocab.json", *clip_tokenizer.SPECIAL)]
     )
     assert (exported / "unet").stat().st_mode & 0o555 == 0o555
+    raw = json.loads((exported / "text_encoder" / "config.json").read_text())
+    tokens = json.loads((exported / "tokenizer" / "vocab.json").read_text())
+    ends = {"bos_token_id": "<|startoftext|>", "eos_token_id": "<|endoftext|>"}
+    assert {key: raw[key] for key in ends} == {key: tokens[word] for key, word in ends.items()}
+    assert raw["pad_token_id"] == raw["eos_token_id"]
 
 
 def test_names_and_layout_in_files(exported, pipeline):
