@@ -62,12 +62,13 @@ plan:  ## Llama-3 on TPU slices, compiled here, into runs/bench (a quarter of an
 	$(TPU_ENVIRONMENT) train test tpu
 	$(TPU_RUN) tests/bench/plan_table.py $(ARGS)
 
-bench:  ## optimizer benchmarks against optax and torch, into runs/bench (10 minutes, otherwise idle)
-	$(ENVIRONMENT) train test parity
+bench:  ## benchmarks against optax, torch and diffusers, into runs/bench (15 minutes, otherwise idle)
+	$(ENVIRONMENT) train test parity diffusion-parity
 	$(RUN) tests/bench/optimizers.py $(ARGS)
 	$(RUN) tests/bench/collectives_table.py
 	$(RUN) tests/bench/memory.py
 	$(RUN) tests/bench/steps.py
+	$(RUN) tests/bench/diffusion.py
 
 pretrain-table:  ## AdamW, Muon, NorMuon, TEON on pretrain-tiny, into runs/bench/pretrain (80 minutes)
 	$(ENVIRONMENT) train

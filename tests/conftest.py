@@ -32,8 +32,9 @@ hypothesis.settings.load_profile("project")
 
 REPO = Path(__file__).resolve().parent.parent
 
-# Every module is searched for doctests; this one needs torch to be imported.
+# Every module is searched for doctests; the first needs torch to be imported, the other the first.
 collect_ignore = [] if importlib.util.find_spec("torch") else ["bench/torch_peers.py"]
+collect_ignore.append("bench/torch_diffusion.py")
 
 
 # The quickstart, shrunk to a few seconds; tests have 8 virtual devices, runs use one.

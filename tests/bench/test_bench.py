@@ -13,6 +13,7 @@ import tokenizers
 
 import models
 from models.decoder import Decoder, DecoderConfig
+from train.config import replace
 
 
 def load(repo, name):
@@ -151,6 +152,45 @@ def test_packed_rows_save_padding(repo, tmp_path, monkeypatch, capsys):
     told = json.loads((tmp_path / "packed_rows.json").read_text())
     assert 0 < told["padding"] < 0.2 and told["time"] > 0
     assert (tmp_path / "packed_rows.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("only", "bounds"),
+    [
+        (("attack",), ["<= 0.75"]),
+        pytest.param(("train", "sample"), [">= 1", ">= 1.2"], marks=pytest.mark.torch_parity),
+    ],
+)
+def test_diffusion_on_a_tiny_model(repo, tmp_path, monkeypatch, capsys, only, bounds):
+    """The contents of the table, not the timings; the benchmark itself compares the results."""
+    bench = load(repo, "diffusion")
+    if "train" in only:
+        for name in bench.PEERS:
+            pytest.importorskip(name)
+    tiny = bench.fashion.SMOKE
+    sizes = {name: value for name, value in tiny.items() if name.split(".")[0] in ("model", "draw")}
+    sizes |= {"draw.rows": 2, "original.batch_size": bench.AttackRun().attack.batch_size}
+    monkeypatch.setattr(bench.fashion, "PRESET", replace(bench.fashion.PRESET, **sizes))
+    monkeypatch.setattr(bench, "SHAPE", (16, 16, 1))
+    bench.main(["--only", *only, "--repeats", "1", "--output", str(tmp_path)])
+    told = json.loads((tmp_path / "diffusion.json").read_text())
+    assert [row["work"].split(":")[0] for row in told["rows"]] == list(only)
+    assert [row["bound"] for row in told["rows"]] == bounds
+    for row in told["rows"]:
+        assert row["ours"] > 0 and row["ratio"] == pytest.approx(row["ours"] / row["theirs"])
+    text = (tmp_path / "diffusion.md").read_text()
+    assert text in capsys.readouterr().out and all(row["work"] in text for row in told["rows"])
+
+
+def test_diffusion_says_what_is_missing(repo, monkeypatch, tmp_path, capsys):
+    bench = load(repo, "diffusion")
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--output", str(tmp_path / "bench")])
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.count("\n") == 1
+    assert "torch is not installed" in told and "--only attack" in told
+    assert not (tmp_path / "bench").exists()
 
 
 def test_traces_are_condensed(repo, tmp_path, capsys):

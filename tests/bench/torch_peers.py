@@ -17,7 +17,7 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -372,11 +372,12 @@ WORKS: dict[str, Callable[[str, Data], Work]] = {
 }
 
 
-def main(argv: list[str]) -> None:
+def serve(works: Mapping[str, Callable[[str, Data], Work]], argv: list[str]) -> None:
+    """Answer the requests on stdin."""
     name, folder = argv
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    work = WORKS[name](folder, json.loads(sys.stdin.readline()))
+    work = works[name](folder, json.loads(sys.stdin.readline()))
     print(json.dumps({"torch": torch.__version__}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -387,4 +388,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    serve(WORKS, sys.argv[1:])
