@@ -131,7 +131,9 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         if kernel.shape[:2] == (1, 1):
-            y = x @ kernel[0, 0]
+            # Flat rows, for the kernel's gradient (`models.layers.Linear`).
+            y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
+            y = y.reshape(*x.shape[:-1], y.shape[-1])
         else:
             y = jax.lax.conv_general_dilated(
                 x,
