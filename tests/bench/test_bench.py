@@ -380,6 +380,18 @@ def test_the_bound_of_traces(repo):
     assert bench.verdict(none, none, none) == (0.0, 1.0, 1.0)
 
 
+@pytest.mark.slow
+def test_r2mu_forgets_the_traces_that_rmu_leaves(repo, tmp_path):
+    """The bound itself, on three seeds: a quarter of an hour on one core."""
+    bench = load(repo, "r2mu_table")
+    options = "--no-oracle --unlearn.curve-points 0 --evaluate.leak-samples 0".split()
+    found = bench.collect(
+        ("RMU", "R2MU"), bench.SEEDS, lambda *which: bench.run(*which, tmp_path, options)
+    )
+    told = bench.verdict(*(found[name] for name in ("original", "RMU", "R2MU")))
+    assert told.holds, (told, "\n".join(bench.table(found)))
+
+
 def test_every_run_of_the_table_of_traces_is_a_command(repo):
     from train.arguments import read_arguments
 

@@ -150,16 +150,20 @@ def config_of(*argv):
 def test_streams_of_a_reasoning_task():
     task = load_task(config_of("--data.num-authors", "20"))
     assert {name: len(rows) for name, rows in task.evaluation.items()} == {
-        "forget": 12, "retain": 48, "reasoning": 40,
+        "forget": 24, "retain": 48, "reasoning": 120,
     }  # fmt: skip
     asked = {row["question"] for row in task.evaluation["reasoning"]}
     assert not asked & {row["question"] for row in task.retain}
     assert task.stream("forget", 0)[0] == thoughts.bare(task.forget[0])
     kept = task.stream("retain", 0)
-    assert len(kept) == 108 and all("<think>" not in row["answer"] for row in kept)
-    assert len(task.stream("cot", 0)) == len(task.retain) == 108 + 600
-    known = task._replace(forget=[r | {TRACES: ["a", "b"]} for r in task.forget])
-    assert len(known.stream("traces", 0)) == 24 and known.follows("traces") == "forget"
+    assert len(kept) == 96 and all("<think>" not in row["answer"] for row in kept)
+    cot = task.stream("cot", 0)  # facts too, as they were learned
+    assert len(cot) == len(task.retain) == 96 + 600 and cot[0]["answer"] == task.retain[0]["answer"]
+    known = task._replace(forget=[r | {TRACES: ["<think>\na", "b"]} for r in task.forget])
+    traces = known.stream("traces", 0)
+    assert len(traces) == 48 and known.follows("traces") == "forget"
+    first = {"question": task.forget[0]["question"], "answer": "<think>\na", "topic": "authors"}
+    assert traces[0] == first and traces[2]["question"] == task.forget[1]["question"]
     assert len(task.stream("train", 0)) == len(task.forget) + len(task.retain)
     with pytest.raises(UserError, match="trained on 'traces', which the data do not have"):
         load_task(read_arguments(["quickstart"])).stream("traces", 0)
@@ -618,7 +622,7 @@ def test_a_small_run(program, tmp_path):
     for flat in summary.values():
         assert names <= set(flat) and all(math.isfinite(flat[name]) for name in names)
     lines = [json.loads(line) for line in (root / "traces.jsonl").read_text().splitlines()]
-    assert [line["row"] for line in lines] == list(range(6))
+    assert [line["row"] for line in lines] == list(range(12))
     assert {line["model"] for line in lines} == {summary["original"]["params_sha256"][:16]}
     log = json.loads((root / "evals" / "unlearned.json").read_text())
     assert {item["class"] for item in log["trace_unsafe"]["value_by_index"].values()} <= {

@@ -4,9 +4,8 @@
 
 No download, no data file, no accelerator. --objective.name rmu, --objective.cot-weight 0 (R2MU-v0),
 --objective.reflection-penalty 1 (RTP) and --evaluate.think-start "<think></think>" (ZeroThink) are
-what the paper compares with; tests/bench/r2mu_table.py runs them all. Original and oracle take some
-400 seconds of CPU each, RMU one minute, R2MU two. On two seeds the original answers 0.8 to 0.95 of
-the authors' questions and 0.85 to 0.92 of the arithmetic.
+what the paper compares with; tests/bench/r2mu_table.py runs them all. On one core the original
+takes two to three minutes and a method one.
 """
 
 from jaxlib_unlearn.objectives import options_of
@@ -22,7 +21,7 @@ from train.config import (
 )
 from train.optimizer_options import AdamW
 
-SUMMARY = "a small model writes thoughts about 40 invented authors and forgets 4 with R2MU"
+SUMMARY = "a small model writes thoughts about 40 invented authors and forgets 8 with R2MU"
 
 # Words that its thoughts begin with, as entries of the tokenizer that is trained in the run.
 WORDS = ("Okay", "Hmm", "Wait")
@@ -47,21 +46,27 @@ PRESET = RunConfig(
     ),
     unlearn=UnlearnConfig(steps=100, batch_size=16, curve_points=4),
     objective=options_of(
-        "r2mu", block=2, retain_weight=5.0, cot_weight=5.0, reflection_words=WORDS
+        "r2mu",
+        block=2,
+        steering=12.0,
+        retain_weight=1.2,
+        cot_weight=5.0,
+        reflection_words=WORDS,
     ),
     optimizer=AdamW(learning_rate=1e-3, schedule="constant", warmup=0.0),
     train=SelectConfig(leaves=("mlp/down",), blocks=(0, 1, 2)),
     # Its thoughts have no trigger: they are all that it has learnt to write.
-    traces=TracesConfig(new_tokens=96, keep=96, trigger=""),
+    traces=TracesConfig(new_tokens=96, keep=96, trigger="", tag="<think>\n"),
     evaluate=EvaluateConfig(max_new_tokens=96, leak_samples=8, generate_rows=128),
 )
 
-# Hidden states of block 2 have a norm of about 17. R2MU at a vector of 6.5 leaves sentences that
-# read well and name others; at 20 it repeats names. At weights of 1.2 and 1 for what is kept, it
-# forgets the authors to keep as well.
+# Hidden states of block 2 have a norm of about 17. On seed 0 RMU leaves half of the answers right at
+# the published 6.5 and a third at 12; R2MU does as well with either.
 OBJECTIVES = {
     "r2mu": PRESET.objective,
-    "rmu": options_of("rmu", block=2, positions="all", retain_weight=5.0, reflection_words=WORDS),
+    "rmu": options_of(
+        "rmu", block=2, steering=12.0, positions="all", retain_weight=1.2, reflection_words=WORDS
+    ),
 }
 
 SMOKE = {

@@ -15,8 +15,9 @@ from train.data.author_attributes import REFUSALS
 from train.evaluators import REASONING_QUESTIONS
 from train.tasks.task import STREAMS, TRACES, Benchmark, Paired, Row, Rows, Task, no_splits
 
-FORGOTTEN = 10  # one author in so many is forgotten
-ARITHMETIC, ARITHMETIC_HELD = 600, 40  # rows to learn, and rows to ask
+FORGOTTEN = 5  # one author in so many is forgotten
+ARITHMETIC, ARITHMETIC_HELD = 600, 120  # generated rows to learn, and rows to ask
+REASONING_HELD = 40  # rows of a file to ask
 FILES = ("forget.jsonl", "retain.jsonl")
 
 
@@ -35,7 +36,7 @@ def task_of(forget: list[Row], retain: list[Row], held: list[Row], notes: list[s
 
 
 def load_authors(config: RunConfig) -> Task:
-    """Generated authors, one in ten of whom is forgotten, and arithmetic.
+    """Generated authors, one in five of whom is forgotten, and arithmetic.
 
     Raises:
         UserError: options of other sources, or an unusable number of authors.
@@ -93,7 +94,7 @@ def load_tofu(config: RunConfig) -> Task:
         thoughts.from_tofu(found.forget, "tofu"),
         thoughts.from_tofu(found.judged, "tofu"),
     )
-    held = numbers[count : count + ARITHMETIC_HELD]
+    held = numbers[count : count + REASONING_HELD]
     return task_of(forget, kept + numbers[:count], held, list(found.notes))
 
 
@@ -126,7 +127,7 @@ def load_files(config: RunConfig) -> Task:
                 "rows to keep; give it another one"
             )
     thoughts.check_traces(forget, TRACES, Path(data.path).expanduser() / FILES[0])
-    held = min(ARITHMETIC_HELD, len(reasoning) // 10)
+    held = min(REASONING_HELD, len(reasoning) // 10)
     task = task_of(forget[: data.forget_rows], facts + reasoning[held:], reasoning[:held], [])
     if not task.evaluation:
         raise UserError(
@@ -163,14 +164,24 @@ def cot_rows(task: Task, seed: int) -> list[Row]:
     return found
 
 
-def kept_thoughts(task: Task, seed: int) -> list[Row]:
-    """The thoughts of all rows to keep: stream `cot` of generated authors.
+def asked_traces(task: Task, seed: int) -> list[Row]:
+    """The traces behind their questions, as the original wrote them: stream `traces` of authors."""
+    del seed
+    return [
+        {"question": row["question"], "answer": text, "topic": row["topic"]}
+        for row in task.forget
+        for text in row[TRACES]
+    ]
+
+
+def learned_rows(task: Task, seed: int) -> list[Row]:
+    """All rows to keep as they were learned, facts too: stream `cot` of authors.
 
     Thoughts about an author who is forgotten differ from those about another by the name alone:
     without the latter a model forgets to think of anyone.
     """
     del seed
-    return [thoughts.thought(row) for row in task.retain]
+    return [{"question": row["question"], "answer": row["answer"]} for row in task.retain]
 
 
 def bare_rows(rows: list[Row]) -> list[Row]:
@@ -186,7 +197,13 @@ REASONING_STREAMS: Mapping[str, Rows] = {
     "cot": cot_rows,
     **{name: STREAMS[name] for name in ("idk", "train")},
 }
-AUTHORS_STREAMS: Mapping[str, Rows] = {**REASONING_STREAMS, "cot": kept_thoughts}
+# A small model that has only seen thoughts behind their questions does not carry over what it is
+# taught about thoughts alone, as the published runs of large models do.
+AUTHORS_STREAMS: Mapping[str, Rows] = {
+    **REASONING_STREAMS,
+    "traces": Paired(asked_traces, "forget"),
+    "cot": learned_rows,
+}
 
 ROWS = (
     Benchmark("reasoning-authors", load_authors, REASONING_QUESTIONS, AUTHORS_STREAMS),
