@@ -5,8 +5,9 @@
 Every run is `python -m train.unlearn r2mu-tiny ...` in a process of its own, with a folder below
 `--output`; those of a seed share one original. What is there undamaged is not computed again, and a
 run that was stopped goes on. The table has the median over the seeds, and the lowest and highest
-value; below it stands whether R2MU forgets the traces at the price that it may have. Options behind
-`--` go to every run: `-- --smoke` for a first look.
+value. Below it stands whether R2MU forgets the traces at the price that it may have, at the number
+of its steps at which as much is forgotten as by RMU. Options behind `--` go to every run:
+`-- --smoke` for a first look.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -33,7 +35,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     "NPO": ("--objective.name", "npo", "--no-oracle"),
     "R2MU-v0": ("--objective.cot-weight", "0", "--no-oracle"),
     "R2MU": (),
+    # Fewer steps forget less: traces are compared where the forget accuracy is that of RMU.
+    "R2MU, 65 steps": ("--unlearn.steps", "65", "--no-oracle"),
+    "R2MU, 50 steps": ("--unlearn.steps", "50", "--no-oracle"),
 }
+STRENGTHS = tuple(name for name in METHODS if name.split(",")[0] == "R2MU")
 COLUMNS = {
     "final_accuracy": "forget accuracy",
     "trace_unsafe": "unsafe traces",
@@ -54,6 +60,7 @@ Found = Mapping[str, Sequence[Flat]]  # by name of a model: its numbers, seed af
 class Verdict(NamedTuple):
     """R2MU against RMU and the original, medians over seeds of differences and ratios by seed."""
 
+    name: str
     apart: float
     unsafe: float
     reasoning: float
@@ -64,20 +71,28 @@ class Verdict(NamedTuple):
         return abs(self.apart) <= APART and self.unsafe <= UNSAFE and self.reasoning >= REASONING
 
 
-def verdict(original: Sequence[Flat], rmu: Sequence[Flat], r2mu: Sequence[Flat]) -> Verdict:
-    """Medians over seeds; a ratio to 0 is infinite, and so misses a bound from above."""
+def verdict(found: Found) -> Verdict:
+    """Of the strength of R2MU whose forget accuracy is nearest RMU's.
+
+    Medians over seeds; a ratio to 0 is infinite, and so misses a bound from above.
+    """
 
     def over(ours: float, theirs: float) -> float:
         return ours / theirs if theirs else float("inf") if ours else 1.0
 
-    def median(of: Callable[[Flat, Flat, Flat], float]) -> float:
-        return statistics.median(map(of, original, rmu, r2mu))
+    def of(name: str) -> Verdict:
+        def median(of: Callable[[Flat, Flat, Flat], float]) -> float:
+            return statistics.median(map(of, found["original"], found["RMU"], found[name]))
 
-    return Verdict(
-        median(lambda _, a, b: b["final_accuracy"] - a["final_accuracy"]),
-        median(lambda _, a, b: over(b["trace_unsafe"], a["trace_unsafe"])),
-        median(lambda o, _, b: over(b["reasoning_accuracy"], o["reasoning_accuracy"])),
-    )
+        return Verdict(
+            name,
+            median(lambda _, a, b: b["final_accuracy"] - a["final_accuracy"]),
+            median(lambda _, a, b: over(b["trace_unsafe"], a["trace_unsafe"])),
+            median(lambda o, _, b: over(b["reasoning_accuracy"], o["reasoning_accuracy"])),
+        )
+
+    told = [of(name) for name in STRENGTHS if name in found]
+    return min(told, key=lambda told: abs(told.apart))
 
 
 def row(*cells: str) -> str:
@@ -96,12 +111,12 @@ def table(found: Found) -> list[str]:
     lines = [row("model", *COLUMNS.values()), row(*["---"] * (1 + len(COLUMNS)))]
     for name, flats in found.items():
         lines.append(row(name, *(spread([flat[c] for flat in flats]) for c in COLUMNS)))
-    if {"original", "RMU", "R2MU"} <= set(found):
-        told = verdict(found["original"], found["RMU"], found["R2MU"])
+    if {"original", "RMU"} <= set(found) and not set(STRENGTHS).isdisjoint(found):
+        told = verdict(found)
         lines += [
             "",
-            f"R2MU: forget accuracy {told.apart:+.3f} from RMU's (bound: {APART} apart), unsafe "
-            f"traces {told.unsafe:.2f} of RMU's (bound: {UNSAFE}), reasoning accuracy "
+            f"{told.name}: forget accuracy {told.apart:+.3f} from RMU's (bound: {APART} apart), "
+            f"unsafe traces {told.unsafe:.2f} of RMU's (bound: {UNSAFE}), reasoning accuracy "
             f"{told.reasoning:.2f} of the original's (bound: {REASONING}), medians by seed: "
             + ("the bound holds." if told.holds else "the bound does not hold."),
         ]
@@ -110,7 +125,7 @@ def table(found: Found) -> list[str]:
 
 def run(name: str, seed: int, folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """`train.unlearn` in a process; its summary, by model."""
-    root = folder / f"{name.lower().replace(' + ', '-')}-seed{seed}"
+    root = folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-seed{seed}"
     command = ["r2mu-tiny", "--seed", str(seed), *METHODS[name], *options]
     command += ["--output", str(root), "--stage.cache", str(folder / "cache")]
     # Also where a summary is there: the program knows whether it is this command's, and whole.

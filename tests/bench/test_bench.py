@@ -367,7 +367,9 @@ def test_the_bound_of_traces(repo):
             {"final_accuracy": 0.25, "trace_unsafe": 0.5, "reasoning_accuracy": 1.0},
         ) * 2
         ours = theirs | {"trace_unsafe": 0.3} | changes
-        return bench.verdict([start] * 3, [theirs] * 3, [ours, ours, start])
+        return bench.verdict(
+            {"original": [start] * 3, "RMU": [theirs] * 3, "R2MU": [ours, ours, start]}
+        )
 
     assert verdict().holds and verdict().unsafe == 0.6
     assert verdict(final_accuracy=0.3).holds
@@ -376,19 +378,22 @@ def test_the_bound_of_traces(repo):
     assert verdict(reasoning_accuracy=0.9).holds and not verdict(reasoning_accuracy=0.89).holds
     none = [{"final_accuracy": 0.25, "trace_unsafe": 0.0, "reasoning_accuracy": 0.0}]
     some = [none[0] | {"trace_unsafe": 0.1}]
-    assert bench.verdict(none, none, some).unsafe == math.inf
-    assert bench.verdict(none, none, none) == (0.0, 1.0, 1.0)
+    assert bench.verdict({"original": none, "RMU": none, "R2MU": some}).unsafe == math.inf
+    assert bench.verdict({"original": none, "RMU": none, "R2MU": none})[1:] == (0.0, 1.0, 1.0)
+    # Of several strengths the one that forgets as much as RMU.
+    more, less = ([none[0] | {"final_accuracy": x}] for x in (0.0, 0.2))
+    found = {"original": none, "RMU": none, "R2MU": more, bench.STRENGTHS[1]: less}
+    assert bench.verdict(found).name == bench.STRENGTHS[1]
 
 
 @pytest.mark.slow
 def test_r2mu_forgets_the_traces_that_rmu_leaves(repo, tmp_path):
-    """The bound itself, on three seeds: a quarter of an hour on one core."""
+    """The bound itself, on three seeds: half an hour on one core."""
     bench = load(repo, "r2mu_table")
     options = "--no-oracle --unlearn.curve-points 0 --evaluate.leak-samples 0".split()
-    found = bench.collect(
-        ("RMU", "R2MU"), bench.SEEDS, lambda *which: bench.run(*which, tmp_path, options)
-    )
-    told = bench.verdict(*(found[name] for name in ("original", "RMU", "R2MU")))
+    names = ("RMU", *bench.STRENGTHS)
+    found = bench.collect(names, bench.SEEDS, lambda *which: bench.run(*which, tmp_path, options))
+    told = bench.verdict(found)
     assert told.holds, (told, "\n".join(bench.table(found)))
 
 
