@@ -13,15 +13,14 @@ the machine to themselves, says little.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tables import ROOT, head, ran, row, write
+
 OUT = ROOT / "runs" / "bench" / "epic"
 SEEDS = (0, 1, 2)
 WHOLE = "full"
@@ -43,9 +42,8 @@ Train = Callable[[str, int], Mapping[str, Any]]  # (variant, seed) -> what summa
 
 def table(train: Train, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
     """The lines of the table; ratios are paired by seed with whole traces, and averaged."""
-    lines = row("traces", *(f"accuracy, seed {s}" for s in seeds), "mean", "finished",
-                "answer NLL", "tokens", "minutes", "time measured", "time expected")  # fmt: skip
-    lines += row(*["---"] * (8 + len(seeds)))
+    lines = head("traces", *(f"accuracy, seed {s}" for s in seeds), "mean", "finished",
+                 "answer NLL", "tokens", "minutes", "time measured", "time expected")  # fmt: skip
     for name in names:
         found = [train(name, seed) for seed in seeds]
         cells = [f"{flat['answer_accuracy']:.3f}" for flat in found]
@@ -55,13 +53,8 @@ def table(train: Train, names: Sequence[str], seeds: Sequence[int]) -> list[str]
         cells.append(mean(found, "train_seconds", 2, 60))
         whole = [train(WHOLE, seed) for seed in seeds] if WHOLE in names else []
         cells += [ratio(found, whole, key) for key in ("train_seconds", "train_flops")]
-        lines += row(name, *cells)
+        lines.append(row(name, *cells))
     return lines
-
-
-def row(*cells: str) -> list[str]:
-    """A line of a Markdown table."""
-    return ["| " + " | ".join(cells) + " |"]
 
 
 def mean(found: Sequence[Mapping[str, Any]], key: str, digits: int, unit: float = 1) -> str:
@@ -82,11 +75,7 @@ def run(name: str, seed: int, folder: Path, options: Sequence[str]) -> dict[str,
     """`train.finetune` in a process; the numbers of its summary."""
     root = folder / f"{name}-seed{seed}"
     command = ["epic-tiny", "--seed", str(seed), *VARIANTS[name], *options, "--output", str(root)]
-    # Also where a summary is there: the program knows whether it is this command's, and whole.
-    print(f"python -m train.finetune {' '.join(command)}", flush=True)
-    done = [sys.executable, "-m", "train.finetune", *command]
-    subprocess.run(done, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    return json.loads((root / "summary.json").read_text())["finetuned"]
+    return ran("train.finetune", command, root)["finetuned"]
 
 
 def main(argv: list[str]) -> None:
@@ -104,9 +93,7 @@ def main(argv: list[str]) -> None:
         for name in args.only:
             found[name, seed] = run(name, seed, folder, options)
     lines = table(lambda name, seed: found[name, seed], args.only, args.seeds)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "epic_table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write(lines, folder / "epic_table.md")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import json
 import math
 import statistics
 import subprocess
@@ -24,7 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from tables import ROOT, head, ran, row, write
+
 OUT = ROOT / "runs" / "bench" / "pretrain"
 SEEDS = (0, 1, 2)
 GRID: dict[str, tuple[float, ...]] = {
@@ -69,8 +69,7 @@ def grid(train: Train) -> tuple[list[str], dict[str, float]]:
     """The lines of the table of rates and seeds, and the best rate of each optimizer."""
     first = {name: {r: train(Job(name, r, 0)) for r in rates} for name, rates in GRID.items()}
     best = {n: min(found, key=lambda r: found[r]["val_perplexity"]) for n, found in first.items()}
-    lines = row("optimizer", "rate", "validation perplexity", "training perplexity", "tokens a s")
-    lines += row(*["---"] * 5)
+    lines = head("optimizer", "rate", "validation perplexity", "training perplexity", "tokens a s")
     for name, found in first.items():
         for rate, flat in found.items():
             edge = " (end of the grid)" if rate in (GRID[name][0], GRID[name][-1]) else ""
@@ -78,41 +77,35 @@ def grid(train: Train) -> tuple[list[str], dict[str, float]]:
             values = (flat["val_perplexity"], flat["train_perplexity"])
             shown = [f"{value:.3f}" for value in values]
             speed = flat["tokens_per_second"]
-            lines += row(name, f"{rate:g}{mark}", *shown, "-" if speed is None else f"{speed:.0f}")
+            told = "-" if speed is None else f"{speed:.0f}"
+            lines.append(row(name, f"{rate:g}{mark}", *shown, told))
     losses = {
         name: [math.log(train(Job(name, best[name], seed))["val_perplexity"]) for seed in SEEDS]
         for name in GRID
     }
     lines += ["", "At the best rates, nats a held-out token; differences are paired by seed.", ""]
     others = [name for name in GRID if name != "teon"]
-    lines += row("optimizer", *(f"seed {s}" for s in SEEDS), "mean ± sd",
-                 *(f"minus {name}" for name in others))  # fmt: skip
-    lines += row(*["---"] * (2 + len(SEEDS) + len(others)))
+    lines += head("optimizer", *(f"seed {s}" for s in SEEDS), "mean ± sd",
+                  *(f"minus {name}" for name in others))  # fmt: skip
     for name, values in losses.items():
         apart = [
             "-" if name == other else spread(paired(values, losses[other]), "+") for other in others
         ]
-        lines += row(name, *(f"{v:.4f}" for v in values), spread(values), *apart)
+        lines.append(row(name, *(f"{v:.4f}" for v in values), spread(values), *apart))
     return lines, best
 
 
 def ablations(train: Train, rate: float) -> list[str]:
     """The lines of the table of changes to TEON, one seed each, at one learning rate."""
-    lines = row("TEON", "validation perplexity", "nats minus the paper's", "tokens a s")
-    lines += row(*["---"] * 4)
+    lines = head("TEON", "validation perplexity", "nats minus the paper's", "tokens a s")
     found = {name: train(Job("teon", rate, 0, more)) for name, more in ABLATIONS.items()}
     usual = next(flat for name, flat in found.items() if not ABLATIONS[name])
     for name, flat in found.items():
         apart = math.log(flat["val_perplexity"]) - math.log(usual["val_perplexity"])
         speed = flat["tokens_per_second"]
-        lines += row(name, f"{flat['val_perplexity']:.3f}", f"{apart:+.4f}",
-                     "-" if speed is None else f"{speed:.0f}")  # fmt: skip
+        told = "-" if speed is None else f"{speed:.0f}"
+        lines.append(row(name, f"{flat['val_perplexity']:.3f}", f"{apart:+.4f}", told))
     return lines
-
-
-def row(*cells: str) -> list[str]:
-    """A line of a Markdown table."""
-    return ["| " + " | ".join(cells) + " |"]
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -131,11 +124,7 @@ def run(job: Job, folder: Path, options: Sequence[str]) -> dict[str, Any]:
     command = ["pretrain-tiny", "--optimizer.name", job.optimizer, "--seed", str(job.seed)]
     command += ["--optimizer.learning-rate", str(job.rate), *job.more, *options]
     command += ["--output", str(root), "--data.cache", str(folder / "corpora")]
-    # Also where a summary is there: the program knows whether it is this command's, and whole.
-    print(f"python -m train.pretrain {' '.join(command)}", flush=True)
-    done = [sys.executable, "-m", "train.pretrain", *command]
-    subprocess.run(done, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    return json.loads((root / "summary.json").read_text())["pretrained"]
+    return ran("train.pretrain", command, root)["pretrained"]
 
 
 def main(argv: list[str]) -> None:
@@ -168,9 +157,7 @@ def main(argv: list[str]) -> None:
     if args.only != "grid":
         lines += ["", f"TEON at rate {rate:g}, seed 0, one change at a time.", ""]
         lines += ablations(train, rate)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pretrain_table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write(lines, folder / "pretrain_table.md")
     runs = sorted(str(p.parent) for p in folder.glob("*/summary.json"))
     page = [sys.executable, "-m", "train.report", *runs, "--html", str(folder / "losses.html")]
     subprocess.run(page, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)

@@ -13,17 +13,15 @@ of its steps at which as much is forgotten as by RMU. Options behind `--` go to 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from tables import ROOT, cut, head, over, place, ran, row, spread, write
+
 OUT = ROOT / "runs" / "bench" / "r2mu"
 SEEDS = (0, 1, 2)
 RMU = ("--objective.name", "rmu")
@@ -77,9 +75,6 @@ def verdict(found: Found) -> Verdict:
     Medians over seeds; a ratio to 0 is infinite, and so misses a bound from above.
     """
 
-    def over(ours: float, theirs: float) -> float:
-        return ours / theirs if theirs else float("inf") if ours else 1.0
-
     def of(name: str) -> Verdict:
         def median(of: Callable[[Flat, Flat, Flat], float]) -> float:
             return statistics.median(map(of, found["original"], found["RMU"], found[name]))
@@ -95,20 +90,9 @@ def verdict(found: Found) -> Verdict:
     return min(told, key=lambda told: abs(told.apart))
 
 
-def row(*cells: str) -> str:
-    """A line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def spread(values: Sequence[float]) -> str:
-    """The median, with the lowest and the highest value where there are several."""
-    middle = f"{statistics.median(values):.2f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.2f} to {max(values):.2f})"
-
-
 def table(found: Found) -> list[str]:
     """The lines of the table, and the verdict where its three models are there."""
-    lines = [row("model", *COLUMNS.values()), row(*["---"] * (1 + len(COLUMNS)))]
+    lines = head("model", *COLUMNS.values())
     for name, flats in found.items():
         lines.append(row(name, *(spread([flat[c] for flat in flats]) for c in COLUMNS)))
     if {"original", "RMU"} <= set(found) and not set(STRENGTHS).isdisjoint(found):
@@ -128,11 +112,7 @@ def run(name: str, seed: int, folder: Path, options: Sequence[str]) -> dict[str,
     root = folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-seed{seed}"
     command = ["r2mu-tiny", "--seed", str(seed), *METHODS[name], *options]
     command += ["--output", str(root), "--stage.cache", str(folder / "cache")]
-    # Also where a summary is there: the program knows whether it is this command's, and whole.
-    print(f"python -m train.unlearn {' '.join(command)}", flush=True)
-    done = [sys.executable, "-m", "train.unlearn", *command]
-    subprocess.run(done, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    return json.loads((root / "summary.json").read_text())
+    return ran("train.unlearn", command, root)
 
 
 def collect(
@@ -158,21 +138,15 @@ def collect(
 
 
 def main(argv: list[str]) -> None:
-    at = argv.index("--") if "--" in argv else len(argv)
-    mine, options = argv[:at], argv[at + 1 :]
+    mine, options = cut(argv)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=tuple(METHODS))
     parser.add_argument("--output", type=Path, default=OUT, metavar="DIR")
     args = parser.parse_args(mine)
-    folder = args.output.resolve()
-    if options:
-        folder /= f"with-{hashlib.sha256(' '.join(options).encode()).hexdigest()[:8]}"
+    folder = place(args.output, options)
     found = collect(args.only, args.seeds, lambda name, seed: run(name, seed, folder, options))
-    lines = table(found)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "r2mu_table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write(table(found), folder / "r2mu_table.md")
 
 
 if __name__ == "__main__":
