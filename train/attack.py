@@ -4,6 +4,7 @@ python -m train.attack RUN --attack subattack                  (RUN: of train.er
 python -m train.attack RUN --attack.tokens 5 --attack.form project --attack.steps 300
 python -m train.attack RUN --attack none|cce|words|random      (to compare with)
 python -m train.attack RUN --attack.transfer RUN2              (the same tokens on another model)
+python -m train.attack RUN2 --attack given --attack.source ATTACK   (tokens that ATTACK found)
 python -m train.attack --config RUN/config.json --output DIR   (reruns a configuration)
 python -m train.attack --list (attacks)    RUN --help (options)
 """

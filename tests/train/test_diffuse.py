@@ -233,6 +233,20 @@ def test_what_is_compared_with_it(program, erased, diffused, tmp_path, name):
         assert {len(item["tokens"]) for item in items.values()} == {3}
 
 
+def test_tokens_of_another_run_are_tried_as_they_are(program, erased, attacked, tmp_path):
+    """On the model that they were found on they draw the same again; nothing is learned."""
+    more = ("--attack", "given", "--attack.source", attacked, "--output", tmp_path / "run")
+    done(program, "attack", erased, *more)
+    tensors = [load_file(run / "tokens.safetensors") for run in (attacked, tmp_path / "run")]
+    np.testing.assert_array_equal(tensors[0]["embeddings"], tensors[1]["embeddings"])
+    told = [json.loads((run / "attack.json").read_text()) for run in (attacked, tmp_path / "run")]
+    assert told[1]["tokens_sha256"] == told[0]["tokens_sha256"]
+    assert [t["words"] for t in told[1]["tokens"]] == [t["words"] for t in told[0]["tokens"]]
+    assert (told[1]["attack"], told[1]["concept"]) == ("given", "sneaker")
+    assert summary_of(tmp_path / "run") == summary_of(attacked)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.slow  # compiles the step
 def test_free_embeddings_move_away_from_where_they_began(program, erased, tmp_path):
     found = []
@@ -291,6 +305,8 @@ REFUSED = {
     "no placeholder": ("attack", "ERASED --attack.prompt shoe", "has no placeholder"),
     "two placeholders": ("attack", "ERASED --attack.prompt <v_att><v_att>", "has 2 placeholders"),
     "unknown option": ("attack", "ERASED --attack.token 2", "did you mean --attack.tokens"),
+    "no tokens": ("attack", "ERASED --attack given", "--attack.source is missing"),
+    "no tokens there": ("attack", "ERASED --attack given --attack.source ERASED", "no finished"),
     "no attack": ("defend", "ERASED", "second argument"),
     "attack of nothing": ("defend", "ERASED ERASED", "no finished run of train.attack"),
     "more tokens": ("defend", "ERASED ATTACKED --defend.tokens 3", "has 2"),
@@ -377,6 +393,9 @@ def test_tokens_of_another_vocabulary_are_refused(program, erased, attacked, tmp
     told["vocabulary_sha256"] = "0" * 64
     (other / "attack.json").write_text(json.dumps(told))
     found = program("train.defend", erased, other, "--output", tmp_path / "run")
+    assert found.code == 2 and "of another vocabulary" in found.err
+    given = ("--attack", "given", "--attack.source", other, "--output", tmp_path / "run")
+    found = program("train.attack", erased, *given)
     assert found.code == 2 and "of another vocabulary" in found.err
 
 

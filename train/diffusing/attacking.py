@@ -72,6 +72,8 @@ def check(config: AttackRun, mesh: Any, found: Pictures) -> None:
         checks.check_stage(stage_of(config), config.optimizer, mesh, "attack")
         optimizers.check_pair(config.optimizer, "sum", *row)
         optimizers.check_mesh(config.optimizer, mesh, attack.batch_size)
+    if isinstance(attack, methods.Given):
+        read_for(source, attack.source, "--attack.source")
     if attack.transfer is not None:
         other = stored.read_run(attack.transfer, "--attack.transfer")
         check_vocabulary(vocabulary_of(source), other, "--attack.transfer")
@@ -137,6 +139,8 @@ def tokens(opened: Opened, aim: Target) -> Tokens | None:
         return cce(opened, aim)
     if isinstance(attack, methods.Random):
         return Tokens(random_tokens(painter, attack.tokens, opened.run.seed))
+    if isinstance(attack, methods.Given):
+        return read_for(aim.source, attack.source, "--attack.source").tokens
     return None
 
 
@@ -322,6 +326,26 @@ def read(folder: Path | None, option: str) -> Stored:
     if sha_of(found) != sha:
         raise UserError(f"{folder / TENSORS} is damaged; run the command of its run again")
     return Stored(folder, Tokens(found, words if any(words) else ()), vocabulary, concept)
+
+
+def read_for(source: Source, folder: Path | None, option: str) -> Stored:
+    """The tokens of a finished attack, for the model of a run.
+
+    Raises:
+        UserError: there are none, or they bring back another concept, or are of another vocabulary.
+    """
+    found = read(folder, option)
+    if found.concept != source.concept:
+        raise UserError(
+            f"{option} {found.folder} brings back {found.concept!r}, RUN {source.folder} erased "
+            f"{source.concept!r}; give an attack on that"
+        )
+    if found.vocabulary != vocabulary_of(source):
+        raise UserError(
+            f"{option} {found.folder}: its tokens are of another vocabulary than the model of "
+            f"{source.folder}; give an attack on it"
+        )
+    return found
 
 
 def shown(opened: Opened, aim: Target, found: Tokens | None) -> dict[str, tuple[Shown, Any]]:

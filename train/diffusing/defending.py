@@ -50,19 +50,9 @@ def check(config: DefendRun, mesh: Any, found: Pictures) -> None:
     """Raise `UserError` for a run and an attack that do not go together."""
     del mesh
     source = stored.read_run(config.run, "RUN", ("train.erase",))
-    attack = attacking.read(config.attack, "ATTACK")
     assert source.concept is not None
     found.class_of(source.concept)
-    if attack.concept != source.concept:
-        raise UserError(
-            f"ATTACK {attack.folder} brings back {attack.concept!r}, RUN {source.folder} erased "
-            f"{source.concept!r}; give an attack on that"
-        )
-    if attack.vocabulary != attacking.vocabulary_of(source):
-        raise UserError(
-            f"ATTACK {attack.folder}: its tokens are of another vocabulary than the model of "
-            f"{source.folder}; give an attack on it"
-        )
+    attack = attacking.read_for(source, config.attack, "ATTACK")
     count, wanted = len(attack.tokens.embeddings), config.defend.tokens
     if wanted is not None and wanted > count:
         raise UserError(

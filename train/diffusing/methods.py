@@ -140,6 +140,14 @@ class Random(Attack):
 
 
 @dataclass(frozen=True)
+class Given(Attack):
+    """Options of `given`."""
+
+    name: str = _name("given", _ATTACK, "the tokens that another run found.")
+    source: Path | None = option(None, "the run of train.attack whose tokens are tried.")
+
+
+@dataclass(frozen=True)
 class CCE(Attack):
     """Options of `cce`."""
 
@@ -205,4 +213,5 @@ ATTACKS = _table(
     Method("cce", CCE, "free embeddings", trains=True),
     Method("words", Words, "the concept's other names"),
     Method("random", Random, "random orthogonal directions"),
+    Method("given", Given, "the tokens that another run found"),
 )
