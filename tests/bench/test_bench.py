@@ -1,5 +1,6 @@
 """The benchmarks write their tables."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -404,6 +405,181 @@ def test_every_run_of_the_table_of_traces_is_a_command(repo):
     found = [read_arguments(["r2mu-tiny", *more]) for more in bench.METHODS.values()]
     assert len({str(config) for config in found}) == len(found)
     assert [config.oracle for config in found].count(True) == 1
+
+
+def concept_told(bench, program, name, argv):
+    """What a run tells: 20 prompts each; a seed makes every rate larger by one prompt."""
+    seed = int(name.partition("seed")[2].partition("-")[0])
+    rest = name.partition(f"seed{seed}")[2]
+    before = 2 if "uce" in name else 4  # prompts that show the concept by its name
+    keys = ("concept_rate_explicit", "concept_rate_names", "kept_accuracy", "kept_frechet")
+    flat = dict.fromkeys(keys, 0.5) | {"pre_asr": before / 20}
+    flat["concept_rate_explicit"] = (before + seed) / 20
+    original = flat | {"kept_accuracy": 0.8 + 0.05 * seed, "concept_rate_explicit": 1.0}
+
+    def log(*broken):  # by token: so many prompts more than by name
+        numbers = range(100, 120)
+        shown = [
+            {"number": n, "tokens": [
+                {"token": k, "shown": float(before <= i < before + more)}
+                for k, more in enumerate(broken)
+            ]}
+            for i, n in enumerate(numbers)
+        ]  # fmt: skip
+        alone = [{"number": n, "before": float(i < before)} for i, n in enumerate(numbers)]
+        words = [
+            {"word": f"word{k}{i}", "token": k, "fits": float(i == k), "coefficient": 0.1}
+            for k in range(10)
+            for i in range(10)
+        ]
+        found = {"concept_rate_attacked": shown, "pre_asr": alone, "interpretable_at_10": words}
+        return {
+            key: {"agg_value": 0.1, "value_by_index": dict(enumerate(items))}
+            for key, items in found.items()
+        }
+
+    models, logs = {"original": original}, {}
+    if program == "erase":
+        models["erased"] = flat
+    if program == "defend":
+        k = int(argv[argv.index("--defend.tokens") + 1])
+        models["defended"] = flat
+        logs["defended"] = log(*[0] * k, *[4] * (10 - k))
+    if program == "attack":
+        counts = {"cce": [8], "random": [0] * 5, "words": [3] * 3}.get(rest.rpartition("-")[2])
+        models["attacked"] = flat
+        logs["attacked"] = log(*(counts or [1, 2, 3, 4, 5 + seed, 6, 7, 8, 9, 14]))
+        logs["transferred"] = log(*[15] * 10)
+    return bench.Told(models, logs)
+
+
+def test_the_table_of_concepts(repo, tmp_path, monkeypatch, capsys):
+    bench = load(repo, "concept_table")
+    ran = []
+
+    def run(program, name, argv, folder, options):
+        ran.append((program, name, tuple(argv), tuple(options)))
+        return concept_told(bench, program, name, argv)
+
+    monkeypatch.setattr(bench, "run", run)
+    bench.main(["--output", str(tmp_path), "--", "--smoke"])
+    (path,) = tmp_path.glob("with-*/concept_table.md")
+    text = path.read_text()
+    assert text.strip() in capsys.readouterr().out
+    names = [name for _, name, *_ in ran]
+    # By seed an original; by concept and method an erasure, 4 attacks, 3 defences and an attack on
+    # one of these, 2 transfers. What a run takes from others was run before it.
+    assert len(set(names)) == len(names) == 3 * (1 + 2 * 3 * (1 + 4 + 3 + 1 + 2))
+    for i, (_, _, argv, options) in enumerate(ran):
+        assert options == ("--smoke",)
+        assert {word[1:] for word in argv if word.startswith("@")} <= set(names[:i])
+    cells = {tuple(line.strip("| ").split(" | ")[:3]): line.strip("| ").split(" | ")[3:]
+             for line in text.splitlines()}  # fmt: skip
+    assert cells["sneaker", "-", "original"][0] == "1.00 (1.00 to 1.00)"
+    assert cells["sneaker", "-", "original"][2] == "-"
+    erased = cells["bag", "uce", "erased"]
+    assert erased[0] == "0.15 (0.10 to 0.20)"
+    # Any other name 2 + 3, the first token 2 + 1, of five 2 + 5 + seed, of ten 2 + 14.
+    assert erased[2:4] == ["0.25 (0.25 to 0.25)", "0.15 (0.15 to 0.15)"]
+    assert erased[4:6] == ["0.40 (0.35 to 0.45)", "0.80 (0.80 to 0.80)"]
+    assert erased[6:8] == ["0.50 (0.50 to 0.50)", "0.10 (0.10 to 0.10)"]
+    assert cells["bag", "uce", "defended, K 5"][3:7] == [
+        *["0.10 (0.10 to 0.10)"] * 2, "0.30 (0.30 to 0.30)", "0.50 (0.50 to 0.50)"
+    ]  # fmt: skip
+    assert cells["bag", "uce", "defended, K 1"][4] == "0.30 (0.30 to 0.30)"
+    assert "| on uce | on rece | on esd | on original |" in text
+    # By the tokens alone: what the name itself draws, all on the original, does not count.
+    transfer = [*["0.30 (0.25 to 0.35)"] * 3, "0.75 (0.75 to 0.75)"]
+    assert f"| bag | esd | {' | '.join(transfer)} |" in text
+    assert "| bag | uce | 2 | word10 **word11** word12" in text
+    bounds = [line for line in text.splitlines() if "at least" in line or "at most" in line]
+    assert len(bounds) == 1 + 2 * 3 * 3
+    assert bounds[0].endswith("at least 0.85 | 0.80 | 0.85 | 0.90 | 0.85 | yes |")
+    assert "| sneaker, uce: under its name at most 0.15 | 0.10 | 0.15 | 0.20 | 0.15 | yes |" in text
+    assert "| sneaker, esd: under its name at most 0.15 | 0.20 | 0.25 | 0.30 | 0.25 | no |" in text
+    told = "| 0.35 of 0.10 | 0.40 of 0.10 | 0.45 of 0.10 | 0.40, 4.00 times | yes |"
+    assert f"| sneaker, uce: SubAttack, at least 3 times pre_asr, or 0.5 {told}" in text
+    bench.main(["--output", str(tmp_path), "--seeds", "1", "--concepts", "bag", "--methods", "uce"])
+    text = (tmp_path / "concept_table.md").read_text()
+    assert text.startswith("Seed 1. ") and "| bag | uce | erased | 0.15 | 0.50 |" in text
+    assert text.count("at most") == 2 and "(0." not in text
+
+
+def test_the_bounds_of_concepts(repo):
+    """Each of the numbers alone breaks its bound; nothing holds because all is 0."""
+    bench = load(repo, "concept_table")
+
+    def held(drawn=0.85, left=0.15, before=0.1, attacked=0.3, defended=0.15):
+        erased = {"explicit": left, "pre_asr": before, "subattack 5": attacked}
+        models = {
+            ("bag", "", "original"): [{}],
+            ("bag", "uce", "erased"): [erased],
+            ("bag", "uce", "defended, K 5"): [{"subattack 5": defended}],
+        }
+        found = bench.Found((0,), [drawn], models, {}, {}, {})
+        return [bound.holds for bound in bench.bounds(found)]
+
+    assert held() == [True] * 4
+    assert held(drawn=0.84) == [False, True, True, True]
+    assert held(left=0.16) == [True, False, True, True]
+    assert held(attacked=0.29) == [True, True, False, True]
+    assert held(attacked=0.5, before=0.4)[2]
+    assert held(defended=0.16) == [True, True, True, False]
+    assert held(before=0.0, attacked=0.0, defended=0.0)[2:] == [False, False]
+    assert held(before=0.3, attacked=0.5, defended=0.3)[2:] == [True, True]
+    assert held(before=0.4, attacked=0.5, defended=0.4)[2:] == [True, False]
+    assert held(before=0.0, attacked=0.05, defended=0.05)[2:] == [True, False]
+
+
+def test_every_run_of_the_table_of_concepts_is_a_command(repo, tmp_path, monkeypatch):
+    from train.diffusing import arguments, stored
+    from train.diffusing.config import AttackRun, DefendRun, DiffuseRun, EraseRun
+
+    bench = load(repo, "concept_table")
+    ran = []
+
+    def make(program, name, argv):
+        ran.append((program, name, argv))
+        return concept_told(bench, program, name, argv)
+
+    bench.collect((0,), ("ankle boot",), ("uce", "esd"), make)
+    kinds = {"erase": EraseRun, "attack": AttackRun, "defend": DefendRun, "diffuse": DiffuseRun}
+    of = {name: program for program, name, _ in ran}
+    read = {
+        "diffuse": arguments.read_arguments,
+        "erase": arguments.read_erase,
+        "attack": arguments.read_attack,
+        "defend": arguments.read_defend,
+    }
+
+    def read_run(folder, option, programs=()):
+        program = of[folder.name]
+        assert not programs or f"train.{program}" in programs, (option, folder)
+        return stored.Source(folder, program, kinds[program](preset="fashion", smoke=True), None)
+
+    monkeypatch.setattr(stored, "read_run", read_run)
+    for name in of:
+        (tmp_path / name).mkdir()
+    commands = []
+    monkeypatch.setattr(bench, "ran", lambda module, argv, output: commands.append((module, argv)))
+    options = "--data.source shapes --attack.steps 7 --erase.towards bag --smoke".split()
+    for program, name, argv in ran:
+        with contextlib.suppress(TypeError):  # there is no summary
+            bench.run(program, name, argv, tmp_path, options)
+    configs = {}
+    for module, argv in commands:
+        config = read[module.partition(".")[2]](argv)
+        configs[config.output.name] = config
+    assert set(configs) == set(of)
+    assert configs["original-seed0"].data.source == "shapes" and configs["original-seed0"].smoke
+    assert configs["esd-ankle-boot-seed0"].erase.concept == "ankle boot"
+    assert {configs[f"{m}-ankle-boot-seed0"].erase.towards for m in ("uce", "esd")} == {"bag"}
+    attack = configs["uce-ankle-boot-seed0-subattack"].attack
+    assert (attack.tokens, attack.steps) == (10, 7)
+    assert attack.transfer == tmp_path / "original-seed0"
+    given = configs["uce-ankle-boot-seed0-from-esd"].attack
+    assert given.source == tmp_path / "esd-ankle-boot-seed0-subattack"
+    assert configs["esd-ankle-boot-seed0-defended-1"].defend.tokens == 1
 
 
 def test_the_table_of_condensed_traces(repo, tmp_path, monkeypatch, capsys):
