@@ -21,6 +21,7 @@ LINES = {
     "02": {"(?:sum|BLUR|SIFT)": 4, "(?:SGD|Adam|sign|Muon|NorMuon|TEON)": 6},
     "04": {"remat": 2},
     "05": {"(?:adamw|muon|teon)": 3},
+    "09": {r"token \d:": 2},
 }
 
 
