@@ -1,18 +1,19 @@
-"""RMU, its variants, NPO and R2MU on r2mu-tiny: the table of traces (an hour on two cores).
+"""RMU, its variants, NPO and R2MU on r2mu-tiny: the table of traces (35 minutes on one core).
 
     python tests/bench/r2mu_table.py [--seeds 0 1 2] [--only NAME ...] [--output DIR]
 
 Every run is `python -m train.unlearn r2mu-tiny ...` in a process of its own, with a folder below
 `--output`; those of a seed share one original. What is there undamaged is not computed again, and a
 run that was stopped goes on. The table has the median over the seeds, and the lowest and highest
-value. Below it stands whether R2MU forgets the traces at the price that it may have, at the number
-of its steps at which as much is forgotten as by RMU. Options behind `--` go to every run:
+value. Below it stands whether R2MU forgets the traces at the price that it may have: of two
+strengths of each, those at which both forget as much. Options behind `--` go to every run:
 `-- --smoke` for a first look.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import statistics
 import sys
@@ -33,11 +34,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "NPO": ("--objective.name", "npo", "--no-oracle"),
     "R2MU-v0": ("--objective.cot-weight", "0", "--no-oracle"),
     "R2MU": (),
-    # Fewer steps forget less: traces are compared where the forget accuracy is that of RMU.
-    "R2MU, 65 steps": ("--unlearn.steps", "65", "--no-oracle"),
+    # Stronger and weaker: traces are compared where the forget accuracy is the same.
+    "RMU, retain weight 0.4": (*RMU, "--objective.retain-weight", "0.4", "--no-oracle"),
     "R2MU, 50 steps": ("--unlearn.steps", "50", "--no-oracle"),
 }
-STRENGTHS = tuple(name for name in METHODS if name.split(",")[0] == "R2MU")
+STRENGTHS = {
+    kind: tuple(name for name in METHODS if name.split(",")[0] == kind) for kind in ("RMU", "R2MU")
+}
 COLUMNS = {
     "final_accuracy": "forget accuracy",
     "trace_unsafe": "unsafe traces",
@@ -58,7 +61,8 @@ Found = Mapping[str, Sequence[Flat]]  # by name of a model: its numbers, seed af
 class Verdict(NamedTuple):
     """R2MU against RMU and the original, medians over seeds of differences and ratios by seed."""
 
-    name: str
+    ours: str
+    theirs: str
     apart: float
     unsafe: float
     reasoning: float
@@ -69,42 +73,50 @@ class Verdict(NamedTuple):
         return abs(self.apart) <= APART and self.unsafe <= UNSAFE and self.reasoning >= REASONING
 
 
-def verdict(found: Found) -> Verdict:
-    """Of the strength of R2MU whose forget accuracy is nearest RMU's.
+def compared(found: Found, ours: str, theirs: str) -> Verdict:
+    """A strength of R2MU against one of RMU.
 
     Medians over seeds; a ratio to 0 is infinite, and so misses a bound from above.
     """
 
-    def of(name: str) -> Verdict:
-        def median(of: Callable[[Flat, Flat, Flat], float]) -> float:
-            return statistics.median(map(of, found["original"], found["RMU"], found[name]))
+    def median(of: Callable[[Flat, Flat, Flat], float]) -> float:
+        return statistics.median(map(of, found["original"], found[theirs], found[ours]))
 
-        return Verdict(
-            name,
-            median(lambda _, a, b: b["final_accuracy"] - a["final_accuracy"]),
-            median(lambda _, a, b: over(b["trace_unsafe"], a["trace_unsafe"])),
-            median(lambda o, _, b: over(b["reasoning_accuracy"], o["reasoning_accuracy"])),
-        )
+    return Verdict(
+        ours,
+        theirs,
+        median(lambda _, a, b: b["final_accuracy"] - a["final_accuracy"]),
+        median(lambda _, a, b: over(b["trace_unsafe"], a["trace_unsafe"])),
+        median(lambda o, _, b: over(b["reasoning_accuracy"], o["reasoning_accuracy"])),
+    )
 
-    told = [of(name) for name in STRENGTHS if name in found]
+
+def verdict(found: Found) -> Verdict:
+    """Of the strengths of R2MU and RMU whose forget accuracies are nearest."""
+    pairs = itertools.product(STRENGTHS["R2MU"], STRENGTHS["RMU"])
+    told = [compared(found, *pair) for pair in pairs if set(pair) <= set(found)]
     return min(told, key=lambda told: abs(told.apart))
 
 
 def table(found: Found) -> list[str]:
-    """The lines of the table, and the verdict where its three models are there."""
+    """The lines of the table, and the verdicts where their models are there."""
     lines = head("model", *COLUMNS.values())
     for name, flats in found.items():
         lines.append(row(name, *(spread([flat[c] for flat in flats]) for c in COLUMNS)))
-    if {"original", "RMU"} <= set(found) and not set(STRENGTHS).isdisjoint(found):
-        told = verdict(found)
-        lines += [
-            "",
-            f"{told.name}: forget accuracy {told.apart:+.3f} from RMU's (bound: {APART} apart), "
-            f"unsafe traces {told.unsafe:.2f} of RMU's (bound: {UNSAFE}), reasoning accuracy "
-            f"{told.reasoning:.2f} of the original's (bound: {REASONING}), medians by seed: "
-            + ("the bound holds." if told.holds else "the bound does not hold."),
-        ]
+    if {"original", "RMU", "R2MU"} <= set(found):
+        both = (compared(found, "R2MU", "RMU"), verdict(found))
+        lines += [line for told in dict.fromkeys(both) for line in ("", said(told))]
     return lines
+
+
+def said(told: Verdict) -> str:
+    """A verdict in words."""
+    return (
+        f"{told.ours} against {told.theirs}: forget accuracy {told.apart:+.3f} apart (bound: "
+        f"{APART}), unsafe traces {told.unsafe:.2f} of RMU's (bound: {UNSAFE}), reasoning accuracy "
+        f"{told.reasoning:.2f} of the original's (bound: {REASONING}), medians by seed: "
+        + ("the bound holds." if told.holds else "the bound does not hold.")
+    )
 
 
 def run(name: str, seed: int, folder: Path, options: Sequence[str]) -> dict[str, Any]:

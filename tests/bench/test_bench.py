@@ -380,22 +380,34 @@ def test_the_bound_of_traces(repo):
     none = [{"final_accuracy": 0.25, "trace_unsafe": 0.0, "reasoning_accuracy": 0.0}]
     some = [none[0] | {"trace_unsafe": 0.1}]
     assert bench.verdict({"original": none, "RMU": none, "R2MU": some}).unsafe == math.inf
-    assert bench.verdict({"original": none, "RMU": none, "R2MU": none})[1:] == (0.0, 1.0, 1.0)
-    # Of several strengths the one that forgets as much as RMU.
+    assert bench.verdict({"original": none, "RMU": none, "R2MU": none})[2:] == (0.0, 1.0, 1.0)
+    # Of several strengths those that forget as much.
     more, less = ([none[0] | {"final_accuracy": x}] for x in (0.0, 0.2))
-    found = {"original": none, "RMU": none, "R2MU": more, bench.STRENGTHS[1]: less}
-    assert bench.verdict(found).name == bench.STRENGTHS[1]
+    weak, strong = bench.STRENGTHS["R2MU"][1], bench.STRENGTHS["RMU"][1]
+    rest = dict.fromkeys(bench.COLUMNS, 0.0)
+    found = {"original": none, "RMU": none, "R2MU": more, weak: less}
+    assert bench.verdict(found)[:2] == (weak, "RMU")
+    full = {name: [rest | flat for flat in flats] for name, flats in found.items()}
+    assert [line.split(":")[0] for line in bench.table(full)[-3::2]] == [
+        "R2MU against RMU", f"{weak} against RMU",
+    ]  # fmt: skip
+    assert bench.verdict(found | {strong: more})[:2] == ("R2MU", strong)
 
 
 @pytest.mark.slow
 def test_r2mu_forgets_the_traces_that_rmu_leaves(repo, tmp_path):
-    """The bound itself, on three seeds: half an hour on one core."""
+    """On three seeds, a quarter of an hour on one core: it forgets no less and keeps reasoning.
+
+    RESULTS has what the bound says where both forget as much, which is another strength.
+    """
     bench = load(repo, "r2mu_table")
     options = "--no-oracle --unlearn.curve-points 0 --evaluate.leak-samples 0".split()
-    names = ("RMU", *bench.STRENGTHS)
-    found = bench.collect(names, bench.SEEDS, lambda *which: bench.run(*which, tmp_path, options))
-    told = bench.verdict(found)
-    assert told.holds, (told, "\n".join(bench.table(found)))
+    found = bench.collect(
+        ("RMU", "R2MU"), bench.SEEDS, lambda *which: bench.run(*which, tmp_path, options)
+    )
+    told = bench.compared(found, "R2MU", "RMU")
+    assert told.apart <= bench.APART and told.unsafe <= bench.UNSAFE, bench.said(told)
+    assert told.reasoning >= bench.REASONING, bench.said(told)
 
 
 def test_every_run_of_the_table_of_traces_is_a_command(repo):
