@@ -60,8 +60,8 @@ PRESET = RunConfig(
     evaluate=EvaluateConfig(max_new_tokens=96, leak_samples=8, generate_rows=128),
 )
 
-# Hidden states of block 2 have a norm of about 17. In a first run RMU left half of the answers right
-# at the published 6.5 and a third at 12; R2MU does as well with either.
+# Hidden states of block 2 have a norm of about 17. In a first run RMU left half of the answers
+# right at the published 6.5 and a third at 12; R2MU does as well with either.
 OBJECTIVES = {
     "r2mu": PRESET.objective,
     "rmu": options_of(
