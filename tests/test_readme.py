@@ -37,11 +37,14 @@ def test_commands_exist(repo, page):
     known = known.union(*map(cli.option_names, configs))
     known |= (
         {"--example-data", "--html", "--attack"}
-        | {"--repeats", "--huge-pages-for-both", "--worker", "--command"}
+        | {"--repeats", "--huge-pages-for-both", "--worker", "--command", "--data"}
         | {
             "--nodes",
             "--ntasks-per-node",
             "--gpus-per-task",
         }
     )
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)) <= known
+    # An option that is on by itself is switched off by --no-NAME.
+    assert set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w.-]*)", text)) <= {
+        option.removeprefix("--").removeprefix("no-") for option in known
+    }
