@@ -25,7 +25,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from other_side import Turn, asking
 
 from jaxlib_unlearn import concepts, objectives
 from jaxlib_unlearn.errors import UserError
@@ -64,13 +64,6 @@ BOUNDS = {"train": ">= 1", "sample": ">= 1.2", "attack": "<= 0.75"}
 CLOSE = 1e-4  # of a loss at the same weights, and of pixels from 0 to 1
 LATER = 1e-2  # of losses after steps, whose updates AdamW makes of rounded gradients
 PEERS = ("torch", "diffusers", "transformers")
-
-
-class Turn(NamedTuple):
-    """One step of one side: its seconds, and its result."""
-
-    seconds: float
-    value: Any
 
 
 Side = Callable[[int], Turn]  # of the number of a step
@@ -209,35 +202,14 @@ def attacking(bench: Bench, rows: int) -> Trainer:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def torch_side(work: str, folder: Path, data: Any) -> Iterator[Callable[[Any], Turn]]:
-    """Yields a function that sends a request to the other process and returns its turn."""
-    command = [sys.executable, str(HERE.with_name("torch_diffusion.py")), work, str(folder)]
+def torch_side(
+    work: str, folder: Path, data: Any
+) -> contextlib.AbstractContextManager[Callable[[Any], Turn]]:
+    """torch's process for a work: a function that sends it a request and returns its turn."""
     # Like a user's it does not ask for huge pages.
     plain = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=plain | {"HF_HUB_OFFLINE": "1"},
-    ) as process:
-        assert process.stdin and process.stdout
-        stdin, stdout = process.stdin, process.stdout
-
-        def ask(request: Any) -> dict[str, Any]:
-            with contextlib.suppress(BrokenPipeError):  # then there is no answer either
-                stdin.write(json.dumps(request) + "\n")
-                stdin.flush()
-            answer = stdout.readline()
-            if not answer:
-                raise RuntimeError(f"{work}: torch's process ended; its error stands above")
-            return json.loads(answer)
-
-        ask(data)
-        yield lambda request: Turn(**ask(request))
-        with contextlib.suppress(BrokenPipeError):
-            stdin.close()
+    program = HERE.with_name("torch_diffusion.py")
+    return asking(program, work, folder, data, plain | {"HF_HUB_OFFLINE": "1"})
 
 
 def in_turns(

@@ -34,6 +34,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from other_side import Turn, asking
 
 import models
 from jaxlib_unlearn import objectives
@@ -90,13 +91,6 @@ class Bench(NamedTuple):
     torch_environment: dict[str, str]
 
 
-class Turn(NamedTuple):
-    """One step of one side: its seconds, and its result."""
-
-    seconds: float
-    value: Any
-
-
 class Result(NamedTuple):
     """The rows of a benchmark, and further notes."""
 
@@ -114,33 +108,13 @@ def agree(what: str, ours: float, theirs: float, tolerance: float = CLOSE) -> No
         raise RuntimeError(f"{what}: ours {ours!r}, theirs {theirs!r}; no common work was timed")
 
 
-@contextlib.contextmanager
-def torch_side(bench: Bench, work: str, data: Mapping[str, Any]) -> Iterator[Callable[[Any], Turn]]:
-    """Yields a function that sends a request to the other process and returns its turn."""
-    command = [sys.executable, str(HERE.with_name("torch_peers.py")), work, str(bench.folder)]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=bench.torch_environment,
-    ) as process:
-        assert process.stdin and process.stdout
-        stdin, stdout = process.stdin, process.stdout
-
-        def ask(request: Any) -> dict[str, Any]:
-            with contextlib.suppress(BrokenPipeError):  # then there is no answer either
-                stdin.write(json.dumps(request) + "\n")
-                stdin.flush()
-            answer = stdout.readline()
-            if not answer:
-                raise RuntimeError(f"{work}: torch's process ended; its error stands above")
-            return json.loads(answer)
-
-        ask({"pad": bench.model.tokenizer.pad_id or 0, **data})
-        yield lambda request: Turn(**ask(request))
-        with contextlib.suppress(BrokenPipeError):
-            stdin.close()
+def torch_side(
+    bench: Bench, work: str, data: Mapping[str, Any]
+) -> contextlib.AbstractContextManager[Callable[[Any], Turn]]:
+    """torch's process for a work: a function that sends it a request and returns its turn."""
+    first = {"pad": bench.model.tokenizer.pad_id or 0, **data}
+    program = HERE.with_name("torch_peers.py")
+    return asking(program, work, bench.folder, first, bench.torch_environment)
 
 
 def take_turns(
