@@ -1,4 +1,4 @@
-"""The other side of a benchmark: a process of its own that answers requests, a line of JSON each."""
+"""The other side of a benchmark: a process of its own that answers requests, a JSON line each."""
 
 from __future__ import annotations
 
