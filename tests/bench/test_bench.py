@@ -322,6 +322,67 @@ def test_every_line_of_the_table_of_pretraining_is_a_command(repo):
     assert len({str(config.optimizer) for config in found}) == len(found)
 
 
+def classified(bench, job, forwards):
+    """Numbers that follow from the job: the best rate is the highest but one."""
+    level = list(bench.METHODS).index(job.method)
+    off = 0 if job.rate is None else abs(math.log10(job.rate) + 4.5)
+    accuracy = 0.6 + 0.01 * level + 0.02 * job.seed
+    flat = {"accuracy": accuracy, "nll": 0.5, "dev_nll": 0.4 + off, "dev_accuracy": 0.7}
+    cost = {"forwards": forwards, "steps": forwards // 2, "step_mib": 10.0}
+    cost["seconds"] = (3 if job.method == "mezo" else 1) * forwards / 10
+    found = {"base": flat | {"accuracy": 0.5}, "finetuned": flat | cost, "majority_accuracy": 0.52}
+    points = [(round(forwards * k / 10), k / 10) for k in range(1, 11)]
+    return bench.Outcome(found, points)
+
+
+def test_the_table_of_classification(repo, tmp_path, monkeypatch, capsys):
+    """Equal budgets, but for the row that has the minutes of another; rates are compared apart."""
+    bench = load(repo, "classify_table")
+    ran = []
+
+    def run(job, preset, folder, options):
+        ran.append((job, preset, tuple(options)))
+        return classified(bench, job, job.forwards or 1200)
+
+    monkeypatch.setattr(bench, "run", run)
+    few = ["adamw", "mezo", "rowwise", "rowwise, minutes of mezo"]
+    argv = ["sst2-tiny", "--only", *few, "--output", str(tmp_path)]
+    bench.main([*argv, "--seeds", "0", "1", "--", "--smoke"])
+    (path,) = tmp_path.glob("sst2-tiny/with-*/classify_table.md")
+    text = path.read_text()
+    assert text.strip() in capsys.readouterr().out
+    assert {options for *_, options in ran} == {("--smoke",)}
+    cells = {}
+    for line in reversed(text.splitlines()):  # names come again in the second table
+        cells[line.split(" | ")[0].strip("| ")] = line.strip("| ").split(" | ")[1:]
+    assert cells["before"][:3] == ["0.500", "0.500", "0.500"]
+    assert cells["mezo"][:3] == ["0.610", "0.630", "0.620"]
+    assert cells["mezo"][-3:] == ["1,200", "6.0", "10"]
+    assert cells["rowwise, minutes of mezo"][-3:] == ["3,600", "6.0", "10"]
+    assert "| mezo | 0.200 | 0.400 | 0.600 | 0.800 | 1.000 |" in text and "0.520" in text
+    bench.main([*argv, "--tune", "400"])
+    text = (tmp_path / "sst2-tiny" / "rates.md").read_text()
+    assert "minutes of" not in text and "| mezo | 3e-05 **best** |" in text
+    assert "| adamw | 3e-05 **best** (end of the row) |" in text
+    assert all(job.forwards == 400 for job, *_ in ran if job.rate is not None)
+
+
+def test_every_line_of_the_table_of_classification_is_a_command(repo):
+    from train.classification.arguments import read_arguments
+
+    bench = load(repo, "classify_table")
+    for preset in ("sst2-smollm2", "sst2-tiny", "vit-fashion"):
+        known = bench.PRESETS[preset].OPTIMIZERS
+        found = set()
+        for method in bench.METHODS.values():
+            assert method.optimizer in known, (preset, method)
+            config = read_arguments([preset, "--optimizer.name", method.optimizer, *method.more])
+            found.add(str(config.optimizer))
+        assert len(found) == len({(m.optimizer, m.more) for m in bench.METHODS.values()})
+    jobs = [bench.Job(n, s, r) for n in bench.METHODS for s in (0, 1) for r in (None, 0.1)]
+    assert len({job.name for job in jobs}) == len(jobs)
+
+
 def r2mu_summary(bench, name, seed):
     """Numbers that follow from the seed: R2MU holds its bound on two seeds of three."""
     unsafe = {"RMU": 0.8, "R2MU": 0.4 if seed else 0.7}.get(name, 0.6)

@@ -7,7 +7,7 @@ DIR holds GLUE's train.tsv and dev.tsv; without it they come from the Hub id nyu
 """
 
 from train.classification.config import ClassifyModel, ClassifyRun, ClassifyTrain
-from train.optimizer_options import AdamW, MeZO, ZOMuon
+from train.optimizer_options import AdamW, MeZO, Rowwise, SubspaceMeZO, ZOMuon
 
 SUMMARY = "SmolLM2-135M learns SST-2 (about an hour on two cores)"
 
@@ -27,6 +27,8 @@ PRESET = ClassifyRun(
 OPTIMIZERS = {
     "adamw": (AdamW(learning_rate=1e-5, schedule="linear", warmup=0.0), {}),
     "mezo": (MeZO(learning_rate=1e-6, schedule="constant", warmup=0.0), {}),
+    "subspace-mezo": (SubspaceMeZO(learning_rate=1e-5, schedule="constant", warmup=0.0), {}),
+    "rowwise": (Rowwise(learning_rate=1e-6, schedule="constant", warmup=0.0), {}),
     "zo-muon": (PRESET.optimizer, {}),
 }
 

@@ -7,7 +7,7 @@ DIR holds GLUE's train.tsv and dev.tsv. At the published budget of 40 000 forwar
 """
 
 from train.classification.config import ClassifyData, ClassifyModel, ClassifyRun, ClassifyTrain
-from train.optimizer_options import AdamW, MeZO, ZOMuon
+from train.optimizer_options import AdamW, MeZO, Rowwise, SubspaceMeZO, ZOMuon
 from train.presets import sst2_smollm2
 
 SUMMARY = "an export of pretrain-tiny learns SST-2 at the published budget (minutes on two cores)"
@@ -29,6 +29,8 @@ MADE_BY = "python -m train.pretrain pretrain-tiny"
 OPTIMIZERS = {
     "adamw": (AdamW(learning_rate=3e-4, schedule="linear", warmup=0.0), {}),
     "mezo": (MeZO(learning_rate=1e-5, schedule="constant", warmup=0.0), {}),
+    "subspace-mezo": (SubspaceMeZO(learning_rate=1e-4, schedule="constant", warmup=0.0), {}),
+    "rowwise": (Rowwise(learning_rate=1e-5, schedule="constant", warmup=0.0), {}),
     "zo-muon": (PRESET.optimizer, {}),
 }
 
