@@ -21,9 +21,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -36,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from other_side import Turn, asking
+from timing import OUT, machine, markdown, publish, within
 
 from jaxlib_unlearn import concepts, objectives
 from jaxlib_unlearn.errors import UserError
@@ -58,7 +57,6 @@ from train.step import compile_step, init_state
 from train.trainable import trainable_of
 
 HERE = Path(__file__).resolve()
-REPO = HERE.parent.parent.parent
 SHAPE, SEED = (32, 32, 1), 0  # images of Fashion-MNIST with their border
 BOUNDS = {"train": ">= 1", "sample": ">= 1.2", "attack": "<= 0.75"}
 CLOSE = 1e-4  # of a loss at the same weights, and of pixels from 0 to 1
@@ -242,18 +240,6 @@ def in_turns(
     return statistics.median(mine), statistics.median(other)
 
 
-def row(name: str, work: str, other: str, ours: float, theirs: float) -> dict[str, Any]:
-    """A line of the table."""
-    return {
-        "work": f"{name}: {work}",
-        "other": other,
-        "ours": ours,
-        "theirs": theirs,
-        "ratio": ours / theirs,
-        "bound": BOUNDS[name],
-    }
-
-
 def agree(what: str, apart: float, tolerance: float) -> None:
     """Raise `RuntimeError` unless both sides found the same."""
     if not apart <= tolerance:
@@ -289,7 +275,8 @@ def train(bench: Bench) -> Iterator[dict[str, Any]]:
     with torch_side("train", bench.folder, {"adamw": more}) as ask:
         seconds = in_turns(ours.step, lambda n: ask(request(n)), bench.repeats, check)
     speeds = (rows / s for s in seconds)
-    yield row("train", f"a step of {rows} images, images a second", "torch, diffusers", *speeds)
+    work = f"train: a step of {rows} images, images a second"
+    yield within(work, "torch, diffusers", *speeds, BOUNDS["train"])
 
 
 def sample(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -320,8 +307,10 @@ def sample(bench: Bench) -> Iterator[dict[str, Any]]:
     with torch_side("sample", bench.folder, {"texts": texts, "how": options}) as ask:
         seconds = in_turns(ours, lambda n: ask(request(n)), bench.repeats, check, each=1)
     speeds = (how.rows / s for s in seconds)
-    work = f"{how.rows} guided images of {how.steps} steps of {how.sampler}, images a second"
-    yield row("sample", work, "StableDiffusionPipeline", *speeds)
+    work = (
+        f"sample: {how.rows} guided images of {how.steps} steps of {how.sampler}, images a second"
+    )
+    yield within(work, "StableDiffusionPipeline", *speeds, BOUNDS["sample"])
 
 
 def attack(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -331,7 +320,8 @@ def attack(bench: Bench) -> Iterator[dict[str, Any]]:
         ours, theirs = attacking(bench, rows), original(bench, rows)
         seconds = in_turns(ours.step, theirs.step, bench.repeats)
         share = f"{ours.flops / theirs.flops:.2f} of its FLOPs"
-        yield row("attack", f"a step of {rows} images ({share}), s", "a training step", *seconds)
+        work = f"attack: a step of {rows} images ({share}), s"
+        yield within(work, "a training step", *seconds, BOUNDS["attack"])
 
 
 WORKS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
@@ -339,26 +329,6 @@ WORKS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "sample": sample,
     "attack": attack,
 }
-
-
-def device() -> str:
-    """Cores and versions."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    there = [name for name in PEERS if importlib.util.find_spec(name)]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in there]
-    machine = f"cpu ({platform.machine()}, {cores} cores)"
-    return ", ".join([machine, f"jax {jax.__version__}", *versions, f"seed {SEED}"])
-
-
-def markdown(rows: list[dict[str, Any]], machine: str) -> str:
-    """The table."""
-    keys = ("work", "other", "ours", "theirs", "ratio", "bound")
-    lines = [f"A text-to-image model on {machine}. Ratio: ours / theirs.", ""]
-    lines += ["| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
-    for found in rows:
-        cells = [x if isinstance(x, str) else f"{x:.3g}" for x in map(found.__getitem__, keys)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
 
 
 def check(works: list[str]) -> None:
@@ -375,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--repeats", type=int, default=5, help="counted turns of each work")
-    parser.add_argument("--output", type=Path, default=REPO / "runs" / "bench")
+    parser.add_argument("--output", type=Path, default=OUT)
     args = parser.parse_args(argv)
     try:
         check(args.only)
@@ -387,12 +357,9 @@ def main(argv: list[str] | None = None) -> None:
         bench = Bench(random_painter(mesh), mesh, Path(scratch) / "model", args.repeats)
         pipeline.export_painter(bench.painter, bench.folder, "float32", "Random weights.")
         rows = [found for name in args.only for found in WORKS[name](bench)]
-    result = {"device": device(), "rows": rows}
-    text = markdown(rows, result["device"])
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "diffusion.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.output / "diffusion.md").write_text(text)
-    print(text)
+    result = {"device": f"{machine(*PEERS)}, seed {SEED}", "rows": rows}
+    text = markdown(f"A text-to-image model on {result['device']}", rows)
+    publish("diffusion", result, text, args.output)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from timing import OUT, faster, machine, markdown, publish, shown
 
 from jaxlib_unlearn.optim import matrices, orthogonalize
 from jaxlib_unlearn.optim.sign import sign_momentum
@@ -39,7 +38,6 @@ from jaxlib_unlearn.optim.spectral.sift import sift
 from jaxlib_unlearn.optim.spectral.teon import teon
 from train.costs.flops import count
 
-REPO = Path(__file__).resolve().parent.parent.parent
 # Layers, width, MLP width, key-value width, vocabulary.
 SIZES = {
     "smollm2": (30, 576, 1536, 192, 49152),
@@ -262,17 +260,15 @@ def bench(name: str, repeats: int, with_torch: bool) -> tuple[list[dict[str, Any
                     steppers[peer] = stepper
             seconds |= time_in_turns(steppers, repeats)
 
-    def add(work, peer, ours, theirs, goal):
-        ratio = theirs / ours
-        rows.append(dict(work=work, peer=peer, ours=ours, theirs=theirs, ratio=ratio, goal=goal))
-
     for ours, theirs, goal in PAIRS:
         if ours in seconds and theirs in seconds:
-            add(f"{name}: {ours}, s", theirs, seconds[ours], seconds[theirs], goal)
+            times = seconds[ours], seconds[theirs]
+            rows.append(faster(f"{name}: {ours}, s", theirs, *times, goal))
     operations = {n: measure_flops(n, shapes) for n in CONTENDERS}
     for ours, theirs, goal in PAIRS:
         if ours in operations and theirs in operations and operations[theirs][0]:
-            add(f"{name}: {ours}, FLOPs", theirs, operations[ours][0], operations[theirs][0], goal)
+            counts = operations[ours][0], operations[theirs][0]
+            rows.append(faster(f"{name}: {ours}, FLOPs", theirs, *counts, goal))
     for n, (flops, rest) in operations.items():
         if not flops:
             continue
@@ -280,49 +276,30 @@ def bench(name: str, repeats: int, with_torch: bool) -> tuple[list[dict[str, Any
     return rows, notes
 
 
-def device() -> str:
-    d = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kind = f"{platform.machine()}, {cores} cores" if d.platform == "cpu" else d.device_kind
-    return f"{d.platform} ({kind}), jax {jax.__version__}, optax {optax.__version__}"
-
-
-def markdown(result: dict[str, Any], notes: list[str]) -> str:
-    """The table, and notes on what was counted."""
-
-    def cell(row, key):
-        value = row[key]
-        if value is None or isinstance(value, str):
-            return value or "–"
-        seconds = row["work"].endswith(", s") or key in ("ratio", "goal")
-        return f"{value:.3g}" if seconds else f"{value:.3e}"
-
-    keys = ("work", "peer", "ours", "theirs", "ratio", "goal")
-    lines = [f"Optimizers on {result['device']}. Ratio: theirs / ours.", ""]
-    lines += ["| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
-    lines += ["| " + " | ".join(cell(row, k) for k in keys) + " |" for row in result["rows"]]
-    counted = "FLOPs of the products in one update (of two branches, as SIFT has, the dearer one):"
-    return "\n".join([*lines, "", counted, "", *notes, ""])
+def cell(line: Mapping[str, Any], key: str) -> str:
+    """Seconds and ratios as others; counts with their exponent."""
+    value = line[key]
+    counted = key in ("ours", "theirs") and not line["work"].endswith(", s")
+    return f"{value:.3e}" if counted else shown(value)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tree", nargs="+", choices=SIZES, default=["smollm2", "gpt2"])
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each contender")
-    parser.add_argument("--output", type=Path, default=REPO / "runs" / "bench")
+    parser.add_argument("--output", type=Path, default=OUT)
     parser.add_argument("--no-torch", action="store_true", help="leave torch out")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"device": device(), "rows": []}
+    result: dict[str, Any] = {"device": machine("optax"), "rows": []}
     notes: list[str] = []
     for name in args.tree:
         rows, more = bench(name, args.repeats, not args.no_torch)
         result["rows"] += rows
         notes += more
-    text = markdown(result, notes)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "optimizers.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.output / "optimizers.md").write_text(text)
-    print(text)
+    counted = "FLOPs of the products in one update (of two branches, as SIFT has, the dearer one):"
+    heading = f"Optimizers on {result['device']}"
+    text = markdown(heading, result["rows"], [counted, "", *notes], cell)
+    publish("optimizers", result, text, args.output)
 
 
 if __name__ == "__main__":

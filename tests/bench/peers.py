@@ -18,10 +18,8 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,6 +33,7 @@ from unittest import mock
 import jax
 import numpy as np
 from other_side import Turn, asking
+from timing import OUT, faster, machine, markdown, publish, shown
 
 import models
 from jaxlib_unlearn import objectives
@@ -96,10 +95,6 @@ class Result(NamedTuple):
 
     rows: list[dict[str, Any]]
     notes: Sequence[str] = ()
-
-
-def row(work: str, peer: str, ours: float, theirs: float, goal: float | None) -> dict[str, Any]:
-    return dict(work=work, peer=peer, ours=ours, theirs=theirs, ratio=theirs / ours, goal=goal)
 
 
 def agree(what: str, ours: float, theirs: float, tolerance: float = CLOSE) -> None:
@@ -252,7 +247,7 @@ def npo(bench: Bench) -> Result:
         data = {"form": form, "beta": chosen[1].beta, "learning_rate": ADAMW.learning_rate}
         with torch_side(bench, "npo", data) as theirs:
             seconds = take_turns(training_steps(streams), ours, theirs, same_loss, bench.repeats)
-        rows.append(row(work, peer, *seconds, goal))
+        rows.append(faster(work, peer, *seconds, goal))
     return Result(rows)
 
 
@@ -265,7 +260,7 @@ def finetune(bench: Bench) -> Result:
     real = BATCH * statistics.mean(len(e.tokens) for e in streams["train"].examples)
     speeds = " and ".join(f"{real / s:.0f}" for s in seconds)
     note = f"fine-tuning: {real:.0f} real tokens a step on average, {speeds} tokens/s"
-    return Result([row(f"fine-tuning step, {BATCH} rows, s", TORCH, *seconds, 1.1)], [note])
+    return Result([faster(f"fine-tuning step, {BATCH} rows, s", TORCH, *seconds, 1.1)], [note])
 
 
 def pretrain(bench: Bench) -> Result:
@@ -299,7 +294,7 @@ def pretrain(bench: Bench) -> Result:
         with torch_side(here, "pretrain", {"learning_rate": ADAMW.learning_rate}) as theirs:
             seconds = take_turns(steps, ours, theirs, same_loss, bench.repeats)
     work = f"pre-training step, GPT-2 of 4 x 192, {rows} rows of {context} tokens, s"
-    return Result([row(work, TORCH, *seconds, 1.0)])
+    return Result([faster(work, TORCH, *seconds, 1.0)])
 
 
 def check_draws(bench: Bench, side: str, prompt: Sequence[int], draws: Sequence[Any]) -> None:
@@ -348,7 +343,7 @@ def samples(bench: Bench) -> Result:
     for side, draws in zip(("ours", "torch"), drawn[0], strict=True):
         check_draws(bench, side, prompt, draws)
     work = f"{SAMPLES} samples of {NEW_TOKENS} tokens, s"
-    return Result([row(work, "transformers, generate", *seconds, 1.5)])
+    return Result([faster(work, "transformers, generate", *seconds, 1.5)])
 
 
 def summarize(scored: Mapping[str, Any]) -> dict[str, float]:
@@ -408,8 +403,8 @@ def likelihood(bench: Bench) -> Result:
         steps = itertools.chain([("one", None, "flat")], timed)
         seconds = take_turns(steps, ours, theirs, check, bench.repeats)
     work, peer = f"likelihood metrics of {len(rows)} rows", "a pass each, as OpenUnlearning"
-    counts = row(f"{work}, token-forwards", peer, computed[0], computed[1], 4.0)
-    return Result([counts, row(f"{work}, s", peer, *seconds, 2.0)])
+    counts = faster(f"{work}, token-forwards", peer, computed[0], computed[1], 4.0)
+    return Result([counts, faster(f"{work}, s", peer, *seconds, 2.0)])
 
 
 def zeroth(bench: Bench, config: Any, data: Mapping[str, Any]) -> tuple[float, float]:
@@ -441,7 +436,7 @@ def zeroth(bench: Bench, config: Any, data: Mapping[str, Any]) -> tuple[float, f
 def mezo(bench: Bench) -> Result:
     """One MeZO step."""
     seconds = zeroth(bench, plain("mezo", 1e-7), {})
-    return Result([row(f"MeZO step, {BATCH} rows, s", "torch, in place", *seconds, 1.0)])
+    return Result([faster(f"MeZO step, {BATCH} rows, s", "torch, in place", *seconds, 1.0)])
 
 
 def zo_muon(bench: Bench) -> Result:
@@ -450,7 +445,7 @@ def zo_muon(bench: Bench) -> Result:
     more = {"rank": config.rank, "queries": config.queries}
     more |= {"refresh": config.refresh, "vector_rate": config.vector_rate}
     seconds = zeroth(bench, config, more)
-    return Result([row(f"ZO-Muon step, {BATCH} rows, s", "torch, in place", *seconds, 1.0)])
+    return Result([faster(f"ZO-Muon step, {BATCH} rows, s", "torch, in place", *seconds, 1.0)])
 
 
 def cold_start(bench: Bench) -> Result:
@@ -477,7 +472,7 @@ def cold_start(bench: Bench) -> Result:
     agree("cold start, loss", warm.value, cold.value)
     note = f"cold start: {cold.seconds:.1f} s with an empty compilation cache"
     work, peer = "cold start to first step, s", f"{COLD_START:.0f} s"
-    return Result([row(work, peer, warm.seconds, COLD_START, 1.0)], [note])
+    return Result([faster(work, peer, warm.seconds, COLD_START, 1.0)], [note])
 
 
 def first_step(bench: Bench) -> None:
@@ -496,28 +491,6 @@ WORKS: dict[str, Callable[[Bench], Result]] = {
     "zo-muon": zo_muon,
     "cold-start": cold_start,
 }
-
-
-def device() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
-    machine = f"cpu ({platform.machine()}, {cores} cores)"
-    return ", ".join([machine, f"jax {jax.__version__}", *versions])
-
-
-def markdown(result: Mapping[str, Any], notes: Sequence[str]) -> str:
-    """The table, and the notes below it."""
-
-    def cell(value: Any) -> str:
-        return "–" if value is None else value if isinstance(value, str) else f"{value:.6g}"
-
-    keys = ("work", "peer", "ours", "theirs", "ratio", "goal")
-    lines = [f"Whole works on {result['device']}. Ratio: theirs / ours.", ""]
-    lines += ["| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
-    for found in result["rows"]:
-        cells = [cell(found[k]) for k in keys]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *([""] if notes else []), *(f"- {note}" for note in notes), ""])
 
 
 def read_rows(folder: Path | None) -> dict[str, list[dict[str, Any]]]:
@@ -568,7 +541,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="counted steps of each work")
     parser.add_argument("--data", type=Path, help="TOFU's folder (../shared/data/tofu)")
     parser.add_argument("--model", default="smollm2", help="a model's folder or file")
-    parser.add_argument("--output", type=Path, default=REPO / "runs" / "bench")
+    parser.add_argument("--output", type=Path, default=OUT)
     parser.add_argument("--huge-pages-for-both", action="store_true", help="torch asks, too")
     parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -582,12 +555,14 @@ def main(argv: list[str] | None = None) -> None:
             first_step(bench)
             return
         found = [WORKS[name](bench) for name in args.only]
-    result = {"device": device(), "rows": [r for one in found for r in one.rows]}
-    text = markdown(result, [note for one in found for note in one.notes])
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.output / "peers.md").write_text(text)
-    print(text)
+    result = {
+        "device": machine("torch", "transformers"),
+        "rows": [line for one in found for line in one.rows],
+    }
+    notes = [f"- {note}" for one in found for note in one.notes]
+    heading = f"Whole works on {result['device']}"
+    text = markdown(heading, result["rows"], notes, lambda line, key: shown(line[key], 6))
+    publish("peers", result, text, args.output)
 
 
 if __name__ == "__main__":

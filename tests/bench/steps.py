@@ -17,11 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import platform
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import OUT, in_turns, machine, markdown, publish, within
 
 from jaxlib_unlearn.objectives import options_of
 from models.decoder import Decoder
@@ -42,7 +38,6 @@ from train.presets import pretraining, r2mu_smollm2
 from train.pretraining import pipeline
 from train.runtime import hugepages, sharding
 
-REPO = Path(__file__).resolve().parent.parent.parent
 BOUNDS = {"muon": 1.10, "teon": 1.15, "loader": 20.0, "r2mu": 0.35}
 LENGTH = 128  # tokens of a row of R2MU and NPO
 ROWS = 4  # of each of R2MU's four streams; NPO's two have twice as many
@@ -102,17 +97,6 @@ def stepper(program: programs.AbstractProgram, decoder: Decoder) -> Stepper:
     return step
 
 
-def in_turns(steppers: dict[str, Stepper], repeats: int) -> dict[str, float]:
-    """Median seconds of each; the first step is not counted, and the order turns round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steppers}
-    for step in steppers.values():
-        step()
-    for turn in range(repeats):
-        for name, step in list(steppers.items())[:: 1 if turn % 2 else -1]:
-            seconds[name].append(step())
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def tiny(name: str, mesh: Any) -> tuple[Any, Decoder, Stepper]:
     """pretrain-tiny with an optimizer as the preset tunes it: configuration, model and step."""
     preset = pretraining.PRESETS["pretrain-tiny"]
@@ -127,7 +111,13 @@ def optimizer_rows(names: tuple[str, ...], mesh: Any, repeats: int) -> list[dict
     steppers = {name: tiny(name, mesh)[2] for name in ("adamw", *names)}
     seconds = in_turns(steppers, repeats)
     return [
-        row(name, "a step of pretrain-tiny, s", "adamw", seconds[name], seconds["adamw"])
+        within(
+            f"{name}: a step of pretrain-tiny, s",
+            "adamw",
+            seconds[name],
+            seconds["adamw"],
+            BOUNDS[name],
+        )
         for name in names
     ]
 
@@ -157,7 +147,8 @@ def loader_row(mesh: Any, repeats: int) -> dict[str, Any]:
 
         seconds = in_turns({"loader": load, "step": step}, repeats)
         speeds = {name: tokens / value for name, value in seconds.items()}
-    return row("loader", "tokens a second", "those of AdamW's step", *speeds.values())
+    work, other = "loader: tokens a second", "those of AdamW's step"
+    return within(work, other, *speeds.values(), BOUNDS["loader"])
 
 
 def r2mu_row(mesh: Any, repeats: int, base: RunConfig = r2mu_smollm2.PRESET) -> dict[str, Any]:
@@ -181,39 +172,8 @@ def r2mu_row(mesh: Any, repeats: int, base: RunConfig = r2mu_smollm2.PRESET) -> 
         },
         repeats,
     )
-    work = f"a step of {4 * ROWS * LENGTH} tokens on {base.model.path}, s"
-    return row("r2mu", work, "npo", *seconds.values())
-
-
-def row(name: str, work: str, other: str, ours: float, theirs: float) -> dict[str, Any]:
-    """A line of the table."""
-    return {
-        "work": f"{name}: {work}",
-        "other": other,
-        "ours": ours,
-        "theirs": theirs,
-        "ratio": ours / theirs,
-        "bound": BOUNDS[name],
-    }
-
-
-def markdown(rows: list[dict[str, Any]], device: str) -> str:
-    """The table."""
-    keys = ("work", "other", "ours", "theirs", "ratio", "bound")
-    lines = [f"Steps on {device}. Ratio: ours / theirs.", ""]
-    lines += ["| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
-    for found in rows:
-        cells = [x if isinstance(x, str) else f"{x:.3g}" for x in map(found.__getitem__, keys)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
-
-
-def device() -> str:
-    """Backend, cores and versions."""
-    kind = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = f"{platform.machine()}, {cores} cores" if kind.platform == "cpu" else kind.device_kind
-    return f"{kind.platform} ({name}), jax {jax.__version__}, seed 0"
+    work = f"r2mu: a step of {4 * ROWS * LENGTH} tokens on {base.model.path}, s"
+    return within(work, "npo", *seconds.values(), BOUNDS["r2mu"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -221,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=BOUNDS, default=list(BOUNDS))
     parser.add_argument("--repeats", type=int, default=5, help="counted steps of each side")
-    parser.add_argument("--output", type=Path, default=REPO / "runs" / "bench")
+    parser.add_argument("--output", type=Path, default=OUT)
     args = parser.parse_args(argv)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     rows: list[dict[str, Any]] = []
@@ -231,11 +191,8 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(loader_row(mesh, args.repeats))
     if "r2mu" in args.only:
         rows.append(r2mu_row(mesh, args.repeats))
-    text = markdown(rows, device())
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "steps.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.output / "steps.md").write_text(text)
-    print(text, file=sys.stdout)
+    text = markdown(f"Steps on {machine()}, seed 0", rows)
+    publish("steps", rows, text, args.output)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from timing import OUT, faster, in_turns, machine, markdown, publish
 
 from jaxlib_unlearn import objectives, optim
 from jaxlib_unlearn.optim.zeroth_order import perturbations
@@ -44,7 +41,6 @@ from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train.step import Losses
 
-REPO = Path(__file__).resolve().parent.parent.parent
 SMOLLM2 = DecoderConfig(49152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
 CASES = ("rowwise", "step", "query-batch")
 QUERIES = 4  # of the rows with a subspace
@@ -149,30 +145,6 @@ def timed(run: Callable[[], Any]) -> Callable[[], float]:
     return once
 
 
-def in_turns(programs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; the first run of each is not counted, the order alternates."""
-    for run in programs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(repeats):
-        for name, run in list(programs.items())[:: 1 if turn % 2 else -1]:
-            seconds[name].append(run())
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def row(work: str, peer: str, ours: float, theirs: float, goal: float | None) -> dict[str, Any]:
-    """One line of the table."""
-    ratio = theirs / ours
-    return {
-        "work": work,
-        "peer": peer,
-        "ours": ours,
-        "theirs": theirs,
-        "ratio": ratio,
-        "goal": goal,
-    }
-
-
 def rowwise(bench: Bench, rank: int, repeats: int) -> list[dict[str, Any]]:
     """Row-wise directions against plain passes, and against MeZO's for as many directions."""
     make = functools.partial(optim.rowwise, 1e-7, rank=rank, num_queries=bench.rows)
@@ -189,9 +161,9 @@ def rowwise(bench: Bench, rank: int, repeats: int) -> list[dict[str, Any]]:
     what = f"rowwise, rank {rank}, {bench.rows} rows"
     plain, many = 2 * found["forward"], bench.rows * found["mezo"]
     return [
-        row(f"{what}: both signs, s", "two forward passes", found["passes"], plain, 0.9),
-        row(f"{what}: step, s", "two forward passes", found["step"], plain, None),
-        row(f"{what}: both signs, s", f"MeZO's {bench.rows} pairs", found["passes"], many, None),
+        faster(f"{what}: both signs, s", "two forward passes", found["passes"], plain, 0.9),
+        faster(f"{what}: step, s", "two forward passes", found["step"], plain, None),
+        faster(f"{what}: both signs, s", f"MeZO's {bench.rows} pairs", found["passes"], many, None),
     ]
 
 
@@ -221,9 +193,9 @@ def steps(bench: Bench, repeats: int) -> list[dict[str, Any]]:
         peer = f"{passes} forward passes"
         whole = passes * found["forward"]
         goal = 1 / 1.6 if name == "mezo" else None
-        table.append(row(f"{name}: step, s", peer, found[name] + known, whole, goal))
+        table.append(faster(f"{name}: step, s", peer, found[name] + known, whole, goal))
         ours = found[f"{name}, no draws"] + known
-        table.append(row(f"{name}: step without draws, s", peer, ours, whole, 1 / 1.05))
+        table.append(faster(f"{name}: step without draws, s", peer, ours, whole, 1 / 1.05))
     return table
 
 
@@ -235,27 +207,7 @@ def query_batch(bench: Bench, repeats: int) -> list[dict[str, Any]]:
         programs[str(at_once)] = bench.step(functools.partial(optim.zo_muon, 1e-3, **options))
     found = in_turns(programs, repeats)
     what = f"zo_muon, {QUERIES} queries at a time: step, s"
-    return [row(what, "one at a time", found[str(QUERIES)], found["None"], None)]
-
-
-def device() -> str:
-    d = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kind = f"{platform.machine()}, {cores} cores" if d.platform == "cpu" else d.device_kind
-    return f"{d.platform} ({kind}), jax {jax.__version__}"
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The table."""
-    keys = ("work", "peer", "ours", "theirs", "ratio", "goal")
-
-    def cell(value):
-        return "–" if value is None else value if isinstance(value, str) else f"{value:.3g}"
-
-    lines = [f"Zeroth order on {result['device']}, {result['model']}. Ratio: theirs / ours.", ""]
-    lines += ["| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
-    lines += ["| " + " | ".join(cell(line[k]) for k in keys) + " |" for line in result["rows"]]
-    return "\n".join([*lines, ""])
+    return [faster(what, "one at a time", found[str(QUERIES)], found["None"], None)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -267,14 +219,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="blocks; default: all")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each program")
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--output", type=Path, default=REPO / "runs" / "bench")
+    parser.add_argument("--output", type=Path, default=OUT)
     args = parser.parse_args(argv)
     config = SMOLLM2
     if args.layers is not None:
         config = DecoderConfig(**{**vars(config), "num_layers": args.layers})
     bench = Bench(config, args.rows, args.length, args.labels)
     model = f"{config.num_layers} blocks, {args.rows} x {args.length} tokens"
-    result: dict[str, Any] = {"device": device(), "model": model, "rows": []}
+    result: dict[str, Any] = {"device": machine(), "model": model, "rows": []}
     cases = {
         "rowwise": lambda: rowwise(bench, args.rank, args.repeats),
         "step": lambda: steps(bench, args.repeats),
@@ -282,10 +234,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     for name in args.only:
         result["rows"] += cases[name]()
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "zeroth_order.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.output / "zeroth_order.md").write_text(text := markdown(result))
-    print(text)
+    heading = f"Zeroth order on {result['device']}, {model}"
+    publish("zeroth_order", result, markdown(heading, result["rows"]), args.output)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ Nothing is computed: stages and evaluations only return the digest of their inpu
 
 import dataclasses
 import functools
-import typing
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from fields import another, leaves
 
 from models import DecoderConfig
 from models.layers import RopeScaling
@@ -106,33 +106,6 @@ OTHER: dict[str, Any] = {
 }
 
 
-def leaves(config: Any, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
-    """Dotted name and value of every field, nested ones too."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, value
-
-
-def another(name: str, value: Any) -> Any:
-    """Another value of a field."""
-    if name in OTHER:
-        return OTHER[name]
-    last = name.rpartition(".")[2]
-    choices = {"schedule": "constant", "bases": "svd", "state_dtype": "bfloat16", "name": "muon"}
-    choices |= {"comm_dtype": "bfloat16", "mask": "static", "orthogonalize": "svd"}
-    choices |= {"shape_scale": "unit", "axis": "out", "groups": "all"}
-    if last in choices:
-        return choices[last]
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int | float):
-        return value + 1 if isinstance(value, int) else value * 0.75 + 1e-4
-    return "other" if isinstance(value, str) else 2
-
-
 @functools.cache
 def prepared(seed: int, data: Any, model: Any):
     """Task and base model."""
@@ -206,7 +179,7 @@ def test_every_field_of_the_run_is_in_a_key(monkeypatch):
     assert len(known) == 5 and keys_of(START, monkeypatch) == known
     missing, wrong, unchanged = [], [], []
     for name, value in leaves(START):
-        other = another(name, value)
+        other = another(name, value, OTHER)
         if other is None:
             unchanged.append(name)
             continue
@@ -251,7 +224,7 @@ def test_every_option_of_every_row_is_in_the_key_of_training(rows):
         for field in dataclasses.fields(options):
             if field.name in ("name", "compat"):
                 continue
-            other = another(f"{kind}.{field.name}", getattr(options, field.name))
+            other = another(f"{kind}.{field.name}", getattr(options, field.name), OTHER)
             changed = dataclasses.replace(options, **{field.name: other})
             assert key(changed) != found[name], f"{name} {field.name}"
     assert len(set(found.values())) == len(rows.table)
@@ -263,7 +236,7 @@ def test_every_field_of_the_model_is_in_the_keys_of_training(field, monkeypatch,
     config = START
 
     def change(decoder):
-        value = another(field, getattr(decoder.config, field))
+        value = another(field, getattr(decoder.config, field), OTHER)
         return dataclasses.replace(
             decoder, config=dataclasses.replace(decoder.config, **{field: value})
         )
@@ -289,7 +262,8 @@ def test_fields_younger_than_stored_results_are_in_no_key_at_their_defaults():
     young = {f.name for f in dataclasses.fields(shape) if f.metadata.get("later")}
     assert young == {"norm", "positions", "position_offset", "mlp", "activation"}
     for name in young:
-        other = dataclasses.replace(shape, **{name: another(name, getattr(shape, name))})
+        value = another(name, getattr(shape, name), OTHER)
+        other = dataclasses.replace(shape, **{name: value})
         assert to_json(other)[name] != getattr(shape, name)
 
 

@@ -226,13 +226,14 @@ def log_of(asked: Asked, model: Shown, kinds: Sequence[str], name: str) -> dict[
 
 
 def _judged_by(asked: Asked) -> dict[str, Any]:
-    test = asked.pictures.test
+    test, borders = asked.pictures.test, asked.pictures.borders
     draw = {k: v for k, v in to_json(asked.draw).items() if k != "rows"}
     return {
         "judge": asked.judge.identity(),
         "draw": draw,
         "seed": asked.seed,
         "real": None if test is None else sha_of(test.images),
+        "borders": None if borders is None else sha_of(borders),
         "version": VERSION,
     }
 
