@@ -360,10 +360,10 @@ def test_the_table_of_classification(repo, tmp_path, monkeypatch, capsys):
     assert cells["mezo"][-3:] == ["1,200", "6.0", "10"]
     assert cells["rowwise, minutes of mezo"][-3:] == ["3,600", "6.0", "10"]
     assert "| mezo | 0.200 | 0.400 | 0.600 | 0.800 | 1.000 |" in text and "0.520" in text
-    bench.main([*argv, "--tune", "400"])
+    bench.main([*argv, "--tune", "400", "--factors", "0.1", "0.3", "1", "3", "10"])
     text = (tmp_path / "sst2-tiny" / "rates.md").read_text()
     assert "minutes of" not in text and "| mezo | 3e-05 **best** |" in text
-    assert "| adamw | 3e-05 **best** (end of the row) |" in text
+    assert "| adamw | 3e-05 **best** (at the end) |" in text
     assert all(job.forwards == 400 for job, *_ in ran if job.rate is not None)
 
 
