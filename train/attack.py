@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: AttackRun) -> Path:
     """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.diffusing import attacking, pipeline
+    from train.diffusing import attack_files, attacking, pipeline
 
     check, load = attacking.check, attacking.load
     with pipeline.opened(config, "train.attack", ROLES, check, load) as opened:
@@ -44,7 +44,7 @@ def run(config: AttackRun) -> Path:
 
         # 2. Tokens with which the model sees the noise in these images best.
         tokens = attacking.tokens(opened, aim)
-        attacking.write(opened, aim, tokens)
+        attack_files.write(opened, aim.source, aim.original, tokens)
 
         # 3. Judge: the same prompts without and with the tokens in the place of the name.
         models = attacking.shown(opened, aim, tokens)

@@ -14,7 +14,7 @@ from models.vit import ViT, ViTConfig
 from models.vit_files import LoadedViT
 from models.weights import flatten
 from train.data.captions import CLOTHES
-from train.diffusing import drawing, pipeline, stored
+from train.diffusing import attack_files, attacking, drawing, pipeline, stored
 from train.diffusing.arguments import read_arguments, read_attack, read_defend, read_erase
 from train.diffusing.drawing import Wanted
 from train.diffusing.methods import PLACEHOLDER
@@ -397,6 +397,39 @@ def test_tokens_of_another_vocabulary_are_refused(program, erased, attacked, tmp
     given = ("--attack", "given", "--attack.source", other, "--output", tmp_path / "run")
     found = program("train.attack", erased, *given)
     assert found.code == 2 and "of another vocabulary" in found.err
+
+
+def test_tokens_for_other_embeddings_are_refused(program, erased, attacked, tmp_path, monkeypatch):
+    """Models of two seeds have one vocabulary, and other embeddings."""
+    other = tmp_path / "other"
+    shutil.copytree(attacked, other)
+    told = json.loads((other / "attack.json").read_text())
+    assert len(told["embeddings_sha256"]) == 64
+    told["embeddings_sha256"] = "0" * 64
+    (other / "attack.json").write_text(json.dumps(told))
+    output = ("--output", tmp_path / "run")
+    lines = [("defend", erased, other, *output)]
+    lines += [("attack", erased, "--attack", "given", "--attack.source", other, *output)]
+    for name, *argv in lines:
+        found = program(f"train.{name}", *argv)
+        assert found.code == 2 and "with other embeddings" in found.err
+    monkeypatch.setattr(attacking, "embeddings_sha", lambda original: "0" * 64)
+    given = ("--attack", "none", "--attack.transfer", erased)
+    found = program("train.attack", erased, *given, *output)
+    assert found.code == 2 and "with other embeddings" in found.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_embeddings_are_known_in_any_precision(diffused):
+    mesh = make_mesh(MeshConfig(data=1))
+    painter = pipeline.given(diffused[0] / "export", read_arguments(["fashion"]), mesh)
+    known = attack_files.embeddings_sha(painter)
+    for dtype, same in (("bfloat16", True), ("float32", True), (None, False)):
+        table = np.asarray(painter.params["text_encoder"]["embed"]["embedding"])
+        table = table + 0.01 if dtype is None else jax.numpy.asarray(table, dtype)
+        params = {"text_encoder": {"embed": {"embedding": table}}}
+        changed = painter._replace(denoiser=painter.denoiser._replace(params=params))
+        assert (attack_files.embeddings_sha(changed) == known) is same
 
 
 def test_a_run_without_an_original_is_refused(program, erased, tmp_path):

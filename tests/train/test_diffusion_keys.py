@@ -204,7 +204,7 @@ def attack_keys(config: Any) -> dict[str, str]:
     FOUND.clear()
     at = opened(config, None)
     aim: Any = SimpleNamespace(
-        concept=7, shown=Shown(painter), original=painter, source=None, judge=judge
+        concept=7, shown=Shown(painter), original=painter, source=None, judge=judge, given=None
     )
     tokens = attacking.tokens(at, aim)
     note_judged(at, judge, Shown(painter, tokens), 7, "log")

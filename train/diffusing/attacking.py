@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,21 +18,28 @@ from train import checks, optimizers
 from train.config import SelectConfig, TrainConfig
 from train.data import captions
 from train.data.noisy_latents import NoisyLatents
-from train.diffusing import erasing, judges, methods, prompts, stored
+from train.diffusing import erasing, methods, prompts, stored
+from train.diffusing.attack_files import (
+    SHARE,
+    Stored,
+    check_embeddings,
+    check_vocabulary,
+    embeddings_sha,
+    read_for,
+    vocabulary_of,
+)
 from train.diffusing.config import AttackRun
 from train.diffusing.held import Held, Painter
 from train.diffusing.judges import Judge
-from train.diffusing.judging import Shown, Tokens, sha_of
+from train.diffusing.judging import Shown, Tokens
 from train.diffusing.pictures import Pictures
 from train.diffusing.pipeline import Opened
 from train.diffusing.stored import Source
 from train.run import Recipe, phase, seed_of, train
-from train.runtime import distributed, files, sharding
+from train.runtime import sharding
 from train.runtime.checkpointing import params_sha256
-from train.runtime.stages import write_atomic
 
-FILE, TENSORS = "attack.json", "tokens.safetensors"
-TOP, SHARE = 20, 50  # words of a token that are named, and whose part in it is told
+TOP = 20  # words of a token that are named
 
 
 class Target(NamedTuple):
@@ -45,6 +51,8 @@ class Target(NamedTuple):
         original: the model before, which draws what the attack looks for.
         judge: the classifier.
         concept: number of the class that was erased.
+        given: tokens that another run found, which are tried.
+        other: another model on which the tokens are tried too.
     """
 
     source: Source
@@ -52,6 +60,8 @@ class Target(NamedTuple):
     original: Painter
     judge: Judge
     concept: int
+    given: Stored | None = None
+    other: Shown | None = None
 
 
 def check(config: AttackRun, mesh: Any, found: Pictures) -> None:
@@ -86,28 +96,25 @@ def width_of(source: Source) -> int:
         return int(json.loads(path.read_text(encoding="utf-8"))["hidden_size"])
 
 
-def vocabulary_of(source: Source) -> str:
-    """sha256 of a run's vocabulary, which tokens belong to."""
-    return files.sha256(source.folder / "export" / "tokenizer" / "vocab.json")
-
-
-def check_vocabulary(vocabulary: str, other: Source, option: str) -> None:
-    """Raise `UserError` for a run whose model has another vocabulary."""
-    if vocabulary_of(other) != vocabulary:
-        raise UserError(
-            f"{option} {other.folder}: its model has another vocabulary, whose embeddings mean "
-            "something else; give a run that began with the same model"
-        )
-
-
 def load(config: AttackRun, mesh: Any, found: Pictures) -> Target:
     """The model of the run that is attacked, and what belongs to it."""
     source = stored.read_run(config.run, "RUN", ("train.erase", "train.defend"))
     original = stored.original_of(source, mesh)
-    shown = stored.shown_of(source, mesh)
     assert source.concept is not None
-    concept = found.class_of(source.concept)
-    return Target(source, shown, original, stored.judge_of(source, mesh), concept)
+    concept, given, other = found.class_of(source.concept), None, None
+    if isinstance(config.attack, methods.Given):
+        option = "--attack.source"
+        given = read_for(source, config.attack.source, option)
+        check_embeddings(given.embeddings, original, f"{option} {given.folder}", str(source.folder))
+    if config.attack.transfer is not None:
+        option = "--attack.transfer"
+        run = stored.read_run(config.attack.transfer, option)
+        mine, theirs = embeddings_sha(original), stored.original_of(run, mesh)
+        check_embeddings(mine, theirs, f"RUN {source.folder}", f"{option} {run.folder}")
+        other = stored.shown_of(run, mesh)
+    shown = stored.shown_of(source, mesh)
+    judge = stored.judge_of(source, mesh)
+    return Target(source, shown, original, judge, concept, given, other)
 
 
 def stage_of(config: AttackRun) -> TrainConfig:
@@ -139,9 +146,7 @@ def tokens(opened: Opened, aim: Target) -> Tokens | None:
         return cce(opened, aim)
     if isinstance(attack, methods.Random):
         return Tokens(random_tokens(painter, attack.tokens, opened.run.seed))
-    if isinstance(attack, methods.Given):
-        return read_for(aim.source, attack.source, "--attack.source").tokens
-    return None
+    return None if aim.given is None else aim.given.tokens
 
 
 def random_tokens(painter: Painter, count: int, seed: int) -> np.ndarray:
@@ -247,113 +252,12 @@ def learned(opened: Opened, name: str, start: Held, stream: NoisyLatents) -> Hel
     return made
 
 
-def write(opened: Opened, aim: Target, found: Tokens | None) -> None:
-    """`attack.json` and `tokens.safetensors`."""
-    from safetensors.numpy import save
-
-    folder, config = opened.run.folder, opened.config
-    embeddings = None if found is None else found.embeddings
-    told: dict[str, Any] = {
-        "attack": config.attack.name,
-        "concept": aim.source.concept,
-        "vocabulary_sha256": vocabulary_of(aim.source),
-        "tokens": [],
-    }
-    if found is not None and embeddings is not None:
-        told["tokens_sha256"] = sha_of(embeddings)
-        for k, embedding in enumerate(embeddings):
-            token: dict[str, Any] = {"norm": float(np.linalg.norm(embedding))}
-            if found.words:
-                token["words"] = [{"word": w, "alpha": alpha} for w, alpha in found.words[k]]
-            if found.shares is not None:
-                token[f"share_of_top_{SHARE}"] = found.shares[k]
-            told["tokens"].append(token)
-
-    def put() -> None:
-        if embeddings is not None:
-            basis = np.asarray(concepts.span(embeddings), np.float32)
-            data = save({"embeddings": embeddings.astype(np.float32), "basis": basis})
-            files.write(folder / TENSORS, data)
-        write_atomic(folder / FILE, json.dumps(told, indent=1))
-
-    distributed.of_first(put)
-
-
-class Stored(NamedTuple):
-    """The tokens of a finished attack.
-
-    Args:
-        folder: of its run.
-        tokens: `(K, d)` and their words.
-        vocabulary: sha256 of the vocabulary that they belong to.
-        concept: that they bring back.
-    """
-
-    folder: Path
-    tokens: Tokens
-    vocabulary: str
-    concept: str
-
-
-def read(folder: Path | None, option: str) -> Stored:
-    """The tokens of a finished attack.
-
-    Raises:
-        UserError: there are none, or the files do not read.
-    """
-    if folder is None:
-        raise UserError(f"{option} is missing; give the folder of a run of train.attack")
-    folder = folder.expanduser()
-    if not (folder / FILE).is_file() or not (folder / "summary.json").is_file():
-        raise UserError(f"{option} {folder} is no finished run of train.attack; give one")
-    with reading(folder / FILE, "run the command of its run again", "does not read"):
-        told = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        words = tuple(
-            tuple((str(w["word"]), float(w["alpha"])) for w in token.get("words", ()))
-            for token in told["tokens"]
-        )
-        vocabulary, concept, name = (
-            str(told[key]) for key in ("vocabulary_sha256", "concept", "attack")
-        )
-        if told["tokens"]:
-            sha = str(told["tokens_sha256"])
-    if not words:
-        raise UserError(
-            f"{option} {folder}: attack {name!r} has no tokens to take out; give one of subattack, "
-            "cce or random"
-        )
-    found = judges.read_tensors(folder / TENSORS)["embeddings"]
-    if sha_of(found) != sha:
-        raise UserError(f"{folder / TENSORS} is damaged; run the command of its run again")
-    return Stored(folder, Tokens(found, words if any(words) else ()), vocabulary, concept)
-
-
-def read_for(source: Source, folder: Path | None, option: str) -> Stored:
-    """The tokens of a finished attack, for the model of a run.
-
-    Raises:
-        UserError: there are none, or they bring back another concept, or are of another vocabulary.
-    """
-    found = read(folder, option)
-    if found.concept != source.concept:
-        raise UserError(
-            f"{option} {found.folder} brings back {found.concept!r}, RUN {source.folder} erased "
-            f"{source.concept!r}; give an attack on that"
-        )
-    if found.vocabulary != vocabulary_of(source):
-        raise UserError(
-            f"{option} {found.folder}: its tokens are of another vocabulary than the model of "
-            f"{source.folder}; give an attack on it"
-        )
-    return found
-
-
 def shown(opened: Opened, aim: Target, found: Tokens | None) -> dict[str, tuple[Shown, Any]]:
     """The models to judge, and the kinds of prompts that each is asked.
 
     The attacked model is asked the same prompts with each token in the place of the name.
     """
-    attack, transfer = opened.config.attack.name, opened.config.attack.transfer
+    attack = opened.config.attack.name
     kinds = ("explicit", "names", "kept")
     tried = ("explicit", "words" if attack == "words" else "attacked")
     if attack == "none":
@@ -364,8 +268,6 @@ def shown(opened: Opened, aim: Target, found: Tokens | None) -> dict[str, tuple[
         aim.source.name: (aim.shown, kinds),
         "attacked": (aim.shown._replace(tokens=empty), tried),
     }
-    if transfer is not None:
-        other = stored.read_run(transfer, "--attack.transfer")
-        there = stored.shown_of(other, opened.run.mesh)
-        models["transferred"] = (there._replace(tokens=empty), tried)
+    if aim.other is not None:
+        models["transferred"] = (aim.other._replace(tokens=empty), tried)
     return models

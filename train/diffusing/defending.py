@@ -11,8 +11,8 @@ import numpy as np
 from jaxlib_unlearn.concepts import project, span
 from jaxlib_unlearn.errors import UserError
 from models.diffusion import TEXT
-from train.diffusing import attacking, pipeline, stored
-from train.diffusing.attacking import Stored
+from train.diffusing import pipeline, stored
+from train.diffusing.attack_files import Stored, check_embeddings, read_for
 from train.diffusing.config import DefendRun
 from train.diffusing.drawing import Shield
 from train.diffusing.held import Painter
@@ -52,7 +52,7 @@ def check(config: DefendRun, mesh: Any, found: Pictures) -> None:
     source = stored.read_run(config.run, "RUN", ("train.erase",))
     assert source.concept is not None
     found.class_of(source.concept)
-    attack = attacking.read_for(source, config.attack, "ATTACK")
+    attack = read_for(source, config.attack, "ATTACK")
     count, wanted = len(attack.tokens.embeddings), config.defend.tokens
     if wanted is not None and wanted > count:
         raise UserError(
@@ -63,10 +63,13 @@ def check(config: DefendRun, mesh: Any, found: Pictures) -> None:
 def load(config: DefendRun, mesh: Any, found: Pictures) -> Target:
     """The model of the run that is defended, and the tokens that were found for it."""
     source = stored.read_run(config.run, "RUN", ("train.erase",))
-    attack = attacking.read(config.attack, "ATTACK")
+    attack = read_for(source, config.attack, "ATTACK")
     assert source.concept is not None
     concept = found.class_of(source.concept)
-    original, model = stored.original_of(source, mesh), stored.painter_of(source, mesh)
+    original = stored.original_of(source, mesh)
+    what = f"ATTACK {attack.folder}"
+    check_embeddings(attack.embeddings, original, what, f"RUN {source.folder}")
+    model = stored.painter_of(source, mesh)
     return Target(source, original, model, stored.judge_of(source, mesh), concept, attack)
 
 
