@@ -306,7 +306,7 @@ def test_the_table_of_pretraining(repo, tmp_path, monkeypatch, capsys):
     assert "-0.1800 ± 0.0200" in teon and "2.7400 ± 0.0400" in teon
     assert all(("--train.tokens", "4096") == options for _, options in ran)
     jobs = {job for job, _ in ran}
-    assert len(jobs) == 4 * (3 + 2) + len(bench.ABLATIONS) - 1
+    assert len(jobs) == sum(map(len, bench.GRID.values())) + 4 * 2 + len(bench.ABLATIONS) - 1
     assert len({job.name for job in jobs}) == len(jobs)
 
 
