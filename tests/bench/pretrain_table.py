@@ -2,7 +2,7 @@
 
     python tests/bench/pretrain_table.py [--only grid|ablations] [--text FOLDER] [--tokens N]
 
-Four learning rates each on seed 0, the best of each on seeds 1 and 2, and differences
+Four or five learning rates each on seed 0, the best of each on seeds 1 and 2, and differences
 paired by seed, whoever wins; then one change of TEON at a time, on seed 0. Every run is `python -m
 train.pretrain pretrain-tiny ...` in a process of its own, with a folder below `--output`; what is
 there undamaged is not computed again, and a run that was stopped goes on. `--text` trains on the
@@ -28,7 +28,7 @@ from tables import ROOT, head, ran, row, write
 OUT = ROOT / "runs" / "bench" / "pretrain"
 SEEDS = (0, 1, 2)
 GRID: dict[str, tuple[float, ...]] = {
-    "adamw": (1e-3, 2e-3, 4e-3, 8e-3),
+    "adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     "muon": (0.005, 0.01, 0.02, 0.04),
     "normuon": (0.005, 0.01, 0.02, 0.04),
     "teon": (0.005, 0.01, 0.02, 0.04),
