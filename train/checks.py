@@ -159,11 +159,7 @@ def check_run(config: RunConfig) -> Mesh:
     trace_judge.check(config.evaluate.judge_model)
     if config.profile is not None:
         check_writable("--profile", config.profile)
-    cache = None if config.stage.cache is None else remote.located(config.stage.cache)
-    remote.check(config.stage.cache, "--stage.cache")
-    remote.check(config.output, "--output")
-    if cache is not None and cache.exists() and not cache.is_dir():
-        raise UserError(f"--stage.cache {cache} is not a folder; give a folder, or leave it out")
+    check_places(config)
     mesh = sharding.make_mesh(config.mesh)
     check_finetuning(config.finetune, mesh)
     check_stage(config.unlearn, config.optimizer, mesh, "unlearning")
@@ -232,3 +228,16 @@ def fit_task(
     if left:
         notes.append(f"left out, their prompt fills the context: {left} rows of all splits")
     return task._replace(forget=forget, retain=retain, evaluation=judged, notes=notes)
+
+
+def check_places(config: Any) -> None:
+    """Raise `UserError` where `--output` or `--stage.cache` cannot be written.
+
+    Args:
+        config: of a program that has both.
+    """
+    cache = None if config.stage.cache is None else remote.located(config.stage.cache)
+    remote.check(config.stage.cache, "--stage.cache")
+    remote.check(config.output, "--output")
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise UserError(f"--stage.cache {cache} is not a folder; give a folder, or leave it out")

@@ -272,6 +272,19 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Existing results."""
+
+    cache: Path | None = option(
+        None,
+        "folder (or `gs://…`) that runs share: models that are trained before what they differ in, "
+        "and evaluations of the model before, made from the same inputs, are taken from there, or "
+        "put there for the next run.",
+        later=True,
+    )
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """Start from existing results."""
 

@@ -87,7 +87,7 @@ def run(job: Job, preset: str, folder: Path, options: Sequence[str]) -> Outcome:
     """`train.classify` in a process."""
     root, method = folder / job.name, METHODS[job.method]
     command = [preset, "--optimizer.name", method.optimizer, *method.more]
-    command += ["--seed", str(job.seed), *options]
+    command += ["--seed", str(job.seed), "--stage.cache", str(folder / "cache"), *options]
     if job.rate is not None:
         command += ["--optimizer.learning-rate", str(job.rate)]
     if job.forwards is not None:

@@ -74,7 +74,8 @@ def ratio(found: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]]
 def run(name: str, seed: int, folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """`train.finetune` in a process; the numbers of its summary."""
     root = folder / f"{name}-seed{seed}"
-    command = ["epic-tiny", "--seed", str(seed), *VARIANTS[name], *options, "--output", str(root)]
+    command = ["epic-tiny", "--seed", str(seed), *VARIANTS[name], *options]
+    command += ["--stage.cache", str(folder / "cache"), "--output", str(root)]
     return ran("train.finetune", command, root)["finetuned"]
 
 

@@ -63,12 +63,15 @@ def summary_of(output):
     return json.loads((output / "summary.json").read_text())
 
 
+# Narrow: tests run programs that are compiled quickly, and slow.
+SIZES = "--start.hidden-size 24 --start.intermediate-size 48 --start.num-layers 2".split()
+
+
 @pytest.fixture(scope="module")
 def smoke(program, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("smoke") / "run"
-    # Narrow: tests run programs that are compiled quickly, and slow.
-    sizes = "--start.hidden-size 24 --start.intermediate-size 48 --start.num-layers 2".split()
-    done = started(program, data, output, "--smoke", *sizes)
+    cache = ("--stage.cache", output.parent / "cache")
+    done = started(program, data, output, "--smoke", *SIZES, *cache)
     assert done.code == 0, done.err
     return output, done
 
@@ -96,6 +99,22 @@ def test_a_smoke_run(smoke):
     start = vit_files.load(output / "start")
     assert start.names == tuple("0123456789") and not np.any(start.params["head"]["kernel"])
     assert "image-classification" in (output / "export" / "README.md").read_text()
+
+
+def test_runs_share_the_model_to_start_from_and_its_evaluation(smoke, program, data, tmp_path):
+    output, _ = smoke
+    (judged,) = (output.parent / "cache" / "evals").glob("*.json")
+    before = judged.stat().st_mtime_ns
+    other = ("--train.forwards", "17", "--stage.cache", output.parent / "cache")
+    done = started(program, data, tmp_path / "run", "--smoke", *SIZES, *other)
+    assert done.code == 0, done.err
+    assert "start: found, made from the same inputs" in done.err
+    assert [*judged.parent.glob("*.json")] == [judged] and judged.stat().st_mtime_ns == before
+    ours, theirs = summary_of(tmp_path / "run"), summary_of(output)
+    assert ours["base"] == theirs["base"] and ours["finetuned"]["steps"] == 1
+    start = vit_files.load(tmp_path / "run" / "start")
+    assert start.names == vit_files.load(output / "start").names
+    assert "cache" not in (output / "config.json").read_text()
 
 
 @pytest.mark.slow

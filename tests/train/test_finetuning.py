@@ -467,8 +467,9 @@ def test_help(program):
 
 def test_a_whole_run(program, tmp_path):
     root = tmp_path / "run"
-    argv = ["train.finetune", "epic-tiny", "--smoke", "--mesh.data", "1", "--output", root]
-    done = program(*argv)
+    argv = ["train.finetune", "epic-tiny", "--smoke", "--mesh.data", "1"]
+    argv += ["--stage.cache", tmp_path / "cache", "--output"]
+    done = program(*argv, root)
     assert done.code == 0, done.err
     summary = json.loads((root / "summary.json").read_text())
     assert list(summary) == ["base", "finetuned"]
@@ -487,6 +488,13 @@ def test_a_whole_run(program, tmp_path):
     assert again.code == 0, again.err
     assert json.loads((root / "summary.json").read_text()) == summary
     assert (root / "metrics.jsonl").read_bytes() == steps
+    # Another policy is compared with the same model before, which is not judged again.
+    (judged,) = (tmp_path / "cache" / "evals").glob("*.json")
+    before = judged.stat().st_mtime_ns
+    other = program(*argv, tmp_path / "head", "--condense.policy", "head")
+    assert other.code == 0, other.err
+    assert [*judged.parent.glob("*.json")] == [judged] and judged.stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "head" / "summary.json").read_text())["base"] == summary["base"]
 
 
 @pytest.mark.slow

@@ -30,7 +30,8 @@ RUNS = {
     "traces": "finetune epic-tiny --condense.tau 0.3 --condense.policy middle",
     "traces, other rows": "finetune epic-tiny --data.source rows --data.path rows.jsonl --smoke",
 }
-PLACES = {"unlearn": "stage.cache", "diffuse": "stage.cache", "pretrain": "data.cache"}
+PLACES = dict.fromkeys(("unlearn", "diffuse", "classify", "finetune"), "stage.cache")
+PLACES |= {"pretrain": "data.cache"}
 
 
 def stored(line):

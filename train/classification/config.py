@@ -10,7 +10,7 @@ from jaxlib_unlearn.options import option
 from models.decoder import REMAT
 from models.weights import DTYPES
 from train import optimizers
-from train.config import COMPUTE, LoraConfig, ProgramConfig
+from train.config import COMPUTE, CacheConfig, LoraConfig, ProgramConfig
 from train.optimizer_options import ZOMuon
 from train.rows import chosen
 from train.runtime import reporters
@@ -151,6 +151,7 @@ class ClassifyRun(ProgramConfig):
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     evaluate: ClassifyEvaluate = ClassifyEvaluate()
+    stage: CacheConfig = CacheConfig()
     export_dtype: str = option("float32", "dtype of the exported weights.", choices=tuple(DTYPES))
     distributed: DistributedConfig = DistributedConfig()
     report_to: str = option(

@@ -160,7 +160,8 @@ def begin(config: Any, run: Any, rows: Any, encoded: Any, model: ImageModel) -> 
     row = objectives.resolve(OBJECTIVE, objectives.LEARNING)
     streams = {"train": stream(model, seen["train"], start.batch_size)}
     untrained: Any = model  # `train` takes what has a learner
-    trained: Any = train(run, "start", untrained, row, streams, Recipe(stage, optimizer))
+    recipe = Recipe(stage, optimizer)
+    trained: Any = train(run, "start", untrained, row, streams, recipe, shared=True)
 
     def judged() -> float:
         scores = score(trained.to_device(), seen["test"], run.mesh, config.evaluate, "start")

@@ -12,9 +12,10 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models.learner import check_questions
 from train import checks, optimizers
+from train import config as configs
 from train.classification.config import TASKS, ClassifyRun
 from train.classification.kinds import Kind
-from train.config import TrainConfig, identity, run_folder, to_json
+from train.config import TrainConfig, run_folder, to_json
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.evaluation import Answers, num_parameters
 from train.replays import stored
@@ -78,13 +79,18 @@ def opened(config: ClassifyRun) -> Iterator[Opened]:
         tracker = Timed(root, reporters.chosen(config.report_to), identity(config))
         about = {"roles": ROLES, "evaluators": list(task.kind.evaluators)}
         about |= {"program": "train.classify"}
-        run = Run(root, mesh, config.seed, tracker, notes=rows.notes, about=about)
+        run = Run(root, mesh, config.seed, tracker, config.stage.cache, rows.notes, about)
         size = num_parameters(base.params) / 1e6
         name = f"{config.preset or 'classify'}: {config.task}, {size:.1f} M parameters"
         say(f"{name}, seed {config.seed}, run folder {remote.home(root)}")
         for note in rows.notes:
             say(f"  {note}")
         yield Opened(started(run, since), task.kind, rows, encoded, base, steps)
+
+
+def identity(config: ClassifyRun) -> dict[str, Any]:
+    """What `config.json` holds."""
+    return configs.identity(config, "stage.cache")
 
 
 def begin(config: ClassifyRun, opened: Opened) -> Opened:
@@ -110,7 +116,7 @@ def check(config: ClassifyRun) -> tuple[Any, int]:
     optimizers.check_pair(config.optimizer, "sum", objective, settings)
     checks.check_lora(config.lora, config.optimizer)
     reporters.check(reporters.chosen(config.report_to))
-    remote.check(config.output, "--output")
+    checks.check_places(config)
     try:
         steps = optimizers.steps_within(config.optimizer, config.train.forwards)
     except UserError as error:
@@ -309,8 +315,9 @@ def judge(config: ClassifyRun, opened: Opened, found: Mapping[str, Any]) -> dict
         def compute(model: Any = model, name: str = name) -> Any:
             return log_of(opened, config, model.to_device(), ("dev", "test"), name)
 
+        cache = run.cache if name == ROLES["start"] else None
         with phase(run, f"evaluate {name}"):
-            log = json_stage(run.folder / "evals" / f"{name}.json", inputs, compute)
+            log = json_stage(run.folder / "evals" / f"{name}.json", inputs, compute, cache)
         summary[name] = evaluation.summarize(log, None, model)
     return summary
 

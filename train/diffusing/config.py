@@ -11,7 +11,14 @@ from models.decoder import REMAT
 from models.schedulers import SAMPLERS
 from models.weights import DTYPES
 from train import optimizers
-from train.config import COMPUTE, ProgramConfig, SelectConfig, TrainConfig, UnlearnConfig
+from train.config import (
+    COMPUTE,
+    CacheConfig,
+    ProgramConfig,
+    SelectConfig,
+    TrainConfig,
+    UnlearnConfig,
+)
 from train.diffusing import methods
 from train.optimizer_options import AdamW
 from train.rows import chosen
@@ -104,17 +111,6 @@ class DrawConfig:
     )
     rows: int = option(64, "images drawn at once.", low=1)
     shown: int = option(6, "images of each kind on the page.", low=0)
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """Existing results."""
-
-    cache: Path | None = option(
-        None,
-        "folder (or `gs://…`) that runs share: classifier, autoencoder and original made from the "
-        "same inputs are taken from there, or put there for the next run.",
-    )
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,7 @@ def opened(
         with distributed.together():
             checks.check_numbers(config)
             reporters.check(reporters.chosen(config.report_to))
-            remote.check(config.output, "--output")
-            remote.check(config.stage.cache, "--stage.cache")
+            checks.check_places(config)
             mesh = sharding.make_mesh(config.mesh)
             place = folder.run_place(run_folder(config), identity(config))
             folder.claim(place, entered)

@@ -14,7 +14,7 @@ from models.decoder import DecoderConfig
 from models.prompts import DATE
 from models.weights import DTYPES
 from train import optimizers
-from train.config import ModelConfig, ProgramConfig, TrainConfig
+from train.config import CacheConfig, ModelConfig, ProgramConfig, TrainConfig
 from train.data.packed_rows import MODES
 from train.finetuning.sources import SOURCES
 from train.optimizer_options import AdamW
@@ -141,6 +141,7 @@ class ReasoningRun(ProgramConfig):
     optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW(learning_rate=5e-5))
     mesh: MeshConfig = MeshConfig()
     evaluate: JudgeConfig = JudgeConfig()
+    stage: CacheConfig = CacheConfig()
     export_dtype: str = option("float32", "dtype of the exported weights.", choices=tuple(DTYPES))
     distributed: DistributedConfig = DistributedConfig()
     report_to: str = option(

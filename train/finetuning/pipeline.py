@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn import cot, objectives
 from train import base_models, checks, optimizers
-from train.config import DataConfig, identity, run_folder, to_json
+from train import config as configs
+from train.config import DataConfig, run_folder, to_json
 from train.data.bpe import train_bpe
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.evaluation import Model, num_parameters, score_items
@@ -101,12 +102,17 @@ def opened(config: ReasoningRun) -> Iterator[Opened]:
         base = base.to_host()
         root = folder.enter(place, held)
         tracker = Timed(root, reporters.chosen(config.report_to), identity(config))
-        run = Run(root, mesh, config.seed, tracker, notes=notes, about=ABOUT)
+        run = Run(root, mesh, config.seed, tracker, config.stage.cache, notes, ABOUT)
         size, where = num_parameters(base.params) / 1e6, remote.home(root)
         say(f"{config.preset}: {size:.1f} M parameters, seed {config.seed}, run folder {where}")
         for note in notes:
             say(f"  {note}")
         yield Opened(started(run, since), config, rows, learned, base, steps)
+
+
+def identity(config: ReasoningRun) -> dict[str, Any]:
+    """What `config.json` holds."""
+    return configs.identity(config, "stage.cache")
 
 
 def check(config: ReasoningRun) -> tuple[Any, Any]:
@@ -120,7 +126,7 @@ def check(config: ReasoningRun) -> tuple[Any, Any]:
     encoding.check_packing(data)
     layout = prompt_format(DataConfig(template=data.template, template_date=data.template_date))
     reporters.check(reporters.chosen(config.report_to))
-    remote.check(config.output, "--output")
+    checks.check_places(config)
     mesh = sharding.make_mesh(config.mesh)
     checks.check_finetuning(stage_of(config), mesh)
     optimizers.check_mesh(config.optimizer, mesh, config.train.batch_size)
@@ -240,8 +246,9 @@ def judge(opened: Opened, found: Mapping[str, Model]) -> dict[str, Any]:
             )
             return EVALUATOR.run(context.model, context.rows, context)
 
+        cache = run.cache if name == "base" else None
         with phase(run, f"evaluate {name}"):
-            log = json_stage(run.folder / "evals" / f"{name}.json", inputs, compute)
+            log = json_stage(run.folder / "evals" / f"{name}.json", inputs, compute, cache)
         summary[name] = evaluation.summarize(log, None, model)
     summary[STAGE] |= cost(opened, found[STAGE])
     return summary
