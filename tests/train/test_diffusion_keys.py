@@ -132,7 +132,7 @@ def noted():
 
     def token(learner, params):
         width = params["basis"]["embedding"].shape[0]
-        return SimpleToken(jax.numpy.ones(width), jax.numpy.ones(4))
+        return SimpleNamespace(embedding=jax.numpy.ones(width), coefficients=jax.numpy.ones(4))
 
     patch.setattr("train.run.params_stage", params_stage)
     patch.setattr("train.diffusing.pipeline.json_stage", json_stage)
@@ -147,13 +147,6 @@ def noted():
     yield
     patch.undo()
     loaded.cache_clear()
-
-
-class SimpleToken(SimpleNamespace):
-    """What AttackLearner.token returns."""
-
-    def __init__(self, embedding, coefficients):
-        super().__init__(embedding=embedding, coefficients=coefficients)
 
 
 @functools.cache
