@@ -18,6 +18,7 @@ that was stopped goes on.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -207,17 +208,20 @@ def main(argv: list[str]) -> None:
         }
         write(tuned(trials), folder / "rates.md")
         return
+
+    @functools.cache
+    def outcome(job: Job) -> Outcome:
+        return run(job, args.preset, folder, options)
+
     found: dict[tuple[str, int], Outcome] = {}
     # Seed by seed: a table that is stopped early compares what it has.
     for seed in args.seeds:
         for name in names:
             forwards, other = None, METHODS[name].minutes_of
             if other is not None:
-                plain = run(Job(METHODS[name].optimizer, seed), args.preset, folder, options)
-                theirs = run(Job(other, seed), args.preset, folder, options)
-                forwards = budget_of(plain, theirs)
-            job = Job(name, seed, forwards=forwards)
-            found[name, seed] = run(job, args.preset, folder, options)
+                plain = outcome(Job(METHODS[name].optimizer, seed))
+                forwards = budget_of(plain, outcome(Job(other, seed)))
+            found[name, seed] = outcome(Job(name, seed, forwards=forwards))
     write(table(found, names), folder / "classify_table.md")
 
 

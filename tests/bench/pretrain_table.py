@@ -1,4 +1,4 @@
-"""AdamW, Muon, NorMuon and TEON on pretrain-tiny: `make pretrain-table` (80 minutes on two cores).
+"""AdamW, Muon, NorMuon and TEON on pretrain-tiny: `make pretrain-table` (80 minutes on one core).
 
     python tests/bench/pretrain_table.py [--only grid|ablations] [--text FOLDER] [--tokens N]
 

@@ -363,6 +363,9 @@ def test_the_table_of_classification(repo, tmp_path, monkeypatch, capsys):
     bench.main([*argv, "--tune", "400", "--factors", "0.1", "0.3", "1", "3", "10"])
     text = (tmp_path / "sst2-tiny" / "rates.md").read_text()
     assert "minutes of" not in text and "| mezo | 3e-05 **best** |" in text
+    assert "| adamw | 3e-05 **best** |" in text
+    bench.main([*argv, "--tune", "400", "--factors", "1", "3"])
+    text = (tmp_path / "sst2-tiny" / "rates.md").read_text()
     assert "| adamw | 3e-05 **best** (at the end) |" in text
     assert all(job.forwards == 400 for job, *_ in ran if job.rate is not None)
 

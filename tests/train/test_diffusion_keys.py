@@ -248,6 +248,14 @@ def test_every_field_of_a_text_to_image_model_is_in_a_key():
     assert unchanged == {"data.path", "model.path", "judge.path"}
 
 
+def test_folders_of_before_are_still_the_runs_that_they_were():
+    """Their config.json names the place of the cache."""
+    assert pipeline.identity(START)["stage"] == {"cache": None}
+    assert pipeline.identity(replace(START, **{"stage.cache": Path("x")})) == pipeline.identity(
+        START
+    )
+
+
 @pytest.mark.parametrize("name", ERASING.table)
 def test_every_field_of_an_erasure_is_in_a_key(name):
     row = ERASING.table[name]

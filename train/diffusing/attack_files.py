@@ -40,7 +40,9 @@ def check_vocabulary(vocabulary: str, other: Source, option: str) -> None:
 
 
 def embeddings_sha(original: Painter) -> str:
-    """sha256 of a model's token embeddings, rounded to bfloat16: of any export the same.
+    """sha256 of a model's token embeddings, rounded to bfloat16.
+
+    It is the same of exports in float32 and in bfloat16.
 
     Args:
         original: the model before a concept was erased; a defence changes embeddings.

@@ -109,7 +109,8 @@ def opened(
 
 def identity(config: Any) -> dict[str, Any]:
     """What `config.json` holds."""
-    return configs.identity(config, "stage.cache")
+    # With the place of the cache, as in folders stored before that option was one of all programs.
+    return configs.identity(config, "stage.cache") | {"stage": {"cache": None}}
 
 
 def multiple_of(config: Any) -> int:
