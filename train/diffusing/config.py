@@ -13,7 +13,6 @@ from models.weights import DTYPES
 from train import optimizers
 from train.config import (
     COMPUTE,
-    CacheConfig,
     ProgramConfig,
     SelectConfig,
     TrainConfig,
@@ -111,6 +110,17 @@ class DrawConfig:
     )
     rows: int = option(64, "images drawn at once.", low=1)
     shown: int = option(6, "images of each kind on the page.", low=0)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Existing results; unlike that of younger options its place is in stored configurations."""
+
+    cache: Path | None = option(
+        None,
+        "folder (or `gs://…`) that runs share: classifier, autoencoder and original made from the "
+        "same inputs are taken from there, or put there for the next run.",
+    )
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,7 @@ def opened(
 
 def identity(config: Any) -> dict[str, Any]:
     """What `config.json` holds."""
-    # With the place of the cache, as in folders stored before that option was one of all programs.
-    return configs.identity(config, "stage.cache") | {"stage": {"cache": None}}
+    return configs.identity(config, "stage.cache")
 
 
 def multiple_of(config: Any) -> int:
