@@ -9,7 +9,7 @@ import pytest
 
 from jaxlib_unlearn.optim.zeroth_order import perturbations
 from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
-from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored, matmul
+from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored, Perturbed, matmul
 from models.asked import AskedDecoder
 from models.decoder import Decoder, DecoderConfig
 
@@ -171,30 +171,78 @@ def test_a_frozen_segment_stays_where_it_is():
     assert bool(jnp.any(plain["layers"][1]["mlp"]["up"]["kernel"] != 0))
 
 
-def test_factored_equals_multiplied_out_in_float64():
+def parts(*sizes, dtype=jnp.float64):
+    """x `(rows, in)`, a kernel `(in, out)` and factors of a rank, of sizes rows, in, out, rank."""
+    rows, fan_in, fan_out, rank = sizes
+    rng = np.random.default_rng(0)
+    shapes = [(rows, fan_in), (fan_in, fan_out), (fan_in, rank), (fan_out, rank)]
+    return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("kind", [Factored, Perturbed])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_factored_equals_multiplied_out_in_float64(kind, rows):
     with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
-        shapes = {"x": (5, 8), "kernel": (8, 6), "left": (8, 2), "right": (6, 2)}
-        x, *parts = (jnp.asarray(rng.normal(size=s)) for s in shapes.values())
-        whole = parts[0] + parts[1] @ parts[2].T
-        np.testing.assert_allclose(matmul(x, Factored(*parts)), matmul(x, whole), rtol=1e-12)
+        x, kernel, left, right = parts(rows, 8, 6, 2)
+        whole = kernel + left @ right.T
+        out = matmul(x, kind(kernel, left, right))
+        np.testing.assert_allclose(out, matmul(x, whole), rtol=1e-12, atol=1e-12)
 
 
-def test_layer_map_is_factored_only_where_asked():
+PRODUCTS = {
+    # 24 * 8 / (24 + 8) = 6 rows cost the same either way.
+    "few rows": (Perturbed, 6, jnp.float32, 3),
+    "many rows": (Perturbed, 7, jnp.float32, 2),
+    "with gradients": (Factored, 7, jnp.float32, 3),
+    "bfloat16": (Perturbed, 7, jnp.bfloat16, 3),
+}
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_perturbed_kernels_are_multiplied_out_where_it_is_cheaper(case):
+    kind, rows, dtype, count = PRODUCTS[case]
+    x, *kernel = parts(rows, 24, 8, 2, dtype=jnp.float32)
+    text = str(jax.make_jaxpr(matmul)(x.astype(dtype), kind(*kernel)))
+    assert text.count("dot_general") == count
+
+
+def test_accelerators_that_round_products_get_factors(monkeypatch):
+    x, *kernel = parts(7, 24, 8, 2, dtype=jnp.float32)
+
+    def count():
+        return str(jax.make_jaxpr(lambda x, k: matmul(x, k))(x, Perturbed(*kernel))).count("dot_g")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert count() == 3
+    with jax.default_matmul_precision("highest"):
+        assert count() == 2
+
+
+KINDS = {
+    "differences": ({}, Perturbed),
+    "forward mode": ({"estimator": "jvp"}, Factored),
+    "rows": ({"family": perturbations.rowwise(1), "num_queries": 2}, Factored),
+    "not asked": ({"factored": False}, jax.Array),
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_what_layer_map_makes_of_a_kernel(case):
+    options, kind = KINDS[case]
     seen = []
 
-    def fn(params, layer_map):
+    def fn(params, layer_map, part=None):
+        del part
         layer = jax.tree.map(lambda x: x[0], params["layers"])
         mapped = layer_map(layer, jnp.int32(0))
         seen.append(mapped["mlp"]["up"]["kernel"])
         return jnp.sum(mapped["mlp"]["up"]["bias"]) if "bias" in mapped["mlp"]["up"] else 0.0
 
     params = small()
-    for factored in (True, False):
-        tx = zeroth_order(0.1, perturbations.subspace(2), estimator="jvp", factored=factored)
-        state = tx.init(params)
-        jax.eval_shape(functools.partial(tx.update, layered_value_fn=fn), None, state, params)
-    assert [isinstance(kernel, Factored) for kernel in seen] == [True, False]
+    tx = zeroth_order(0.1, **{"family": perturbations.subspace(2), **options})
+    state = tx.init(params)
+    jax.eval_shape(functools.partial(tx.update, layered_value_fn=fn), None, state, params)
+    assert type(seen[-1]) is kind or (kind is jax.Array and isinstance(seen[-1], jax.Array))
 
 
 def _temporaries(fn, *args, **jit_options):

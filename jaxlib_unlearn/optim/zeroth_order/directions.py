@@ -18,6 +18,7 @@ from jaxlib_unlearn.optim.matrices import path_str
 from jaxlib_unlearn.optim.zeroth_order.leaves import Layout, Stack
 from jaxlib_unlearn.optim.zeroth_order.perturbations import (
     Basis,
+    Factored,
     Family,
     Leaf,
     Moments,
@@ -137,14 +138,14 @@ def layered(
     arrays: Sequence[jax.Array],
     query: jax.Array,
     offset: jax.Array,
-    factored: bool,
+    factored: type[Factored] | None,
     outer: Collection[str] = (),
 ) -> tuple[list[Any], LayerMap]:
     """As :func:`perturbed` for the leaves that are not stacked, and a map for the others.
 
     Returns:
         The leaves, stacked ones unperturbed, and ``layer_map(layer_params, index)`` that perturbs
-        one layer; with ``factored`` its low-rank kernels are ``Factored``, and so are those leaves
+        one layer; with ``factored`` its low-rank kernels are of that class, and so are those leaves
         that are not stacked whose paths are in ``outer``.
 
     Raises:
@@ -156,7 +157,7 @@ def layered(
     single = _trainable(layout)[0]
     for i, own in zip(single, _own([layout.leaves[i] for i in single], keys, None), strict=True):
         leaf, entry = layout.leaves[i], (arrays[i], draws.bases[i], draws.moments[i])
-        low = factored and leaf.path in outer
+        low = factored if leaf.path in outer else None
         out[i] = _moved(family, leaf, own, draws.key, scale, *entry, low)
     prefixes = {stack.prefix for stack in layout.stacks}
     if len(prefixes) != 1:
@@ -389,7 +390,7 @@ def _query(draws: Draws, query: jax.Array, offset: jax.Array) -> tuple[jax.Array
     return jax.random.fold_in(draws.key, query), scale
 
 
-def _moved(family, leaf, own, any_key, scale, x, basis, moments, factored=False):
+def _moved(family, leaf, own, any_key, scale, x, basis, moments, factored=None):
     draw = functools.partial(draw_core, family, leaf, own[0], own[1], moments)
     # Parts are evaluated together: what belongs to one is broadcast over its tokens.
     core = drawn_once(draw, any_key) if family.parts else draw()

@@ -37,7 +37,7 @@ from jaxlib_unlearn.optim.zeroth_order.directions import (
 from jaxlib_unlearn.optim.zeroth_order.estimate import ESTIMATORS, estimate
 from jaxlib_unlearn.optim.zeroth_order.leaves import Layout, Trainable, layout_of
 from jaxlib_unlearn.optim.zeroth_order.parts import Part
-from jaxlib_unlearn.optim.zeroth_order.perturbations import Family, wide
+from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored, Family, Perturbed, wide
 from jaxlib_unlearn.optim.zeroth_order.steps import Rule, steps
 from jaxlib_unlearn.optim.zeroth_order.whole import whole
 
@@ -254,9 +254,14 @@ def zeroth_order(
         curvatures = None
         if coeffs is None:
             takes = frozenset(factored_leaves) if family.parts else frozenset()
+            # Forward mode takes a tangent of the factors, and rows of their own kernels share the
+            # product with the kernel: both need the factors.
+            thin = Factored if family.parts or estimator == "jvp" else Perturbed
             losses = _losses(value_fn, layered_value_fn, num_queries if family.parts else 1)
             value, coeffs, curvatures = estimate(
-                _loss_at(family, plan, structure, move_now, *losses, factored, takes),
+                _loss_at(
+                    family, plan, structure, move_now, *losses, thin if factored else None, takes
+                ),
                 num_queries,
                 eps,
                 estimator=estimator,

@@ -57,12 +57,27 @@ class Factored(NamedTuple):
     right: jax.Array
 
 
+class Perturbed(Factored):
+    """A :class:`Factored` kernel whose factors nothing differentiates.
+
+    :func:`matmul` may multiply it out; a gradient of its factors would then cost as much as one of
+    the kernel.
+    """
+
+    __slots__ = ()
+
+
 def matmul(x: jax.Array, kernel: Any) -> jax.Array:
     """``x @ kernel`` in the dtype of x; a :class:`Factored` kernel is applied factor by factor.
 
+    For n rows the factors take ``2 n r (in + out)`` operations and their product ``2 r in out``, so
+    a :class:`Perturbed` kernel is multiplied out where n is larger than ``in out / (in + out)``
+    (288 for a square kernel of width 576), and products are those of float32 or wider: rounded to
+    bfloat16 the sum would lose a small perturbation.
+
     Args:
         x: ``(..., in)``.
-        kernel: an array ``(in, out)`` or a :class:`Factored`.
+        kernel: an array ``(in, out)``, a :class:`Factored` or a :class:`Perturbed`.
 
     Returns:
         ``(..., out)``.
@@ -75,8 +90,24 @@ def matmul(x: jax.Array, kernel: Any) -> jax.Array:
     """
     if not isinstance(kernel, Factored):
         return x @ kernel.astype(x.dtype)
+    fan_in, fan_out = kernel.kernel.shape
+    if isinstance(kernel, Perturbed) and _exact(x.dtype):
+        if math.prod(x.shape[:-1]) * (fan_in + fan_out) > fan_in * fan_out:
+            term = jnp.matmul(kernel.left, kernel.right.T, precision="highest")
+            return x @ (kernel.kernel.astype(x.dtype) + term.astype(x.dtype))
     low = (x @ kernel.left.astype(x.dtype)) @ kernel.right.astype(x.dtype).T
     return x @ kernel.kernel.astype(x.dtype) + low
+
+
+def _exact(dtype: Any) -> bool:
+    """Whether products of arrays of this dtype keep at least the 24 bits of float32.
+
+    Accelerators round the factors of float32 products unless they are told not to.
+    """
+    if jnp.dtype(dtype).itemsize != 4:
+        return jnp.dtype(dtype).itemsize > 4
+    told = jax.config.jax_default_matmul_precision in ("highest", "float32")  # type: ignore[attr-defined]
+    return told or jax.default_backend() == "cpu"
 
 
 class Leaf(NamedTuple):
@@ -432,7 +463,7 @@ def perturb(
     core: jax.Array,
     basis: Basis,
     scale: jax.Array,
-    factored: bool = False,
+    factored: type[Factored] | None = None,
 ) -> Any:
     """One layer of a parameter moved along a direction: ``x + scale Z``, rounded once.
 
@@ -446,7 +477,7 @@ def perturb(
         core: from :func:`draw_core`.
         basis: from :func:`draw_basis`.
         scale: the step along Z.
-        factored: keep low-rank directions of plain kernels and of tables as a :class:`Factored`.
+        factored: what plain kernels and tables with low-rank directions are kept as.
 
     Returns:
         An array like x, or a :class:`Factored`.
@@ -455,10 +486,15 @@ def perturb(
     last = leaf.name.rsplit("/", 1)[-1]
     plain = last == "kernel" and leaf.axes == MatrixAxes((), (0,), (1,))
     table = last == "embedding" and leaf.axes == MatrixAxes((), (1,), (0,))
-    if factored and (plain or table) and family.factors is not None and leaf.axes is not None:
+    if (
+        factored is not None
+        and (plain or table)
+        and family.factors is not None
+        and leaf.axes is not None
+    ):
         left, right = family.factors(core, basis, leaf.axes.sizes(leaf.shape)[1])
         left, right = (left[0], right[0]) if plain else (right[0], left[0])
-        return Factored(x, scale * left, right)
+        return factored(x, scale * left, right)
     return (x.astype(core.dtype) + scale * lift(family, leaf, core, basis)).astype(x.dtype)
 
 
