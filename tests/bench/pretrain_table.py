@@ -7,7 +7,7 @@ paired by seed, whoever wins; then one change of TEON at a time, on seed 0. Ever
 train.pretrain pretrain-tiny ...` in a process of its own, with a folder below `--output`; what is
 there undamaged is not computed again, and a run that was stopped goes on. `--text` trains on the
 texts of a folder in place of the installed packages. A rate that is best at the end of its grid is
-marked.
+marked. A page overlays the losses of the best rates and of the changes.
 """
 
 from __future__ import annotations
@@ -150,15 +150,17 @@ def main(argv: list[str]) -> None:
         return run(job, folder, options)
 
     lines: list[str] = []
-    rate = args.rate
+    rate, overlaid = args.rate, []
     if args.only != "ablations" or rate is None:
         lines, best = grid(train)
         rate = best["teon"] if rate is None else rate
+        overlaid += [Job(name, best[name], seed) for name in GRID for seed in SEEDS]
     if args.only != "grid":
+        overlaid += [Job("teon", rate, 0, more) for more in ABLATIONS.values() if more]
         lines += ["", f"TEON at rate {rate:g}, seed 0, one change at a time.", ""]
         lines += ablations(train, rate)
     write(lines, folder / "pretrain_table.md")
-    runs = sorted(str(p.parent) for p in folder.glob("*/summary.json"))
+    runs = [str(folder / job.name) for job in overlaid]
     page = [sys.executable, "-m", "train.report", *runs, "--html", str(folder / "losses.html")]
     subprocess.run(page, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     print(folder / "losses.html")

@@ -314,7 +314,8 @@ def test_comparison_page(tmp_path, capsys):
     assert all(link.startswith("data:") for link in page.fetches)
     first = page.images[0]
     decode_png(base64.b64decode(first["src"].split(",", 1)[1]))
-    assert "asu 0.310 / 0.950" in first["alt"] and "a method whose name i… 0.610" in first["alt"]
+    assert "asu 0.310 / 0.950" in first["alt"]
+    assert "a method whose name is much t… 0.610" in first["alt"]
     assert "a method whose name is much too long; seeds 0, 1; folders a m-0, a m-1" in page.text
     assert "asu · unlearned" in page.text and "0.310 ± 0.014" in page.text
     assert report.main([runs[0], "--html", str(tmp_path / "one.html")]) == 0
@@ -346,6 +347,22 @@ def test_scatter_draws_every_run_its_mean_and_what_to_reach():
     assert [t.get_text().strip() for t in figure.legends[0].get_texts()] == names
     assert plots.png(figure)
     assert plots.scatter([plots.Point("a", [])], fixed, x, y) is None
+
+
+def test_many_losses_are_drawn_apart_and_listed_below():
+    tokens = np.arange(4.0)
+    ends = np.random.default_rng(0).permutation(25)
+    bands = [plots.Band(f"method {e}", tokens, np.linspace(30, e, 4)[None]) for e in ends]
+    bands.append(plots.Band("_$3", tokens, np.array([tokens, tokens + 2]) - 9))
+    figure = plots.loss_bands(bands)
+    assert plots.png(figure)
+    (ax,), (legend,) = figure.axes, figure.legends
+    looks = {(x.get_color(), x.get_linestyle(), x.get_marker()) for x in ax.get_lines()}
+    assert len(looks) == len(bands)
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [" _$3 (n=2)", *(f"method {i}" for i in range(25))]
+    below = legend.get_window_extent(figure.canvas.get_renderer())
+    assert below.y1 <= ax.get_window_extent().y0 and below.y0 >= 0
 
 
 def printed(page, folder):

@@ -56,6 +56,46 @@ def test_other_differences_make_groups_with_telling_labels():
     assert labels == ["temperature=20.0 objective_note=None", "temperature=30.0 objective_note=1"]
 
 
+def tuned(name, rate, **options):
+    one = run(output="-".join(map(str, (name, rate, *options.values()))))
+    usual = {"axis": "in", "steps": 5, "momentum": 0.95, "nesterov": name == "muon", "size": 2}
+    one.config["optimizer"] = {"name": name, "learning_rate": rate, **usual, **options}
+    return one
+
+
+def test_labels_tell_apart_and_say_only_what_is_uncommon():
+    runs = [tuned("muon", rate) for rate in (0.1, 0.2, 0.3)]
+    runs += [tuned("teon", rate) for rate in (0.1, 0.2)]
+    runs += [
+        tuned("teon", 0.1, size=4),
+        tuned("teon", 0.1, axis="out"),
+        tuned("teon", 0.1, steps=6),
+    ]
+    labels = [label for label, _ in tables.groups(runs)]
+    assert labels == [
+        *("muon lr=0.1", "muon lr=0.2", "muon lr=0.3", "teon lr=0.1", "teon lr=0.2"),
+        *("teon lr=0.1 size=4", "teon lr=0.1 axis=out", "teon lr=0.1 steps=6"),
+    ]
+
+
+def test_labels_are_distinct_whatever_the_options():
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, 2, (40, 8))
+    runs = [
+        tuned("teon", int(row[0]), **{f"o{i}": int(x) for i, x in enumerate(row[1:])})
+        for row in drawn
+    ]
+    labels = [label for label, _ in tables.groups(runs)]
+    assert len(labels) == len({tuple(row) for row in drawn.tolist()}) == len(set(labels))
+    alike = [tuned("teon", 0.1, size=size)._replace(folder=Path(repr(size))) for size in (1, "1")]
+    labels = [label for label, _ in tables.groups(alike)]
+    assert labels == ["size=1 (1)", "size=1 (2)"]
+    same_end = [tuned("teon", 0.1), tuned("teon", 0.2)]
+    same_end[1].config["base"] = {"learning_rate": 3}
+    labels = [label for label, _ in tables.groups(same_end)]
+    assert labels[1] == "optimizer.learning_rate=0.2 base.learning_rate=3"
+
+
 def test_smoke_runs_are_labelled():
     smoke, real = run(output="s", smoke=True), run(output="r", smoke=False)
     assert {c.label for c in tables.columns([smoke])} == {"SMOKE"}

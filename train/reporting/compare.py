@@ -18,15 +18,15 @@ from train.reporting.runlogs import clean
 from train.reporting.tables import Column, Run
 from train.reporting.verdict import SMOKE
 
-LONGEST = 24
+LONGEST = 32
 
 
 def short_names(labels: Sequence[str]) -> list[str]:
     """Labels that fit a legend: cut where they are long, numbered where that makes two alike.
 
     Example:
-        >>> short_names(["asu", "a very long label, part one", "a very long label, part two"])
-        ['asu', 'a very long label, pa (2)', 'a very long label, pa (3)']
+        >>> short_names(["asu", f"{'long ' * 6}one", f"{'long ' * 6}two"])
+        ['asu', 'long long long long long long (2)', 'long long long long long long (3)']
     """
     cut = [s if len(s) <= LONGEST else s[: LONGEST - 3].rstrip() for s in labels]
     return [

@@ -39,8 +39,13 @@ FURTHER: tuple[dict[str, Any], ...] = (
     {"color": "#B0413E", "linestyle": (0, (1, 2.4)), "marker": "P"},
     {"color": "#007F5F", "linestyle": (0, (7, 2, 1, 2)), "marker": "X"},
 )
+# What has no role, in turn.
+COLORS = ("#D55E00", "#0072B2", "#007F5F", "#A0287A", "#8C6D00", "#404040", "#5B3FA8", "#B0413E")
+MARKERS = ("o", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", ":", "-.")
 FONT = 11
 WIDTH = 5.0
+LEGEND_COLUMN = 26  # characters of a name that fit one of two columns
 
 
 def styles(models: Sequence[str], roles: Roles) -> dict[str, dict[str, Any]]:
@@ -88,6 +93,16 @@ def _above(ax: Axes, ncols: int = 3) -> None:
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
     )
+
+
+def _below(figure: Figure, handles: Sequence[Any], ncols: int) -> None:
+    """A legend below the axes, names as they are written."""
+    legend = figure.legend(
+        handles=handles, loc="outside lower center", ncols=ncols,
+        fontsize=FONT - 1, frameon=False, handletextpad=0.3, columnspacing=1.2,
+    )  # fmt: skip
+    for label in legend.get_texts():
+        label.set_parse_math(False)
 
 
 def png(figure: Figure, title: str = "") -> bytes:
@@ -233,19 +248,31 @@ class Band(NamedTuple):
 
 
 def loss_bands(bands: Sequence[Band]) -> Figure:
-    """Validation loss over tokens: the mean of the seeds, and the range that they span."""
-    figure, (ax,) = _figure([3.6])
-    styles = (STYLES["judged"], STYLES["reference"], STYLES["forget"], STYLES["retain"], *FURTHER)
-    for i, (name, tokens, values) in enumerate(bands):
-        style, count = styles[i % len(styles)], len(values)
-        label = name if count == 1 else f"{name} (n={count})"
-        ax.plot(tokens, values.mean(0), label=label, linewidth=2, markersize=4, **style)
-        if count > 1:
+    """Validation loss over tokens: the mean of the seeds, and the range that they span.
+
+    Bands are listed below the axes, the lowest last loss first.
+    """
+    labels = [b.name if len(b.values) == 1 else f"{b.name} (n={len(b.values)})" for b in bands]
+    columns = 2 if max(map(len, labels)) <= LEGEND_COLUMN else 1
+    figure, (ax,) = _figure([3.4 + 0.24 * -(-len(bands) // columns)])
+    lines = []
+    for i, ((_, tokens, values), label) in enumerate(zip(bands, labels, strict=True)):
+        # Eight colors and seven marks: pairs repeat after 56.
+        style: dict[str, Any] = {
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[i % len(MARKERS)],
+        }
+        style["linestyle"] = DASHES[i % len(DASHES)]
+        # Matplotlib leaves labels out of a legend that begin with an underscore.
+        label = f" {label}" if label.startswith("_") else label
+        lines += ax.plot(tokens, values.mean(0), label=label, linewidth=2, markersize=4, **style)
+        if len(values) > 1:
             low, high = values.min(0), values.max(0)
             ax.fill_between(tokens, low, high, color=style["color"], alpha=0.2, linewidth=0)
     ax.set_xlabel("tokens", fontsize=FONT)
     ax.set_ylabel("validation loss, nats a token", fontsize=FONT)
-    _legend(ax)
+    order = sorted(range(len(bands)), key=lambda i: float(bands[i].values[:, -1].mean()))
+    _below(figure, [lines[i] for i in order], columns)
     return figure
 
 
@@ -296,10 +323,6 @@ class Point(NamedTuple):
     values: list[tuple[float, float]]
 
 
-COLORS = ("#D55E00", "#0072B2", "#007F5F", "#A0287A", "#8C6D00", "#404040", "#5B3FA8", "#B0413E")
-MARKERS = ("o", "^", "D", "v", "P", "X", "*")
-
-
 def scatter(
     points: Sequence[Point],
     fixed: dict[str, list[tuple[float, float]]],
@@ -348,12 +371,7 @@ def scatter(
         arrow = {"up": " (higher is better)", "oracle": " (the oracle's is the goal)"}
         setter(metric.label + arrow.get(metric.better, ""), fontsize=FONT)
     ax.margins(0.08)
-    legend = figure.legend(
-        handles=ax.get_legend_handles_labels()[0], loc="outside lower center", ncols=2,
-        fontsize=FONT - 1, frameon=False, handletextpad=0.3, columnspacing=1.2,
-    )  # fmt: skip
-    for label in legend.get_texts():
-        label.set_parse_math(False)
+    _below(figure, ax.get_legend_handles_labels()[0], 2)
     return figure
 
 

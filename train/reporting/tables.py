@@ -7,7 +7,8 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -197,8 +198,19 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, config
 
 
+# What a label begins with, where it differs: a method's name stands for the options it brings.
+HEADS = ("preset", "objective.name", "optimizer.name", "combine")
+RATE = "optimizer.learning_rate"
+SHORT = {"learning_rate": "lr"}
+TOLD = 4
+
+
 def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Runs grouped by experiment (apart from `INCIDENTAL`), each group with a distinct label."""
+    """Runs grouped by experiment (apart from `INCIDENTAL`), each group with a distinct label.
+
+    Experiments with equal names are told apart by few options, the learning rate first; of the
+    others a label shows only values that are not the commonest.
+    """
     keyed: dict[str, list[Run]] = {}
     flats: dict[str, dict[str, Any]] = {}
     for run in {run.folder.resolve(): run for run in runs}.values():
@@ -206,25 +218,72 @@ def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
         key = json.dumps(flat, sort_keys=True, default=str)
         keyed.setdefault(key, []).append(run)
         flats[key] = flat
-    names = ("preset", "objective.name", "optimizer.name", "combine")
-    every = {name for flat in flats.values() for name in flat}
-    differ = [
-        name
-        for name in sorted(every - {"smoke"})  # labels begin with it
-        if len({json.dumps(f.get(name), default=str) for f in flats.values()}) > 1
-    ]
-    shown = [n for n in names if n in differ or len(flats) == 1 and n != "combine"]
-    # Where the names alone tell the groups apart, the other fields follow from them.
-    told = {tuple(str(f.get(n)) for n in (*shown, "smoke")) for f in flats.values()}
-    rest = [] if len(told) == len(flats) else [n for n in differ if n not in names][:4]
-    out = []
-    for key, members in keyed.items():
-        parts = [plain(flats[key].get(n)) for n in shown if flats[key].get(n) not in (None, "")]
-        parts += [plain(f"{n.rsplit('.', 1)[-1]}={flats[key].get(n)}") for n in rest]
-        out.append((" ".join(parts) or plain(members[0].folder.name), members))
+    only = len(flats) == 1
+    shown = [n for n in HEADS if (only and n != "combine") or _differs(n, flats.values())]
+    namesakes: dict[tuple[str, ...], list[str]] = {}
+    for key, flat in flats.items():
+        parts = ["SMOKE"] if flat.get("smoke") else []
+        parts += [plain(flat[n]) for n in shown if flat.get(n) not in (None, "")]
+        namesakes.setdefault(tuple(parts), []).append(key)
+    labels: dict[str, str] = {}
+    for parts, keys in namesakes.items():
+        options = _apart([flats[key] for key in keys])
+        for key, own in zip(keys, options, strict=True):
+            folder = plain(keyed[key][0].folder.name)
+            words = [*parts, *own]
+            labels[key] = " ".join(words if words not in ([], ["SMOKE"]) else [*words, folder])
+    # Values that differ and are written alike (1 and "1").
+    twice = {label for label in labels.values() if list(labels.values()).count(label) > 1}
     return [
-        (f"SMOKE {label}" if members[0].config.get("smoke") else label, members)
-        for label, members in out
+        (f"{labels[key]} ({i})" if labels[key] in twice else labels[key], members)
+        for i, (key, members) in enumerate(keyed.items(), 1)
+    ]
+
+
+def _differs(name: str, flats: Collection[dict[str, Any]]) -> bool:
+    return len({_written(flat, name) for flat in flats}) > 1
+
+
+def _written(flat: dict[str, Any], name: str) -> str:
+    return json.dumps(flat.get(name), default=str)
+
+
+def _apart(flats: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """What tells each of some configurations from the others, as `option=value`.
+
+    Options are chosen one by one, each time the one that makes the most of them distinct; where
+    these are fewer than `TOLD`, others that differ join them.
+    """
+    every = sorted({name for flat in flats for name in flat} - {"smoke"})
+    differ = [name for name in every if _differs(name, flats)]
+    chosen = [name for name in (RATE,) if name in differ]
+
+    def told(names: Sequence[str]) -> int:
+        return len({tuple(_written(flat, name) for name in names) for flat in flats})
+
+    while told(chosen) < len(flats):
+        chosen.append(max(differ, key=lambda name: told([*chosen, name])))
+    chosen += [name for name in differ if name not in chosen][: max(0, TOLD - len(chosen))]
+    chosen.sort(key=lambda name: (name != RATE, name))
+    ends = [name.rsplit(".", 1)[-1] for name in chosen]
+    titles = [
+        name if ends.count(end) > 1 else SHORT.get(end, end)
+        for name, end in zip(chosen, ends, strict=True)
+    ]
+    common = {
+        name: Counter(_written(flat, name) for flat in flats).most_common(1)[0]
+        for name in chosen
+        if name != RATE
+    }
+    # Of a value that is no commoner than the others none is left out.
+    left_out = {name: value for name, (value, count) in common.items() if count > 1}
+    return [
+        [
+            plain(f"{title}={flat.get(name)}")
+            for name, title in zip(chosen, titles, strict=True)
+            if _written(flat, name) != left_out.get(name)
+        ]
+        for flat in flats
     ]
 
 
