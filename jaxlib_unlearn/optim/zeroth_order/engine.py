@@ -253,6 +253,8 @@ def zeroth_order(
 
         curvatures = None
         if coeffs is None:
+            # Of a table that all queries read whole a copy is cheaper: its factors would add a term
+            # of the size of the logits.
             takes = frozenset(factored_leaves) if family.parts else frozenset()
             # Forward mode takes a tangent of the factors, and rows of their own kernels share the
             # product with the kernel: both need the factors.

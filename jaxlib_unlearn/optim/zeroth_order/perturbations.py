@@ -90,8 +90,8 @@ def matmul(x: jax.Array, kernel: Any) -> jax.Array:
     """
     if not isinstance(kernel, Factored):
         return x @ kernel.astype(x.dtype)
-    fan_in, fan_out = kernel.kernel.shape
     if isinstance(kernel, Perturbed) and _exact(x.dtype):
+        fan_in, fan_out = kernel.kernel.shape
         if math.prod(x.shape[:-1]) * (fan_in + fan_out) > fan_in * fan_out:
             term = jnp.matmul(kernel.left, kernel.right.T, precision="highest")
             return x @ (kernel.kernel.astype(x.dtype) + term.astype(x.dtype))
