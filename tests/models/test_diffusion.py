@@ -120,14 +120,14 @@ class Started(NamedTuple):
     sha: str = "start"
 
 
-def train(folder, name="adamw", row="esd", *, learner=LEARNER, sizes=(1, 1, 1), leaves=None):
+def train(folder, name="adamw", row="esd", *, learner=LEARNER, sizes=(1, 1, 1), leaves=None, **more):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     run = Run(folder, mesh, 0, Tracker(folder))
     options = optimizer_of(name, learning_rate=1e-2, schedule="constant", warmup=0.0)
     base: Any = Started(learner, random_params(learner))
     found = objectives.resolve(row, DENOISING)
     streams = {side: stream(i, purpose=side) for i, side in enumerate(found[0].streams)}
-    stage = TrainConfig(steps=3, batch_size=4, optimizer=options)
+    stage = TrainConfig(steps=3, batch_size=4, optimizer=options, **more)
     recipe = Recipe(stage, options, select=SelectConfig(leaves))
     trained = runs.train(run, "erased", base, found, streams, recipe)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -146,9 +146,10 @@ def test_esd_moves_all_of_it(adamw):
     assert not [path for path in before if np.array_equal(before[path], after[path])]
 
 
-@pytest.mark.slow  # a minute of compilation
-def test_four_devices_are_one(adamw, tmp_path):
-    _, _, lines = train(tmp_path, sizes=(2, 2, 1))
+@pytest.mark.slow  # a minute of compilation each
+@pytest.mark.parametrize("split", [{"sizes": (2, 2, 1)}, {"accumulate": 2}])
+def test_devices_and_micro_batches_do_not_matter(adamw, tmp_path, split):
+    _, _, lines = train(tmp_path, **split)
     for name in ("forget_loss", "retain_loss", "grad_norm"):
         assert lines[0][name] == pytest.approx(adamw[2][0][name], rel=1e-6)
 

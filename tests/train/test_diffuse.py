@@ -21,6 +21,7 @@ from train.diffusing.methods import PLACEHOLDER
 from train.reporting import rerun
 from train.runtime.digests import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh
+from train.runtime.tracking import Tracker
 
 ONE = ("--mesh.data", "1")
 
@@ -467,3 +468,50 @@ def test_a_report_tells_how_to_repeat_a_run(erased, attacked, defended):
         assert pipeline.identity(again) == config
         command = rerun.command(config, f"train.{program}")
         assert command.startswith(f"python -m train.{program} "), command
+
+
+# A run that was stopped
+
+
+def stopping(patch, stage, step):
+    """Let Ctrl-C come at a step of a stage."""
+    real = Tracker.write
+
+    def write(self, name, at, scalars):
+        if (name, at) == (stage, step):
+            raise KeyboardInterrupt
+        real(self, name, at, scalars)
+
+    patch.setattr(Tracker, "write", write)
+
+
+def test_a_run_that_was_stopped_in_every_stage_ends_with_the_same_models(
+    program, diffused, tmp_path, monkeypatch
+):
+    output, start = tmp_path / "run", ("fashion", "--smoke", *ONE)
+    stages = {"classifier": 7, "vae": 3, "original": 5}
+    argv = [*start, *(f"--{name}.checkpoint-seconds=0" for name in stages), "--output", output]
+    for stage, step in stages.items():
+        with monkeypatch.context() as patch:
+            stopping(patch, stage, step)
+            found = program("train.diffuse", *argv)
+        assert found.code == 130 and not (output / "summary.json").exists(), found.err
+    found = done(program, "diffuse", *argv)
+    assert f"original: continuing at step {stages['original']} of 8" in found.err
+    assert summary_of(output) == summary_of(diffused[0])
+    assert log_of(output, "original") == log_of(diffused[0], "original")
+
+
+def test_an_attack_that_was_stopped_ends_with_the_same_tokens(
+    program, erased, attacked, tmp_path, monkeypatch
+):
+    argv = (erased, "--attack", "subattack", "--output", tmp_path / "run")
+    lines = [json.loads(x) for x in (attacked / "metrics.jsonl").read_text().splitlines()]
+    last = lines[-1]  # of the second token
+    with monkeypatch.context() as patch:
+        stopping(patch, last["stage"], last["step"])
+        assert program("train.attack", *argv).code == 130
+    done(program, "attack", *argv)
+    for name in ("tokens.safetensors", "attack.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (attacked / name).read_bytes()
+    assert summary_of(tmp_path / "run") == summary_of(attacked)
