@@ -152,6 +152,7 @@ class CNNLearner(PlainLearner):
         """Number of features and classes."""
         return {"hidden": self.model.config.features, "classes": self.model.config.num_classes}
 
-    def ask(self, params: Any) -> Any:
+    def ask(self, params: Any, together: Any = ()) -> Any:
         """The network as objectives ask it."""
+        del together
         return AskedClassifier(functools.partial(self.model.logits, params))

@@ -5,14 +5,16 @@ Both are trained, sharded and exchanged as one tree, `{"text_encoder": .., "unet
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlib_unlearn.concepts import attack_token, init_network, project
+from jaxlib_unlearn.objectives.denoising import PROMPT
 from models import clip_text, layout, unet
 from models.clip_text import ClipText
 from models.labels import Batch
@@ -101,12 +103,14 @@ class AskedDenoiser:
         model: the model.
         params: its parameters.
         embed: `(params, batch, token ids) -> embeddings`.
+        together: batches of which the noise of their own prompts will be asked: in one pass.
         known: answers so far; they are added as they are asked for.
     """
 
     model: Diffusion
     params: Any
     embed: Any
+    together: Sequence[Batch] = ()
     known: list[tuple[Batch, str, jax.Array]] = field(default_factory=list)
 
     def noise(self, batch: Batch, *prompts: str) -> tuple[jax.Array, ...]:
@@ -117,19 +121,20 @@ class AskedDenoiser:
         Returns:
             `(B, H, W, C)` each.
         """
-        wanted = [p for p in dict.fromkeys(prompts) if self._find(batch, p) is None]
+        asked = [(batch, prompt) for prompt in dict.fromkeys(prompts)]
+        if any(batch is other for other in self.together) and PROMPT in prompts:
+            asked += [(other, PROMPT) for other in self.together if other is not batch]
+        wanted = [(of, prompt) for of, prompt in asked if self._find(of, prompt) is None]
         if wanted:
-            times = len(wanted)
-            embeds = [self.embed(self.params, batch, batch[p]) for p in wanted]
-            latents, time = batch["latents"], jnp.asarray(batch["time"])
             found = self.model.noise_given(
                 self.params,
-                jnp.concatenate([latents] * times) if times > 1 else latents,
-                jnp.concatenate([time] * times) if times > 1 else time,
-                jnp.concatenate(embeds) if times > 1 else embeds[0],
+                _joined([of["latents"] for of, _ in wanted]),
+                _joined([jnp.asarray(of["time"]) for of, _ in wanted]),
+                _joined([self.embed(self.params, of, of[prompt]) for of, prompt in wanted]),
             )
-            for prompt, part in zip(wanted, jnp.split(found, times), strict=True):
-                self.known.append((batch, prompt, part))
+            ends = np.cumsum([len(of["latents"]) for of, _ in wanted])
+            for (of, prompt), part in zip(wanted, jnp.split(found, ends[:-1]), strict=True):
+                self.known.append((of, prompt, part))
         answers = [self._find(batch, prompt) for prompt in prompts]
         return tuple(answer for answer in answers if answer is not None)
 
@@ -138,6 +143,10 @@ class AskedDenoiser:
             if other is batch and name == prompt:
                 return found
         return None
+
+
+def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True)
@@ -172,9 +181,9 @@ class DiffusionLearner(PlainLearner):
         del batch
         return self.model.text.embed(params[TEXT], tokens)
 
-    def ask(self, params: Any) -> Any:
+    def ask(self, params: Any, together: Sequence[Batch] = ()) -> Any:
         """The denoiser as objectives ask it."""
-        return AskedDenoiser(self.model, params, self.embed)
+        return AskedDenoiser(self.model, params, self.embed, together)
 
 
 def placed(embeds: jax.Array, batch: Batch, learned: jax.Array) -> jax.Array:

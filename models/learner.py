@@ -108,8 +108,8 @@ class PlainLearner:
         """The parameter tree as float32 `jax.ShapeDtypeStruct`s."""
         return self.model.shapes()
 
-    def ask(self, params: Any) -> Any:
-        """The model as objectives ask it."""
+    def ask(self, params: Any, together: Sequence[Batch] = ()) -> Any:
+        """The model as objectives ask it; of batches in `together` it will be asked the same."""
         raise NotImplementedError
 
     def context(
@@ -124,8 +124,10 @@ class PlainLearner:
         train_from: int = 0,
     ) -> Context:
         """What a loss may ask of these parameters, see `Learner.context`."""
-        del batches, questions, layer_map, fuse, train_from
-        model = self.ask(layout.constrain(params, rules=self.rules))
+        del layer_map, train_from
+        together = [batches[stream] for stream in questions.asks if stream in batches]
+        constrained = layout.constrain(params, rules=self.rules)
+        model = self.ask(constrained, together if fuse else ())
         if frozen.params is None:
             return Context(model)
         return Context(model, self.ask(jax.lax.stop_gradient(frozen.params)))

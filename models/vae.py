@@ -229,8 +229,9 @@ class VAELearner(PlainLearner):
         """Channels of the latents."""
         return {"latent_channels": self.model.config.latent_channels}
 
-    def ask(self, params: Any) -> Any:
+    def ask(self, params: Any, together: Any = ()) -> Any:
         """The autoencoder as objectives ask it."""
+        del together
         return AskedVAE(self.model, params)
 
 

@@ -92,18 +92,35 @@ def test_what_was_asked_is_not_computed_again():
 
 
 @pytest.mark.parametrize("name", DENOISING)
-def test_rows_are_answered(name):
+def test_rows_are_answered_in_one_pass(name, monkeypatch):
     row, options = objectives.resolve(name, DENOISING)
     check_questions(LEARNER, row, options)
+    # Sides of unequally many rows.
     sides = enumerate(row.streams)
-    batches: Any = {side: stream(i).batch(np.arange(2), (), 0) for i, side in sides}
+    batches: Any = {side: stream(i).batch(np.arange(2 + i), (), 0) for i, side in sides}
+    passes, apply = [], UNet.apply
 
-    def loss(params, frozen):
-        context = LEARNER.context(params, Frozen(params=frozen), batches, row.questions(options))
+    def counted(self, params, latents, *given):
+        passes.append(len(latents))
+        return apply(self, params, latents, *given)
+
+    monkeypatch.setattr(UNet, "apply", counted)
+
+    def loss(params, frozen, fuse):
+        asks = row.questions(options)
+        context = LEARNER.context(params, Frozen(params=frozen), batches, asks, fuse=fuse)
         terms = row.loss(context, batches, options)
         return objectives.combine(terms, {k: w for k, (_, w) in terms.items()}, options)
 
-    mine, frozen = jax.jit(jax.grad(loss, argnums=(0, 1)))(PARAMS, START)
+    jax.eval_shape(lambda *given: loss(*given, False), PARAMS, START)
+    apart = {"denoise": [2], "esd": [4, 2, 3], "redirect": [2, 2, 3]}
+    together = {"denoise": [2], "esd": [4, 5], "redirect": [2, 5]}
+    assert passes == apart[name]
+    passes.clear()
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+    value, (mine, frozen) = compiled(PARAMS, START, True)
+    assert passes == together[name]
+    np.testing.assert_allclose(value, loss(PARAMS, START, False), rtol=1e-5)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(mine))
     assert all(np.any(x) for x in jax.tree.leaves(mine["unet"]))
     assert not any(np.any(x) for x in jax.tree.leaves(frozen))
@@ -120,7 +137,9 @@ class Started(NamedTuple):
     sha: str = "start"
 
 
-def train(folder, name="adamw", row="esd", *, learner=LEARNER, sizes=(1, 1, 1), leaves=None, **more):
+def train(
+    folder, name="adamw", row="esd", *, learner=LEARNER, sizes=(1, 1, 1), leaves=None, **more
+):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     run = Run(folder, mesh, 0, Tracker(folder))
     options = optimizer_of(name, learning_rate=1e-2, schedule="constant", warmup=0.0)
