@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -236,8 +237,16 @@ def check_places(config: Any) -> None:
     Args:
         config: of a program that has both.
     """
-    cache = None if config.stage.cache is None else remote.located(config.stage.cache)
     remote.check(config.stage.cache, "--stage.cache")
     remote.check(config.output, "--output")
-    if cache is not None and cache.exists() and not cache.is_dir():
-        raise UserError(f"--stage.cache {cache} is not a folder; give a folder, or leave it out")
+    cache = config.stage.cache
+    if cache is None or remote.is_remote(cache):
+        return
+    there = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--stage.cache: {there} is not a folder; give a folder, or leave it out")
+    if not os.access(there, os.W_OK):
+        raise UserError(
+            f"--stage.cache {cache}: {there} cannot be written to; give another folder, or leave "
+            "it out"
+        )

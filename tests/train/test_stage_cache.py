@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import fcntl
+import os
 import threading
 from pathlib import Path
 
@@ -130,10 +131,19 @@ def test_the_cache_is_no_part_of_what_a_run_is(config, tmp_path):
     assert pipeline.identity(cached) == pipeline.identity(config)
 
 
+def test_a_cache_that_cannot_be_written_is_refused(config, tmp_path, monkeypatch):
+    checks.check_run(replace(config, **{"stage.cache": tmp_path / "a" / "b"}))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be written to; give another folder"):
+        checks.check_run(replace(config, **{"stage.cache": tmp_path / "a" / "b"}))
+
+
 def test_a_cache_that_is_a_file_is_refused(config, tmp_path):
     path = tmp_path / "file"
     path.write_text("")
-    with pytest.raises(UserError, match="stage.cache .* is not a folder"):
-        checks.check_run(replace(config, **{"stage.cache": path}))
+    for given in (path, path / "a" / "b"):
+        with pytest.raises(UserError, match=f"--stage.cache: {path} is not a folder"):
+            checks.check_run(replace(config, **{"stage.cache": given}))
     with pytest.raises(UserError, match="give another --stage.cache"), stages.alone(path / "a", ""):
         pass
