@@ -144,7 +144,6 @@ def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, in
     tokens = evaluate.get("max_new_tokens") if isinstance(evaluate, dict) else None
     tokens = tokens if isinstance(tokens, int) else None
     unlearns = found.about.get("program", "train.unlearn") == "train.unlearn"
-    unlearns = unlearns and found.about.get("page", True)
     if other is None and not unlearns:
         what = f"The model '{found.roles.judged}' of a run of jaxlib-unlearn."
         text = card.plain(what, found.judged["params_sha256"], chat=False)

@@ -68,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv)
         runs = [tables.load_run(folder) for folder in args.runs]
         cols = tables.columns(runs)
-        # A run that unlearned nothing says that the page does not tell of it.
-        paged = len(runs) == 1 and runs[0].about.get("page", True)
-        built = page.build(args.runs[0]) if paged else None
+        built = page.build(args.runs[0]) if len(runs) == 1 else None
         if args.html:
             from train.reporting import compare
 

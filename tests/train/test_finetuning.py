@@ -20,6 +20,9 @@ from train.data import thoughts
 from train.data.bpe import train_bpe
 from train.data.search_traces import THOUGHTS, search_rows
 from train.evaluators import EVALUATORS
+from train.evaluators.base import Results
+from train.evaluators.final_answer import learnt
+from train.evaluators.roles import Roles
 from train.finetuning import encoding, pipeline, sources
 from train.finetuning.arguments import read_arguments
 from train.finetuning.config import CondenseConfig, ReasoningData, ReasoningRun
@@ -481,6 +484,9 @@ def test_a_whole_run(program, tmp_path):
     assert len(log["answer_accuracy"]["value_by_index"]) == 4
     assert (root / "export" / "model.safetensors").exists()
     assert "Answer accuracy" in done.out and "padding" in done.err
+    page = (root / "report.html").read_text()
+    assert "A model was fine-tuned on traces of reasoning" in page and "While it trains" in page
+    assert "Unlearning" not in page and "SMOKE" in page and (root / "curves.png").exists()
     # Nothing is computed twice; the stored configuration is the same run.
     steps = (root / "metrics.jsonl").read_bytes()
     config = root / "config.json"
@@ -495,6 +501,31 @@ def test_a_whole_run(program, tmp_path):
     assert other.code == 0, other.err
     assert [*judged.parent.glob("*.json")] == [judged] and judged.stat().st_mtime_ns == before
     assert json.loads((tmp_path / "head" / "summary.json").read_text())["base"] == summary["base"]
+
+
+def judged(before, after):
+    """What the page says of two models, by which of their answers are right."""
+    names = dict(zip(("base", "finetuned"), (before, after), strict=True))
+    logs = {
+        name: {"answer_accuracy": {"value_by_index": {i: {"score": x} for i, x in enumerate(rows)}}}
+        for name, rows in names.items()
+    }
+    summary = {name: {"answer_accuracy": sum(x) / len(x)} for name, x in names.items()}
+    return learnt(Results(summary, logs, Roles("base", "oracle", "finetuned")))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "state", "said"),
+    [
+        ([0] * 20, [1] * 8 + [0] * 12, "good", "8 answers gained and 0 lost"),
+        ([0] * 20, [1] * 5 + [0] * 15, "mixed", "p = 0.062"),
+        ([1] * 9 + [0], [0] * 9 + [1], "bad", "1 answers gained and 9 lost"),
+        ([0, 1], [0, 1], "mixed", "p = 1"),
+    ],
+)
+def test_more_right_answers_must_be_beyond_chance(before, after, state, said):
+    found = judged(before, after)
+    assert found.state == state and said in found.text
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from train.evaluators.base import (
     items_of,
 )
 from train.evaluators.curves import learning_curve
+from train.evaluators.paired import paired
 from train.reporting.numbers import format_number
 
 METRICS = (
@@ -105,22 +106,16 @@ def learnt(results: Results) -> Finding | None:
 
     Chance: the rows that one of the two models has right and the other has not, by a sign test.
     """
-    start, _, judged = results.roles
-    after, before = (items_of(results.logs.get(m), "accuracy") for m in (judged, start))
-    shared = [(after[i], before[i]) for i in after if i in before]
-    if not shared:
+    found = paired(results, "accuracy", "right")
+    if found is None:
         return None
-    from scipy.stats import binomtest
-
-    gained = sum(a["right"] > b["right"] for a, b in shared)
-    lost = sum(a["right"] < b["right"] for a, b in shared)
-    chance = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    after = items_of(results.logs.get(results.roles.judged), "accuracy")
     gold = [item["gold"] for item in after.values()]
     most = max(map(gold.count, set(gold))) / len(gold)
     share = sum(item["right"] for item in after.values()) / len(after)
-    if chance >= 0.05:
+    if found.chance >= 0.05:
         state, answer = "mixed", "not told apart from before"
-    elif lost > gained:
+    elif found.lost > found.gained:
         state, answer = "bad", "it got worse"
     elif share <= most:
         state, answer = "mixed", "no better than the commonest answer"
@@ -130,9 +125,9 @@ def learnt(results: Results) -> Finding | None:
         "Did it learn the task?",
         state,
         answer,
-        f"Accuracy on {len(after)} test rows: {results.across('accuracy')}; {gained} rows gained "
-        f"and {lost} lost (sign test, p = {format_number(chance)}). The commonest answer is right "
-        f"on {format_number(most)}. With the prior of the labels taken out: "
+        f"Accuracy on {len(after)} test rows: {results.across('accuracy')}; "
+        f"{found.text('rows')}. The commonest answer is right on {format_number(most)}. With the "
+        "prior of the labels taken out: "
         f"{results.across('accuracy_without_prior') or 'not measured'}.",
     )
 

@@ -1,4 +1,4 @@
-"""The picture of a fine-tune for a budget of forward passes: what it gains over them."""
+"""Pictures of training: the loss of a stage, and what a fine-tune gains over forward passes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,27 @@ from typing import Any
 
 from train.evaluators.base import Picture, Results
 from train.reporting.numbers import number
+
+
+def loss_curve(words: str) -> Picture:
+    """The picture of the loss of every step, and of held-out documents where they are looked at.
+
+    Args:
+        words: its caption.
+    """
+
+    def draw(results: Results) -> Any:
+        from train.reporting import plots
+
+        return plots.losses(results.steps)
+
+    def alt(results: Results) -> str:
+        looks = [row["validation_loss"] for row in results.steps if "validation_loss" in row]
+        ends = f" The validation loss ends at {looks[-1]:.3f} nats." if looks else ""
+        return f"Loss over {len(results.steps)} logged steps.{ends}"
+
+    missing = "No curves: metrics.jsonl has no steps."
+    return Picture("curves.png", "While it trains", draw, alt, words, missing)
 
 
 def learning_curve(name: str) -> Picture:

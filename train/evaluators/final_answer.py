@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.evaluators.base import Definition, Evaluator, Metric, Rows
+from train.evaluators.base import (
+    Definition,
+    Evaluator,
+    Finding,
+    Metric,
+    Results,
+    Rows,
+    Verdict,
+)
+from train.evaluators.curves import loss_curve
+from train.evaluators.paired import paired
+from train.reporting.numbers import format_number
 
 METRICS = (
     Metric("answer_accuracy", "Answer accuracy", "share of the greedy answers that end in the "
@@ -60,6 +71,29 @@ def run(model: Any, rows: Rows, context: Any) -> dict[str, Any]:
     }
 
 
+def learnt(results: Results) -> Finding | None:
+    """Whether the model gives more right answers than before, beyond chance."""
+    found = paired(results, "answer_accuracy", "score")
+    if found is None:
+        return None
+    share = results.scores("answer_accuracy").judged
+    if found.chance >= 0.05:
+        state, answer = "mixed", "not told apart from before"
+    elif found.lost > found.gained:
+        state, answer = "bad", "it got worse"
+    else:
+        state, answer = "good", f"{format_number(share)} of its answers are right"
+    return Finding(
+        "Does it reason to the right answer?",
+        state,
+        answer,
+        f"Right answers, of all: {results.across('answer_accuracy')}; {found.text('answers')}. "
+        f"Answers that came to an end: {results.across('finished')}. Given the whole trace, nats a "
+        f"token of the right answer: {results.across('answer_nll')}; such a trace often names it, "
+        "so this alone is no proof of reasoning.",
+    )
+
+
 DEFINITIONS = (
     Definition(
         "final_answer",
@@ -68,4 +102,14 @@ DEFINITIONS = (
         "last number. An answer whose trace does not end is wrong.",
     ),
 )
-ROW = Evaluator("final_answer", run, METRICS, definitions=DEFINITIONS, version=2)
+ROW = Evaluator(
+    "final_answer",
+    run,
+    METRICS,
+    verdicts=(Verdict("final_answer", learnt),),
+    pictures=(loss_curve("Cross-entropy of every step's batch, in nats a token."),),
+    definitions=DEFINITIONS,
+    version=2,
+    lead="A model was fine-tuned on traces of reasoning. Below: whether it reasons to right "
+    "answers, before and after, and how that was measured.",
+)

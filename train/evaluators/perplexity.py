@@ -13,11 +13,11 @@ from train.evaluators.base import (
     Evaluator,
     Finding,
     Metric,
-    Picture,
     Results,
     Rows,
     Verdict,
 )
+from train.evaluators.curves import loss_curve
 from train.reporting.numbers import format_number
 
 METRICS = (
@@ -53,31 +53,14 @@ def learnt(results: Results) -> Finding | None:
     )
 
 
-def _draw(results: Results) -> Any:
-    from train.reporting import plots
-
-    return plots.losses(results.steps)
-
-
-def _alt(results: Results) -> str:
-    looks = [row["validation_loss"] for row in results.steps if "validation_loss" in row]
-    ends = f" The validation loss ends at {looks[-1]:.3f} nats." if looks else ""
-    return f"Loss over {len(results.steps)} logged steps.{ends}"
-
-
 ROW = Evaluator(
     "perplexity",
     run,
     METRICS,
     verdicts=(Verdict("perplexity", learnt),),
     pictures=(
-        Picture(
-            "curves.png",
-            "While it trains",
-            _draw,
-            _alt,
-            "Cross-entropy in nats a token: of every step's batch, and of held-out documents.",
-            "No curves: metrics.jsonl has no steps.",
+        loss_curve(
+            "Cross-entropy in nats a token: of every step's batch, and of held-out documents."
         ),
     ),
     definitions=(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -20,11 +19,12 @@ from train.exports import export_model
 from train.finetuning import encoding, sources
 from train.finetuning.config import ReasoningRun, stage_of, stretched
 from train.replays import stored
-from train.reporting import card, tables
+from train.reporting import card
+from train.reporting.ending import publish
 from train.run import Recipe, Run, num_steps, phase, started
 from train.run import train as train_stage
-from train.runtime import distributed, files, folder, remote, reporters, sharding
-from train.runtime.stages import json_stage, write_atomic
+from train.runtime import distributed, folder, remote, reporters, sharding
+from train.runtime.stages import json_stage
 from train.runtime.tracking import Timed, say
 from train.tasks.task import prompt_format
 
@@ -33,7 +33,6 @@ EVALUATOR = EVALUATORS["final_answer"]
 ABOUT = {
     "roles": {"start": "base", "judged": STAGE},
     "evaluators": [EVALUATOR.name],
-    "page": False,
     "program": "train.finetune",
 }
 
@@ -269,18 +268,5 @@ def export(opened: Opened, trained: Model) -> None:
 
 
 def report(opened: Opened, summary: Mapping[str, Any]) -> None:
-    """`summary.json`, and its numbers on the terminal."""
-    run = opened.run
-
-    def write() -> None:
-        text = json.dumps(summary, indent=1)
-        write_atomic(run.folder / "summary.json", text)
-        write_atomic(run.folder / "summary.key", files.key_text(text))
-        tables.show(tables.columns([tables.load_run(run.folder)]))
-        remote.send(run.folder)
-
-    distributed.of_first(write)
-    run.tracker.close(summary)
-    where = remote.home(run.folder)
-    minutes = 0.0 if run.clock is None else run.clock.minutes["all"]
-    say(f"summary: {where / 'summary.json'}   model: {where / 'export'}   {minutes:.1f} minutes")
+    """`summary.json`, the page, and its numbers on the terminal."""
+    publish(opened.run, summary)

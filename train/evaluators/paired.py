@@ -1,0 +1,50 @@
+"""The judged model against the model before, item by item."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from train.evaluators.base import Results, items_of
+from train.reporting.numbers import format_number
+
+
+class Paired(NamedTuple):
+    """Items of a share that both models were judged by.
+
+    Args:
+        gained: those that only the judged model has right.
+        lost: those that only the model before has right.
+        chance: probability of a difference as large, if both were equally good (a sign test).
+    """
+
+    gained: int
+    lost: int
+    chance: float
+
+    def text(self, what: str) -> str:
+        """As words of a verdict."""
+        p = format_number(self.chance)
+        return f"{self.gained} {what} gained and {self.lost} lost (sign test, p = {p})"
+
+
+def paired(results: Results, name: str, key: str) -> Paired | None:
+    """Count what was gained and lost.
+
+    Args:
+        results: of a run.
+        name: of the metric.
+        key: of an item, 1 where it is right.
+
+    Returns:
+        None where no item was judged with both models.
+    """
+    start, _, judged = results.roles
+    after, before = (items_of(results.logs.get(model), name) for model in (judged, start))
+    shared = [(after[i][key], before[i][key]) for i in after if i in before]
+    if not shared:
+        return None
+    from scipy.stats import binomtest
+
+    gained, lost = sum(a > b for a, b in shared), sum(a < b for a, b in shared)
+    chance = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return Paired(gained, lost, chance)
