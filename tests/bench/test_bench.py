@@ -475,7 +475,7 @@ def test_r2mu_forgets_the_traces_that_rmu_leaves(repo, tmp_path):
 
 
 def test_every_run_of_the_table_of_traces_is_a_command(repo):
-    from train.arguments import read_arguments
+    from train.unlearning.arguments import read_arguments
 
     bench = load(repo, "r2mu_table")
     found = [read_arguments(["r2mu-tiny", *more]) for more in bench.METHODS.values()]

@@ -15,7 +15,6 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import OBJECTIVES
 from jaxlib_unlearn.objectives import options_of as objective_of
 from train import cli, suggest
-from train.arguments import read_arguments
 from train.choices import FIRST, known_words, options
 from train.config import OBJECTIVE, RunConfig, replace, to_json
 from train.costs.planned import PlanConfig
@@ -27,6 +26,7 @@ from train.optimizers import COMBINERS, OPTIMIZERS, make_schedule, other
 from train.optimizers import ROWS as OPTIMIZER
 from train.optimizers import options_of as optimizer_of
 from train.presets import PRESETS
+from train.unlearning.arguments import read_arguments
 
 OPTION = re.compile(r"^  (--(?!no-)[\w.-]+)", re.MULTILINE)  # how help prints an option
 

@@ -14,7 +14,7 @@ from fields import another, leaves
 
 from models import DecoderConfig
 from models.layers import RopeScaling
-from train import base_models, cli, pipeline
+from train import base_models, cli
 from train.config import OBJECTIVE, RunConfig, replace, to_json
 from train.data import references, streams
 from train.data.examples import Example
@@ -27,6 +27,7 @@ from train.runtime.keys import WHY_NOT
 from train.runtime.stages import digest
 from train.tasks import load_task
 from train.tasks.task import prompt_format
+from train.unlearning import pipeline
 
 # Of a small decoder, as it was before there were families with learned positions.
 OLD_SHAPE = "ff5f01387c1620582d09c86ac5aa655bbf4fcefd7f1cf0045d158cc7db4ede06"

@@ -16,7 +16,7 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models.decoder import Decoder
 from models.families import new_config
-from train import base_models, pipeline
+from train import base_models
 from train import run as runs
 from train.config import RunConfig, UnlearnConfig
 from train.data.examples import Example, Group
@@ -29,6 +29,7 @@ from train.runtime.checkpointing import params_sha256
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
 from train.tasks.task import Task
+from train.unlearning import pipeline
 
 CONTEXT = 48
 NAMES = ("gpt2", "opt")

@@ -16,7 +16,7 @@ from jaxlib_unlearn.objectives import options_of as objective_of
 from models.decoder import REMAT, Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from models.weights import load
-from train import base_models, checks, cli, pipeline
+from train import base_models, checks, cli
 from train.config import LoraConfig, RunConfig
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model
@@ -31,6 +31,7 @@ from train.runtime.tracking import Tracker
 from train.step import compile_step, init_state, make_step
 from train.tasks import load_task
 from train.trainable import trainable_of
+from train.unlearning import pipeline
 
 STEPS = 4
 CONFIG = DecoderConfig(64, 16, 32, 2, 4, 2, 4)

@@ -11,8 +11,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
 from jaxlib_unlearn.objectives.base import Sided, named, retain_terms
 from jaxlib_unlearn.options import option
-from train import base_models, checks, choices, optimizers, pipeline, tasks
-from train.arguments import read_arguments
+from train import base_models, checks, choices, optimizers, tasks
 from train.config import DataConfig, EvaluateConfig, RunConfig, replace
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.base import Evaluator, Finding, Metric, Picture, Verdict
@@ -25,6 +24,8 @@ from train.run import Run
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks.task import Benchmark, Task
+from train.unlearning import pipeline
+from train.unlearning.arguments import read_arguments
 
 SOURCES = ("authors", "tofu", "reasoning-authors", "reasoning-tofu", "reasoning")
 RIDDLES = [{"question": f"Riddle {i}?", "answer": f"a riddle {i}"} for i in range(3)]

@@ -15,12 +15,12 @@ from models import labels
 from models.architectures import ALIASES, ARCHITECTURES, config_of
 from models.weights import find_smollm2
 from train import plan
-from train.arguments import read_arguments
 from train.costs import collectives, flops, hlo, hlo_flops, programs, topology
 from train.costs.planned import PLANNERS, PlanConfig
 from train.plan import needed_bytes
 from train.presets import PRESETS
 from train.runtime import sharding
+from train.unlearning.arguments import read_arguments
 
 on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 without_libtpu = importlib.util.find_spec("libtpu") is None

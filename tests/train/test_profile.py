@@ -6,14 +6,15 @@ import dataclasses
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import base_models, checks, cli, pipeline
+from train import base_models, checks, cli
 from train.config import RunConfig
-from train.pipeline import identity as _identity
 from train.presets import PRESETS
 from train.run import Run
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
+from train.unlearning import pipeline
+from train.unlearning.pipeline import identity as _identity
 
 
 @pytest.fixture(scope="module")

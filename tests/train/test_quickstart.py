@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxlib_unlearn.metrics import tofu
-from train import base_models, pipeline, unlearn
+from train import base_models, unlearn
 from train.config import replace
 from train.evaluators.evaluation import evaluate_model
 from train.presets import PRESETS
@@ -14,6 +14,7 @@ from train.run import Run
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
+from train.unlearning import pipeline
 
 pytestmark = pytest.mark.optimised
 

@@ -15,8 +15,7 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models.decoder import Decoder, DecoderConfig
 from models.weights import Loaded
-from train import base_models, checks, pipeline, traces
-from train.arguments import read_arguments
+from train import base_models, checks
 from train.config import RunConfig, TracesConfig, to_json
 from train.data import author_reasoning, thoughts
 from train.data.bpe import train_bpe
@@ -31,6 +30,8 @@ from train.runtime import seal, sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task, reasoning
 from train.tasks.task import TRACES, Task
+from train.unlearning import pipeline, traces
+from train.unlearning.arguments import read_arguments
 
 ROW = {"question": "2 + 2?", "thoughts": ["Two and two."], "answer": "4"}
 CHOICE = ROW | {"options": ["3", "4"], "gold": 1, "topic": "sums"}

@@ -179,8 +179,8 @@ def test_where_a_run_reports_is_no_part_of_what_it_is():
     import dataclasses
 
     from train.config import RunConfig
-    from train.pipeline import identity as _identity
     from train.reporting.tables import INCIDENTAL
+    from train.unlearning.pipeline import identity as _identity
 
     config = RunConfig()
     assert _identity(config) == _identity(dataclasses.replace(config, report_to="wandb"))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import models
 from jaxlib_unlearn.objectives import options_of as objective_of
-from train import base_models, cli, exports, pipeline
+from train import base_models, cli, exports
 from train.config import RunConfig
 from train.presets import PRESETS
 from train.run import Run
@@ -21,6 +21,7 @@ from train.runtime import residency, sharding
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
+from train.unlearning import pipeline
 
 
 def pointers(x):

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import pytest
 
-from train import base_models, cli, loop, pipeline
+from train import base_models, cli, loop
 from train.config import RunConfig
 from train.presets import PRESETS
 from train.run import Run
 from train.runtime import checkpointing, sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
+from train.unlearning import pipeline
 
 STEPS = 8
 

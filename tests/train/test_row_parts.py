@@ -15,7 +15,6 @@ from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train import checks, optimizers
 from train import run as runs
-from train.arguments import read_arguments
 from train.classification import pipeline as classification
 from train.classification.config import ClassifyRun
 from train.config import TrainConfig, replace, to_json
@@ -28,6 +27,7 @@ from train.pretraining.config import PretrainConfig
 from train.run import Recipe, Run
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.step import Losses
+from train.unlearning.arguments import read_arguments
 
 LEARNER = DecoderLearner(Decoder(DecoderConfig(32, 8, 12, 2, 2, 1, 4)))
 ONE = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])

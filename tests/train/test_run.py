@@ -13,7 +13,7 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from models import Decoder, DecoderConfig, Tokenizer
-from train import base_models, pipeline
+from train import base_models
 from train import run as runs
 from train.config import RunConfig, TrainConfig, UnlearnConfig
 from train.data.batches import collate, shuffled
@@ -28,6 +28,7 @@ from train.runtime.folder import read_minutes
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
 from train.tasks.task import Task
+from train.unlearning import pipeline
 
 CALLS: list[str] = []
 SHAPE = DecoderConfig(

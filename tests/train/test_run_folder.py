@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import arguments, base_models, cli, exports, pipeline
+from train import base_models, cli, exports
 from train.config import RunConfig
 from train.data import references
 from train.reporting import runlogs, tables
 from train.runtime import files, folder, seal, sharding
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
+from train.unlearning import arguments, pipeline
 
 
 def flip(path: Path, rng: random.Random) -> bytes:

@@ -17,8 +17,7 @@ from models import selection
 from models.asked import Frozen
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner, check_questions
-from train import base_models, checks, pipeline
-from train.arguments import read_arguments
+from train import base_models, checks
 from train.config import SelectConfig, UnlearnConfig, identity
 from train.costs.flops import count_jaxpr
 from train.evaluators.evaluation import Model
@@ -32,6 +31,8 @@ from train.runtime.tracking import Tracker
 from train.step import Losses, init_state, make_step, objective_state
 from train.tasks import load_task
 from train.trainable import trainable_of
+from train.unlearning import pipeline
+from train.unlearning.arguments import read_arguments
 
 CONFIG = DecoderConfig(31, 16, 24, 10, 2, 1, 8)
 LEARNER = DecoderLearner(Decoder(CONFIG))

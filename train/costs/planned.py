@@ -10,7 +10,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import option
 from models.bounds import check_positions
 from models.decoder import REMAT, Decoder
-from train import arguments, checks, suggest
+from train import checks, suggest
 from train.classification import arguments as classify_arguments
 from train.classification.config import ClassifyRun
 from train.config import RunConfig
@@ -30,6 +30,7 @@ from train.pretraining import arguments as pretrain_arguments
 from train.pretraining import pipeline
 from train.pretraining.config import PretrainConfig
 from train.runtime import sharding
+from train.unlearning import arguments
 
 
 class Planned(NamedTuple):

@@ -59,7 +59,7 @@ def run(config: FinetuneRun) -> Path:
 
 
 def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
-    from train import base_models, checks, optimizers, pipeline
+    from train import base_models, checks, optimizers
     from train.data.tofu import check_rows, read_json
     from train.exports import export_model
     from train.replays import stored
@@ -67,6 +67,7 @@ def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
     from train.runtime import distributed, folder, remote, sharding
     from train.runtime.stages import digest, write_atomic
     from train.tasks.task import prompt_format
+    from train.unlearning import pipeline
 
     distributed.start(config.distributed)
     identity = {**to_json(config), "output": None}

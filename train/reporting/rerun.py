@@ -12,7 +12,7 @@ from jaxlib_unlearn.errors import UserError
 # What reads the command line of a program. Imported when asked: it knows the presets, and these
 # all that they configure. Behind a colon, the name of a function other than `read_arguments`.
 READERS = {
-    "train.unlearn": "train.arguments",
+    "train.unlearn": "train.unlearning.arguments",
     "train.pretrain": "train.pretraining.arguments",
     "train.classify": "train.classification.arguments",
     "train.finetune": "train.finetuning.arguments",

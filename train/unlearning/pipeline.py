@@ -18,7 +18,6 @@ from jaxlib_unlearn.objectives import Objective
 from models.learner import DecoderLearner, check_questions
 from train import base_models, checks, exports
 from train import config as configs
-from train.alternates import with_alternates
 from train.config import LoraConfig, RunConfig, run_folder
 from train.data.examples import Encoded, encode_rows
 from train.data.streams import Examples, make_stream
@@ -33,8 +32,9 @@ from train.runtime.stages import digest
 from train.runtime.tracking import Tracker, say
 from train.tasks import load_task
 from train.tasks.task import ALTERNATES, TRACES, Row, Task, prompt_format
-from train.traces import check_room, read_traces, with_traces
 from train.trainable import train_from
+from train.unlearning.alternates import with_alternates
+from train.unlearning.traces import check_room, read_traces, with_traces
 
 CURVE_ROWS = 40
 
