@@ -7,8 +7,7 @@ import io
 import json
 import math
 import statistics
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +15,7 @@ from jaxlib_unlearn import reading
 from jaxlib_unlearn.errors import UserError
 from train.evaluators import QUESTION_ANSWERING
 from train.evaluators.roles import ROLES, Roles, roles_of
+from train.reporting import labels
 from train.reporting.metrics_table import (
     LEGEND,
     MISSING,
@@ -30,12 +30,6 @@ from train.runtime import files
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-# Two runs are the same experiment when they differ only in these, at any level of the config.
-INCIDENTAL = {
-    *("seed", "output", "command", "tensorboard", "mesh", "remat", "row_tokens", "curve_points"),
-    *("notes", "report_to", "micro_tokens", "cache"),
-}
 
 
 class Run(NamedTuple):
@@ -189,24 +183,8 @@ def aggregate(values: Sequence[float]) -> Cell:
     return Cell(mean, sd, len(values))
 
 
-def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(config, dict):
-        for name, value in sorted(config.items()):
-            if name not in INCIDENTAL:
-                yield from _flat(value, f"{prefix}.{name}" if prefix else name)
-    else:
-        yield prefix, config
-
-
-# What a label begins with, where it differs: a method's name stands for the options it brings.
-HEADS = ("preset", "objective.name", "optimizer.name", "combine")
-RATE = "optimizer.learning_rate"
-SHORT = {"learning_rate": "lr"}
-TOLD = 4
-
-
 def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Runs grouped by experiment (apart from `INCIDENTAL`), each group with a distinct label.
+    """Runs grouped by experiment (without `labels.INCIDENTAL`), each group with a distinct label.
 
     Experiments with equal names are told apart by few options, the learning rate first; of the
     others a label shows only values that are not the commonest.
@@ -214,77 +192,13 @@ def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     keyed: dict[str, list[Run]] = {}
     flats: dict[str, dict[str, Any]] = {}
     for run in {run.folder.resolve(): run for run in runs}.values():
-        flat = dict(_flat(run.config))
+        flat = labels.flat(run.config)
         key = json.dumps(flat, sort_keys=True, default=str)
         keyed.setdefault(key, []).append(run)
         flats[key] = flat
-    only = len(flats) == 1
-    shown = [n for n in HEADS if (only and n != "combine") or _differs(n, flats.values())]
-    namesakes: dict[tuple[str, ...], list[str]] = {}
-    for key, flat in flats.items():
-        parts = ["SMOKE"] if flat.get("smoke") else []
-        parts += [plain(flat[n]) for n in shown if flat.get(n) not in (None, "")]
-        namesakes.setdefault(tuple(parts), []).append(key)
-    labels: dict[str, str] = {}
-    for parts, keys in namesakes.items():
-        options = _apart([flats[key] for key in keys])
-        for key, own in zip(keys, options, strict=True):
-            folder = plain(keyed[key][0].folder.name)
-            words = [*parts, *own]
-            labels[key] = " ".join(words if words not in ([], ["SMOKE"]) else [*words, folder])
-    # Values that differ and are written alike (1 and "1").
-    twice = {label for label in labels.values() if list(labels.values()).count(label) > 1}
-    return [
-        (f"{labels[key]} ({i})" if labels[key] in twice else labels[key], members)
-        for i, (key, members) in enumerate(keyed.items(), 1)
-    ]
-
-
-def _differs(name: str, flats: Collection[dict[str, Any]]) -> bool:
-    return len({_written(flat, name) for flat in flats}) > 1
-
-
-def _written(flat: dict[str, Any], name: str) -> str:
-    return json.dumps(flat.get(name), default=str)
-
-
-def _apart(flats: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """What tells each of some configurations from the others, as `option=value`.
-
-    Options are chosen one by one, each time the one that makes the most of them distinct; where
-    these are fewer than `TOLD`, others that differ join them.
-    """
-    every = sorted({name for flat in flats for name in flat} - {"smoke"})
-    differ = [name for name in every if _differs(name, flats)]
-    chosen = [name for name in (RATE,) if name in differ]
-
-    def told(names: Sequence[str]) -> int:
-        return len({tuple(_written(flat, name) for name in names) for flat in flats})
-
-    while told(chosen) < len(flats):
-        chosen.append(max(differ, key=lambda name: told([*chosen, name])))
-    chosen += [name for name in differ if name not in chosen][: max(0, TOLD - len(chosen))]
-    chosen.sort(key=lambda name: (name != RATE, name))
-    ends = [name.rsplit(".", 1)[-1] for name in chosen]
-    titles = [
-        name if ends.count(end) > 1 else SHORT.get(end, end)
-        for name, end in zip(chosen, ends, strict=True)
-    ]
-    common = {
-        name: Counter(_written(flat, name) for flat in flats).most_common(1)[0]
-        for name in chosen
-        if name != RATE
-    }
-    # Of a value that is no commoner than the others none is left out.
-    left_out = {name: value for name, (value, count) in common.items() if count > 1}
-    return [
-        [
-            plain(f"{title}={flat.get(name)}")
-            for name, title in zip(chosen, titles, strict=True)
-            if _written(flat, name) != left_out.get(name)
-        ]
-        for flat in flats
-    ]
+    folders = [members[0].folder.name for members in keyed.values()]
+    named = labels.named([flats[key] for key in keyed], folders)
+    return list(zip(named, keyed.values(), strict=True))
 
 
 def columns(runs: Sequence[Run]) -> list[Column]:
