@@ -16,11 +16,11 @@ def number(value: Any) -> float | None:
 
 
 def format_number(value: Any) -> str:
-    """A number as text: three decimals, an exponent when tiny, one decimal when large.
+    """A number as text: three decimals, an exponent when tiny, one decimal when large, then none.
 
     Example:
-        >>> [format_number(v) for v in (0.12345, 3.905e-22, -99.46, 0, None)]
-        ['0.123', '3.9e-22', '-99.5', '0', '–']
+        >>> [format_number(v) for v in (0.12345, 3.905e-22, -99.46, 4095.6, 0, None)]
+        ['0.123', '3.9e-22', '-99.5', '4,096', '0', '–']
     """
     v = number(value)
     if v is None:
@@ -29,4 +29,6 @@ def format_number(value: Any) -> str:
         return f"{value:,}" if isinstance(value, int) else f"{v:.0f}"
     if abs(v) < 1e-3:
         return f"{v:.1e}"
-    return f"{v:.3f}" if abs(v) < 10 else f"{v:,.1f}"
+    if abs(v) >= 1000:
+        return f"{v:,.0f}"
+    return f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}"

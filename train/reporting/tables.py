@@ -153,7 +153,8 @@ class Cell(NamedTuple):
         mean = format_number(self.mean)
         if self.sd is None or "e" in mean or not math.isfinite(self.sd):
             return format_number(self.sd)
-        return f"{self.sd:.{len(mean.partition('.')[2]) or 3}f}"
+        decimals = 0 if abs(self.mean) >= 1000 else len(mean.partition(".")[2]) or 3
+        return f"{self.sd:,.{decimals}f}"
 
 
 class Column(NamedTuple):
