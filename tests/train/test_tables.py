@@ -176,8 +176,8 @@ def test_labels_are_not_markup():
     "value, text",
     [
         (0.1234567, "0.123"), (1.0, "1.000"), (0.0, "0"), (-0.0001234, "-1.2e-04"), (1, "1"),
-        (-99.464, "-99.5"), (999.94, "999.9"), (12345.6, "12,346"), (float("nan"), "–"), (None, "–"),
-        (float("inf"), "inf"), ("x", "–"), (True, "–"),
+        (-99.464, "-99.5"), (999.94, "999.9"), (999.96, "1,000"), (12345.6, "12,346"),
+        (float("nan"), "–"), (None, "–"), (float("inf"), "inf"), ("x", "–"), (True, "–"),
     ],
 )  # fmt: skip
 def test_format_number(value, text):
@@ -185,11 +185,10 @@ def test_format_number(value, text):
 
 
 def test_spread_has_the_decimals_of_the_mean():
-    cells = [
-        tables.Cell(*pair, 3) for pair in ((0.0, 0.01), (5.0, 0.01), (55.0, 5), (5555.0, 1500))
-    ]
+    pairs = ((0.0, 0.01), (5.0, 0.01), (55.0, 5), (999.96, 2), (5555.0, 1500))
+    cells = [tables.Cell(mean, sd, 3) for mean, sd in pairs]
     texts = [cell.text() for cell in cells]
-    assert texts == ["0 ± 0.010", "5.000 ± 0.010", "55.0 ± 5.0", "5,555 ± 1,500"]
+    assert texts == ["0 ± 0.010", "5.000 ± 0.010", "55.0 ± 5.0", "1,000 ± 2", "5,555 ± 1,500"]
 
 
 def test_metric_table_is_complete_and_ordered():

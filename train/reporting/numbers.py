@@ -29,6 +29,6 @@ def format_number(value: Any) -> str:
         return f"{value:,}" if isinstance(value, int) else f"{v:.0f}"
     if abs(v) < 1e-3:
         return f"{v:.1e}"
-    if abs(v) >= 1000:
+    if abs(v) >= 999.95:
         return f"{v:,.0f}"
     return f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}"

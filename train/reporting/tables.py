@@ -153,7 +153,7 @@ class Cell(NamedTuple):
         mean = format_number(self.mean)
         if self.sd is None or "e" in mean or not math.isfinite(self.sd):
             return format_number(self.sd)
-        decimals = 0 if abs(self.mean) >= 1000 else len(mean.partition(".")[2]) or 3
+        decimals = 3 if mean == "0" else len(mean.partition(".")[2])
         return f"{self.sd:,.{decimals}f}"
 
 
