@@ -26,11 +26,16 @@ Flat = Mapping[str, Any]
 def flat(config: Any) -> dict[str, Any]:
     """The options of a configuration by their dotted names, without `INCIDENTAL` ones.
 
+    An option without a value is left out: a program of before, which did not have it, wrote none.
+
     Example:
         >>> flat({"seed": 1, "optimizer": {"name": "muon", "learning_rate": 0.1}})
         {'optimizer.learning_rate': 0.1, 'optimizer.name': 'muon'}
     """
-    return dict(_pairs(config))
+    pairs = dict(_pairs(config))
+    if not pairs.get("smoke"):
+        pairs.pop("smoke", None)
+    return {name: value for name, value in pairs.items() if value is not None}
 
 
 def _pairs(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -94,9 +99,11 @@ def _apart(flats: Sequence[Flat]) -> list[list[str]]:
     def told(names: Sequence[str]) -> int:
         return len({tuple(_written(one, name) for name in names) for one in flats})
 
-    while told(chosen) < len(flats):
-        chosen.append(max(differ, key=lambda name: told([*chosen, name])))
-    chosen += [name for name in differ if name not in chosen][: max(0, TOLD - len(chosen))]
+    left = [name for name in differ if name not in chosen]
+    while left and told(chosen) < len(flats):
+        chosen.append(max(left, key=lambda name: told([*chosen, name])))
+        left.remove(chosen[-1])
+    chosen += left[: max(0, TOLD - len(chosen))]
     chosen.sort(key=lambda name: (name != RATE, name))
     ends = [name.rsplit(".", 1)[-1] for name in chosen]
     titles = [
