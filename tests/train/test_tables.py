@@ -99,7 +99,7 @@ def test_labels_are_distinct_whatever_the_options():
 def test_an_option_without_a_value_is_as_none_at_all():
     """Of a run of before, whose program did not have it."""
     old, new = tuned("teon", 0.1), tuned("teon", 0.1)._replace(folder=Path("new"))
-    new.config |= {"smoke": False, "later": None}
+    new.config.update(smoke=False, later=None)
     assert [len(members) for _, members in tables.groups([old, new])] == [2]
     new.config["later"] = 1
     labels = [label for label, _ in tables.groups([old, new])]

@@ -261,8 +261,8 @@ def loss_bands(bands: Sequence[Band]) -> Figure:
         style: dict[str, Any] = {
             "color": COLORS[i % len(COLORS)],
             "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i % len(DASHES)],
         }
-        style["linestyle"] = DASHES[i % len(DASHES)]
         # Matplotlib leaves labels out of a legend that begin with an underscore.
         label = f" {label}" if label.startswith("_") else label
         lines += ax.plot(tokens, values.mean(0), label=label, linewidth=2, markersize=4, **style)
