@@ -179,7 +179,7 @@ def test_where_a_run_reports_is_no_part_of_what_it_is():
     import dataclasses
 
     from train.config import RunConfig
-    from train.reporting.tables import INCIDENTAL
+    from train.reporting.labels import INCIDENTAL
     from train.unlearning.pipeline import identity as _identity
 
     config = RunConfig()
