@@ -38,7 +38,7 @@ def test_commands_exist(repo, page):
     known |= (
         {"--example-data", "--html", "--attack"}
         | {"--repeats", "--huge-pages-for-both", "--worker", "--command"}
-        | {"--data", "--no-oracle"}  # of a benchmark; switched off
+        | {"--data", "--text", "--no-oracle"}  # of benchmarks; switched off
         | {
             "--nodes",
             "--ntasks-per-node",
