@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,7 +105,7 @@ def edited(opened: Opened, original: Painter) -> Painter:
         "erased",
         edit,
         kind=erase.name,
-        version=1,
+        version=2,
         like=original.denoiser,  # pyright: ignore[reportArgumentType]
         model=original.denoiser,
         erase=chosen_rows(original, [(noun, 0)], erase.positions),
@@ -116,9 +117,19 @@ def edited(opened: Opened, original: Painter) -> Painter:
 
 
 def texts_of(noun: Noun, name: int) -> list[str]:
-    """A name by itself, and in every template."""
+    """A name by itself, in every template, with every word for what is measured, at every place.
+
+    Without these words, UCE left "a wide sneaker" as it was.
+    """
     said = captions.phrase(noun, name)
-    return [noun.names[name], *(t.format(said) for t in captions.TEMPLATES)]
+    words = [word for pair in captions.ATTRIBUTES.values() for word in pair]
+    templates = itertools.cycle(captions.TEMPLATES)
+    return [
+        noun.names[name],
+        *(t.format(said) for t in captions.TEMPLATES),
+        *(next(templates).format(captions.phrase(noun, name, [word])) for word in words),
+        *(f"{next(templates).format(said)} {place}" for place in captions.PLACES),
+    ]
 
 
 def chosen_rows(
