@@ -106,8 +106,8 @@ def _exact(dtype: Any) -> bool:
     """
     if jnp.dtype(dtype).itemsize != 4:
         return jnp.dtype(dtype).itemsize > 4
-    told = jax.config.jax_default_matmul_precision in ("highest", "float32")  # type: ignore[attr-defined]
-    return told or jax.default_backend() == "cpu"
+    told = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return told in ("highest", "float32") or jax.default_backend() == "cpu"
 
 
 class Leaf(NamedTuple):
