@@ -113,14 +113,10 @@ def learnt(results: Results) -> Finding | None:
     gold = [item["gold"] for item in after.values()]
     most = max(map(gold.count, set(gold))) / len(gold)
     share = sum(item["right"] for item in after.values()) / len(after)
-    if found.chance >= 0.05:
-        state, answer = "mixed", "not told apart from before"
-    elif found.lost > found.gained:
-        state, answer = "bad", "it got worse"
-    elif share <= most:
-        state, answer = "mixed", "no better than the commonest answer"
-    else:
-        state, answer = "good", f"accuracy {format_number(share)}"
+    better = ("good", f"accuracy {format_number(share)}")
+    if share <= most:
+        better = ("mixed", "no better than the commonest answer")
+    state, answer = found.judged(better)
     return Finding(
         "Did it learn the task?",
         state,

@@ -77,12 +77,7 @@ def learnt(results: Results) -> Finding | None:
     if found is None:
         return None
     share = results.scores("answer_accuracy").judged
-    if found.chance >= 0.05:
-        state, answer = "mixed", "not told apart from before"
-    elif found.lost > found.gained:
-        state, answer = "bad", "it got worse"
-    else:
-        state, answer = "good", f"{format_number(share)} of its answers are right"
+    state, answer = found.judged(("good", f"{format_number(share)} of its answers are right"))
     return Finding(
         "Does it reason to the right answer?",
         state,

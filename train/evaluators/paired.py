@@ -21,6 +21,12 @@ class Paired(NamedTuple):
     lost: int
     chance: float
 
+    def judged(self, better: tuple[str, str]) -> tuple[str, str]:
+        """State and answer of a verdict; `better`: those where more was gained, beyond chance."""
+        if self.chance >= 0.05:
+            return "mixed", "not told apart from before"
+        return ("bad", "it got worse") if self.lost > self.gained else better
+
     def text(self, what: str) -> str:
         """As words of a verdict."""
         p = format_number(self.chance)
