@@ -126,10 +126,15 @@ def rece(
     erase_weight: ArrayLike = 1.0,
     preserve_weight: ArrayLike = 0.1,
     adversarial_keep: ArrayLike = 0.1,
+    again: bool = False,
 ) -> Kernels:
     """UCE, and then rounds of it on the states that would undo the one before.
 
         K_0 = uce(K, c, g);  K_i = uce(K_{i-1}, adversarial(K, K_{i-1}, c), g)
+
+    With `again`, ``K_i = uce(K_{i-1}, [c, adversarial(K, K_{i-1}, c)], [g, g])``. A round as
+    published moves what the kernels read at ``c`` too. Where states have few dimensions and those
+    to erase fill many of them, it moves that back: there the concept returns without it.
 
     Args:
         kernels: a pytree of matrices ``(d, out)``.
@@ -141,6 +146,7 @@ def rece(
         erase_weight: as in `uce`.
         preserve_weight: as in `uce`.
         adversarial_keep: as in `adversarial`; published are 0.1, and 1e-3 for hard objects.
+        again: whether rounds erase ``c`` beside what would undo it; published: not.
 
     Returns:
         The edited kernels.
@@ -164,8 +170,10 @@ def rece(
     weights = {"keep": keep, "erase_weight": erase_weight, "preserve_weight": preserve_weight}
     edited = uce(kernels, erase, guide, preserve, **weights)
     for _ in range(rounds):
-        found = adversarial(kernels, edited, erase, keep=adversarial_keep)
-        edited = uce(edited, found, guide, preserve, **weights)
+        found, led = adversarial(kernels, edited, erase, keep=adversarial_keep), upcast(guide)
+        if again:
+            found, led = jnp.concatenate([upcast(erase), found]), jnp.concatenate([led, led])
+        edited = uce(edited, found, led, preserve, **weights)
     return edited
 
 

@@ -114,6 +114,35 @@ def test_rece_begins_as_uce_and_moves_the_way_back_further_away():
         assert away(edited[0]) < away(edited[1])
 
 
+@pytest.mark.parametrize("seed", [0, 10, 20, 30])
+def test_a_round_of_rece_that_erases_again_keeps_more_of_what_was_erased(seed):
+    """States that fill their space, one guide: how far from its reading they are read."""
+    states = random(2 * WIDTH, WIDTH, seed=7 + seed)
+    guide = np.repeat(random(1, WIDTH, seed=8 + seed), 2 * WIDTH, axis=0)
+    with jax.enable_x64(True):
+        given = kernels()
+
+        def off(edited):
+            parts = [states @ edited[n]["kernel"] - guide @ given[n]["kernel"] for n in given]
+            return float(sum(np.sum(np.square(part)) for part in parts))
+
+        first = concepts.rece(given, states, guide, rounds=0, again=True)
+        jax.tree.map(
+            np.testing.assert_array_equal, first, concepts.uce(given, states, guide, keep=0.1)
+        )
+        once, both = (
+            concepts.rece(given, states, guide, rounds=1, again=again) for again in (False, True)
+        )
+        assert off(first) < off(both) < off(once)
+
+        # The second edit, by hand.
+        back = concepts.adversarial(given, first, states)
+        second = concepts.uce(
+            first, np.concatenate([states, back]), np.concatenate([guide, guide]), keep=0.1
+        )
+        jax.tree.map(np.testing.assert_array_equal, both, second)
+
+
 @pytest.mark.parametrize(
     "call, said",
     [

@@ -215,6 +215,13 @@ def test_an_attack_is_judged_with_any_of_its_tokens(attacked, erased):
     assert 0 <= summary["attacked"]["interpretable_at_10"] <= 1
 
 
+def test_the_grid_shows_no_images_twice(attacked):
+    """An attack replaces the name; with the name, the model draws what it drew before."""
+    page = (attacked / "report.html").read_text()
+    assert "Images in columns: " in page and "attacked, attacked" in page
+    assert "erased, its name" in page and "attacked, its name" not in page
+
+
 def test_the_attacked_model_stays_as_it_is(attacked, erased):
     told = summary_of(attacked)["attacked"]["params_sha256"]
     assert told == summary_of(erased)["erased"]["params_sha256"]

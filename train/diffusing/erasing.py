@@ -187,6 +187,7 @@ def edit(work: Work, model: Any, erase: Any, guide: Any, preserve: Any, options:
     }
     if isinstance(options, methods.RECE):
         weights |= {"rounds": options.rounds, "adversarial_keep": options.adversarial_keep}
+        weights |= {"again": options.again}
         changed = rece(kernels, *asked, **weights)
     else:
         changed = uce(kernels, *asked, **weights)

@@ -79,6 +79,9 @@ class RECE(UCE):
     positions: str = option("all", "as of uce; all are published.", choices=POSITIONS)
     rounds: int = option(1, "behind the first edit.", low=0)
     adversarial_keep: float = option(0.1, "lambda of the adversarial states.", above=0)
+    again: bool = option(
+        False, "erase the prompts' own states in the rounds too; published: the adversarial ones."
+    )
 
 
 @dataclass(frozen=True)

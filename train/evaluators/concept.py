@@ -219,7 +219,8 @@ def _columns(results: Results) -> list[tuple[str, list[str]]]:
             if name == "kept_accuracy":  # the first image of each class, then the second ones
                 items.sort(key=lambda item: item["number"] % IMAGES)
             told = [item["picture"] for item in items if isinstance(item.get("picture"), str)]
-            if told:
+            # A model that is attacked draws its names as it did before.
+            if told and told not in [pictures for _, pictures in found]:
                 found.append((f"{model}\n{title}", told))
     rows = min((len(told) for _, told in found), default=0)
     return [(title, told[:rows]) for title, told in found]
