@@ -18,7 +18,8 @@ from train.diffusing import attack_files, attacking, drawing, pipeline, stored
 from train.diffusing.arguments import read_arguments, read_attack, read_defend, read_erase
 from train.diffusing.drawing import Wanted
 from train.diffusing.methods import PLACEHOLDER
-from train.reporting import rerun
+from train.reporting import provenance, rerun
+from train.reporting.tables import load_run
 from train.runtime.digests import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker
@@ -220,6 +221,30 @@ def test_the_grid_shows_no_images_twice(attacked):
     page = (attacked / "report.html").read_text()
     assert "Images in columns: " in page and "attacked, attacked" in page
     assert "erased, its name" in page and "attacked, its name" not in page
+
+
+@pytest.mark.parametrize(
+    "name, title, facts, models",
+    [
+        ("erased", "sneaker erased by uce", {"Erased by": "uce (concept sneaker"}, ""),
+        (
+            "attacked",
+            "subattack on erased",
+            {"Attack": "subattack (tokens 2", "Optimizer": "adamw"},
+            "attacked",
+        ),
+        ("defended", "erased defended", {"Defence": "where lookup"}, "defended"),
+    ],
+)
+def test_a_page_says_what_was_done(request, name, title, facts, models):
+    folder = request.getfixturevalue(name)
+    page = (folder / "report.html").read_text()
+    assert f"fashion, {title}, seed 0" in page
+    run = load_run(folder)
+    told = dict(provenance.facts(run, {}))
+    assert {k: v[: len(facts[k])] for k, v in told.items() if k in facts} == facts
+    assert ("Optimizer" in told) == ("Optimizer" in facts)  # a closed form has none
+    assert run.models == ["original", "erased", *([models] if models else [])]
 
 
 def test_the_attacked_model_stays_as_it_is(attacked, erased):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+NONE = "none"
+
 
 class Roles(NamedTuple):
     """The models that the others are compared with, by their names in `summary.json`.
@@ -13,7 +15,7 @@ class Roles(NamedTuple):
 
     Args:
         start: the model before unlearning.
-        reference: the model that never saw what is to be forgotten.
+        reference: the model that never saw what is to be forgotten; `none`: there is none.
         judged: the model that the verdicts are about.
     """
 
@@ -24,12 +26,18 @@ class Roles(NamedTuple):
     def order(self, models: Iterable[str]) -> list[str]:
         """Models in reading order: start, reference and judged where present, then others by name.
 
+        Without a reference a run is a chain of models, and they stay in their order.
+
         Example:
             >>> Roles().order(["b", "unlearned", "a", "original"])
             ['original', 'unlearned', 'a', 'b']
+            >>> Roles("original", "none", "defended").order(["original", "erased", "defended"])
+            ['original', 'erased', 'defended']
         """
-        found = set(models)
-        return [*(m for m in self if m in found), *sorted(found - set(self))]
+        found = dict.fromkeys(models)
+        if self.reference == NONE:
+            return list(found)
+        return [*(m for m in self if m in found), *sorted(set(found) - set(self))]
 
 
 ROLES = Roles()

@@ -138,17 +138,13 @@ def build(run_dir: str | Path) -> Path:
     questions = len(truth_ratios(logs.get(roles.judged, {}))) if asked else 0
     made = pictures(run, logs)
     definitions = arranged(one for row in chosen(run.evaluators) for one in row.definitions)
-    preset, seed = run.config.get("preset") or run.folder.name, run.config.get("seed")
-    methods = (run.config.get(name) for name in ("objective", "erase", "attack"))
-    objective = next((method for method in methods if method), None)
-    method = objective.get("name") if isinstance(objective, dict) else objective
     smoke = bool(run.config.get("smoke"))
     own_reference = logs.get(roles.reference) if roles.reference in run.summary else None
     lead = next((row.lead for row in chosen(run.evaluators) if row.lead), "")
     page = render(
         "report.html.j2",
         smoke=SMOKE if smoke else "",
-        title=f"{preset}, {method}, seed {seed}" if method else f"{preset}, seed {seed}",
+        title=title(run),
         topic="training" if lead else "unlearning",
         lead=lead or LEAD,
         verdicts=verdicts(run.summary, questions, smoke, roles, run.evaluators, logs),
@@ -175,6 +171,22 @@ def build(run_dir: str | Path) -> Path:
             write(run.folder / picture.name, picture.png)
     write(run.folder / "report.html", page.encode("utf-8", "replace"))
     return run.folder / "report.html"
+
+
+def title(run: Run) -> str:
+    """What a page is about: the preset, what was done, the seed."""
+    config = run.config
+    objective, erase, attack = (config.get(name) for name in ("objective", "erase", "attack"))
+    done = objective.get("name") if isinstance(objective, dict) else objective
+    target = Path(str(config.get("run"))).name
+    if isinstance(erase, dict):
+        done = f"{erase.get('concept')} erased by {erase.get('name')}"
+    elif "defend" in config:
+        done = f"{target} defended"
+    elif isinstance(attack, dict):
+        done = f"{attack.get('name')} on {target}"
+    parts = [config.get("preset") or run.folder.name, done, f"seed {config.get('seed')}"]
+    return ", ".join(str(part) for part in parts if part)
 
 
 def _cell(scores: dict[str, Any], model: str, name: str) -> dict[str, Any]:

@@ -402,7 +402,7 @@ def leak(
     Returns:
         The figure, or None when no model was sampled.
     """
-    models = roles.order({*scores, *(m for m, values in points.items() if values)})
+    models = roles.order([*scores, *(m for m, values in points.items() if values)])
     if not models:
         return None
     figure, (ax,) = _figure([3.1])

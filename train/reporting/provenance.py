@@ -22,9 +22,10 @@ def command(run: Run) -> str:
 def _options(section: Any) -> str:
     if not isinstance(section, dict):
         return str(section)
-    rest = {k: v for k, v in section.items() if k != "name" and v is not None}
+    rest = {k: v for k, v in section.items() if k != "name" and v is not None and v != ""}
     text = ", ".join(f"{k} {v}" for k, v in rest.items() if not isinstance(v, dict | list))
-    return f"{section.get('name', '')}{' (' + text + ')' if text else ''}"
+    name = section.get("name", "")
+    return f"{name} ({text})" if name and text else f"{name}{text}"
 
 
 def _size(run: Run) -> int | None:
@@ -54,6 +55,19 @@ def _model(run: Run) -> str:
     if not text:
         text = "a decoder trained from scratch" if _tiny(run) else "the preset's own"
     return text + (f", {size / 1e6:,.1f} M parameters" if size else "") + ", tiny" * _tiny(run)
+
+
+def _trains(run: Run) -> bool:
+    """Whether steps of the optimizer were taken: closed forms and random tokens need none."""
+    ways = {key: run.config.get(key) for key in ("erase", "attack")}
+    names = {key: way.get("name") for key, way in ways.items() if isinstance(way, dict)}
+    if not names:
+        return True
+    from train.diffusing.methods import ATTACKS, ERASING  # imports jax, which other pages do not
+
+    tables = {"erase": ERASING.table, "attack": ATTACKS.table}
+    rows = [tables[key].get(str(name)) for key, name in names.items()]
+    return all(row is None or row.trains for row in rows)
 
 
 def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
@@ -87,8 +101,12 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         ("Model", _model(run)),
         ("Data", f"{where}, forgetting {split}" if split else str(where)),
         ("Questions evaluated", ", ".join(counts)),
+        ("Of the run", str(config.get("run") or "")),
+        ("Erased by", _options(config.get("erase", ""))),
+        ("Attack", _options(config.get("attack", ""))),
+        ("Defence", _options(config.get("defend", ""))),
         ("Objective", _options(config.get("objective", ""))),
-        ("Optimizer", _options(config.get("optimizer", ""))),
+        ("Optimizer", _options(config.get("optimizer", "")) if _trains(run) else ""),
     ]
     adapters = config.get("lora")
     if isinstance(adapters, dict) and adapters.get("rank"):
@@ -97,7 +115,11 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         what = f"LoRA adapters of rank {adapters['rank']}, alpha {alpha}, on {on}"
         rows.append(("Trained", what))
     selected = config.get("train")
-    if isinstance(selected, dict) and (selected.get("leaves") or selected.get("blocks")):
+    if (
+        _trains(run)
+        and isinstance(selected, dict)
+        and (selected.get("leaves") or selected.get("blocks"))
+    ):
         names = ", ".join(selected.get("leaves") or ["all leaves"])
         blocks = ", ".join(map(str, selected.get("blocks") or ()))
         rows.append(("Trained", names + (f" of blocks {blocks}" if blocks else "")))
