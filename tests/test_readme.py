@@ -38,7 +38,8 @@ def test_commands_exist(repo, page):
     known |= (
         {"--example-data", "--html", "--attack"}
         | {"--repeats", "--huge-pages-for-both", "--worker", "--command"}
-        | {"--data", "--text", "--no-oracle"}  # of benchmarks; switched off
+        | {"--data", "--text", "--seeds", "--concepts", "--methods"}  # of benchmarks
+        | {"--no-oracle", "--no-erase.again"}  # switched off
         | {
             "--nodes",
             "--ntasks-per-node",
