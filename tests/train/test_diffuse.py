@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxlib_unlearn.errors import UserError
 from models import diffusers_files, vit_files
 from models.vit import ViT, ViTConfig
 from models.vit_files import LoadedViT
 from models.weights import flatten
 from train.data.captions import CLOTHES
-from train.diffusing import attack_files, attacking, drawing, pipeline, stored
+from train.diffusing import attack_files, attacking, drawing, pipeline, prompts, stored
 from train.diffusing.arguments import read_arguments, read_attack, read_defend, read_erase
 from train.diffusing.drawing import Wanted
 from train.diffusing.methods import PLACEHOLDER
@@ -345,6 +346,7 @@ REFUSED = {
     "more tokens": ("defend", "ERASED ATTACKED --defend.tokens 3", "has 2"),
     "unknown concept": ("erase", "DIFFUSED --erase.concept sneker", "did you mean 'sneaker'"),
     "another name": ("erase", "DIFFUSED --erase.concept trainer", "another name of 'sneaker'"),
+    "towards itself": ("erase", "DIFFUSED --erase.towards trainer", "is a name of 'sneaker'"),
     "unknown method": ("erase", "DIFFUSED --erase.method ucee", "did you mean 'uce'"),
     "unknown leaf": ("erase", "DIFFUSED --erase.method esd --train.leaves attn3", "attn3"),
     "leaf of the text": ("erase", "DIFFUSED --erase.method esd --train.leaves embed", "text enc"),
@@ -417,6 +419,21 @@ def test_bad_input_is_one_line(case, program, places, tmp_path):
     assert found.code == 2 and words in errors[-1], found.err
     assert errors[-1].startswith("error: ") and len(errors) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_long_prompts_are_cut_and_that_is_said(diffused, capsys):
+    tokenizer = diffusers_files.load(diffused[0] / "export").tokenizer
+    assert tokenizer is not None
+    short, long = "a photo of a sneaker", "a photo of a sneaker " + "on a shelf " * 9
+    rows = prompts.encode(tokenizer, [short, long], 12, "prompts")
+    assert "prompts: 1 prompt(s) cut at 10 tokens" in capsys.readouterr().err
+    whole = tokenizer.encode(long)
+    assert rows.tokens[1].tolist() == [tokenizer.bos_id, *whole[:10], tokenizer.eos_id]
+    assert rows.tokens[0].tolist()[6:] == [tokenizer.eos_id] + [tokenizer.pad_id] * 5
+    prompts.encode(tokenizer, [short], 12, "prompts")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="stands at token 33, the model reads 10; shorten it"):
+        prompts.encode(tokenizer, [f"{long} {PLACEHOLDER}"], 12)
 
 
 def test_tokens_of_another_vocabulary_are_refused(program, erased, attacked, tmp_path):

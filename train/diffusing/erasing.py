@@ -38,7 +38,12 @@ RETAINED = 4096  # images of the other classes that are trained on
 def check(config: EraseRun, mesh: Any, found: Pictures) -> None:
     """Raise `UserError` for what cannot be erased, or not so."""
     erase: Any = config.erase
-    found.class_of(erase.concept)
+    noun = found.nouns[found.class_of(erase.concept)]
+    if erase.towards.strip().lower() in noun.names:
+        raise UserError(
+            f"--erase.towards {erase.towards!r} is a name of {erase.concept!r}, which is erased; "
+            "name something else, or leave it out for the empty prompt"
+        )
     if config.run is None:
         pipeline.check(config, mesh, found)
     else:
