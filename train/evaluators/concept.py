@@ -205,7 +205,7 @@ def attacked(results: Results) -> Finding | None:
 KINDS = (
     ("concept_rate_explicit", "its name"),
     ("concept_rate_names", "other names"),
-    ("concept_rate_attacked", "attacked"),
+    ("concept_rate_attacked", "first token"),
     ("kept_accuracy", "other classes"),
 )
 
@@ -281,8 +281,9 @@ ROW = Evaluator(
             "What they draw",
             _draw,
             _alt,
-            "The first images of every kind of prompt, not chosen by hand. Images of one class "
-            "have the same noise, row by row, in every column.",
+            "The first images of every kind of prompt, not chosen by hand; of an attack's tokens "
+            "(or words) those with the first. Images of one class have the same noise, row by row, "
+            "in every column.",
             "No images: none are kept in the logs (--draw.shown).",
         ),
     ),
