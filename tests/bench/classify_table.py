@@ -200,7 +200,8 @@ def main(argv: list[str]) -> None:
         rates = {}
         for name in names:
             if METHODS[name].minutes_of is None:
-                rates[name] = [known[METHODS[name].optimizer] * factor for factor in args.factors]
+                usual = known[METHODS[name].optimizer]
+                rates[name] = [float(f"{usual * factor:.6g}") for factor in args.factors]
         trials = {
             (name, rate): run(Job(name, 0, rate, args.tune), args.preset, folder, options)
             for name in rates
