@@ -17,9 +17,9 @@ from train import cli
 from train.diffusing.arguments import list_methods, read_attack
 from train.diffusing.config import AttackRun
 from train.diffusing.methods import ATTACKS
-from train.evaluators.roles import Roles
+from train.evaluators.roles import NONE, Roles
 
-ROLES = Roles("original", "none", "attacked")
+ROLES = Roles("original", NONE, "attacked")
 
 
 def main(argv: list[str]) -> None:

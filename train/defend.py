@@ -14,9 +14,9 @@ from pathlib import Path
 from train import cli
 from train.diffusing.arguments import read_defend
 from train.diffusing.config import DefendRun
-from train.evaluators.roles import Roles
+from train.evaluators.roles import NONE, Roles
 
-ROLES = Roles("original", "none", "defended")
+ROLES = Roles("original", NONE, "defended")
 
 
 def main(argv: list[str]) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 from train import cli, start
 from train.diffusing.arguments import read_arguments
 from train.diffusing.config import DiffuseRun
-from train.evaluators.roles import Roles
+from train.evaluators.roles import NONE, Roles
 from train.presets.diffuse import PRESETS
 
-ROLES = Roles("original", "none", "original")
+ROLES = Roles("original", NONE, "original")
 
 
 def main(argv: list[str]) -> None:

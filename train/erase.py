@@ -16,10 +16,10 @@ from train import cli, start
 from train.diffusing.arguments import list_methods, read_erase
 from train.diffusing.config import EraseRun
 from train.diffusing.methods import ERASING
-from train.evaluators.roles import Roles
+from train.evaluators.roles import NONE, Roles
 from train.presets.diffuse import PRESETS
 
-ROLES = Roles("original", "none", "erased")
+ROLES = Roles("original", NONE, "erased")
 
 
 def main(argv: list[str]) -> None:

@@ -25,7 +25,7 @@ from train.data.token_rows import TokenRows
 from train.evaluators.base import means
 from train.evaluators.evaluation import Model, num_parameters
 from train.evaluators.perplexity import METRICS
-from train.evaluators.roles import Roles
+from train.evaluators.roles import NONE, Roles
 from train.evaluators.token_loss import mean_loss, row_losses
 from train.exports import export_model
 from train.pretraining.config import PretrainConfig, batch_rows, num_steps, stage_of
@@ -40,7 +40,7 @@ from train.runtime.tracking import Timed, say
 
 STAGE = "pretrained"
 ABOUT = {
-    "roles": Roles("random", "none", STAGE)._asdict(),
+    "roles": Roles("random", NONE, STAGE)._asdict(),
     "evaluators": ["perplexity"],
     "program": "train.pretrain",
 }
