@@ -1,5 +1,7 @@
 """Normal numbers: JAX's own bits, any shape, batch of keys and mesh, in one loop of a program."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlib_unlearn.optim import mezo
 from jaxlib_unlearn.optim.draws import drawn_once, normal, threefry
 from train.costs import hlo
 
@@ -92,3 +95,30 @@ def test_what_is_drawn_once_is_the_same_and_an_array_of_its_own():
     np.testing.assert_allclose(*(program(*args) for program in compiled), rtol=3e-7)
     if jax.default_backend() == "cpu":
         assert ["while(" in program.as_text() for program in compiled] == [True, False]
+
+
+@pytest.mark.fused
+def test_a_step_draws_a_vector_once_and_not_for_every_token():
+    """No loop with the generator in it gives more numbers than the largest leaf has."""
+    block = {"up": {"kernel": jnp.ones((2, 8, 8)), "bias": jnp.ones((2, 8))}}
+    params = {"layers": block | {"norm": {"scale": jnp.ones((2, 8))}}, "shift": jnp.ones(8)}
+    tokens = jnp.ones((50, 8))
+
+    def loss(params, layer_map):
+        def body(x, inputs):
+            layer = layer_map(*inputs)
+            inner = (x * layer["norm"]["scale"]) @ layer["up"]["kernel"]
+            return jax.nn.gelu(inner + layer["up"]["bias"]), None
+
+        x, _ = jax.lax.scan(body, tokens, (params["layers"], jnp.arange(2)))
+        return jnp.mean(jnp.square(x + params["shift"]))
+
+    tx = mezo(1e-3)
+    step = jax.jit(lambda params, state: tx.update(None, state, params, layered_value_fn=loss))
+    program = hlo.parse(step.lower(params, tx.init(params)).compile())
+    drawn = {
+        math.prod(hlo.shape_of(computation.lines[-1].type))
+        for computation in program.computations.values()
+        if sum(line.opcode == "xor" for line in computation.lines) > 15  # rounds, not a key
+    }
+    assert drawn and max(drawn) <= block["up"]["kernel"].size
