@@ -392,7 +392,7 @@ def _query(draws: Draws, query: jax.Array, offset: jax.Array) -> tuple[jax.Array
 
 def _moved(family, leaf, own, any_key, scale, x, basis, moments, factored=None):
     draw = functools.partial(draw_core, family, leaf, own[0], own[1], moments)
-    # A vector is broadcast over all tokens, and parts are evaluated together: what belongs to one is
+    # A vector is broadcast over all tokens. Parts are evaluated together: what belongs to one is
     # broadcast over its own.
     core = drawn_once(draw, any_key) if family.parts or leaf.axes is None else draw()
     return perturb(family, leaf, x, core, basis, scale, factored)
