@@ -7,6 +7,8 @@ from typing import NamedTuple
 from train.evaluators.base import Results, items_of
 from train.reporting.numbers import format_number
 
+SMALLEST = 1e-300  # a probability below this is said to be smaller: it may have become 0
+
 
 class Paired(NamedTuple):
     """Items of a share that both models were judged by.
@@ -28,9 +30,14 @@ class Paired(NamedTuple):
         return ("bad", "it got worse") if self.lost > self.gained else better
 
     def text(self, what: str) -> str:
-        """As words of a verdict."""
-        p = format_number(self.chance)
-        return f"{self.gained} {what} gained and {self.lost} lost (sign test, p = {p})"
+        """As words of a verdict.
+
+        Example:
+            >>> Paired(6047, 96, 0.0).text("rows")
+            '6047 rows gained and 96 lost (sign test, p < 1e-300)'
+        """
+        p = f"= {format_number(self.chance)}" if self.chance > SMALLEST else f"< {SMALLEST:g}"
+        return f"{self.gained} {what} gained and {self.lost} lost (sign test, p {p})"
 
 
 def paired(results: Results, name: str, key: str) -> Paired | None:
