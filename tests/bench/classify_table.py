@@ -9,10 +9,10 @@ names. `--tune N` compares these, times every factor, on seed 0 with a budget of
 by the NLL on the dev rows; a rate that is best at an end is marked.
 
 "rowwise, minutes of mezo" is a row of its own: as many forward passes as row-wise directions make
-in the time of MeZO's run. Minutes are those of the training steps alone, and mean something where
-the machine had nothing else to do. Every run is `python -m train.classify PRESET ...` in a process
-of its own, with a folder below `--output`; what is there undamaged is not computed again, and a run
-that was stopped goes on.
+in the time that MeZO needs for the budget, both timed over 2000 passes, one after the other.
+Minutes are those of the training steps alone, and mean something where the machine had nothing else
+to do. Every run is `python -m train.classify PRESET ...` in a process of its own, with a folder
+below `--output`; what is there undamaged is not computed again, and a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from train.reporting.runlogs import read_steps
 
 OUT = ROOT / "runs" / "bench" / "classify"
 LOOKS = 5  # of the curve that the table shows
+TIMED = 2000  # forward passes of the runs that say how fast a method is
 FACTORS = (0.1, 1.0, 10.0)  # of a preset's rate, which are tried
 
 
@@ -175,12 +176,13 @@ def tuned(found: Mapping[tuple[str, float], Outcome]) -> list[str]:
     return lines
 
 
-def budget_of(ours: Outcome, theirs: Outcome) -> int:
-    """The forward passes that `ours` makes in the training time of `theirs`."""
+def budget_of(ours: Outcome, theirs: Outcome, budget: int) -> int:
+    """The forward passes that `ours` makes in the time of `theirs` for a budget."""
     mine, other = ours.models["finetuned"], theirs.models["finetuned"]
     if mine["seconds"] is None or other["seconds"] is None:
         raise SystemExit("a run was stopped behind its last step, so its time is not known")
-    return round(mine["forwards"] * other["seconds"] / mine["seconds"])
+    speed = mine["forwards"] / mine["seconds"]
+    return round(speed * budget * other["seconds"] / other["forwards"])
 
 
 def main(argv: list[str]) -> None:
@@ -218,10 +220,12 @@ def main(argv: list[str]) -> None:
     # Seed by seed: a table that is stopped early compares what it has.
     for seed in args.seeds:
         for name in names:
-            forwards, other = None, METHODS[name].minutes_of
+            forwards, (plain, _, other) = None, METHODS[name]
             if other is not None:
-                plain = outcome(Job(METHODS[name].optimizer, seed))
-                forwards = budget_of(plain, outcome(Job(other, seed)))
+                budget = outcome(Job(other, seed)).models["finetuned"]["forwards"]
+                short = None if budget <= TIMED else TIMED  # its own run where that is no longer
+                pair = [outcome(Job(n, seed, forwards=short)) for n in (plain, other)]
+                forwards = budget_of(*pair, budget)
             found[name, seed] = outcome(Job(name, seed, forwards=forwards))
     write(table(found, names), folder / "classify_table.md")
 

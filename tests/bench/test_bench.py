@@ -359,6 +359,11 @@ def test_the_table_of_classification(repo, tmp_path, monkeypatch, capsys):
     assert cells["mezo"][:3] == ["0.610", "0.630", "0.620"]
     assert cells["mezo"][-3:] == ["1,200", "6.0", "10"]
     assert cells["rowwise, minutes of mezo"][-3:] == ["3,600", "6.0", "10"]
+    assert {job.forwards for job, *_ in ran} == {None, 3600}
+    monkeypatch.setattr(bench, "TIMED", 500)
+    bench.main([*argv, "--seeds", "0"])
+    assert [job.method for job, *_ in ran if job.forwards == 500] == ["rowwise", "mezo"]
+    assert "| 3,600 | 6.0 | 10 |" in next(tmp_path.glob("sst2-tiny/classify_table.md")).read_text()
     assert "| mezo | 0.200 | 0.400 | 0.600 | 0.800 | 1.000 |" in text and "0.520" in text
     bench.main([*argv, "--tune", "400", "--factors", "0.1", "0.3", "1", "3", "10"])
     text = (tmp_path / "sst2-tiny" / "rates.md").read_text()
