@@ -5,8 +5,9 @@
 
 What follows `--` goes to every run. `sst2-tiny` starts from the preset's export of pretrain-tiny,
 `vit-fashion` trains its model in the run. Every method takes the learning rate that its preset
-names. `--tune N` compares these, times every factor, on seed 0 with a budget of N forward passes,
-by the NLL on the dev rows; a rate that is best at an end is marked.
+names, or this file (ZO-Muon that only normalises). `--tune N` compares these, times every factor,
+on seed 0 with a budget of N forward passes, by the NLL on the dev rows; a rate that is best at an
+end is marked.
 
 "rowwise, minutes of mezo" is a row of its own: as many forward passes as row-wise directions make
 in the time that MeZO needs for the budget, both timed over 2000 passes, one after the other.
@@ -23,6 +24,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tables import ROOT, cut, head, place, ran, row, write
@@ -43,18 +45,22 @@ class Method(NamedTuple):
         optimizer: its name.
         more: options beside the preset's.
         minutes_of: the method whose training time it is given, in place of an equal budget.
+        rates: by preset, its learning rate where that is not the optimizer's.
     """
 
     optimizer: str
     more: tuple[str, ...] = ()
     minutes_of: str | None = None
+    rates: Mapping[str, float] = MappingProxyType({})
 
 
 METHODS = {
     "adamw": Method("adamw"),
     "mezo": Method("mezo"),
     "zo-muon": Method("zo-muon"),
-    "zo-muon, normalise only": Method("zo-muon", ("--optimizer.orthogonalize", "normalize")),
+    "zo-muon, normalise only": Method(
+        "zo-muon", ("--optimizer.orthogonalize", "normalize"), rates={"vit-fashion": 0.1}
+    ),
     "subspace-mezo": Method("subspace-mezo"),
     "rowwise": Method("rowwise"),
     "rowwise, minutes of mezo": Method("rowwise", minutes_of="mezo"),
@@ -87,15 +93,22 @@ class Outcome(NamedTuple):
 
 def run(job: Job, preset: str, folder: Path, options: Sequence[str]) -> Outcome:
     """`train.classify` in a process."""
-    root, method = folder / job.name, METHODS[job.method]
-    command = [preset, "--optimizer.name", method.optimizer, *method.more]
-    command += ["--seed", str(job.seed), "--stage.cache", str(folder / "cache"), *options]
-    if job.rate is not None:
-        command += ["--optimizer.learning-rate", str(job.rate)]
-    if job.forwards is not None:
-        command += ["--train.forwards", str(job.forwards)]
+    root = folder / job.name
+    command = [*command_of(job, preset), "--stage.cache", str(folder / "cache"), *options]
     models = ran("train.classify", [*command, "--output", str(root)], root)
     return Outcome(models, curve(root / "metrics.jsonl", models["finetuned"]))
+
+
+def command_of(job: Job, preset: str) -> list[str]:
+    """What tells a job from the others."""
+    method = METHODS[job.method]
+    command = [preset, "--optimizer.name", method.optimizer, *method.more, "--seed", str(job.seed)]
+    rate = method.rates.get(preset) if job.rate is None else job.rate
+    if rate is not None:
+        command += ["--optimizer.learning-rate", str(rate)]
+    if job.forwards is not None:
+        command += ["--train.forwards", str(job.forwards)]
+    return command
 
 
 def curve(path: Path, told: Mapping[str, Any]) -> list[tuple[int, float]]:
@@ -202,7 +215,7 @@ def main(argv: list[str]) -> None:
         rates = {}
         for name in names:
             if METHODS[name].minutes_of is None:
-                usual = known[METHODS[name].optimizer]
+                usual = METHODS[name].rates.get(args.preset, known[METHODS[name].optimizer])
                 rates[name] = [float(f"{usual * factor:.6g}") for factor in args.factors]
         trials = {
             (name, rate): run(Job(name, 0, rate, args.tune), args.preset, folder, options)
@@ -220,7 +233,7 @@ def main(argv: list[str]) -> None:
     # Seed by seed: a table that is stopped early compares what it has.
     for seed in args.seeds:
         for name in names:
-            forwards, (plain, _, other) = None, METHODS[name]
+            forwards, plain, other = None, METHODS[name].optimizer, METHODS[name].minutes_of
             if other is not None:
                 budget = outcome(Job(other, seed)).models["finetuned"]["forwards"]
                 short = None if budget <= TIMED else TIMED  # its own run where that is no longer

@@ -382,11 +382,16 @@ def test_every_line_of_the_table_of_classification_is_a_command(repo):
     for preset in ("sst2-smollm2", "sst2-tiny", "vit-fashion"):
         known = bench.PRESETS[preset].OPTIMIZERS
         found = set()
-        for method in bench.METHODS.values():
+        for name, method in bench.METHODS.items():
             assert method.optimizer in known, (preset, method)
-            config = read_arguments([preset, "--optimizer.name", method.optimizer, *method.more])
-            found.add(str(config.optimizer))
+            optimizer = read_arguments(bench.command_of(bench.Job(name, 0), preset)).optimizer
+            assert optimizer.learning_rate == method.rates.get(
+                preset, known[method.optimizer][0].learning_rate
+            )
+            found.add(str(optimizer))
         assert len(found) == len({(m.optimizer, m.more) for m in bench.METHODS.values()})
+    config = read_arguments(bench.command_of(bench.Job("zo-muon", 3, 0.5, 90), "vit-fashion"))
+    assert (config.seed, config.optimizer.learning_rate, config.train.forwards) == (3, 0.5, 90)
     jobs = [bench.Job(n, s, r) for n in bench.METHODS for s in (0, 1) for r in (None, 0.1)]
     assert len({job.name for job in jobs}) == len(jobs)
 
