@@ -43,8 +43,8 @@ PRESET = ClassifyRun(
 )
 
 
-# Rates by NLL on the dev rows at 2000 forward passes (tests/bench/classify_table.py --tune; those of
-# zeroth order stayed constant there). The hybrid has AdamW's and MeZO's.
+# Rates by NLL on the dev rows at 2000 forward passes (tests/bench/classify_table.py --tune, where
+# those of zeroth order were constant). The hybrid has AdamW's and MeZO's.
 OPTIMIZERS = {
     "adamw": (AdamW(learning_rate=3e-3, schedule="linear", warmup=0.0), {}),
     "mezo": (MeZO(learning_rate=3e-4, schedule="linear", warmup=0.0), {}),
