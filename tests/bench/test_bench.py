@@ -87,23 +87,29 @@ def test_memory_of_what_saves_it(repo, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("only", "count"),
+    ("shape", "only", "count"),
     [
-        (("query-batch",), 1),
-        pytest.param(("rowwise",), 3, marks=pytest.mark.slow),
-        pytest.param(("step",), 8, marks=pytest.mark.slow),
+        ("smollm2", "query-batch", 1),
+        pytest.param("smollm2", "rowwise", 3, marks=pytest.mark.slow),
+        pytest.param("smollm2", "step", 8, marks=pytest.mark.slow),
+        ("vit-fashion", "query-batch", 1),
+        pytest.param("vit-fashion", "rowwise", 3, marks=pytest.mark.slow),
+        pytest.param("vit-fashion", "step", 8, marks=pytest.mark.slow),
     ],
 )
-def test_zeroth_order_against_forward_passes(repo, tmp_path, monkeypatch, capsys, only, count):
+def test_zeroth_order_against_forward_passes(
+    repo, tmp_path, monkeypatch, capsys, shape, only, count
+):
     """On a tiny model: the contents of the table, not the timings."""
     bench = load(repo, "zeroth_order")
     tiny = DecoderConfig(64, 32, 64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
     monkeypatch.setattr(bench, "SMOLLM2", tiny)
-    sizes = "--rows 2 --length 8 --labels 4 --repeats 1".split()
-    bench.main([*sizes, "--only", *only, "--output", str(tmp_path)])
+    sizes = "--rows 2 --length 8 --labels 4 --layers 2 --repeats 1".split()
+    bench.main(["--shape", shape, *sizes, "--only", only, "--output", str(tmp_path)])
     told = json.loads((tmp_path / "zeroth_order.json").read_text())
-    assert set(told) == {"device", "model", "rows"} and len(told["rows"]) == count
-    assert told["model"] == "2 blocks, 2 x 8 tokens"
+    assert set(told) == {"device", "shape", "model", "rows"} and len(told["rows"]) == count
+    inputs = {"smollm2": "2 x 8 tokens", "vit-fashion": "2 images of 50 tokens"}
+    assert told["model"] == f"2 blocks, {inputs[shape]}" and told["shape"] == shape
     for row in told["rows"]:
         assert row["ours"] > 0 and row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
     table = (tmp_path / "zeroth_order.md").read_text()

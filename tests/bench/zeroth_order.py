@@ -1,11 +1,13 @@
-"""Zeroth-order steps against the forward passes they are made of, on a model of SmolLM2's shape.
+"""Zeroth-order steps against the forward passes they are made of.
 
-    python tests/bench/zeroth_order.py [--rows 32] [--length 128] [--labels 16] [--rank 1]
-        [--layers 30] [--repeats 5] [--only rowwise step query-batch] [--output runs/bench]
+    python tests/bench/zeroth_order.py [--shape smollm2|vit-fashion] [--rows 32] [--length 128]
+        [--labels 16] [--rank 1] [--layers 30] [--repeats 5] [--only rowwise step query-batch]
+        [--output runs/bench]
 
-Weights and tokens are random: only time is measured. Programs alternate run by run, so that both
-sides of a ratio see the same machine; each number is a median. Ratios are theirs / ours; a goal is
-a ratio to reach.
+`smollm2` is a decoder of SmolLM2's shape, `vit-fashion` the small vision transformer of that preset
+(64 images unless `--rows` says otherwise). Weights and inputs are random: only time is measured.
+Programs alternate run by run, so that both sides of a ratio see the same machine; each number is a
+median. Ratios are theirs / ours; a goal is a ratio to reach.
 
 rowwise: tokens a second of a forward pass in which every row has a direction of its own, over those
 of a plain pass (theirs, once for each of the two signs); and the passes that MeZO needs for as many
@@ -21,11 +23,12 @@ query-batch: four queries at a time against one at a time.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -39,9 +42,11 @@ from jaxlib_unlearn.optim.zeroth_order import perturbations
 from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
+from models.vit import ViT, ViTConfig, ViTLearner
 from train.step import Losses
 
 SMOLLM2 = DecoderConfig(49152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
+VIT_FASHION = ViTConfig(28, 4, 1, 96, 384, num_layers=4, num_heads=3, num_classes=10)
 CASES = ("rowwise", "step", "query-batch")
 QUERIES = 4  # of the rows with a subspace
 RANK = 64  # of the subspace
@@ -74,30 +79,71 @@ def dense(**options: Any) -> Any:
     return zeroth_order(1e-7, family, **options)
 
 
-class Bench:
-    """A model of random weights, one batch, and programs on it."""
+class Model(NamedTuple):
+    """A kind of model, what it is trained with, and one batch.
 
-    def __init__(self, config: DecoderConfig, rows: int, length: int, labels: int):
-        self.learner, self.rows = DecoderLearner(Decoder(config)), rows
-        draw = np.random.default_rng(0)
-        tokens = draw.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
-        places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-        self.batch = jax.tree.map(
-            jnp.asarray,
-            {
-                "tokens": tokens,
-                "positions": places,
-                "segment_ids": np.ones((rows, length), np.int32),
-                "label_index": places[:, -labels - 1 : -1],
-                "targets": tokens[:, -labels:],
-                "target_mask": np.ones((rows, labels), np.float32),
-                "row_id": np.arange(rows, dtype=np.int32),
-            },
-        )
-        self.params = self.learner.decoder.init(jax.random.key(0))
+    Args:
+        learner: the kind.
+        objective: its loss, with options.
+        params: random weights.
+        batch: random inputs.
+        told: its size, for the heading.
+    """
+
+    learner: DecoderLearner | ViTLearner
+    objective: tuple[objectives.Objective, Any]
+    params: Any
+    batch: Mapping[str, Any]
+    told: str
+
+
+def smollm2(rows: int, length: int, labels: int, layers: int | None) -> Model:
+    """A decoder, and rows whose last tokens are labels."""
+    config = SMOLLM2 if layers is None else dataclasses.replace(SMOLLM2, num_layers=layers)
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+    places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    batch = {
+        "tokens": tokens,
+        "positions": places,
+        "segment_ids": np.ones((rows, length), np.int32),
+        "label_index": places[:, -labels - 1 : -1],
+        "targets": tokens[:, -labels:],
+        "target_mask": np.ones((rows, labels), np.float32),
+        "row_id": np.arange(rows, dtype=np.int32),
+    }
+    model = Decoder(config)
+    told = f"{config.num_layers} blocks, {rows} x {length} tokens"
+    loss = objectives.resolve("nll")
+    return Model(DecoderLearner(model), loss, model.init(jax.random.key(0)), batch, told)
+
+
+def vit_fashion(rows: int, layers: int | None) -> Model:
+    """A vision transformer, and images with their classes."""
+    config = VIT_FASHION
+    config = config if layers is None else dataclasses.replace(config, num_layers=layers)
+    draw = np.random.default_rng(0)
+    batch = {
+        "image": draw.integers(0, 256, (rows, *config.image_shape)).astype(np.uint8),
+        "gold": draw.integers(0, config.num_classes, rows).astype(np.int32),
+        "row_id": np.arange(rows, dtype=np.int32),
+    }
+    model = ViT(config)
+    told = f"{config.num_layers} blocks, {rows} images of {config.num_tokens} tokens"
+    loss = objectives.resolve("classes", objectives.LEARNING)
+    return Model(ViTLearner(model), loss, model.init(jax.random.key(0)), batch, told)
+
+
+class Bench:
+    """Programs on a model and its batch."""
+
+    def __init__(self, model: Model):
+        self.learner, self.objective, self.params = model.learner, model.objective, model.params
+        self.batch = jax.tree.map(jnp.asarray, dict(model.batch))
+        self.rows = len(model.batch["row_id"])
 
     def losses(self, params: Any, batch: Any) -> Losses:
-        return Losses(self.learner, *objectives.resolve("nll"), params, None, {"train": batch})
+        return Losses(self.learner, *self.objective, params, None, {"train": batch})
 
     def forward(self) -> Callable[[], float]:
         """A plain forward pass to the loss."""
@@ -212,21 +258,24 @@ def query_batch(bench: Bench, repeats: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=32, help="rows of the batch")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--labels", type=int, default=16, help="labels of a row")
+    parser.add_argument("--shape", choices=("smollm2", "vit-fashion"), default="smollm2")
+    parser.add_argument("--rows", type=int, help="rows of the batch; default: 32, of images 64")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row, of smollm2")
+    parser.add_argument("--labels", type=int, default=16, help="labels of a row, of smollm2")
     parser.add_argument("--rank", type=int, default=1, help="rank of a row's direction")
     parser.add_argument("--layers", type=int, help="blocks; default: all")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each program")
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--output", type=Path, default=OUT)
     args = parser.parse_args(argv)
-    config = SMOLLM2
-    if args.layers is not None:
-        config = DecoderConfig(**{**vars(config), "num_layers": args.layers})
-    bench = Bench(config, args.rows, args.length, args.labels)
-    model = f"{config.num_layers} blocks, {args.rows} x {args.length} tokens"
-    result: dict[str, Any] = {"device": machine(), "model": model, "rows": []}
+    if args.shape == "smollm2":
+        model = smollm2(args.rows or 32, args.length, args.labels, args.layers)
+    else:
+        model = vit_fashion(args.rows or 64, args.layers)
+    bench = Bench(model)
+    result: dict[str, Any] = {
+        "device": machine(), "shape": args.shape, "model": model.told, "rows": []
+    }  # fmt: skip
     cases = {
         "rowwise": lambda: rowwise(bench, args.rank, args.repeats),
         "step": lambda: steps(bench, args.repeats),
@@ -234,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     for name in args.only:
         result["rows"] += cases[name]()
-    heading = f"Zeroth order on {result['device']}, {model}"
+    heading = f"Zeroth order on {result['device']}, {args.shape}: {model.told}"
     publish("zeroth_order", result, markdown(heading, result["rows"]), args.output)
 
 
