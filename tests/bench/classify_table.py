@@ -7,13 +7,15 @@ What follows `--` goes to every run. `sst2-tiny` starts from the preset's export
 `vit-fashion` trains its model in the run. Every method takes the learning rate that its preset
 names, or this file (ZO-Muon that only normalises). `--tune N` compares these, times every factor,
 on seed 0 with a budget of N forward passes, by the NLL on the dev rows; a rate that is best at an
-end is marked.
+end is marked. The best rate of a short budget may be too high for a long one: with the preset's own
+budget as N the runs are those of the table.
 
 "rowwise, minutes of mezo" is a row of its own: as many forward passes as row-wise directions make
 in the time that MeZO needs for the budget, both timed over 2000 passes, one after the other.
 Minutes are those of the training steps alone, and mean something where the machine had nothing else
 to do. Every run is `python -m train.classify PRESET ...` in a process of its own, with a folder
-below `--output`; what is there undamaged is not computed again, and a run that was stopped goes on.
+below `--output` that is called after its rate; what is there undamaged is not computed again, and a
+run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -68,20 +70,27 @@ METHODS = {
 
 
 class Job(NamedTuple):
-    """One run; `rate` None is the preset's, as is `forwards` None."""
+    """One run; `forwards` None is the preset's."""
 
     method: str
     seed: int
-    rate: float | None = None
+    rate: float
     forwards: int | None = None
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        parts = [self.method.replace(", ", "-").replace(" ", "-"), f"seed{self.seed}"]
-        parts += [] if self.rate is None else [f"rate{self.rate:g}"]
+        method = self.method.replace(", ", "-").replace(" ", "-")
+        parts = [method, f"seed{self.seed}", f"rate{self.rate:g}"]
         parts += [] if self.forwards is None else [f"forwards{self.forwards}"]
         return "-".join(parts)
+
+
+def rate_of(name: str, preset: str) -> float:
+    """The learning rate of a method."""
+    method = METHODS[name]
+    usual = PRESETS[preset].OPTIMIZERS[method.optimizer][0].learning_rate
+    return method.rates.get(preset, usual)
 
 
 class Outcome(NamedTuple):
@@ -91,9 +100,9 @@ class Outcome(NamedTuple):
     curve: Sequence[tuple[int, float]]
 
 
-def run(job: Job, preset: str, folder: Path, options: Sequence[str]) -> Outcome:
-    """`train.classify` in a process."""
-    root = folder / job.name
+def run(job: Job, preset: str, folder: Path, options: Sequence[str], group: str = "") -> Outcome:
+    """`train.classify` in a process, its run folder in that of the group."""
+    root = folder / group / job.name
     command = [*command_of(job, preset), "--stage.cache", str(folder / "cache"), *options]
     models = ran("train.classify", [*command, "--output", str(root)], root)
     return Outcome(models, curve(root / "metrics.jsonl", models["finetuned"]))
@@ -103,9 +112,7 @@ def command_of(job: Job, preset: str) -> list[str]:
     """What tells a job from the others."""
     method = METHODS[job.method]
     command = [preset, "--optimizer.name", method.optimizer, *method.more, "--seed", str(job.seed)]
-    rate = method.rates.get(preset) if job.rate is None else job.rate
-    if rate is not None:
-        command += ["--optimizer.learning-rate", str(rate)]
+    command += ["--optimizer.learning-rate", str(job.rate)]
     if job.forwards is not None:
         command += ["--train.forwards", str(job.forwards)]
     return command
@@ -208,26 +215,28 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, metavar="F")
     parser.add_argument("--output", type=Path, default=OUT, metavar="DIR")
     args = parser.parse_args(mine)
-    known = {name: pair[0].learning_rate for name, pair in PRESETS[args.preset].OPTIMIZERS.items()}
+    known = PRESETS[args.preset].OPTIMIZERS
     names = args.only or [name for name, method in METHODS.items() if method.optimizer in known]
+    rates = {name: rate_of(name, args.preset) for name in names}
     folder = place(args.output / args.preset, options)
     if args.tune is not None:
-        rates = {}
-        for name in names:
-            if METHODS[name].minutes_of is None:
-                usual = METHODS[name].rates.get(args.preset, known[METHODS[name].optimizer])
-                rates[name] = [float(f"{usual * factor:.6g}") for factor in args.factors]
+        forwards = None if args.tune == PRESETS[args.preset].PRESET.train.forwards else args.tune
+        tried = [
+            (name, float(f"{rates[name] * factor:.6g}"))
+            for name in names
+            if METHODS[name].minutes_of is None
+            for factor in args.factors
+        ]
         trials = {
-            (name, rate): run(Job(name, 0, rate, args.tune), args.preset, folder, options)
-            for name in rates
-            for rate in rates[name]
+            (name, rate): run(Job(name, 0, rate, forwards), args.preset, folder, options)
+            for name, rate in tried
         }
-        write(tuned(trials), folder / "rates.md")
+        write(tuned(trials), folder / f"rates-{args.tune}.md")
         return
 
     @functools.cache
-    def outcome(job: Job) -> Outcome:
-        return run(job, args.preset, folder, options)
+    def outcome(job: Job, group: str = "") -> Outcome:
+        return run(job, args.preset, folder, options, group)
 
     found: dict[tuple[str, int], Outcome] = {}
     # Seed by seed: a table that is stopped early compares what it has.
@@ -235,11 +244,14 @@ def main(argv: list[str]) -> None:
         for name in names:
             forwards, plain, other = None, METHODS[name].optimizer, METHODS[name].minutes_of
             if other is not None:
-                budget = outcome(Job(other, seed)).models["finetuned"]["forwards"]
-                short = None if budget <= TIMED else TIMED  # its own run where that is no longer
-                pair = [outcome(Job(n, seed, forwards=short)) for n in (plain, other)]
-                forwards = budget_of(*pair, budget)
-            found[name, seed] = outcome(Job(name, seed, forwards=forwards))
+                theirs = rate_of(other, args.preset)
+                budget = outcome(Job(other, seed, theirs)).models["finetuned"]["forwards"]
+                # Its own run where that is no longer.
+                timed = (None, "") if budget <= TIMED else (TIMED, "timed")
+                jobs = (Job(plain, seed, rates[name], timed[0]), Job(other, seed, theirs, timed[0]))
+                ours, peers = (outcome(job, timed[1]) for job in jobs)
+                forwards = budget_of(ours, peers, budget)
+            found[name, seed] = outcome(Job(name, seed, rates[name], forwards))
     write(table(found, names), folder / "classify_table.md")
 
 

@@ -331,7 +331,7 @@ def test_every_line_of_the_table_of_pretraining_is_a_command(repo):
 def classified(bench, job, forwards):
     """Numbers that follow from the job: the best rate is the highest but one."""
     level = list(bench.METHODS).index(job.method)
-    off = 0 if job.rate is None else abs(math.log10(job.rate) + 4.5)
+    off = abs(math.log10(job.rate) + 4.5)
     accuracy = 0.6 + 0.01 * level + 0.02 * job.seed
     flat = {"accuracy": accuracy, "nll": 0.5, "dev_nll": 0.4 + off, "dev_accuracy": 0.7}
     cost = {"forwards": forwards, "steps": forwards // 2, "step_mib": 10.0}
@@ -346,8 +346,8 @@ def test_the_table_of_classification(repo, tmp_path, monkeypatch, capsys):
     bench = load(repo, "classify_table")
     ran = []
 
-    def run(job, preset, folder, options):
-        ran.append((job, preset, tuple(options)))
+    def run(job, preset, folder, options, group=""):
+        ran.append((job, group, tuple(options)))
         return classified(bench, job, job.forwards or 1200)
 
     monkeypatch.setattr(bench, "run", run)
@@ -368,17 +368,23 @@ def test_the_table_of_classification(repo, tmp_path, monkeypatch, capsys):
     assert {job.forwards for job, *_ in ran} == {None, 3600}
     monkeypatch.setattr(bench, "TIMED", 500)
     bench.main([*argv, "--seeds", "0"])
-    assert [job.method for job, *_ in ran if job.forwards == 500] == ["rowwise", "mezo"]
+    assert [job.method for job, group, _ in ran if group == "timed"] == ["rowwise", "mezo"]
+    assert all(group == "timed" for job, group, _ in ran if job.forwards == 500)
     assert "| 3,600 | 6.0 | 10 |" in next(tmp_path.glob("sst2-tiny/classify_table.md")).read_text()
     assert "| mezo | 0.200 | 0.400 | 0.600 | 0.800 | 1.000 |" in text and "0.520" in text
     bench.main([*argv, "--tune", "400", "--factors", "0.1", "0.3", "1", "3", "10"])
-    text = (tmp_path / "sst2-tiny" / "rates.md").read_text()
+    text = (tmp_path / "sst2-tiny" / "rates-400.md").read_text()
     assert "minutes of" not in text and "| mezo | 3e-05 **best** |" in text
     assert "| adamw | 3e-05 **best** |" in text
     bench.main([*argv, "--tune", "400", "--factors", "1", "3"])
-    text = (tmp_path / "sst2-tiny" / "rates.md").read_text()
+    text = (tmp_path / "sst2-tiny" / "rates-400.md").read_text()
     assert "| adamw | 3e-05 **best** (at the end) |" in text
-    assert all(job.forwards == 400 for job, *_ in ran if job.rate is not None)
+    assert {job.forwards for job, *_ in ran if job.rate == pytest.approx(9e-5)} == {400}
+    # At the preset's own budget a rate's run is the table's.
+    bench.main([*argv, "--tune", str(bench.PRESETS["sst2-tiny"].PRESET.train.forwards)])
+    whole = [job for job, *_ in ran[-9:]]
+    assert all(job.forwards is None for job in whole)
+    assert {ran[0][0].name, ran[1][0].name} <= {job.name for job in whole}
 
 
 def test_every_line_of_the_table_of_classification_is_a_command(repo):
@@ -390,7 +396,8 @@ def test_every_line_of_the_table_of_classification_is_a_command(repo):
         found = set()
         for name, method in bench.METHODS.items():
             assert method.optimizer in known, (preset, method)
-            optimizer = read_arguments(bench.command_of(bench.Job(name, 0), preset)).optimizer
+            job = bench.Job(name, 0, bench.rate_of(name, preset))
+            optimizer = read_arguments(bench.command_of(job, preset)).optimizer
             assert optimizer.learning_rate == method.rates.get(
                 preset, known[method.optimizer][0].learning_rate
             )
@@ -398,7 +405,7 @@ def test_every_line_of_the_table_of_classification_is_a_command(repo):
         assert len(found) == len({(m.optimizer, m.more) for m in bench.METHODS.values()})
     config = read_arguments(bench.command_of(bench.Job("zo-muon", 3, 0.5, 90), "vit-fashion"))
     assert (config.seed, config.optimizer.learning_rate, config.train.forwards) == (3, 0.5, 90)
-    jobs = [bench.Job(n, s, r) for n in bench.METHODS for s in (0, 1) for r in (None, 0.1)]
+    jobs = [bench.Job(n, s, r) for n in bench.METHODS for s in (0, 1) for r in (0.01, 0.1)]
     assert len({job.name for job in jobs}) == len(jobs)
 
 
