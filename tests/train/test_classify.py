@@ -54,9 +54,9 @@ def fruits(tmp_path_factory):
     return write(folder / "fruits.jsonl", rows(48, np.random.default_rng(0)))
 
 
-def started(program, tiny, data, output, *more):
-    paths = ("--model.path", tiny, "--data.path", data, "--output", output)
-    return program("train.classify", "sst2-tiny", *ONE, *paths, *more)
+def started(program, model, data, output, *more, preset="sst2-tiny"):
+    paths = ("--model.path", model, "--data.path", data, "--output", output)
+    return program("train.classify", preset, *ONE, *paths, *more)
 
 
 @pytest.fixture(scope="module")
@@ -288,11 +288,21 @@ def test_published_budgets():
         steps_within(hybrid, 9)
 
 
-def test_a_smoke_run_of_the_tiny_preset(program, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "model"),
+    [
+        ("sst2-tiny", "tiny"),
+        ("sst2-smollm2", "tiny"),
+        pytest.param("sst2-smollm2", "smollm2_path", marks=pytest.mark.slow),
+    ],
+)
+def test_a_smoke_run(program, request, tmp_path, preset, model):
+    """Of the presets on text that need no network."""
+    model = request.getfixturevalue(model)
     for name, count in (("train", 60), ("dev", 20)):
         lines = [f"it is {'bad good'.split()[i % 2]}\t{i % 2}" for i in range(count)]
         (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
-    done = started(program, tiny, tmp_path, tmp_path / "run", "--smoke")
+    done = started(program, model, tmp_path, tmp_path / "run", "--smoke", preset=preset)
     assert done.code == 0, done.err
     summary = summary_of(tmp_path / "run")
     assert summary["finetuned"]["steps"] == 3 and summary["finetuned"]["forwards"] == 15
