@@ -63,7 +63,7 @@ METHODS = {
     "mezo": Method("mezo"),
     "zo-muon": Method("zo-muon"),
     "zo-muon, normalise only": Method(
-        "zo-muon", ("--optimizer.orthogonalize", "normalize"), rates={"vit-fashion": 0.1}
+        "zo-muon", ("--optimizer.orthogonalize", "normalize"), rates={"vit-fashion": 0.0333333}
     ),
     "subspace-mezo": Method("subspace-mezo"),
     "rowwise": Method("rowwise"),
