@@ -38,7 +38,15 @@ def test_commands_exist(repo, page):
     known |= (
         {"--example-data", "--html", "--attack"}
         | {"--repeats", "--huge-pages-for-both", "--worker", "--command"}
-        | {"--data", "--text", "--seeds", "--concepts", "--methods"}  # of benchmarks
+        | {
+            "--data",
+            "--text",
+            "--seeds",
+            "--concepts",
+            "--methods",
+            "--tune",
+            "--factors",
+        }  # of benchmarks
         | {"--no-oracle", "--no-erase.again"}  # switched off
         | {
             "--nodes",
