@@ -46,6 +46,7 @@ def test_commands_exist(repo, page):
             "--methods",
             "--tune",
             "--factors",
+            "--shape",
         }  # of benchmarks
         | {"--no-oracle", "--no-erase.again"}  # switched off
         | {
