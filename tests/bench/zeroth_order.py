@@ -43,10 +43,15 @@ from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
 from models.decoder import Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from models.vit import ViT, ViTConfig, ViTLearner
+from train.classification.config import StartConfig
 from train.step import Losses
 
 SMOLLM2 = DecoderConfig(49152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
-VIT_FASHION = ViTConfig(28, 4, 1, 96, 384, num_layers=4, num_heads=3, num_classes=10)
+START = StartConfig()  # what vit-fashion trains
+VIT_FASHION = ViTConfig(
+    28, START.patch_size, 1, START.hidden_size, START.intermediate_size,
+    num_layers=START.num_layers, num_heads=START.num_heads, num_classes=10,
+)  # fmt: skip
 CASES = ("rowwise", "step", "query-batch")
 QUERIES = 4  # of the rows with a subspace
 RANK = 64  # of the subspace
