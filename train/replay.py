@@ -5,6 +5,7 @@ python -m train.replay RUN_FOLDER_OR_replay.zo --model.path BASE --check   (writ
 
 BASE is the model that the run started from, whose sha256 is in the file. Every 500 steps and at the
 end the parameters are compared with those of the run: bit by bit, or with --tolerance by norm.
+--steps N makes the model that the run had after N steps, which it never stored.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from train import cli
 from train.runtime.distributed import DistributedConfig
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import say
+
+# What the summary says of a replay that ends before the first milestone.
+UNCOMPARED = {"apart": None, "bitwise": None}
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class ReplayRun:
     model: BaseConfig = BaseConfig()
     output: Path | None = None
     check: bool = False
+    steps: int | None = option(
+        None, "steps to take; None: all of the run's, up to its trained model.", low=1
+    )
     tolerance: float | None = option(
         None,
         "how far parameters may be from the run's, as a share of their norm (1e-6 for another "
@@ -98,6 +105,9 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
             raise UserError("give either --output DIR, or --check, which writes nothing")
         path = file_of(config.source)
         made = stored.read(path)
+        steps, whole = config.steps or made.header["steps"], made.header["steps"]
+        if steps > whole:
+            raise UserError(f"--steps {steps}: {path} has {whole}; give at most these")
         optimizer = replaying.optimizer_of(made, path)
         replaying.check_generator(made, path)
         mesh = sharding.make_mesh(config.mesh)
@@ -106,7 +116,7 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
             "base": made.header["base_sha256"],
             "export_dtype": config.export_dtype,
             "tolerance": config.tolerance,
-        }
+        } | ({} if steps == whole else {"steps": steps})
         place = None
         if config.output is not None:
             remote.check(config.output, "--output")
@@ -118,13 +128,20 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
     base = source.load(config.model, made, mesh).to_host()
     replaying.check_base(made, base, path, config.model.path)
     trained = replaying.trained_of(made, base, mesh)
-    steps, size = made.header["steps"], path.stat().st_size
-    say(f"{path}: {steps} steps of {optimizer.name}, {size / 1000:.1f} kB, base {base.sha[:16]}…")
+    size = path.stat().st_size
+    say(f"{path}: {whole} steps of {optimizer.name}, {size / 1000:.1f} kB, base {base.sha[:16]}…")
     since, checked = time.monotonic(), []
 
     def make(checkpoints: Path | None) -> Any:
         found, how = replaying.replay(
-            made, optimizer, trained.start, base.learner.rules, mesh, config.tolerance, checkpoints
+            made,
+            optimizer,
+            trained.start,
+            base.learner.rules,
+            mesh,
+            config.tolerance,
+            checkpoints,
+            steps=steps,
         )
         checked.append(how)
         return trained.finish(found)
@@ -139,13 +156,14 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
     seconds = time.monotonic() - since
     found: dict[str, Any] = {"params_sha256": sha, "steps": steps, "bytes": size}
     whose = "adapters " if "lora" in made.header else ""
+    last = max((mark.step for mark in made.milestones if mark.step <= steps), default=0)
     for how in checked:
-        equal = f"{whose}equal bit by bit"
-        if not how.bitwise:
-            far = f"to {how.apart:.1e}" if how.apart else "to the last digit"
-            equal = f"{whose}equal by norm {far} (--tolerance {config.tolerance:g}), not bitwise"
-        say(f"replayed in {seconds:.1f} s, {equal} at {how.milestones} milestone(s)")
-        found |= {"seconds": round(seconds, 1), "apart": how.apart, "bitwise": how.bitwise}
+        equal = [compared(how, config.tolerance)] if last else []
+        if last < steps:
+            equal.append(f"not compared after step {last} (the next milestone is behind --steps)")
+        say(f"replayed in {seconds:.1f} s, {whose}{', '.join(equal)}")
+        found |= {"seconds": round(seconds, 1)}
+        found |= {"apart": how.apart, "bitwise": how.bitwise} if last else UNCOMPARED
     if root is not None and not checked:
         found = kept(remote.home(root) / "summary.json", sha) | found
     say(f"params_sha256 {sha}")
@@ -156,6 +174,15 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
         distributed.of_first(lambda: remote.send(root))
         say(f"model: {remote.home(root) / 'export'}")
     return found
+
+
+def compared(how: Any, tolerance: float | None) -> str:
+    """What a `replaying.Checked` of at least one milestone says."""
+    equal = "equal bit by bit"
+    if not how.bitwise:
+        far = f"to {how.apart:.1e}" if how.apart else "to the last digit"
+        equal = f"equal by norm {far} (--tolerance {tolerance:g}), not bitwise"
+    return f"{equal} at {how.milestones} milestone(s)"
 
 
 def kept(path: Path, sha: str) -> dict[str, Any]:

@@ -553,6 +553,16 @@ def test_a_replay_continues_where_it_was_stopped(stage, start, tmp_path, monkeyp
     assert how == (1e-7, 3, False)
 
 
+def test_the_model_on_the_way_is_that_of_a_longer_replay(stage, start):
+    """Up to a milestone, and between two."""
+    _, root = stage
+    path = root / "replay.zo"
+    made = stored.read(path)
+    found = [replayed(path, start, steps=steps)[0] for steps in (1, 2, EVERY)]
+    shas = [params_sha256(tree) for tree in found]
+    assert shas[-1] == made.milestones[0].sha256 and len({*shas, params_sha256(start)}) == 4
+
+
 def test_a_sketch_of_equal_digits_is_not_bitwise_equality(stage, start, monkeypatch):
     """One last bit is another sha256 and, in float32 sums, the same sketch."""
     _, root = stage

@@ -74,6 +74,28 @@ def test_check_writes_nothing(done, replay):
     assert files_of(done.root) == before
 
 
+@pytest.mark.parametrize(
+    ("steps", "words", "bitwise"),
+    [
+        (1, ", not compared after step 0 (the next milestone is behind --steps)", None),
+        (3, "equal bit by bit at 1 milestone(s), not compared after step 2 (the next", True),
+        (4, "equal bit by bit at 2 milestone(s)\n", True),
+    ],
+)
+def test_the_model_on_the_way(steps, words, bitwise, done, replay, tmp_path):
+    argv = done.file, "--model.path", done.base, "--steps", steps
+    made = replay(*argv, "--output", tmp_path / "on-the-way")
+    assert made.code == 0 and words in made.err, made.err
+    found = json.loads((tmp_path / "on-the-way" / "summary.json").read_text())["replayed"]
+    assert (found["steps"], found["bitwise"]) == (steps, bitwise)
+    file = stored.read(done.file)
+    wanted = {mark.step: mark.sha256 for mark in file.milestones}
+    assert found["params_sha256"] == wanted.get(steps, found["params_sha256"])
+    # Another point of the run does not go into the folder of this one.
+    made = replay(*argv[:-1], steps + 1, "--output", tmp_path / "on-the-way")
+    assert made.code == 2 and "holds another run's config" in made.err
+
+
 def refusals(done):
     """Arguments, and what the one line says."""
     damaged = bytearray(done.file.read_bytes())
@@ -110,6 +132,8 @@ def refusals(done):
         ((done.file, "--model.path", done.root / "nothing", "--check"), "nothing"),
         ((done.file, "--model.path", done.run / "export", "--check"), "is not the model that"),
         ((done.file, *base, "--check", "--tolerance", "-1"), "--tolerance"),
+        ((done.file, *base, "--check", "--steps", STEPS + 1), "has 5; give at most these"),
+        ((done.file, *base, "--check", "--steps", 0), "--steps"),
         ((done.file, *base, "--chek"), "did you mean --check?"),
         (("--check", *base), "the first argument is a run folder"),
     ]

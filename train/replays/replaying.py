@@ -35,7 +35,8 @@ class Checked(NamedTuple):
         apart: how far they are apart by norm, at the worst milestone; 0.0 also of parameters that
             differ by less than float32 sketches tell.
         milestones: how many were compared.
-        bitwise: whether the parameters are bit by bit equal at all of them.
+        bitwise: whether the parameters are bit by bit equal at all of them; False where none was
+            compared.
     """
 
     apart: float
@@ -161,8 +162,9 @@ def replay(
     tolerance: float | None = None,
     checkpoints: Path | None = None,
     seconds: float = SAVE_SECONDS,
+    steps: int | None = None,
 ) -> tuple[Any, Checked]:
-    """The trained tree after all steps, compared at every milestone.
+    """The trained tree after the steps, compared at every milestone on the way.
 
     Args:
         made: the file.
@@ -173,12 +175,14 @@ def replay(
         tolerance: how far parameters may be apart by norm; None: not in a bit.
         checkpoints: folder to continue from; None: nothing is written.
         seconds: least time between two checkpoints.
+        steps: how many steps to take; None: all.
 
     Raises:
         UserError: a milestone differs.
         Preempted: asked to stop.
     """
     header = made.header
+    end = header["steps"] if steps is None else steps
     tx, _, _ = build(optimizer, header["steps"])
     params = residency.fresh(start, sharding.param_shardings(start, mesh, rules))
     state, shardings = init_state(params, tx, mesh)
@@ -207,8 +211,8 @@ def replay(
             manifest = distributed.of_first(lambda: checkpointing.read_manifest(last)) or {}
             # Earlier versions did not say: with a tolerance, nobody knows.
             worst, bitwise = manifest.get("checked", (0.0, tolerance is None))
-            say(f"continuing at step {first} of {header['steps']}")
-    marks = {mark.step: mark for mark in made.milestones}
+            say(f"continuing at step {first} of {end}")
+    marks = {mark.step: mark for mark in made.milestones if mark.step <= end}
     before = max((step for step in marks if step <= first), default=0)
     saved_at = time.monotonic()
 
@@ -225,8 +229,8 @@ def replay(
     def due() -> bool:
         return distributed.of_first(lambda: time.monotonic() - saved_at > seconds)
 
-    with progress("replay", header["steps"], first) as advance:
-        for step in range(first, header["steps"]):
+    with progress("replay", end, first) as advance:
+        for step in range(first, end):
             if step in marks and step > first:
                 compare(step)
             stop = distributed.asked_to_stop()
@@ -242,5 +246,6 @@ def replay(
             now = (params, opt_state)
             jax.block_until_ready(metrics)
             advance(1)
-        compare(header["steps"])
-    return now[0], Checked(worst, len(marks), bitwise)
+        if end in marks:
+            compare(end)
+    return now[0], Checked(worst, len(marks), bitwise and bool(marks))
