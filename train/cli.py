@@ -6,6 +6,7 @@ ends in one line and exit code 1.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
 import difflib
@@ -128,8 +129,7 @@ def option_value(args: Sequence[str], option: str) -> str | None:
 
 def parse(cls: type, default: Any, args: Sequence[str], prog: str, summary: str) -> Any:
     """`default` overridden by command-line options, as a `cls`, which may have more of them."""
-    import tyro
-
+    tyro = _tyro()
     if type(default) is not cls:
         fields = dataclasses.fields(default)
         default = cls(**{f.name: getattr(default, f.name) for f in fields})
@@ -151,6 +151,17 @@ def parse(cls: type, default: Any, args: Sequence[str], prog: str, summary: str)
             option = f"--{place.replace('_', '-')}.name"
             raise UserError(f"{option} is {wanted} and {chosen.name}; give it once")
     return found
+
+
+def _tyro() -> Any:
+    """Import tyro, which hashes all builtins: `_` of a Python shell may be a tuple with a list."""
+    values = vars(builtins)
+    last = {"_": values.pop("_")} if "_" in values else {}
+    try:
+        import tyro
+    finally:
+        values.update(last)
+    return tyro
 
 
 def _complaint(printed: str) -> str:

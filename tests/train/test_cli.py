@@ -583,3 +583,14 @@ def test_a_real_process_says_it_in_one_line(repo):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "'quickstart'" in done.stderr
+
+
+def test_the_last_value_of_a_python_shell_may_be_anything(repo):
+    """`builtins._` looks hashable and is not, as in a shell after `([1],)`, and stays as it is."""
+    code = (
+        "import builtins; builtins._ = ([1],); "
+        "from train.unlearning.arguments import read_arguments; "
+        "assert read_arguments(['quickstart', '--seed', '3']).seed == 3; assert _ == ([1],)"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], cwd=repo, env=environment, check=True)
