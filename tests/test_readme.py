@@ -8,6 +8,7 @@ from train import cli
 from train.costs.planned import PLANNERS
 from train.diffusing.config import AttackRun, DefendRun, EraseRun
 from train.presets import PRESETS
+from train.replay import ReplayRun
 
 
 def blocks(repo, language):
@@ -33,7 +34,13 @@ def test_commands_exist(repo, page):
     presets = set(re.findall(r"train\.unlearn ([a-z][\w-]*)", text))
     assert presets and presets <= set(PRESETS)
     known = {"--list", "--help", "--config", "--only"}
-    configs = [*(row.config for row in PLANNERS.values()), EraseRun, AttackRun, DefendRun]
+    configs = [
+        *(row.config for row in PLANNERS.values()),
+        EraseRun,
+        AttackRun,
+        DefendRun,
+        ReplayRun,
+    ]
     known = known.union(*map(cli.option_names, configs))
     known |= (
         {"--example-data", "--html", "--attack"}
