@@ -155,7 +155,7 @@ def parse(cls: type, default: Any, args: Sequence[str], prog: str, summary: str)
 
 def _tyro() -> Any:
     """Import tyro, which hashes all builtins: `_` of a Python shell may be a tuple with a list."""
-    values = vars(builtins)
+    values = builtins.__dict__
     last = {"_": values.pop("_")} if "_" in values else {}
     try:
         import tyro
