@@ -160,7 +160,7 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
     for how in checked:
         equal = [compared(how, config.tolerance)] if last else []
         if last < steps:
-            equal.append(f"not compared after step {last} (the next milestone is behind --steps)")
+            equal.append(f"not compared after step {last} (the next milestone is beyond --steps)")
         say(f"replayed in {seconds:.1f} s, {whose}{', '.join(equal)}")
         found |= {"seconds": round(seconds, 1)}
         found |= {"apart": how.apart, "bitwise": how.bitwise} if last else UNCOMPARED

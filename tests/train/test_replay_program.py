@@ -77,7 +77,7 @@ def test_check_writes_nothing(done, replay):
 @pytest.mark.parametrize(
     ("steps", "words", "bitwise"),
     [
-        (1, ", not compared after step 0 (the next milestone is behind --steps)", None),
+        (1, ", not compared after step 0 (the next milestone is beyond --steps)", None),
         (3, "equal bit by bit at 1 milestone(s), not compared after step 2 (the next", True),
         (4, "equal bit by bit at 2 milestone(s)\n", True),
     ],
