@@ -5,10 +5,12 @@
 
 What follows `--` goes to every run. `sst2-tiny` starts from the preset's export of pretrain-tiny,
 `vit-fashion` trains its model in the run. Every method takes the learning rate that its preset
-names, or this file (ZO-Muon that only normalises). `--tune N` compares these, times every factor,
-on seed 0 with a budget of N forward passes, by the NLL on the dev rows; a rate that is best at an
-end is marked. The best rate of a short budget may be too high for a long one: with the preset's own
-budget as N the runs are those of the table.
+names, or this file (ZO-Muon that only normalises). A page beside the table overlays the accuracy on
+the dev rows.
+
+`--tune N` compares these rates, times every factor, on seed 0 with a budget of N forward passes, by
+the NLL on the dev rows; a rate that is best at an end is marked. The best rate of a short budget
+may be too high for a long one: with the preset's own budget as N the runs are those of the table.
 
 "rowwise, minutes of mezo" is a row of its own: as many forward passes as row-wise directions make
 in the time that MeZO needs for the budget, both timed over 2000 passes, one after the other. Where
@@ -30,7 +32,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from tables import ROOT, cut, head, place, ran, row, write
+from tables import ROOT, cut, head, overlay, place, ran, row, write
 
 from train.presets.classify import PRESETS
 from train.reporting.runlogs import read_steps
@@ -105,10 +107,15 @@ class Outcome(NamedTuple):
 
 def run(job: Job, preset: str, folder: Path, options: Sequence[str]) -> Outcome:
     """`train.classify` in a process."""
-    root = folder / job.group / job.name
+    root = root_of(job, folder)
     command = [*command_of(job, preset), "--stage.cache", str(folder / "cache"), *options]
     models = ran("train.classify", [*command, "--output", str(root)], root)
     return Outcome(models, curve(root / "metrics.jsonl", models["finetuned"]))
+
+
+def root_of(job: Job, folder: Path) -> Path:
+    """Its run folder."""
+    return folder / job.group / job.name
 
 
 def command_of(job: Job, preset: str) -> list[str]:
@@ -125,7 +132,7 @@ def curve(path: Path, told: Mapping[str, Any]) -> list[tuple[int, float]]:
     """Forward passes and dev accuracy at every look."""
     passes = told["forwards"] / told["steps"]
     return [
-        (round(passes * (line["step"] + 1)), line["dev_accuracy"])
+        (round(passes * line["step"]), line["dev_accuracy"])
         for line in read_steps(path)
         if line["stage"] == "finetuned" and "dev_accuracy" in line
     ]
@@ -256,8 +263,13 @@ def main(argv: list[str]) -> None:
         return Job(plain, seed, rate) if same else Job(name, seed, rate, forwards)
 
     # Seed by seed: a table that is stopped early compares what it has.
-    found = {(name, seed): outcome(job_of(name, seed)) for seed in args.seeds for name in names}
+    found, roots = {}, []
+    for name, seed in ((name, seed) for seed in args.seeds for name in names):
+        job = job_of(name, seed)
+        found[name, seed] = outcome(job)
+        roots.append(root_of(job, folder))
     write(table(found, names), folder / "classify_table.md")
+    overlay(list(dict.fromkeys(roots)), folder / "curves.html")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ import functools
 import hashlib
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tables import ROOT, head, ran, row, write
+from tables import ROOT, head, overlay, ran, row, write
 
 OUT = ROOT / "runs" / "bench" / "pretrain"
 SEEDS = (0, 1, 2)
@@ -160,10 +159,7 @@ def main(argv: list[str]) -> None:
         lines += ["", f"TEON at rate {rate:g}, seed 0, one change at a time.", ""]
         lines += ablations(train, rate)
     write(lines, folder / "pretrain_table.md")
-    runs = [str(folder / job.name) for job in overlaid]
-    page = [sys.executable, "-m", "train.report", *runs, "--html", str(folder / "losses.html")]
-    subprocess.run(page, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    print(folder / "losses.html")
+    overlay([folder / job.name for job in overlaid], folder / "losses.html")
 
 
 if __name__ == "__main__":

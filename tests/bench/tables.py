@@ -91,6 +91,13 @@ def ran(module: str, argv: Sequence[str], output: Path) -> dict[str, Any]:
     return json.loads((output / "summary.json").read_text())
 
 
+def overlay(runs: Sequence[Path], page: Path) -> None:
+    """The page that compares runs, with their curves in one picture."""
+    command = [sys.executable, "-m", "train.report", *map(str, runs), "--html", str(page)]
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    print(page)
+
+
 def write(lines: Sequence[str], path: Path) -> None:
     """A table in a file, and on the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from train.evaluators import EVALUATORS
 from train.evaluators.evaluation import Answers
 from train.optimizers import OPTIMIZERS, fitted, forwards, options_of, steps_within
 from train.presets.classify import PRESETS
+from train.reporting import compare, plots, tables
 from train.runtime import distributed
 from train.start import tuned
 
@@ -121,6 +122,23 @@ def test_it_looks_at_the_dev_rows_on_the_way(learned):
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     looked = [line["step"] for line in lines if "dev_accuracy" in line]
     assert looked == [0, 16, 31] and lines[0]["dev_nll"] > lines[-1]["dev_nll"]
+
+
+def test_runs_are_compared_by_what_they_learn_over_forward_passes(learned):
+    output, _ = learned
+    run = tables.load_run(output)
+    text = compare.page([run])
+    assert "Dev accuracy over forward passes" in text and "While they train" in text
+    (band,) = (compare._band(row, "mine", [run]) for row in EVALUATORS["choice"].overlays)
+    assert band is not None
+    # From before the first step to the passes that the whole run took.
+    assert band.places[0] == 0 and band.places[-1] == summary_of(output)["finetuned"]["forwards"]
+    assert band.values.shape == (1, 3)
+    # The best is listed first, which is the highest accuracy and the lowest loss.
+    ends = [plots.Band(name, band.places, np.full((1, 3), y)) for name, y in (("a", 0.2), ("b", 1))]
+    for rises, order in ((True, ["b", "a"]), (False, ["a", "b"])):
+        (legend,) = plots.overlay(ends, "x", "y", rises).legends
+        assert [name.get_text() for name in legend.get_texts()] == order
 
 
 def test_a_second_start_finds_everything(learned, program, tiny, fruits, tmp_path, monkeypatch):

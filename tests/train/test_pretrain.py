@@ -19,6 +19,7 @@ from train.costs.utilisation import flops_per_token, utilisation
 from train.data import corpus
 from train.data.token_file import Tokens
 from train.data.token_rows import TokenRows
+from train.evaluators.curves import VALIDATION_LOSSES
 from train.evaluators.evaluation import Model
 from train.evaluators.token_loss import mean_loss, row_losses, row_sums
 from train.optimizers import options_of
@@ -167,8 +168,8 @@ def test_runs_side_by_side(own, program, tmp_path):
     assert "val_perplexity,2," in (tmp_path / "both.csv").read_text()
     # The band is that of the two runs, at the looks that both took.
     found = tables.groups([tables.load_run(root) for root in (own.root, other)])
-    (band,) = [compare._band("runs", members) for _, members in found]
-    assert band is not None and band.tokens.tolist() == [0, 3 * 256, 6 * 256]
+    (band,) = [compare._band(VALIDATION_LOSSES, "runs", members) for _, members in found]
+    assert band is not None and band.places.tolist() == [0, 3 * 256, 6 * 256]
     lines = [json.loads(x) for x in (other / "metrics.jsonl").read_text().splitlines()]
     looks = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert band.values.shape == (2, 3) and looks in band.values.tolist()

@@ -354,7 +354,7 @@ def test_many_losses_are_drawn_apart_and_listed_below():
     ends = np.random.default_rng(0).permutation(25)
     bands = [plots.Band(f"method {e}", tokens, np.linspace(30, e, 4)[None]) for e in ends]
     bands.append(plots.Band("_$3", tokens, np.array([tokens, tokens + 2]) - 9))
-    figure = plots.loss_bands(bands)
+    figure = plots.overlay(bands, "tokens", "loss")
     assert plots.png(figure)
     (ax,), (legend,) = figure.axes, figure.legends
     looks = {(x.get_color(), x.get_linestyle(), x.get_marker()) for x in ax.get_lines()}

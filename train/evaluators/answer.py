@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from train.evaluators.base import Context, Definition, Evaluator, Metric, Rows
-from train.evaluators.curves import learning_curve
+from train.evaluators.curves import learning_curve, learning_curves
 
 METRICS = (
     Metric("f1", "Answer F1",
@@ -49,6 +49,7 @@ ROW = Evaluator(
     run,
     METRICS,
     pictures=(learning_curve("f1"),),
+    overlays=(learning_curves("f1"),),
     definitions=DEFINITIONS,
     lead="A model was fine-tuned to answer questions about a passage. Below: how well it does, "
     "before and after, and how that was measured.",

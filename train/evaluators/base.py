@@ -201,6 +201,29 @@ class Pair(NamedTuple):
     caption: str
 
 
+class Overlay(NamedTuple):
+    """What is looked at during training, drawn in one picture for all runs that are compared.
+
+    Args:
+        name: its key in the lines of `metrics.jsonl`.
+        title: heading of the picture.
+        words: what the lines show, the first sentence of its caption.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+        each: `(config, flat metrics of the judged model) ->` how far a step goes along x; None
+            where the run does not say.
+        rises: whether higher is better.
+    """
+
+    name: str
+    title: str
+    words: str
+    x: str
+    y: str
+    each: Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]
+    rises: bool = False
+
+
 class Context(Protocol):
     """What an evaluator may request. Scores and answers are memoised, so evaluators share them.
 
@@ -253,6 +276,7 @@ class Evaluator(NamedTuple):
         verdicts: questions that the report answers.
         pictures: of the report.
         pairs: the metrics that runs are compared by.
+        overlays: the curves that runs are compared by.
         definitions: how its metrics are computed.
         version: part of the key of cached logs; raise it when a value may change.
         lead: the page's first sentences, for runs that are not about unlearning.
@@ -267,6 +291,7 @@ class Evaluator(NamedTuple):
     verdicts: tuple[Verdict, ...] = ()
     pictures: tuple[Picture, ...] = ()
     pairs: tuple[Pair, ...] = ()
+    overlays: tuple[Overlay, ...] = ()
     definitions: tuple[Definition, ...] = ()
     version: int = 1
     lead: str = ""

@@ -16,7 +16,7 @@ from train.evaluators.base import (
     Verdict,
     items_of,
 )
-from train.evaluators.curves import learning_curve
+from train.evaluators.curves import learning_curve, learning_curves
 from train.evaluators.paired import paired
 from train.reporting.numbers import format_number
 
@@ -134,6 +134,7 @@ ROW = Evaluator(
     METRICS,
     verdicts=(Verdict("choice", learnt),),
     pictures=(learning_curve("accuracy"),),
+    overlays=(learning_curves("accuracy"),),
     definitions=DEFINITIONS,
     lead="A model was fine-tuned to choose among options. Below: how often it is right, before and "
     "after, and how that was measured.",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from train.evaluators.base import Picture, Results
+from train.evaluators.base import Overlay, Picture, Results
 from train.reporting.numbers import number
 
 
@@ -29,6 +30,45 @@ def loss_curve(words: str) -> Picture:
     return Picture("curves.png", "While it trains", draw, alt, words, missing)
 
 
+def _tokens(config: Mapping[str, Any], judged: Mapping[str, Any]) -> float | None:
+    """Tokens of a step."""
+    budget = config.get("train")
+    return number(budget.get("batch_tokens")) if isinstance(budget, Mapping) else None
+
+
+VALIDATION_LOSSES = Overlay(
+    "validation_loss",
+    "Validation loss over tokens",
+    "Cross-entropy of held-out documents.",
+    "tokens",
+    "validation loss, nats a token",
+    _tokens,
+)
+
+
+def _forwards(config: Mapping[str, Any], judged: Mapping[str, Any]) -> float | None:
+    """Forward passes of a step, on average."""
+    steps, forwards = number(judged.get("steps")), number(judged.get("forwards"))
+    return forwards / steps if steps and forwards else None
+
+
+def learning_curves(name: str) -> Overlay:
+    """A metric of the dev rows over forward passes, of several runs.
+
+    Args:
+        name: of the metric on the test rows; that on the dev rows is `dev_NAME`.
+    """
+    return Overlay(
+        f"dev_{name}",
+        f"Dev {name} over forward passes",
+        f"The {name} on the dev rows.",
+        "forward passes",
+        f"{name}, dev rows",
+        _forwards,
+        rises=True,
+    )
+
+
 def learning_curve(name: str) -> Picture:
     """The picture of a metric of the dev rows over forward passes.
 
@@ -39,12 +79,11 @@ def learning_curve(name: str) -> Picture:
     def draw(results: Results) -> Any:
         from train.reporting import plots
 
-        judged, levels = results.judged, {}
-        steps, forwards = number(judged.get("steps")), number(judged.get("forwards"))
+        levels: dict[str, float] = {}
         for model in results.roles.order(results.summary):
             value = number(results.summary[model].get(name))
             levels |= {} if value is None else {model: value}
-        each = forwards / steps if steps and forwards else 1.0
+        each = _forwards({}, results.judged) or 1.0
         return plots.over_forwards(results.steps, name, each, levels)
 
     def alt(results: Results) -> str:

@@ -17,7 +17,7 @@ from train.evaluators.base import (
     Rows,
     Verdict,
 )
-from train.evaluators.curves import loss_curve
+from train.evaluators.curves import VALIDATION_LOSSES, loss_curve
 from train.reporting.numbers import format_number
 
 METRICS = (
@@ -63,6 +63,7 @@ ROW = Evaluator(
             "Cross-entropy in nats a token: of every step's batch, and of held-out documents."
         ),
     ),
+    overlays=(VALIDATION_LOSSES,),
     definitions=(
         Definition(
             "perplexity",

@@ -1,4 +1,4 @@
-"""Several runs on one page: forget against retain, losses over tokens, and the main metrics.
+"""Several runs on one page: forget against retain, curves of training, and the main metrics.
 
 python -m train.report RUN RUN ... --html FILE
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from train.evaluators import chosen
-from train.evaluators.base import Pair
+from train.evaluators.base import Overlay, Pair
 from train.reporting import metrics_table, plots, tables
 from train.reporting.page import Drawn, embed, render, steps_of
 from train.reporting.runlogs import clean
@@ -99,37 +99,39 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
     return made
 
 
-def losses(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> list[Drawn]:
-    """The picture of validation losses over tokens, where runs have looked at them.
+def overlays(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> list[Drawn]:
+    """A picture of every quantity that runs have looked at during training.
 
     Args:
         found: experiments as `tables.groups` gives them.
         names: a short name for each.
     """
-    bands = [
-        band
-        for name, (_, members) in zip(names, found, strict=True)
-        if (band := _band(name, members)) is not None
-    ]
-    if not bands:
-        return []
     smoke = "SMOKE: " if any(run.config.get("smoke") for _, runs in found for run in runs) else ""
-    title = "Validation loss over tokens"
-    ends = "; ".join(f"{band.name} {band.values[:, -1].mean():.3f}" for band in bands)
-    caption = "Cross-entropy of held-out documents. A line is the mean over an experiment's seeds, "
-    caption += "its band reaches from the lowest to the highest of them."
-    png = plots.png(plots.loss_bands(bands), smoke + title)
-    return [Drawn("losses", title, f"{title}; at the end: {ends}.", caption, "", png)]
+    made = []
+    rows = chosen(name for _, runs in found for run in runs for name in run.evaluators)
+    for row in (row for evaluator in rows for row in evaluator.overlays):
+        bands = [
+            band
+            for name, (_, members) in zip(names, found, strict=True)
+            if (band := _band(row, name, members)) is not None
+        ]
+        if not bands:
+            continue
+        ends = "; ".join(f"{band.name} {band.values[:, -1].mean():.3f}" for band in bands)
+        caption = f"{row.words} A line is the mean over an experiment's seeds, its band reaches "
+        caption += "from the lowest to the highest of them."
+        png = plots.png(plots.overlay(bands, row.x, row.y, row.rises), smoke + row.title)
+        alt = f"{row.title}; at the end: {ends}."
+        made.append(Drawn(row.name, row.title, alt, caption, "", png))
+    return made
 
 
-def _band(name: str, members: Sequence[Run]) -> plots.Band | None:
+def _band(row: Overlay, name: str, members: Sequence[Run]) -> plots.Band | None:
     """The looks that all seeds of an experiment took; None where there are none."""
-    looks = [dict(zip(*plots.series(steps_of(run), "validation_loss"), strict=True))
-             for run in members]  # fmt: skip
-    budget = members[0].config.get("train")
-    each = budget.get("batch_tokens") if isinstance(budget, dict) else None
+    looks = [dict(zip(*plots.series(steps_of(run), row.name), strict=True)) for run in members]
+    each = row.each(members[0].config, members[0].judged)
     steps = sorted(set.intersection(*map(set, looks)))
-    if not steps or not isinstance(each, int):
+    if not steps or each is None:
         return None
     values = np.array([[look[step] for step in steps] for look in looks])
     return plots.Band(name, each * np.array(steps), values)
@@ -163,14 +165,14 @@ def page(runs: Sequence[Run]) -> str:
         names |= dict.fromkeys(("", "SMOKE"), short[0])
     heads = [metrics_table.describe(n) for n in shown]
     smoke = any(run.config.get("smoke") for run in runs)
-    pairs, overlaid = pictures(found, short), losses(found, short)
+    drawn = (*pictures(found, short), *overlays(found, short))
     rows = chosen(name for run in runs for name in run.evaluators)
     return render(
         "comparison.html.j2",
         title=f"{len(found)} experiments" if len(found) > 1 else short[0],
         smoke=SMOKE if smoke else "",
         topic="unlearning" if any(row.pairs for row in rows) else "training",
-        pictures=[embed(p, p.png) for p in (*pairs, *overlaid) if p.png],
+        pictures=[embed(p, p.png) for p in drawn if p.png],
         heads=[
             {
                 "label": m.label,

@@ -240,23 +240,29 @@ def over_forwards(
 
 
 class Band(NamedTuple):
-    """An experiment in a comparison of losses: its name, tokens, and the loss of every seed."""
+    """An experiment in a comparison of curves: its name, places, and the values of every seed."""
 
     name: str
-    tokens: np.ndarray  # (P,)
+    places: np.ndarray  # (P,)
     values: np.ndarray  # (seeds, P)
 
 
-def loss_bands(bands: Sequence[Band]) -> Figure:
-    """Validation loss over tokens: the mean of the seeds, and the range that they span.
+def overlay(bands: Sequence[Band], x: str, y: str, rises: bool = False) -> Figure:
+    """Curves of several experiments: the mean of the seeds, and the range that they span.
 
-    Bands are listed below the axes, the lowest last loss first.
+    Bands are listed below the axes, the best last value first.
+
+    Args:
+        bands: at least one.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+        rises: whether higher is better.
     """
     labels = [b.name if len(b.values) == 1 else f"{b.name} (n={len(b.values)})" for b in bands]
     columns = 2 if max(map(len, labels)) <= LEGEND_COLUMN else 1
     figure, (ax,) = _figure([3.4 + 0.24 * -(-len(bands) // columns)])
     lines = []
-    for i, ((_, tokens, values), label) in enumerate(zip(bands, labels, strict=True)):
+    for i, ((_, places, values), label) in enumerate(zip(bands, labels, strict=True)):
         # Eight colors and seven marks: pairs repeat after 56.
         style: dict[str, Any] = {
             "color": COLORS[i % len(COLORS)],
@@ -265,13 +271,14 @@ def loss_bands(bands: Sequence[Band]) -> Figure:
         }
         # Matplotlib leaves labels out of a legend that begin with an underscore.
         label = f" {label}" if label.startswith("_") else label
-        lines += ax.plot(tokens, values.mean(0), label=label, linewidth=2, markersize=4, **style)
+        lines += ax.plot(places, values.mean(0), label=label, linewidth=2, markersize=4, **style)
         if len(values) > 1:
             low, high = values.min(0), values.max(0)
-            ax.fill_between(tokens, low, high, color=style["color"], alpha=0.2, linewidth=0)
-    ax.set_xlabel("tokens", fontsize=FONT)
-    ax.set_ylabel("validation loss, nats a token", fontsize=FONT)
-    order = sorted(range(len(bands)), key=lambda i: float(bands[i].values[:, -1].mean()))
+            ax.fill_between(places, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    ax.set_xlabel(x, fontsize=FONT)
+    ax.set_ylabel(y, fontsize=FONT)
+    ends = [float(band.values[:, -1].mean()) for band in bands]
+    order = sorted(range(len(bands)), key=lambda i: -ends[i] if rises else ends[i])
     _below(figure, [lines[i] for i in order], columns)
     return figure
 
