@@ -7,21 +7,25 @@ from train.evaluators.choice import learnt
 from train.evaluators.roles import Roles
 
 
-def results(before, after, gold):
-    """Of models that were right (1) or wrong (0) on rows with these right options."""
-    models = {"base": before, "finetuned": after}
-    logs = {
-        name: {
-            "accuracy": {
+def results(before, after, gold, without=None):
+    """Of models that were right (1) or wrong (0) on rows with these right options.
+
+    `without`: the same of both, with the prior of the labels taken out.
+    """
+    found = {"accuracy": (before, after)}
+    found |= {} if without is None else {"accuracy_without_prior": without}
+    logs, summary = {}, {}
+    for model, name in enumerate(("base", "finetuned")):
+        logs[name] = {
+            metric: {
                 "value_by_index": {
                     str(i): {"right": float(r), "gold": g}
-                    for i, (r, g) in enumerate(zip(right, gold, strict=True))
+                    for i, (r, g) in enumerate(zip(right[model], gold, strict=True))
                 }
             }
+            for metric, right in found.items()
         }
-        for name, right in models.items()
-    }
-    summary = {name: {"accuracy": sum(right) / len(gold)} for name, right in models.items()}
+        summary[name] = {metric: sum(right[model]) / len(gold) for metric, right in found.items()}
     return Results(summary, logs, Roles("base", "none", "finetuned"))
 
 
@@ -43,6 +47,30 @@ MOSTLY = [0] * 32 + [1] * 8  # the commonest answer is right on .8
 def test_the_verdict(before, after, gold, state, answer):
     found = learnt(results(before, after, gold))
     assert found is not None and found.state == state and found.answer.startswith(answer)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "state", "answer"),
+    [
+        ([1] * 24 + [0] * 16, [1] * 36 + [0] * 4, "good", "accuracy 0.900"),
+        # Better than before only because the labels' prior is gone, which needs no training.
+        ([1] * 36 + [0] * 4, [1] * 36 + [0] * 4, "mixed", "no better with the prior"),
+        ([1] * 40, [1] * 30 + [0] * 10, "mixed", "no better with the prior"),
+    ],
+)
+def test_the_verdict_without_the_prior(before, after, state, answer):
+    raw = ([1] * 20 + [0] * 20, [1] * 36 + [0] * 4)
+    found = learnt(results(*raw, HALF, (before, after)))
+    assert found is not None and found.state == state and found.answer.startswith(answer)
+    assert (
+        f"taken out: base {sum(before) / 40:.3f}, finetuned {sum(after) / 40:.3f}; " in found.text
+    )
+
+
+def test_a_model_that_got_worse_is_no_better_with_the_prior_out():
+    worse = ([1] * 30 + [0] * 10, [1] * 15 + [0] * 25)
+    found = learnt(results(*worse, HALF, worse))
+    assert found is not None and found.state == "bad"
 
 
 def test_its_words_count_the_rows():

@@ -105,6 +105,8 @@ def learnt(results: Results) -> Finding | None:
     """Whether the model chooses better than before, beyond chance, and than the commonest answer.
 
     Chance: the rows that one of the two models has right and the other has not, by a sign test.
+    Where the prior of the labels can be taken out, which needs no training, the model must be
+    better than before without it, too.
     """
     found = paired(results, "accuracy", "right")
     if found is None:
@@ -116,6 +118,12 @@ def learnt(results: Results) -> Finding | None:
     better = ("good", f"accuracy {format_number(share)}")
     if share <= most:
         better = ("mixed", "no better than the commonest answer")
+    without = paired(results, "accuracy_without_prior", "right")
+    told = "not measured"
+    if without is not None:
+        told = f"{results.across('accuracy_without_prior')}; {without.text('rows')}"
+        if better[0] == "good" and without.judged(better) != better:
+            better = ("mixed", "no better with the prior of the labels taken out")
     state, answer = found.judged(better)
     return Finding(
         "Did it learn the task?",
@@ -123,8 +131,7 @@ def learnt(results: Results) -> Finding | None:
         answer,
         f"Accuracy on {len(after)} test rows: {results.across('accuracy')}; "
         f"{found.text('rows')}. The commonest answer is right on {format_number(most)}. With the "
-        "prior of the labels taken out: "
-        f"{results.across('accuracy_without_prior') or 'not measured'}.",
+        f"prior of the labels taken out: {told}.",
     )
 
 
