@@ -1,7 +1,8 @@
-"""Whether a model learned to choose: the verdict does not flatter."""
+"""Whether a model learned to choose, or to answer: the verdicts do not flatter."""
 
 import pytest
 
+from train.evaluators import answer
 from train.evaluators.base import Results
 from train.evaluators.choice import learnt
 from train.evaluators.roles import Roles
@@ -83,3 +84,26 @@ def test_its_words_count_the_rows():
 def test_nothing_is_said_without_both_logs():
     whole = results([1], [0], [0])
     assert learnt(whole._replace(logs={"finetuned": whole.logs["finetuned"]})) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "state", "said"),
+    [
+        ([0.1] * 20, [0.6] * 18 + [0.0] * 2, "good", "F1 0.540"),
+        ([0.1] * 20, [0.6] * 5 + [0.1] * 15, "mixed", "not told apart from before"),
+        ([0.6] * 20, [0.1] * 20, "bad", "it got worse"),
+        ([0.1] * 20, [1.0] * 4 + [0.0] * 16, "mixed", "the mean says otherwise than most answers"),
+    ],
+)
+def test_the_verdict_on_answers(before, after, state, said):
+    logs, summary = {}, {}
+    for name, scores in (("base", before), ("finetuned", after)):
+        items = {str(i): {"score": score} for i, score in enumerate(scores)}
+        logs[name] = {"f1": {"value_by_index": items}}
+        summary[name] = {"f1": sum(scores) / len(scores)}
+    results = Results(summary, logs, Roles("base", "none", "finetuned"))
+    found = answer.learnt(results)
+    assert found is not None and (found.state, found.answer) == (state, said)
+    higher = sum(a > b for a, b in zip(after, before, strict=True))
+    assert f"{higher} answers are nearer to a right one" in found.text
+    assert answer.learnt(results._replace(logs={})) is None

@@ -261,6 +261,8 @@ def test_answers_with_adapters(program, tiny, tmp_path):
     assert any(np.any(x) for name, x in adapters.items() if "lora_B" in name)
     config = json.loads((output / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny) and config["r"] == 2
+    text = (output / "report.html").read_text()
+    assert "Did it learn the task?" in text and "nearer to a right one than before" in text
 
 
 @pytest.mark.parametrize("name", PRESETS)

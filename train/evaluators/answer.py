@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.evaluators.base import Context, Definition, Evaluator, Metric, Rows
+from train.evaluators.base import (
+    Context,
+    Definition,
+    Evaluator,
+    Finding,
+    Metric,
+    Results,
+    Rows,
+    Verdict,
+)
 from train.evaluators.curves import learning_curve, learning_curves
+from train.evaluators.paired import paired
+from train.reporting.numbers import format_number
 
 METRICS = (
     Metric("f1", "Answer F1",
@@ -37,6 +48,25 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
     return log
 
 
+def learnt(results: Results) -> Finding | None:
+    """Whether answers come nearer to a right one than before, beyond chance."""
+    found = paired(results, "f1", "score")
+    before, _, share = results.scores("f1")
+    if found is None or before is None or share is None:
+        return None
+    state, answer = found.judged(("good", f"F1 {format_number(share)}"))
+    if state != "mixed" and (found.gained > found.lost) != (share > before):
+        state, answer = "mixed", "the mean says otherwise than most answers"
+    return Finding(
+        "Did it learn the task?",
+        state,
+        answer,
+        f"Answer F1 on the test rows: {results.across('f1')}; {found.gained} answers are nearer to "
+        f"a right one than before and {found.lost} further from it ({found.p}). Answers that are a "
+        f"right one: {results.across('exact_match')}.",
+    )
+
+
 DEFINITIONS = (
     Definition(
         "answer",
@@ -48,6 +78,7 @@ ROW = Evaluator(
     "answer",
     run,
     METRICS,
+    verdicts=(Verdict("answer", learnt),),
     pictures=(learning_curve("f1"),),
     overlays=(learning_curves("f1"),),
     definitions=DEFINITIONS,

@@ -11,11 +11,12 @@ SMALLEST = 1e-300  # a probability below this is said to be smaller: it may have
 
 
 class Paired(NamedTuple):
-    """Items of a share that both models were judged by.
+    """Items that both models were judged by.
 
     Args:
-        gained: those that only the judged model has right.
-        lost: those that only the model before has right.
+        gained: those for which the judged model scores higher: of a share, those that it alone has
+            right.
+        lost: those for which the model before scores higher.
         chance: probability of a difference as large, if both were equally good (a sign test).
     """
 
@@ -29,6 +30,12 @@ class Paired(NamedTuple):
             return "mixed", "not told apart from before"
         return ("bad", "it got worse") if self.lost > self.gained else better
 
+    @property
+    def p(self) -> str:
+        """What the sign test says."""
+        p = f"= {format_number(self.chance)}" if self.chance > SMALLEST else f"< {SMALLEST:g}"
+        return f"sign test, p {p}"
+
     def text(self, what: str) -> str:
         """As words of a verdict.
 
@@ -36,8 +43,7 @@ class Paired(NamedTuple):
             >>> Paired(6047, 96, 0.0).text("rows")
             '6047 rows gained and 96 lost (sign test, p < 1e-300)'
         """
-        p = f"= {format_number(self.chance)}" if self.chance > SMALLEST else f"< {SMALLEST:g}"
-        return f"{self.gained} {what} gained and {self.lost} lost (sign test, p {p})"
+        return f"{self.gained} {what} gained and {self.lost} lost ({self.p})"
 
 
 def paired(results: Results, name: str, key: str) -> Paired | None:
@@ -46,7 +52,7 @@ def paired(results: Results, name: str, key: str) -> Paired | None:
     Args:
         results: of a run.
         name: of the metric.
-        key: of an item, 1 where it is right.
+        key: of an item's score, higher where it is better; 1 or 0 for a share.
 
     Returns:
         None where no item was judged with both models.
