@@ -301,8 +301,12 @@ def test_the_table_of_pretraining(repo, tmp_path, monkeypatch, capsys):
         return flat | {"tokens_per_second": 5000.0}
 
     monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **more: None)
+    pages = []
+    monkeypatch.setattr(bench, "overlay", lambda runs, page: pages.append((runs, page)))
     bench.main(["--output", str(tmp_path), "--tokens", "4096"])
+    ((runs, page),) = pages
+    assert len(set(runs)) == len(runs) == 4 * 3 + len(bench.ABLATIONS) - 1
+    assert page == tmp_path / "tokens-4096" / "losses.html"
     text = (tmp_path / "tokens-4096" / "pretrain_table.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "| normuon | 0.04 **best** (end of the grid) |" in text
@@ -350,7 +354,13 @@ def test_the_table_of_classification(repo, tmp_path, monkeypatch, capsys):
         ran.append((job, preset, tuple(options)))
         return classified(bench, job, job.forwards or 1200)
 
+    pages = []
+
+    def overlay(runs, page):
+        pages.append(([path.name for path in runs], page.name))
+
     monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "overlay", overlay)
     few = ["adamw", "mezo", "rowwise", "rowwise, minutes of mezo"]
     argv = ["sst2-tiny", "--only", *few, "--output", str(tmp_path)]
     bench.main([*argv, "--seeds", "0", "1", "--", "--smoke"])
@@ -366,13 +376,17 @@ def test_the_table_of_classification(repo, tmp_path, monkeypatch, capsys):
     assert cells["mezo"][-3:] == ["1,200", "6.0", "10"]
     assert cells["rowwise, minutes of mezo"][-3:] == ["3,600", "6.0", "10"]
     assert {job.forwards for job, *_ in ran} == {None, 3600}
+    ((runs, page),) = pages
+    assert sorted(runs) == sorted({job.name for job, *_ in ran}) and page == "curves.html"
     # Minutes that are the same but for what timing is worth: no run of its own.
     monkeypatch.setattr(bench, "SAME", 2.1)
     bench.main([*argv, "--seeds", "0"])
     again = next(tmp_path.glob("sst2-tiny/classify_table.md")).read_text()
     assert again.count("| 1,200 |") == 4 and [job.method for job, *_ in ran[-3:]] == few[:3]
+    assert len(pages[-1][0]) == 3  # rows of one run show it once
     monkeypatch.undo()
     monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "overlay", overlay)
     monkeypatch.setattr(bench, "TIMED", 500)
     bench.main([*argv, "--seeds", "0"])
     assert [job.method for job, *_ in ran if job.group == "timed"] == ["rowwise", "mezo"]
