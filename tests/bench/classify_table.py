@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -264,7 +265,7 @@ def main(argv: list[str]) -> None:
 
     # Seed by seed: a table that is stopped early compares what it has.
     found, roots = {}, []
-    for name, seed in ((name, seed) for seed in args.seeds for name in names):
+    for seed, name in itertools.product(args.seeds, names):
         job = job_of(name, seed)
         found[name, seed] = outcome(job)
         roots.append(root_of(job, folder))

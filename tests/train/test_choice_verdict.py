@@ -15,18 +15,23 @@ def results(before, after, gold, without=None):
     """
     found = {"accuracy": (before, after)}
     found |= {} if without is None else {"accuracy_without_prior": without}
+    return judged(found, "right", gold)
+
+
+def judged(found, key, gold):
+    """Of scores of both models by metric, which items have as `key` beside their right option."""
     logs, summary = {}, {}
     for model, name in enumerate(("base", "finetuned")):
         logs[name] = {
             metric: {
                 "value_by_index": {
-                    str(i): {"right": float(r), "gold": g}
-                    for i, (r, g) in enumerate(zip(right[model], gold, strict=True))
+                    str(i): {key: float(score), "gold": g}
+                    for i, (score, g) in enumerate(zip(scores[model], gold, strict=True))
                 }
             }
-            for metric, right in found.items()
+            for metric, scores in found.items()
         }
-        summary[name] = {metric: sum(right[model]) / len(gold) for metric, right in found.items()}
+        summary[name] = {metric: sum(both[model]) / len(gold) for metric, both in found.items()}
     return Results(summary, logs, Roles("base", "none", "finetuned"))
 
 
@@ -96,14 +101,9 @@ def test_nothing_is_said_without_both_logs():
     ],
 )
 def test_the_verdict_on_answers(before, after, state, said):
-    logs, summary = {}, {}
-    for name, scores in (("base", before), ("finetuned", after)):
-        items = {str(i): {"score": score} for i, score in enumerate(scores)}
-        logs[name] = {"f1": {"value_by_index": items}}
-        summary[name] = {"f1": sum(scores) / len(scores)}
-    results = Results(summary, logs, Roles("base", "none", "finetuned"))
-    found = answer.learnt(results)
+    both = judged({"f1": (before, after)}, "score", [None] * len(before))
+    found = answer.learnt(both)
     assert found is not None and (found.state, found.answer) == (state, said)
     higher = sum(a > b for a, b in zip(after, before, strict=True))
     assert f"{higher} answers are nearer to a right one" in found.text
-    assert answer.learnt(results._replace(logs={})) is None
+    assert answer.learnt(both._replace(logs={})) is None

@@ -23,6 +23,7 @@ from train.evaluators.evaluation import Answers
 from train.optimizers import OPTIMIZERS, fitted, forwards, options_of, steps_within
 from train.presets.classify import PRESETS
 from train.reporting import compare, plots, tables
+from train.reporting.page import steps_of
 from train.runtime import distributed
 from train.start import tuned
 
@@ -129,7 +130,8 @@ def test_runs_are_compared_by_what_they_learn_over_forward_passes(learned):
     run = tables.load_run(output)
     text = compare.page([run])
     assert "Dev accuracy over forward passes" in text and "While they train" in text
-    (band,) = (compare._band(row, "mine", [run]) for row in EVALUATORS["choice"].overlays)
+    (row,), steps = EVALUATORS["choice"].overlays, steps_of(run)
+    band = compare._band(row, "mine", [run], [steps])
     assert band is not None
     # From before the first step to the passes that the whole run took.
     assert band.places[0] == 0 and band.places[-1] == summary_of(output)["finetuned"]["forwards"]

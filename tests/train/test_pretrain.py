@@ -28,6 +28,7 @@ from train.pretraining import pipeline as pretraining
 from train.pretraining.arguments import read_arguments
 from train.pretraining.config import PretrainConfig, batch_rows, num_steps
 from train.reporting import compare, tables
+from train.reporting.page import steps_of
 from train.runtime import distributed, sharding
 
 KEYS = (
@@ -168,7 +169,8 @@ def test_runs_side_by_side(own, program, tmp_path):
     assert "val_perplexity,2," in (tmp_path / "both.csv").read_text()
     # The band is that of the two runs, at the looks that both took.
     found = tables.groups([tables.load_run(root) for root in (own.root, other)])
-    (band,) = [compare._band(VALIDATION_LOSSES, "runs", members) for _, members in found]
+    ((_, members),) = found
+    band = compare._band(VALIDATION_LOSSES, "runs", members, [steps_of(run) for run in members])
     assert band is not None and band.places.tolist() == [0, 3 * 256, 6 * 256]
     lines = [json.loads(x) for x in (other / "metrics.jsonl").read_text().splitlines()]
     looks = [line["validation_loss"] for line in lines if "validation_loss" in line]

@@ -106,14 +106,20 @@ def overlays(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
         found: experiments as `tables.groups` gives them.
         names: a short name for each.
     """
-    smoke = "SMOKE: " if any(run.config.get("smoke") for _, runs in found for run in runs) else ""
+    every = [run for _, members in found for run in members]
+    evaluators = chosen(name for run in every for name in run.evaluators)
+    rows = [row for evaluator in evaluators for row in evaluator.overlays]
+    if not rows:
+        return []
+    smoke = "SMOKE: " if any(run.config.get("smoke") for run in every) else ""
+    # Read once, whatever the number of pictures: damage is reported when a file is read.
+    logged = [[steps_of(run) for run in members] for _, members in found]
     made = []
-    rows = chosen(name for _, runs in found for run in runs for name in run.evaluators)
-    for row in (row for evaluator in rows for row in evaluator.overlays):
+    for row in rows:
         bands = [
             band
-            for name, (_, members) in zip(names, found, strict=True)
-            if (band := _band(row, name, members)) is not None
+            for name, (_, members), lines in zip(names, found, logged, strict=True)
+            if (band := _band(row, name, members, lines)) is not None
         ]
         if not bands:
             continue
@@ -126,9 +132,11 @@ def overlays(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
     return made
 
 
-def _band(row: Overlay, name: str, members: Sequence[Run]) -> plots.Band | None:
+def _band(
+    row: Overlay, name: str, members: Sequence[Run], logged: Sequence[list[dict[str, Any]]]
+) -> plots.Band | None:
     """The looks that all seeds of an experiment took; None where there are none."""
-    looks = [dict(zip(*plots.series(steps_of(run), row.name), strict=True)) for run in members]
+    looks = [dict(zip(*plots.series(lines, row.name), strict=True)) for lines in logged]
     each = row.each(members[0].config, members[0].judged)
     steps = sorted(set.intersection(*map(set, looks)))
     if not steps or each is None:
