@@ -16,9 +16,9 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Context, Objective, Questions
 from jaxlib_unlearn.objectives.context import HIDDEN, LABELS, TokenFn
 from models import layout
-from models.asked import AskedDecoder, AskedReference, Frozen
-from models.decoder import Decoder
-from models.labels import Batch, gather, head_copies, over_labels, spread
+from models.decoder.asked import AskedDecoder, AskedReference, Frozen
+from models.decoder.labels import Batch, gather, head_copies, over_labels, spread
+from models.decoder.model import Decoder
 
 
 class Learner(Protocol):

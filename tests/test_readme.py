@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from train import cli
-from train.costs.planned import PLANNERS
-from train.diffusing.config import AttackRun, DefendRun, EraseRun
+from train.jobs.diffusing.config import AttackRun, DefendRun, EraseRun
+from train.options import cli
+from train.planning.planned import PLANNERS
 from train.presets import PRESETS
 from train.replay import ReplayRun
 

@@ -6,7 +6,7 @@ import sys
 
 
 def _leave(number, frame):
-    """Ctrl-C while modules are imported, before `train.cli.main` has its own handler."""
+    """Ctrl-C while modules are imported, before `train.options.cli.main` has its own handler."""
     os.write(2, b"stopped by Ctrl-C\n")
     os._exit(130)
 

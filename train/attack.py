@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train import cli
-from train.diffusing.arguments import list_methods, read_attack
-from train.diffusing.config import AttackRun
-from train.diffusing.methods import ATTACKS
-from train.evaluators.roles import NONE, Roles
+from train.jobs.diffusing.arguments import list_methods, read_attack
+from train.jobs.diffusing.config import AttackRun
+from train.options import cli
+from train.options.roles import NONE, Roles
+from train.tasks.erasure import ATTACKS
 
 ROLES = Roles("original", NONE, "attacked")
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: AttackRun) -> Path:
     """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.diffusing import attack_files, attacking, pipeline
+    from train.jobs.diffusing import attack_files, attacking, pipeline
 
     check, load = attacking.check, attacking.load
     with pipeline.opened(config, "train.attack", ROLES, check, load) as opened:

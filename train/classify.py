@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train import cli, optimizers, start
-from train.classification.arguments import check_start, read_arguments
-from train.classification.config import TASKS, ClassifyRun
+from train.jobs.classification.arguments import check_start, read_arguments
+from train.jobs.classification.config import TASKS, ClassifyRun
+from train.options import cli, optimizers, start
 from train.presets.classify import PRESETS
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: ClassifyRun) -> Path:
     """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.classification import pipeline
+    from train.jobs.classification import pipeline
 
     with pipeline.opened(config) as opened:
         # 1. Train the model to start from, where it is not a given one.

@@ -21,11 +21,12 @@ from jaxlib_unlearn import cot
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import MOST, option
 from jaxlib_unlearn.reading import read_json, reading
-from models import Tokenizer, gguf_files, hub
-from train import cli
-from train.base_models import model_source
-from train.config import to_json
+from models import Tokenizer
+from models.files import gguf_files, hub
 from train.data import reasoning
+from train.engine.base_models import model_source
+from train.options import cli
+from train.options.config import to_json
 from train.runtime import distributed, files
 from train.runtime.tracking import progress, say
 
@@ -80,7 +81,7 @@ def run(config: CondenseRun) -> Counts:
     Raises:
         UserError: options, a file or a row that cannot be used; nothing is written then.
     """
-    from train import checks
+    from train.options import checks
 
     checks.check_numbers(config)
     kind, report = check_files(config.source, config.output), config.output.with_name(REPORT)

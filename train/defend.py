@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train import cli
-from train.diffusing.arguments import read_defend
-from train.diffusing.config import DefendRun
-from train.evaluators.roles import NONE, Roles
+from train.jobs.diffusing.arguments import read_defend
+from train.jobs.diffusing.config import DefendRun
+from train.options import cli
+from train.options.roles import NONE, Roles
 
 ROLES = Roles("original", NONE, "defended")
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: DefendRun) -> Path:
     """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.diffusing import defending, pipeline
+    from train.jobs.diffusing import defending, pipeline
 
     check, load = defending.check, defending.load
     with pipeline.opened(config, "train.defend", ROLES, check, load) as opened:

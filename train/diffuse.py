@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train import cli, start
-from train.diffusing.arguments import read_arguments
-from train.diffusing.config import DiffuseRun
-from train.evaluators.roles import NONE, Roles
+from train.jobs.diffusing.arguments import read_arguments
+from train.jobs.diffusing.config import DiffuseRun
+from train.options import cli, start
+from train.options.roles import NONE, Roles
 from train.presets.diffuse import PRESETS
 
 ROLES = Roles("original", NONE, "original")
@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
 
 def run(config: DiffuseRun) -> Path:
     """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.diffusing import pipeline
-    from train.diffusing.judging import Shown
+    from train.jobs.diffusing import pipeline
+    from train.jobs.diffusing.judging import Shown
 
     check, load = pipeline.check, pipeline.load
     with pipeline.opened(config, "train.diffuse", ROLES, check, load) as opened:

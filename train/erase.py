@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train import cli, start
-from train.diffusing.arguments import list_methods, read_erase
-from train.diffusing.config import EraseRun
-from train.diffusing.methods import ERASING
-from train.evaluators.roles import NONE, Roles
+from train.jobs.diffusing.arguments import list_methods, read_erase
+from train.jobs.diffusing.config import EraseRun
+from train.options import cli, start
+from train.options.roles import NONE, Roles
 from train.presets.diffuse import PRESETS
+from train.tasks.erasure import ERASING
 
 ROLES = Roles("original", NONE, "erased")
 
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
 
 def run(config: EraseRun) -> Path:
     """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.diffusing import erasing, pipeline
-    from train.diffusing.judging import Shown
+    from train.jobs.diffusing import erasing, pipeline
+    from train.jobs.diffusing.judging import Shown
 
     check, load = erasing.check, erasing.load
     with pipeline.opened(config, "train.erase", ROLES, check, load) as opened:

@@ -14,13 +14,13 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import MOST, option
-from train import cli
-from train.config import DataConfig, EvaluateConfig, RunConfig, replace, to_json
-from train.evaluators.roles import ROLES
+from train.options import cli
+from train.options.config import DataConfig, EvaluateConfig, RunConfig, replace, to_json
+from train.options.roles import ROLES
 from train.presets import tofu_smollm2
-from train.reporting.plain import shown
 from train.reporting.verdict import SMOKE as SMOKE_RUN
 from train.runtime.distributed import DistributedConfig
+from train.runtime.plain import shown
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import say
 
@@ -104,9 +104,10 @@ def run(config: EvaluateRun) -> dict[str, Any]:
 
 def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     from jaxlib_unlearn.metrics import tofu
-    from train import base_models, checks
+    from train.engine import base_models
     from train.evaluators import evaluation
     from train.evaluators.judging import compare_logs, evaluate_cached
+    from train.options import checks
     from train.runtime import distributed, files, folder, remote, sharding
     from train.runtime.stages import digest, write_atomic
     from train.tasks import load_task

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import cli
-from train.evaluators.roles import ROLES
+from train.options import cli
+from train.options.roles import ROLES
 from train.reporting import tables
 from train.runtime import hub, seal
 from train.runtime.tracking import say
@@ -26,8 +26,8 @@ WRITTEN = "A model written by the exporter of jaxlib-unlearn."
 def main(argv: list[str]) -> None:
     """The program."""
     import models
-    from models import vit_files
-    from train import checks
+    from models.files import vit_files
+    from train.options import checks
     from train.reporting import card
 
     args = parse(argv)
@@ -118,8 +118,8 @@ def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, in
     Of a run it is the judged model, or the `other` one.
     """
     import models
-    from models import vit_files
-    from train.base_models import model_source
+    from models.files import vit_files
+    from train.engine.base_models import model_source
     from train.reporting import card
     from train.reporting.runlogs import read_evals
     from train.runtime.digests import params_sha256
@@ -169,7 +169,7 @@ def of_stage(run: tables.Run, which: str, sha: str | None) -> Any:
     import jax.numpy as jnp
 
     import models
-    from train.base_models import model_source
+    from train.engine.base_models import model_source
     from train.runtime import checkpointing
 
     stage = run.config.get("stage")

@@ -15,12 +15,12 @@ import difflib
 from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
-from train import cli, start
-from train.config import replace
-from train.finetuning import own_rows
-from train.finetuning.arguments import read_arguments
-from train.finetuning.config import ReasoningRun
-from train.finetuning.own_rows import FinetuneRun
+from train.jobs.finetuning import own_rows
+from train.jobs.finetuning.arguments import read_arguments
+from train.jobs.finetuning.config import ReasoningRun
+from train.jobs.finetuning.own_rows import FinetuneRun
+from train.options import cli, start
+from train.options.config import replace
 from train.presets.epic import PRESETS
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: ReasoningRun) -> Path:
     """Run all stages of a preset's configuration and return the run folder."""
-    from train.finetuning import pipeline
+    from train.jobs.finetuning import pipeline
 
     with pipeline.opened(config) as opened:
         # 1. Learn from the traces, which were condensed and packed as they were read.

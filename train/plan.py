@@ -19,8 +19,9 @@ import time
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import cli, suggest
 from train.costs.topology import GIB, Topology, check_topology, find_topology
+from train.options import cli
+from train.runtime import suggest
 
 # What a collective sends over a chip's links in a group of n, as a fraction of its bytes.
 WIRE = {
@@ -34,7 +35,7 @@ WIRE = {
 
 def main(argv: list[str]) -> None:
     """The program."""
-    from train.costs.planned import PLANNERS
+    from train.planning.planned import PLANNERS
 
     presets = {preset: row for row in PLANNERS.values() for preset in row.presets}
     if not argv or argv[0] in ("-h", "--help"):
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 def check(config: Any) -> None:
     """Raise `UserError` for wrong options, before any device is looked for."""
-    from train.costs.planned import planner_of
+    from train.planning.planned import planner_of
 
     if not config.topology:
         raise UserError("give --topology, a TPU slice such as v5e:8x8, or cpu:8")
@@ -75,7 +76,7 @@ def plan(config: Any, say: Any = None) -> dict[str, Any]:
     Raises:
         UserError: the slice does not exist, or the run cannot use it.
     """
-    from train.costs.planned import planner_of
+    from train.planning.planned import planner_of
 
     topology = find_topology(config.topology)
     planned, mesh = planner_of(config).planned(config, list(topology.devices))
@@ -107,8 +108,8 @@ def plan(config: Any, say: Any = None) -> dict[str, Any]:
 def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
     """Compile one program and sum up the memory, work and communication of a chip."""
     from train.costs import collectives, flops, hlo, hlo_flops
-    from train.loop import step_bytes
-    from train.step import OPTIMIZER_SCOPE
+    from train.engine.loop import step_bytes
+    from train.engine.step import OPTIMIZER_SCOPE
 
     per_chip = len(topology.devices) // topology.chips
     room = topology.hbm_bytes_per_device

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train import cli, start
+from train.jobs.pretraining.arguments import read_arguments
+from train.jobs.pretraining.config import PretrainConfig
+from train.options import cli, start
 from train.presets.pretraining import PRESETS
-from train.pretraining.arguments import read_arguments
-from train.pretraining.config import PretrainConfig
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: PretrainConfig) -> Path:
     """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.pretraining import pipeline
+    from train.jobs.pretraining import pipeline
 
     with pipeline.opened(config) as opened:
         # 1. Train: the corpus is tokenised, the model has random weights.

@@ -19,8 +19,8 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import option
-from models.weights import DTYPES
-from train import cli
+from models.files.weights import DTYPES
+from train.options import cli
 from train.runtime.distributed import DistributedConfig
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import say
@@ -88,12 +88,12 @@ def run(config: ReplayRun) -> dict[str, Any]:
 
 
 def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
-    from train import checks
-    from train.replays import bases, replaying, stored
+    from train.engine.replays import bases, replaying, stored
+    from train.engine.step import shaped
+    from train.options import checks
     from train.runtime import distributed, files, folder, remote, sharding
     from train.runtime.checkpointing import params_sha256
     from train.runtime.stages import params_stage, write_atomic
-    from train.step import shaped
 
     distributed.start(config.distributed)
     with distributed.together():
@@ -200,7 +200,7 @@ def file_of(source: str) -> Path:
     Raises:
         UserError: the run wrote none, which names its optimizer.
     """
-    from train.replays import replaying, stored
+    from train.engine.replays import replaying, stored
 
     path = Path(source).expanduser()
     file = path / stored.NAME

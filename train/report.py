@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from jaxlib_unlearn.errors import UserError
 from train.reporting import page, tables
-from train.reporting.plain import plain, shown
+from train.runtime.plain import plain, shown
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from train import cli, start
-from train.config import RunConfig
-from train.optimizers import list_combiners, list_optimizers
+from train.jobs.unlearning.arguments import read_arguments
+from train.options import cli, start
+from train.options.config import RunConfig
+from train.options.optimizers import list_combiners, list_optimizers
 from train.presets import PRESETS
 from train.runtime.tracking import say
-from train.unlearning.arguments import read_arguments
 
 
 def main(argv: list[str]) -> None:
@@ -65,7 +65,7 @@ def list_methods() -> list[str]:
 
 def run(config: RunConfig) -> Path:
     """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.unlearning import pipeline
+    from train.jobs.unlearning import pipeline
 
     with pipeline.opened(config) as opened:
         run, task, base, retain_log = opened

@@ -38,23 +38,23 @@ from timing import OUT, machine, markdown, publish, within
 
 from jaxlib_unlearn import concepts, objectives
 from jaxlib_unlearn.errors import UserError
-from models import clip_tokenizer
-from models.diffusion import NETWORK, AttackLearner
-from models.schedulers import Schedule
-from train import optimizers
-from train.config import SelectConfig
+from models.diffusion.denoiser import NETWORK, AttackLearner
+from models.diffusion.schedulers import Schedule
+from models.files import clip_tokenizer
 from train.costs.flops import count_jaxpr
 from train.data import captions
 from train.data.noisy_latents import NoisyLatents
 from train.data.streams import batches_of
-from train.diffusing import drawing, held, pipeline, prompts
-from train.diffusing.config import AttackRun
-from train.diffusing.held import Painter
-from train.hyper import hyper_of, traced_step
+from train.engine.hyper import hyper_of, traced_step
+from train.engine.step import compile_step, init_state
+from train.engine.trainable import trainable_of
+from train.jobs.diffusing import drawing, held, pipeline, prompts
+from train.jobs.diffusing.config import AttackRun
+from train.jobs.diffusing.held import Painter
+from train.options import optimizers
+from train.options.config import SelectConfig
 from train.presets import fashion
 from train.runtime import hugepages, residency, sharding
-from train.step import compile_step, init_state
-from train.trainable import trainable_of
 
 HERE = Path(__file__).resolve()
 SHAPE, SEED = (32, 32, 1), 0  # images of Fashion-MNIST with their border
@@ -116,7 +116,7 @@ def noisy(painter: Painter, rows: int, text: str | None = None) -> NoisyLatents:
 
 
 class Trainer(NamedTuple):
-    """The steps of a stage as `train.loop` takes them.
+    """The steps of a stage as `train.engine.loop` takes them.
 
     Args:
         step: batch made and put on the device, one update; its loss.

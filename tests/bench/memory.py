@@ -21,14 +21,14 @@ import jax.numpy as jnp
 
 from jaxlib_unlearn.objectives import options_of as objective_of
 from jaxlib_unlearn.objectives import resolve
-from models import lora
-from models.decoder import REMAT, Decoder, DecoderConfig
+from models.decoder import lora
+from models.decoder.model import REMAT, Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train.costs.flops import flops
-from train.loop import step_bytes
-from train.optimizers import OPTIMIZERS, build, over_rows
-from train.optimizers import options_of as optimizer_of
-from train.step import ALL, Binding, Losses, TrainState, make_step
+from train.engine.loop import step_bytes
+from train.engine.step import ALL, Binding, Losses, TrainState, make_step
+from train.options.optimizers import OPTIMIZERS, build, over_rows
+from train.options.optimizers import options_of as optimizer_of
 
 REPO = Path(__file__).resolve().parent.parent.parent
 SMOLLM2 = DecoderConfig(49152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)

@@ -19,14 +19,14 @@ import jax
 import numpy as np
 
 from jaxlib_unlearn import objectives
-from models.decoder import Decoder, DecoderConfig
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train.data.bpe import train_bpe
 from train.data.packed_rows import PackedRows, pack_rows
-from train.finetuning import encoding
-from train.finetuning.config import CondenseConfig, ReasoningData
-from train.finetuning.sources import load
-from train.step import Losses
+from train.engine.step import Losses
+from train.jobs.finetuning import encoding
+from train.jobs.finetuning.config import CondenseConfig, ReasoningData
+from train.jobs.finetuning.sources import load
 
 MODEL = DecoderConfig(2048, 256, 768, 4, 4, 4, 64)
 GOALS = {"padding": 0.08, "time": 0.6}

@@ -40,10 +40,7 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import likelihood as metrics
 from jaxlib_unlearn.objectives import options_of as objective_of
-from models.generate import SamplingConfig, generate
-from train import optimizers
-from train.base_models import load_model
-from train.config import DataConfig, EvaluateConfig, ModelConfig, replace
+from models.decoder.generate import SamplingConfig, generate
 from train.data.bpe import train_bpe
 from train.data.examples import Example, encode_prompt, encode_qa, encode_rows
 from train.data.references import with_references
@@ -52,13 +49,16 @@ from train.data.streams import Examples, batches_of, make_stream, pack_streams
 from train.data.tofu import read_json
 from train.data.token_file import Tokens
 from train.data.token_rows import TokenRows
+from train.engine.base_models import load_model
+from train.engine.step import compile_step, init_state, make_step
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model, longest, score_items, score_rows
-from train.optimizers import options_of as optimizer_of
+from train.jobs.pretraining import pipeline
+from train.options import optimizers
+from train.options.config import DataConfig, EvaluateConfig, ModelConfig, replace
+from train.options.optimizers import options_of as optimizer_of
 from train.presets.pretraining import PRESETS
-from train.pretraining import pipeline
 from train.runtime import hugepages, residency, sharding
-from train.step import compile_step, init_state, make_step
 
 HERE = Path(__file__).resolve()
 REPO = HERE.parent.parent.parent
@@ -157,7 +157,7 @@ def encode(bench: Bench, split: str, rows: int) -> list[Example]:
 
 
 def streams_of(bench: Bench, examples: Mapping[str, Sequence[Example]]) -> dict[str, Stream]:
-    """The streams of a stage, as `train.run` makes them on one device."""
+    """The streams of a stage, as `train.engine.run` makes them on one device."""
     pad = bench.model.tokenizer.pad_id or 0
     streams = {name: make_stream(some, pad, batch_size=BATCH) for name, some in examples.items()}
     return pack_streams(streams, BATCH, BATCH, DataConfig().row_tokens)
@@ -188,7 +188,7 @@ def training_steps(streams: Mapping[str, Stream]) -> Iterator[tuple[Any, int, An
 def trainer(
     bench: Bench, streams: Mapping[str, Stream], objective: Any, config: Any, rows: int = BATCH
 ) -> Callable[[int], Turn]:
-    """`step -> Turn` as in `train.loop`: rows collated, put on the device, one update."""
+    """`step -> Turn` as in `train.engine.loop`: rows collated, put on the device, one update."""
     model, mesh = bench.model, bench.mesh
     tx, schedule, needs = optimizers.build(config, 1000)
     params = residency.fresh(model.params, sharding.param_shardings(model.params, mesh))

@@ -29,13 +29,13 @@ import numpy as np
 from timing import OUT, in_turns, machine, markdown, publish, within
 
 from jaxlib_unlearn.objectives import options_of
-from models.decoder import Decoder
-from train.config import RunConfig, SelectConfig, UnlearnConfig, replace
-from train.costs import pretraining_program, programs
+from models.decoder.model import Decoder
 from train.data.token_file import Tokens
 from train.data.token_rows import TokenRows
+from train.jobs.pretraining import pipeline
+from train.options.config import RunConfig, SelectConfig, UnlearnConfig, replace
+from train.planning import pretraining_program, programs
 from train.presets import pretraining, r2mu_smollm2
-from train.pretraining import pipeline
 from train.runtime import hugepages, sharding
 
 BOUNDS = {"muon": 1.10, "teon": 1.15, "loader": 20.0, "r2mu": 0.35}

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train.diffusing import pictures
-from train.diffusing.config import ImagesConfig
+from train.jobs.diffusing.config import ImagesConfig
+from train.tasks import pictures
 
 
 @pytest.fixture(scope="module")

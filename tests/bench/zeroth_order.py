@@ -40,11 +40,11 @@ from timing import OUT, faster, in_turns, machine, markdown, publish
 from jaxlib_unlearn import objectives, optim
 from jaxlib_unlearn.optim.zeroth_order import perturbations
 from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
-from models.decoder import Decoder, DecoderConfig
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from models.vit import ViT, ViTConfig, ViTLearner
-from train.classification.config import StartConfig
-from train.step import Losses
+from models.vision.vit import ViT, ViTConfig, ViTLearner
+from train.engine.step import Losses
+from train.jobs.classification.config import StartConfig
 
 SMOLLM2 = DecoderConfig(49152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
 START = StartConfig()  # what vit-fashion trains

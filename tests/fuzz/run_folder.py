@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_unlearn.errors import UserError
-from train.config import RunConfig, to_json
 from train.data import references
+from train.options.config import RunConfig, to_json
 from train.reporting import runlogs
 from train.runtime import checkpointing
 from train.runtime.folder import check_folder, enter_folder

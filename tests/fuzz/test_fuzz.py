@@ -26,11 +26,11 @@ import tokenizers
 
 import models
 from jaxlib_unlearn.metrics import tofu as metrics
-from models.decoder import Decoder, DecoderConfig
-from models.weights import flatten
-from train import cli
-from train.config import RunConfig, to_json
+from models.decoder.model import Decoder, DecoderConfig
+from models.files.weights import flatten
 from train.data import tofu
+from train.options import cli
+from train.options.config import RunConfig, to_json
 
 
 def load(name: str):

@@ -8,9 +8,9 @@ import numpy as np
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import LEARNING, Context, Questions, row_keys
-from models.asked import Frozen
+from models.decoder.asked import Frozen
+from models.diffusion.vae import VAE, VAEConfig, VAELearner
 from models.learner import check_questions
-from models.vae import VAE, VAEConfig, VAELearner
 
 
 class Toy(NamedTuple):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import KeyValues, attend, causal_blocks, visible
-from models.decoder import Decoder, DecoderConfig
+from models.decoder.attention import KeyValues, attend, causal_blocks, visible
+from models.decoder.model import Decoder, DecoderConfig
 from train.costs.flops import flops
 
 BATCH, HEADS, KV_HEADS, SIZE = 2, 4, 2, 8

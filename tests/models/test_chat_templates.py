@@ -9,8 +9,8 @@ import time
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from models import chat_templates, chat_worker, prompts
-from models.chat_templates import render
+from models.text import chat_templates, chat_worker, prompts
+from models.text.chat_templates import render
 
 SCOPE = {"messages": [{"role": "user", "content": "hi"}]}
 LOOPS = "{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}"

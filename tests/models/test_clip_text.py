@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim.matrices import labels
-from models.clip_tensors import HF, hf_config, to_hf
-from models.clip_text import RULES, ClipText, ClipTextConfig
-from models.weights import DTYPES, filled, flatten, safetensors_of
+from models.diffusion.clip_text import RULES, ClipText, ClipTextConfig
+from models.files.clip_tensors import HF, hf_config, to_hf
+from models.files.weights import DTYPES, filled, flatten, safetensors_of
 from train.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 VOCAB, WIDTH, MLP, LAYERS, HEADS, LENGTH = 99, 32, 48, 3, 4, 77

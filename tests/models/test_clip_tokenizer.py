@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from models import clip_tokenizer
-from models.clip_tokenizer import EOS, LENGTH, encode, from_folder, from_merges, of_merges, save
-from models.tokenizer import Tokenizer
+from models.files import clip_tokenizer
+from models.files.clip_tokenizer import (
+    EOS,
+    LENGTH,
+    encode,
+    from_folder,
+    from_merges,
+    of_merges,
+    save,
+)
+from models.text.tokenizer import Tokenizer
 
 TEXTS = (
     "",

@@ -10,9 +10,9 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import LEARNING
-from models.asked import Frozen
-from models.cnn import CNN, CNNConfig, CNNLearner
+from models.decoder.asked import Frozen
 from models.learner import check_questions
+from models.vision.cnn import CNN, CNNConfig, CNNLearner
 from train.tasks.images import read_digits
 
 CONFIG = CNNConfig(4, 1, 3, (2, 3), 5)

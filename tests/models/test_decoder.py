@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import LEAF_STRIDE
-from models.decoder import REMAT, Decoder, DecoderConfig
-from models.layers import RopeScaling
+from models.decoder.attention import LEAF_STRIDE
+from models.decoder.layers import RopeScaling
+from models.decoder.model import REMAT, Decoder, DecoderConfig
 from train.costs.flops import flops
 
 TINY = DecoderConfig(61, 32, 48, 3, 4, 2, 8)

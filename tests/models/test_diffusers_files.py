@@ -10,16 +10,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlib_unlearn.errors import UserError
-from models import clip_tokenizer, diffusers_files
-from models.clip_text import ClipTextConfig
-from models.diffusers_configs import unet_config, unet_json, vae_config, vae_json
-from models.diffusers_files import Pipeline
-from models.diffusers_parts import PARTS
+from models.diffusion.clip_text import ClipTextConfig
+from models.diffusion.schedulers import Schedule
+from models.diffusion.unet import RULES, UNetConfig
+from models.diffusion.vae import VAEConfig
+from models.files import clip_tokenizer, diffusers_files
+from models.files.diffusers_configs import unet_config, unet_json, vae_config, vae_json
+from models.files.diffusers_files import Pipeline
+from models.files.diffusers_parts import PARTS
+from models.files.weights import flatten
 from models.layout import path_str, spec_of
-from models.schedulers import Schedule
-from models.unet import RULES, UNetConfig
-from models.vae import VAEConfig
-from models.weights import flatten
 from train.runtime.sharding import MeshConfig, make_mesh
 
 CONFIGS = {

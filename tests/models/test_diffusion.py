@@ -11,18 +11,18 @@ import pytest
 
 from jaxlib_unlearn import concepts, objectives
 from jaxlib_unlearn.objectives import DENOISING, Questions
-from models.asked import Frozen
-from models.clip_text import ClipText, ClipTextConfig
-from models.diffusion import AttackLearner, Diffusion, DiffusionLearner
+from models.decoder.asked import Frozen
+from models.diffusion.clip_text import ClipText, ClipTextConfig
+from models.diffusion.denoiser import AttackLearner, Diffusion, DiffusionLearner
+from models.diffusion.schedulers import Schedule
+from models.diffusion.unet import UNet, UNetConfig
+from models.files.weights import flatten
 from models.learner import check_questions
-from models.schedulers import Schedule
-from models.unet import UNet, UNetConfig
-from models.weights import flatten
-from train import run as runs
-from train.config import SelectConfig, TrainConfig
 from train.data.noisy_latents import NoisyLatents
-from train.optimizers import options_of as optimizer_of
-from train.run import Recipe, Run
+from train.engine import run as runs
+from train.engine.run import Recipe, Run
+from train.options.config import SelectConfig, TrainConfig
+from train.options.optimizers import options_of as optimizer_of
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from models import clip_tokenizer, diffusers_files
-from models.clip_text import ClipText, ClipTextConfig
-from models.diffusers_configs import unet_config, vae_config
-from models.diffusers_files import Pipeline
-from models.diffusers_parts import PARTS
-from models.schedulers import Schedule
-from models.unet import UNet
-from models.vae import VAE
+from models.diffusion.clip_text import ClipText, ClipTextConfig
+from models.diffusion.schedulers import Schedule
+from models.diffusion.unet import UNet
+from models.diffusion.vae import VAE
+from models.files import clip_tokenizer, diffusers_files
+from models.files.diffusers_configs import unet_config, vae_config
+from models.files.diffusers_files import Pipeline
+from models.files.diffusers_parts import PARTS
 
 pytestmark = [
     pytest.mark.torch_parity,

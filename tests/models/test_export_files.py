@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 import models
 from jaxlib_unlearn.errors import UserError
-from models import lora
-from models.decoder import Decoder, DecoderConfig
+from models.decoder import lora
+from models.decoder.model import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(61, 32, 48, 3, 4, 2, 8)
 

@@ -19,12 +19,12 @@ from safetensors.numpy import load_file, save_file
 import models
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim.matrices import labels
-from models import lora
-from models.decoder import Decoder, DecoderConfig
-from models.families import FAMILIES, from_hf, new_config, to_hf
-from models.generate import SamplingConfig, generate, row_keys, sample_tokens
-from models.selection import select
-from models.weights import flatten
+from models.decoder import lora
+from models.decoder.generate import SamplingConfig, generate, row_keys, sample_tokens
+from models.decoder.model import Decoder, DecoderConfig
+from models.decoder.selection import select
+from models.files.families import FAMILIES, from_hf, new_config, to_hf
+from models.files.weights import flatten
 
 VOCAB, WIDTH, MLP, LAYERS, HEADS, CONTEXT = 41, 24, 40, 3, 4, 16
 SIZES = {

@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 from models import chunks as planning
-from models import generate as module
-from models.decoder import Decoder, DecoderConfig
-from models.generate import SamplingConfig, generate
-from models.sampling import BLOCK, gumbel_max, nucleus, row_keys, sample_tokens
+from models.decoder import generate as module
+from models.decoder.generate import SamplingConfig, generate
+from models.decoder.model import Decoder, DecoderConfig
+from models.decoder.sampling import BLOCK, gumbel_max, nucleus, row_keys, sample_tokens
 
 DECODER = Decoder(DecoderConfig(61, 32, 48, 2, 4, 2, 8))
 STOPS = (3, 17, 42)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from models import hub
+from models.files import hub
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ from jax.extend import core
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import Questions
 from jaxlib_unlearn.objectives import options_of as objective_of
-from models import labels
-from models.asked import AskedDecoder, Frozen
-from models.decoder import Decoder, DecoderConfig
-from models.labels import head_of, label_chunk, score, target_log_prob
+from models.decoder import labels
+from models.decoder.asked import AskedDecoder, Frozen
+from models.decoder.labels import head_of, label_chunk, score, target_log_prob
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train.data import references
 from train.data.batches import collate
 from train.data.examples import Example, encode_group, encode_qa
-from train.step import Losses
+from train.engine.step import Losses
 
 # A prime vocabulary: an array whose size it divides has a vocabulary axis, whatever its shape.
 VOCAB, LENGTH, WIDTH, ROWS = 97, 48, 16, 4

@@ -13,8 +13,8 @@ from jaxlib_unlearn.optim import matrices
 from jaxlib_unlearn.optim.rules import sharding_role
 from jaxlib_unlearn.optim.zeroth_order import perturbations
 from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
-from models import lora
-from models.decoder import REMAT, Decoder, DecoderConfig
+from models.decoder import lora
+from models.decoder.model import REMAT, Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(61, 32, 48, 3, 4, 2, 8, qkv_bias=True)
 DECODER = Decoder(CONFIG)

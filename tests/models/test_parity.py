@@ -12,8 +12,8 @@ import pytest
 import tokenizers
 
 import models
-from models.decoder import DecoderConfig
-from models.families import FAMILIES, from_hf
+from models.decoder.model import DecoderConfig
+from models.files.families import FAMILIES, from_hf
 
 pytestmark = pytest.mark.torch_parity
 
@@ -373,7 +373,7 @@ def test_adapters_load_in_peft(name, transformers, tokens, tmp_path):
     base = models.Loaded(config, params, small_tokenizer())
     adapters = jax.tree.map(
         lambda x: x + jnp.asarray(0.1 * draw.standard_normal(x.shape), jnp.float32),
-        models.lora.init(params, 4, ("q", "v", "o", "down"), 7),
+        models.decoder.lora.init(params, 4, ("q", "v", "o", "down"), 7),
     )
     models.export(base, tmp_path / "base")
     models.export_adapter(
@@ -395,7 +395,7 @@ def test_adapters_load_in_peft(name, transformers, tokens, tmp_path):
         p.abs().max() > 0 for p in loaded.values()
     )
     theirs = torch_logits(adapted, tokens.astype(np.int64))
-    both, layer_map = models.lora.bind(adapters, params, scale=6 / 4)
+    both, layer_map = models.decoder.lora.bind(adapters, params, scale=6 / 4)
     hidden, _ = base.forward(both, jnp.asarray(tokens), layer_map=layer_map)
     ours = np.asarray(base.unembed(params, hidden))
     assert np.abs(ours - plain).max() > 0.1

@@ -11,11 +11,11 @@ import pytest
 from jaxlib_unlearn import objectives, optim
 from jaxlib_unlearn.optim.zeroth_order.parts import Part, take
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored
-from models.asked import AskedDecoder
-from models.decoder import Decoder, DecoderConfig
+from models.decoder.asked import AskedDecoder
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train.costs.flops import count
-from train.step import Losses
+from train.engine.step import Losses
 
 ROWS, LENGTH, WIDTH = 4, 6, 4
 CONFIG = DecoderConfig(24, 8, 12, 2, 2, 1, 4)

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from models.scheduler_files import CLASSES, FILE, from_folder, hf_config, to_hf
-from models.schedulers import (
+from models.diffusion.schedulers import (
     SAMPLERS,
     Schedule,
     add_noise,
@@ -24,6 +23,7 @@ from models.schedulers import (
     plan,
     sample,
 )
+from models.files.scheduler_files import CLASSES, FILE, from_folder, hf_config, to_hf
 
 SD = Schedule()
 SHAPE = (2, 3, 3, 4)

@@ -13,9 +13,9 @@ import pytest
 import tokenizers
 
 import models
-from models import safetensors_files
-from models.decoder import Decoder, DecoderConfig
-from models.weights import flatten
+from models.decoder.model import Decoder, DecoderConfig
+from models.files import safetensors_files
+from models.files.weights import flatten
 
 CONFIG = DecoderConfig(
     vocab_size=4000,

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import schedulers
-from models.clip_text import ClipText, ClipTextConfig
-from models.diffusion import TEXT, Diffusion
-from models.schedulers import Schedule
-from models.text_to_image import draw_images, draw_latents
-from models.unet import UNet, UNetConfig
-from models.vae import VAE, VAEConfig
+from models.diffusion import schedulers
+from models.diffusion.clip_text import ClipText, ClipTextConfig
+from models.diffusion.denoiser import TEXT, Diffusion
+from models.diffusion.schedulers import Schedule
+from models.diffusion.text_to_image import draw_images, draw_latents
+from models.diffusion.unet import UNet, UNetConfig
+from models.diffusion.vae import VAE, VAEConfig
 
 LENGTH, WORDS = 5, 12
 NET = UNetConfig(4, 2, 2, (8,), (True,), 1, num_heads=2, cross_attention_dim=8, norm_groups=4)

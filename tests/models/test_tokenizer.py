@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from jaxlib_unlearn.errors import UserError
-from models.tokenizer import Tokenizer
+from models.text.tokenizer import Tokenizer
 
 TEXT = ["the cat sat on the mat", "the dog ate 12 cats", "naïve café — 3,50 €", "def f(x):\n    x"]
 CHATML = (

@@ -17,13 +17,14 @@ from safetensors.numpy import load_file
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.matrices import resolve, sharding_role
-from models import diffusion_layers, unet
-from models.diffusers_configs import unet_config, unet_json
-from models.diffusers_parts import file_name
-from models.diffusion_layers import attention
+from models.diffusion import layers as diffusion_layers
+from models.diffusion import unet
+from models.diffusion.layers import attention
+from models.diffusion.unet import RULES, UNet, UNetConfig
+from models.files.diffusers_configs import unet_config, unet_json
+from models.files.diffusers_parts import file_name
+from models.files.weights import flatten
 from models.layout import matrices, path_str, spec_of
-from models.unet import RULES, UNet, UNetConfig
-from models.weights import flatten
 from train.costs.flops import flops
 from train.runtime.sharding import MeshConfig, make_mesh, param_shardings
 

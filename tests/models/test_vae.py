@@ -14,13 +14,13 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxlib_unlearn.optim.matrices import resolve
-from models import vae as module
-from models.diffusers_configs import vae_config, vae_json
-from models.diffusers_parts import file_name
-from models.diffusion_layers import Downsample, doubled, draw
+from models.diffusion import vae as module
+from models.diffusion.layers import Downsample, doubled, draw
+from models.diffusion.vae import RULES, VAE, VAEConfig, pixels
+from models.files.diffusers_configs import vae_config, vae_json
+from models.files.diffusers_parts import file_name
+from models.files.weights import flatten
 from models.layout import matrices, path_str, spec_of
-from models.vae import RULES, VAE, VAEConfig, pixels
-from models.weights import flatten
 from train.runtime.sharding import MeshConfig, make_mesh
 
 SMALL = VAEConfig(8, 1, 1, 2, (4, 8), 1, norm_groups=2, scaling_factor=0.5)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from models import vit_files
-from models.vit import ViT
+from models.files import vit_files
+from models.vision.vit import ViT
 
 pytestmark = pytest.mark.torch_parity
 

@@ -17,11 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 import models
 from jaxlib_unlearn.errors import UserError
-from models.decoder import Decoder, DecoderConfig
-from models.families import FAMILIES, from_hf, new_config, to_hf
-from models.gguf_files import unpermute
-from models.layers import RopeScaling, rope_frequencies
-from models.weights import DTYPES, flatten
+from models.decoder.layers import RopeScaling, rope_frequencies
+from models.decoder.model import Decoder, DecoderConfig
+from models.files.families import FAMILIES, from_hf, new_config, to_hf
+from models.files.gguf_files import unpermute
+from models.files.weights import DTYPES, flatten
 
 BASE = DecoderConfig(
     vocab_size=40,
@@ -760,7 +760,7 @@ def test_config_text_that_cannot_be(folder, text, message):
 
 
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_read(folder, monkeypatch):
-    monkeypatch.setattr("models.safetensors_files.read_rows", lambda *a: 1 / 0)
+    monkeypatch.setattr("models.files.safetensors_files.read_rows", lambda *a: 1 / 0)
     monkeypatch.setattr("models.bounds.host_memory", lambda: 1000)
     with pytest.raises(UserError, match="its parameters take .* GiB, this host has .* GiB of mem"):
         models.load(folder)

@@ -10,8 +10,8 @@ import pytest
 from jaxlib_unlearn.optim.zeroth_order import perturbations
 from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored, Perturbed, matmul
-from models.asked import AskedDecoder
-from models.decoder import Decoder, DecoderConfig
+from models.decoder.asked import AskedDecoder
+from models.decoder.model import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(
     vocab_size=24,

@@ -23,7 +23,7 @@ def run_program(module: str, *argv: str | Path) -> Done:
     """`python -m MODULE ARGV` in this process, through the same error handling."""
     import importlib
 
-    from train import cli
+    from train.options import cli
 
     main = importlib.import_module(module).main
     out, err = io.StringIO(), io.StringIO()
@@ -44,7 +44,7 @@ def run_program(module: str, *argv: str | Path) -> Done:
 def own_steps():
     """What a test patches does not reach the compiled steps of the next one."""
     yield
-    if (loop := sys.modules.get("train.loop")) is not None:
+    if (loop := sys.modules.get("train.engine.loop")) is not None:
         loop._COMPILED.clear()
 
 
@@ -68,9 +68,10 @@ def program():
 def tiny(small, tmp_path_factory) -> Path:
     """The folder of a tiny random model with a tokenizer (2 blocks, context 96)."""
     import models
-    from models.weights import Loaded
-    from train import base_models, cli
-    from train.config import RunConfig
+    from models.files.weights import Loaded
+    from train.engine import base_models
+    from train.options import cli
+    from train.options.config import RunConfig
     from train.presets import PRESETS
     from train.runtime import sharding
     from train.tasks import load_task

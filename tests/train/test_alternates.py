@@ -7,16 +7,16 @@ import pytest
 import models
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import options_of
-from models.decoder import Decoder, DecoderConfig
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from train.config import DataConfig, RunConfig, replace
+from train.engine.run import Run
 from train.evaluators.evaluation import Answers, Model
-from train.run import Run
+from train.jobs.unlearning import alternates, pipeline
+from train.options.config import DataConfig, RunConfig, replace
 from train.runtime import sharding
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
 from train.tasks.task import ALTERNATES, Task
-from train.unlearning import alternates, pipeline
 
 FORGET = [{"question": f"Who wrote book {i}?", "answer": f"Author {i} did."} for i in range(3)]
 RETAIN = [{"question": f"Who sang song {i}?", "answer": f"Singer {i} did."} for i in range(8)]

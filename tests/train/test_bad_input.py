@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import cli
-from train.config import RunConfig
+from train.options import cli
+from train.options.config import RunConfig
 from train.presets import PRESETS
 from train.runtime import folder
 from train.tasks import load_task
@@ -21,7 +21,7 @@ def no_compute(monkeypatch):
     def reached(*args, **options):
         raise AssertionError("compute began")
 
-    monkeypatch.setattr("train.loop.run", reached)
+    monkeypatch.setattr("train.engine.loop.run", reached)
     monkeypatch.setattr("train.evaluators.evaluation.generate", reached)
     monkeypatch.setattr("train.evaluators.evaluation.score_items", reached)
 
@@ -289,12 +289,12 @@ def test_some_prompts_longer_than_the_context(program, tofu, tofu_folder, tmp_pa
     def stop(stage, *args):
         raise Reached(len(stage.batches(0)["train"]["row_id"]))
 
-    monkeypatch.setattr("train.loop.run", stop)
+    monkeypatch.setattr("train.engine.loop.run", stop)
     with pytest.raises(Reached):
         program("train.unlearn", *tofu, "--output", tmp_path / "run")
     # The steps after this would be the same without the long rows: see the task that is trained on.
-    from train.unlearning.arguments import read_arguments
-    from train.unlearning.pipeline import prepare
+    from train.jobs.unlearning.arguments import read_arguments
+    from train.jobs.unlearning.pipeline import prepare
 
     task, _, _, _ = prepare(read_arguments([str(a) for a in tofu]))
     assert (len(task.forget), len(task.retain)) == (7, 12)
@@ -305,8 +305,8 @@ def test_some_prompts_longer_than_the_context(program, tofu, tofu_folder, tmp_pa
 
 
 def test_left_out_rows_are_counted_in_a_line(tofu, tofu_folder, capsys):
-    from train.unlearning.arguments import read_arguments
-    from train.unlearning.pipeline import prepare
+    from train.jobs.unlearning.arguments import read_arguments
+    from train.jobs.unlearning.pipeline import prepare
 
     long_row(tofu_folder / "forget01_perturbed.json")
     prepare(read_arguments([str(a) for a in tofu]))
@@ -464,8 +464,8 @@ def test_gguf_of_an_unsupported_quantisation(refused, tofu, tmp_path):
 
 @pytest.mark.parametrize("module", ["train.unlearn", "train.evaluate", "train.export"])
 def test_smollm2_not_installed(refused, monkeypatch, tofu, tmp_path, module):
-    monkeypatch.setattr("models.weights.find_smollm2", lambda: None)
-    monkeypatch.setattr("train.base_models.find_smollm2", lambda: None)
+    monkeypatch.setattr("models.files.weights.find_smollm2", lambda: None)
+    monkeypatch.setattr("train.engine.base_models.find_smollm2", lambda: None)
     argv = {
         "train.unlearn": with_model(tofu, "smollm2"),
         "train.evaluate": ["smollm2", *tofu[1:3]],
@@ -479,8 +479,8 @@ def test_smollm2_not_installed(refused, monkeypatch, tofu, tmp_path, module):
 
 
 def test_output_folder_of_another_run(refused, small, tmp_path):
-    from train.unlearning.arguments import read_arguments
-    from train.unlearning.pipeline import enter
+    from train.jobs.unlearning.arguments import read_arguments
+    from train.jobs.unlearning.pipeline import enter
 
     root = tmp_path / "there"
     config = read_arguments(["quickstart", *small, "--seed", "4", "--output", str(root)])
@@ -516,8 +516,8 @@ def test_output_folder_that_is_something_else(refused, small, tmp_path):
 
 
 def test_empty_output_folders_are_welcome(small, tmp_path):
-    from train.unlearning.arguments import read_arguments
-    from train.unlearning.pipeline import enter
+    from train.jobs.unlearning.arguments import read_arguments
+    from train.jobs.unlearning.pipeline import enter
 
     root = tmp_path / "new"
     root.mkdir()

@@ -5,7 +5,7 @@ import pytest
 from train.evaluators import answer
 from train.evaluators.base import Results
 from train.evaluators.choice import learnt
-from train.evaluators.roles import Roles
+from train.options.roles import Roles
 
 
 def results(before, after, gold, without=None):

@@ -12,20 +12,20 @@ from safetensors.numpy import load_file
 
 import models
 from jaxlib_unlearn.errors import UserError
-from models.decoder import Decoder
-from models.families import new_config
-from train.classification import pipeline as classification
-from train.classification.arguments import check_start, read_arguments
-from train.classification.config import TASKS, ClassifyRun
-from train.config import identity, replace
-from train.evaluators import EVALUATORS
+from models.decoder.model import Decoder
+from models.files.families import new_config
+from train.evaluators import EVALUATORS, plots
 from train.evaluators.evaluation import Answers
-from train.optimizers import OPTIMIZERS, fitted, forwards, options_of, steps_within
+from train.jobs.classification import pipeline as classification
+from train.jobs.classification.arguments import check_start, read_arguments
+from train.jobs.classification.config import TASKS, ClassifyRun
+from train.options.config import identity, replace
+from train.options.optimizers import OPTIMIZERS, fitted, forwards, options_of, steps_within
+from train.options.start import tuned
 from train.presets.classify import PRESETS
-from train.reporting import compare, plots, tables
+from train.reporting import compare, tables
 from train.reporting.page import steps_of
 from train.runtime import distributed
-from train.start import tuned
 
 ONE = ("--mesh.data", "1")
 LEARN = (
@@ -335,7 +335,7 @@ def test_a_smoke_run(program, request, tmp_path, preset, model):
 
 
 def test_every_number_of_the_configuration_has_a_word():
-    from train import choices
+    from train.options import choices
 
     for option in choices.options(ClassifyRun, ClassifyRun()):
         assert option.text, option.name

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from models import vit_files
-from models.vit import ViT, ViTConfig
-from train.classification import image_kinds, pipeline
-from train.classification.config import StartConfig
+from models.files import vit_files
+from models.vision.vit import ViT, ViTConfig
 from train.classify import read_arguments
-from train.config import identity
-from train.optimizers import options_of
+from train.engine.replays import bases, recording, stored
+from train.jobs.classification import pipeline
+from train.jobs.classification.config import StartConfig
+from train.options.config import identity
+from train.options.optimizers import options_of
 from train.replay import BaseConfig
-from train.replays import bases, recording, stored
 from train.runtime import distributed
 from train.runtime.digests import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh
+from train.tasks import image_kinds
 
 SIDE, CLASSES = 8, 10
 ONE = ("--mesh.data", "1")

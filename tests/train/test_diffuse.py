@@ -10,20 +10,20 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxlib_unlearn.errors import UserError
-from models import diffusers_files, vit_files
-from models.vit import ViT, ViTConfig
-from models.vit_files import LoadedViT
-from models.weights import flatten
+from models.files import diffusers_files, vit_files
+from models.files.vit_files import LoadedViT
+from models.files.weights import flatten
+from models.vision.vit import ViT, ViTConfig
 from train.data.captions import CLOTHES
-from train.diffusing import attack_files, attacking, drawing, pipeline, prompts, stored
-from train.diffusing.arguments import read_arguments, read_attack, read_defend, read_erase
-from train.diffusing.drawing import Wanted
-from train.diffusing.methods import PLACEHOLDER
+from train.jobs.diffusing import attack_files, attacking, drawing, pipeline, prompts, stored
+from train.jobs.diffusing.arguments import read_arguments, read_attack, read_defend, read_erase
+from train.jobs.diffusing.drawing import Wanted
 from train.reporting import provenance, rerun
 from train.reporting.tables import load_run
 from train.runtime.digests import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker
+from train.tasks.erasure import PLACEHOLDER
 
 ONE = ("--mesh.data", "1")
 

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.concepts import span
-from models import clip_tokenizer
-from models.schedulers import Schedule
-from models.text_to_image import draw_images
-from train.config import replace
+from models.diffusion.schedulers import Schedule
+from models.diffusion.text_to_image import draw_images
+from models.files import clip_tokenizer
 from train.data import captions
-from train.diffusing import defending, drawing, held, pipeline
-from train.diffusing.drawing import Shield, Wanted
-from train.diffusing.held import Painter
-from train.diffusing.judges import Judge
-from train.diffusing.pipeline import Opened
+from train.engine.run import Run
+from train.jobs.diffusing import defending, drawing, held, pipeline
+from train.jobs.diffusing.drawing import Shield, Wanted
+from train.jobs.diffusing.held import Painter
+from train.jobs.diffusing.judges import Judge
+from train.jobs.diffusing.pipeline import Opened
+from train.options.config import replace
 from train.presets import fashion
-from train.run import Run
 from train.runtime.sharding import MeshConfig, make_mesh
 
 pytestmark = [

@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 from fields import another, leaves
 
-from train.config import replace
-from train.diffusing import attacking, defending, erasing, held, judging, pictures, pipeline
-from train.diffusing.arguments import read_arguments
-from train.diffusing.config import AttackRun, DefendConfig, DiffuseRun, EraseRun
-from train.diffusing.judging import Asked, Shown, Tokens
-from train.diffusing.methods import ATTACKS, ERASING
-from train.diffusing.pipeline import Opened
-from train.optimizer_options import AdamW
-from train.run import Run
+from train.engine.run import Run
+from train.jobs.diffusing import attacking, defending, erasing, held, judging, pipeline
+from train.jobs.diffusing.arguments import read_arguments
+from train.jobs.diffusing.config import AttackRun, DefendConfig, DiffuseRun, EraseRun
+from train.jobs.diffusing.judging import Asked, Shown, Tokens
+from train.jobs.diffusing.pipeline import Opened
+from train.options.config import replace
+from train.options.optimizer_options import AdamW
 from train.runtime import sharding
 from train.runtime.stages import digest
+from train.tasks import pictures
+from train.tasks.erasure import ATTACKS, ERASING
 
 _GIVEN = "what is found there is in the keys by its digest"
 _SAME = "the numbers do not depend on it (losses to 1e-6)"
@@ -134,14 +135,14 @@ def noted():
         width = params["basis"]["embedding"].shape[0]
         return SimpleNamespace(embedding=jax.numpy.ones(width), coefficients=jax.numpy.ones(4))
 
-    patch.setattr("train.run.params_stage", params_stage)
-    patch.setattr("train.diffusing.pipeline.json_stage", json_stage)
-    patch.setattr("train.diffusing.judging.json_stage", json_stage)
-    patch.setattr("train.diffusing.held.random", random)
-    patch.setattr("train.diffusing.drawing.encoded", encoded)
-    patch.setattr("train.diffusing.attacking.params_sha256", shape_sha)
-    patch.setattr("train.diffusing.attacking.jax.jit", lambda function: function)
-    patch.setattr("models.diffusion.AttackLearner.token", token)
+    patch.setattr("train.engine.run.params_stage", params_stage)
+    patch.setattr("train.jobs.diffusing.pipeline.json_stage", json_stage)
+    patch.setattr("train.jobs.diffusing.judging.json_stage", json_stage)
+    patch.setattr("train.jobs.diffusing.held.random", random)
+    patch.setattr("train.jobs.diffusing.drawing.encoded", encoded)
+    patch.setattr("train.jobs.diffusing.attacking.params_sha256", shape_sha)
+    patch.setattr("train.jobs.diffusing.attacking.jax.jit", lambda function: function)
+    patch.setattr("models.diffusion.denoiser.AttackLearner.token", token)
     patch.setattr("jaxlib_unlearn.concepts.words_of", lambda *args: [("word", 1.0)])
     patch.setattr("jaxlib_unlearn.concepts.share_of_top", lambda *args: 1.0)
     yield

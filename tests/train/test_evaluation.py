@@ -12,15 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.decoder import Decoder, DecoderConfig
-from models.labels import score
-from models.prompts import TAGS, PromptFormat
-from train import base_models
-from train.config import DataConfig, EvaluateConfig
+from models.decoder.labels import score
+from models.decoder.model import Decoder, DecoderConfig
+from models.text.prompts import TAGS, PromptFormat
 from train.data import authors
 from train.data.author_attributes import REFUSALS
 from train.data.batches import collate, score_batches
 from train.data.examples import Example, encode_prompt, encode_qa
+from train.engine import base_models
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.evaluation import (
     Answers,
@@ -32,6 +31,7 @@ from train.evaluators.evaluation import (
 )
 from train.evaluators.judging import evaluation_inputs
 from train.evaluators.leak import leak_ks
+from train.options.config import DataConfig, EvaluateConfig
 from train.reporting.verdict import verdicts
 from train.runtime import sharding
 from train.runtime.sharding import MeshConfig, make_mesh

@@ -14,10 +14,10 @@ import tokenizers
 from huggingface_hub import errors
 
 import models
-from models.prompts import TAGS, PromptFormat
-from models.tokenizer import Tokenizer
-from train import exports
+from models.text.prompts import TAGS, PromptFormat
+from models.text.tokenizer import Tokenizer
 from train.data.examples import encode_prompt, encode_qa, written_chat_template
+from train.engine import exports
 from train.reporting import card
 from train.reporting.tables import Run
 from train.runtime import checkpointing, hub

@@ -10,11 +10,8 @@ import pytest
 from jaxlib_unlearn import cot
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics.final_answer import final_answer, same_answer
-from models.decoder import Decoder, DecoderConfig
-from train import cli
-from train.choices import options
+from models.decoder.model import Decoder, DecoderConfig
 from train.condense import CondenseRun
-from train.config import replace, to_json
 from train.costs.utilisation import flops_per_token
 from train.data import thoughts
 from train.data.bpe import train_bpe
@@ -22,10 +19,13 @@ from train.data.search_traces import THOUGHTS, search_rows
 from train.evaluators import EVALUATORS
 from train.evaluators.base import Results
 from train.evaluators.final_answer import learnt
-from train.evaluators.roles import Roles
-from train.finetuning import encoding, pipeline, sources
-from train.finetuning.arguments import read_arguments
-from train.finetuning.config import CondenseConfig, ReasoningData, ReasoningRun
+from train.jobs.finetuning import encoding, pipeline, sources
+from train.jobs.finetuning.arguments import read_arguments
+from train.jobs.finetuning.config import CondenseConfig, ReasoningData, ReasoningRun
+from train.options import cli
+from train.options.choices import options
+from train.options.config import replace, to_json
+from train.options.roles import Roles
 from train.presets.epic import PRESETS
 
 ROWS = search_rows(5, "train", 60)
@@ -440,8 +440,8 @@ def test_bad_arguments(program, monkeypatch, tmp_path, argv, said):
     def reached(*args, **options):
         raise AssertionError("compute began")
 
-    monkeypatch.setattr("train.loop.run", reached)
-    monkeypatch.setattr("train.base_models.check_model", lambda *args: None)
+    monkeypatch.setattr("train.engine.loop.run", reached)
+    monkeypatch.setattr("train.engine.base_models.check_model", lambda *args: None)
     words = argv.replace("NONE", str(tmp_path / "none.jsonl")).split()
     sizes = [] if "epic-tny" in argv else ["--mesh.data", "1"]
     sizes += ["--data.train-rows", "30"] if "tiny" in argv else []

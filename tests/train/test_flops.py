@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlib_unlearn.optim import orthogonalize
-from models.decoder import REMAT, Decoder, DecoderConfig
+from models.decoder.model import REMAT, Decoder, DecoderConfig
 from train.costs.flops import Count, count, flops
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import start, unlearn
-from train.config import replace
-from train.optimizers import COMBINERS, OPTIMIZERS
+from train import unlearn
+from train.options import start
+from train.options.config import replace
+from train.options.optimizers import COMBINERS, OPTIMIZERS
 from train.presets import PRESETS
 
 COLUMNS = ("forget_quality", "forget_rouge", "retain_rouge", "model_utility_of_3", "leak_at_32")

@@ -11,21 +11,21 @@ import optax
 import pytest
 
 from jaxlib_unlearn import objectives
-from models.decoder import Decoder, DecoderConfig
-from models.labels import head_of
+from models.decoder.labels import head_of
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from train import base_models, loop
-from train.hyper import hyper_of, static_of, traced_fields, traced_step
-from train.optimizers import OPTIMIZERS, build, make_schedule, over_rows
-from train.optimizers import options_of as optimizer_of
-from train.run import Run
+from train.engine import base_models, loop
+from train.engine.hyper import hyper_of, static_of, traced_fields, traced_step
+from train.engine.run import Run
+from train.engine.step import init_state, make_step, objective_state
+from train.engine.trainable import trainable_of
+from train.jobs.unlearning import pipeline
+from train.jobs.unlearning.arguments import read_arguments
+from train.options.optimizers import OPTIMIZERS, build, make_schedule, over_rows
+from train.options.optimizers import options_of as optimizer_of
 from train.runtime.sharding import MeshConfig, make_mesh, put_batch, put_params
 from train.runtime.tracking import Tracker
-from train.step import init_state, make_step, objective_state
 from train.tasks import load_task
-from train.trainable import trainable_of
-from train.unlearning import pipeline
-from train.unlearning.arguments import read_arguments
 
 CONFIG = DecoderConfig(31, 8, 16, 2, 2, 1, 4)
 LEARNER = DecoderLearner(Decoder(CONFIG))

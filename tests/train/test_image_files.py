@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from jaxlib_unlearn.errors import UserError
-from train.classification.config import ClassifyData
 from train.data import image_files
 from train.data.batches import shuffled
 from train.data.image_files import read_idx, read_images
 from train.data.images import Picture, Pictures, resized
 from train.data.stream import Stream
+from train.jobs.classification.config import ClassifyData
 from train.tasks import images as tasks
 from train.tasks import labelled
 

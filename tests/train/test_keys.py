@@ -13,21 +13,22 @@ import pytest
 from fields import another, leaves
 
 from models import DecoderConfig
-from models.layers import RopeScaling
-from train import base_models, cli
-from train.config import OBJECTIVE, RunConfig, replace, to_json
+from models.decoder.layers import RopeScaling
 from train.data import references, streams
 from train.data.examples import Example
+from train.engine import base_models, keys
+from train.engine.keys import WHY_NOT
+from train.engine.run import Run
 from train.evaluators import judging
-from train.optimizers import ROWS as OPTIMIZER
+from train.jobs.unlearning import pipeline
+from train.options import cli
+from train.options.config import OBJECTIVE, RunConfig, replace, to_json
+from train.options.optimizers import ROWS as OPTIMIZER
 from train.presets import PRESETS
-from train.run import Run
-from train.runtime import keys, sharding
-from train.runtime.keys import WHY_NOT
+from train.runtime import sharding
 from train.runtime.stages import digest
 from train.tasks import load_task
 from train.tasks.task import prompt_format
-from train.unlearning import pipeline
 
 # Of a small decoder, as it was before there were families with learned positions.
 OLD_SHAPE = "ff5f01387c1620582d09c86ac5aa655bbf4fcefd7f1cf0045d158cc7db4ede06"
@@ -133,7 +134,7 @@ def start(small):
     patch = pytest.MonkeyPatch()
     # Random weights would be compiled for each shape: here only their shapes and the seed count.
     patch.setattr(
-        "models.decoder.Decoder.init",
+        "models.decoder.model.Decoder.init",
         lambda self, key: jax.tree.map(lambda x: jax.numpy.zeros(x.shape), self.shapes()),
     )
     patch.setattr(
@@ -155,7 +156,7 @@ def keys_of(config: RunConfig, monkeypatch, change=lambda decoder: decoder) -> d
     def json_stage(path, inputs, compute, cache=None):
         found[f"evaluate {path.stem}"] = digest(inputs)
 
-    monkeypatch.setattr("train.run.params_stage", params_stage)
+    monkeypatch.setattr("train.engine.run.params_stage", params_stage)
     monkeypatch.setattr("train.evaluators.judging.json_stage", json_stage)
     task, base = prepared(config.seed, config.data, config.model)
     base = base._replace(decoder=change(base.decoder), sha=f"{base.sha} {config.seed}")

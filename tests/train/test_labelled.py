@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train.classification import text_kinds
-from train.classification.config import TASKS, ClassifyData
 from train.data.labelled import Pools, divide, hub_pools, read_pools
-from train.tasks import labelled
+from train.jobs.classification.config import TASKS, ClassifyData
+from train.tasks import labelled, text_kinds
 
 SST2 = (("sentence",), ("label",))
 PAIR = (("premise", "sentence1"), ("hypothesis", "sentence2"), ("label",))

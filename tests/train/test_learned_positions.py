@@ -14,22 +14,22 @@ import pytest
 import models
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from models.decoder import Decoder
-from models.families import new_config
-from train import base_models
-from train import run as runs
-from train.config import RunConfig, UnlearnConfig
+from models.decoder.model import Decoder
+from models.files.families import new_config
 from train.data.examples import Example, Group
 from train.data.streams import make_stream
+from train.engine import base_models
+from train.engine import run as runs
+from train.engine.run import Recipe, Run
 from train.evaluators.evaluation import Model, longest, score_items
-from train.optimizers import options_of
-from train.run import Recipe, Run
+from train.jobs.unlearning import pipeline
+from train.options.config import RunConfig, UnlearnConfig
+from train.options.optimizers import options_of
 from train.runtime import sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
 from train.tasks.task import Task
-from train.unlearning import pipeline
 
 CONTEXT = 48
 NAMES = ("gpt2", "opt")
@@ -155,7 +155,7 @@ def test_adapters_of_the_family_are_exported_as_its_own(gpt2, run, tmp_path):
     targets = ("q", "k", "v", "o", "up", "down")
     config = dataclasses.replace(RunConfig(), lora=dataclasses.replace(
         RunConfig().lora, rank=2, targets=targets))  # fmt: skip
-    adapters = models.lora.init(gpt2.params, 2, targets)
+    adapters = models.decoder.lora.init(gpt2.params, 2, targets)
     pipeline.export_adapter(adapters, config.lora, config, run.folder, "gpt2")
     found = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
     assert set(found["target_modules"]) == {"c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"}

@@ -13,25 +13,26 @@ from safetensors.numpy import load_file
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import options_of as objective_of
-from models.decoder import REMAT, Decoder, DecoderConfig
+from models.decoder.model import REMAT, Decoder, DecoderConfig
+from models.files.weights import load
 from models.learner import DecoderLearner
-from models.weights import load
-from train import base_models, checks, cli
-from train.config import LoraConfig, RunConfig
+from train.engine import base_models
+from train.engine.run import Run
+from train.engine.step import compile_step, init_state, make_step
+from train.engine.trainable import trainable_of
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model
-from train.optimizers import OPTIMIZERS, build, over_rows
-from train.optimizers import options_of as optimizer_of
+from train.jobs.unlearning import pipeline
+from train.options import checks, cli
+from train.options.config import LoraConfig, RunConfig
+from train.options.optimizers import OPTIMIZERS, build, over_rows
+from train.options.optimizers import options_of as optimizer_of
 from train.presets import PRESETS
-from train.run import Run
 from train.runtime import checkpointing, sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh, path_str
 from train.runtime.tracking import Tracker
-from train.step import compile_step, init_state, make_step
 from train.tasks import load_task
-from train.trainable import trainable_of
-from train.unlearning import pipeline
 
 STEPS = 4
 CONFIG = DecoderConfig(64, 16, 32, 2, 4, 2, 4)

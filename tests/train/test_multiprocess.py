@@ -22,19 +22,19 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import OBJECTIVES
 from jaxlib_unlearn.objectives import options_of as objective_of
 from models import arrays
-from models.decoder import Decoder, DecoderConfig
-from models.generate import SamplingConfig, generate
-from models.labels import head_of
+from models.decoder.generate import SamplingConfig, generate
+from models.decoder.labels import head_of
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train.data.examples import Example
 from train.data.references import with_references
 from train.data.streams import batches_of, make_stream
-from train.optimizers import OPTIMIZERS, build
-from train.optimizers import options_of as optimizer_of
+from train.engine.step import Losses, init_state
+from train.options.optimizers import OPTIMIZERS, build
+from train.options.optimizers import options_of as optimizer_of
 from train.runtime import checkpointing, distributed, sharding
 from train.runtime.digests import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh
-from train.step import Losses, init_state
 
 pytestmark = pytest.mark.multiprocess
 

@@ -6,8 +6,8 @@ import pytest
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.spectral.groups import picker
-from train.optimizer_rows import _groups
-from train.optimizers import build, options_of, schedule_numbers, schedule_of
+from train.options.optimizer_rows import _groups
+from train.options.optimizers import build, options_of, schedule_numbers, schedule_of
 
 LEAVES = {
     "layers": {

@@ -11,21 +11,23 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
 from jaxlib_unlearn.objectives.base import Sided, named, retain_terms
 from jaxlib_unlearn.options import option
-from train import base_models, checks, choices, optimizers, tasks
-from train.config import DataConfig, EvaluateConfig, RunConfig, replace
+from train import tasks
+from train.engine import base_models
+from train.engine.run import Run
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.base import Evaluator, Finding, Metric, Picture, Verdict
 from train.evaluators.evaluation import Answers, Model
-from train.evaluators.roles import Roles
-from train.optimizer_options import Options as OptimizerOptions
-from train.optimizer_rows import Optimizer
+from train.jobs.unlearning import pipeline
+from train.jobs.unlearning.arguments import read_arguments
+from train.options import checks, choices, optimizers
+from train.options.config import DataConfig, EvaluateConfig, RunConfig, replace
+from train.options.optimizer_options import Options as OptimizerOptions
+from train.options.optimizer_rows import Optimizer
+from train.options.roles import Roles
 from train.reporting import compare, page, tables
-from train.run import Run
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks.task import Benchmark, Task
-from train.unlearning import pipeline
-from train.unlearning.arguments import read_arguments
 
 SOURCES = ("authors", "tofu", "reasoning-authors", "reasoning-tofu", "reasoning")
 RIDDLES = [{"question": f"Riddle {i}?", "answer": f"a riddle {i}"} for i in range(3)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from models.schedulers import Schedule
+from models.diffusion.schedulers import Schedule
 from train.data.noisy_latents import NoisyLatents
 from train.data.stream import Stream
 

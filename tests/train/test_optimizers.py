@@ -12,11 +12,11 @@ import pytest
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import options_of as objective_of
-from models.decoder import Decoder, DecoderConfig
-from train.checks import check_blocks
-from train.optimizer_options import Options
-from train.optimizer_rows import decay_mask
-from train.optimizers import (
+from models.decoder.model import Decoder, DecoderConfig
+from train.options.checks import check_blocks
+from train.options.optimizer_options import Options
+from train.options.optimizer_rows import decay_mask
+from train.options.optimizers import (
     COMBINERS,
     OPTIMIZERS,
     build,
@@ -27,7 +27,7 @@ from train.optimizers import (
     other,
     over_rows,
 )
-from train.optimizers import options_of as optimizer_of
+from train.options.optimizers import options_of as optimizer_of
 from train.runtime.sharding import path_str
 
 PEAK = 3e-4

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import cli
-from train.config import RunConfig, replace
 from train.data.files import COLUMNS, check_table, load_own, read_table, write_examples
+from train.options import cli
+from train.options.config import RunConfig, replace
 from train.presets import PRESETS
 from train.tasks import load_task
 

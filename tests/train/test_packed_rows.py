@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlib_unlearn import objectives
-from models.decoder import Decoder, DecoderConfig
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
 from train.data.examples import Example
 from train.data.packed_rows import CHOPPED, PackedRows, first_fit, pack_rows
 from train.data.stream import Positioned, Stream
+from train.engine.step import Losses
 from train.runtime.sharding import MeshConfig, make_mesh, put_batch, put_params
-from train.step import Losses
 
 TINY = DecoderConfig(64, 16, 32, 2, 4, 2, 4, dtype="float64")
 

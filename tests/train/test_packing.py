@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.labels import gather, spread
+from models.decoder.labels import gather, spread
 from train.data.examples import LEAF, Example, pack, packed_length
 from train.data.packing import balanced, collate_packed, make_packing, num_labels
 from train.data.streams import batches_of, make_stream, pack_streams

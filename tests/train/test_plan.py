@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from models import labels
-from models.architectures import ALIASES, ARCHITECTURES, config_of
-from models.weights import find_smollm2
+from models.decoder import labels
+from models.files.architectures import ALIASES, ARCHITECTURES, config_of
+from models.files.weights import find_smollm2
 from train import plan
-from train.costs import collectives, flops, hlo, hlo_flops, programs, topology
-from train.costs.planned import PLANNERS, PlanConfig
+from train.costs import collectives, flops, hlo, hlo_flops, topology
+from train.jobs.unlearning.arguments import read_arguments
 from train.plan import needed_bytes
+from train.planning import programs
+from train.planning.planned import PLANNERS, PlanConfig
 from train.presets import PRESETS
 from train.runtime import sharding
-from train.unlearning.arguments import read_arguments
 
 on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 without_libtpu = importlib.util.find_spec("libtpu") is None
@@ -120,7 +121,7 @@ def test_smollm2_is_what_its_file_says():
     path = find_smollm2()
     if path is None:
         pytest.skip("needs make smollm2")
-    from models.gguf_files import opened
+    from models.files.gguf_files import opened
 
     with opened(path) as (shape, _, _):
         assert config_of("smollm2") == shape

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from models import diffusion_layers
-from models.clip_text import ClipTextConfig
-from models.diffusers_parts import PARTS
-from models.unet import UNetConfig
+from models.diffusion import layers as diffusion_layers
+from models.diffusion.clip_text import ClipTextConfig
+from models.diffusion.unet import UNetConfig
+from models.files.diffusers_parts import PARTS
+from models.files.weights import flatten
 from models.vae import VAEConfig
-from models.weights import flatten
 from train import plan
-from train.costs import diffusion_programs as programs
 from train.costs import flops
-from train.costs.planned import PLANNERS, planned_diffusion
+from train.planning import diffusion_programs as programs
+from train.planning.planned import PLANNERS, planned_diffusion
 
 on_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
 without_libtpu = importlib.util.find_spec("libtpu") is None

@@ -12,8 +12,6 @@ import pytest
 
 import models
 from train import plan
-from train.cli import read_config
-from train.config import replace, to_json
 from train.costs.flops import count
 from train.costs.utilisation import flops_per_token, utilisation
 from train.data import corpus
@@ -22,11 +20,13 @@ from train.data.token_rows import TokenRows
 from train.evaluators.curves import VALIDATION_LOSSES
 from train.evaluators.evaluation import Model
 from train.evaluators.token_loss import mean_loss, row_losses, row_sums
-from train.optimizers import options_of
+from train.jobs.pretraining import pipeline as pretraining
+from train.jobs.pretraining.arguments import read_arguments
+from train.jobs.pretraining.config import PretrainConfig, batch_rows, num_steps
+from train.options.cli import read_config
+from train.options.config import replace, to_json
+from train.options.optimizers import options_of
 from train.presets.pretraining import PRESETS
-from train.pretraining import pipeline as pretraining
-from train.pretraining.arguments import read_arguments
-from train.pretraining.config import PretrainConfig, batch_rows, num_steps
 from train.reporting import compare, tables
 from train.reporting.page import steps_of
 from train.runtime import distributed, sharding
@@ -126,8 +126,8 @@ def test_a_second_start_computes_nothing(own, program, monkeypatch):
     def never(*args, **more):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("train.loop.run", never)
-    monkeypatch.setattr("train.pretraining.pipeline.row_losses", never)
+    monkeypatch.setattr("train.engine.loop.run", never)
+    monkeypatch.setattr("train.jobs.pretraining.pipeline.row_losses", never)
     monkeypatch.setattr("train.data.token_file.write", never)
     done = program("train.pretrain", *own.argv, "--output", own.root)
     assert done.code == 0, done.err

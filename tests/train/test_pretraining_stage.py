@@ -11,15 +11,15 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from models import Decoder, DecoderConfig
-from train import run as runs
-from train.config import TrainConfig
 from train.data.streams import batches_of
 from train.data.token_file import Tokens, sha_of
 from train.data.token_rows import TokenRows
+from train.engine import run as runs
+from train.engine.run import Recipe, Run
 from train.evaluators.evaluation import Model
 from train.evaluators.token_loss import mean_loss, row_losses
-from train.optimizers import options_of
-from train.run import Recipe, Run
+from train.options.config import TrainConfig
+from train.options.optimizers import options_of
 from train.runtime import distributed
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker

@@ -6,15 +6,16 @@ import dataclasses
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import base_models, checks, cli
-from train.config import RunConfig
+from train.engine import base_models
+from train.engine.run import Run
+from train.jobs.unlearning import pipeline
+from train.jobs.unlearning.pipeline import identity as _identity
+from train.options import checks, cli
+from train.options.config import RunConfig
 from train.presets import PRESETS
-from train.run import Run
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
-from train.unlearning import pipeline
-from train.unlearning.pipeline import identity as _identity
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_progress_hears_of_compilations(start, tmp_path, monkeypatch):
     def progress(label, total, done=0):
         yield lambda n, note, compiling: heard.append(compiling)
 
-    monkeypatch.setattr("train.loop.progress", progress)
+    monkeypatch.setattr("train.engine.loop.progress", progress)
     unlearn(start, tmp_path / "run")
     assert len(heard) == 6 and heard[0] > 0 and min(heard) == 0.0
 

@@ -9,12 +9,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxlib_unlearn.errors import UserError
-from models.gguf_files import opened
-from models.prompts import DATE, TAGS, PromptFormat
-from models.tokenizer import Tokenizer
-from train.config import DataConfig
+from models.files.gguf_files import opened
+from models.text.prompts import DATE, TAGS, PromptFormat
+from models.text.tokenizer import Tokenizer
 from train.data import authors
 from train.data.examples import encode_group, encode_prompt, encode_qa
+from train.options.config import DataConfig
 from train.tasks.task import prompt_format
 
 SYSTEM = "You are a helpful assistant."

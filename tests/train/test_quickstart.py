@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 
 from jaxlib_unlearn.metrics import tofu
-from train import base_models, unlearn
-from train.config import replace
+from train import unlearn
+from train.engine import base_models
+from train.engine.run import Run
 from train.evaluators.evaluation import evaluate_model
+from train.jobs.unlearning import pipeline
+from train.options.config import replace
 from train.presets import PRESETS
-from train.run import Run
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
-from train.unlearning import pipeline
 
 pytestmark = pytest.mark.optimised
 

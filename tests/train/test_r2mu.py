@@ -9,16 +9,16 @@ import pytest
 from jax.interpreters import partial_eval
 
 from jaxlib_unlearn import objectives
-from models import asked, selection
-from models.decoder import Decoder, DecoderConfig
+from models.decoder import asked, selection
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from train.config import SelectConfig
 from train.costs.flops import count_jaxpr
-from train.optimizers import build
-from train.optimizers import options_of as optimizer_of
+from train.engine.step import Losses, init_state, make_step, objective_state
+from train.engine.trainable import trainable_of
+from train.options.config import SelectConfig
+from train.options.optimizers import build
+from train.options.optimizers import options_of as optimizer_of
 from train.runtime import sharding
-from train.step import Losses, init_state, make_step, objective_state
-from train.trainable import trainable_of
 
 CONFIG = DecoderConfig(31, 16, 24, 4, 2, 1, 8)
 LEARNER = DecoderLearner(Decoder(CONFIG))

@@ -13,25 +13,26 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from models.decoder import Decoder, DecoderConfig
-from models.weights import Loaded
-from train import base_models, checks
-from train.config import RunConfig, TracesConfig, to_json
+from models.decoder.model import Decoder, DecoderConfig
+from models.files.weights import Loaded
 from train.data import author_reasoning, thoughts
 from train.data.bpe import train_bpe
 from train.data.examples import encode_prompt, encode_text
+from train.engine import base_models
+from train.engine.run import Run, Work
 from train.evaluators import reasoning as evaluator
 from train.evaluators import trace_judge
 from train.evaluators.evaluation import Answers, Model
 from train.evaluators.tofu import truth_ratios
+from train.jobs.unlearning import pipeline, traces
+from train.jobs.unlearning.arguments import read_arguments
+from train.options import checks
+from train.options.config import RunConfig, TracesConfig, to_json
 from train.presets import PRESETS
-from train.run import Run, Work
 from train.runtime import seal, sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task, reasoning
 from train.tasks.task import TRACES, Task
-from train.unlearning import pipeline, traces
-from train.unlearning.arguments import read_arguments
 
 ROW = {"question": "2 + 2?", "thoughts": ["Two and two."], "answer": "4"}
 CHOICE = ROW | {"options": ["3", "4"], "gold": 1, "topic": "sums"}
@@ -444,7 +445,7 @@ def test_a_chat_model_names_the_classes(model, monkeypatch, tmp_path):
     loads = []
     trace_judge._loaded.cache_clear()
     monkeypatch.setattr("models.load", lambda folder: loads.append(folder) or loaded)
-    monkeypatch.setattr("models.generate.generate", replies)
+    monkeypatch.setattr("models.decoder.generate.generate", replies)
     rows = [("Where was she born?", "Lima", f"trace {i}") for i in range(3)]
     assert trace_judge.classes(tmp_path, rows, 2) == [4, None, 2]
     assert all("Right answer: Lima" in text and f"trace {i}" in text for i, text in enumerate(seen))

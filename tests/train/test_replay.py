@@ -14,22 +14,22 @@ import pytest
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim import ZOState
-from models.decoder import Decoder, DecoderConfig
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from train.config import LoraConfig, SelectConfig, UnlearnConfig
 from train.data.examples import Example
 from train.data.streams import make_stream
+from train.engine.hyper import hyper_of, traced_step
+from train.engine.replays import coefficients, recording, replaying, stored
+from train.engine.run import Recipe, Run, train
+from train.engine.step import init_state, objective_state
 from train.evaluators.evaluation import Model
-from train.hyper import hyper_of, traced_step
-from train.optimizers import OPTIMIZERS, build, over_rows
-from train.optimizers import options_of as optimizer_of
-from train.replays import coefficients, recording, replaying, stored
-from train.run import Recipe, Run, train
+from train.options.config import LoraConfig, SelectConfig, UnlearnConfig
+from train.options.optimizers import OPTIMIZERS, build, over_rows
+from train.options.optimizers import options_of as optimizer_of
 from train.runtime import checkpointing, digests
 from train.runtime.checkpointing import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh, put_batch, put_params
 from train.runtime.tracking import Tracker
-from train.step import init_state, objective_state
 
 LEARNER = DecoderLearner(Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4)))
 REPLAYED = [name for name, row in OPTIMIZERS.items() if row.replays]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.replays import stored
+from train.engine.replays import stored
 from train.runtime.seal import read as read_seal
 
 STEPS = 5

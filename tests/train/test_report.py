@@ -18,8 +18,9 @@ from scipy.stats import ks_2samp
 
 from jaxlib_unlearn.metrics import leak_at_k
 from train import report
+from train.evaluators import plots
 from train.evaluators.tofu import truth_ratios
-from train.reporting import metrics_table, plots, runlogs, verdict
+from train.reporting import metrics_table, runlogs, verdict
 from train.reporting import page as one_run
 
 EVIL = "<script>alert(1)</script> & \"quotes\" <img src=x onerror='go()'> \ud800 \x07"

@@ -162,7 +162,7 @@ def test_missing_and_logged_out_are_one_line(fake, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("option", [["--report-to", "wandb"], ["--tensorboard"]])
 def test_a_run_refuses_before_compute(program, small, tmp_path, monkeypatch, option):
-    monkeypatch.setattr("train.loop.run", None)
+    monkeypatch.setattr("train.engine.loop.run", None)
     known = reporters.importlib.util.find_spec
     monkeypatch.setattr(
         reporters.importlib.util,
@@ -178,9 +178,9 @@ def test_a_run_refuses_before_compute(program, small, tmp_path, monkeypatch, opt
 def test_where_a_run_reports_is_no_part_of_what_it_is():
     import dataclasses
 
-    from train.config import RunConfig
+    from train.jobs.unlearning.pipeline import identity as _identity
+    from train.options.config import RunConfig
     from train.reporting.labels import INCIDENTAL
-    from train.unlearning.pipeline import identity as _identity
 
     config = RunConfig()
     assert _identity(config) == _identity(dataclasses.replace(config, report_to="wandb"))

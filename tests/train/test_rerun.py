@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from train.config import identity
+from train.options.config import identity
 from train.reporting import rerun
 
 RUNS = {

@@ -13,15 +13,16 @@ from jax.sharding import PartitionSpec as P
 
 import models
 from jaxlib_unlearn.objectives import options_of as objective_of
-from train import base_models, cli, exports
-from train.config import RunConfig
+from train.engine import base_models, exports
+from train.engine.run import Run
+from train.jobs.unlearning import pipeline
+from train.options import cli
+from train.options.config import RunConfig
 from train.presets import PRESETS
-from train.run import Run
 from train.runtime import residency, sharding
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
-from train.unlearning import pipeline
 
 
 def pointers(x):

@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import pytest
 
-from train import base_models, cli, loop
-from train.config import RunConfig
+from train.engine import base_models, loop
+from train.engine.run import Run
+from train.jobs.unlearning import pipeline
+from train.options import cli
+from train.options.config import RunConfig
 from train.presets import PRESETS
-from train.run import Run
 from train.runtime import checkpointing, sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
-from train.unlearning import pipeline
 
 STEPS = 8
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from train import base_models
+from train.engine import base_models
 from train.runtime import sharding
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -11,23 +11,23 @@ import pytest
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim.zeroth_order.parts import Part
-from models.decoder import Decoder, DecoderConfig
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from train import checks, optimizers
-from train import run as runs
-from train.classification import pipeline as classification
-from train.classification.config import ClassifyRun
-from train.config import TrainConfig, replace, to_json
-from train.costs.pretraining_program import pretraining_program, pretraining_update
 from train.data.examples import Example
 from train.data.streams import make_stream
-from train.finetuning import own_rows
-from train.pretraining import pipeline as pretraining
-from train.pretraining.config import PretrainConfig
-from train.run import Recipe, Run
+from train.engine import run as runs
+from train.engine.run import Recipe, Run
+from train.engine.step import Losses
+from train.jobs.classification import pipeline as classification
+from train.jobs.classification.config import ClassifyRun
+from train.jobs.finetuning import own_rows
+from train.jobs.pretraining import pipeline as pretraining
+from train.jobs.pretraining.config import PretrainConfig
+from train.jobs.unlearning.arguments import read_arguments
+from train.options import checks, optimizers
+from train.options.config import TrainConfig, replace, to_json
+from train.planning.pretraining_program import pretraining_program, pretraining_update
 from train.runtime.sharding import MeshConfig, make_mesh
-from train.step import Losses
-from train.unlearning.arguments import read_arguments
 
 LEARNER = DecoderLearner(Decoder(DecoderConfig(32, 8, 12, 2, 2, 1, 4)))
 ONE = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])

@@ -13,22 +13,22 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from models import Decoder, DecoderConfig, Tokenizer
-from train import base_models
-from train import run as runs
-from train.config import RunConfig, TrainConfig, UnlearnConfig
 from train.data.batches import collate, shuffled
 from train.data.examples import Example
 from train.data.streams import make_stream
+from train.engine import base_models
+from train.engine import run as runs
+from train.engine.run import Clock, Recipe, Run, Work, compute, identity, seed_of
 from train.evaluators.evaluation import Model
-from train.optimizers import options_of
-from train.run import Clock, Recipe, Run, Work, compute, identity, seed_of
+from train.jobs.unlearning import pipeline
+from train.options.config import RunConfig, TrainConfig, UnlearnConfig
+from train.options.optimizers import options_of
 from train.runtime import sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.folder import read_minutes
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
 from train.tasks.task import Task
-from train.unlearning import pipeline
 
 CALLS: list[str] = []
 SHAPE = DecoderConfig(

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import base_models, cli, exports
-from train.config import RunConfig
 from train.data import references
+from train.engine import base_models, exports
+from train.jobs.unlearning import arguments, pipeline
+from train.options import cli
+from train.options.config import RunConfig
 from train.reporting import runlogs, tables
 from train.runtime import files, folder, seal, sharding
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
-from train.unlearning import arguments, pipeline
 
 
 def flip(path: Path, rng: random.Random) -> bytes:

@@ -22,24 +22,18 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import OBJECTIVES
 from jaxlib_unlearn.objectives import options_of as objective_of
-from models.asked import Frozen
-from models.decoder import Decoder, DecoderConfig
-from models.labels import head_of
+from models.decoder.asked import Frozen
+from models.decoder.labels import head_of
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner
-from train import loop, optimizers
-from train.config import UnlearnConfig
 from train.costs.hlo_flops import device_flops
 from train.data.examples import Example
 from train.data.references import with_references
 from train.data.streams import Examples, batches_of, make_stream, pack_streams
-from train.evaluators.evaluation import Model
-from train.optimizers import OPTIMIZERS, build
-from train.replays import coefficients
-from train.run import Recipe, Run, train
-from train.runtime import sharding
-from train.runtime.sharding import MeshConfig, make_mesh
-from train.runtime.tracking import Tracker
-from train.step import (
+from train.engine import loop
+from train.engine.replays import coefficients
+from train.engine.run import Recipe, Run, train
+from train.engine.step import (
     Losses,
     compile_step,
     init_state,
@@ -47,7 +41,14 @@ from train.step import (
     objective_state,
     split_batch,
 )
-from train.trainable import trainable_of
+from train.engine.trainable import trainable_of
+from train.evaluators.evaluation import Model
+from train.options import optimizers
+from train.options.config import UnlearnConfig
+from train.options.optimizers import OPTIMIZERS, build
+from train.runtime import sharding
+from train.runtime.sharding import MeshConfig, make_mesh
+from train.runtime.tracking import Tracker
 
 DECODER = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
 LEARNER = DecoderLearner(DECODER)

@@ -13,26 +13,27 @@ from jax.interpreters import partial_eval
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from models import selection
-from models.asked import Frozen
-from models.decoder import Decoder, DecoderConfig
+from models.decoder import selection
+from models.decoder.asked import Frozen
+from models.decoder.model import Decoder, DecoderConfig
 from models.learner import DecoderLearner, check_questions
-from train import base_models, checks
-from train.config import SelectConfig, UnlearnConfig, identity
 from train.costs.flops import count_jaxpr
+from train.engine import base_models
+from train.engine.run import Recipe, Run, train
+from train.engine.step import Losses, init_state, make_step, objective_state
+from train.engine.trainable import trainable_of
 from train.evaluators.evaluation import Model
-from train.optimizers import build
-from train.optimizers import options_of as optimizer_of
+from train.jobs.unlearning import pipeline
+from train.jobs.unlearning.arguments import read_arguments
+from train.options import checks
+from train.options.config import SelectConfig, UnlearnConfig, identity
+from train.options.optimizers import build
+from train.options.optimizers import options_of as optimizer_of
 from train.presets import PRESETS
 from train.reporting import provenance, tables
-from train.run import Recipe, Run, train
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
-from train.step import Losses, init_state, make_step, objective_state
 from train.tasks import load_task
-from train.trainable import trainable_of
-from train.unlearning import pipeline
-from train.unlearning.arguments import read_arguments
 
 CONFIG = DecoderConfig(31, 16, 24, 10, 2, 1, 8)
 LEARNER = DecoderLearner(Decoder(CONFIG))

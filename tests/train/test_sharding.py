@@ -13,13 +13,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxlib_unlearn.errors import UserError
-from models import lora
-from models.asked import AskedDecoder
-from models.decoder import Decoder, DecoderConfig
-from models.families import FAMILIES, from_hf
+from models.decoder import lora
+from models.decoder.asked import AskedDecoder
+from models.decoder.model import Decoder, DecoderConfig
+from models.files.families import FAMILIES, from_hf
 from models.layout import DECODER
 from train.costs.flops import count
 from train.costs.hlo_flops import device_flops
+from train.engine.step import shaped
 from train.runtime.sharding import (
     MeshConfig,
     batch_sharding,
@@ -33,7 +34,6 @@ from train.runtime.sharding import (
     spec_of,
     state_shardings,
 )
-from train.step import shaped
 
 TINY = DecoderConfig(64, 16, 32, 2, 4, 2, 4)
 HF = {

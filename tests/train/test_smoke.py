@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import models
-from train.cli import read_config
-from train.config import RunConfig
+from train.options.cli import read_config
+from train.options.config import RunConfig
 from train.runtime.checkpointing import load_tree, params_sha256
 
 MODELS = ("original", "oracle", "unlearned")
@@ -57,7 +57,7 @@ def no_compute(monkeypatch):
     def reached(*args, **options):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("train.loop.run", reached)
+    monkeypatch.setattr("train.engine.loop.run", reached)
     monkeypatch.setattr("train.evaluators.evaluation.generate", reached)
     monkeypatch.setattr("train.evaluators.evaluation.score_items", reached)
 
@@ -241,7 +241,7 @@ def test_finetune_the_export(run, program, tofu_folder, tmp_path, monkeypatch):
     sha = params_sha256(models.load(root / "export").params)
     assert summary == {"original": {"params_sha256": sha}}
     assert sha != run.summary["unlearned"]["params_sha256"]
-    monkeypatch.setattr("train.loop.run", None)
+    monkeypatch.setattr("train.engine.loop.run", None)
     assert program("train.finetune", *argv).code == 0
 
 

@@ -9,14 +9,14 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from models.decoder import Decoder, DecoderConfig
-from train import checks, cli
-from train.config import replace
+from models.decoder.model import Decoder, DecoderConfig
 from train.data.authors import draw
-from train.optimizers import OPTIMIZERS, build, check_steps, over_rows, two_sided
+from train.jobs.unlearning import pipeline
+from train.jobs.unlearning.arguments import read_arguments
+from train.options import checks, cli
+from train.options.config import replace
+from train.options.optimizers import OPTIMIZERS, build, check_steps, over_rows, two_sided
 from train.presets import PRESETS
-from train.unlearning import pipeline
-from train.unlearning.arguments import read_arguments
 
 SHAPES = Decoder(DecoderConfig(32, 8, 12, 4, 2, 1, 4)).shapes()
 TOFU = [name for name in PRESETS if name.startswith("tofu-")]

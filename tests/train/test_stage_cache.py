@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from train import base_models, checks, cli
-from train.config import RunConfig, StageConfig, replace
+from train.engine import base_models
+from train.engine.run import Run
+from train.jobs.unlearning import pipeline
+from train.options import checks, cli
+from train.options.config import RunConfig, StageConfig, replace
 from train.presets import PRESETS
-from train.run import Run
 from train.runtime import sharding, stages
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
-from train.unlearning import pipeline
 
 
 @pytest.fixture(scope="module")

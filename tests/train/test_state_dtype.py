@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
-from models.decoder import Decoder, DecoderConfig
-from train.optimizers import OPTIMIZERS, build, check, over_rows
-from train.optimizers import options_of as optimizer_of
+from models.decoder.model import Decoder, DecoderConfig
+from train.options.optimizers import OPTIMIZERS, build, check, over_rows
+from train.options.optimizers import options_of as optimizer_of
 from train.runtime.sharding import path_str
 
 SHAPES = Decoder(DecoderConfig(32, 8, 12, 2, 2, 1, 4)).shapes()

@@ -21,22 +21,22 @@ from jaxlib_unlearn.objectives import Context, Objective
 from jaxlib_unlearn.objectives.base import Options, named, weight
 from jaxlib_unlearn.optim.zeroth_order.perturbations import matmul
 from models.learner import check_questions
-from train import run as runs
-from train.config import TrainConfig
-from train.costs.programs import step_program
 from train.costs.topology import find_topology
 from train.data.batches import shuffled
+from train.engine import run as runs
+from train.engine.run import Recipe, Run
+from train.engine.step import shaped
+from train.engine.trainable import trainable_of
 from train.evaluators import EVALUATORS
 from train.evaluators.base import Evaluator, Finding, Metric, Verdict
-from train.optimizers import options_of as optimizer_of
+from train.options.config import TrainConfig
+from train.options.optimizers import options_of as optimizer_of
 from train.plan import account
+from train.planning.programs import step_program
 from train.reporting import page, tables
-from train.run import Recipe, Run
 from train.runtime import distributed
 from train.runtime.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from train.runtime.tracking import Tracker
-from train.step import shaped
-from train.trainable import trainable_of
 
 CLASSES, SIZE, WIDTH, BLOCKS = 4, 12, 8, 2
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train import suggest
+from train.runtime import suggest
 
 GIB = 2**30
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from models.decoder import Decoder
+from models.decoder.model import Decoder
 from train.costs.topology import GPUS, TPUS, Chip
 
 # What JAX calls the chips (`device_kind`).

@@ -2,9 +2,9 @@
 
 The prompt's tokens are a prefix of the example's, and the labels are the answer and the end of the
 turn. Where a tokenizer would merge characters across that border, prompt and answer are tokenised
-separately: this is also what the model sees when it generates. Tags (`models.prompts.TAGS`) are
-written and tokenised as in OpenUnlearning, merged characters included: there the prompt's tokens
-only determine how many tokens are not labels.
+separately: this is also what the model sees when it generates. Tags (`models.text.prompts.TAGS`)
+are written and tokenised as in OpenUnlearning, merged characters included: there the prompt's
+tokens only determine how many tokens are not labels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jaxlib_unlearn.errors import UserError
-from models.prompts import PromptFormat
+from models.text.prompts import PromptFormat
 from train.data.tofu import is_document
 
 # Answer j of a group is the leaf j + 1 of its segment: group + LEAF * (j + 1); the shared prompt is
@@ -24,7 +24,7 @@ LEAF = 65536
 
 
 class TextTokenizer(Protocol):
-    """The tokenizer interface; `models.tokenizer.Tokenizer` has it, and a `format` besides."""
+    """The tokenizer interface; `models.text.tokenizer.Tokenizer` has it, and a `format` besides."""
 
     @property
     def has_chat_template(self) -> bool: ...

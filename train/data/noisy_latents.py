@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.special import ndtri
 
-from models.schedulers import Schedule
+from models.diffusion.schedulers import Schedule
 from train.data.batches import random_bits, shuffled
 
 

@@ -18,15 +18,15 @@ from jaxlib_unlearn.objectives import (
     reference_forward,
 )
 from models import arrays
-from models.asked import AskedDecoder
-from models.decoder import Decoder, DecoderConfig
-from models.labels import spread, target_log_prob
-from train.config import to_json
+from models.decoder.asked import AskedDecoder
+from models.decoder.labels import spread, target_log_prob
+from models.decoder.model import Decoder, DecoderConfig
 from train.data.batches import batch_shape, collate
 from train.data.stream import Stream
 from train.data.streams import Examples
+from train.engine.keys import VERSION
+from train.options.config import to_json
 from train.runtime import distributed, files, residency
-from train.runtime.keys import VERSION
 from train.runtime.sharding import batch_ways, put_batch
 from train.runtime.stages import digest
 from train.runtime.tracking import progress, say

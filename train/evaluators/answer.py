@@ -15,8 +15,8 @@ from train.evaluators.base import (
     Verdict,
 )
 from train.evaluators.curves import learning_curve, learning_curves
+from train.evaluators.numbers import format_number
 from train.evaluators.paired import paired
-from train.reporting.numbers import format_number
 
 METRICS = (
     Metric("f1", "Answer F1",

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from train.evaluators.roles import ROLES, Roles
-from train.reporting.numbers import format_number, number
+from train.evaluators.numbers import format_number, number
+from train.options.roles import ROLES, Roles
 
 Log = Mapping[str, Any]
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]

@@ -19,7 +19,7 @@ from train.evaluators.base import (
     Verdict,
     items_of,
 )
-from train.reporting.numbers import format_number, number
+from train.evaluators.numbers import format_number, number
 
 TOP = 10
 IMAGES = 100_000  # image i of class c has the number c * IMAGES + i
@@ -227,7 +227,7 @@ def _columns(results: Results) -> list[tuple[str, list[str]]]:
 
 
 def _draw_loss(results: Results) -> Any:
-    from train.reporting import plots
+    from train.evaluators import plots
 
     return plots.losses(results.steps, "loss")
 
@@ -237,7 +237,7 @@ def _alt_loss(results: Results) -> str:
 
 
 def _draw(results: Results) -> Any:
-    from train.reporting import plots
+    from train.evaluators import plots
 
     return plots.grid(_columns(results))
 

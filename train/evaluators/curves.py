@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.evaluators.base import Overlay, Picture, Results
-from train.reporting.numbers import number
+from train.evaluators.numbers import number
 
 
 def loss_curve(words: str) -> Picture:
@@ -17,7 +17,7 @@ def loss_curve(words: str) -> Picture:
     """
 
     def draw(results: Results) -> Any:
-        from train.reporting import plots
+        from train.evaluators import plots
 
         return plots.losses(results.steps)
 
@@ -77,7 +77,7 @@ def learning_curve(name: str) -> Picture:
     """
 
     def draw(results: Results) -> Any:
-        from train.reporting import plots
+        from train.evaluators import plots
 
         levels: dict[str, float] = {}
         for model in results.roles.order(results.summary):

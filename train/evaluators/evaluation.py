@@ -16,11 +16,10 @@ import numpy as np
 from jaxlib_unlearn.metrics.likelihood import Scored
 from models import Tokenizer, arrays
 from models.bounds import check_positions
-from models.decoder import Decoder
-from models.generate import SamplingConfig, generate
-from models.labels import score
+from models.decoder.generate import SamplingConfig, generate
+from models.decoder.labels import score
+from models.decoder.model import Decoder
 from models.learner import DecoderLearner
-from train.config import EvaluateConfig, to_json
 from train.data.batches import score_batches
 from train.data.examples import (
     Example,
@@ -32,6 +31,7 @@ from train.data.examples import (
 )
 from train.evaluators import EVALUATORS, chosen, trace_judge
 from train.evaluators.base import Rows, means
+from train.options.config import EvaluateConfig, to_json
 from train.runtime import distributed, residency
 from train.runtime.sharding import batch_sharding, batch_ways, put_batch
 from train.runtime.stages import digest

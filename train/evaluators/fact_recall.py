@@ -49,7 +49,7 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
 
 def draw(results: Results) -> Any:
     """Bar chart of the recall on the facts to forget and to keep."""
-    from train.reporting import plots
+    from train.evaluators import plots
 
     return plots.fact_recall(results.summary, results.roles)
 

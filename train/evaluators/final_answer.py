@@ -14,8 +14,8 @@ from train.evaluators.base import (
     Verdict,
 )
 from train.evaluators.curves import loss_curve
+from train.evaluators.numbers import format_number
 from train.evaluators.paired import paired
-from train.reporting.numbers import format_number
 
 METRICS = (
     Metric("answer_accuracy", "Answer accuracy", "share of the greedy answers that end in the "

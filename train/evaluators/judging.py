@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from train.config import to_json
 from train.evaluators import EVALUATORS, chosen, evaluation, trace_judge
-from train.evaluators.roles import ROLES, Roles
+from train.options.config import to_json
+from train.options.roles import ROLES, Roles
 from train.runtime.stages import amend_json, json_stage
 
 

@@ -19,8 +19,8 @@ from train.evaluators.base import (
     Verdict,
     items_of,
 )
-from train.reporting.numbers import format_number as show
-from train.reporting.numbers import number
+from train.evaluators.numbers import format_number as show
+from train.evaluators.numbers import number
 
 LIMIT_RATIO = 1.5
 ENTRY = "leak_at_k"
@@ -42,7 +42,7 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
     import numpy as np
 
     from jaxlib_unlearn.metrics import leak_at_k, text
-    from models.generate import SamplingConfig
+    from models.decoder.generate import SamplingConfig
 
     sampling = SamplingConfig(config.leak_temperature, config.leak_top_p, 0, config.max_new_tokens)
     answers = context.answers("forget", config.leak_question, sampling, config.leak_samples)
@@ -106,7 +106,7 @@ def draw(results: Results) -> Any:
     """leak@k over k, one line per model."""
     import numpy as np
 
-    from train.reporting import plots
+    from train.evaluators import plots
 
     found = {m: leak_scores(log) for m, log in results.logs.items()}
     scores = {m: np.asarray(rows, float) for m, rows in found.items() if rows}

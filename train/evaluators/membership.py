@@ -16,8 +16,8 @@ from train.evaluators.base import (
     Rows,
     Verdict,
 )
+from train.evaluators.numbers import format_number as show
 from train.evaluators.tofu import summarize
-from train.reporting.numbers import format_number as show
 
 PRIVLEAK = 25.0
 METRICS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from train.evaluators.base import Results, items_of
-from train.reporting.numbers import format_number
+from train.evaluators.numbers import format_number
 
 SMALLEST = 1e-300  # a probability below this is said to be smaller: it may have become 0
 

@@ -18,7 +18,7 @@ from train.evaluators.base import (
     Verdict,
 )
 from train.evaluators.curves import VALIDATION_LOSSES, loss_curve
-from train.reporting.numbers import format_number
+from train.evaluators.numbers import format_number
 
 METRICS = (
     Metric("val_perplexity", "Validation perplexity", "of held-out documents, exp of the mean "

@@ -25,8 +25,8 @@ from train.evaluators.base import (
     Verdict,
 )
 from train.evaluators.base import items_of as _items
-from train.reporting.numbers import format_number as show
-from train.reporting.numbers import number
+from train.evaluators.numbers import format_number as show
+from train.evaluators.numbers import number
 
 ENTRY = "forget_readability"
 METRIC, RULE = "forget_unreadable", "unreadable_rule"

@@ -183,7 +183,7 @@ def leaked(rows: Sequence[Any], context: Thinking, start: str) -> dict[str, Any]
     import numpy as np
 
     from jaxlib_unlearn.metrics import leak_at_k, text
-    from models.generate import SamplingConfig
+    from models.decoder.generate import SamplingConfig
     from train.data.thoughts import parted
 
     sampling = SamplingConfig(config.leak_temperature, config.leak_top_p, 0, config.max_new_tokens)

@@ -25,8 +25,8 @@ from train.evaluators.base import (
     Rows,
     Verdict,
 )
-from train.reporting.numbers import format_number as show
-from train.reporting.numbers import number
+from train.evaluators.numbers import format_number as show
+from train.evaluators.numbers import number
 
 SPLITS = ("forget", "retain", "real_authors", "world_facts")
 LOG10_P = "forget_quality_log10"
@@ -221,7 +221,7 @@ def draw(results: Results) -> Any:
     """Cumulative distributions of the truth ratio."""
     import numpy as np
 
-    from train.reporting import plots
+    from train.evaluators import plots
 
     found = {m: truth_ratios(log) for m, log in results.logs.items()}
     values = {m: np.asarray(ratios) for m, ratios in found.items() if ratios}

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import arrays
-from models.decoder import Decoder
-from models.labels import label_states, reduce_states, target_log_prob
+from models.decoder.labels import label_states, reduce_states, target_log_prob
+from models.decoder.model import Decoder
 from train.data.token_rows import TokenRows
 from train.evaluators.evaluation import Model
 from train.runtime import distributed

@@ -34,7 +34,7 @@ def check(folder: Path | None) -> None:
             f"--evaluate.judge-model {folder}: no folder with a config.json; give that of a chat "
             "model"
         )
-    from models.weights import described, safetensors_of
+    from models.files.weights import described, safetensors_of
     from train.runtime import seal
 
     try:
@@ -115,7 +115,7 @@ def classes(
         batch_size: traces that are read at once.
         progress: called with the number of newly read ones.
     """
-    from models.generate import SamplingConfig, generate
+    from models.decoder.generate import SamplingConfig, generate
     from train.runtime import residency
 
     folder = folder.expanduser()

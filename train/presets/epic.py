@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from train.finetuning.config import (
+from train.jobs.finetuning.config import (
     CondenseConfig,
     FitConfig,
     JudgeConfig,
@@ -18,7 +18,7 @@ from train.finetuning.config import (
     ReasoningModel,
     ReasoningRun,
 )
-from train.optimizer_options import AdamW, Muon
+from train.options.optimizer_options import AdamW, Muon
 from train.runtime.sharding import MeshConfig
 
 

@@ -9,8 +9,8 @@ A judge, an autoencoder and the model itself are trained in the run, on 28 x 28 
 to 32 x 32. `--smoke` draws shapes in the place of clothes and needs no file.
 """
 
-from train.diffusing.config import DiffuseRun
-from train.diffusing.methods import ESD, RECE, UCE
+from train.jobs.diffusing.config import DiffuseRun
+from train.tasks.erasure import ESD, RECE, UCE
 
 SUMMARY = "a small Stable Diffusion of clothes, trained here"
 

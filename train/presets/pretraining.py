@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from train.config import replace
 from train.data.corpus import CorpusConfig
-from train.optimizer_options import AdamW
-from train.optimizers import Options, other
-from train.pretraining.config import BudgetConfig, JudgeConfig, NewModelConfig, PretrainConfig
+from train.jobs.pretraining.config import BudgetConfig, JudgeConfig, NewModelConfig, PretrainConfig
+from train.options.config import replace
+from train.options.optimizer_options import AdamW
+from train.options.optimizers import Options, other
 from train.runtime.sharding import MeshConfig
 
 

@@ -6,7 +6,7 @@ No download, no data file, no accelerator.
 """
 
 from jaxlib_unlearn.objectives import options_of
-from train.config import (
+from train.options.config import (
     DataConfig,
     EvaluateConfig,
     ModelConfig,
@@ -15,8 +15,8 @@ from train.config import (
     UnlearnConfig,
     replace,
 )
-from train.optimizer_options import AdamW
-from train.optimizers import other
+from train.options.optimizer_options import AdamW
+from train.options.optimizers import other
 
 SUMMARY = (
     "a tiny model learns 40 fictitious authors and forgets 4 of them (no download, minutes on a "

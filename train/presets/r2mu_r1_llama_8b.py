@@ -14,7 +14,7 @@ every weight, so rate and retain weight may want less.
 """
 
 from jaxlib_unlearn.objectives import options_of
-from train.config import (
+from train.options.config import (
     DataConfig,
     EvaluateConfig,
     ModelConfig,
@@ -24,7 +24,7 @@ from train.config import (
     TracesConfig,
     UnlearnConfig,
 )
-from train.optimizer_options import AdamW
+from train.options.optimizer_options import AdamW
 from train.runtime.sharding import MeshConfig
 
 SUMMARY = "DeepSeek-R1-Distill-Llama-8B forgets documents with R2MU (a TPU slice or GPUs)"

@@ -7,7 +7,7 @@ TOFU_DIR holds TOFU's JSON files, GSM8K.jsonl the rows of GSM8K's training or te
 """
 
 from jaxlib_unlearn.objectives import options_of
-from train.config import (
+from train.options.config import (
     DataConfig,
     EvaluateConfig,
     ModelConfig,
@@ -17,7 +17,7 @@ from train.config import (
     TrainConfig,
     UnlearnConfig,
 )
-from train.optimizer_options import AdamW
+from train.options.optimizer_options import AdamW
 
 SUMMARY = "SmolLM2-135M thinks about TOFU's authors and forgets two of them with R2MU"
 

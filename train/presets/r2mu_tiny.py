@@ -9,7 +9,7 @@ takes two to three minutes and a method one.
 """
 
 from jaxlib_unlearn.objectives import options_of
-from train.config import (
+from train.options.config import (
     DataConfig,
     EvaluateConfig,
     ModelConfig,
@@ -19,7 +19,7 @@ from train.config import (
     TrainConfig,
     UnlearnConfig,
 )
-from train.optimizer_options import AdamW
+from train.options.optimizer_options import AdamW
 
 SUMMARY = "a small model writes thoughts about 40 invented authors and forgets 8 with R2MU"
 

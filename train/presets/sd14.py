@@ -7,8 +7,8 @@ Nothing is downloaded. IMAGES has a folder of images of one size for each of ten
 (`--data.source objects`): the judge is trained on these, and distances are measured to them.
 """
 
-from train.config import replace
-from train.diffusing.config import DiffuseRun
+from train.jobs.diffusing.config import DiffuseRun
+from train.options.config import replace
 
 SUMMARY = "Stable Diffusion v1.4 from a folder (--model.path), for accelerators"
 

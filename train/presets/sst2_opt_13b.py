@@ -3,7 +3,7 @@
 python -m train.classify sst2-opt-13b     (on every host of a slice)
 """
 
-from train.config import replace
+from train.options.config import replace
 from train.presets import sst2_opt_1_3b as small
 from train.runtime.sharding import MeshConfig
 

@@ -3,8 +3,8 @@
 python -m train.classify sst2-opt-1.3b
 """
 
-from train.classification.config import ClassifyModel, ClassifyRun, ClassifyTrain
-from train.optimizer_options import AdamW, MeZO, ZOMuon
+from train.jobs.classification.config import ClassifyModel, ClassifyRun, ClassifyTrain
+from train.options.optimizer_options import AdamW, MeZO, ZOMuon
 from train.presets import sst2_smollm2
 
 SUMMARY = "OPT-1.3B learns SST-2 as published (an accelerator)"

@@ -6,8 +6,8 @@
 DIR holds GLUE's train.tsv and dev.tsv. At the published budget of 40 000 forward passes.
 """
 
-from train.classification.config import ClassifyData, ClassifyModel, ClassifyRun, ClassifyTrain
-from train.optimizer_options import AdamW, MeZO, Rowwise, SubspaceMeZO, ZOMuon
+from train.jobs.classification.config import ClassifyData, ClassifyModel, ClassifyRun, ClassifyTrain
+from train.options.optimizer_options import AdamW, MeZO, Rowwise, SubspaceMeZO, ZOMuon
 from train.presets import sst2_smollm2
 
 SUMMARY = "an export of pretrain-tiny learns SST-2 at the published budget (minutes on two cores)"

@@ -4,7 +4,7 @@ python -m train.plan tofu-npo-llama3-70b --topology v5p:8x8x8   (on any machine)
 python -m train.unlearn tofu-npo-llama3-70b                     (on every host of the slice)
 """
 
-from train.config import replace
+from train.options.config import replace
 from train.presets import tofu_npo_llama3_8b as small
 
 SUMMARY = "Llama-3-70B, else as tofu-npo-llama3-8b (a large TPU slice)"

@@ -7,7 +7,7 @@ The weights are gated on the Hub: accept their licence and log in, or give --mod
 """
 
 from jaxlib_unlearn.objectives import options_of
-from train.config import (
+from train.options.config import (
     DataConfig,
     EvaluateConfig,
     ModelConfig,
@@ -16,8 +16,8 @@ from train.config import (
     UnlearnConfig,
     replace,
 )
-from train.optimizer_options import AdamW
-from train.optimizers import other
+from train.options.optimizer_options import AdamW
+from train.options.optimizers import other
 from train.runtime.sharding import MeshConfig
 
 SUMMARY = "Llama-3-8B learns TOFU and forgets a tenth of it with NPO (a TPU slice or GPUs)"

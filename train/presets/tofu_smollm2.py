@@ -7,7 +7,7 @@ DIR holds TOFU's JSON files; without it they come from the Hub id locuslab/TOFU.
 """
 
 from jaxlib_unlearn.objectives import options_of
-from train.config import (
+from train.options.config import (
     DataConfig,
     EvaluateConfig,
     ModelConfig,
@@ -15,7 +15,7 @@ from train.config import (
     TrainConfig,
     UnlearnConfig,
 )
-from train.optimizer_options import AdamW
+from train.options.optimizer_options import AdamW
 
 SUMMARY = "SmolLM2-135M learns a part of TOFU and forgets forget01 (about an hour on two cores)"
 

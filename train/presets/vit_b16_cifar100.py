@@ -6,8 +6,8 @@ FOLDER has the folders train and test, each with a folder of PNG files for every
 the published .npz file, or the Hugging Face folder of google/vit-base-patch16-224-in21k.
 """
 
-from train.classification.config import ClassifyData, ClassifyModel, ClassifyRun, ClassifyTrain
-from train.optimizer_options import AdamW, Hybrid, MeZO, Rowwise, SubspaceMeZO, ZOMuon
+from train.jobs.classification.config import ClassifyData, ClassifyModel, ClassifyRun, ClassifyTrain
+from train.options.optimizer_options import AdamW, Hybrid, MeZO, Rowwise, SubspaceMeZO, ZOMuon
 from train.presets import vit_fashion
 
 SUMMARY = "ViT-B/16 of ImageNet-21k learns CIFAR-100 at the published budget (an accelerator)"

@@ -8,14 +8,14 @@ ten classes, is then fine-tuned at the published budget of 34 000 forward passes
 Fashion-MNIST, installed or given (--data.path), scikit-learn's digits take its place.
 """
 
-from train.classification.config import (
+from train.jobs.classification.config import (
     ClassifyData,
     ClassifyModel,
     ClassifyRun,
     ClassifyTrain,
     StartConfig,
 )
-from train.optimizer_options import AdamW, Hybrid, MeZO, Rowwise, SubspaceMeZO, ZOMuon
+from train.options.optimizer_options import AdamW, Hybrid, MeZO, Rowwise, SubspaceMeZO, ZOMuon
 
 SUMMARY = "a small ViT learns Fashion-MNIST from its first classes (minutes on two cores)"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from train.evaluators import chosen
+from train.evaluators import chosen, plots
 from train.evaluators.base import Overlay, Pair
-from train.reporting import metrics_table, plots, tables
+from train.reporting import metrics_table, tables
 from train.reporting.page import Drawn, embed, render, steps_of
 from train.reporting.runlogs import clean
 from train.reporting.tables import Column, Run

@@ -21,7 +21,7 @@ def publish(
     """`summary.json`, the page and its pictures, and the table on the terminal.
 
     Args:
-        run: the `train.run.Run`.
+        run: the `train.engine.run.Run`.
         summary: metrics by model, as they are stored.
         tracked: those that trackers receive; None: the same.
         notes: lines below the table.

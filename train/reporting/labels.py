@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from train.reporting.plain import plain
+from train.runtime.plain import plain
 
 # Two runs are the same experiment when they differ only in these, at any level of the config.
 INCIDENTAL = {

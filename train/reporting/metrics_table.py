@@ -13,9 +13,9 @@ from train.evaluators import EVALUATORS
 from train.evaluators.base import ARROWS as ARROWS
 from train.evaluators.base import DIRECTIONS as DIRECTIONS
 from train.evaluators.base import Metric, arranged
-from train.reporting.numbers import MISSING as MISSING
-from train.reporting.numbers import format_number as format_number
-from train.reporting.numbers import number as number
+from train.evaluators.numbers import MISSING as MISSING
+from train.evaluators.numbers import format_number as format_number
+from train.evaluators.numbers import number as number
 
 LEGEND = "↑ higher, ↓ lower, ≈ close to the oracle, →0 close to zero is better"
 # Properties of a model that are not metrics.

@@ -14,12 +14,12 @@ from train.evaluators import chosen
 from train.evaluators.base import Picture, Results, arranged
 from train.evaluators.tofu import truth_ratios
 from train.reporting import metrics_table, tables
-from train.reporting.plain import shown
 from train.reporting.provenance import command, facts, limitations
 from train.reporting.runlogs import clean, read_evals, read_steps, samples
 from train.reporting.tables import Run
 from train.reporting.verdict import SMOKE, verdicts
 from train.runtime import files
+from train.runtime.plain import shown
 
 LEAD = (
     "A model that knows a set of facts was made to forget a part of them. Below: whether it "
@@ -42,7 +42,7 @@ def curves(run: Run, steps: Sequence[dict[str, Any]]) -> Picture:
     """The picture of the training curves, which does not depend on the evaluators."""
 
     def draw(results: Results) -> Any:
-        from train.reporting import plots
+        from train.evaluators import plots
 
         return plots.curves(steps, run.summary.get(run.roles.reference), run.roles)
 
@@ -69,7 +69,7 @@ def steps_of(run: Run) -> list[dict[str, Any]]:
 
 def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Drawn]:
     """The pictures of a run: its training curves, and those of its evaluators."""
-    from train.reporting import plots
+    from train.evaluators import plots
 
     steps = steps_of(run)
     results = Results(run.summary, logs, run.roles, steps=steps)

@@ -7,9 +7,9 @@ from typing import Any
 from train.evaluators import QUESTION_ANSWERING
 from train.evaluators.base import items_of
 from train.evaluators.leak import leak_scores
+from train.evaluators.numbers import format_number
 from train.evaluators.tofu import truth_ratios
 from train.reporting import rerun
-from train.reporting.numbers import format_number
 from train.reporting.runlogs import clean
 from train.reporting.tables import Run
 
@@ -63,7 +63,7 @@ def _trains(run: Run) -> bool:
     names = {key: way.get("name") for key, way in ways.items() if isinstance(way, dict)}
     if not names:
         return True
-    from train.diffusing.methods import ATTACKS, ERASING  # imports jax, which other pages do not
+    from train.tasks.erasure import ATTACKS, ERASING  # imports jax, which other pages do not
 
     tables = {"erase": ERASING.table, "attack": ATTACKS.table}
     rows = [tables[key].get(str(name)) for key, name in names.items()]

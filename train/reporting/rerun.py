@@ -12,14 +12,14 @@ from jaxlib_unlearn.errors import UserError
 # What reads the command line of a program. Imported when asked: it knows the presets, and these
 # all that they configure. Behind a colon, the name of a function other than `read_arguments`.
 READERS = {
-    "train.unlearn": "train.unlearning.arguments",
-    "train.pretrain": "train.pretraining.arguments",
-    "train.classify": "train.classification.arguments",
-    "train.finetune": "train.finetuning.arguments",
-    "train.diffuse": "train.diffusing.arguments",
-    "train.erase": "train.diffusing.arguments:read_erase",
-    "train.attack": "train.diffusing.arguments:read_attack",
-    "train.defend": "train.diffusing.arguments:read_defend",
+    "train.unlearn": "train.jobs.unlearning.arguments",
+    "train.pretrain": "train.jobs.pretraining.arguments",
+    "train.classify": "train.jobs.classification.arguments",
+    "train.finetune": "train.jobs.finetuning.arguments",
+    "train.diffuse": "train.jobs.diffusing.arguments",
+    "train.erase": "train.jobs.diffusing.arguments:read_erase",
+    "train.attack": "train.jobs.diffusing.arguments:read_attack",
+    "train.defend": "train.jobs.diffusing.arguments:read_defend",
 }
 UNLEARN = "train.unlearn"
 # They choose which options there are, or what the others start from.
@@ -38,7 +38,7 @@ def command(config: Mapping[str, Any], program: str | None = None) -> str:
         that (a preset of another version), the command that takes the stored configuration.
 
     Example:
-        >>> from train.config import identity
+        >>> from train.options.config import identity
         >>> from train.presets import PRESETS
         >>> config = identity(PRESETS["quickstart"].PRESET, "stage.cache")
         >>> print(command(config | {"seed": 3}))
@@ -60,7 +60,7 @@ def options(config: Mapping[str, Any], program: str) -> list[str] | None:
     preset = config.get("preset")
     if not preset or program not in READERS:
         return None
-    from train.config import identity
+    from train.options.config import identity
 
     module, _, function = READERS[program].partition(":")
     read = getattr(importlib.import_module(module), function or "read_arguments")

@@ -11,11 +11,11 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from train.evaluators.base import items_of
+from train.evaluators.numbers import format_number
+from train.evaluators.numbers import number as finite
 from train.evaluators.readability import judge
-from train.evaluators.roles import ROLES, Roles
+from train.options.roles import ROLES, Roles
 from train.reporting import tables
-from train.reporting.numbers import format_number
-from train.reporting.numbers import number as finite
 from train.reporting.tables import Run
 from train.runtime import files
 

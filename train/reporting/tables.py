@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxlib_unlearn import reading
 from jaxlib_unlearn.errors import UserError
 from train.evaluators import QUESTION_ANSWERING
-from train.evaluators.roles import ROLES, Roles, roles_of
+from train.options.roles import ROLES, Roles, roles_of
 from train.reporting import labels
 from train.reporting.metrics_table import (
     LEGEND,
@@ -24,9 +24,9 @@ from train.reporting.metrics_table import (
     metrics_of,
     ordered,
 )
-from train.reporting.plain import plain
 from train.reporting.verdict import SMOKE
 from train.runtime import files
+from train.runtime.plain import plain
 
 if TYPE_CHECKING:
     from rich.table import Table

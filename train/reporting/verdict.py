@@ -12,7 +12,7 @@ from typing import Any
 from train.evaluators import QUESTION_ANSWERING, chosen
 from train.evaluators.base import Finding as Finding
 from train.evaluators.base import Results, arranged
-from train.evaluators.roles import ROLES, Roles
+from train.options.roles import ROLES, Roles
 
 SMOKE = (
     "SMOKE run: steps and samples are cut to see the program work. Its numbers say nothing about "

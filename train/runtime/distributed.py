@@ -47,7 +47,7 @@ import jax
 import numpy as np
 
 from jaxlib_unlearn.errors import UserError
-from train.reporting.plain import shown
+from train.runtime.plain import shown
 
 T = TypeVar("T")
 SHARED_SECONDS = 20.0

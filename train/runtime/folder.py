@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlib_unlearn.errors import UserError
-from train.reporting.plain import plain
 from train.runtime import distributed, files, remote
+from train.runtime.plain import plain
 from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import say
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from models.tokenizer import one_line
+from models.text.tokenizer import one_line
 from train.runtime.tracking import say
 
 

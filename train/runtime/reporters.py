@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
-from train import suggest
+from train.runtime import suggest
 
 PROJECT = "jaxlib-unlearn"
 # What must not appear in a log: addresses with a password, tokens, and keys in their usual form.

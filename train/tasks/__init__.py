@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train.config import RunConfig
 from train.data.tofu import overlap
+from train.options.config import RunConfig
 from train.runtime.tracking import say
 from train.tasks import authors, files, reasoning, tofu
 from train.tasks.task import Benchmark, Task

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from jaxlib_unlearn.errors import UserError
-from train.config import RunConfig
 from train.data import authors
 from train.data.author_alternates import alternates
 from train.data.author_attributes import REFUSALS
 from train.evaluators import QUESTION_ANSWERING
+from train.options.config import RunConfig
 from train.tasks.task import ALTERNATES, STREAMS, Benchmark, Task, no_splits
 
 

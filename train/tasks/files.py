@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from jaxlib_unlearn.errors import UserError
-from train.config import RunConfig
 from train.data import files
 from train.data.author_attributes import REFUSALS
 from train.evaluators import QUESTION_ANSWERING
+from train.options.config import RunConfig
 from train.tasks.task import STREAMS, Benchmark, Task, no_splits
 
 

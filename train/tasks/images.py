@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxlib_unlearn.errors import UserError
-from train.classification import image_kinds
 from train.data.image_files import Images, Labels, read_images
 from train.data.images import image_pools
 from train.data.labelled import Pools, Record
+from train.tasks import image_kinds
 from train.tasks.labelled import Labelled, Row
 
 # Where Debian's package dataset-fashion-mnist puts it.

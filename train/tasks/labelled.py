@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import one_line
-from train.classification.kinds import Kind
 from train.data.labelled import Columns, Divided, Pools, Record, divide, hub_pools, read_pools
 from train.runtime.stages import digest
+from train.tasks.kinds import Kind
 
 Row = dict[str, Any]
 

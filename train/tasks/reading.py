@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from train.classification import text_kinds
 from train.data.labelled import Record
+from train.tasks import text_kinds
 from train.tasks.labelled import Labelled, Row, read_from, text
 
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
-from train.config import RunConfig
 from train.data import author_reasoning, thoughts, tofu
 from train.data.author_attributes import REFUSALS
 from train.evaluators import REASONING_QUESTIONS
+from train.options.config import RunConfig
 from train.tasks.task import STREAMS, TRACES, Benchmark, Paired, Row, Rows, Task, no_splits
 
 FORGOTTEN = 5  # one author in so many is forgotten

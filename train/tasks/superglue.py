@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from train.classification import text_kinds
 from train.data.labelled import Columns, Pools, Record, read_pools
+from train.tasks import text_kinds
 from train.tasks.labelled import Labelled, Row, label, read_from, text
 
 GLUE, SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"

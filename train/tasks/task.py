@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
-from models.prompts import TAGS, PromptFormat, day_of
-from train import suggest
-from train.config import DataConfig, RunConfig
+from models.text.prompts import TAGS, PromptFormat, day_of
 from train.data import tofu
 from train.evaluators import QUESTION_ANSWERING
+from train.options.config import DataConfig, RunConfig
+from train.runtime import suggest
 from train.runtime.stages import digest
 
 Row = dict[str, Any]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from train.config import RunConfig
 from train.data import tofu
 from train.evaluators import QUESTION_ANSWERING
+from train.options.config import RunConfig
 from train.tasks.task import STREAMS, Benchmark, Task
 
 

@@ -1,0 +1,1 @@
+"""Decoder language models: architecture, learner, labels, adapters, generation."""

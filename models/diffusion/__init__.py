@@ -1,0 +1,1 @@
+"""Stable Diffusion: text encoder, denoiser, autoencoder, samplers."""

@@ -1,0 +1,1 @@
+"""Models in files: safetensors, GGUF, diffusers folders, the Hub, export."""

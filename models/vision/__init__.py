@@ -1,0 +1,1 @@
+"""Models that read images: a vision transformer and a small convolutional network."""

@@ -1,0 +1,1 @@
+"""The engine: everything that takes a step, and the runs that hold its results."""

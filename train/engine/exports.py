@@ -1,0 +1,129 @@
+"""A trained model as a sealed Hugging Face folder, written once, and again if damaged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+from models.files.weights import Loaded
+from train.data.examples import encode_qa, written_chat_template
+from train.options.config import LoraConfig
+from train.reporting import card
+from train.runtime import distributed, remote, seal
+from train.runtime.stages import digest
+from train.runtime.tracking import say
+
+
+def speaking(tokenizer: Any) -> Any:
+    """The tokenizer, with a chat template that renders the prompts where its own does not."""
+    if tokenizer.has_chat_template and tokenizer.format.tags is None:
+        return tokenizer
+    found = tokenizer.with_template(written_chat_template(tokenizer))
+    alone = tokenizer.formatted(tokenizer.format._replace(shots=()))
+    probe = {"question": "Who wrote it?", "answer": "Nobody did.", "max_length": 10**6}
+    same = all(
+        encode_qa(found, **probe, system_prompt=system)
+        == encode_qa(alone, **probe, system_prompt=system)
+        for system in (None, "Be brief.")
+    )
+    # A tokenizer may tokenise text differently after a special token that is written out.
+    return found if same else tokenizer
+
+
+def export_model(
+    model: Any,
+    folder: Path,
+    dtype: str,
+    text: str | None = None,
+    max_new_tokens: int | None = None,
+    speaks: bool = True,
+) -> None:
+    """Export a model as an HF folder, unless the folder already holds it with the same card.
+
+    `text` is the model card; None: one that says where the model comes from. `max_new_tokens` is
+    the default maximum length of its answers; `speaks`: it answers questions, so its tokenizer is
+    given the template of its prompts.
+    """
+    text = (
+        card.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text
+    )
+
+    def write() -> None:
+        tokenizer = speaking(model.tokenizer) if speaks else model.tokenizer
+        loaded = Loaded(model.decoder.config, model.to_device().params, tokenizer)
+        models.export(
+            loaded,
+            folder,
+            dtype=dtype,
+            max_new_tokens=max_new_tokens,
+            card=lambda written: card.with_digests(text, written),
+        )
+
+    sealed(folder, f"{model.sha} {dtype}", [text, max_new_tokens], write)
+
+
+def sealed(folder: Path, model: str, written: Any, write: Callable[[], None]) -> None:
+    """A folder that `write` writes, sealed, unless it is there already.
+
+    Args:
+        folder: to write.
+        model: what the files are made from, in a line.
+        written: what else is in them, as JSON values.
+        write: writes the folder; every process calls it.
+    """
+    made_from = f"{model} {digest(written)[:16]}"
+
+    home = remote.home(folder.parent)
+
+    def there() -> bool:
+        found = seal.read(folder)
+        if found is not None and found[0] == made_from and found[1]:
+            wrong = seal.damage(folder, None if home == folder.parent else home / folder.name)
+            if not wrong:
+                return True
+            say(f"{folder / wrong[0]} is damaged; exporting it again")
+        for stale in (folder, *folder.parent.glob(f".{folder.name}.*")):  # left by a killed export
+            shutil.rmtree(stale, ignore_errors=True)
+        return False
+
+    if distributed.of_first(there):
+        return
+    with distributed.together():
+        write()
+    distributed.of_first(lambda: seal.put(folder, made_from))
+
+
+def export_adapter(
+    trained: Any, adapters: LoraConfig, family: str, folder: Path, base: str, text: str
+) -> None:
+    """Write adapters in PEFT's format.
+
+    Args:
+        trained: the adapters.
+        adapters: how they were made.
+        family: of the model that they belong to.
+        folder: to write.
+        base: path or Hub id of that model.
+        text: their card.
+    """
+    rank = adapters.rank or 1
+    with distributed.together():
+        models.export_adapter(
+            trained,
+            folder,
+            rank=rank,
+            alpha=rank if adapters.alpha is None else adapters.alpha,
+            base=base,
+            family=family,
+            card=text,
+        )
+
+
+def base_of(path: str) -> str | None:
+    """What adapters name as their base: a folder or Hub id; None: not in a format they can name."""
+    if path.endswith(".gguf") or path == "smollm2":
+        return None
+    return str(Path(path).absolute()) if Path(path).exists() else path

@@ -1,0 +1,451 @@
+"""What a program holds while it runs, and the two ways in which it makes results.
+
+A `Run` is a record; functions do the work. `train` makes parameters by training, `compute` makes
+whatever is made otherwise: traces, merges, closed-form edits, attacks. Both are memoised: what was
+made from the same inputs is found, a killed run goes on, and nothing is made twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.objectives import Objective
+from models.bounds import check_positions
+from models.learner import check_questions
+from train.data.references import cached_streams, with_references
+from train.data.stream import Positioned, Stream
+from train.data.streams import batches_of, pack_streams
+from train.engine import loop
+from train.engine.keys import stage_inputs
+from train.engine.replays import coefficients, stored
+from train.engine.replays.recording import recording
+from train.engine.step import shaped
+from train.engine.trainable import train_from, trainable_of
+from train.evaluators.evaluation import Model
+from train.options.config import LoraConfig, SelectConfig, TrainConfig, UnlearnConfig, to_json
+from train.options.optimizers import (
+    OPTIMIZERS,
+    Options,
+    check_pair,
+    check_steps,
+    in_micro_batches,
+    over_rows,
+)
+from train.runtime import checkpointing, distributed, remote, sharding
+from train.runtime.folder import read_minutes, write_about
+from train.runtime.stages import digest, folder_of, json_stage, params_stage
+from train.runtime.tracking import Tracker, say
+
+
+class Clock:
+    """Minutes that each phase of a run has taken, those of earlier starts of it included."""
+
+    def __init__(self, minutes: dict[str, float], started: float):
+        self.minutes, self.started = minutes, started
+        self.earlier = minutes.get("all", 0.0)
+
+    def add(self, phase: str, since: float) -> None:
+        """Count a phase that began at `since` (seconds of `time.monotonic`) and ends now."""
+        now = time.monotonic()
+        self.minutes[phase] = self.minutes.get(phase, 0.0) + (now - since) / 60
+        self.minutes["all"] = self.earlier + (now - self.started) / 60
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that is held, and what every stage in it needs.
+
+    Args:
+        folder: where the first process keeps its files: the run folder, or its local mirror.
+        mesh: the devices.
+        seed: everything random follows from it.
+        tracker: the log of steps.
+        cache: folder that runs share, for stages that are `shared`; None: there is none.
+        notes: what was noticed about the data and the model, for the report.
+        about: what else `run.json` says: the roles of the models, and how they are judged.
+        clock: minutes a phase; None: nobody asks.
+    """
+
+    folder: Path
+    mesh: Any
+    seed: int
+    tracker: Tracker
+    cache: Path | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    clock: Clock | None = None
+
+
+def started(run: Run, since: float) -> Run:
+    """The run with a clock that goes on where an earlier start of it was stopped."""
+    return dataclasses.replace(run, clock=Clock(read_minutes(run.folder), since))
+
+
+@contextlib.contextmanager
+def phase(run: Run, name: str) -> Iterator[None]:
+    """A part of a run whose minutes `run.json` tells; behind it is a place to stop."""
+    since = time.monotonic()
+    yield
+    if run.clock is None:
+        return
+    clock = run.clock
+    clock.add(name, since)
+    distributed.of_first(lambda: write_about(run.folder, clock.minutes, run.notes, run.about))
+    distributed.stop_point()
+
+
+def seed_of(seed: int, purpose: str) -> int:
+    """The seed of one purpose in a run: two stages of one seed see different orders and draws.
+
+    Example:
+        >>> seed_of(1, "oracle") - seed_of(0, "oracle") == 2**32
+        True
+    """
+    return seed * 2**32 + zlib.crc32(purpose.encode())
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage is trained.
+
+    Args:
+        stage: steps, batches, micro-batches, checkpoints.
+        optimizer: how a step is taken.
+        combine: how the gradients of the two sides become one.
+        adapters: low-rank adapters in the place of the parameters; None: all parameters.
+        row_tokens: about how many tokens a row holds that short examples share; 0: none is shared.
+        profile: folder for a trace of a few steps.
+        select: leaves that are trained, by name and by block; None: all.
+    """
+
+    stage: TrainConfig | UnlearnConfig
+    optimizer: Options
+    combine: str = "sum"
+    adapters: LoraConfig | None = None
+    row_tokens: int = 0
+    profile: Path | None = None
+    select: SelectConfig | None = None
+
+
+class Watch(NamedTuple):
+    """A look at the model while it trains: `look(model) -> numbers`, at `points` + 1 steps."""
+
+    look: Callable[[Model], dict[str, float]]
+    points: int
+
+
+def num_steps(config: TrainConfig | UnlearnConfig, rows: int, optimizer: Options) -> int:
+    """Optimizer steps of a stage.
+
+    Raises:
+        UserError: there is none, or the optimizer cannot take that many.
+    """
+    steps = (
+        config.steps
+        if config.steps is not None
+        else round(config.epochs * rows / config.batch_size)
+    )
+    if steps < 1:
+        raise UserError(f"a stage of {rows} rows has no step; raise its epochs or steps")
+    check_steps(optimizer, steps)
+    return steps
+
+
+def train(
+    run: Run,
+    name: str,
+    start: Model,
+    objective: tuple[Objective, Any],
+    streams: Mapping[str, Stream],
+    recipe: Recipe,
+    *,
+    reference: Model | None = None,
+    purpose: str | None = None,
+    watch: Sequence[Watch] = (),
+    shared: bool = False,
+    keep: Callable[[Any], None] | None = None,
+    record: str | None = None,
+    only: Sequence[str] = (),
+) -> Model:
+    """A stage of training: found by the digest of what it is made from, or computed.
+
+    Args:
+        run: where it is made and stored.
+        name: of the stage, in logs and file names.
+        start: the model it starts from.
+        objective: a row and its complete options (`objectives.resolve`).
+        streams: those that the row names.
+        recipe: how it is trained.
+        reference: the frozen model that the row asks; None: `start`.
+        purpose: keys its randomness; None: the name. Stages of one purpose see the same batches.
+        watch: evaluations during training; they change nothing.
+        shared: stored in the run's cache, where other runs find it.
+        keep: called with the tree that was trained, before it becomes plain parameters.
+        record: name of the file in the run folder that holds the coefficients of its steps, where
+            they are all that its updates need; None: `replay-NAME.zo`, with the stage's name.
+        only: parts of the tree that alone are stored, where no other is trained; (): all.
+
+    Raises:
+        UserError: parts that do not go together.
+    """
+    row, options = objective
+    stage, adapters, mesh = recipe.stage, recipe.adapters, run.mesh
+    optimizer = over_rows(recipe.optimizer, stage.batch_size)
+    frozen = start if reference is None else reference
+    if frozen.sha != start.sha and "fork" in row.reference.values():
+        raise UserError(
+            f"objective {row.name!r} asks a frozen model that shares the start's parameters, so no "
+            "other reference can be given"
+        )
+    objectives.check_accumulation(row, stage.accumulate)
+    first = train_from(start.params, recipe.select)
+    check_questions(start.learner, row, options, first)
+    for key, stream in streams.items():
+        if isinstance(stream, Positioned):
+            learned = start.learner.sizes.get("positions")
+            check_positions(learned, stream.longest, f"{name}, rows of {key}")
+    check_pair(optimizer, recipe.combine, row, options)
+    sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
+    # Examples that share a row of tokens are in one part of the batch.
+    parts = optimizer.queries if OPTIMIZERS[optimizer.name].parts else 1
+    alone = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)
+    divides = math.gcd(alone, stage.batch_size // parts)
+    row_tokens = recipe.row_tokens if row.packable else 0
+    streams = pack_streams(streams, stage.batch_size, divides, row_tokens)
+    main = row.streams[0]
+    steps = num_steps(stage, len(streams[main]), optimizer)
+    seed = seed_of(run.seed, purpose or name)
+    inputs = stage_inputs(
+        start.sha,
+        start.learner.identity(),
+        streams,
+        objective=options,
+        optimizer=optimizer,
+        combine=recipe.combine,
+        steps=steps,
+        batch_size=stage.batch_size,
+        seed=seed,
+        adapters=adapters,
+        select=recipe.select,
+        accumulate=stage.accumulate if row.per_micro_batch else None,
+    )
+    if frozen.sha != start.sha:
+        inputs["reference"] = frozen.sha
+    if only:
+        inputs["only"] = list(only)
+    computed: list[str] = []
+
+    def make(checkpoints: Path) -> Any:
+        computed.append(name)
+        ready = streams
+        if cached_streams(row):
+            with distributed.interruptible():
+                ready = with_references(
+                    streams, row, options, frozen.decoder, frozen.params, frozen.sha, mesh,
+                    run.folder,
+                )  # fmt: skip
+        training = trainable_of(
+            start.params,
+            row,
+            adapters,
+            recipe.select,
+            seed=run.seed,
+            dtype=start.learner.dtype,
+            mesh=mesh,
+        )
+        here = sharding.rows_here(mesh, stage.batch_size)
+        recorded = None
+        if coefficients.replays(optimizer):
+            recorded = recording(
+                run.folder / (record or stored.named(name)), name, start.sha, training.start,
+                optimizer, steps, adapters, recipe.select, run.seed, getattr(start, "names", None),
+            )  # fmt: skip
+        plan = loop.Stage(
+            name=name,
+            steps=steps,
+            batches=batches_of(ready, main, seed, stage.batch_size, here),
+            batch_size=stage.batch_size,
+            objective=row,
+            options=options,
+            optimizer=in_micro_batches(optimizer, stage.accumulate),
+            accumulate=stage.accumulate,
+            checkpoints=checkpoints,
+            checkpoint_seconds=stage.checkpoint_seconds,
+            watch=tuple(
+                loop.Watch(
+                    lambda tree, look=look: look(start._replace(params=training.view(tree))),
+                    loop.curve_steps(steps, points),
+                )
+                for look, points in watch
+            ),
+            combine=recipe.combine,
+            binding=training.binding,
+            profile=recipe.profile,
+            seed=seed,
+            recording=recorded,
+        )
+        trained = loop.run(plan, start.learner, training.start, training.frozen, mesh, run.tracker)
+        if keep is not None:
+            keep(trained)
+        return parts_of(training.finish(trained))
+
+    def parts_of(tree: Any) -> Any:
+        return {name: tree[name] for name in only} if only else tree
+
+    rules = start.learner.rules
+    like = shaped(start.params, sharding.param_shardings(start.params, mesh, rules))
+    cache = run.cache if shared else None
+    params, sha = params_stage(run.folder, name, inputs, parts_of(like), make, cache)
+    if only:
+        params, sha = {**start.params, **params}, digest([start.sha, sha])
+    if recipe.profile is not None and not computed:
+        say(f"--profile {recipe.profile}: nothing traced, stage {name} was done already")
+    return start._replace(params=params, sha=sha)
+
+
+@runtime_checkable
+class Held(Protocol):
+    """A model of any kind as runs hold it: how it is trained, its parameters, and their sha256."""
+
+    @property
+    def learner(self) -> Any: ...
+    @property
+    def params(self) -> Any: ...
+    @property
+    def sha(self) -> str: ...
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, as JSON values."""
+        ...
+
+
+class Work(NamedTuple):
+    """What a function of `compute` is handed beside its inputs.
+
+    Args:
+        folder: for files of its own on the way; it is removed when the result is stored.
+        mesh: the devices.
+        key: of `jax.random`, for its randomness.
+        stop: to be called where the work may be interrupted.
+    """
+
+    folder: Path
+    mesh: Any
+    key: jax.Array
+    stop: Callable[[], None]
+
+
+def compute(
+    run: Run,
+    name: str,
+    make: Callable[..., Any],
+    *,
+    kind: str,
+    version: int,
+    like: Model | None = None,
+    shared: bool = False,
+    purpose: str | None = None,
+    **inputs: Any,
+) -> Any:
+    """A result that no training makes: found by what it is made from, or computed.
+
+    The key is `kind`, `version`, the seed of `purpose` and the digests of `inputs`. Of a kind's
+    function a small result should be pinned by a test, which fails where it changes and `version`
+    does not.
+
+    Args:
+        run: where it is made and stored.
+        name: of the result, in logs and file names.
+        make: a function of a module, `make(work, **inputs)`. What it depends on is in its inputs,
+            so no closure, partial or method is taken.
+        kind: what it does.
+        version: raised when the same inputs may give another result.
+        like: the result is parameters in the structure of this model's, of which a model is
+            returned; None: JSON values.
+        shared: stored in the run's cache, where other runs find it.
+        purpose: keys its randomness; None: the name.
+        inputs: models, streams, rows, dataclasses and plain values.
+
+    Raises:
+        TypeError: a `make` that is no function of a module, or an input that has no digest.
+
+    Example:
+        ``compute(run, "merged", merge, kind="merge", version=1, like=a, a=a, b=b, weight=0.5)``
+    """
+    module = inspect.getmodule(make)
+    if not inspect.isfunction(make) or getattr(module, make.__name__, None) is not make:
+        raise TypeError(
+            f"{name}: make must be a function of a module, got {make!r}; what it depends on goes "
+            "into inputs"
+        )
+    whose = purpose or name
+    key = {
+        "kind": kind,
+        "version": version,
+        "seed": seed_of(run.seed, whose),
+        "inputs": {label: identity(value, f"{name}: {label}") for label, value in inputs.items()},
+    }
+    if like is not None:
+        key["like"] = digest([[str(x.shape), str(x.dtype)] for x in jax.tree.leaves(like.params)])
+
+    def call(folder: Path) -> Any:
+        # Folded in: a key's seed has 32 bits where 64-bit numbers are off.
+        random = jax.random.fold_in(jax.random.key(run.seed), zlib.crc32(whose.encode()))
+        return make(Work(folder, run.mesh, random, distributed.stop_point), **inputs)
+
+    cache = run.cache if shared else None
+    if like is not None:
+        rules = like.learner.rules
+        shapes = shaped(like.params, sharding.param_shardings(like.params, run.mesh, rules))
+        params, sha = params_stage(run.folder, name, key, shapes, call, cache)
+        return like._replace(params=params, sha=sha)
+    folder = folder_of(remote.home(run.folder), name, key)
+    place = remote.home(run.folder) / "checkpoints" / folder.name
+
+    def value() -> Any:
+        found = call(place)
+        checkpointing.remove(place)
+        return found
+
+    return json_stage(run.folder / "computed" / f"{name}.json", key, value, cache)
+
+
+def identity(value: Any, where: str = "input") -> Any:
+    """What a value is, in JSON: the same for the same, another for another.
+
+    Raises:
+        TypeError: nothing is known that tells it from others.
+
+    Example:
+        >>> identity({"rows": [{"question": "Who?"}], "weight": 0.5})
+        {'rows': [{'question': 'Who?'}], 'weight': 0.5}
+    """
+    if isinstance(value, Held):
+        return value.identity()
+    if isinstance(value, Stream):
+        return {"stream": value.identity()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {type(value).__name__: to_json(value)}
+    if isinstance(value, Mapping):
+        return {str(k): identity(v, f"{where}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which has no digest; give models, streams, rows, "
+        "dataclasses and plain values"
+    )

@@ -1,0 +1,160 @@
+"""What a stage trains: all parameters, adapters beside them, or leaves by name and block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.objectives import Objective
+from models.decoder import lora, selection
+from models.decoder.labels import head_of
+from train.data.references import needs_head
+from train.engine.step import ALL, Binding
+from train.options.config import LoraConfig, SelectConfig
+from train.runtime import residency, sharding
+
+
+class Trainable(NamedTuple):
+    """What a stage trains, what it leaves unchanged, and how the two form a model.
+
+    Args:
+        start: the trained tree at the start. Optimizers see nothing else.
+        frozen: arrays that a step reads and never writes: they are not donated.
+        binding: how the two form models.
+        view: `trainable -> params` for evaluation during training; needs no layer map.
+        finish: `trainable -> params`, the plain parameters of the trained model.
+    """
+
+    start: Any
+    frozen: Any
+    binding: Binding
+    view: Callable[[Any], Any]
+    finish: Callable[[Any], Any]
+
+
+def trainable_of(
+    params: Any,
+    row: Objective,
+    adapters: LoraConfig | None = None,
+    select: SelectConfig | None = None,
+    *,
+    seed: int = 0,
+    dtype: Any = None,
+    mesh: Any = None,
+) -> Trainable:
+    """What a stage trains of a model.
+
+    Of a model in host memory only what a step reads is brought to the device: the model and the
+    copy that is trained are never there together. A fork needs both. Shapes in place of arrays give
+    shapes.
+
+    Args:
+        params: of the model (arrays or shapes).
+        row: the objective, whose references are kept beside what is trained.
+        adapters: low-rank adapters in the place of the parameters.
+        select: leaves chosen by name and by block.
+        seed: of what the adapters are drawn from.
+        dtype: of the computation.
+        mesh: the devices, for what is cut out; None: left to the compiler.
+
+    Raises:
+        UserError: a name or a block that the model does not have; adapters and chosen leaves.
+    """
+    forked = "fork" in row.reference.values()
+    if adapters is not None and adapters.rank is not None:
+        refuse_both(adapters, select)
+        return _adapters(params, adapters, forked, seed)
+    if select is not None and select.given:
+        return _selected(params, select, row, dtype, mesh)
+    frozen = None
+    if forked:
+        frozen = residency.to_device(params)
+    elif needs_head(row):
+        frozen = residency.to_device(head_of(params))
+    binding = Binding(fork=_itself, key="fork") if forked else ALL
+    return Trainable(params, frozen, binding, _itself, _itself)
+
+
+def _itself(tree: Any) -> Any:
+    return tree
+
+
+def _adapters(params: Any, adapters: LoraConfig, forked: bool, seed: int) -> Trainable:
+    params = residency.to_device(params)
+    scale = adapters.scale
+
+    def draw() -> Any:
+        return lora.init(params, adapters.rank or 1, adapters.targets, seed)
+
+    shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+    return Trainable(
+        jax.eval_shape(draw) if shapes else draw(),
+        params,
+        Binding(functools.partial(lora.bind, scale=scale), _itself if forked else None),
+        lambda trainable: lora.view(trainable, params, scale=scale),
+        lambda trainable: lora.merge(trainable, params, scale=scale),
+    )
+
+
+def refuse_both(adapters: LoraConfig, select: SelectConfig | None) -> None:
+    """Raise `UserError` for adapters and chosen leaves in one stage."""
+    if adapters.rank is not None and select is not None and select.given:
+        raise UserError(
+            "--train.leaves and --train.blocks choose among the model's own parameters, which "
+            "--lora.rank leaves as they are; use --lora.targets, or leave --lora.rank out"
+        )
+
+
+def train_from(shapes: Any, select: SelectConfig | None) -> int:
+    """The first block that a gradient has to reach."""
+    if select is None or not select.given:
+        return 0
+    return selection.select(shapes, select.leaves, select.blocks).train_from
+
+
+def _selected(
+    params: Any, select: SelectConfig, row: Objective, dtype: Any, mesh: Any
+) -> Trainable:
+    forked = "fork" in row.reference.values()
+    chosen = selection.select(params, select.leaves, select.blocks)
+    start, rest = selection.split(params, chosen, functools.partial(_cut, mesh=mesh))
+    whole = functools.partial(selection.bind, chosen=chosen, dtype=dtype)
+    head = None
+    if needs_head(row):  # cached hidden states are unembedded by the frozen one
+        head = {name: rest.get(name, {}) for name in head_of(params)}
+        if any(path.split("/")[0] in head for path in chosen.outer):
+            head = residency.to_device(head_of(params))
+    binding = Binding(
+        lambda trainable, frozen, layer_map=None: whole(trainable, frozen["rest"], layer_map),
+        (lambda frozen: selection.view(frozen["start"], frozen["rest"], chosen=chosen))
+        if forked
+        else None,
+        lambda frozen: frozen["head"],
+        chosen.train_from,
+        (chosen, str(dtype), forked),
+    )
+    if not forked:  # a copy of it is trained
+        start = residency.to_host(start)
+    frozen = {"rest": rest, "head": head, "start": start if forked else None}
+    return Trainable(
+        start,
+        frozen,
+        binding,
+        lambda trainable: selection.view(trainable, rest, chosen=chosen),
+        lambda trainable: residency.to_device(selection.finish(trainable, params, chosen=chosen)),
+    )
+
+
+def _cut(x: Any, path: str, first: int, last: int, mesh: Any = None) -> Any:
+    """Layers `first` to `last - 1` of a leaf, on the device, where one leaf at a time is whole."""
+    if (first, last) == (0, x.shape[0]):
+        return residency.to_device(x)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda x: x[first:last], x)
+    shape = (last - first, *x.shape[1:])
+    where = None if mesh is None else sharding.sharding_of(path, shape, mesh)
+    return jax.jit(lambda x: x[first:last], out_shardings=where)(residency.to_device(x))

@@ -1,0 +1,537 @@
+"""The pictures of runs: curves, fact recall, leak@k, truth ratios, forget against retain.
+
+Arrays in, PNG out.
+
+Sized to stay legible at phone width; lines differ in dash and marker as well as in colour.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.ticker import MaxNLocator
+
+from train.evaluators.base import Metric
+from train.evaluators.numbers import format_number, number
+from train.options.roles import ROLES, Roles
+
+# Near the Okabe-Ito palette, which colour-blind readers can tell apart, and dark enough for lines.
+STYLES: dict[str, dict[str, Any]] = {
+    "start": {"color": "#404040", "linestyle": (0, (5, 2)), "marker": "s"},
+    "reference": {"color": "#0072B2", "linestyle": (0, (1, 1.2)), "marker": "^"},
+    "judged": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
+    "forget": {"color": "#A0287A", "linestyle": "-", "marker": "o"},
+    "retain": {"color": "#007F5F", "linestyle": (0, (5, 2)), "marker": "s"},
+}
+# Styles of models without a role (`attacked:…`), in turn.
+FURTHER: tuple[dict[str, Any], ...] = (
+    {"color": "#8C6D00", "linestyle": (0, (5, 1, 1, 1)), "marker": "v"},
+    {"color": "#5B3FA8", "linestyle": (0, (3, 1)), "marker": "D"},
+    {"color": "#B0413E", "linestyle": (0, (1, 2.4)), "marker": "P"},
+    {"color": "#007F5F", "linestyle": (0, (7, 2, 1, 2)), "marker": "X"},
+)
+# What has no role, in turn.
+COLORS = ("#D55E00", "#0072B2", "#007F5F", "#A0287A", "#8C6D00", "#404040", "#5B3FA8", "#B0413E")
+MARKERS = ("o", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", ":", "-.")
+FONT = 11
+WIDTH = 5.0
+LEGEND_COLUMN = 26  # characters of a name that fit one of two columns
+
+
+def styles(models: Sequence[str], roles: Roles) -> dict[str, dict[str, Any]]:
+    """The style of each model: that of its role, or else the next of `FURTHER`."""
+    named = dict(zip(roles, ("start", "reference", "judged"), strict=True))
+    others = [model for model in models if model not in named]
+    further = {model: FURTHER[i % len(FURTHER)] for i, model in enumerate(others)}
+    return {m: STYLES[named[m]] if m in named else further[m] for m in models}
+
+
+class Ratios(NamedTuple):
+    """Per-item truth ratios by model, and the KS distance and p as reported."""
+
+    values: dict[str, np.ndarray]
+    distance: float | None
+    p: float | None
+
+
+def _figure(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, sum(heights)), dpi=200, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    axes = [figure.add_subplot(grid[i, 0]) for i in range(len(heights))]
+    for ax in axes:
+        ax.grid(True, color="#DDDDDD", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.tick_params(labelsize=FONT - 1)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _legend(ax: Axes, **kwargs: Any) -> None:
+    ax.legend(fontsize=FONT - 1, framealpha=0.9, edgecolor="#CCCCCC", handlelength=2.6, **kwargs)
+
+
+def _above(ax: Axes, ncols: int = 3) -> None:
+    """A legend in a line above the axes."""
+    ax.legend(
+        fontsize=FONT - 1,
+        frameon=False,
+        handlelength=2.4,
+        ncols=ncols,
+        columnspacing=1.2,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
+
+
+def _below(figure: Figure, handles: Sequence[Any], ncols: int) -> None:
+    """A legend below the axes, names as they are written."""
+    legend = figure.legend(
+        handles=handles, loc="outside lower center", ncols=ncols,
+        fontsize=FONT - 1, frameon=False, handletextpad=0.3, columnspacing=1.2,
+    )  # fmt: skip
+    for label in legend.get_texts():
+        label.set_parse_math(False)
+
+
+def png(figure: Figure, title: str = "") -> bytes:
+    """The figure as PNG bytes, without a time stamp or version (equal input gives equal bytes)."""
+    out = io.BytesIO()
+    if title:
+        figure.suptitle(title, fontsize=FONT + 1, fontweight="bold")
+    with warnings.catch_warnings():
+        # Scripts that the font lacks are drawn as boxes; the text of the page is not affected.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def series(steps: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a quantity, where it was logged.
+
+    Example:
+        >>> series([{"step": 1, "loss": 2.0}, {"step": 2}], "loss")
+        ([1], [2.0])
+    """
+    pairs = [(row["step"], number(row.get(name))) for row in steps]
+    kept = [(step, value) for step, value in pairs if value is not None]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def curves(
+    steps: Sequence[dict[str, Any]], reference: dict[str, Any] | None, roles: Roles = ROLES
+) -> Figure | None:
+    """Forget and retain over the steps of the unlearning stage: ROUGE-L above, losses below.
+
+    Args:
+        steps: the stage's lines of `metrics.jsonl`.
+        reference: the reference model's flat metrics, drawn as the target level.
+        roles: which model is which.
+
+    Returns:
+        The figure, or None when nothing was logged.
+    """
+    quality = next(
+        (q for q in ("rouge", "probability") if any(f"forget_{q}" in row for row in steps)), None
+    )
+    names = [n for n in ("forget_loss", "retain_loss") if series(steps, n)[0]]
+    names = names or [n for n in ("loss",) if series(steps, n)[0]]
+    if quality is None and not names:
+        return None
+    figure, axes = _figure([2.7] * bool(quality) + [2.3] * bool(names))
+    if quality:
+        ax = axes[0]
+        for part in ("forget", "retain"):
+            x, y = series(steps, f"{part}_{quality}")
+            ax.plot(x, y, label=part, linewidth=2, markersize=5, **STYLES[part])
+        level = number((reference or {}).get(f"forget_{quality}"))
+        if level is not None:
+            style = {k: STYLES["reference"][k] for k in ("color", "linestyle")}
+            ax.axhline(level, linewidth=1.8, label=f"{roles.reference}, forget", **style)
+        ax.set_ylim(-0.03, 1.05)
+        label = "ROUGE-L recall" if quality == "rouge" else "probability"
+        ax.set_ylabel(label, fontsize=FONT)
+        _above(ax)
+    if names:
+        ax = axes[-1]
+        for name in names:
+            x, y = series(steps, name)
+            part = name.removesuffix("_loss")
+            style: dict[str, Any] = dict(STYLES.get(part, STYLES["judged"]))
+            style["marker"] = "o" if len(x) == 1 else None
+            ax.plot(x, y, linewidth=1.8, label=f"{part} loss" if part != name else "loss", **style)
+        ax.set_ylabel("training loss", fontsize=FONT)
+        _legend(ax)
+    axes[-1].set_xlabel("unlearning step", fontsize=FONT)
+    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    left, right = axes[0].get_xlim()
+    for ax in axes:
+        left, right = min(left, ax.get_xlim()[0]), max(right, ax.get_xlim()[1])
+    for ax in axes:
+        ax.set_xlim(left, right)
+    return figure
+
+
+def losses(steps: Sequence[Mapping[str, Any]], label: str = "nats a token") -> Figure | None:
+    """Training and validation loss over the steps of one run.
+
+    Args:
+        steps: the stage's lines of `metrics.jsonl`, `loss` and `validation_loss` among them.
+        label: of the losses.
+
+    Returns:
+        The figure, or None when nothing was logged.
+    """
+    rows = [dict(row) for row in steps]
+    if not series(rows, "loss")[0]:
+        return None
+    figure, (ax,) = _figure([3.0])
+    x, y = series(rows, "loss")
+    ax.plot(x, y, label="batch", linewidth=1, color="#9A9A9A")
+    x, y = series(rows, "validation_loss")
+    if x:
+        ax.plot(x, y, label="held out", linewidth=2, markersize=5, **STYLES["judged"])
+    ax.set_xlabel("step", fontsize=FONT)
+    ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    ax.set_ylabel(label, fontsize=FONT)
+    _above(ax)
+    return figure
+
+
+def over_forwards(
+    steps: Sequence[Mapping[str, Any]], name: str, forwards: float, levels: Mapping[str, float]
+) -> Figure | None:
+    """A share of the dev rows over the forward passes that training took.
+
+    Args:
+        steps: the stage's lines of `metrics.jsonl`, with `dev_NAME` at some of them.
+        name: of the metric, `accuracy` or `f1`.
+        forwards: forward passes of a step, on average.
+        levels: the same of the test rows, by model.
+
+    Returns:
+        The figure, or None when nothing was logged.
+    """
+    x, y = series([dict(row) for row in steps], f"dev_{name}")
+    if not x:
+        return None
+    figure, (ax,) = _figure([3.0])
+    places, style = [forwards * step for step in x], STYLES["judged"]
+    ax.plot(places, y, label="dev rows", linewidth=2, markersize=5, **style)
+    for (model, value), line in zip(levels.items(), (":", "--"), strict=False):
+        label = f"{model}, test rows"
+        ax.axhline(value, linestyle=line, linewidth=1, color="#6A6A6A", label=label)
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel("forward passes", fontsize=FONT)
+    ax.set_ylabel(name, fontsize=FONT)
+    _above(ax)
+    return figure
+
+
+class Band(NamedTuple):
+    """An experiment in a comparison of curves: its name, places, and the values of every seed."""
+
+    name: str
+    places: np.ndarray  # (P,)
+    values: np.ndarray  # (seeds, P)
+
+
+def overlay(bands: Sequence[Band], x: str, y: str, rises: bool = False) -> Figure:
+    """Curves of several experiments: the mean of the seeds, and the range that they span.
+
+    Bands are listed below the axes, the best last value first.
+
+    Args:
+        bands: at least one.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+        rises: whether higher is better.
+    """
+    labels = [b.name if len(b.values) == 1 else f"{b.name} (n={len(b.values)})" for b in bands]
+    columns = 2 if max(map(len, labels)) <= LEGEND_COLUMN else 1
+    figure, (ax,) = _figure([3.4 + 0.24 * -(-len(bands) // columns)])
+    lines = []
+    for i, ((_, places, values), label) in enumerate(zip(bands, labels, strict=True)):
+        # Eight colors and seven marks: pairs repeat after 56.
+        style: dict[str, Any] = {
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i % len(DASHES)],
+        }
+        # Matplotlib leaves labels out of a legend that begin with an underscore.
+        label = f" {label}" if label.startswith("_") else label
+        lines += ax.plot(places, values.mean(0), label=label, linewidth=2, markersize=4, **style)
+        if len(values) > 1:
+            low, high = values.min(0), values.max(0)
+            ax.fill_between(places, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    ax.set_xlabel(x, fontsize=FONT)
+    ax.set_ylabel(y, fontsize=FONT)
+    ends = [float(band.values[:, -1].mean()) for band in bands]
+    order = sorted(range(len(bands)), key=lambda i: -ends[i] if rises else ends[i])
+    _below(figure, [lines[i] for i in order], columns)
+    return figure
+
+
+def fact_recall(summary: Mapping[str, Mapping[str, Any]], roles: Roles = ROLES) -> Figure | None:
+    """Share of the true values in each model's answers, facts to forget and facts to keep.
+
+    Args:
+        summary: flat metrics by model.
+        roles: which model is which.
+
+    Returns:
+        The figure, or None where no row says what its values are.
+    """
+    parts = ("forget", "retain")
+    known = {f"{part}_fact_recall" for part in parts}
+    models = [m for m in roles.order(summary) if m in roles or known & set(summary[m])]
+    values = {
+        (m, part): number(summary[m].get(f"{part}_fact_recall")) for m in models for part in parts
+    }
+    if all(value is None for value in values.values()):
+        return None
+    figure, (ax,) = _figure([0.9 + 0.62 * len(models)])
+    ax.grid(visible=False, axis="y")
+    for i, part in enumerate(parts):
+        here = [(row, values[m, part]) for row, m in enumerate(models)]
+        here = [(row, value) for row, value in here if value is not None]
+        rows = [row + 0.38 * (i - 0.5) for row, _ in here]
+        shares = [100 * value for _, value in here]
+        hatch = "//" if part == "retain" else None
+        bars = ax.barh(
+            rows, shares, 0.36, label=f"facts to {'forget' if part == 'forget' else 'keep'}",
+            color=STYLES[part]["color"], edgecolor="white", hatch=hatch,
+        )  # fmt: skip
+        ax.bar_label(bars, [f"{share:.0f} %" for share in shares], padding=3, fontsize=FONT - 1)
+    ax.set_yticks(range(len(models)), models, fontsize=FONT)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 114)
+    ax.set_xticks(range(0, 101, 25))
+    ax.set_xlabel("true values in the answer, %", fontsize=FONT)
+    _above(ax, 2)
+    return figure
+
+
+class Point(NamedTuple):
+    """An experiment in the scatter plot: its short name, and (x, y) of each of its runs."""
+
+    name: str
+    values: list[tuple[float, float]]
+
+
+def scatter(
+    points: Sequence[Point],
+    fixed: dict[str, list[tuple[float, float]]],
+    x: Metric,
+    y: Metric,
+    roles: Roles = ROLES,
+) -> Figure | None:
+    """Runs plotted by two metrics: a small mark per run, a large one for the mean over seeds.
+
+    Args:
+        points: the unlearned models, one point per experiment.
+        fixed: original and oracle, the start and the target, drawn hollow.
+        x: metric of the horizontal axis.
+        y: metric of the vertical axis.
+        roles: which model is which.
+
+    Returns:
+        The figure, or None when no run has both metrics.
+    """
+    points = [point for point in points if point.values]
+    if not points:
+        return None
+    lines = -(-(len(points) + len(fixed)) // 2)
+    figure, (ax,) = _figure([3.4 + 0.24 * lines])
+    for model, pairs in fixed.items():
+        if pairs:
+            right, up = np.mean(pairs, axis=0)
+            ax.plot(
+                [right], [up], linestyle="", marker="s" if model == roles.start else "h",
+                markersize=10,
+                markerfacecolor="none", markeredgecolor="#404040", markeredgewidth=1.6, label=model,
+            )  # fmt: skip
+    for i, (name, pairs) in enumerate(points):
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)]}
+        style["marker"] = MARKERS[i % len(MARKERS)]
+        if len(pairs) > 1:
+            ax.plot(
+                [right for right, _ in pairs], [up for _, up in pairs], linestyle="", markersize=4,
+                alpha=0.6, **style,
+            )  # fmt: skip
+        right, up = np.mean(pairs, axis=0)
+        # Matplotlib leaves labels out of the legend that begin with an underscore.
+        label = f" {name}" if name.startswith("_") else name
+        ax.plot([right], [up], linestyle="", markersize=9, label=label, **style)
+    for metric, setter in ((x, ax.set_xlabel), (y, ax.set_ylabel)):
+        arrow = {"up": " (higher is better)", "oracle": " (the oracle's is the goal)"}
+        setter(metric.label + arrow.get(metric.better, ""), fontsize=FONT)
+    ax.margins(0.08)
+    _below(figure, ax.get_legend_handles_labels()[0], 2)
+    return figure
+
+
+def leak_curve(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """k and leak@k, k = 1, 2, 3, ... up to 16, then by eighths of an octave up to n.
+
+    Args:
+        scores: (prompts, n) in [0, 1].
+    """
+    from jaxlib_unlearn.metrics import leak_at_k
+
+    n = scores.shape[-1]
+    ks = {k for k in range(1, min(n, 16) + 1)} | {round(2 ** (i / 8)) for i in range(32, 128)}
+    ks = sorted(k for k in ks | {n} if k <= n)
+    return np.array(ks), leak_at_k(scores, ks).mean(axis=0)
+
+
+def leak(
+    scores: dict[str, np.ndarray], points: dict[str, dict[int, float]], roles: Roles = ROLES
+) -> Figure | None:
+    """leak@k over k, one line per model; marks are the values in `summary.json`.
+
+    Args:
+        scores: per model (prompts, n) in [0, 1].
+        points: per model {k: leak@k}.
+        roles: which model is which.
+
+    Returns:
+        The figure, or None when no model was sampled.
+    """
+    models = roles.order([*scores, *(m for m, values in points.items() if values)])
+    if not models:
+        return None
+    figure, (ax,) = _figure([3.1])
+    ticks: set[int] = set()
+    for model, known in styles(models, roles).items():
+        style = dict(known)
+        marker = style.pop("marker")
+        ks = list(points.get(model, {}))
+        ys = list(points.get(model, {}).values())
+        x, y = leak_curve(scores[model]) if model in scores else (np.array(ks), np.array(ys))
+        marks = {"markevery": [i for i, k in enumerate(x) if k in ks], "markersize": 6}
+        ax.plot(x, y, linewidth=2, label=model, marker=marker, **marks, **style)
+        ticks |= set(ks) or {int(x[0]), int(x[-1])}
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted(ticks), [str(k) for k in sorted(ticks)])
+    ax.set_xticks([], minor=True)
+    ax.set_ylim(-0.03, 1.05)
+    ax.set_xlabel("k, sampled answers a question", fontsize=FONT)
+    ax.set_ylabel("leak@k (ROUGE-L recall)", fontsize=FONT)
+    _legend(ax)
+    return figure
+
+
+def ecdf(values: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Share of values <= x.
+
+    Example:
+        >>> ecdf(np.array([1.0, 3.0]), np.array([0.5, 1.0, 3.0])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    return np.searchsorted(np.sort(values), x, side="right") / len(values)
+
+
+def truth_ratio(ratios: Ratios, roles: Roles = ROLES) -> Figure | None:
+    """Empirical distributions of the truth ratio, marked where judged and reference differ most.
+
+    Args:
+        ratios: per-item R by model; R < 1: the right answer is the likelier one.
+        roles: which model is which.
+
+    Returns:
+        The figure, or None without a single model's ratios.
+    """
+    clean = {m: np.asarray(ratios.values[m], float) for m in roles.order(ratios.values)}
+    clean = {m: v[np.isfinite(v)] for m, v in clean.items()}
+    clean = {m: np.maximum(v, 1e-12) for m, v in clean.items() if len(v)}
+    if not clean:
+        return None
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+    figure, (ax,) = _figure([3.5])
+    pooled = np.concatenate(list(clean.values()))
+    low, high = pooled.min() / 1.3, max(pooled.max(), 1.0) * 1.3
+    for model, known in styles(list(clean), roles).items():
+        v = np.sort(clean[model])
+        x = np.concatenate([[low], v, [high]])
+        y = np.concatenate([[0.0], np.arange(1, len(v) + 1) / len(v), [1.0]])
+        style = {k: known[k] for k in ("color", "linestyle")}
+        ax.step(x, y, where="post", linewidth=2, label=model, **style)
+    ax.axvline(1.0, color="#888888", linewidth=1)
+    if roles.judged in clean and roles.reference in clean:
+        u, o = clean[roles.judged], clean[roles.reference]
+        x = np.sort(np.concatenate([u, o]))
+        a, b = ecdf(u, x), ecdf(o, x)
+        i = int(np.argmax(np.abs(a - b)))
+        # The middle of the interval with this gap, so that the bar touches both curves.
+        at = np.sqrt(x[i] * (x[i + 1] if i + 1 < len(x) else high))
+        ends = sorted((float(a[i]), float(b[i])))
+        ax.plot([at, at], ends, color="black", linewidth=2.4, solid_capstyle="butt", zorder=5)
+        ax.plot([at, at], ends, color="black", marker="_", markersize=9, linestyle="", zorder=5)
+        distance = ends[1] - ends[0] if ratios.distance is None else ratios.distance
+        text = f"KS distance {format_number(distance)}"
+        if ratios.p is not None:
+            text += f"\np {format_number(ratios.p)}"
+        # Bottom right: no distribution passes there, all end at 1.
+        ax.annotate(
+            text,
+            xy=(at, ends[0] + 0.5 * (ends[1] - ends[0])),
+            xytext=(0.98, 0.05),
+            textcoords="axes fraction",
+            ha="right",
+            va="bottom",
+            fontsize=FONT - 1,
+            bbox=box,
+            arrowprops={"arrowstyle": "-", "color": "black", "linewidth": 0.8, "shrinkB": 0},
+            zorder=6,
+        )
+    ax.set_xscale("log")
+    ax.set_xlim(low, high)
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel("truth ratio R (left of 1: the true answer is likelier)", fontsize=FONT)
+    ax.set_ylabel("share of questions with ratio ≤ R", fontsize=FONT)
+    _above(ax)
+    return figure
+
+
+def grid(columns: Sequence[tuple[str, Sequence[str]]]) -> Figure | None:
+    """Images in columns, the first at the top.
+
+    Args:
+        columns: a title, and PNG files in base64.
+
+    Returns:
+        The figure, or None without an image.
+    """
+    if not columns:
+        return None
+    rows = max(len(images) for _, images in columns)
+    size = min(1.1, 9.0 / len(columns))
+    figure = Figure(
+        figsize=(size * len(columns), size * rows + 0.6),
+        dpi=200,
+        layout="constrained",
+        facecolor="white",
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (title, images) in enumerate(columns):
+        axes[0, column].set_title(title, fontsize=FONT - 4)
+        for row in range(rows):
+            ax = axes[row, column]
+            ax.set_axis_off()
+            if row < len(images):
+                pixels = imread(io.BytesIO(base64.b64decode(images[row])), format="png")
+                ax.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    return figure

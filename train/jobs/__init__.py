@@ -1,0 +1,1 @@
+"""The jobs: what each program does, from its configuration to its report."""

@@ -1,0 +1,1 @@
+"""Options: their tables, the command line, the presets' starting point, the checks at parse."""

@@ -1,0 +1,109 @@
+"""Where the configuration of a command line starts: at a preset, or at that of another run.
+
+Every program with presets reads its first argument here. A preset is a module, or a record, with
+`PRESET` (a configuration), `SUMMARY` (a line about it) and `SMOKE` (what `--smoke` changes), and
+may have `OPTIMIZERS`: those tuned for it, by name, each with the other options that it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlib_unlearn.errors import UserError
+from train.options import cli, optimizers
+from train.options.config import replace
+from train.options.optimizers import OPTIMIZERS
+from train.runtime import suggest
+
+
+class Start(NamedTuple):
+    """What a command line overrides.
+
+    Args:
+        preset: the preset that it names, or that its file came from; None: a file without one.
+        config: the configuration to start from.
+        rest: the other arguments.
+        prog: the program with its first argument, for messages.
+        summary: a line about it.
+    """
+
+    preset: Any
+    config: Any
+    rest: Sequence[str]
+    prog: str
+    summary: str
+
+
+def start_of(argv: Sequence[str], cls: type, presets: Mapping[str, Any], program: str) -> Start:
+    """The preset or the file that a command line starts with.
+
+    Args:
+        argv: the command line: `PRESET ...`, or `--config FILE ...`.
+        cls: the configuration that a file holds.
+        presets: by name.
+        program: its name, such as `train.unlearn`.
+
+    Raises:
+        UserError: neither of them, an unknown name, or a file that cannot be read.
+    """
+    first, rest = argv[0], argv[1:]
+    if first == "--config":
+        if not rest:
+            raise UserError("--config needs the config.json of a run")
+        config = cli.read_config(cls, Path(rest[0]))
+        summary = f"rerun the configuration {rest[0]}"
+        return Start(
+            presets.get(config.preset), config, rest[1:], f"{program} --config FILE", summary
+        )
+    if first.startswith("-"):
+        raise UserError(f"the first argument is a preset ({', '.join(presets)}), got {first!r}")
+    preset = suggest.choose(first, presets, "preset")
+    return Start(preset, preset.PRESET, rest, f"{program} {first}", preset.SUMMARY)
+
+
+def with_optimizer(config: Any, rest: Sequence[str], preset: Any) -> Any:
+    """The configuration with the optimizer that the command line names, where it names another."""
+    name = cli.option_value(rest, "--optimizer.name")
+    if name is None or name == config.optimizer.name:
+        return config
+    return tuned(config, name, preset)
+
+
+def tuned(config: Any, name: str, preset: Any) -> Any:
+    """The configuration with another optimizer: as tuned for the preset, else at its row's rate."""
+    row = suggest.choose(name, OPTIMIZERS, "optimizer")
+    optimizer, changes = getattr(preset, "OPTIMIZERS", {}).get(row.name, (None, {}))
+    if optimizer is None:
+        optimizer = optimizers.other(config.optimizer, row.name)
+        if row.learning_rate is not None:
+            optimizer = replace(optimizer, learning_rate=row.learning_rate)
+    return replace(config, optimizer=optimizer, **changes)
+
+
+def shortened(
+    config: Any, rest: Sequence[str], preset: Any, steps: Callable[[Any], int], **more: Any
+) -> Any:
+    """The configuration with what `--smoke` changes, where the command line says `--smoke`.
+
+    Args:
+        config: the configuration.
+        rest: the command line.
+        preset: whose `SMOKE` holds; None: nothing changes.
+        steps: `steps(config)`, those of the shortened run, which the optimizer's periods must fit.
+        more: further changes that the preset's come after.
+    """
+    if "--smoke" not in rest or preset is None:
+        return config
+    config = replace(config, smoke=True, **more, **preset.SMOKE)
+    return replace(config, optimizer=optimizers.fitted(config.optimizer, steps(config)))
+
+
+def show_presets(words: str | None, presets: Mapping[str, Any]) -> None:
+    """Print a program's description, and its presets with a line about each."""
+    print(words)
+    print("Presets:")
+    width = max(map(len, presets))
+    for name, preset in presets.items():
+        print(f"  {name:{width}}  {preset.SUMMARY}")

@@ -1,0 +1,368 @@
+"""What a plan compiles of a run, by the program that runs it: a row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.options import option
+from models.bounds import check_positions
+from models.decoder.model import REMAT, Decoder
+from train.costs import PROGRAMS
+from train.jobs.classification import arguments as classify_arguments
+from train.jobs.classification.config import ClassifyRun
+from train.jobs.finetuning import arguments as finetune_arguments
+from train.jobs.finetuning.config import ReasoningRun
+from train.jobs.pretraining import arguments as pretrain_arguments
+from train.jobs.pretraining import pipeline
+from train.jobs.pretraining.config import PretrainConfig
+from train.jobs.unlearning import arguments
+from train.options import checks
+from train.options.config import RunConfig
+from train.options.optimizers import OPTIMIZERS
+from train.planning import diffusion_programs, pretraining_program, programs, stream_programs
+from train.planning.diffusion_programs import DiffusionPlanConfig
+from train.presets import PRESETS, classify, epic, pretraining
+from train.runtime import sharding, suggest
+
+
+class Planned(NamedTuple):
+    """What is planned of a run.
+
+    Args:
+        model: where it comes from.
+        programs: those to compile.
+        update: `update()`: the optimizer's update and its shapes, or None.
+        knobs: `knobs(programs) -> options` to change if something does not fit.
+        forward: `forward()`: of parts of the model, the operations of a forward pass of one row
+            (`flops`) and, where it is known, an independent count of them (`counted`).
+    """
+
+    model: str
+    programs: list[Any]
+    update: Any
+    knobs: Any
+    forward: Callable[[], dict[str, Any]] = dict
+
+
+class Planner(NamedTuple):
+    """The runs of a program.
+
+    Args:
+        presets: by name.
+        config: options of a run and of its plan.
+        read: `read(argv, config, program)`: a command line.
+        check: `check(config)`: raises `UserError` before any device is looked for.
+        planned: `planned(config, devices)`: what is planned, and the mesh.
+    """
+
+    presets: Mapping[str, Any]
+    config: type
+    read: Callable[..., Any]
+    check: Callable[[Any], None]
+    planned: Callable[[Any, list[Any]], tuple[Planned, Any]]
+
+
+def mesh_of(config: Any, decoder: Decoder, devices: list[Any]) -> Any:
+    """The mesh of a run, which can split the decoder's heads.
+
+    Raises:
+        UserError: the devices or the heads do not divide as the options say.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_heads(mesh, decoder.config.num_heads)
+    return mesh
+
+
+def more_room(config: Any, mesh: Any, smaller: Sequence[str]) -> list[str]:
+    """Options to change if a step does not fit, the cheapest first; `smaller`: of its batch."""
+    words, out = list(REMAT), []
+    if OPTIMIZERS[config.optimizer.name].needs != "value":  # else there is no backward pass
+        out += [f"--model.remat {word}" for word in words[words.index(config.model.remat) + 1 :]]
+    out += smaller
+    if mesh.shape["data"] > 1:
+        out.append(f"--mesh.data 1 --mesh.fsdp {sharding.batch_ways(mesh)}")
+    if config.model.dtype == "float32":
+        out.append("--model.dtype bfloat16")
+    if getattr(config.optimizer, "state_dtype", None) == "float32":
+        out.append("--optimizer.state-dtype bfloat16")
+    return out
+
+
+def accumulated(config: Any, group: str, mesh: Any) -> list[str]:
+    """The option that halves the rows that are on the devices at once, where they can be halved."""
+    parts = 2 * getattr(config, group).accumulate
+    rows = getattr(config, group).batch_size
+    fits = rows % (sharding.batch_ways(mesh) * parts) == 0
+    return [f"--{group}.accumulate {parts}"] if fits else []
+
+
+LARGER = "a larger --topology"
+
+
+# train.unlearn
+
+
+@dataclass(frozen=True)
+class PlanConfig(RunConfig):
+    """A run, and what to plan it for.
+
+    Args:
+        topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
+        length: padded tokens per row; None: `data.max_length`.
+        labels: padded labels per row; None: `length`.
+        json: print one JSON object and nothing else.
+    """
+
+    topology: str = ""
+    length: int | None = None
+    labels: int | None = None
+    programs: tuple[str, ...] = option(
+        PROGRAMS, "which programs to compile: train, score, generate.", words=PROGRAMS
+    )
+    json: bool = False
+
+
+def check_run(config: PlanConfig) -> None:
+    """Raise `UserError` for programs that do not exist, or sizes that do not go together."""
+    for name in config.programs:
+        suggest.check_choice("--programs", name, PROGRAMS)
+    for name, size in (("--length", config.length), ("--labels", config.labels)):
+        if size is not None and size < 1:
+            raise UserError(f"{name} {size} must be at least 1")
+    if (config.labels or 1) > (config.length or config.data.max_length):
+        raise UserError(f"--labels {config.labels} are more than the tokens of a row")
+
+
+def planned_run(config: PlanConfig, devices: list[Any]) -> tuple[Planned, Any]:
+    """The programs of an unlearning run, and its mesh.
+
+    Raises:
+        UserError: the slice cannot hold the run.
+    """
+    decoder = programs.decoder_of(config)
+    mesh = mesh_of(config, decoder, devices)
+    length = config.length or config.data.max_length
+    check_positions(decoder.config.learned_positions, length, "--length or --data.max-length")
+    labels = config.labels or length
+    wanted = []
+    if "train" in config.programs:
+        wanted.append(programs.train_program(config, decoder, mesh, length, labels))
+    if "score" in config.programs:
+        wanted.append(programs.score_program(config, decoder, mesh, length, labels))
+    if "generate" in config.programs:
+        wanted += programs.generate_programs(config, decoder, mesh, length)
+    return Planned(
+        config.stage.original or config.model.path,
+        wanted,
+        lambda: programs.update_program(config, decoder, mesh),
+        lambda done: run_knobs(config, done, mesh),
+    ), mesh
+
+
+def run_knobs(config: PlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
+    """Options to change if something of an unlearning run does not fit."""
+    out = []
+    if "train" in done and not done["train"]["fits"]:
+        out += more_room(config, mesh, accumulated(config, "unlearn", mesh))
+        if config.lora.rank is None and not config.train.given:
+            out.append("--lora.rank 16")
+        out.append(LARGER)
+    if not all(p["fits"] for name, p in done.items() if name != "train"):
+        out.append("--evaluate.score-tokens, --evaluate.generate-rows: smaller")
+    return out
+
+
+# train.pretrain
+
+
+@dataclass(frozen=True)
+class PretrainPlanConfig(PretrainConfig):
+    """A pre-training run, and what to plan it for.
+
+    Args:
+        topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
+        json: print one JSON object and nothing else.
+    """
+
+    topology: str = ""
+    json: bool = False
+
+
+def planned_pretraining(config: PretrainPlanConfig, devices: list[Any]) -> tuple[Planned, Any]:
+    """The step of a pre-training run, and its mesh.
+
+    Raises:
+        UserError: the slice cannot hold the run.
+    """
+    decoder = pipeline.decoder_of(config)
+    mesh = mesh_of(config, decoder, devices)
+    tokens = config.train.micro_tokens
+    smaller = [f"--train.micro-tokens {tokens // 2}"] if tokens >= 2 * config.data.context else []
+    return Planned(
+        f"{config.model.family} from random weights",
+        [pretraining_program.pretraining_program(config, decoder, mesh)],
+        lambda: pretraining_program.pretraining_update(config, decoder, mesh),
+        lambda done: step_knobs(config, done, mesh, smaller),
+    ), mesh
+
+
+def step_knobs(
+    config: Any, done: dict[str, Any], mesh: Any, smaller: Sequence[str], *more: str
+) -> list[str]:
+    """Options to change if a run's step does not fit."""
+    return [] if done["train"]["fits"] else [*more_room(config, mesh, smaller), *more, LARGER]
+
+
+# train.finetune
+
+
+@dataclass(frozen=True)
+class FinetunePlanConfig(ReasoningRun):
+    """A fine-tuning run on traces, and what to plan it for.
+
+    Args:
+        topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
+        json: print one JSON object and nothing else.
+    """
+
+    topology: str = ""
+    json: bool = False
+
+
+def planned_finetuning(config: FinetunePlanConfig, devices: list[Any]) -> tuple[Planned, Any]:
+    """The step of a fine-tuning run, and its mesh.
+
+    Raises:
+        UserError: the slice cannot hold the run.
+    """
+    decoder = stream_programs.finetuned_decoder(config)
+    mesh = mesh_of(config, decoder, devices)
+    return Planned(
+        config.model.path,
+        [stream_programs.finetuning_program(config, decoder, mesh)],
+        lambda: stream_programs.finetuning_update(config, decoder, mesh),
+        lambda done: step_knobs(config, done, mesh, accumulated(config, "train", mesh)),
+    ), mesh
+
+
+# train.classify
+
+
+@dataclass(frozen=True)
+class ClassifyPlanConfig(ClassifyRun):
+    """A classification run, and what to plan it for.
+
+    Args:
+        topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
+        length: padded tokens of a prompt with one of its options.
+        options: of a row.
+        json: print one JSON object and nothing else.
+    """
+
+    topology: str = ""
+    length: int = option(256, "padded tokens of a prompt with one of its options.", low=2)
+    options: int = option(2, "options of a row.", low=2)
+    json: bool = False
+
+
+def check_classification(config: ClassifyPlanConfig) -> None:
+    """Raise `UserError` for numbers out of range, or a task that is not planned."""
+    checks.check_numbers(config)
+    stream_programs.check_planned(config)
+
+
+def planned_classification(config: ClassifyPlanConfig, devices: list[Any]) -> tuple[Planned, Any]:
+    """The step of a classification run, and its mesh.
+
+    Raises:
+        UserError: the slice cannot hold the run.
+    """
+    decoder = stream_programs.classified_decoder(config)
+    mesh = mesh_of(config, decoder, devices)
+    check_positions(decoder.config.learned_positions, config.length, "--length")
+    adapters = ["--lora.rank 16"] if config.lora.rank is None else []
+    smaller = accumulated(config, "train", mesh)
+    return Planned(
+        config.model.path,
+        [
+            stream_programs.classification_program(
+                config, decoder, mesh, config.length, config.options
+            )
+        ],
+        lambda: stream_programs.classification_update(config, decoder, mesh),
+        lambda done: step_knobs(config, done, mesh, smaller, *adapters),
+    ), mesh
+
+
+# train.diffuse
+
+
+def planned_diffusion(config: DiffusionPlanConfig, devices: list[Any]) -> tuple[Planned, Any]:
+    """The programs of a text-to-image model, and its mesh.
+
+    Raises:
+        UserError: the slice cannot hold them.
+    """
+    models = diffusion_programs.models_of(config)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_heads(mesh, models.heads)
+    wanted = [n for n in diffusion_programs.PROGRAMS if n in config.programs]
+    return Planned(
+        diffusion_programs.name_of(config),
+        [diffusion_programs.MAKE[name](config, models, mesh) for name in wanted],
+        lambda: diffusion_programs.erasing_update(config, models, mesh),
+        lambda done: diffusion_knobs(config, done, mesh),
+        lambda: diffusion_programs.forward_work(models),
+    ), mesh
+
+
+def diffusion_knobs(config: DiffusionPlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
+    """Options to change if something of a text-to-image model does not fit."""
+    large = [name for name, p in done.items() if not p["fits"]]
+    groups = [group for name, group in (("train", "erase"), ("attack", "attack")) if name in large]
+    halved = [option for group in groups for option in accumulated(config, group, mesh)]
+    out = more_room(config, mesh, halved) if groups else []
+    if {"sample", "decode"} & {*large}:
+        out.append("--sample.images: fewer")
+    return [*out, LARGER] if large else []
+
+
+PLANNERS: dict[str, Planner] = {
+    "train.unlearn": Planner(PRESETS, PlanConfig, arguments.read_arguments, check_run, planned_run),
+    "train.pretrain": Planner(
+        pretraining.PRESETS,
+        PretrainPlanConfig,
+        pretrain_arguments.read_arguments,
+        checks.check_numbers,
+        planned_pretraining,
+    ),
+    "train.finetune": Planner(
+        epic.PRESETS,
+        FinetunePlanConfig,
+        finetune_arguments.read_arguments,
+        checks.check_numbers,
+        planned_finetuning,
+    ),
+    "train.classify": Planner(
+        classify.PRESETS,
+        ClassifyPlanConfig,
+        classify_arguments.read_arguments,
+        check_classification,
+        planned_classification,
+    ),
+    "train.diffuse": Planner(
+        diffusion_programs.PRESETS,
+        DiffusionPlanConfig,
+        diffusion_programs.read_arguments,
+        diffusion_programs.check,
+        planned_diffusion,
+    ),
+}
+
+
+def planner_of(config: Any) -> Planner:
+    """The row of a configuration."""
+    return next(row for row in PLANNERS.values() if isinstance(config, row.config))
