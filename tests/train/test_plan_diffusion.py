@@ -11,9 +11,9 @@ from jaxlib_unlearn.errors import UserError
 from models.diffusion import layers as diffusion_layers
 from models.diffusion.clip_text import ClipTextConfig
 from models.diffusion.unet import UNetConfig
+from models.diffusion.vae import VAEConfig
 from models.files.diffusers_parts import PARTS
 from models.files.weights import flatten
-from models.vae import VAEConfig
 from train import plan
 from train.costs import flops
 from train.planning import diffusion_programs as programs

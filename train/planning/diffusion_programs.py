@@ -30,10 +30,10 @@ from models.diffusion.denoiser import NETWORK, TEXT, AttackLearner, Diffusion, D
 from models.diffusion.schedulers import Schedule
 from models.diffusion.text_to_image import draw_images, draw_latents
 from models.diffusion.unet import UNet, UNetConfig
+from models.diffusion.vae import VAE, VAEConfig, VAELearner
 from models.files.diffusers_files import read_configs
 from models.files.diffusers_parts import with_dtype
 from models.learner import check_questions
-from models.vae import VAE, VAEConfig, VAELearner
 from train.costs import flops
 from train.data.noisy_latents import NoisyLatents
 from train.engine.trainable import trainable_of
