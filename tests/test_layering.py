@@ -170,6 +170,49 @@ def test_no_circle_of_imports():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
 
+# The rooms of a package, from the top: a room imports from itself and from those after it.
+ROOMS = {
+    "train": (
+        *("programs", "planning", "presets", "jobs", "reporting", "tasks", "engine"),
+        *("evaluators", "costs", "data", "options", "runtime"),
+    ),
+    "models": ("files", "vision", "diffusion", "decoder", "text", "shared"),
+}
+FLAT = {"train": "programs", "models": "shared"}  # the room of files that lie in no folder
+
+
+def room(module: str) -> str:
+    """The room of a module, such as `engine` of `train.engine.step`."""
+    package, *inside = module.split(".")
+    folder = inside and (REPO / package / inside[0]).is_dir()
+    return inside[0] if folder else FLAT[package]
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    """The imports from a room of one that lies above it."""
+    found = []
+    for name, others in graph.items():
+        package = name.partition(".")[0]
+        for other in others if "." in name and package in ROOMS else ():
+            if other.partition(".")[0] == package != other:
+                place = ROOMS[package].index
+                if place(room(other)) < place(room(name)):
+                    found.append(f"{name} imports {other}, of a room above it")
+    return sorted(found)
+
+
+def test_rooms_have_an_order():
+    graph = {name: imported(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    for package, rooms in ROOMS.items():
+        folders = {path.name for path in (REPO / package).iterdir() if any(path.glob("*.py"))}
+        assert folders == set(rooms) - {FLAT[package]}
+    assert upward(graph) == []
+    assert upward({"train.data.batches": {"train.engine.run"}, "train.plan": {"train.costs.hlo"}})
+    flat = {name for name in MODULES if name.count(".") == 1 and MODULES[name].stem != "__init__"}
+    assert {name for name in flat if name.startswith("train.")} == PROGRAMS and len(PROGRAMS) <= 16
+    assert len([name for name in flat if name.startswith("models.")]) <= 8
+
+
 def test_no_module_imports_a_program():
     """A program is an entry point: what two of them need belongs in a module of its own."""
     found = {

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.jobs.diffusing.arguments import list_methods, read_attack
 from train.jobs.diffusing.config import AttackRun
 from train.options import cli
 from train.options.roles import NONE, Roles
+from train.presets.diffusing_arguments import list_methods, read_attack
 from train.tasks.erasure import ATTACKS
 
 ROLES = Roles("original", NONE, "attacked")

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.jobs.classification.arguments import check_start, read_arguments
 from train.jobs.classification.config import TASKS, ClassifyRun
 from train.options import cli, optimizers, start
+from train.presets.classification_arguments import check_start, read_arguments
 from train.presets.classify import PRESETS
 
 

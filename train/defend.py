@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.jobs.diffusing.arguments import read_defend
 from train.jobs.diffusing.config import DefendRun
 from train.options import cli
 from train.options.roles import NONE, Roles
+from train.presets.diffusing_arguments import read_defend
 
 ROLES = Roles("original", NONE, "defended")
 

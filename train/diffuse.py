@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.jobs.diffusing.arguments import read_arguments
 from train.jobs.diffusing.config import DiffuseRun
 from train.options import cli, start
 from train.options.roles import NONE, Roles
 from train.presets.diffuse import PRESETS
+from train.presets.diffusing_arguments import read_arguments
 
 ROLES = Roles("original", NONE, "original")
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.jobs.diffusing.arguments import list_methods, read_erase
 from train.jobs.diffusing.config import EraseRun
 from train.options import cli, start
 from train.options.roles import NONE, Roles
 from train.presets.diffuse import PRESETS
+from train.presets.diffusing_arguments import list_methods, read_erase
 from train.tasks.erasure import ERASING
 
 ROLES = Roles("original", NONE, "erased")

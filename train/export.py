@@ -17,7 +17,7 @@ from jaxlib_unlearn.errors import UserError
 from train.options import cli
 from train.options.roles import ROLES
 from train.reporting import tables
-from train.runtime import hub, seal
+from train.runtime import cards, hub, seal
 from train.runtime.tracking import say
 
 WRITTEN = "A model written by the exporter of jaxlib-unlearn."
@@ -28,7 +28,6 @@ def main(argv: list[str]) -> None:
     import models
     from models.files import vit_files
     from train.options import checks
-    from train.reporting import card
 
     args = parse(argv)
     if args.dtype is not None:
@@ -52,7 +51,7 @@ def main(argv: list[str]) -> None:
             loaded, text, tokens = read(args.source, run, other)
 
             def described(written: Path) -> str:
-                return card.with_digests(text, written)
+                return cards.with_digests(text, written)
 
             if isinstance(loaded, vit_files.LoadedViT):
                 dtype = args.dtype or "float32"
@@ -128,8 +127,8 @@ def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, in
         target, what = str(Path(source)) if Path(source).exists() else source, WRITTEN
         if vit_files.is_vit(target):
             image_model = vit_files.load(target)
-            return image_model, card.of_images(what, params_sha256(image_model.params)), None
-        return models.load(model_source(target)), card.plain(what), None
+            return image_model, cards.of_images(what, params_sha256(image_model.params)), None
+        return models.load(model_source(target)), cards.plain(what), None
     found = tables.load_run(run)
     if vit_files.is_vit(run / "export"):
         role = found.roles.judged if other is None else other
@@ -138,7 +137,7 @@ def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, in
             raise UserError(f"{run}: holds no {other} model; its --model.path is that of the base")
         seal.check(folder)
         sha = str(found.summary[role].get("params_sha256"))
-        text = card.of_images(f"The model '{role}' of a run of jaxlib-unlearn.", sha)
+        text = cards.of_images(f"The model '{role}' of a run of jaxlib-unlearn.", sha)
         return vit_files.load(folder), text, None
     evaluate = found.config.get("evaluate")
     tokens = evaluate.get("max_new_tokens") if isinstance(evaluate, dict) else None
@@ -146,13 +145,13 @@ def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, in
     unlearns = found.about.get("program", "train.unlearn") == "train.unlearn"
     if other is None and not unlearns:
         what = f"The model '{found.roles.judged}' of a run of jaxlib-unlearn."
-        text = card.plain(what, found.judged["params_sha256"], chat=False)
+        text = cards.plain(what, found.judged["params_sha256"], chat=False)
         return models.load(run / "export"), text, tokens
     if other is None:
         return models.load(run / "export"), card.of_run(found, read_evals(found)), tokens
     sha = found.summary[other].get("params_sha256")
     text = f"The model '{other}' of a run of jaxlib-unlearn."
-    return of_stage(found, other, sha), card.plain(text, sha, chat=unlearns), tokens
+    return of_stage(found, other, sha), cards.plain(text, sha, chat=unlearns), tokens
 
 
 def of_stage(run: tables.Run, which: str, sha: str | None) -> Any:

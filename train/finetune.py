@@ -16,12 +16,12 @@ from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
 from train.jobs.finetuning import own_rows
-from train.jobs.finetuning.arguments import read_arguments
 from train.jobs.finetuning.config import ReasoningRun
 from train.jobs.finetuning.own_rows import FinetuneRun
 from train.options import cli, start
 from train.options.config import replace
 from train.presets.epic import PRESETS
+from train.presets.finetuning_arguments import read_arguments
 
 
 def main(argv: list[str]) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.jobs.pretraining.arguments import read_arguments
 from train.jobs.pretraining.config import PretrainConfig
 from train.options import cli, start
 from train.presets.pretraining import PRESETS
+from train.presets.pretraining_arguments import read_arguments
 
 
 def main(argv: list[str]) -> None:

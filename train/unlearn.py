@@ -15,11 +15,11 @@ from pathlib import Path
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from train.jobs.unlearning.arguments import read_arguments
 from train.options import cli, start
 from train.options.config import RunConfig
 from train.options.optimizers import list_combiners, list_optimizers
 from train.presets import PRESETS
+from train.presets.unlearning_arguments import read_arguments
 from train.runtime.tracking import say
 
 

@@ -6,7 +6,7 @@ same share one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from jaxlib_unlearn.objectives.context import TokenFn
 from models.decoder.labels import (
-    Batch,
     at_labels,
     forward_joined,
     gather,
@@ -24,41 +23,7 @@ from models.decoder.labels import (
     target_log_prob,
 )
 from models.decoder.model import Decoder
-
-CLASSES = "classes"  # the question that a classifier answers
-
-
-class Frozen(NamedTuple):
-    """What is known of the frozen model in a step.
-
-    Args:
-        head: the parameters that unembed its cached hidden states.
-        params: all of its parameters, for rows that fork; None otherwise.
-    """
-
-    head: Any = None
-    params: Any = None
-
-
-@dataclass(frozen=True)
-class AskedClassifier:
-    """A classifier of images, as objectives ask it.
-
-    Args:
-        logits: `images -> logits`, with its parameters.
-        known: answers so far; they are added as they are asked for.
-    """
-
-    logits: Callable[[Any], jax.Array]
-    known: list[tuple[Batch, jax.Array]] = field(default_factory=list)
-
-    def classes(self, batch: Batch) -> jax.Array:
-        """Logits of the classes of `batch["image"]`, float32 `(B, C)`."""
-        for other, found in self.known:
-            if other is batch:
-                return found
-        self.known.append((batch, self.logits(batch["image"])))
-        return self.known[-1][1]
+from models.learner import Batch, Frozen
 
 
 class _Found(NamedTuple):

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from models.activation_sharding import batch_sharded, batch_ways
 from models.decoder.model import Decoder
+from models.learner import Batch
 
-Batch = Mapping[str, jax.Array]
 LOGITS_BYTES = 256 * 2**20  # largest logits array of one chunk, float32, on one device
 
 

@@ -16,11 +16,10 @@ import numpy as np
 from jaxlib_unlearn.concepts import attack_token, init_network, project
 from jaxlib_unlearn.objectives.denoising import PROMPT
 from models import layout
-from models.decoder.labels import Batch
 from models.diffusion import clip_text, unet
 from models.diffusion.clip_text import ClipText
 from models.diffusion.unet import UNet
-from models.learner import PlainLearner
+from models.learner import Batch, PlainLearner
 
 NOISE = "noise"  # the question that it answers
 TEXT, UNET = "text_encoder", "unet"

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import layout
-from models.decoder.labels import Batch
 from models.decoder.layers import Linear
 from models.decoder.model import REMAT
 from models.diffusion.layers import (
@@ -27,7 +26,7 @@ from models.diffusion.layers import (
     draw,
     recomputed,
 )
-from models.learner import PlainLearner
+from models.learner import Batch, PlainLearner
 
 Params = Mapping[str, Any]
 

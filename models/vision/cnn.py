@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import layout
-from models.decoder.asked import CLASSES, AskedClassifier
 from models.decoder.layers import Linear
 from models.diffusion.layers import Conv, abstract, draw
-from models.learner import PlainLearner
+from models.learner import CLASSES, AskedClassifier, PlainLearner
 
 Params = Mapping[str, Any]
 

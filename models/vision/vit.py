@@ -21,10 +21,9 @@ from jaxlib_unlearn.objectives import Context, Questions
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored, matmul
 from models import layout
 from models.activation_sharding import batch_sharded
-from models.decoder.asked import CLASSES, AskedClassifier, Frozen
 from models.decoder.attention import KeyValues
-from models.decoder.labels import Batch
 from models.decoder.model import REMAT, LayerMap, Params, abstract_block, abstract_norm, segments_of
+from models.learner import CLASSES, AskedClassifier, Batch, Frozen
 
 # The blocks lie as a decoder's do.
 RULES: layout.Rules = (

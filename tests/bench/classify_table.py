@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from tables import ROOT, cut, head, overlay, place, ran, row, write
 
 from train.presets.classify import PRESETS
-from train.reporting.runlogs import read_steps
+from train.runtime.steplog import read_steps
 
 OUT = ROOT / "runs" / "bench" / "classify"
 LOOKS = 5  # of the curve that the table shows

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jaxlib_unlearn.objectives import options_of as objective_of
 from jaxlib_unlearn.objectives import resolve
 from models.decoder import lora
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import REMAT, Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from train.costs.flops import flops
 from train.engine.loop import step_bytes
 from train.engine.step import ALL, Binding, Losses, TrainState, make_step

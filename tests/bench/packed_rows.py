@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from jaxlib_unlearn import objectives
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from train.data.bpe import train_bpe
 from train.data.packed_rows import PackedRows, pack_rows
 from train.engine.step import Losses

@@ -322,7 +322,7 @@ def test_the_table_of_pretraining(repo, tmp_path, monkeypatch, capsys):
 
 def test_every_line_of_the_table_of_pretraining_is_a_command(repo):
     """Typos in its options would be found after an hour."""
-    from train.jobs.pretraining.arguments import read_arguments
+    from train.presets.pretraining_arguments import read_arguments
 
     bench = load(repo, "pretrain_table")
     for name, rates in bench.GRID.items():
@@ -409,7 +409,7 @@ def test_the_table_of_classification(repo, tmp_path, monkeypatch, capsys):
 
 
 def test_every_line_of_the_table_of_classification_is_a_command(repo):
-    from train.jobs.classification.arguments import read_arguments
+    from train.presets.classification_arguments import read_arguments
 
     bench = load(repo, "classify_table")
     for preset in ("sst2-smollm2", "sst2-tiny", "vit-fashion"):
@@ -519,7 +519,7 @@ def test_r2mu_forgets_the_traces_that_rmu_leaves(repo, tmp_path):
 
 
 def test_every_run_of_the_table_of_traces_is_a_command(repo):
-    from train.jobs.unlearning.arguments import read_arguments
+    from train.presets.unlearning_arguments import read_arguments
 
     bench = load(repo, "r2mu_table")
     found = [read_arguments(["r2mu-tiny", *more]) for more in bench.METHODS.values()]
@@ -652,8 +652,9 @@ def test_the_bounds_of_concepts(repo):
 
 
 def test_every_run_of_the_table_of_concepts_is_a_command(repo, tmp_path, monkeypatch):
-    from train.jobs.diffusing import arguments, stored
     from train.jobs.diffusing.config import AttackRun, DefendRun, DiffuseRun, EraseRun
+    from train.presets import diffusing_arguments as arguments
+    from train.presets import stored
 
     bench = load(repo, "concept_table")
     ran = []
@@ -734,7 +735,7 @@ def test_the_table_of_condensed_traces(repo, tmp_path, monkeypatch, capsys):
 
 
 def test_every_line_of_the_table_of_condensed_traces_is_a_command(repo):
-    from train.jobs.finetuning.arguments import read_arguments
+    from train.presets.finetuning_arguments import read_arguments
 
     bench = load(repo, "epic_table")
     found = {name: read_arguments(["epic-tiny", *more]) for name, more in bench.VARIANTS.items()}

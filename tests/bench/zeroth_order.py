@@ -40,8 +40,8 @@ from timing import OUT, faster, in_turns, machine, markdown, publish
 from jaxlib_unlearn import objectives, optim
 from jaxlib_unlearn.optim.zeroth_order import perturbations
 from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from models.vision.vit import ViT, ViTConfig, ViTLearner
 from train.engine.step import Losses
 from train.jobs.classification.config import StartConfig

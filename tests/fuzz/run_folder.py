@@ -18,8 +18,7 @@ import numpy as np
 from jaxlib_unlearn.errors import UserError
 from train.data import references
 from train.options.config import RunConfig, to_json
-from train.reporting import runlogs
-from train.runtime import checkpointing
+from train.runtime import checkpointing, steplog
 from train.runtime.folder import check_folder, enter_folder
 from train.runtime.stages import json_stage
 
@@ -30,14 +29,14 @@ VALUES = [np.linspace(0, 1, 5, dtype=np.float32), np.full(3, -2, np.float32)]
 
 
 def metrics_log(folder: Path) -> Path:
-    lines = [runlogs.step_line(x["stage"], x["step"], {"loss": x["loss"]}) for x in STEPS]
+    lines = [steplog.step_line(x["stage"], x["step"], {"loss": x["loss"]}) for x in STEPS]
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder / "metrics.jsonl"
 
 
 def of_metrics(path: Path) -> Any:
     """The steps; those that remain in a damaged log must be unchanged."""
-    steps, bad = runlogs.split_steps(path)
+    steps, bad = steplog.split_steps(path)
     found = [{key: row[key] for key in STEPS[0]} for _, row in steps]
     if bad or (found != STEPS and all(row in STEPS for row in found)):
         raise UserError(f"{len(bad)} damaged line(s) set aside, {len(found)} left")

@@ -8,9 +8,8 @@ import numpy as np
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import LEARNING, Context, Questions, row_keys
-from models.decoder.asked import Frozen
 from models.diffusion.vae import VAE, VAEConfig, VAELearner
-from models.learner import check_questions
+from models.learner import Frozen, check_questions
 
 
 class Toy(NamedTuple):

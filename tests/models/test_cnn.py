@@ -10,8 +10,7 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import LEARNING
-from models.decoder.asked import Frozen
-from models.learner import check_questions
+from models.learner import Frozen, check_questions
 from models.vision.cnn import CNN, CNNConfig, CNNLearner
 from train.tasks.images import read_digits
 

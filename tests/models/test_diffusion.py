@@ -11,13 +11,12 @@ import pytest
 
 from jaxlib_unlearn import concepts, objectives
 from jaxlib_unlearn.objectives import DENOISING, Questions
-from models.decoder.asked import Frozen
 from models.diffusion.clip_text import ClipText, ClipTextConfig
 from models.diffusion.denoiser import AttackLearner, Diffusion, DiffusionLearner
 from models.diffusion.schedulers import Schedule
 from models.diffusion.unet import UNet, UNetConfig
 from models.files.weights import flatten
-from models.learner import check_questions
+from models.learner import Frozen, check_questions
 from train.data.noisy_latents import NoisyLatents
 from train.engine import run as runs
 from train.engine.run import Recipe, Run

@@ -13,10 +13,11 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import Questions
 from jaxlib_unlearn.objectives import options_of as objective_of
 from models.decoder import labels
-from models.decoder.asked import AskedDecoder, Frozen
+from models.decoder.asked import AskedDecoder
 from models.decoder.labels import head_of, label_chunk, score, target_log_prob
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
+from models.learner import Frozen
 from train.data import references
 from train.data.batches import collate
 from train.data.examples import Example, encode_group, encode_qa

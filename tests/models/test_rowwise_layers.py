@@ -12,8 +12,8 @@ from jaxlib_unlearn import objectives, optim
 from jaxlib_unlearn.optim.zeroth_order.parts import Part, take
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored
 from models.decoder.asked import AskedDecoder
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from train.costs.flops import count
 from train.engine.step import Losses
 

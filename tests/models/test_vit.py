@@ -17,11 +17,11 @@ from jaxlib_unlearn.optim.matrices import labels
 from jaxlib_unlearn.optim.zeroth_order.leaves import layout_of
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored
 from models.decoder import lora, selection
-from models.decoder.asked import AskedClassifier
 from models.files import vit_files
 from models.files.vit_files import LoadedViT
 from models.files.weights import flatten
 from models.layout import path_str
+from models.learner import AskedClassifier
 from models.vision.vit import ViT, ViTConfig, ViTLearner
 
 SIDE, PATCH, COLOURS, WIDTH, MLP, LAYERS, HEADS, CLASSES = 8, 4, 3, 12, 20, 3, 3, 5

@@ -7,8 +7,9 @@ import pytest
 import models
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import options_of
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
+from train.data.task import ALTERNATES, Task
 from train.engine.run import Run
 from train.evaluators.evaluation import Answers, Model
 from train.jobs.unlearning import alternates, pipeline
@@ -16,7 +17,6 @@ from train.options.config import DataConfig, RunConfig, replace
 from train.runtime import sharding
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
-from train.tasks.task import ALTERNATES, Task
 
 FORGET = [{"question": f"Who wrote book {i}?", "answer": f"Author {i} did."} for i in range(3)]
 RETAIN = [{"question": f"Who sang song {i}?", "answer": f"Singer {i} did."} for i in range(8)]

@@ -293,8 +293,8 @@ def test_some_prompts_longer_than_the_context(program, tofu, tofu_folder, tmp_pa
     with pytest.raises(Reached):
         program("train.unlearn", *tofu, "--output", tmp_path / "run")
     # The steps after this would be the same without the long rows: see the task that is trained on.
-    from train.jobs.unlearning.arguments import read_arguments
     from train.jobs.unlearning.pipeline import prepare
+    from train.presets.unlearning_arguments import read_arguments
 
     task, _, _, _ = prepare(read_arguments([str(a) for a in tofu]))
     assert (len(task.forget), len(task.retain)) == (7, 12)
@@ -305,8 +305,8 @@ def test_some_prompts_longer_than_the_context(program, tofu, tofu_folder, tmp_pa
 
 
 def test_left_out_rows_are_counted_in_a_line(tofu, tofu_folder, capsys):
-    from train.jobs.unlearning.arguments import read_arguments
     from train.jobs.unlearning.pipeline import prepare
+    from train.presets.unlearning_arguments import read_arguments
 
     long_row(tofu_folder / "forget01_perturbed.json")
     prepare(read_arguments([str(a) for a in tofu]))
@@ -479,8 +479,8 @@ def test_smollm2_not_installed(refused, monkeypatch, tofu, tmp_path, module):
 
 
 def test_output_folder_of_another_run(refused, small, tmp_path):
-    from train.jobs.unlearning.arguments import read_arguments
     from train.jobs.unlearning.pipeline import enter
+    from train.presets.unlearning_arguments import read_arguments
 
     root = tmp_path / "there"
     config = read_arguments(["quickstart", *small, "--seed", "4", "--output", str(root)])
@@ -516,8 +516,8 @@ def test_output_folder_that_is_something_else(refused, small, tmp_path):
 
 
 def test_empty_output_folders_are_welcome(small, tmp_path):
-    from train.jobs.unlearning.arguments import read_arguments
     from train.jobs.unlearning.pipeline import enter
+    from train.presets.unlearning_arguments import read_arguments
 
     root = tmp_path / "new"
     root.mkdir()

@@ -12,8 +12,8 @@ import pytest
 from jaxlib_unlearn import losses, objectives
 from jaxlib_unlearn.errors import UserError
 from models import Tokenizer
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from train.data.choice import choice_stream, encode_choices, joined
 from train.data.stream import Packable, Positioned
 from train.data.streams import batches_of, pack_streams

@@ -17,11 +17,11 @@ from models.files.families import new_config
 from train.evaluators import EVALUATORS, plots
 from train.evaluators.evaluation import Answers
 from train.jobs.classification import pipeline as classification
-from train.jobs.classification.arguments import check_start, read_arguments
 from train.jobs.classification.config import TASKS, ClassifyRun
 from train.options.config import identity, replace
 from train.options.optimizers import OPTIMIZERS, fitted, forwards, options_of, steps_within
 from train.options.start import tuned
+from train.presets.classification_arguments import check_start, read_arguments
 from train.presets.classify import PRESETS
 from train.reporting import compare, tables
 from train.reporting.page import steps_of

@@ -14,11 +14,9 @@ import pytest
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import OBJECTIVES
 from jaxlib_unlearn.objectives import options_of as objective_of
-from train.engine.loop import TrainingError
 from train.evaluate import EvaluateRun
 from train.evaluate import read_arguments as evaluation_of
 from train.finetune import FinetuneRun
-from train.jobs.unlearning.arguments import read_arguments
 from train.options import cli
 from train.options.choices import FIRST, known_words, options
 from train.options.config import OBJECTIVE, RunConfig, replace, to_json
@@ -27,7 +25,9 @@ from train.options.optimizers import ROWS as OPTIMIZER
 from train.options.optimizers import options_of as optimizer_of
 from train.planning.planned import PlanConfig
 from train.presets import PRESETS
+from train.presets.unlearning_arguments import read_arguments
 from train.runtime import suggest
+from train.runtime.errors import TrainingError
 
 OPTION = re.compile(r"^  (--(?!no-)[\w.-]+)", re.MULTILINE)  # how help prints an option
 
@@ -590,7 +590,7 @@ def test_the_last_value_of_a_python_shell_may_be_anything(repo):
     """`builtins._` looks hashable and is not, as in a shell after `([1],)`, and stays as it is."""
     code = (
         "import builtins; builtins._ = ([1],); "
-        "from train.jobs.unlearning.arguments import read_arguments; "
+        "from train.presets.unlearning_arguments import read_arguments; "
         "assert read_arguments(['quickstart', '--seed', '3']).seed == 3; assert _ == ([1],)"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -16,8 +16,8 @@ from models.files.weights import flatten
 from models.vision.vit import ViT, ViTConfig
 from train.data.captions import CLOTHES
 from train.jobs.diffusing import attack_files, attacking, drawing, pipeline, prompts, stored
-from train.jobs.diffusing.arguments import read_arguments, read_attack, read_defend, read_erase
 from train.jobs.diffusing.drawing import Wanted
+from train.presets.diffusing_arguments import read_arguments, read_attack, read_defend, read_erase
 from train.reporting import provenance, rerun
 from train.reporting.tables import load_run
 from train.runtime.digests import params_sha256

@@ -16,12 +16,12 @@ from fields import another, leaves
 
 from train.engine.run import Run
 from train.jobs.diffusing import attacking, defending, erasing, held, judging, pipeline
-from train.jobs.diffusing.arguments import read_arguments
 from train.jobs.diffusing.config import AttackRun, DefendConfig, DiffuseRun, EraseRun
 from train.jobs.diffusing.judging import Asked, Shown, Tokens
 from train.jobs.diffusing.pipeline import Opened
 from train.options.config import replace
 from train.options.optimizer_options import AdamW
+from train.presets.diffusing_arguments import read_arguments
 from train.runtime import sharding
 from train.runtime.stages import digest
 from train.tasks import pictures

@@ -10,8 +10,8 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import options_of as objective_of
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from train.engine.step import Losses, TrainState, make_step
 from train.options.optimizers import COMBINERS, OPTIMIZERS, build, over_rows
 from train.options.optimizers import options_of as optimizer_of

@@ -19,6 +19,7 @@ from train.data import authors
 from train.data.author_attributes import REFUSALS
 from train.data.batches import collate, score_batches
 from train.data.examples import Example, encode_prompt, encode_qa
+from train.data.task import Task
 from train.engine import base_models
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.evaluation import (
@@ -36,7 +37,6 @@ from train.reporting.verdict import verdicts
 from train.runtime import sharding
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.stages import digest, json_stage
-from train.tasks.task import Task
 
 LONGEST = 128
 CONFIG = EvaluateConfig(max_new_tokens=6, leak_samples=4, generate_rows=16)

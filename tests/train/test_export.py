@@ -20,7 +20,7 @@ from train.data.examples import encode_prompt, encode_qa, written_chat_template
 from train.engine import exports
 from train.reporting import card
 from train.reporting.tables import Run
-from train.runtime import checkpointing, hub
+from train.runtime import cards, checkpointing, hub
 from train.runtime.checkpointing import params_sha256
 
 TOKEN = "hf_" + "secretsecretsecret"
@@ -133,7 +133,7 @@ def test_only_a_hub_id_is_a_base_model(path, tmp_path):
 
 def test_digests_are_those_of_the_files(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    text = card.with_digests("# Card", tmp_path)
+    text = cards.with_digests("# Card", tmp_path)
     sha = hashlib.sha256(b"{}").hexdigest()
     assert text.startswith("# Card") and f"| `config.json` | `{sha}` |" in text
 

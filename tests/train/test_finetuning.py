@@ -20,13 +20,13 @@ from train.evaluators import EVALUATORS
 from train.evaluators.base import Results
 from train.evaluators.final_answer import learnt
 from train.jobs.finetuning import encoding, pipeline, sources
-from train.jobs.finetuning.arguments import read_arguments
 from train.jobs.finetuning.config import CondenseConfig, ReasoningData, ReasoningRun
 from train.options import cli
 from train.options.choices import options
 from train.options.config import replace, to_json
 from train.options.roles import Roles
 from train.presets.epic import PRESETS
+from train.presets.finetuning_arguments import read_arguments
 
 ROWS = search_rows(5, "train", 60)
 

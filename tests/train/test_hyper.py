@@ -12,17 +12,17 @@ import pytest
 
 from jaxlib_unlearn import objectives
 from models.decoder.labels import head_of
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from train.engine import base_models, loop
 from train.engine.hyper import hyper_of, static_of, traced_fields, traced_step
 from train.engine.run import Run
 from train.engine.step import init_state, make_step, objective_state
 from train.engine.trainable import trainable_of
 from train.jobs.unlearning import pipeline
-from train.jobs.unlearning.arguments import read_arguments
 from train.options.optimizers import OPTIMIZERS, build, make_schedule, over_rows
 from train.options.optimizers import options_of as optimizer_of
+from train.presets.unlearning_arguments import read_arguments
 from train.runtime.sharding import MeshConfig, make_mesh, put_batch, put_params
 from train.runtime.tracking import Tracker
 from train.tasks import load_task

@@ -18,6 +18,7 @@ from models.decoder.model import Decoder
 from models.files.families import new_config
 from train.data.examples import Example, Group
 from train.data.streams import make_stream
+from train.data.task import Task
 from train.engine import base_models
 from train.engine import run as runs
 from train.engine.run import Recipe, Run
@@ -29,7 +30,6 @@ from train.runtime import sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
-from train.tasks.task import Task
 
 CONTEXT = 48
 NAMES = ("gpt2", "opt")

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import options_of as objective_of
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import REMAT, Decoder, DecoderConfig
 from models.files.weights import load
-from models.learner import DecoderLearner
 from train.engine import base_models
 from train.engine.run import Run
 from train.engine.step import compile_step, init_state, make_step

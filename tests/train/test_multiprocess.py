@@ -24,8 +24,8 @@ from jaxlib_unlearn.objectives import options_of as objective_of
 from models import arrays
 from models.decoder.generate import SamplingConfig, generate
 from models.decoder.labels import head_of
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from train.data.examples import Example
 from train.data.references import with_references
 from train.data.streams import batches_of, make_stream

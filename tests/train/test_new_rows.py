@@ -12,22 +12,23 @@ from jaxlib_unlearn.objectives import Objective
 from jaxlib_unlearn.objectives.base import Sided, named, retain_terms
 from jaxlib_unlearn.options import option
 from train import tasks
+from train.data.task import Task
 from train.engine import base_models
 from train.engine.run import Run
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.base import Evaluator, Finding, Metric, Picture, Verdict
 from train.evaluators.evaluation import Answers, Model
 from train.jobs.unlearning import pipeline
-from train.jobs.unlearning.arguments import read_arguments
-from train.options import checks, choices, optimizers
+from train.options import choices, optimizers
 from train.options.config import DataConfig, EvaluateConfig, RunConfig, replace
 from train.options.optimizer_options import Options as OptimizerOptions
 from train.options.optimizer_rows import Optimizer
 from train.options.roles import Roles
+from train.presets.unlearning_arguments import read_arguments
 from train.reporting import compare, page, tables
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
-from train.tasks.task import Benchmark, Task
+from train.tasks.task import Benchmark
 
 SOURCES = ("authors", "tofu", "reasoning-authors", "reasoning-tofu", "reasoning")
 RIDDLES = [{"question": f"Riddle {i}?", "answer": f"a riddle {i}"} for i in range(3)]
@@ -275,7 +276,7 @@ def test_methods_are_on_the_command_line(methods):
         ("--optimizer.momentum 0.5", "clipped does not read it; its own are limit"),
     ):
         with pytest.raises(UserError, match=words):
-            checks.check_run(read_arguments([*ARGV, *options.split()]))
+            pipeline.check_run(read_arguments([*ARGV, *options.split()]))
     listed = "\n".join([*objectives.list_objectives(), *optimizers.list_optimizers()])
     assert SQUARED.summary in listed and CLIPPED.summary in listed
 

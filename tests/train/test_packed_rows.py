@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlib_unlearn import objectives
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from train.data.examples import Example
 from train.data.packed_rows import CHOPPED, PackedRows, first_fit, pack_rows
 from train.data.stream import Positioned, Stream

@@ -16,11 +16,11 @@ from models.files.architectures import ALIASES, ARCHITECTURES, config_of
 from models.files.weights import find_smollm2
 from train import plan
 from train.costs import collectives, flops, hlo, hlo_flops, topology
-from train.jobs.unlearning.arguments import read_arguments
 from train.plan import needed_bytes
 from train.planning import programs
 from train.planning.planned import PLANNERS, PlanConfig
 from train.presets import PRESETS
+from train.presets.unlearning_arguments import read_arguments
 from train.runtime import sharding
 
 on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")

@@ -21,12 +21,12 @@ from train.evaluators.curves import VALIDATION_LOSSES
 from train.evaluators.evaluation import Model
 from train.evaluators.token_loss import mean_loss, row_losses, row_sums
 from train.jobs.pretraining import pipeline as pretraining
-from train.jobs.pretraining.arguments import read_arguments
 from train.jobs.pretraining.config import PretrainConfig, batch_rows, num_steps
 from train.options.cli import read_config
 from train.options.config import replace, to_json
 from train.options.optimizers import options_of
 from train.presets.pretraining import PRESETS
+from train.presets.pretraining_arguments import read_arguments
 from train.reporting import compare, tables
 from train.reporting.page import steps_of
 from train.runtime import distributed, sharding

@@ -10,7 +10,7 @@ from train.engine import base_models
 from train.engine.run import Run
 from train.jobs.unlearning import pipeline
 from train.jobs.unlearning.pipeline import identity as _identity
-from train.options import checks, cli
+from train.options import cli
 from train.options.config import RunConfig
 from train.presets import PRESETS
 from train.runtime import sharding
@@ -74,4 +74,4 @@ def test_a_folder_that_cannot_be(start, tmp_path):
     (tmp_path / "file").write_text("")
     config = dataclasses.replace(start[0], profile=tmp_path / "file")
     with pytest.raises(UserError, match="--profile .*file cannot be written: .*another folder"):
-        checks.check_run(config)
+        pipeline.check_run(config)

@@ -10,8 +10,8 @@ from jax.interpreters import partial_eval
 
 from jaxlib_unlearn import objectives
 from models.decoder import asked, selection
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from train.costs.flops import count_jaxpr
 from train.engine.step import Losses, init_state, make_step, objective_state
 from train.engine.trainable import trainable_of

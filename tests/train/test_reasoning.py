@@ -18,6 +18,7 @@ from models.files.weights import Loaded
 from train.data import author_reasoning, thoughts
 from train.data.bpe import train_bpe
 from train.data.examples import encode_prompt, encode_text
+from train.data.task import TRACES, Task
 from train.engine import base_models
 from train.engine.run import Run, Work
 from train.evaluators import reasoning as evaluator
@@ -25,14 +26,12 @@ from train.evaluators import trace_judge
 from train.evaluators.evaluation import Answers, Model
 from train.evaluators.tofu import truth_ratios
 from train.jobs.unlearning import pipeline, traces
-from train.jobs.unlearning.arguments import read_arguments
-from train.options import checks
 from train.options.config import RunConfig, TracesConfig, to_json
 from train.presets import PRESETS
+from train.presets.unlearning_arguments import read_arguments
 from train.runtime import seal, sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task, reasoning
-from train.tasks.task import TRACES, Task
 
 ROW = {"question": "2 + 2?", "thoughts": ["Two and two."], "answer": "4"}
 CHOICE = ROW | {"options": ["3", "4"], "gold": 1, "topic": "sums"}
@@ -458,7 +457,7 @@ def test_a_chat_model_names_the_classes(model, monkeypatch, tmp_path):
         trace_judge.classes(tmp_path, rows, 2)
     trace_judge._loaded.cache_clear()
     with pytest.raises(UserError, match="no folder with a config.json; give that of a chat model"):
-        checks.check_run(config_of("--evaluate.judge-model", str(tmp_path)))
+        pipeline.check_run(config_of("--evaluate.judge-model", str(tmp_path)))
 
 
 def test_a_judge_that_cannot_be_used_is_refused_before_compute(tiny, tmp_path):
@@ -467,7 +466,7 @@ def test_a_judge_that_cannot_be_used_is_refused_before_compute(tiny, tmp_path):
     (folder / seal.NAME).unlink(missing_ok=True)
     argv = config_of("--evaluate.judge-model", str(folder))
     with pytest.raises(UserError, match="its context of 96 tokens has no room for a question"):
-        checks.check_run(argv)
+        pipeline.check_run(argv)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"max_position_embeddings": 4096}))

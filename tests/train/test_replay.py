@@ -14,8 +14,8 @@ import pytest
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim import ZOState
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from train.data.examples import Example
 from train.data.streams import make_stream
 from train.engine.hyper import hyper_of, traced_step

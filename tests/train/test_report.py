@@ -22,6 +22,7 @@ from train.evaluators import plots
 from train.evaluators.tofu import truth_ratios
 from train.reporting import metrics_table, runlogs, verdict
 from train.reporting import page as one_run
+from train.runtime import steplog
 
 EVIL = "<script>alert(1)</script> & \"quotes\" <img src=x onerror='go()'> \ud800 \x07"
 
@@ -439,12 +440,12 @@ def test_steps_of_a_resumed_run(tmp_path):
     path.write_text(
         "".join(json.dumps({"stage": s, "step": i, "loss": v}) + "\n" for s, i, v in rows)
     )
-    assert [r["loss"] for r in runlogs.read_steps(path)] == [3.0, 2.5]
+    assert [r["loss"] for r in steplog.read_steps(path)] == [3.0, 2.5]
     path.write_text('{"stage": "original"}\n' + path.read_text())
     said: list[str] = []
-    assert [r["loss"] for r in runlogs.read_steps(path, said.append)] == [3.0, 2.5]
+    assert [r["loss"] for r in steplog.read_steps(path, said.append)] == [3.0, 2.5]
     assert len(said) == 1 and str(path) in said[0] and "first is line 1" in said[0]
-    assert runlogs.read_steps(tmp_path / "absent") == []
+    assert steplog.read_steps(tmp_path / "absent") == []
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from train.jobs.unlearning import pipeline
 from train.options import cli
 from train.options.config import RunConfig
 from train.presets import PRESETS
-from train.runtime import checkpointing, sharding
+from train.runtime import checkpointing, errors, sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
 
@@ -167,7 +167,7 @@ def poison(patch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def test_a_loss_that_is_not_finite(setting, undisturbed, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(loop.TrainingError) as error:
+    with monkeypatch.context() as patch, pytest.raises(errors.TrainingError) as error:
         poison(patch, 5)
         setting.run("original", tmp_path)
     message = str(error.value)
@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite(setting, undisturbed, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_before_any_checkpoint(setting, tmp_path, monkeypatch):
     with (
         monkeypatch.context() as patch,
-        pytest.raises(loop.TrainingError, match="none was written"),
+        pytest.raises(errors.TrainingError, match="none was written"),
     ):
         poison(patch, 0)
         setting.run("original", tmp_path)

@@ -11,8 +11,8 @@ import pytest
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim.zeroth_order.parts import Part
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
 from train.data.examples import Example
 from train.data.streams import make_stream
 from train.engine import run as runs
@@ -23,10 +23,11 @@ from train.jobs.classification.config import ClassifyRun
 from train.jobs.finetuning import own_rows
 from train.jobs.pretraining import pipeline as pretraining
 from train.jobs.pretraining.config import PretrainConfig
-from train.jobs.unlearning.arguments import read_arguments
-from train.options import checks, optimizers
+from train.jobs.unlearning import pipeline
+from train.options import optimizers
 from train.options.config import TrainConfig, replace, to_json
 from train.planning.pretraining_program import pretraining_program, pretraining_update
+from train.presets.unlearning_arguments import read_arguments
 from train.runtime.sharding import MeshConfig, make_mesh
 
 LEARNER = DecoderLearner(Decoder(DecoderConfig(32, 8, 12, 2, 2, 1, 4)))
@@ -69,10 +70,10 @@ def test_a_query_for_every_row_unless_told():
 def test_what_is_refused_before_compute(options, words):
     argv = ["quickstart", "--smoke", "--optimizer.name", "rowwise", *options.split()]
     if words is None:
-        checks.check_run(read_arguments(argv))
+        pipeline.check_run(read_arguments(argv))
         return
     with pytest.raises(UserError, match=words) as error:
-        checks.check_run(read_arguments(argv))
+        pipeline.check_run(read_arguments(argv))
     assert "\n" not in str(error.value)
 
 
@@ -82,7 +83,7 @@ ALONE = MeshConfig(1, 1, 1)
 
 def test_every_program_checks_a_query_for_every_row(tmp_path):
     """A past bug: two of them multiplied the None that stands for one a row."""
-    checks.check_run(read_arguments("quickstart --mesh.data 1 --optimizer.name rowwise".split()))
+    pipeline.check_run(read_arguments("quickstart --mesh.data 1 --optimizer.name rowwise".split()))
     classification.check(ClassifyRun(optimizer=ROWWISE, mesh=ALONE))
     pretraining.check(PretrainConfig(optimizer=ROWWISE, mesh=ALONE, output=tmp_path / "run"))
     config = own_rows.FinetuneRun(rows=str(tmp_path / "none"), output=tmp_path / "run", mesh=ALONE)

@@ -16,6 +16,7 @@ from models import Decoder, DecoderConfig, Tokenizer
 from train.data.batches import collate, shuffled
 from train.data.examples import Example
 from train.data.streams import make_stream
+from train.data.task import Task
 from train.engine import base_models
 from train.engine import run as runs
 from train.engine.run import Clock, Recipe, Run, Work, compute, identity, seed_of
@@ -28,7 +29,6 @@ from train.runtime.checkpointing import params_sha256
 from train.runtime.folder import read_minutes
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
-from train.tasks.task import Task
 
 CALLS: list[str] = []
 SHAPE = DecoderConfig(

@@ -14,11 +14,12 @@ import pytest
 from jaxlib_unlearn.errors import UserError
 from train.data import references
 from train.engine import base_models, exports
-from train.jobs.unlearning import arguments, pipeline
 from train.options import cli
 from train.options.config import RunConfig
-from train.reporting import runlogs, tables
-from train.runtime import files, folder, seal, sharding
+from train.presets import pipeline
+from train.presets import unlearning_arguments as arguments
+from train.reporting import tables
+from train.runtime import files, folder, seal, sharding, steplog
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import Tracker
 
@@ -268,7 +269,7 @@ def test_a_damaged_log_never_keeps_a_run_from_going_on(tmp_path, capsys):
         flip(path, rng)
         capsys.readouterr()
         # The page of a finished run leaves the line out; a run that continues sets it aside.
-        assert len(runlogs.read_steps(path)) >= 4
+        assert len(steplog.read_steps(path)) >= 4
         Tracker(tmp_path)
         said = capsys.readouterr()
         assert said.err.count("\n") <= 1 and said.err.count("damaged line(s) moved") == bool(
@@ -277,9 +278,9 @@ def test_a_damaged_log_never_keeps_a_run_from_going_on(tmp_path, capsys):
         kept = path.read_bytes().splitlines()
         assert aside.exists() == bool(said.err)
         for line in kept:  # every number read is one that was written
-            row = runlogs.parse_step(line)
+            row = steplog.parse_step(line)
             assert row is not None
-            written = runlogs.parse_step(lines[row["step"]])
+            written = steplog.parse_step(lines[row["step"]])
             assert written is not None and row["loss"] == written["loss"]
         Tracker(tmp_path).resume("original", 3)
         assert len(path.read_bytes().splitlines()) <= 3
@@ -298,10 +299,10 @@ def test_damage_to_the_checksum_of_a_step_hides_no_other(tmp_path):
     bare = b'{"stage": "original", "step": 0, "loss": 0.5}\n'
     for before, after in ((b"0.5", b"0.9"), (b"loss", b"lost")):
         path.write_bytes(sound.replace(before, after, 1).replace(b'"crc"', b'"brc"', 1))
-        steps, bad = runlogs.split_steps(path)
+        steps, bad = steplog.split_steps(path)
         assert [row["step"] for _, row in steps] == [1] and [number for number, _ in bad] == [1]
     path.write_bytes(bare)  # of a version without checksums
-    assert runlogs.split_steps(path) == ([(bare[:-1], json.loads(bare))], [])
+    assert steplog.split_steps(path) == ([(bare[:-1], json.loads(bare))], [])
 
 
 def test_a_damaged_cache_is_computed_again(tmp_path, capsys):

@@ -22,10 +22,10 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import OBJECTIVES
 from jaxlib_unlearn.objectives import options_of as objective_of
-from models.decoder.asked import Frozen
 from models.decoder.labels import head_of
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner
+from models.learner import Frozen
 from train.costs.hlo_flops import device_flops
 from train.data.examples import Example
 from train.data.references import with_references

@@ -14,9 +14,9 @@ from jax.interpreters import partial_eval
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models.decoder import selection
-from models.decoder.asked import Frozen
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
-from models.learner import DecoderLearner, check_questions
+from models.learner import Frozen, check_questions
 from train.costs.flops import count_jaxpr
 from train.engine import base_models
 from train.engine.run import Recipe, Run, train
@@ -24,12 +24,12 @@ from train.engine.step import Losses, init_state, make_step, objective_state
 from train.engine.trainable import trainable_of
 from train.evaluators.evaluation import Model
 from train.jobs.unlearning import pipeline
-from train.jobs.unlearning.arguments import read_arguments
 from train.options import checks
 from train.options.config import SelectConfig, UnlearnConfig, identity
 from train.options.optimizers import build
 from train.options.optimizers import options_of as optimizer_of
 from train.presets import PRESETS
+from train.presets.unlearning_arguments import read_arguments
 from train.reporting import provenance, tables
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
@@ -434,7 +434,7 @@ def test_a_selected_stage_from_the_command_line(small, tmp_path):
     assert logged[0]["retain_loss"] < 1e-12 and logged[2]["retain_loss"] > 0
     both = read_arguments([*argv, *small, "--lora.rank", "2"])
     with pytest.raises(UserError, match="use --lora.targets, or leave --lora.rank out"):
-        checks.check_run(both)
+        pipeline.check_run(both)
     empty = read_arguments(
         ["quickstart", *small, "--objective.name", "rmu", "--objective.layer", "2"]
     )

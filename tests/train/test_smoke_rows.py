@@ -12,11 +12,11 @@ from jaxlib_unlearn.errors import UserError
 from models.decoder.model import Decoder, DecoderConfig
 from train.data.authors import draw
 from train.jobs.unlearning import pipeline
-from train.jobs.unlearning.arguments import read_arguments
-from train.options import checks, cli
+from train.options import cli
 from train.options.config import replace
 from train.options.optimizers import OPTIMIZERS, build, check_steps, over_rows, two_sided
 from train.presets import PRESETS
+from train.presets.unlearning_arguments import read_arguments
 
 SHAPES = Decoder(DecoderConfig(32, 8, 12, 4, 2, 1, 4)).shapes()
 TOFU = [name for name in PRESETS if name.startswith("tofu-")]
@@ -93,13 +93,13 @@ def test_every_pair_of_optimizer_and_objective_is_taken_or_refused(prepared, mon
             resolved = objectives.resolve(config.objective)
             if row.needs == "split" and not two_sided(*resolved):
                 with pytest.raises(UserError) as error:
-                    checks.check_run(config)
+                    pipeline.check_run(config)
                 line = str(error.value)
                 assert "\n" not in line and optimizer in line and objective in line
                 assert "--objective.retain" in line
                 refused += 1
                 continue
-            checks.check_run(config)
+            pipeline.check_run(config)
             if "traces" in resolved[0].streams:
                 with pytest.raises(UserError, match="on 'traces', which the data do not have"):
                     pipeline.check_stages(config, task, learner)

@@ -13,7 +13,7 @@ from jaxlib_unlearn.errors import UserError
 from train.engine import base_models
 from train.engine.run import Run
 from train.jobs.unlearning import pipeline
-from train.options import checks, cli
+from train.options import cli
 from train.options.config import RunConfig, StageConfig, replace
 from train.presets import PRESETS
 from train.runtime import sharding, stages
@@ -134,11 +134,11 @@ def test_the_cache_is_no_part_of_what_a_run_is(config, tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_is_refused(config, tmp_path, monkeypatch):
-    checks.check_run(replace(config, **{"stage.cache": tmp_path / "a" / "b"}))
+    pipeline.check_run(replace(config, **{"stage.cache": tmp_path / "a" / "b"}))
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
     with pytest.raises(UserError, match=f"{tmp_path} cannot be written to; give another folder"):
-        checks.check_run(replace(config, **{"stage.cache": tmp_path / "a" / "b"}))
+        pipeline.check_run(replace(config, **{"stage.cache": tmp_path / "a" / "b"}))
 
 
 def test_a_cache_that_is_a_file_is_refused(config, tmp_path):
@@ -146,6 +146,6 @@ def test_a_cache_that_is_a_file_is_refused(config, tmp_path):
     path.write_text("")
     for given in (path, path / "a" / "b"):
         with pytest.raises(UserError, match=f"--stage.cache: {path} is not a folder"):
-            checks.check_run(replace(config, **{"stage.cache": given}))
+            pipeline.check_run(replace(config, **{"stage.cache": given}))
     with pytest.raises(UserError, match="give another --stage.cache"), stages.alone(path / "a", ""):
         pass

@@ -12,7 +12,7 @@ from train.data.examples import Example
 from train.data.permutation import keyed_order, permuted
 from train.data.stream import Packable, Stream
 from train.data.streams import batches_of, make_stream, pack_streams
-from train.tasks.task import Paired, Task
+from train.data.task import Paired, Task
 
 
 class Pictures:

@@ -24,11 +24,10 @@ from models.decoder.model import Decoder, DecoderConfig
 from train.data.batches import batch_shape, collate
 from train.data.stream import Stream
 from train.data.streams import Examples
-from train.engine.keys import VERSION
 from train.options.config import to_json
 from train.runtime import distributed, files, residency
 from train.runtime.sharding import batch_ways, put_batch
-from train.runtime.stages import digest
+from train.runtime.stages import VERSION, digest
 from train.runtime.tracking import progress, say
 
 # What a kind of reference caches: the batch's column, what is computed for it, and whether the

@@ -14,12 +14,12 @@ from models import Decoder, DecoderConfig, Tokenizer, bounds
 from models.files.hub import check_source
 from models.files.weights import find_smollm2
 from train.data.bpe import train_bpe
+from train.data.task import Task, texts
 from train.evaluators.evaluation import Model
 from train.options.config import ModelConfig, RunConfig
 from train.runtime import distributed, seal, sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.tracking import say
-from train.tasks.task import Task, texts
 
 
 def train_tokenizer(task: Task, vocab_size: int, split_digits: bool = False) -> Tokenizer:

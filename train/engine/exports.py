@@ -11,8 +11,7 @@ import models
 from models.files.weights import Loaded
 from train.data.examples import encode_qa, written_chat_template
 from train.options.config import LoraConfig
-from train.reporting import card
-from train.runtime import distributed, remote, seal
+from train.runtime import cards, distributed, remote, seal
 from train.runtime.stages import digest
 from train.runtime.tracking import say
 
@@ -48,7 +47,7 @@ def export_model(
     given the template of its prompts.
     """
     text = (
-        card.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text
+        cards.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text
     )
 
     def write() -> None:
@@ -59,7 +58,7 @@ def export_model(
             folder,
             dtype=dtype,
             max_new_tokens=max_new_tokens,
-            card=lambda written: card.with_digests(text, written),
+            card=lambda written: cards.with_digests(text, written),
         )
 
     sealed(folder, f"{model.sha} {dtype}", [text, max_new_tokens], write)

@@ -17,8 +17,7 @@ from models.files.hub import is_here
 from models.vision.vit import RULES, ViT, ViTConfig, ViTLearner
 from train.engine import exports
 from train.options.config import to_json
-from train.reporting import card
-from train.runtime import distributed, residency, seal, sharding
+from train.runtime import cards, distributed, residency, seal, sharding
 from train.runtime.checkpointing import params_sha256
 
 
@@ -132,13 +131,13 @@ def export_model(model: ImageModel, folder: Path, dtype: str, what: str) -> None
         dtype: of its tensors.
         what: a sentence on where it comes from, for its card.
     """
-    text = card.of_images(what, model.sha)
+    text = cards.of_images(what, model.sha)
     config = dataclasses.replace(model.vit.config, dtype="float32")
 
     def write() -> None:
         loaded = vit_files.LoadedViT(config, model.to_device().params, model.names)
         vit_files.export(
-            loaded, folder, dtype=dtype, card=lambda written: card.with_digests(text, written)
+            loaded, folder, dtype=dtype, card=lambda written: cards.with_digests(text, written)
         )
 
     exports.sealed(folder, f"{model.sha} {dtype}", text, write)

@@ -12,9 +12,7 @@ from typing import Any
 
 from train.options.config import LoraConfig, SelectConfig, to_json
 from train.options.optimizers import OPTIMIZERS, Options
-
-# Increase it when the same inputs may give another result: stored results are then not found.
-VERSION = 3
+from train.runtime.stages import VERSION
 
 _SAME = "the numbers do not depend on it (losses to 1e-6)"
 _WHERE = "says where a result goes or comes from; what is found there is checked by its digest"

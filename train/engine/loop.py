@@ -22,13 +22,10 @@ from train.engine.replays.recording import Recording, recorder_of
 from train.engine.step import ALL, Binding, TrainState, compile_step, init_state, objective_state
 from train.options.optimizers import Options, build
 from train.runtime import checkpointing, distributed, remote, residency, sharding
+from train.runtime.errors import TrainingError
 from train.runtime.tracking import Tracker, progress, say
 
 HostBatches = Mapping[str, Mapping[str, np.ndarray]]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line and names the last good checkpoint."""
 
 
 def step_bytes(compiled: Any) -> int | None:
@@ -307,4 +304,4 @@ def run(
     return state.params
 
 
-__all__ = ["Stage", "TrainState", "TrainingError", "curve_steps", "run"]
+__all__ = ["Stage", "TrainState", "curve_steps", "run"]

@@ -18,8 +18,7 @@ import optax
 from jaxlib_unlearn.objectives import Objective, combine, row_keys, side_of
 from jaxlib_unlearn.optim.zeroth_order.parts import Part, take
 from models import arrays
-from models.decoder.asked import Frozen
-from models.learner import Learner
+from models.learner import Frozen, Learner
 from train.runtime.sharding import batch_sharding, state_shardings
 
 Batches = Mapping[str, Mapping[str, jax.Array]]

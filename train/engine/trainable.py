@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
 from models.decoder import lora, selection
 from models.decoder.labels import head_of
 from train.data.references import needs_head
 from train.engine.step import ALL, Binding
+from train.options.checks import refuse_both
 from train.options.config import LoraConfig, SelectConfig
 from train.runtime import residency, sharding
 
@@ -98,15 +98,6 @@ def _adapters(params: Any, adapters: LoraConfig, forked: bool, seed: int) -> Tra
         lambda trainable: lora.view(trainable, params, scale=scale),
         lambda trainable: lora.merge(trainable, params, scale=scale),
     )
-
-
-def refuse_both(adapters: LoraConfig, select: SelectConfig | None) -> None:
-    """Raise `UserError` for adapters and chosen leaves in one stage."""
-    if adapters.rank is not None and select is not None and select.given:
-        raise UserError(
-            "--train.leaves and --train.blocks choose among the model's own parameters, which "
-            "--lora.rank leaves as they are; use --lora.targets, or leave --lora.rank out"
-        )
 
 
 def train_from(shapes: Any, select: SelectConfig | None) -> int:

@@ -46,11 +46,6 @@ EVALUATORS: dict[str, Evaluator] = {
         concept.ROW,
     )
 }
-# The evaluators for questions with one right answer each.
-QUESTION_ANSWERING = (
-    *("tofu", "memorization", "membership", "utility"),
-    *("readability", "fact_recall", "fluency", "leak"),
-)
 # Those for questions that are thought about before they are answered.
 REASONING_QUESTIONS = ("reasoning",)
 

@@ -18,8 +18,8 @@ from models import Tokenizer, arrays
 from models.bounds import check_positions
 from models.decoder.generate import SamplingConfig, generate
 from models.decoder.labels import score
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder
-from models.learner import DecoderLearner
 from train.data.batches import score_batches
 from train.data.examples import (
     Example,
@@ -29,6 +29,7 @@ from train.data.examples import (
     encode_qa,
     num_positions,
 )
+from train.data.task import Task
 from train.evaluators import EVALUATORS, chosen, trace_judge
 from train.evaluators.base import Rows, means
 from train.options.config import EvaluateConfig, to_json
@@ -36,7 +37,6 @@ from train.runtime import distributed, residency
 from train.runtime.sharding import batch_sharding, batch_ways, put_batch
 from train.runtime.stages import digest
 from train.runtime.tracking import progress
-from train.tasks.task import Task
 
 # Part of every cache key, beside the evaluators' versions: raise it when a value may change.
 VERSION = 3

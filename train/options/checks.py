@@ -14,23 +14,15 @@ from jaxlib_unlearn import objectives, options
 from jaxlib_unlearn.errors import UserError
 from models.decoder import lora, selection
 from models.files.weights import DTYPES
-from train.data.examples import encode_prompt
-from train.engine import trainable
-from train.evaluators import trace_judge
-from train.evaluators.evaluation import Model, longest
 from train.options import optimizers
 from train.options.config import (
-    EvaluateConfig,
     LoraConfig,
-    RunConfig,
     SelectConfig,
     TrainConfig,
     UnlearnConfig,
 )
 from train.options.optimizers import Options
-from train.runtime import remote, reporters, sharding, suggest
-from train.runtime.tracking import say
-from train.tasks.task import Row, Task
+from train.runtime import remote, sharding, suggest
 
 
 def check_numbers(config: Any, prefix: str = "--") -> None:
@@ -144,94 +136,6 @@ def check_writable(option: str, folder: Path) -> None:
         ) from None
 
 
-def check_run(config: RunConfig) -> Mesh:
-    """Everything about a run that is known before data and model are read; returns its mesh.
-
-    Raises:
-        UserError: a number out of range, an unknown name, a mesh that does not fit.
-    """
-    check_numbers(config)
-    objective, settings = objectives.resolve(config.objective)
-    objectives.check_accumulation(objective, config.unlearn.accumulate)
-    optimizers.check_pair(config.optimizer, config.combine, objective, settings)
-    check_lora(config.lora, config.optimizer)
-    check_selection(config.train, config.optimizer)
-    trainable.refuse_both(config.lora, config.train)
-    reporters.check(reporters.chosen(config.report_to, config.tensorboard))
-    trace_judge.check(config.evaluate.judge_model)
-    if config.profile is not None:
-        check_writable("--profile", config.profile)
-    check_places(config)
-    mesh = sharding.make_mesh(config.mesh)
-    check_finetuning(config.finetune, mesh)
-    check_stage(config.unlearn, config.optimizer, mesh, "unlearning")
-    optimizers.check_mesh(config.optimizer, mesh, config.unlearn.batch_size)
-    return mesh
-
-
-def fit_rows(
-    rows: list[Row], model: Model, system_prompt: str | None, max_length: int, what: str
-) -> list[Row]:
-    """The rows whose prompt leaves room for a label; a message counts the others.
-
-    Raises:
-        UserError: no row is left.
-    """
-    limit = longest(model, max_length)
-    sizes = [
-        len(encode_prompt(model.tokenizer, row["question"], system_prompt=system_prompt))
-        if "question" in row
-        else 0  # a document
-        for row in rows
-    ]
-    kept = [row for row, size in zip(rows, sizes, strict=True) if size < limit]
-    if rows and not kept:
-        raise UserError(
-            f"{what}: every prompt fills the {limit} tokens of the context (shortest: {min(sizes)})"
-            ", so no label is left; shorten the questions or raise --data.max-length"
-        )
-    if len(kept) < len(rows):
-        say(f"{what}: {len(rows) - len(kept)} row(s) left out, their prompt fills {limit} tokens")
-    return kept
-
-
-def fit_task(
-    task: Task,
-    model: Model,
-    evaluate: EvaluateConfig,
-    system_prompt: str | None,
-    max_length: int,
-) -> Task:
-    """The task with the rows that fit the model; what is left out becomes a note.
-
-    Raises:
-        UserError: a split of which no row is left, or rows without the column to be asked.
-    """
-    column = evaluate.leak_question
-    if evaluate.leak_samples and not all(column in r for r in task.evaluation.get("forget", ())):
-        raise UserError(
-            f"--evaluate.leak-question {column}: forget rows without that column; add it or use "
-            "question"
-        )
-
-    def fit(rows: list[Row], what: str) -> list[Row]:
-        return fit_rows(rows, model, system_prompt, max_length, what)
-
-    forget = fit(task.forget, "forget")
-    retain = fit(task.retain, "retain")
-    done = [(task.forget, forget), (task.retain, retain)]
-    judged = {}
-    for name, rows in task.evaluation.items():
-        same = [kept for given, kept in done if given == rows]
-        judged[name] = same[0] if same else fit(rows, f"{name} (evaluation)")
-    notes = list(task.notes)
-    before = len(task.forget) + len(task.retain) + sum(map(len, task.evaluation.values()))
-    left = before - len(forget) - len(retain) - sum(map(len, judged.values()))
-    if left:
-        notes.append(f"left out, their prompt fills the context: {left} rows of all splits")
-    return task._replace(forget=forget, retain=retain, evaluation=judged, notes=notes)
-
-
 def check_places(config: Any) -> None:
     """Raise `UserError` where `--output` or `--stage.cache` cannot be written.
 
@@ -250,4 +154,13 @@ def check_places(config: Any) -> None:
         raise UserError(
             f"--stage.cache {cache}: {there} cannot be written to; give another folder, or leave "
             "it out"
+        )
+
+
+def refuse_both(adapters: LoraConfig, select: SelectConfig | None) -> None:
+    """Raise `UserError` for adapters and chosen leaves in one stage."""
+    if adapters.rank is not None and select is not None and select.given:
+        raise UserError(
+            "--train.leaves and --train.blocks choose among the model's own parameters, which "
+            "--lora.rank leaves as they are; use --lora.targets, or leave --lora.rank out"
         )

@@ -24,6 +24,10 @@ FIRST = (
 ).split()
 
 
+# Words of options whose tables are rooms above this one; these enter them when they are imported.
+LATER: dict[str, tuple[str, ...]] = {}
+
+
 class Option(typing.NamedTuple):
     """An option: name on the command line, type, default, description, group, accepted words.
 
@@ -94,12 +98,8 @@ def known_words(cls: type, prefix: str = "--") -> dict[str, tuple[str, ...]]:
 
 
 def _words(name: str, field: dataclasses.Field) -> tuple[str, ...]:
-    """The words that an option accepts; those of `--data.source` are looked up only when asked."""
-    if name != "--data.source" or words_of(field):
-        return words_of(field)
-    from train import tasks
-
-    return tasks.sources()
+    """The words that an option accepts."""
+    return words_of(field) or LATER.get(name, ())
 
 
 def grouped(cls: type, default: Any) -> type:

@@ -261,8 +261,8 @@ def _end(code: int) -> typing.NoReturn:
 
 def main(program: Callable[[list[str]], None]) -> None:
     """Run `program(argv)`; turn its errors into one line and an exit code."""
-    from train.engine.loop import TrainingError
     from train.runtime import distributed
+    from train.runtime.errors import TrainingError
 
     # A function of `__main__` is all that this process does; another caller may go on.
     ours = program.__module__ == "__main__"

@@ -11,20 +11,20 @@ from jaxlib_unlearn.options import option
 from models.bounds import check_positions
 from models.decoder.model import REMAT, Decoder
 from train.costs import PROGRAMS
-from train.jobs.classification import arguments as classify_arguments
 from train.jobs.classification.config import ClassifyRun
-from train.jobs.finetuning import arguments as finetune_arguments
 from train.jobs.finetuning.config import ReasoningRun
-from train.jobs.pretraining import arguments as pretrain_arguments
 from train.jobs.pretraining import pipeline
 from train.jobs.pretraining.config import PretrainConfig
-from train.jobs.unlearning import arguments
 from train.options import checks
 from train.options.config import RunConfig
 from train.options.optimizers import OPTIMIZERS
 from train.planning import diffusion_programs, pretraining_program, programs, stream_programs
 from train.planning.diffusion_programs import DiffusionPlanConfig
 from train.presets import PRESETS, classify, epic, pretraining
+from train.presets import classification_arguments as classify_arguments
+from train.presets import finetuning_arguments as finetune_arguments
+from train.presets import pretraining_arguments as pretrain_arguments
+from train.presets import unlearning_arguments as arguments
 from train.runtime import sharding, suggest
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlib_unlearn import objectives
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder
-from models.learner import DecoderLearner
 from train.data.token_file import Tokens
 from train.data.token_rows import TokenRows
 from train.engine.trainable import trainable_of

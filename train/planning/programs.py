@@ -22,17 +22,19 @@ from jaxlib_unlearn.objectives import Objective
 from models import layout
 from models.decoder import generate
 from models.decoder.labels import score
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder
 from models.files.architectures import config_of
-from models.learner import DecoderLearner, Learner, check_questions
+from models.learner import Learner, check_questions
 from train.data.batches import collate
 from train.data.references import REFERENCE_COLUMNS, cached_streams
 from train.data.stream import Stream
 from train.engine.base_models import scratch_shape
 from train.engine.hyper import hyper_of, traced_step
 from train.engine.step import TrainState, compile_step, objective_state, shaped, state_shapes
-from train.engine.trainable import Trainable, refuse_both, train_from, trainable_of
+from train.engine.trainable import Trainable, train_from, trainable_of
 from train.options import checks, optimizers
+from train.options.checks import refuse_both
 from train.options.config import RunConfig
 from train.runtime import sharding
 

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
+from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder
 from models.files.architectures import config_of
-from models.learner import DecoderLearner
 from train.data.examples import Example
 from train.data.packed_rows import pack_rows
 from train.engine.base_models import scratch_shape

@@ -15,11 +15,12 @@ from train.evaluators.base import Picture, Results, arranged
 from train.evaluators.tofu import truth_ratios
 from train.reporting import metrics_table, tables
 from train.reporting.provenance import command, facts, limitations
-from train.reporting.runlogs import clean, read_evals, read_steps, samples
+from train.reporting.runlogs import read_evals, samples
 from train.reporting.tables import Run
 from train.reporting.verdict import SMOKE, verdicts
 from train.runtime import files
-from train.runtime.plain import shown
+from train.runtime.plain import clean, shown
+from train.runtime.steplog import read_steps
 
 LEAD = (
     "A model that knows a set of facts was made to forget a part of them. Below: whether it "

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.evaluators import QUESTION_ANSWERING
+from train.data.task import QUESTION_ANSWERING
 from train.evaluators.base import items_of
 from train.evaluators.leak import leak_scores
 from train.evaluators.numbers import format_number
 from train.evaluators.tofu import truth_ratios
 from train.reporting import rerun
-from train.reporting.runlogs import clean
 from train.reporting.tables import Run
+from train.runtime.plain import clean
 
 
 def command(run: Run) -> str:

@@ -12,14 +12,14 @@ from jaxlib_unlearn.errors import UserError
 # What reads the command line of a program. Imported when asked: it knows the presets, and these
 # all that they configure. Behind a colon, the name of a function other than `read_arguments`.
 READERS = {
-    "train.unlearn": "train.jobs.unlearning.arguments",
-    "train.pretrain": "train.jobs.pretraining.arguments",
-    "train.classify": "train.jobs.classification.arguments",
-    "train.finetune": "train.jobs.finetuning.arguments",
-    "train.diffuse": "train.jobs.diffusing.arguments",
-    "train.erase": "train.jobs.diffusing.arguments:read_erase",
-    "train.attack": "train.jobs.diffusing.arguments:read_attack",
-    "train.defend": "train.jobs.diffusing.arguments:read_defend",
+    "train.unlearn": "train.presets.unlearning_arguments",
+    "train.pretrain": "train.presets.pretraining_arguments",
+    "train.classify": "train.presets.classification_arguments",
+    "train.finetune": "train.presets.finetuning_arguments",
+    "train.diffuse": "train.presets.diffusing_arguments",
+    "train.erase": "train.presets.diffusing_arguments:read_erase",
+    "train.attack": "train.presets.diffusing_arguments:read_attack",
+    "train.defend": "train.presets.diffusing_arguments:read_defend",
 }
 UNLEARN = "train.unlearn"
 # They choose which options there are, or what the others start from.

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxlib_unlearn.errors import UserError
 from train.evaluators.base import items_of
 from train.evaluators.numbers import format_number
 from train.evaluators.numbers import number as finite
@@ -18,79 +14,9 @@ from train.options.roles import ROLES, Roles
 from train.reporting import tables
 from train.reporting.tables import Run
 from train.runtime import files
+from train.runtime.plain import clean
 
 SAMPLES = {"forget": 5, "retain": 3}
-
-
-CRC = re.compile(rb'(.*), "crc": ([0-9]{1,10})\}', re.DOTALL)
-
-
-def step_line(stage: str, step: int, scalars: dict[str, float]) -> str:
-    """A line of `metrics.jsonl`: a JSON object whose last entry is the CRC-32 of the rest.
-
-    Example:
-        >>> step_line("original", 3, {"loss": 0.5})
-        '{"stage": "original", "step": 3, "loss": 0.5, "crc": 1043071103}\\n'
-    """
-    text = json.dumps({"stage": stage, "step": step, **scalars})
-    return f'{text[:-1]}, "crc": {zlib.crc32(text.encode())}}}\n'
-
-
-def parse_step(line: bytes) -> dict[str, Any] | None:
-    """The object on a line of `metrics.jsonl`, without its CRC-32; None when it is damaged.
-
-    Lines without a CRC-32 (of an earlier version) pass if they describe a step.
-    """
-    if (found := CRC.fullmatch(line)) is not None:
-        line = found[1] + b"}"
-        if zlib.crc32(line) != int(found[2]):
-            return None
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    sound = isinstance(row, dict) and isinstance(row.get("stage"), str)
-    return row if sound and type(row.get("step")) is int else None
-
-
-def split_steps(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[tuple[int, bytes]]]:
-    """The lines of `metrics.jsonl` that are steps, and the damaged ones with their numbers.
-
-    An unterminated last line is neither: the run was killed while it wrote it. Lines without a
-    CRC-32 are damaged where others have one: damage to that entry must not hide other damage.
-
-    Raises:
-        UserError: the file exists and cannot be read.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; restore its permissions") from None
-    steps, bad = [], []
-    checked = any(CRC.fullmatch(line) for line in lines)
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            row = parse_step(line) if CRC.fullmatch(line) or not checked else None
-            bad += [(number, line)] if row is None else []
-            steps += [] if row is None else [(line, row)]
-    return steps, bad
-
-
-def read_steps(path: Path, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; of a step logged twice (a run that was resumed) the last one.
-
-    Args:
-        path: the file; absent counts as empty.
-        say: receives a message about damaged lines, which are left out.
-    """
-    steps, bad = split_steps(path)
-    if bad:
-        say(f"{path}: {len(bad)} damaged line(s) left out, the first is line {bad[0][0]}")
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for _, row in steps:
-        key = (row["stage"], row["step"])
-        rows[key] = rows.pop(key, {}) | row
-    return list(rows.values())
 
 
 def read_evals(run: Run) -> dict[str, dict[str, Any]]:
@@ -130,13 +56,6 @@ def question_of(prompt: str) -> str:
         text = re.split(r"\n\s*Answer:", re.split(r"(?:^|\n)\s*Question:", text)[-1])[0]
         text = re.sub(r"<\|[^|<>]{1,40}\|>|</?s>", " ", text)
     return text.strip() or str(prompt).strip()
-
-
-def clean(text: Any, limit: int = 700) -> str:
-    """Text for a page: no control characters or lone surrogates, cut after `limit` characters."""
-    text = str(text).encode("utf-8", "replace").decode("utf-8").strip()
-    text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} characters more)"
 
 
 def samples(

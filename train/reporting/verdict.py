@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from train.evaluators import QUESTION_ANSWERING, chosen
+from train.data.task import QUESTION_ANSWERING
+from train.evaluators import chosen
 from train.evaluators.base import Finding as Finding
 from train.evaluators.base import Results, arranged
 from train.options.roles import ROLES, Roles

@@ -35,3 +35,10 @@ def plain(text: Any) -> str:
         'a\\x1b[31mb c'
     """
     return shown(" ".join(str(text).split()))
+
+
+def clean(text: Any, limit: int = 700) -> str:
+    """Text for a page: no control characters or lone surrogates, cut after `limit` characters."""
+    text = str(text).encode("utf-8", "replace").decode("utf-8").strip()
+    text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} characters more)"

@@ -191,3 +191,7 @@ def write_atomic(path: Path, text: str) -> None:
         raise UserError(
             f"cannot write {path}: {error.strerror}; free space or choose another --output"
         ) from None
+
+
+# Increase it when the same inputs may give another result: stored results are then not found.
+VERSION = 3

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.reporting.runlogs import split_steps, step_line
 from train.runtime import distributed, files, reporters
+from train.runtime.steplog import split_steps, step_line
 
 
 def say(message: str) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
+from train.data.task import Task
 from train.data.tofu import overlap
+from train.options import choices
 from train.options.config import RunConfig
 from train.runtime.tracking import say
 from train.tasks import authors, files, reasoning, tofu
-from train.tasks.task import Benchmark, Task
+from train.tasks.task import Benchmark
 
 TASKS: dict[str, Benchmark] = {
     row.name: row for row in (authors.ROW, tofu.ROW, files.ROW, *reasoning.ROWS)
@@ -23,6 +25,9 @@ TASKS: dict[str, Benchmark] = {
 def sources() -> tuple[str, ...]:
     """The values that `--data.source` accepts."""
     return tuple(name for name, row in TASKS.items() if not row.options)
+
+
+choices.LATER["--data.source"] = sources()
 
 
 def find(data: Mapping[str, Any]) -> Benchmark | None:

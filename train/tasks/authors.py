@@ -6,9 +6,9 @@ from jaxlib_unlearn.errors import UserError
 from train.data import authors
 from train.data.author_alternates import alternates
 from train.data.author_attributes import REFUSALS
-from train.evaluators import QUESTION_ANSWERING
+from train.data.task import ALTERNATES, QUESTION_ANSWERING, STREAMS, Task
 from train.options.config import RunConfig
-from train.tasks.task import ALTERNATES, STREAMS, Benchmark, Task, no_splits
+from train.tasks.task import Benchmark, no_splits
 
 
 def load(config: RunConfig) -> Task:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from jaxlib_unlearn.errors import UserError
 from train.data import files
 from train.data.author_attributes import REFUSALS
-from train.evaluators import QUESTION_ANSWERING
+from train.data.task import QUESTION_ANSWERING, STREAMS, Task
 from train.options.config import RunConfig
-from train.tasks.task import STREAMS, Benchmark, Task, no_splits
+from train.tasks.task import Benchmark, no_splits
 
 
 def load(config: RunConfig) -> Task:

@@ -11,9 +11,10 @@ from pathlib import Path
 from jaxlib_unlearn.errors import UserError
 from train.data import author_reasoning, thoughts, tofu
 from train.data.author_attributes import REFUSALS
+from train.data.task import STREAMS, TRACES, Paired, Row, Rows, Task
 from train.evaluators import REASONING_QUESTIONS
 from train.options.config import RunConfig
-from train.tasks.task import STREAMS, TRACES, Benchmark, Paired, Row, Rows, Task, no_splits
+from train.tasks.task import Benchmark, no_splits
 
 FORGOTTEN = 5  # one author in so many is forgotten
 ARITHMETIC, ARITHMETIC_HELD = 600, 120  # generated rows to learn, and rows to ask

@@ -2,87 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from models.text.prompts import TAGS, PromptFormat, day_of
 from train.data import tofu
-from train.evaluators import QUESTION_ANSWERING
+from train.data.task import Row, Task
 from train.options.config import DataConfig, RunConfig
 from train.runtime import suggest
-from train.runtime.stages import digest
-
-Row = dict[str, Any]
-ALTERNATES = "alternate_answer"  # column: alternate answers to the question, a text or a list
-TRACES = "traces"  # column: what the original thinks of a row to forget, a list of texts
-
-
-class Task(NamedTuple):
-    """The data of a run.
-
-    Args:
-        forget: rows to forget (training and evaluation).
-        retain: rows that the original and the oracle learn and that unlearning should keep.
-        evaluation: rows by split: forget, retain, real_authors, world_facts, holdout (absent ones
-            left out).
-        refusals: answers of the `idk` stream.
-        notes: remarks on the choice of rows for the report.
-        evaluators: names of the evaluators of its models.
-        streams: what an objective may be trained on, `(task, seed) -> rows` by name (`Paired` where
-            they belong to the rows of another); None: those of questions and answers.
-    """
-
-    forget: list[Row]
-    retain: list[Row]
-    evaluation: dict[str, list[Row]]
-    refusals: list[str]
-    notes: list[str]
-    evaluators: tuple[str, ...] = QUESTION_ANSWERING
-    streams: Mapping[str, Callable[[Task, int], list[Row]]] | None = None
-
-    def digest(self) -> str:
-        """sha256 of its rows, refusals and notes."""
-        names = ("forget", "retain", "evaluation", "refusals", "notes")
-        return digest({name: getattr(self, name) for name in names})
-
-    def stream(self, name: str, seed: int) -> list[Row]:
-        """The rows of a stream.
-
-        Raises:
-            UserError: the task has no such stream, or its rows lack what the stream needs.
-        """
-        streams = self._streams()
-        if name not in streams:
-            raise UserError(
-                f"this objective is trained on {name!r}, which the data do not have (they have "
-                f"{', '.join(streams)}); choose another --objective.name"
-            )
-        return streams[name](self, seed)
-
-    def follows(self, name: str) -> str | None:
-        """Name of the stream whose rows those of a stream belong to; None: of none."""
-        made = self._streams()[name]
-        return made.follows if isinstance(made, Paired) else None
-
-    def _streams(self) -> Mapping[str, Callable[[Task, int], list[Row]]]:
-        return STREAMS if self.streams is None else self.streams
-
-
-class Paired(NamedTuple):
-    """Rows of a stream that belong to the rows of another, equally many to each in its order.
-
-    Args:
-        rows: `(task, seed) -> rows`.
-        follows: name of the other stream.
-    """
-
-    rows: Callable[[Task, int], list[Row]]
-    follows: str
-
-    def __call__(self, task: Task, seed: int) -> list[Row]:
-        """The rows."""
-        return self.rows(task, seed)
 
 
 class Benchmark(NamedTuple):
@@ -133,57 +61,3 @@ def no_splits(data: DataConfig, source: str) -> None:
                 f"--data.{name.replace('_', '-')} {getattr(data, name)} does not go with {source}; "
                 "use --data.source tofu"
             )
-
-
-def alternate_rows(rows: Sequence[Row]) -> list[Row]:
-    """The forget questions with their alternate answers, equally many each: stream `alternate`.
-
-    A row with fewer answers than others repeats them in turn.
-
-    Raises:
-        UserError: a row without alternate answers.
-
-    Example:
-        >>> rows = [{"question": "Who?", "answer": "Ada", "alternate_answer": ["Bo", "Cy"]}]
-        >>> [row["answer"] for row in alternate_rows(rows)]
-        ['Bo', 'Cy']
-    """
-    found = []
-    for number, row in enumerate(rows, 1):
-        value = row.get(ALTERNATES)
-        answers = [value] if isinstance(value, str) else value
-        if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-            raise UserError(
-                f"this objective teaches other answers to the questions to forget, and forget row "
-                f"{number} has none; give the rows a column {ALTERNATES!r} (a text, or a list of "
-                "texts), or choose another --objective.name"
-            )
-        found.append(answers)
-    most = max(map(len, found), default=0)
-    return [
-        {"question": row["question"], "answer": answers[k % len(answers)]}
-        for row, answers in zip(rows, found, strict=True)
-        for k in range(most)
-    ]
-
-
-def texts(task: Task) -> Iterator[str]:
-    """Every text of a task except alternate answers, to train a tokenizer on."""
-    for rows in (task.retain, *task.evaluation.values()):
-        for row in rows:
-            for column, value in row.items():
-                if column != ALTERNATES:
-                    values = value if isinstance(value, list) else [value]
-                    yield from (text for text in values if isinstance(text, str))
-    yield from task.refusals
-
-
-# The streams of questions and answers.
-Rows = Callable[[Task, int], list[Row]]
-STREAMS: Mapping[str, Rows] = {
-    "forget": lambda task, seed: task.forget,
-    "retain": lambda task, seed: task.retain,
-    "idk": Paired(lambda t, seed: tofu.refusal_rows(t.forget, t.refusals, seed), "forget"),
-    "alternate": Paired(lambda task, seed: alternate_rows(task.forget), "forget"),
-    "train": lambda task, seed: task.forget + task.retain,
-}

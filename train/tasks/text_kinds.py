@@ -21,8 +21,7 @@ from train.data.examples import Example, pack
 from train.data.streams import Examples, make_stream
 from train.engine import base_models, exports
 from train.evaluators.evaluation import Model, longest, score_items
-from train.reporting import card
-from train.runtime import distributed, remote
+from train.runtime import cards, distributed, remote
 from train.runtime.sharding import batch_sharding
 from train.runtime.tracking import progress, say
 from train.tasks.kinds import Kind, Rows
@@ -158,7 +157,7 @@ def answer_prompts(
 
 def export_decoder(model: Model, folder: Path, dtype: str, what: str) -> None:
     """An HF folder."""
-    text = card.plain(what, model.sha, chat=False)
+    text = cards.plain(what, model.sha, chat=False)
     exports.export_model(model, folder, dtype, text, speaks=False)
 
 
@@ -174,7 +173,7 @@ def export_adapter(
         f"LoRA adapters of rank {adapters.rank} in PEFT's format, which learned {task} with "
         "jaxlib-unlearn."
     )
-    text = card.of_adapter(what, base, command, tags=())
+    text = cards.of_adapter(what, base, command, tags=())
     family = model.decoder.config.family
     exports.export_adapter(trained, adapters, family, root / "adapter", base, text)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from train.data import tofu
-from train.evaluators import QUESTION_ANSWERING
+from train.data.task import QUESTION_ANSWERING, STREAMS, Task
 from train.options.config import RunConfig
-from train.tasks.task import STREAMS, Benchmark, Task
+from train.tasks.task import Benchmark
 
 
 def load(config: RunConfig) -> Task:

@@ -20,9 +20,9 @@ from train.options import checks, optimizers
 from train.options import config as configs
 from train.options.config import TrainConfig, run_folder, to_json
 from train.reporting import ending
-from train.reporting.runlogs import read_steps
 from train.runtime import distributed, folder, remote, reporters, sharding
 from train.runtime.stages import json_stage
+from train.runtime.steplog import read_steps
 from train.runtime.tracking import Timed, say
 from train.tasks import labelled
 from train.tasks.kinds import Kind

@@ -26,7 +26,6 @@ from train.data import captions
 from train.data.images import Pictures as Labelled
 from train.data.noisy_latents import NoisyLatents
 from train.engine import exports
-from train.engine.loop import TrainingError
 from train.engine.run import Recipe, Run, Work, compute, num_steps, phase, started, train
 from train.evaluators import evaluation
 from train.jobs.diffusing import drawing, held, judges, judging, prompts
@@ -39,8 +38,9 @@ from train.options import checks, optimizers
 from train.options import config as configs
 from train.options.config import TrainConfig, run_folder
 from train.options.roles import Roles
-from train.reporting import card, ending
-from train.runtime import distributed, folder, remote, reporters, seal, sharding
+from train.reporting import ending
+from train.runtime import cards, distributed, folder, remote, reporters, seal, sharding
+from train.runtime.errors import TrainingError
 from train.runtime.stages import json_stage
 from train.runtime.tracking import Tracker, say
 from train.tasks import pictures
@@ -404,7 +404,7 @@ def export_painter(painter: Painter, target: Path, dtype: str, what: str) -> Non
         dtype: of its tensors.
         what: a sentence on where it comes from, for its card.
     """
-    text = card.of_diffusion(what, painter.sha)
+    text = cards.of_diffusion(what, painter.sha)
 
     def write() -> None:
         there = painter.to_device()

@@ -68,6 +68,7 @@ def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
     from train.options import checks, optimizers
     from train.runtime import distributed, folder, remote, sharding
     from train.runtime.stages import digest, write_atomic
+    from train.tasks import fitting
     from train.tasks.task import prompt_format
 
     distributed.start(config.distributed)
@@ -97,7 +98,7 @@ def _run(config: FinetuneRun, held: contextlib.ExitStack) -> Path:
     base = base_models.load_model(config.model, ModelConfig().remat, mesh).to_host()
     checks.check_blocks(config.train.optimizer, base.decoder.config.num_layers)
     base = base._replace(tokenizer=base.tokenizer.formatted(layout))
-    rows = checks.fit_rows(rows, base, config.system_prompt, config.max_length, "rows")
+    rows = fitting.fit_rows(rows, base, config.system_prompt, config.max_length, "rows")
     num_steps(config.train, len(rows), config.train.optimizer)
     root = folder.enter(place, held)
     run = Run(root, mesh, config.seed, Tracker(root))

@@ -22,9 +22,8 @@ from train.jobs.finetuning.config import ReasoningRun, stage_of, stretched
 from train.options import checks, optimizers
 from train.options import config as configs
 from train.options.config import DataConfig, run_folder, to_json
-from train.reporting import card
 from train.reporting.ending import publish
-from train.runtime import distributed, folder, remote, reporters, sharding
+from train.runtime import cards, distributed, folder, remote, reporters, sharding
 from train.runtime.stages import json_stage
 from train.runtime.tracking import Timed, say
 from train.tasks.task import prompt_format
@@ -263,7 +262,7 @@ def export(opened: Opened, trained: Model) -> None:
         f"jaxlib-unlearn; of each trace {how.tau:g} of the thoughts ({how.policy})."
     )
     with phase(run, "export"):
-        text = card.plain(what, trained.sha)
+        text = cards.plain(what, trained.sha)
         tokens = config.evaluate.max_new_tokens
         export_model(trained, run.folder / "export", config.export_dtype, text, tokens)
 

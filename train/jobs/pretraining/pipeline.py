@@ -34,8 +34,8 @@ from train.options import checks, optimizers
 from train.options import config as configs
 from train.options.config import replace, run_folder
 from train.options.roles import NONE, Roles
-from train.reporting import card, ending
-from train.runtime import distributed, folder, remote, reporters, sharding
+from train.reporting import ending
+from train.runtime import cards, distributed, folder, remote, reporters, sharding
 from train.runtime.checkpointing import params_sha256
 from train.runtime.stages import json_stage
 from train.runtime.tracking import Timed, say
@@ -321,7 +321,7 @@ def export(opened: Opened, trained: Model, summary: dict[str, Any]) -> None:
     """`RUN/export`: the model as an HF folder, with a card."""
     run, config = opened.run, opened.config
     found = summary[STAGE]
-    text = card.plain(
+    text = cards.plain(
         f"A language model trained from random weights on {found['tokens']:,} tokens "
         f"({config.preset}, seed {config.seed}) with jaxlib-unlearn. Validation perplexity "
         f"{found['val_perplexity']:.4g}. It continues texts, and answers no questions.",

@@ -18,10 +18,10 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics.text import unfinished
 from models.decoder.generate import SamplingConfig
 from train.data.examples import encode_prompt
+from train.data.task import ALTERNATES, Row
 from train.engine.run import Run, Work, compute
 from train.evaluators.evaluation import Answers, Model, answer_rows
 from train.runtime.tracking import say
-from train.tasks.task import ALTERNATES, Row
 
 VERSION = 1
 SHOTS = 6  # retain rows before every question

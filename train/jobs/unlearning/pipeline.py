@@ -10,32 +10,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics import tofu
 from jaxlib_unlearn.objectives import Objective
-from models.learner import DecoderLearner, check_questions
+from models.decoder.learner import DecoderLearner
+from models.learner import check_questions
 from train.data.examples import Encoded, encode_rows
 from train.data.streams import Examples, make_stream
+from train.data.task import ALTERNATES, TRACES, Row, Task
 from train.engine import base_models, exports
 from train.engine.replays import stored
 from train.engine.run import Recipe, Run, Watch, num_steps, phase, started, train
 from train.engine.trainable import train_from
+from train.evaluators import trace_judge
 from train.evaluators.evaluation import Model, curve, longest, num_parameters
 from train.evaluators.judging import compare_logs, evaluate_cached, summarize
 from train.jobs.unlearning.alternates import with_alternates
 from train.jobs.unlearning.traces import check_room, read_traces, with_traces
-from train.options import checks
+from train.options import checks, optimizers
 from train.options import config as configs
 from train.options.config import LoraConfig, RunConfig, run_folder
 from train.options.roles import ROLES
 from train.reporting import card, ending, tables
-from train.runtime import distributed, files, folder, remote, reporters
+from train.runtime import cards, distributed, files, folder, remote, reporters, sharding
 from train.runtime.stages import digest
 from train.runtime.tracking import Tracker, say
-from train.tasks import load_task
-from train.tasks.task import ALTERNATES, TRACES, Row, Task, prompt_format
+from train.tasks import fitting, load_task
+from train.tasks.task import prompt_format
 
 CURVE_ROWS = 40
 
@@ -98,7 +102,7 @@ def prepare(
     """
     distributed.check_same(identity(config))
     with distributed.together():
-        mesh = checks.check_run(config)
+        mesh = check_run(config)
         layout = prompt_format(config.data)
         if config.retain_log is not None:
             files.check_key(config.retain_log)  # where it is that of a run
@@ -143,7 +147,7 @@ def _fit(config: RunConfig, task: Any, layout: Any, mesh: Any, retain_log: Any) 
     if config.stage.original is None:
         checks.check_blocks(config.finetune.optimizer, base.decoder.config.num_layers)
     data = config.data
-    task = checks.fit_task(task, base, config.evaluate, data.system_prompt, data.max_length)
+    task = fitting.fit_task(task, base, config.evaluate, data.system_prompt, data.max_length)
     check_stages(config, task, base.learner, retain_log)
     if config.traces.path is None and lacks_traces(objectives.resolve(config.objective)[0], task):
         where = {"system_prompt": data.system_prompt, "max_length": data.max_length}
@@ -431,7 +435,6 @@ def export_adapter(
     It belongs to the original as the run has it: the given one, or that trained in the run, which
     `train.export RUN RUN/original --model original` writes where the adapter looks for it.
     """
-    from train.reporting import card
 
     home = remote.home(root)
     given = config.stage.original
@@ -440,7 +443,7 @@ def export_adapter(
     rank = adapters.rank or 1
     what = f"LoRA adapters of rank {rank} in PEFT's format, trained by jaxlib-unlearn to forget."
     command = f"python -m train.export {home} {home / 'original'} --model original"
-    text = card.of_adapter(what, base, None if known else command)
+    text = cards.of_adapter(what, base, None if known else command)
     exports.export_adapter(trained, adapters, family, root / "adapter", base, text)
 
 
@@ -492,3 +495,28 @@ def export(run: Run, config: RunConfig, unlearned: Model, judged: Judged) -> Non
 def report(run: Run, judged: Judged) -> None:
     """`summary.json`, the page and its pictures, and the table on the terminal."""
     ending.publish(run, judged.summary)
+
+
+def check_run(config: RunConfig) -> Mesh:
+    """Everything about a run that is known before data and model are read; returns its mesh.
+
+    Raises:
+        UserError: a number out of range, an unknown name, a mesh that does not fit.
+    """
+    checks.check_numbers(config)
+    objective, settings = objectives.resolve(config.objective)
+    objectives.check_accumulation(objective, config.unlearn.accumulate)
+    optimizers.check_pair(config.optimizer, config.combine, objective, settings)
+    checks.check_lora(config.lora, config.optimizer)
+    checks.check_selection(config.train, config.optimizer)
+    checks.refuse_both(config.lora, config.train)
+    reporters.check(reporters.chosen(config.report_to, config.tensorboard))
+    trace_judge.check(config.evaluate.judge_model)
+    if config.profile is not None:
+        checks.check_writable("--profile", config.profile)
+    checks.check_places(config)
+    mesh = sharding.make_mesh(config.mesh)
+    checks.check_finetuning(config.finetune, mesh)
+    checks.check_stage(config.unlearn, config.optimizer, mesh, "unlearning")
+    optimizers.check_mesh(config.optimizer, mesh, config.unlearn.batch_size)
+    return mesh

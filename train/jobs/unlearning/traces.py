@@ -14,6 +14,7 @@ from typing import Any
 from jaxlib_unlearn.errors import UserError
 from models.decoder.generate import SamplingConfig, generate
 from train.data.examples import encode_prompt, encode_text
+from train.data.task import TRACES, Row
 from train.data.tofu import is_document, read_json
 from train.engine.run import Run, Work, compute
 from train.evaluators.evaluation import Model, longest
@@ -22,7 +23,6 @@ from train.runtime import distributed
 from train.runtime.sharding import batch_sharding
 from train.runtime.stages import digest, write_atomic
 from train.runtime.tracking import progress, say
-from train.tasks.task import TRACES, Row
 
 VERSION = 2
 FILE = "traces.jsonl"
