@@ -14,9 +14,9 @@ import pytest
 from jaxlib_unlearn.errors import UserError
 from train.data import references
 from train.engine import base_models, exports
+from train.jobs.unlearning import pipeline
 from train.options import cli
 from train.options.config import RunConfig
-from train.presets import pipeline
 from train.presets import unlearning_arguments as arguments
 from train.reporting import tables
 from train.runtime import files, folder, seal, sharding, steplog
