@@ -8,7 +8,7 @@ follows from the global batch alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -181,6 +181,22 @@ def collate(
     return batch
 
 
+def _joined(by_bucket: Mapping[int, list[int]], batch_tokens: int) -> dict[int, list[int]]:
+    """Buckets, longest first, but those that fit into one batch together are one.
+
+    A batch of another shape is another program, and costs more to compile than the padding does.
+    """
+    found: dict[int, list[int]] = {}
+    for length, members in by_bucket.items():
+        longest = next(reversed(found), length)
+        together = found.get(longest, []) + members
+        if len(together) * longest <= batch_tokens:
+            found[longest] = together
+        else:
+            found[length] = members
+    return found
+
+
 def score_batches(
     items: Sequence[Example | Group],
     *,
@@ -195,7 +211,8 @@ def score_batches(
     """Cover all items once, longest first, in batches of few shapes.
 
     Items are sorted by length (so that a batch too large for memory fails at once) and grouped by
-    length bucket; a bucket has one batch shape, its last batch filled up with padding rows.
+    length bucket, and buckets that fit into one batch together are one; a bucket has one batch
+    shape, its last batch filled up with padding rows.
 
     Args:
         items: examples or groups.
@@ -218,7 +235,7 @@ def score_batches(
     by_bucket: dict[int, list[int]] = {}
     for index in sorted(range(len(items)), key=lambda i: (-sizes[i][0], i)):
         by_bucket.setdefault(bucket_length(sizes[index][0], buckets), []).append(index)
-    for length, members in by_bucket.items():
+    for length, members in _joined(by_bucket, batch_tokens if batch_size is None else 0).items():
         widest = max(sizes[i][1] for i in members)
         label_length = -(-max(widest, 1) // label_multiple) * label_multiple
         rows = batch_size or max(1, batch_tokens // length)

@@ -201,7 +201,7 @@ class Choices:
         """Whether `together` rows have at most `length` tokens on average."""
         return together * sum(self._tokens()) <= length * len(self.rows)
 
-    def packed(self, together: int, batch_size: int) -> Choices:
+    def packed(self, together: int, batch_size: int, shapes: int = 2) -> Choices:
         """The stream with `together` rows in each row of tokens."""
         tokens = np.array(self._tokens())
         labels = np.array([len(row.group.targets) for row in self.rows])
@@ -214,7 +214,7 @@ class Choices:
             return tuple(sorted({*make_buckets(found, number, multiple), *most}))
 
         # Each pair of sizes is a compilation.
-        packing = Packing(together, sizes(tokens, 2, 16), sizes(labels, 1, 1))
+        packing = Packing(together, sizes(tokens, min(shapes, 2), 16), sizes(labels, 1, 1))
         return replace(self, labels=self.labels[-1:], packing=packing)
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:

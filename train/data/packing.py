@@ -24,6 +24,8 @@ from train.data.batches import (
 from train.data.examples import Example, Group, pack, packed_length, shared_prefix
 
 SAMPLE = 2048  # examples in the random batches that padded lengths are made from
+SHAPES = 3  # padded lengths, at most
+WORTH = 50  # steps that pay for the compilation of one more
 
 
 class Packing(NamedTuple):
@@ -92,8 +94,18 @@ def sampled(lengths: Sequence[int], together: int, batch_size: int) -> Iterator[
         yield index[dealt].reshape(-1, together)
 
 
+def shapes_within(steps: int) -> int:
+    """The number of padded lengths whose compilations so many steps pay for.
+
+    Example:
+        >>> [shapes_within(steps) for steps in (10, 100, 1000)]
+        [1, 2, 3]
+    """
+    return max(1, min(SHAPES, steps // WORTH))
+
+
 def make_packing(
-    examples: Sequence[Example], together: int, batch_size: int, buckets: int = 3
+    examples: Sequence[Example], together: int, batch_size: int, buckets: int = SHAPES
 ) -> Packing:
     """Padded sizes for rows of `together` examples (each pair of sizes is a compilation).
 

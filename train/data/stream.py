@@ -77,8 +77,8 @@ class Packable(Stream, Protocol):
         """Whether `together` of its rows have at most `length` tokens on average."""
         ...
 
-    def packed(self, together: int, batch_size: int) -> Packable:
-        """The stream with `together` rows in each row of tokens."""
+    def packed(self, together: int, batch_size: int, shapes: int) -> Packable:
+        """The stream with `together` rows in each row of tokens, in so many shapes at most."""
         ...
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:

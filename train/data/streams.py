@@ -22,7 +22,7 @@ from train.data.batches import (
     training_indices,
 )
 from train.data.examples import Example
-from train.data.packing import Packing, balanced, collate_packed, fits, make_packing
+from train.data.packing import SHAPES, Packing, balanced, collate_packed, fits, make_packing
 from train.data.stream import Order, Packable, Stream
 
 
@@ -82,12 +82,12 @@ class Examples:
         """Whether rows of `together` examples have at most `length` tokens on average."""
         return fits(self.sized_by or self.examples, together, length)
 
-    def packed(self, together: int, batch_size: int) -> Examples:
+    def packed(self, together: int, batch_size: int, shapes: int = SHAPES) -> Examples:
         """The stream with `together` examples in each row of tokens."""
         return replace(
             self,
             label_buckets=self.label_buckets[-1:],  # costs nothing, and saves compilations
-            packing=make_packing(self.sized_by or self.examples, together, batch_size),
+            packing=make_packing(self.sized_by or self.examples, together, batch_size, shapes),
         )
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:
@@ -155,7 +155,11 @@ def make_stream(
 
 
 def pack_streams(
-    streams: Mapping[str, Stream], batch_size: int, divides: int, length: int
+    streams: Mapping[str, Stream],
+    batch_size: int,
+    divides: int,
+    length: int,
+    shapes: int = SHAPES,
 ) -> dict[str, Stream]:
     """The streams with as many examples per row as fill about `length` tokens.
 
@@ -169,6 +173,7 @@ def pack_streams(
         divides: a multiple of the number of examples per row: the examples of a micro-batch on one
             device.
         length: tokens that a row should hold; 0 leaves one example in each.
+        shapes: the most padded lengths of a stream, each of which is compiled.
     """
     able = {name: stream for name, stream in streams.items() if isinstance(stream, Packable)}
     fitting = [
@@ -178,7 +183,7 @@ def pack_streams(
     ]
     if not fitting or len(able) < len(streams):
         return dict(streams)
-    return {name: stream.packed(max(fitting), batch_size) for name, stream in able.items()}
+    return {name: stream.packed(max(fitting), batch_size, shapes) for name, stream in able.items()}
 
 
 def batches_of(

@@ -21,7 +21,7 @@ from train.engine.replays import coefficients
 from train.engine.replays.recording import Recording, recorder_of
 from train.engine.step import ALL, Binding, TrainState, compile_step, init_state, objective_state
 from train.options.optimizers import Options, build
-from train.runtime import checkpointing, distributed, remote, residency, sharding
+from train.runtime import checkpointing, compiling, distributed, remote, residency, sharding
 from train.runtime.errors import TrainingError
 from train.runtime.tracking import Tracker, progress, say
 
@@ -228,7 +228,7 @@ def run(
         step_fn = compile_step(traced_step(*parts, stage.combine, *how), shardings, mesh)
 
         def compile_for(*args):
-            made = step_fn.lower(*args).compile()
+            made = compiling.compiled(step_fn.lower(*args))
             return made, (made,)
 
     fixed = tuple((x.shape, x.dtype, x.sharding) for x in jax.tree.leaves((state, frozen)))
@@ -238,6 +238,8 @@ def run(
         """The step for batches of these shapes, compiled once, and its MiB on a device."""
         shapes = (fixed, *((n, k, x.shape) for n, b in batches.items() for k, x in b.items()))
         if shapes not in compiled:
+            if not compiled:
+                say(f"{stage.name}: compiling the step")
             began = time.monotonic()
             made, programs = compile_for(state, hyper, frozen, batches)
             spent.append(time.monotonic() - began)

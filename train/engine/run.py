@@ -25,6 +25,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
 from models.bounds import check_positions
 from models.learner import check_questions
+from train.data.packing import shapes_within
 from train.data.references import cached_streams, with_references
 from train.data.stream import Positioned, Stream
 from train.data.streams import batches_of, pack_streams
@@ -224,9 +225,10 @@ def train(
     alone = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)
     divides = math.gcd(alone, stage.batch_size // parts)
     row_tokens = recipe.row_tokens if row.packable else 0
-    streams = pack_streams(streams, stage.batch_size, divides, row_tokens)
     main = row.streams[0]
     steps = num_steps(stage, len(streams[main]), optimizer)
+    shapes = shapes_within(steps)
+    streams = pack_streams(streams, stage.batch_size, divides, row_tokens, shapes)
     seed = seed_of(run.seed, purpose or name)
     inputs = stage_inputs(
         start.sha,

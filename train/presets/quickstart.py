@@ -76,10 +76,11 @@ OPTIMIZERS = {
 }
 
 SMOKE = {
-    "finetune.steps": 60,
-    "unlearn.steps": 10,
+    "finetune.steps": 30,
+    "unlearn.steps": 6,
     "unlearn.curve_points": 2,
-    "data.num_authors": 40,
-    "evaluate.leak_samples": 4,
-    "evaluate.max_new_tokens": 24,
+    "data.num_authors": 20,
+    "data.holdout_rows": 10,
+    "evaluate.leak_samples": 2,
+    "evaluate.max_new_tokens": 16,
 }

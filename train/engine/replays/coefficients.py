@@ -32,6 +32,7 @@ from train.engine.step import (
     value_functions,
 )
 from train.options.optimizers import OPTIMIZERS, Options, transformation
+from train.runtime.compiling import compiled
 from train.runtime.sharding import batch_sharding
 
 NOTHING: Any = None  # in the place of a gradient
@@ -188,11 +189,11 @@ def compiler(
     applies: list[Any] = []
 
     def compile_for(state: TrainState, hyper: Hyper, frozen: Any, batches: Batches):
-        first = evaluate.lower(state, hyper, frozen, batches).compile()
+        first = compiled(evaluate.lower(state, hyper, frozen, batches))
         if not applies:
             coeffs = state_of(state.opt_state).coeffs
             args = (state.params, state.opt_state, hyper["schedule"], coeffs)
-            applies.append(apply.lower(*args).compile())
+            applies.append(compiled(apply.lower(*args)))
         (second,) = applies
 
         def step(state: TrainState, hyper: Hyper, frozen: Any, batches: Batches):
