@@ -13,7 +13,7 @@ matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def concrete(*trees: Any) -> bool:
-    """Whether all values are concrete, so that eager code may branch and loop in Python.
+    """True if all values are concrete, so that eager code may branch and loop in Python.
 
     An eager step then compiles nothing: ``lax.cond``, ``lax.map`` and ``lax.scan`` over functions
     created at every step would be compiled at every step.
@@ -83,7 +83,7 @@ def matrix_by_matrix(
 
     Args:
         fn: takes ``(..., r, c)`` and returns a tree of arrays with the same leading axes.
-        elsewhere: what to call off CPUs; None: ``fn``.
+        elsewhere: The function that is called on other devices; None for ``fn``.
 
     Returns:
         A function with the same arguments and results.

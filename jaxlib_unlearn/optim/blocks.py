@@ -1,4 +1,4 @@
-"""Which block of a model a leaf belongs to, for optimizers that group blocks (TEON).
+"""The block of a model to which a leaf belongs, for optimizers that group blocks (TEON).
 
 A leaf that is a stack holds many blocks. Any other belongs to the block whose number is in its
 path: the number of a component named ``layer``, ``block``, ``stack`` (as an ending, singular or
@@ -35,11 +35,11 @@ _NUMBER_FIRST = re.compile(  # h0_attn
 
 
 def counts_blocks(path: Any, axes: MatrixAxes, rank: int) -> bool:
-    """Whether the first axis of a leaf counts blocks: it is a stack, and not of experts.
+    """True if the first axis of a leaf counts blocks: it is a stack, and not of experts.
 
     Args:
-        path: where the leaf is.
-        axes: how it is a stack of matrices.
+        path: The path of the leaf.
+        axes: The axes of the leaf as a stack of matrices.
         rank: its number of axes.
 
     Returns:
@@ -55,13 +55,13 @@ def counts_blocks(path: Any, axes: MatrixAxes, rank: int) -> bool:
 
 
 def layer_of(path: Any, stacked: bool) -> tuple[str, int | None] | None:
-    """Which projection a leaf is, by a name that all blocks share, and its block.
+    """The projection that a leaf is, by a name that all blocks share, and its block.
 
     Follows the module's rules for one leaf alone; :func:`layers_of` does so for a tree.
 
     Args:
-        path: where the leaf is.
-        stacked: whether its first axis counts blocks.
+        path: The path of the leaf.
+        stacked: True if the first axis of the leaf counts blocks.
 
     Returns:
         ``(kind, block)``; block None for a leaf that holds a stack of them (consecutive stacks,

@@ -1,4 +1,4 @@
-"""Which leaves are matrices, and which of their axes are stack, in and out.
+"""The leaves that are matrices, and their stack, input and output axes.
 
 Decided once, by path and rank, for every optimizer of matrices. Leaves that are not matrices
 (embeddings, heads, norms, biases, scales, routers, short convolutions, vectors) go to AdamW. A leaf
@@ -15,6 +15,7 @@ import jax
 from optax.contrib import MuonDimensionNumbers
 
 from jaxlib_unlearn.optim.blocks import layer_of
+from jaxlib_unlearn.optim.memo import once, outline
 from jaxlib_unlearn.optim.rules import (
     MatrixAxes,
     path_str,
@@ -28,17 +29,19 @@ __all__ = [
     "MatrixAxes",
     "Specs",
     "describe",
+    "every_matrix",
     "labels",
     "layer_of",
     "matrix_axes",
     "path_str",
+    "paths_of",
     "resolve",
     "sharding_role",
     "trailing_axes",
 ]
 
 Specs = Any
-"""Which leaves are matrices: None for the rules of ``optim.rules``; or a word or
+"""A choice of matrices: None for the rules of ``optim.rules``; or a word or
 ``optax.contrib.MuonDimensionNumbers`` (or None, for adamw) per leaf or subtree; or a function of
 the parameters that returns such a tree. The words are "rules", and "all_2d": the rules, but two
 axes (after those of stacks) make a matrix where the name of a leaf says nothing."""
@@ -54,7 +57,7 @@ def matrix_axes(path: Any, leaf: Any, *, layout: str = "in_out") -> MatrixAxes |
     """Axes of the matrices in a leaf, or None if the leaf is for AdamW.
 
     Args:
-        path: where the leaf is (text or a key path).
+        path: The path of the leaf, text or a key path.
         leaf: an array or anything with a ``shape``.
         layout: "in_out" for kernels ``(..., in, out)``; "out_in" for ``(..., out, in)`` (equinox,
             torch). DenseGeneral kernels are recognised in the first layout only.
@@ -81,7 +84,7 @@ def trailing_axes(path: Any, leaf: Any) -> MatrixAxes | None:
     """The bare rule of ``scale_by_*``: the last two axes are (in, out), all others are the stack.
 
     Args:
-        path: where the leaf is.
+        path: The path of the leaf.
         leaf: anything with a ``shape``.
 
     Returns:
@@ -104,6 +107,32 @@ def trailing_axes(path: Any, leaf: Any) -> MatrixAxes | None:
             "optax.partition(..., labels), or use the optimizer that splits by itself"
         )
     return MatrixAxes(tuple(range(rank - 2)), (rank - 2,), (rank - 1,))
+
+
+def every_matrix(tree: Any) -> list[MatrixAxes | None]:
+    """:func:`trailing_axes` of every leaf of a tree.
+
+    Args:
+        tree: parameters, gradients or shapes.
+
+    Returns:
+        One entry per leaf: the axes, or None.
+
+    Raises:
+        ValueError: a leaf of rank >= 2 whose name says norm, bias, scale or embed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> every_matrix({"v": jnp.ones(2), "w": jnp.ones((2, 3))})
+        [None, MatrixAxes(stack=(), fan_in=(0,), fan_out=(1,))]
+    """
+    return list(_trailing(*outline(tree)))
+
+
+@once
+def _trailing(structure: Any, shapes: Any) -> tuple[MatrixAxes | None, ...]:
+    bare = (jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
+    return tuple(map(trailing_axes, paths_of(structure), bare))
 
 
 def resolve(tree: Any, matrices: Specs = None, layout: str = "in_out") -> list[MatrixAxes | None]:
@@ -131,37 +160,67 @@ def resolve(tree: Any, matrices: Specs = None, layout: str = "in_out") -> list[M
     """
     found = []
     for decided in _decide(tree, matrices, layout):
-        if isinstance(decided, ValueError):
-            raise decided
+        if isinstance(decided, str):
+            raise ValueError(decided)
         found.append(decided[0])
     return found
 
 
-def _decide(
-    tree: Any, matrices: Specs, layout: str
-) -> list[tuple[MatrixAxes | None, str] | ValueError]:
-    """For every leaf its axes and the rule, or the error that it raises."""
-    flat = [(path_str(p), x) for p, x in jax.tree_util.tree_leaves_with_path(tree)]
+Decision = tuple[MatrixAxes | None, str] | str
+"""The axes of a leaf and the rule, or the message of the error that it raises."""
+
+
+def _decide(tree: Any, matrices: Specs, layout: str) -> tuple[Decision, ...]:
+    """The decision for every leaf, made once for trees of one structure and the same shapes."""
+    structure, shapes = outline(tree)
     specs = "rules" if matrices is None else matrices(tree) if callable(matrices) else matrices
-
-    def is_spec(x):
-        return x is None or isinstance(x, MuonDimensionNumbers)
-
-    counted = jax.tree.map(
-        lambda spec, sub: (spec, len(jax.tree.leaves(sub))), specs, tree, is_leaf=is_spec
-    )
-    spread = []
-    for spec, size in jax.tree.leaves(counted, is_leaf=lambda x: type(x) is tuple and len(x) == 2):
+    if isinstance(specs, str):
+        pairs = [(specs, len(shapes))]
+    else:
+        counted = jax.tree.map(
+            lambda spec, sub: (spec, len(jax.tree.leaves(sub))), specs, tree, is_leaf=_is_spec
+        )
+        pairs = jax.tree.leaves(counted, is_leaf=lambda x: type(x) is tuple and len(x) == 2)
+    for spec, _ in pairs:
         if isinstance(spec, str) and spec not in _WORDS:
             raise ValueError(f"the words that matrices takes are {_WORDS}, got {spec!r}")
-        spread += [spec] * size
-    by_rules = place_all(
-        [(text, tuple(x.shape)) for text, x in flat], layout, [w == "all_2d" for w in spread]
+    return _placed(structure, shapes, tuple(spec for spec, n in pairs for _ in range(n)), layout)
+
+
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, MuonDimensionNumbers)
+
+
+@once
+def _placed(structure: Any, shapes: Any, specs: tuple, layout: str) -> tuple[Decision, ...]:
+    leaves = list(zip(paths_of(structure), shapes, strict=True))
+    by_rules = place_all(leaves, layout, [spec == "all_2d" for spec in specs])
+    return tuple(
+        (_from_numbers(text, shape, spec), "as given")
+        if not isinstance(spec, str)
+        else str(rule)
+        if isinstance(rule, ValueError)
+        else rule
+        for (text, shape), spec, rule in zip(leaves, specs, by_rules, strict=True)
     )
-    return [
-        rule if isinstance(spec, str) else (_from_numbers(text, x, spec), "as given")
-        for (text, x), spec, rule in zip(flat, spread, by_rules, strict=True)
-    ]
+
+
+@once
+def paths_of(structure: Any) -> tuple[str, ...]:
+    """The path of every leaf of a tree, as text.
+
+    Args:
+        structure: The structure of the tree, from ``jax.tree.structure``.
+
+    Returns:
+        One path a leaf.
+
+    Example:
+        >>> paths_of(jax.tree.structure({"layers": [{"q": 0}]}))
+        ('layers/0/q',)
+    """
+    numbered = jax.tree.unflatten(structure, range(structure.num_leaves))
+    return tuple(path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(numbered))
 
 
 def labels(params: Any, *, matrices: Specs = None, layout: str = "in_out") -> Any:
@@ -227,8 +286,8 @@ def describe(
     flat = [(path_str(p), tuple(x.shape)) for p, x in jax.tree_util.tree_leaves_with_path(params)]
     rows = [["leaf", "shape", "optimizer", "rule"]]
     for (text, shape), decided in zip(flat, _decide(params, matrices, layout), strict=True):
-        if isinstance(decided, ValueError):
-            rows.append([text, str(shape), "ambiguous", str(decided)])
+        if isinstance(decided, str):
+            rows.append([text, str(shape), "ambiguous", decided])
             continue
         axes, why = decided
         if axes is not None:
@@ -260,7 +319,7 @@ def note(path: str, text: str) -> None:
     For transformations, to be called by ``init``; does nothing outside ``describe``.
 
     Args:
-        path: of the leaf.
+        path: The path of the leaf.
         text: a few words.
 
     Example:
@@ -321,19 +380,19 @@ def _owner(state: Any, path: Any) -> tuple[str, str]:
     return found
 
 
-def _from_numbers(text: str, leaf: Any, spec: MuonDimensionNumbers | None) -> MatrixAxes | None:
+def _from_numbers(text: str, shape: Any, spec: MuonDimensionNumbers | None) -> MatrixAxes | None:
     if spec is None:
         return None
-    rank = len(leaf.shape)
+    rank = len(shape)
 
     def axes(given) -> tuple[int, ...]:
         given = (given,) if isinstance(given, int) else tuple(given)
         if any(not -rank <= a < rank for a in given):
-            raise ValueError(f"{text!r} {tuple(leaf.shape)} has no axes {given} ({spec})")
+            raise ValueError(f"{text!r} {shape} has no axes {given} ({spec})")
         return tuple(a % rank for a in given)
 
     fan_in, fan_out = axes(spec.reduction_axis), axes(spec.output_axis)
     if rank < 2 or not fan_in or not fan_out or len({*fan_in, *fan_out}) < len(fan_in + fan_out):
-        raise ValueError(f"{text!r} {tuple(leaf.shape)} is no matrix under {spec}")
+        raise ValueError(f"{text!r} {shape} is no matrix under {spec}")
     stack = tuple(a for a in range(rank) if a not in fan_in + fan_out)
     return MatrixAxes(stack, fan_in, fan_out)

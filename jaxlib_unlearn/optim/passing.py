@@ -71,7 +71,7 @@ def passing_by(
 
 
 def moves(x: Any) -> bool:
-    """Whether an optimizer updates an array or shape.
+    """True if an optimizer updates an array of this dtype and shape.
 
     Example:
         >>> import jax.numpy as jnp

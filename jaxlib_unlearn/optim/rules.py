@@ -111,7 +111,7 @@ def place(
     """Axes of the matrices in a leaf (None: AdamW's), and why.
 
     Args:
-        text: where the leaf is.
+        text: The path of the leaf.
         shape: its shape.
         layout: "in_out" or "out_in".
         all_2d: treat two axes (after those of stacks) as a matrix where the name says nothing.
@@ -198,7 +198,7 @@ def place_all(
     """:func:`place` for all leaves of a tree, with the check that needs their neighbours.
 
     Args:
-        leaves: where each leaf is, and its shape.
+        leaves: The path and the shape of every leaf.
         layout: as in :func:`place`.
         all_2d: as in :func:`place`, one entry per leaf.
 
@@ -238,7 +238,7 @@ def place_all(
 
 
 def refused_bare(text: str) -> bool:
-    """Whether a name says that a leaf of rank >= 2 is not a stack of matrices.
+    """True if a name says that a leaf of rank >= 2 is not a stack of matrices.
 
     Example:
         >>> refused_bare("layers/norm"), refused_bare("layers/q"), refused_bare("PreNorm_0/w")
@@ -266,7 +266,7 @@ def sharding_role(path: Any) -> str:
     not share a bucket. An adapter has the role of the kernel it belongs to.
 
     Args:
-        path: where the leaf is.
+        path: The path of the leaf.
 
     Returns:
         "row" or "column".
@@ -307,7 +307,7 @@ def _name(parts: list[str]) -> str:
 
 
 def stack_depth(parts: list[str], rank: int) -> int:
-    """How many leading axes count matrices.
+    """The number of leading axes that count matrices.
 
     A container such as ``layers`` adds one axis. Followed by a number it is either a list of
     layers (no axis) or a tuple of consecutive stacks (one axis): the rank decides, except for

@@ -114,7 +114,7 @@ def test_cut_and_join_keep_an_explicit_sharding(split, spec):
     @jax.jit
     def there_and_back(x):
         parts = cut(x, axes, split)
-        return join([2 * part for part, _ in parts], x, axes, split)
+        return join([2 * part for part in parts], x, axes, split)
 
     got = there_and_back(placed)
     np.testing.assert_array_equal(got, 2 * x)

@@ -27,7 +27,6 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlib_unlearn.optim.arrays import adjoint
 from jaxlib_unlearn.optim.matrices import MatrixAxes
 
 StackFunction = Callable[..., Any]
@@ -48,7 +47,7 @@ def map_matrices(
         fn: ``(n, r, c) -> (n, r, c)`` with r <= c, each matrix on its own and equivariant under
             the (conjugate) transpose. Pass the same object at every call, or eager calls recompile.
         leaves: arrays of rank >= 2.
-        axes: how each leaf is a stack of matrices.
+        axes: The axes of every leaf as a stack of matrices.
         roles: one word per leaf; leaves with different words never share a bucket. It matters where
             types do not show shardings (Auto axes): see ``matrices.sharding_role``.
 
@@ -83,7 +82,7 @@ def map_stacks(
             with ``extras`` as ``fn(*stacks, extra)``, and returns ``((n, r, c), aux)``.
         streams: for every leaf a tuple of arrays, all of one shape, dtype and sharding (a gradient
             and another one, say); every leaf has the same number of them.
-        axes: how each leaf is a stack of matrices.
+        axes: The axes of every leaf as a stack of matrices.
         roles: as in :func:`map_matrices`.
         together: for every leaf, how many consecutive matrices of its stack must go into one call
             (its number of matrices is a multiple of it); 1 if absent.
@@ -124,7 +123,7 @@ def _map(streams, extras, *, fns, axes, roles, together):
         leaf = leaves[0]
         stack = tuple(_to_stack(x, leaf_axes) for x in leaves)
         stacks.append(stack)
-        turned = is_tall(leaf, leaf_axes)
+        turned = _sizes(leaf, leaf_axes)[1]
         kind, spec = _sharding_kind(leaf), _spec(stack[0])
         key = (stack[0].shape[1:], stack[0].dtype, kind, fns[i], together[i])
         if kind == "explicit":
@@ -169,7 +168,7 @@ class _Bucket(NamedTuple):
 
     @property
     def unit_cost(self) -> int:
-        """What a unit costs, up to a factor: products of r x r, r x c and c x r matrices."""
+        """The cost of a unit, up to a factor: products of r x r, r x c and c x r matrices."""
         _, rows, columns = self.batch[0].shape
         return self.together * rows * rows * (2 * columns + rows)
 
@@ -181,32 +180,27 @@ def _concatenate(trees: list[Any]) -> Any:
 # Leaves and stacks of matrices
 
 
-def is_tall(leaf: jax.Array, axes: MatrixAxes) -> bool:
-    """Whether the stack holds the transposed matrices: more inputs than outputs."""
-    _, fan_in, fan_out = axes.sizes(leaf.shape)
-    return fan_in > fan_out
-
-
-def _order(axes: MatrixAxes) -> tuple[int, ...]:
-    return axes.stack + axes.fan_in + axes.fan_out
+def _sizes(leaf: jax.Array, axes: MatrixAxes) -> tuple[tuple[int, int, int], bool]:
+    """Matrices, inputs and outputs; and whether the bucket holds the transposed matrices."""
+    count, fan_in, fan_out = (math.prod(leaf.shape[a] for a in group) for group in axes)
+    return (count, fan_in, fan_out), fan_in > fan_out
 
 
 def _to_stack(leaf: jax.Array, axes: MatrixAxes) -> jax.Array:
     """(n, r, c) with r <= c."""
-    x = jnp.transpose(leaf, _order(axes))
+    x, (sizes, turned) = jnp.transpose(leaf, sum(axes, ())), _sizes(leaf, axes)
     if _sharding_kind(leaf) == "explicit":
-        groups = [len(group) for group in axes]
-        kept, merged = _merge_spec(_spec(x), groups)
-        x = _reshape(_reshard(x, kept), axes.sizes(leaf.shape), merged)
+        kept, merged = _merge_spec(_spec(x), [len(group) for group in axes])
+        x = _reshape(_reshard(x, kept), sizes, merged)
     else:
-        x = x.reshape(axes.sizes(leaf.shape))
-    return adjoint(x) if is_tall(leaf, axes) else x
+        x = x.reshape(sizes)
+    return jnp.conj(x.mT) if turned else x
 
 
 def _from_stack(stack: jax.Array, leaf: jax.Array, axes: MatrixAxes) -> jax.Array:
-    order = _order(axes)
+    order = sum(axes, ())
     inverse = tuple(order.index(a) for a in range(leaf.ndim))
-    x = adjoint(stack) if is_tall(leaf, axes) else stack
+    x = jnp.conj(stack.mT) if _sizes(leaf, axes)[1] else stack
     shape = tuple(leaf.shape[a] for a in order)
     kind = _sharding_kind(leaf)
     if kind == "explicit":
@@ -330,9 +324,9 @@ def _run(buckets: list[_Bucket], kinds: list[str]) -> list[tuple[jax.Array, Any]
 
 
 def share(units: Sequence[int], costs: Sequence[int], devices: int) -> list[list[int]]:
-    """How many units of every bucket each device takes: equal shares, the rest to the least loaded.
+    """The number of units of every bucket that each device takes.
 
-    Expensive buckets are distributed first.
+    Shares are equal, and the least loaded devices take the rest; expensive buckets go first.
 
     Example:
         >>> share([3, 2], [5, 2], 4)
@@ -489,7 +483,7 @@ def _run_here(buckets: list[_Bucket], counts: list[int]) -> list[tuple[jax.Array
 
 
 def _nothing(bucket: _Bucket) -> tuple[jax.Array, Any]:
-    """What the function returns for no matrices, as arrays of length 0."""
+    """The result of the function for no matrices: arrays of length 0."""
     one = jax.tree.map(lambda x: x[: bucket.together], (bucket.batch, bucket.extra))
     shapes = jax.eval_shape(
         lambda batch, extra: _in_blocks(bucket.fn, batch, extra, bucket.together), *one

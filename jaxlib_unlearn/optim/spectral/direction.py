@@ -12,17 +12,17 @@ does not depend on how many there are.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlib_unlearn.optim.blocks import counts_blocks
-from jaxlib_unlearn.optim.matrices import MatrixAxes, path_str, sharding_role
+from jaxlib_unlearn.optim.matrices import MatrixAxes
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
 from jaxlib_unlearn.optim.spectral.buckets import map_matrices
+from jaxlib_unlearn.optim.spectral.plan import Part, plan_of
 from jaxlib_unlearn.optim.spectral.post import Post
-from jaxlib_unlearn.optim.spectral.splitting import Split, Splits, cut, find_split, join
+from jaxlib_unlearn.optim.spectral.splitting import Splits, cut, join
 
 Factor = Callable[[int, int], float]
 
@@ -32,53 +32,35 @@ SHAPE_SCALES: dict[str, Factor] = {
     "spectral": lambda fan_in, fan_out: (fan_out / fan_in) ** 0.5,
     "match_rms": lambda fan_in, fan_out: 0.2 * max(fan_in, fan_out) ** 0.5,
 }
-"""What a direction is multiplied by, from the inputs and outputs of one matrix."""
+"""The factors of a direction, from the numbers of inputs and outputs of one matrix."""
 
 
-class Part(NamedTuple):
-    """Matrices that are orthogonalised as they are.
-
-    Args:
-        path: of the leaf, as text.
-        piece: which of the leaf's parts it is (fused q, k, v: 0, 1, 2).
-        stacked: whether the leaf is a stack of blocks by itself (its first axis counts them).
-        array: the matrices.
-        axes: how ``array`` is a stack of them.
-    """
-
-    path: str
-    piece: int
-    stacked: bool
-    array: jax.Array
-    axes: MatrixAxes
+Meet = Callable[[Orthogonalizer, Sequence[Part], Sequence[jax.Array]], list[jax.Array]]
+"""Orthogonalises the arrays of parts; :func:`alone`, or in groups."""
 
 
-Meet = Callable[[Orthogonalizer, Sequence[Part]], list[jax.Array]]
-
-
-def alone(orthogonalize: Orthogonalizer, parts: Sequence[Part]) -> list[jax.Array]:
+def alone(
+    orthogonalize: Orthogonalizer, parts: Sequence[Part], arrays: Sequence[jax.Array]
+) -> list[jax.Array]:
     """Every matrix on its own: Muon.
 
     Args:
         orthogonalize: ``(n, r, c) -> (n, r, c)``.
-        parts: what to orthogonalise.
+        parts: The description of every array.
+        arrays: The matrices to orthogonalise, one array a part.
 
     Returns:
-        Arrays like those of the parts.
+        Arrays like those given.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxlib_unlearn.optim.orthogonalize import svd
-        >>> part = Part("w", 0, False, 3 * jnp.eye(2), MatrixAxes((), (0,), (1,)))
-        >>> alone(svd(), [part])[0].tolist()
+        >>> part = Part("w", 0, False, (2, 2), MatrixAxes((), (0,), (1,)))
+        >>> alone(svd(), [part], [3 * jnp.eye(2)])[0].tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    return map_matrices(
-        orthogonalize,
-        [part.array for part in parts],
-        [part.axes for part in parts],
-        [sharding_role(part.path) for part in parts],
-    )
+    axes, roles = [part.axes for part in parts], [part.role for part in parts]
+    return map_matrices(orthogonalize, arrays, axes, roles)
 
 
 def orthogonalize_tree(
@@ -98,12 +80,12 @@ def orthogonalize_tree(
     Args:
         orthogonalize: ``(n, r, c) -> (n, r, c)``.
         tree: arrays.
-        axes: one entry per leaf; leaves with None pass unchanged.
+        axes: one entry per leaf; leaves with None are passed on as they are.
         factor: ``(in, out) ->`` the number to multiply by.
         split: leaves to cut first, by path.
-        post: what follows the orthogonalisation, per part.
-        post_state: from :func:`init_post`.
-        meet: how parts are combined for the orthogonaliser.
+        post: The step that follows the orthogonalisation, applied to every part.
+        post_state: The state of that step, from :func:`init_post`.
+        meet: The function that hands parts to the orthogonaliser.
         comm_dtype: what real matrices and their directions are rounded to on the way to the
             orthogonaliser, which then works in float32, and back; None: nothing is rounded.
 
@@ -116,41 +98,31 @@ def orthogonalize_tree(
         >>> orthogonalize_tree(svd(), [3 * jnp.eye(2)], [MatrixAxes((), (0,), (1,))])[0][0].tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
-    parts, owners = [], []
-    for (path, leaf), leaf_axes in zip(flat, axes, strict=True):
-        pieces, how = [], None
+    leaves, structure = jax.tree.flatten(tree)
+    plan = plan_of(tree, axes, split)
+    arrays = []
+    for leaf, leaf_axes, how in zip(leaves, axes, plan.splits, strict=True):
         if leaf_axes is not None:
-            text = path_str(path)
-            how = find_split(text, split)
-            stacked = counts_blocks(text, leaf_axes, leaf.ndim)
-            pieces = [
-                Part(text, k, stacked, *piece)
-                for k, piece in enumerate(cut(leaf, leaf_axes, how, text))
-            ]
-        owners.append((how, len(pieces)))
-        parts += pieces
+            arrays += [leaf] if how is None else cut(leaf, leaf_axes, how)
 
     if comm_dtype is None:
-        directions = meet(orthogonalize, parts)
+        directions = meet(orthogonalize, plan.parts, arrays)
     else:
-        sent = [part._replace(array=_round(part.array, comm_dtype)) for part in parts]
-        found = meet(_in_float32(orthogonalize), sent)
-        directions = [x.astype(part.array.dtype) for x, part in zip(found, parts, strict=True)]
+        sent = [_round(x, comm_dtype) for x in arrays]
+        found = meet(_in_float32(orthogonalize), plan.parts, sent)
+        directions = [x.astype(array.dtype) for x, array in zip(found, arrays, strict=True)]
     states = list(post_state) if post is not None else []
-    for i, part in enumerate(parts):
+    for i, (part, (fan_in, fan_out)) in enumerate(zip(plan.parts, plan.sides, strict=True)):
         if post is not None:
             directions[i], states[i] = post.update(directions[i], part.axes, states[i])
-        _, fan_in, fan_out = part.axes.sizes(part.array.shape)
         directions[i] = directions[i] * factor(fan_in, fan_out)
 
-    out, start = [], 0
-    for (_, leaf), leaf_axes, (how, count) in zip(flat, axes, owners, strict=True):
-        if leaf_axes is None:
-            out.append(leaf)
-            continue
-        out.append(join(directions[start : start + count], leaf, leaf_axes, how))
-        start += count
+    rest, out = iter(directions), []
+    for leaf, leaf_axes, how, count in zip(leaves, axes, plan.splits, plan.counts, strict=True):
+        here = [next(rest) for _ in range(count)]
+        if how is not None and leaf_axes is not None:
+            here = [join(here, leaf, leaf_axes, how)]
+        out += here or [leaf]
     return jax.tree.unflatten(structure, out), tuple(states)
 
 
@@ -173,7 +145,9 @@ def _in_float32(orthogonalize: Orthogonalizer) -> Orthogonalizer:
     return call
 
 
-def init_post(tree: Any, axes: list[MatrixAxes | None], split: Splits | None, post: Post | None):
+def init_post(
+    tree: Any, axes: list[MatrixAxes | None], split: Splits | None, post: Post | None
+) -> tuple[Any, ...]:
     """The state of ``post``: a tuple with one entry per part, in tree order; () without it.
 
     Also raises for a split that does not fit its leaf.
@@ -183,47 +157,15 @@ def init_post(tree: Any, axes: list[MatrixAxes | None], split: Splits | None, po
         >>> init_post({"w": jnp.ones((2, 3))}, [MatrixAxes((), (0,), (1,))], None, None)
         ()
     """
-    states = []
-    for (path, leaf), leaf_axes in zip(
-        jax.tree_util.tree_leaves_with_path(tree), axes, strict=True
-    ):
-        if leaf_axes is None:
-            continue
-        text = path_str(path)
-        for shape, part_axes in _shapes(leaf, leaf_axes, find_split(text, split), text):
-            if post is not None:
-                states.append(post.init(shape, part_axes))
-    return tuple(states)
-
-
-def shape_parts(tree: Any, axes: list[MatrixAxes | None], split: Splits | None) -> list[Part]:
-    """The parts of a tree as :func:`orthogonalize_tree` makes them, of shapes instead of arrays.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> parts = shape_parts({"q": jnp.ones((2, 6))}, [MatrixAxes((), (0,), (1,))], {"q": 3})
-        >>> parts[0].path, parts[0].array.shape
-        ('q', (2, 3, 2))
-    """
-    parts = []
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    for (path, leaf), leaf_axes in zip(flat, axes, strict=True):
-        if leaf_axes is not None:
-            text = path_str(path)
-            stacked = counts_blocks(text, leaf_axes, len(leaf.shape))
-            cuts = _shapes(leaf, leaf_axes, find_split(text, split), text)
-            parts += [Part(text, k, stacked, *piece) for k, piece in enumerate(cuts)]
-    return parts
-
-
-def _shapes(leaf: Any, axes: MatrixAxes, split: Split | None, path: str):
-    """The parts of a leaf as shapes."""
-    found: list[MatrixAxes] = []
-
-    def parts(x):
-        pieces = cut(x, axes, split, path)
-        found.extend(part_axes for _, part_axes in pieces)
-        return [part for part, _ in pieces]
-
-    bare = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
-    return list(zip(jax.eval_shape(parts, bare), found, strict=True))
+    plan = plan_of(tree, axes, split)
+    if post is None:
+        return ()
+    dtypes = [
+        leaf.dtype
+        for leaf, count in zip(jax.tree.leaves(tree), plan.counts, strict=True)
+        for _ in range(count)
+    ]
+    return tuple(
+        post.init(jax.ShapeDtypeStruct(part.shape, dtype), part.axes)
+        for part, dtype in zip(plan.parts, dtypes, strict=True)
+    )

@@ -112,7 +112,7 @@ def _same_vectors(streams: jax.Array, u: jax.Array, v: jax.Array) -> tuple[jax.A
 
 
 class Method(NamedTuple):
-    """How a matrix is treated, fixed when the optimizer is built; see ``scale_by_sift``."""
+    """The settings of the fused update, fixed when the optimizer is built (``scale_by_sift``)."""
 
     rank: int
     rank_cap: bool
@@ -133,7 +133,7 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
     """The function of a bucket: Muon on the sum, or the fused update where a cosine is low.
 
     Args:
-        method: how to fuse.
+        method: The settings of the fused update.
         always: every matrix is fused at every step: no test, one batch.
 
     Returns:
@@ -174,7 +174,7 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
 
     @jax.custom_jvp
     def directions(stacked, extra):
-        """Of matrices (..., S, r, c); a block uses the passes that its stalest matrix needs."""
+        """Directions of (..., S, r, c); a block uses the passes that its stalest matrix needs."""
         k, basis, start = rank_of(stacked), extra.get("basis"), None
         if basis is None:
             u, _, v = top_singular(stacked, k)

@@ -1,4 +1,4 @@
-"""Which blocks TEON groups: K consecutive ones by absolute number, from 0 on.
+"""The blocks that TEON groups: K consecutive ones by absolute number, from 0 on.
 
 ``optim.blocks`` reads the number of a block; ``optim.teon`` orthogonalises what is grouped here.
 """
@@ -6,11 +6,12 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlib_unlearn.optim.blocks import layers_of
-from jaxlib_unlearn.optim.matrices import note
-from jaxlib_unlearn.optim.spectral.direction import Part
+from jaxlib_unlearn.optim.matrices import MatrixAxes, note
+from jaxlib_unlearn.optim.memo import once
+from jaxlib_unlearn.optim.spectral.plan import Part
 
 ATTENTION = (
     r"(^|[/.])(q|k|v|query|key|value|qkv|c_attn|wq|wk|wv|[Ww]qkv|to_[qkv]|[qkv]_lin|"
@@ -19,14 +20,38 @@ ATTENTION = (
 """The leaves that the paper groups: query, key and value projections."""
 
 Groups = str | Callable[[str], bool] | None
-"""Which leaves are grouped: a pattern (``re.search``) or predicate on the path; None for all."""
+"""The leaves to group: a pattern (``re.search``) or predicate on the path; None for all."""
 
 Rows = dict[Any, list[tuple[int, int, int | None]]]
 """By projection: number of a block, part, and index in the part's first axis if that is a stack."""
 
 
+class Member(NamedTuple):
+    """A part, or a range of the blocks on its first axis (None, None: all of it)."""
+
+    part: int
+    start: int | None = None
+    stop: int | None = None
+
+
+class Run(NamedTuple):
+    """Blocks that go to a bucket in one array.
+
+    Args:
+        members: one range of a part; or one block of each of several parts, which are stacked.
+        together: The number of neighbouring matrices in a group; 1 if none are grouped.
+        axes: The axes of the array as a stack in which the matrices of a group are neighbours.
+        tall: True if a matrix has more inputs than outputs.
+    """
+
+    members: tuple[Member, ...]
+    together: int
+    axes: MatrixAxes
+    tall: bool
+
+
 def picker(groups: Groups) -> Callable[[str], bool]:
-    """Whether a leaf is to be grouped, by its path."""
+    """A predicate on paths: True if a leaf is to be grouped."""
     if groups is None:
         return lambda path: True
     if callable(groups):
@@ -38,8 +63,8 @@ def rows_of(parts: Sequence[Part], picked: Callable[[str], bool]) -> tuple[Rows,
     """The blocks of every projection, and the parts that belong to none.
 
     Args:
-        parts: arrays or shapes.
-        picked: whether a leaf is to be grouped, by its path.
+        parts: all matrices.
+        picked: A predicate on the path of a leaf: True if it is to be grouped.
 
     Returns:
         The rows and the positions of the other parts.
@@ -48,9 +73,7 @@ def rows_of(parts: Sequence[Part], picked: Callable[[str], bool]) -> tuple[Rows,
     others: list[int] = []
     lengths: dict[Any, int] = defaultdict(int)  # blocks of a row seen in earlier stacks
     likes = [
-        (part.piece, part.axes.sizes(part.array.shape)[1:])
-        if part.stacked
-        else (part.piece, tuple(part.array.shape), part.axes)
+        (part.piece, part.side) if part.stacked else (part.piece, part.shape, part.axes)
         for part in parts
     ]
     wheres = layers_of([(p.path, p.stacked, like) for p, like in zip(parts, likes, strict=True)])
@@ -61,7 +84,7 @@ def rows_of(parts: Sequence[Part], picked: Callable[[str], bool]) -> tuple[Rows,
         kind, index = where
         row = (kind, like)
         if index is None:  # stacked blocks
-            count = part.array.shape[part.axes.stack[0]]
+            count = part.shape[part.axes.stack[0]]
             rows[row] += [(lengths[row] + k, i, k) for k in range(count)]
             lengths[row] += count
         else:
@@ -69,21 +92,94 @@ def rows_of(parts: Sequence[Part], picked: Callable[[str], bool]) -> tuple[Rows,
     return rows, others
 
 
+def runs_of(parts: Sequence[Part], size: int, groups: Groups) -> tuple[Run, ...]:
+    """The runs of blocks that go to a bucket together, planned once for the same parts.
+
+    Args:
+        parts: all matrices.
+        size: blocks of a group.
+        groups: The leaves to group: a pattern, a predicate, or None for all.
+
+    Returns:
+        Runs that cover every block once.
+
+    Example:
+        >>> parts = (Part("layers/q", 0, True, (5, 2, 3), MatrixAxes((0,), (1,), (2,))),)
+        >>> [(run.members[0].start, run.members[0].stop, run.together)
+        ...  for run in runs_of(parts, 2, None)]
+        [(0, 4, 2), (4, 5, 1)]
+    """
+    asked = tuple(groups(part.path) for part in parts) if callable(groups) else groups
+    return _planned(tuple(parts), size, asked)
+
+
+@once
+def _planned(parts: tuple[Part, ...], size: int, groups: str | tuple | None) -> tuple[Run, ...]:
+    if isinstance(groups, tuple):
+        said = {part.path: picked for part, picked in zip(parts, groups, strict=True)}
+        picked = said.__getitem__
+    else:
+        picked = picker(groups)
+    rows, others = rows_of(parts, picked) if size > 1 else ({}, range(len(parts)))
+    runs: list[tuple[list[Member], int]] = [([Member(i)], 1) for i in others]
+    for members in rows.values():
+        found = {block: (i, k) for block, i, k in members}
+        pending: list[tuple[Member, int]] = []  # ranges of stacks, and their group size
+        for block in sorted(found):
+            i, k = found[block]
+            first = block // size * size
+            group = [found[b] for b in range(first, first + size) if b in found]
+            whole = len(group) == size
+            if k is None or (whole and len({part for part, _ in group}) > 1):
+                # A leaf of one block, or a group that lies across two stacks.
+                if not whole:
+                    runs.append(([_block(i, k)], 1))
+                elif block == first:
+                    runs.append(([_block(*at) for at in group], size))
+                continue
+            kind = size if whole else 1
+            last = pending[-1] if pending else None
+            if last and last == (Member(i, last[0].start, k), kind):
+                pending[-1] = Member(i, last[0].start, k + 1), kind
+            else:
+                pending.append((Member(i, k, k + 1), kind))
+        runs += [([member], kind) for member, kind in pending]
+    return tuple(_run(parts, members, kind) for members, kind in runs)
+
+
+def _block(part: int, k: int | None) -> Member:
+    return Member(part) if k is None else Member(part, k, k + 1)
+
+
+def _run(parts: Sequence[Part], members: Sequence[Member], together: int) -> Run:
+    part, first = parts[members[0].part], members[0]
+    axes = part.axes
+    if len(members) == 1:
+        # Blocks last in the stack, so that those of a group follow each other.
+        axes = axes._replace(stack=(*axes.stack[1:], *axes.stack[:1]))
+    else:
+        if first.start is not None:  # one block of a stack, whose axis is gone
+            lead = axes.stack[0]
+            axes = MatrixAxes(*(tuple(a - (a > lead) for a in g if a != lead) for g in axes))
+        moved = MatrixAxes(*(tuple(a + 1 for a in group) for group in axes))
+        axes = moved._replace(stack=(*moved.stack, 0))
+    fan_in, fan_out = part.side
+    return Run(tuple(members), together, axes, fan_in > fan_out)
+
+
 def check_groups(parts: Sequence[Part], size: int, groups: Groups) -> None:
     """Raises where nothing is grouped; notes for ``matrices.describe`` what is.
 
     Args:
-        parts: all that TEON is given, as shapes.
+        parts: all that TEON is given.
         size: blocks of a group; with 1, or no parts, nothing is checked.
-        groups: which leaves are grouped.
+        groups: The leaves to group: a pattern, a predicate, or None for all.
 
     Raises:
         ValueError: there are matrices, and no group of them.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxlib_unlearn.optim.matrices import MatrixAxes
-        >>> part = Part("Dense_0/kernel", 0, False, jnp.ones((2, 3)), MatrixAxes((), (0,), (1,)))
+        >>> part = Part("Dense_0/kernel", 0, False, (2, 3), MatrixAxes((), (0,), (1,)))
         >>> check_groups([part], 2, None)
         Traceback (most recent call last):
         ...
@@ -109,7 +205,7 @@ def check_groups(parts: Sequence[Part], size: int, groups: Groups) -> None:
             note(path, "; ".join(texts))
         return
     picked = [part for part in parts if picker(groups)(part.path)]
-    examples = ", ".join(f"{p.path!r} {tuple(p.array.shape)}" for p in (picked or parts)[:3])
+    examples = ", ".join(f"{p.path!r} {p.shape}" for p in (picked or parts)[:3])
     if not picked:
         what = "the default, q, k and v projections," if groups == ATTENTION else f"{groups!r}"
         why = f"groups={what} picks none of the matrices, e.g. {examples}"

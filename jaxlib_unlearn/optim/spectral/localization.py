@@ -1,4 +1,4 @@
-"""Where and when two gradients may be fused: masks over matrices, gates over steps.
+"""Masks over matrices and gates over steps that allow two gradients to be fused.
 
 A mask is read from paths and shapes when a program is traced; a leaf that it leaves out compiles to
 plain Muon with one momentum. What may change between steps enters through one number, the cosine
@@ -12,39 +12,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlib_unlearn.optim.matrices import MatrixAxes, path_str
+from jaxlib_unlearn.optim.matrices import MatrixAxes, paths_of, sharding_role
+from jaxlib_unlearn.optim.memo import once, outline
 
 
 class Candidates(NamedTuple):
     """The matrices of one leaf, and which of them may be fused.
 
     Args:
-        path: of the leaf, as text.
-        shape: of the leaf.
-        axes: how it is a stack of matrices; None if it is not.
+        path: The path of the leaf, as text.
+        role: Its sharding role on a mesh, from ``matrices.sharding_role``.
+        axes: The axes of the leaf as a stack of matrices; None if it holds none.
+        stack: sizes of the axes that count matrices.
+        sides: inputs and outputs of one matrix; (0, 0) without matrices.
         allowed: ``(n,)`` bool, one entry per matrix; None if none may be fused.
     """
 
     path: str
-    shape: tuple[int, ...]
+    role: str
     axes: MatrixAxes | None
+    stack: tuple[int, ...]
+    sides: tuple[int, int]
     allowed: np.ndarray | None
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Sizes of the axes that count matrices."""
-        return () if self.axes is None else tuple(self.shape[a] for a in self.axes.stack)
-
-    @property
-    def side(self) -> int:
-        """The shorter side of a matrix; 0 without matrices."""
-        return 0 if self.axes is None else min(self.axes.sizes(self.shape)[1:])
 
 
 def find_candidates(
     tree: Any, axes: Sequence[MatrixAxes | None], spatial_mask: Any = None
-) -> list[Candidates]:
-    """What a mask says about every leaf of a tree.
+) -> tuple[Candidates, ...]:
+    """The matrices of every leaf of a tree, and which of them a mask allows to be fused.
 
     Args:
         tree: arrays or shapes.
@@ -66,30 +61,33 @@ def find_candidates(
         >>> find_candidates(tree, resolve(tree), mask)[0].allowed.tolist()
         [False, True, True]
     """
-    flat = jax.tree_util.tree_leaves_with_path(tree)
+    structure, shapes = outline(tree)
     if spatial_mask is None:
-        said = [True] * len(flat)
+        said = (True,) * len(shapes)
     elif callable(spatial_mask):
-        said = [spatial_mask(path_str(path)) for path, _ in flat]
+        said = tuple(spatial_mask(path) for path in paths_of(structure))
     else:
         spread = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: m, sub), spatial_mask, tree)
-        said = jax.tree.leaves(spread)
+        said = tuple(jax.tree.leaves(spread))
+    return _candidates(structure, shapes, tuple(axes), said)
+
+
+@once
+def _candidates(structure: Any, shapes: Any, axes: Any, said: Any) -> tuple[Candidates, ...]:
     found = []
-    for (path, x), leaf_axes, word in zip(flat, axes, said, strict=True):
-        leaf = Candidates(path_str(path), tuple(x.shape), leaf_axes, None)
-        found.append(leaf._replace(allowed=_allowed(leaf, word)))
-    return found
-
-
-def _allowed(leaf: Candidates, said: Any) -> np.ndarray | None:
-    mask = np.asarray(said)
-    if mask.dtype != bool or mask.shape not in ((), leaf.stack):
-        raise ValueError(
-            f"spatial_mask says {said!r} for {leaf.path!r} {leaf.shape}: it takes a bool, or an "
-            f"array of bools shaped like the stack axes, {leaf.stack}"
-        )
-    mask = np.broadcast_to(mask, leaf.stack).reshape(-1)
-    return mask if leaf.axes is not None and mask.any() else None
+    for path, shape, at, word in zip(paths_of(structure), shapes, axes, said, strict=True):
+        stack = () if at is None else tuple(shape[a] for a in at.stack)
+        mask = np.asarray(word)
+        if mask.dtype != bool or mask.shape not in ((), stack):
+            raise ValueError(
+                f"spatial_mask says {word!r} for {path!r} {shape}: it takes a bool, or an "
+                f"array of bools shaped like the stack axes, {stack}"
+            )
+        mask = np.broadcast_to(mask, stack).reshape(-1)
+        allowed = mask if at is not None and mask.any() else None
+        sides = (0, 0) if at is None else at.sizes(shape)[1:]
+        found.append(Candidates(path, sharding_role(path), at, stack, sides, allowed))
+    return tuple(found)
 
 
 def limit_at(

@@ -36,18 +36,17 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_unlearn.optim.first_moments import widen
-from jaxlib_unlearn.optim.matrices import MatrixAxes, Specs, resolve, trailing_axes
+from jaxlib_unlearn.optim.matrices import MatrixAxes, Specs, every_matrix, resolve
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.passing import passing_by
 from jaxlib_unlearn.optim.spectral.direction import (
     SHAPE_SCALES,
     Meet,
-    Part,
     alone,
     init_post,
     orthogonalize_tree,
-    shape_parts,
 )
+from jaxlib_unlearn.optim.spectral.plan import Part, plan_of
 from jaxlib_unlearn.optim.spectral.post import Post
 from jaxlib_unlearn.optim.spectral.rest import AdamWRest, DecayMask, with_adamw
 from jaxlib_unlearn.optim.spectral.splitting import Splits
@@ -137,7 +136,7 @@ def scale_by_muon(
         Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
         Bernstein and Newhouse, arXiv:2409.20325, section 3.
     """
-    return scale_by_momentum(
+    direction = scale_by_momentum(
         every_matrix,
         beta=beta,
         nesterov=nesterov,
@@ -149,6 +148,7 @@ def scale_by_muon(
         mu_dtype=mu_dtype,
         comm_dtype=comm_dtype,
     )
+    return passing_by(direction)
 
 
 @with_optax_spellings
@@ -184,7 +184,7 @@ def muon(
     is plain AdamW (optax passes ``nesterov`` on to it).
 
     Args:
-        learning_rate: eta of the matrices, a number or a schedule.
+        learning_rate: The learning rate eta of the matrices, a number or a schedule.
         beta: decay of the momentum.
         nesterov: look one step ahead.
         momentum: "ema" or "heavy_ball".
@@ -192,13 +192,13 @@ def muon(
         shape_scale: "width", "spectral", "match_rms" (one learning rate then fits both parts) or
             "unit"; out and in are those of the flattened matrix.
         weight_decay: lambda, multiplied by eta but not by s.
-        adam_learning_rate: of the other leaves; None for ``learning_rate``, which is far too
-            large unless ``shape_scale="match_rms"``.
-        adam_b1: decay of AdamW's first moment.
-        adam_b2: decay of AdamW's second moment.
+        adam_learning_rate: The rate of the other leaves; None for ``learning_rate``, which is far
+            too large unless ``shape_scale="match_rms"``.
+        adam_b1: The decay of AdamW's first moment.
+        adam_b2: The decay of AdamW's second moment.
         adam_eps: AdamW's epsilon.
         adam_weight_decay: AdamW's decoupled decay.
-        weight_decay_mask: what decays, of matrices and of AdamW's leaves: a tree of bools like the
+        weight_decay_mask: The leaves that decay, matrices and others: a tree of bools like the
             parameters (or a prefix of one) or a function of the parameters that returns it, as in
             ``optax.add_decayed_weights``; None for everything.
         matrices: which leaves are matrices: None for the rules of ``optim.matrices``; "all_2d" for
@@ -253,20 +253,6 @@ def muon(
     )
 
 
-def every_matrix(tree: Any) -> list[MatrixAxes | None]:
-    """The bare rule for a whole tree: leaves of rank >= 2 are stacks over their last two axes.
-
-    Raises:
-        ValueError: a leaf of rank >= 2 whose name says norm, bias, scale or embed.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> every_matrix({"v": jnp.ones(2), "w": jnp.ones((2, 3))})
-        [None, MatrixAxes(stack=(), fan_in=(0,), fan_out=(1,))]
-    """
-    return [trailing_axes(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
 def scale_by_momentum(
     find_axes: Resolver,
     *,
@@ -285,7 +271,7 @@ def scale_by_momentum(
     """Momentum, orthogonalised in ``meet``'s groups, for the matrices that ``find_axes`` finds.
 
     Shared by Muon and TEON; arguments as in :func:`scale_by_muon`. ``check`` is called by ``init``
-    with all parts, as shapes.
+    with all parts.
 
     Example:
         >>> tx = scale_by_momentum(every_matrix, beta=0.9, nesterov=False, momentum="ema",
@@ -305,7 +291,7 @@ def scale_by_momentum(
     def init(params):
         axes = find_axes(params)  # raises for an ambiguous leaf, before any compute
         if check is not None:
-            check(shape_parts(params, axes, split))
+            check(plan_of(params, axes, split).parts)
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype), params)
         return MuonState(jnp.zeros([], jnp.int32), mu, init_post(params, axes, split, post))
 
@@ -328,7 +314,7 @@ def scale_by_momentum(
         mu = optax.tree.cast_like(mu, state.mu)
         return directions, MuonState(count, mu, post_state)
 
-    return passing_by(optax.GradientTransformationExtraArgs(init, update))
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def update_momentum(

@@ -23,8 +23,8 @@ class AdamWRest:
 
     Args:
         learning_rate: a number or a schedule; None for that of the matrices.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
+        b1: The decay of the first moment.
+        b2: The decay of the second moment.
         eps: epsilon.
         weight_decay: decoupled.
         mu_dtype: dtype of the first moment; None for the parameters'.
@@ -43,8 +43,8 @@ class AdamWRest:
         """The transformation.
 
         Args:
-            learning_rate: of the matrices.
-            mask: what decays.
+            learning_rate: The learning rate of the matrices.
+            mask: The leaves that decay, as in ``optax.add_decayed_weights``.
 
         Example:
             >>> import jax.numpy as jnp
@@ -74,13 +74,13 @@ def with_adamw(
     Args:
         direction: of the matrices. Extra arguments that are trees like the parameters
             (``constraint_grads``) are masked as they are.
-        learning_rate: of the matrices.
-        weight_decay: of the matrices, decoupled.
-        rest: the other leaves' AdamW.
-        weight_decay_mask: what decays, in both parts.
-        matrices: which leaves are matrices, as in ``optim.muon``.
+        learning_rate: The learning rate of the matrices.
+        weight_decay: The decoupled weight decay of the matrices.
+        rest: The AdamW of the other leaves.
+        weight_decay_mask: The leaves that decay, among the matrices and the others.
+        matrices: The choice of matrices, as in ``optim.muon``.
         layout: "in_out" or "out_in", for the rules.
-        before_rest: what AdamW's gradients pass first.
+        before_rest: A transformation of the gradients that AdamW receives.
 
     Returns:
         A transformation whose updates have the gradients' dtypes; ``optax.partition`` by "muon" and

@@ -34,9 +34,8 @@ from typing import Unpack
 import jax
 import optax
 
-from jaxlib_unlearn.optim.matrices import Specs, resolve
+from jaxlib_unlearn.optim.matrices import Specs, every_matrix, resolve
 from jaxlib_unlearn.optim.signatures import spelled_out
-from jaxlib_unlearn.optim.spectral.muon import every_matrix
 from jaxlib_unlearn.optim.spectral.rest import AdamWRest, DecayMask, with_adamw
 from jaxlib_unlearn.optim.spectral.sift_direction import (
     SiftOptions,
@@ -124,7 +123,7 @@ def scale_by_sift(
         shape_scale: as in ``scale_by_muon``; one factor for both kinds of step.
         num_constraints: number of constraint gradients. Above 1, ``constraint_grads`` is a tuple of
             that many trees, and the cosine is the smallest of all pairs.
-        seed: of the random columns.
+        seed: The seed of the random columns.
         mu_dtype: dtype of the momenta; None for the parameters'.
 
     Returns:
@@ -185,22 +184,22 @@ def sift(
     with the direction :math:`o_t` of :func:`scale_by_sift`.
 
     Args:
-        learning_rate: eta of the matrices, a number or a schedule.
+        learning_rate: The learning rate eta of the matrices, a number or a schedule.
         beta, nesterov, rank, rank_cap, threshold, spatial_mask, step_gate, msign, tol, bases,
             passes, first_passes, oversample, match_norm, orthogonalize, num_constraints, seed:
             see :func:`scale_by_sift`.
         shape_scale: the default "width" is the published sqrt(max(1, out / in)); "match_rms" is
             the Kimi scaling of its other scripts.
         weight_decay: lambda, multiplied by eta but not by s.
-        adam_learning_rate: of the other leaves; None for ``learning_rate``.
-        adam_b1: decay of AdamW's first moment.
-        adam_b2: decay of AdamW's second moment.
+        adam_learning_rate: The learning rate of the other leaves; None for ``learning_rate``.
+        adam_b1: The decay of AdamW's first moment.
+        adam_b2: The decay of AdamW's second moment.
         adam_eps: AdamW's epsilon.
         adam_weight_decay: AdamW's decoupled decay.
-        weight_decay_mask: what decays, of matrices and of AdamW's leaves: a tree of bools like the
+        weight_decay_mask: The leaves that decay, matrices and others: a tree of bools like the
             parameters (or a prefix of one) or a function of the parameters that returns it, as in
             ``optax.add_decayed_weights``; None for everything.
-        matrices: which leaves are matrices, as in ``muon``.
+        matrices: The choice of matrices, as in ``muon``.
         layout: "in_out" or "out_in", for the rules.
         mu_dtype: dtype of the momenta; None for the parameters'.
 

@@ -14,7 +14,6 @@ import numpy as np
 import optax
 
 from jaxlib_unlearn.optim.combine import check_streams, check_unspent
-from jaxlib_unlearn.optim.matrices import sharding_role
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.passing import passing_by
 from jaxlib_unlearn.optim.spectral.buckets import map_matrices, map_stacks
@@ -104,7 +103,7 @@ def sift_direction(
     # Cosines never exceed one. What is traced or scheduled is decided at run time.
     sure = isinstance(threshold, int | float) and threshold > 1 and step_gate is None
 
-    def look(tree) -> list[Candidates]:
+    def look(tree) -> tuple[Candidates, ...]:
         return find_candidates(tree, find_axes(tree), spatial_mask)
 
     def init(params):
@@ -121,7 +120,8 @@ def sift_direction(
         def basis(leaf, p):
             if leaf.allowed is None:
                 return optax.MaskedNode()
-            shape = (leaf.side, method.rank_of(streams, leaf.side))
+            side = min(leaf.sides)
+            shape = (side, method.rank_of(streams, side))
             dtype = jnp.promote_types(p.dtype, jnp.float32)
             # The same columns for every gradient: equal matrices then have equal bases.
             block = random_block(seed, leaf.path, 0, (*leaf.stack, 1, *shape), dtype)
@@ -164,7 +164,7 @@ def sift_direction(
         def pick(leaves):
             indices = [i for i, leaf in enumerate(plan) if leaf.axes and leaves(leaf)]
             axes = [axes for i in indices if (axes := plan[i].axes)]
-            return indices, axes, [sharding_role(plan[i].path) for i in indices]
+            return indices, axes, [plan[i].role for i in indices]
 
         out = [_sum(arrays) for arrays in mixed]
         indices, axes, roles = pick(lambda leaf: leaf.allowed is None)
@@ -176,7 +176,7 @@ def sift_direction(
         limit = limit_at(state.count, threshold, step_gate)
         fns, extras = [], []
         for i in indices:
-            allowed, side = np.asarray(plan[i].allowed), plan[i].side
+            allowed, side = np.asarray(plan[i].allowed), min(plan[i].sides)
             n, k = allowed.size, method.rank_of(streams, side)
             real = _real(mixed[i][0].dtype)
             extra = {
@@ -202,7 +202,7 @@ def sift_direction(
 
         for i, leaf in enumerate(plan):
             if leaf.axes is not None:
-                out[i] = out[i] * factor(*leaf.axes.sizes(leaf.shape)[1:])
+                out[i] = out[i] * factor(*leaf.sides)
             out[i] = out[i].astype(grads[i].dtype)
         first, *rest = (structure.unflatten(x) for x in momenta)
         new = SiftState(

@@ -4,6 +4,7 @@ A fused ``(in, 3 in)`` projection is three matrices and a query projection one m
 orthogonalising them as one mixes what the model never mixes. A :class:`Split` says where to cut.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from jaxlib_unlearn.optim.matrices import MatrixAxes
 
 
 class Split(NamedTuple):
-    """Where a matrix is cut.
+    """The places at which a matrix is cut.
 
     Args:
         sizes: a number of equal blocks (heads), or the sizes of the blocks (unequal q, k, v).
@@ -45,66 +46,87 @@ def find_split(path: str, splits: Splits | None) -> Split | None:
     """
     for pattern, given in (splits or {}).items():
         if re.search(pattern, path):
-            split = given if isinstance(given, Split) else Split(given)
-            sizes = (split.sizes,) if isinstance(split.sizes, int) else tuple(split.sizes)
-            if split.axis not in ("in", "out") or not sizes or min(sizes) < 1:
-                raise ValueError(f"{pattern!r}: no way to split by {split}")
-            return split
+            sizes, axis = given if isinstance(given, Split) else Split(given)
+            sizes = sizes if isinstance(sizes, int) else tuple(sizes)
+            least = sizes if isinstance(sizes, int) else min(sizes, default=0)
+            if axis not in ("in", "out") or least < 1:
+                raise ValueError(f"{pattern!r}: no way to split by {Split(sizes, axis)}")
+            return Split(sizes, axis)
     return None
 
 
-def cut(
-    leaf: jax.Array, axes: MatrixAxes, split: Split | None, path: str = ""
-) -> list[tuple[jax.Array, MatrixAxes]]:
-    """The parts of a leaf, each with its axes.
+def pieces(
+    shape: tuple[int, ...], axes: MatrixAxes, split: Split | None, path: str = ""
+) -> list[tuple[tuple[int, ...], MatrixAxes]]:
+    """The shapes into which a leaf is cut, each with its axes.
 
     Args:
-        leaf: an array, or a shape under ``jax.eval_shape``.
-        axes: how it is a stack of matrices.
-        split: where to cut; None gives the leaf itself.
-        path: for the message.
+        shape: The shape of the leaf.
+        axes: The axes of the leaf as a stack of matrices.
+        split: The split; None leaves the leaf whole.
+        path: The path of the leaf, for the message of an error.
 
     Returns:
-        Equal blocks are one part with one more stack axis; given sizes make one part each.
+        Equal blocks are one piece with one more stack axis; given sizes make one piece each.
 
     Raises:
         ValueError: the sizes do not fit.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> axes = MatrixAxes((), (0,), (1,))
-        >>> (heads, heads_axes), = cut(jnp.zeros((4, 6)), axes, Split(3))
-        >>> heads.shape, heads_axes
-        ((4, 3, 2), MatrixAxes(stack=(1,), fan_in=(0,), fan_out=(2,)))
-        >>> [part.shape for part, _ in cut(jnp.zeros((4, 6)), axes, Split((4, 2)))]
+        >>> pieces((4, 6), axes, Split(3))
+        [((4, 3, 2), MatrixAxes(stack=(1,), fan_in=(0,), fan_out=(2,)))]
+        >>> [shape for shape, _ in pieces((4, 6), axes, Split((4, 2)))]
         [(4, 4), (4, 2)]
     """
     if split is None:
-        return [(leaf, axes)]
-    side = axes.fan_out if split.axis == "out" else axes.fan_in
-    total = math.prod(leaf.shape[a] for a in side)
-    at, *inner = side
+        return [(shape, axes)]
+    at, *inner = axes.fan_out if split.axis == "out" else axes.fan_in
+    total = math.prod(shape[a] for a in (at, *inner))
     if isinstance(split.sizes, int):
-        if inner and leaf.shape[at] == split.sizes:  # DenseGeneral's own head axis
-            return [(leaf, _with_side(axes, split.axis, tuple(inner), (at,)))]
+        if inner and shape[at] == split.sizes:  # DenseGeneral's own head axis
+            return [(shape, _with_side(axes, split.axis, tuple(inner), (at,)))]
         if inner or total % split.sizes:
             raise ValueError(
-                f"{path!r} {tuple(leaf.shape)} does not split into {split.sizes} equal blocks "
+                f"{path!r} {shape} does not split into {split.sizes} equal blocks "
                 f"along {split.axis}"
             )
-        shape = (*leaf.shape[:at], split.sizes, total // split.sizes, *leaf.shape[at + 1 :])
         moved = MatrixAxes(*(tuple(a + (a > at) for a in group) for group in axes))
         moved = _with_side(moved, split.axis, (at + 1,), (at,))
-        return [(_reshape(leaf, shape, at, split.sizes), moved)]
+        return [((*shape[:at], split.sizes, total // split.sizes, *shape[at + 1 :]), moved)]
     if inner or sum(split.sizes) != total:
-        raise ValueError(
-            f"{path!r} {tuple(leaf.shape)} does not split into {split.sizes} along {split.axis}"
-        )
-    whole = _unsharded(leaf, at)
-    starts = [sum(split.sizes[:i]) for i in range(len(split.sizes))]
+        raise ValueError(f"{path!r} {shape} does not split into {split.sizes} along {split.axis}")
+    return [((*shape[:at], size, *shape[at + 1 :]), axes) for size in split.sizes]
+
+
+def cut(leaf: jax.Array, axes: MatrixAxes, split: Split | None) -> list[jax.Array]:
+    """The pieces of a leaf, whose shapes are those of :func:`pieces`.
+
+    Args:
+        leaf: an array.
+        axes: The axes of the leaf as a stack of matrices.
+        split: The split; None gives the leaf itself.
+
+    Returns:
+        One array a piece.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> parts = cut(jnp.zeros((4, 6)), MatrixAxes((), (0,), (1,)), Split((4, 2)))
+        >>> [part.shape for part in parts]
+        [(4, 4), (4, 2)]
+    """
+    if split is None:
+        return [leaf]
+    at = (axes.fan_out if split.axis == "out" else axes.fan_in)[0]
+    shapes = [shape for shape, _ in pieces(leaf.shape, axes, split)]
+    if isinstance(split.sizes, int):
+        whole = shapes[0] == leaf.shape
+        return [leaf if whole else _reshape(leaf, shapes[0], at, split.sizes)]
+    whole, ends = _unsharded(leaf, at), list(itertools.accumulate(split.sizes))
     return [
-        (jax.lax.slice_in_dim(whole, start, start + size, axis=at), axes)
-        for start, size in zip(starts, split.sizes, strict=True)
+        jax.lax.slice_in_dim(whole, end - size, end, axis=at)
+        for end, size in zip(ends, split.sizes, strict=True)
     ]
 
 
@@ -116,8 +138,7 @@ def join(
     Example:
         >>> import jax.numpy as jnp
         >>> x, axes = jnp.arange(24.0).reshape(4, 6), MatrixAxes((), (0,), (1,))
-        >>> parts = [part for part, _ in cut(x, axes, Split(3))]
-        >>> bool((join(parts, x, axes, Split(3)) == x).all())
+        >>> bool((join(cut(x, axes, Split(3)), x, axes, Split(3)) == x).all())
         True
     """
     if split is None or parts[0].shape == leaf.shape:

@@ -128,10 +128,10 @@ def random_block(
     """Random columns to start from: normal, the same for the same (seed, purpose, count).
 
     Args:
-        seed: uint32.
+        seed: A uint32.
         purpose: text, e.g. the parameter's path.
-        count: of the step.
-        shape: of the result.
+        count: The number of the step.
+        shape: The shape of the result.
         dtype: real or complex.
 
     Returns:

@@ -13,24 +13,27 @@ that view is the shared one.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_unlearn.optim.matrices import (
-    MatrixAxes,
-    Specs,
-    resolve,
-    sharding_role,
-)
+from jaxlib_unlearn.optim.matrices import Specs, every_matrix, resolve
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
-from jaxlib_unlearn.optim.spectral.buckets import is_tall, map_stacks
-from jaxlib_unlearn.optim.spectral.direction import Meet, Part
-from jaxlib_unlearn.optim.spectral.groups import ATTENTION, Groups, check_groups, picker, rows_of
-from jaxlib_unlearn.optim.spectral.muon import every_matrix, scale_by_momentum
+from jaxlib_unlearn.optim.passing import passing_by
+from jaxlib_unlearn.optim.spectral.buckets import map_stacks
+from jaxlib_unlearn.optim.spectral.direction import Meet
+from jaxlib_unlearn.optim.spectral.groups import (
+    ATTENTION,
+    Groups,
+    Member,
+    Run,
+    check_groups,
+    runs_of,
+)
+from jaxlib_unlearn.optim.spectral.muon import scale_by_momentum
+from jaxlib_unlearn.optim.spectral.plan import Part
 from jaxlib_unlearn.optim.spectral.post import Post
 from jaxlib_unlearn.optim.spectral.rest import AdamWRest, DecayMask, with_adamw
 from jaxlib_unlearn.optim.spectral.splitting import Splits
@@ -99,7 +102,7 @@ def scale_by_teon(
         momentum: "ema" or "heavy_ball", as in ``optim.muon``.
         shape_scale: "unit", "width", "spectral", "match_rms", of one layer's matrix.
         split: leaves that hold several matrices each; every block is grouped with its counterparts.
-        post: what follows, per layer (NorMuon).
+        post: A step that follows, applied to every layer by itself (NorMuon).
         mu_dtype: dtype of the momentum; None for the parameters'.
         comm_dtype: what is sent between devices is rounded to it, as in ``optim.scale_by_muon``.
 
@@ -123,7 +126,7 @@ def scale_by_teon(
     References:
         Zhang et al., "TEON", arXiv:2601.23261, algorithm 1.
     """
-    return scale_by_momentum(
+    direction = scale_by_momentum(
         every_matrix,
         beta=beta,
         nesterov=nesterov,
@@ -137,6 +140,7 @@ def scale_by_teon(
         mu_dtype=mu_dtype,
         comm_dtype=comm_dtype,
     )
+    return passing_by(direction)
 
 
 @with_optax_spellings
@@ -174,7 +178,7 @@ def teon(
     moves :math:`\sqrt K` less than under Muon (by Frobenius norm): compare the two over several.
 
     Args:
-        learning_rate: eta of the matrices, a number or a schedule.
+        learning_rate: The learning rate eta of the matrices, a number or a schedule.
         group_size: K consecutive blocks; the paper finds 2 best.
         axis: "in" or "out", as in :func:`scale_by_teon`.
         groups: which leaves are grouped; default query, key and value projections. As in
@@ -185,15 +189,15 @@ def teon(
         orthogonalize: see :func:`scale_by_teon`; default Polar Express with 5 steps.
         shape_scale: the paper's "spectral" sqrt(out / in), "width", "match_rms" or "unit".
         weight_decay: decoupled, multiplied by eta but not by s.
-        adam_learning_rate: of the other leaves; None for ``learning_rate``.
-        adam_b1: decay of AdamW's first moment.
-        adam_b2: decay of AdamW's second moment.
+        adam_learning_rate: The learning rate of the other leaves; None for ``learning_rate``.
+        adam_b1: The decay of AdamW's first moment.
+        adam_b2: The decay of AdamW's second moment.
         adam_eps: AdamW's epsilon.
         adam_weight_decay: AdamW's decoupled decay.
-        weight_decay_mask: what decays, of matrices and of AdamW's leaves: a tree of bools like the
+        weight_decay_mask: The leaves that decay, matrices and others: a tree of bools like the
             parameters (or a prefix of one) or a function of the parameters that returns it, as in
             ``optax.add_decayed_weights``; None for everything.
-        matrices: which leaves are matrices, as in ``optim.muon``.
+        matrices: The choice of matrices, as in ``optim.muon``.
         layout: "in_out" or "out_in".
         split: leaves that hold several matrices each (a fused ``c_attn``: cut it into q, k, v).
         post: a step between orthogonalisation and scaling.
@@ -243,10 +247,6 @@ def teon(
     )
 
 
-Run = list[tuple[int, Any]]
-"""Parts that go to a bucket together, each with a slice of its first axis or an index there."""
-
-
 # Every leaf is cut into runs of blocks; a run gets Muon's step or holds whole groups.
 
 
@@ -255,35 +255,32 @@ def _grouped(group_size: int, axis: str, groups: Groups) -> Meet:
         raise ValueError(f"group_size is a positive integer, got {group_size!r}")
     if axis not in ("in", "out"):
         raise ValueError(f"axis is 'in' or 'out', got {axis!r}")
-    picked = picker(groups)
 
-    @functools.cache  # one object per orthogonaliser and side, or eager calls recompile
-    def together(orthogonalize: Orthogonalizer, turned: bool):
-        return functools.partial(
-            _shared, orthogonalize=orthogonalize, size=group_size, turned=turned
-        )
-
-    def meet(orthogonalize: Orthogonalizer, parts: Sequence[Part]) -> list[jax.Array]:
-        pieces: list[tuple[Part, int]] = []  # what goes to the buckets, and its group size
-        whence: list[Run] = []  # part and where in its first axis
-        for members, size in _runs(parts, group_size, picked):
-            whence.append(members)
-            pieces.append((_gather(parts, members), size))
+    def meet(
+        orthogonalize: Orthogonalizer, parts: Sequence[Part], arrays: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        runs = runs_of(parts, group_size, groups)
         fns = []
-        for part, size in pieces:
+        for run in runs:
             # Inside a bucket a tall matrix is turned: its inputs are the columns there.
-            turned = is_tall(part.array, part.axes) == (axis == "in")
-            fns.append(orthogonalize if size == 1 else together(orthogonalize, turned))
+            turned = run.tall == (axis == "in")
+            alone = run.together == 1
+            fns.append(orthogonalize if alone else _together(orthogonalize, group_size, turned))
         results, _ = map_stacks(
             fns,
-            [(part.array,) for part, _ in pieces],
-            [part.axes for part, _ in pieces],
-            [sharding_role(part.path) for part, _ in pieces],
-            together=[size for _, size in pieces],
+            [(_gather(arrays, parts, run.members),) for run in runs],
+            [run.axes for run in runs],
+            [parts[run.members[0].part].role for run in runs],
+            together=[run.together for run in runs],
         )
-        return _scatter(parts, whence, results)
+        return _scatter(parts, runs, results)
 
     return meet
+
+
+@functools.lru_cache(maxsize=64)  # one object for the same arguments, or eager calls recompile
+def _together(orthogonalize: Orthogonalizer, size: int, turned: bool) -> Callable[..., jax.Array]:
+    return functools.partial(_shared, orthogonalize=orthogonalize, size=size, turned=turned)
 
 
 def _shared(z: jax.Array, *, orthogonalize: Orthogonalizer, size: int, turned: bool) -> jax.Array:
@@ -294,94 +291,38 @@ def _shared(z: jax.Array, *, orthogonalize: Orthogonalizer, size: int, turned: b
     return jnp.swapaxes(z, -1, -2) if turned else z
 
 
-def _runs(
-    parts: Sequence[Part], size: int, picked: Callable[[str], bool]
-) -> Iterator[tuple[Run, int]]:
-    """Yields the blocks of parts that go to a bucket together, and whether as groups.
-
-    A run is a list of (part, slice of its first axis or index there or None for all of it).
-    """
-    rows, others = rows_of(parts, picked) if size > 1 else ({}, range(len(parts)))
-    for i in others:
-        yield [(i, slice(None))], 1
-    for members in rows.values():
-        found = {block: (i, k) for block, i, k in members}
-        whole = {
-            b // size for b in found if all(b // size * size + j in found for j in range(size))
-        }
-        pending: list[tuple[int, int, int, int]] = []  # part, start, stop, group size
-        for block in sorted(found):
-            i, k = found[block]
-            group = (
-                [found[block // size * size + j][0] for j in range(size)]
-                if (block // size in whole)
-                else []
-            )
-            if k is None or len(set(group)) > 1:  # per-layer leaves, or across two stacks
-                if not group:
-                    yield [(i, slice(None) if k is None else slice(k, k + 1))], 1
-                elif block % size == 0:
-                    yield [_at(found[block + j]) for j in range(size)], size
-                continue
-            kind = size if group else 1
-            last = pending[-1] if pending else None
-            if last and last[0] == i and last[2] == k and last[3] == kind:
-                pending[-1] = (i, last[1], k + 1, kind)
-            else:
-                pending.append((i, k, k + 1, kind))
-        for i, start, stop, kind in pending:
-            yield [(i, slice(start, stop))], kind
-
-
-def _at(where: tuple[int, int | None]) -> tuple[int, Any]:
-    return (where[0], slice(None) if where[1] is None else where[1])
-
-
-def _gather(parts: Sequence[Part], members: Run) -> Part:
-    """The matrices of a run as one part; those of a group are neighbours in its stack."""
-    first = parts[members[0][0]]
+def _gather(
+    arrays: Sequence[jax.Array], parts: Sequence[Part], members: Sequence[Member]
+) -> jax.Array:
+    """The matrices of a run in one array; several members are stacked along a new first axis."""
     if len(members) == 1:
-        ((i, where),) = members
-        lead = first.axes.stack[0] if first.axes.stack else None
-        array = first.array
-        if lead is not None and isinstance(where, slice) and where != slice(None):
-            array = jax.lax.slice_in_dim(array, where.start, where.stop, axis=lead)
-        # Blocks last in the stack, so that those of a group follow each other.
-        stack = (*first.axes.stack[1:], *first.axes.stack[:1])
-        return first._replace(array=array, axes=first.axes._replace(stack=stack))
-    arrays, axes = [], first.axes
-    for i, where in members:
-        part = parts[i]
-        array = part.array
-        if isinstance(where, int):
-            array = jax.lax.index_in_dim(array, where, axis=part.axes.stack[0], keepdims=False)
-            axes = _without(part.axes, part.axes.stack[0])
-        else:
-            axes = part.axes
-        arrays.append(array)
-    moved = MatrixAxes(*(tuple(a + 1 for a in group) for group in axes))
-    return first._replace(array=jnp.stack(arrays), axes=moved._replace(stack=(*moved.stack, 0)))
-
-
-def _without(axes: MatrixAxes, lead: int) -> MatrixAxes:
-    return MatrixAxes(*(tuple(a - (a > lead) for a in group if a != lead) for group in axes))
+        ((i, start, stop),) = members
+        if start is None:
+            return arrays[i]
+        return jax.lax.slice_in_dim(arrays[i], start, stop, axis=parts[i].axes.stack[0])
+    return jnp.stack(
+        [
+            arrays[i]
+            if start is None
+            else jax.lax.index_in_dim(arrays[i], start, parts[i].axes.stack[0], keepdims=False)
+            for i, start, _ in members
+        ]
+    )
 
 
 def _scatter(
-    parts: Sequence[Part],
-    whence: list[Run],
-    results: list[jax.Array],
+    parts: Sequence[Part], runs: Sequence[Run], results: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """Results of the runs, back in the layout of the parts."""
     found: list[list[tuple[int, jax.Array]]] = [[] for _ in parts]
-    for members, result in zip(whence, results, strict=True):
-        for j, (i, where) in enumerate(members):
-            piece = result if len(members) == 1 else result[j]
-            if isinstance(where, int):
-                piece = jnp.expand_dims(piece, parts[i].axes.stack[0])
-                found[i].append((where, piece))
-            else:
-                found[i].append((where.start or 0, piece))
+    for run, result in zip(runs, results, strict=True):
+        for j, (i, start, _) in enumerate(run.members):
+            piece = result
+            if len(run.members) > 1:
+                piece = result[j]
+                if start is not None:
+                    piece = jnp.expand_dims(piece, parts[i].axes.stack[0])
+            found[i].append((start or 0, piece))
     out = []
     for part, pieces in zip(parts, found, strict=True):
         pieces = [piece for _, piece in sorted(pieces, key=lambda p: p[0])]
