@@ -41,7 +41,7 @@ def count(name, times=1):
     """The Python calls of the last of several traced updates.
 
     Returns:
-        ``files``, ``functions``, ``moves`` (a call in another file than the last call or return),
+        ``files``, ``functions``, ``moves`` (calls in another file than the call before),
         ``calls``, ``names`` (calls that read names of leaves) and ``by_file``.
     """
     package = optax if name.startswith("optax.") else optim
