@@ -35,7 +35,7 @@ def once(fn: Callable[P, R]) -> Callable[P, R]:
         try:
             hash(args)
         except TypeError:
-            return fn(*args)
+            return fn(*args)  # type: ignore[call-arg]
         return remembered(*args)
 
     return call  # type: ignore[return-value]

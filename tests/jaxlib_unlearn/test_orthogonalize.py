@@ -51,7 +51,7 @@ def test_every_table_has_a_band():
 def test_scalar_map_lands_in_its_band(name):
     table = o.TABLES[name]
     low, high = BANDS[name]
-    _, rows = o._rows(name, None)
+    _, rows = coefficients.rows_of(name, None)
     # The band of the authors' Polar Express includes the safety factor of the normaliser.
     sigma = np.linspace(1e-2, 1, 20001) / (table.margin if name == "polar_express" else 1)
     for a, b, c in rows:
@@ -204,7 +204,7 @@ def test_wrong_arguments():
     # A table that was published and withdrawn: it flips the sign of large singular values.
     with pytest.raises(ValueError, match="signs turn"):
         o.newton_schulz([(4.0098, -7.0585, 2.4635), (3.4585, -5.5479, 2.5959)])
-    assert len(o._rows([(2.0, -1.5, 0.5)] * 3, None)[1]) == 3
+    assert len(coefficients.rows_of([(2.0, -1.5, 0.5)] * 3, None)[1]) == 3
 
 
 # Polar Express: the generator, from the paper's description

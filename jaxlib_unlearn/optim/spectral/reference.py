@@ -1,7 +1,7 @@
 """Muon and TEON as they are read on paper: the twin to which tests hold the fast update."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,8 @@ def reference(
     for t, gradient in enumerate(gradients, 1):
         grads = dict(zip(names, jax.tree.leaves(gradient), strict=True))
         rest = {name: g for name, g in grads.items() if axes[name] is None}
-        steps, state = adamw.update(rest, state, {name: weights[name] for name in rest})
+        moved, state = adamw.update(rest, state, {name: weights[name] for name in rest})
+        steps: dict[str, Any] = dict(cast(dict, moved))
         for name, how in axes.items():
             if how is None:
                 continue
