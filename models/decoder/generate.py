@@ -369,7 +369,7 @@ def _finish(
     shards: int,
     static: dict[str, Any],
 ) -> Iterator[Answer]:
-    """Decode a chunk to its end; yield `(owner, answer)` of a row after the segment in which it ended.
+    """Decode a chunk to its end; yield `(owner, answer)` of a row after the segment it ended in.
 
     `pending` are rows with their owners; others are padding.
 
