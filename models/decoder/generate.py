@@ -245,7 +245,7 @@ def generate(
         decoder: the model.
         params: its parameters, used where they are.
         prompts: token ids; prefilled once each, sorted by length and left-padded to a bucket.
-        sampling: how tokens are chosen; greedy answers are computed once and repeated.
+        sampling: the options of sampling; greedy answers are computed once and repeated.
         stop_ids: tokens that end an answer.
         pad_id: the token that fills prompts on the left; it is never attended to.
         seed: the seed of all draws, an int or a key.

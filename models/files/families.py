@@ -364,7 +364,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
 
     Args:
         raw: the parsed file; RoPE as `rope_parameters` or as `rope_theta` and `rope_scaling`.
-        where: how error messages name the file.
+        where: the name of the file in error messages.
 
     Returns:
         A `DecoderConfig` with `dtype` float32.
