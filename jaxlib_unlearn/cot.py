@@ -174,8 +174,8 @@ def select(
         tau: the share that is kept, in [0, 1].
         policy: one of `POLICIES`; `edge` is EPiC.
         head_share: the share of first thoughts among the kept ones under `edge`, in [0, 1]: 1 is
-        `head` and 0 is `tail`. (The number in the names of the authors' data sets is the share
-        of last thoughts.)
+            `head` and 0 is `tail`. (The number in the names of the authors' data sets is the share
+            of last thoughts.)
         seed: the seed of the policy `random`.
 
     Returns:

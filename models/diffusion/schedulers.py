@@ -162,7 +162,7 @@ class Steps(NamedTuple):
         weights: float64 `(N, 4)`, the weights of this prediction and of the three before it.
         noise: float64 `(N,)`, the factors of fresh standard normal noise.
         again: bool `(N,)`: the step before is taken once more, from the sample that it began with,
-        and later steps do not see this prediction.
+            and later steps do not see this prediction.
         start: the standard deviation of the first sample, which is noise.
     """
 

@@ -55,7 +55,7 @@ class Family:
             it has no such key.
         fields: fields of `DecoderConfig` that no key decides.
         activations: words for the activation in `config.json`, mapped to ours; export writes
-        the first one.
+            the first one.
         must: keys with the one value that is supported, and a name for the other values.
         equal: keys that must be absent or equal another key.
         mlp_ratio: the width of the MLP over `hidden_size` where `config.json` has none.

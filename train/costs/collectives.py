@@ -34,7 +34,7 @@ class Collective(NamedTuple):
     Args:
         kind: one of `KINDS`.
         bytes: the bytes of one device's operands or results in one run, whichever is more; the
-        device's own part is included.
+            device's own part is included.
         times: the runs per call of the program: the product of the trip counts around it.
         in_loop: whether it is inside a loop's body (or condition).
         known: whether the trip counts of all loops around it are known; an unknown one counts once.

@@ -148,7 +148,7 @@ def collate(
 
     Raises:
         ValueError: an example longer than `length` or `label_length`, or more of them than
-        `batch_size`.
+            `batch_size`.
     """
     size = len(examples) if batch_size is None else batch_size
     if len(examples) > size or len(examples) != len(row_ids):

@@ -119,7 +119,7 @@ def pack_rows(
         examples: examples of at most `row_tokens` slots each (`len(tokens) - 1`).
         row_tokens: the number of slots of a row.
         mode: the way of packing: `first-fit`, whole examples; `chop`, examples that are cut, as the
-        trainer of EPiC's artefacts does; `none`, an example a row, padded to the longest.
+            trainer of EPiC's artefacts does; `none`, an example a row, padded to the longest.
         mask_prompt: whether tokens of prompts are no labels; if not, every token but the first is.
         pad_id: the token in padded slots.
 

@@ -40,7 +40,7 @@ class Examples:
         every_slot: whether references are stored for every slot of a padded row, not per label.
         follows: the name of the stream whose rows these belong to, or None.
         sized_by: the examples whose sizes determine the padding, so that streams of similar
-        examples share compiled steps; None: its own.
+            examples share compiled steps; None: its own.
         columns: further columns of a batch: name -> a number for each example.
     """
 
@@ -171,7 +171,7 @@ def pack_streams(
         streams: the streams of one stage, by name.
         batch_size: the number of examples of a global batch.
         divides: a multiple of the number of examples per row: the number of examples of a
-        micro-batch on one device.
+            micro-batch on one device.
         length: the number of tokens that a row should hold; 0 leaves one example in each.
         shapes: the largest number of padded lengths of a stream, each of which is compiled.
     """

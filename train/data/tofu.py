@@ -429,9 +429,9 @@ def load_tofu(
         retain_rows: likewise, for the rows to keep.
         judged_rows: likewise, for the judged rows; None with one split for both: `retain_rows`.
         extra_rows: the number of rows of `real_authors_perturbed` and of `world_facts_perturbed`; 0
-        leaves both out.
+            leaves both out.
         holdout_rows: the number of non-members, from a holdout split or untrained retain rows; None
-        means as many as forget rows, and 0 leaves them out.
+            means as many as forget rows, and 0 leaves them out.
         columns: the columns that the forget rows and the judged rows must have.
         revision: commit, branch or tag of the Hub data set; None: the newest.
 

@@ -43,7 +43,7 @@ class Place(NamedTuple):
     Args:
         folder: its path, local or in a bucket.
         check: `check(root)`, called in the first process: whether there is a folder to continue in;
-        raises `UserError` for a folder that is not the program's.
+            raises `UserError` for a folder that is not the program's.
         make: `make(root)`, called in every process: creates the folder, or enters the existing one.
     """
 

@@ -36,7 +36,7 @@ def push(folder: Path, name: str, *, public: bool = False, dry_run: bool = False
 
     Raises:
         UserError: the upload failed (no token, no such owner, no network); the Hub's answer is part
-        of the message.
+            of the message.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     size = sum(path.stat().st_size for path in files)
