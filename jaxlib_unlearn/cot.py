@@ -1,14 +1,14 @@
 """Shorter chains of thought: a trace as a list of thoughts, of which some are kept.
 
-A row of reasoning is a mapping in one of three forms. Whatever else it holds stays as it is:
+A row of reasoning is a mapping in one of three forms. Its other entries do not change:
 
 - `question`, `thoughts` (a list of texts) and `answer`;
 - `question` and `answer`, whose text is `<think>…</think>` and what follows;
 - `messages`, the last of which (`role`, `content`) is such a text.
 
-EPiC (arXiv 2506.04205) keeps the first and the last thoughts. Its text leaves open what separates
-two thoughts and how their number is rounded; :func:`split_thoughts` and :func:`budget` say what is
-done here.
+EPiC (arXiv 2506.04205) keeps the first and the last thoughts. Its text leaves open the separator
+of thoughts and the rounding of their number; :func:`split_thoughts` and :func:`budget` document
+the choices made here.
 """
 
 import math
@@ -65,8 +65,8 @@ def split_thoughts(text: str, mode: str = "paragraph") -> list[str]:
 
         "".join(split_thoughts(text)) == text
 
-    What separates two thoughts stays at the end of the first, and white space before the first
-    thought at its beginning: no thought is blank unless the whole text is.
+    The separator of two thoughts stays at the end of the first, and white space before the first
+    thought stays at its beginning: no thought is blank unless the whole text is.
 
     Args:
         text: the trace.
@@ -102,21 +102,21 @@ def split_thoughts(text: str, mode: str = "paragraph") -> list[str]:
 
 
 def budget(n: int, tau: float) -> int:
-    """How many of n thoughts are kept.
+    """The number of thoughts kept out of n.
 
         m = min(max(ceil(tau n), 2), n)
 
     tau is the decimal number as it is written: 0.07 of 100 thoughts are 7, not 8.
 
     Args:
-        n: thoughts.
+        n: the number of thoughts.
         tau: the share that is kept, in [0, 1].
 
     Returns:
         m; at least both ends are kept.
 
     Raises:
-        UserError: tau is no such share.
+        UserError: tau is not in [0, 1].
 
     Example:
         >>> [budget(n, 0.5) for n in (0, 1, 3, 10)]
@@ -144,7 +144,7 @@ def _middle(n: int, m: int, head: Fraction, seed: int | str) -> Iterable[int]:
 
 
 def _random(n: int, m: int, head: Fraction, seed: int | str) -> Iterable[int]:
-    draws = random.Random(seed)  # of its methods, `random` alone is the same in every Python
+    draws = random.Random(seed)  # only its method `random` is the same in every Python
     order = sorted(range(n), key=lambda _: draws.random())
     return sorted(order[:m])
 
@@ -170,13 +170,13 @@ def select(
     A larger tau keeps all that a smaller one keeps.
 
     Args:
-        n: thoughts.
+        n: the number of thoughts.
         tau: the share that is kept, in [0, 1].
         policy: one of `POLICIES`; `edge` is EPiC.
-        head_share: of `edge`, the share of the kept thoughts that are the first ones, in [0, 1]:
-            1 is `head` and 0 is `tail`. (The number in the names of the authors' data sets is that
-            of the last ones.)
-        seed: of `random`.
+        head_share: the share of first thoughts among the kept ones under `edge`, in [0, 1]: 1 is
+            `head` and 0 is `tail`. (The number in the names of the authors' data sets is the share
+            of last thoughts.)
+        seed: the seed of the policy `random`.
 
     Returns:
         m ascending numbers from 0 to n - 1.
@@ -208,7 +208,7 @@ def _chosen(name: str, table: Mapping[str, Any], what: str) -> Any:
 
 @dataclass(frozen=True)
 class Condense:
-    """How traces are shortened."""
+    """Options of shortening traces."""
 
     tau: float = option(0.5, "share of the thoughts that is kept.", low=0, high=1)
     policy: str = option(
@@ -234,7 +234,7 @@ class Trace(NamedTuple):
 
     Args:
         column: the column that holds it: `thoughts`, `answer` or `messages`.
-        question: what is asked.
+        question: the question.
         before: the text up to the first thought: the opening tag, and white space behind it.
         thoughts: the thoughts, in order.
         after: the text behind the last thought: white space, the closing tag, the answer.
@@ -258,8 +258,8 @@ class Condensed(NamedTuple):
 
     Args:
         row: the row; the one that was given where nothing was left out.
-        before: its trace before.
-        after: its trace now.
+        before: the original trace.
+        after: the shortened trace.
     """
 
     row: Mapping[str, Any]
@@ -271,8 +271,8 @@ def find_trace(row: Mapping[str, Any], mode: str = "paragraph") -> Trace:
     """The trace of a row of reasoning.
 
     Args:
-        row: in one of the forms that the module's documentation names.
-        mode: how a trace that is one text is split, as in :func:`split_thoughts`.
+        row: a row in one of the forms that the module's documentation names.
+        mode: the way to split a trace that is one text, see :func:`split_thoughts`.
 
     Returns:
         The trace; `find_trace(row).text` is the answer with its trace.
@@ -348,7 +348,7 @@ def _string(row: Mapping[str, Any], name: str) -> str:
 
 
 def _turns(messages: Any) -> tuple[str, str]:
-    """What the turns before the last one say, and what the last one says."""
+    """The text of the turns before the last one, and the text of the last one."""
     said = [
         turn["content"]
         for turn in (messages if isinstance(messages, list | tuple) else ())
@@ -377,13 +377,13 @@ def condense(
     white space between the last one and the closing tag.
 
     Args:
-        row: in one of the forms that the module's documentation names.
+        row: a row in one of the forms that the module's documentation names.
         tau: the share of thoughts that is kept, as in :func:`select`.
-        policy: which are kept.
-        head_share: of `edge`.
-        mode: how a trace that is one text is split, as in :func:`split_thoughts`.
-        seed: of `random`.
-        number: of the row; each draws its own.
+        policy: the choice of the kept thoughts, one of `POLICIES`.
+        head_share: the share of first thoughts under `edge`.
+        mode: the way to split a trace that is one text, see :func:`split_thoughts`.
+        seed: the seed of the policy `random`.
+        number: the number of the row, which keys its own draws.
 
     Returns:
         The row, and its trace before and after.

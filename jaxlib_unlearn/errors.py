@@ -1,4 +1,4 @@
-"""The exception for mistakes in what the user supplied."""
+"""The exception for mistakes in the user's input."""
 
 
 class UserError(ValueError):

@@ -62,7 +62,7 @@ def merge(
 def interference(
     task_matrices: jax.Array | Sequence[jax.Array], rank: int | None = None, normalize: bool = False
 ) -> jax.Array:
-    r"""How much task matrices interfere when added: singular task interference (STI).
+    r"""The interference of task matrices when they are added: singular task interference (STI).
 
     .. math::
         \mathrm{STI} = \left\| (\hat U^H \hat U - I)\, \Sigma\, (\hat V^H \hat V - I) \right\|_1,
@@ -71,7 +71,7 @@ def interference(
     (the sum of absolute entries). Zero if the tasks are orthogonal on either side.
 
     Args:
-        task_matrices: as in :func:`merge`.
+        task_matrices: the tasks, as :func:`merge` takes them.
         rank: leading singular vectors of each task, k; None for all, and never more than all.
         normalize: divide by the number of entries off the diagonal, ``T k (T k - 1)``.
 
@@ -80,7 +80,7 @@ def interference(
         vectors, and with them this number, are not unique.
 
     Raises:
-        ValueError: as in :func:`merge`; normalising a single vector.
+        ValueError: see :func:`merge`; or a single vector is to be normalised.
 
     Example:
         >>> import jax.numpy as jnp

@@ -20,8 +20,8 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 
-LARGEST = 3.4028234663852886e38  # of float32, in which steps are computed
-MOST = 2**31 - 1  # of int32
+LARGEST = 3.4028234663852886e38  # the largest float32, in which steps are computed
+MOST = 2**31 - 1  # the largest int32
 
 
 def option(
@@ -45,13 +45,13 @@ def option(
         doc: a sentence for ``--help``.
         low: the lowest value.
         high: the highest value; infinity: infinity itself is allowed too.
-        above: values are greater than this.
-        below: values are less than this.
-        wanted: what is allowed, for messages; "": derived from the bounds.
+        above: a bound that values must exceed.
+        below: a bound that values must stay under.
+        wanted: the allowed values in words, for messages; "": derived from the bounds.
         choices: the allowed words.
         words: words that ``--help`` shows but :func:`check` ignores, for values that combine
             several words or are checked where they are read.
-        none: one word for what None means.
+        none: one word for the meaning of None.
         more: further metadata.
 
     Returns:
@@ -88,7 +88,7 @@ def check(options: Any, name: Callable[[str], str] = str) -> None:
 
     Args:
         options: an instance of a dataclass.
-        name: a field's name in messages.
+        name: the function that gives a field's name in messages.
 
     Raises:
         UserError: a word that is not a choice, a number out of range, not finite, or too large for

@@ -1,4 +1,4 @@
-"""Reading files of any origin: whatever is wrong with one becomes a one-line `UserError`.
+"""Reading of files of any origin: any defect of one becomes a one-line `UserError`.
 
 Every reader of the project goes through `reading`, so that a wrong encoding, nesting, type or key
 gives the same kind of message everywhere, and nothing is read that is not a file or is too large.
@@ -23,7 +23,7 @@ from jaxlib_unlearn.errors import UserError
 LARGEST_JSON = 2**26
 LARGEST_TEXT = 2**28
 LONGEST_INTEGER = 40
-# What a damaged file makes a parser raise. `Exception` itself comes from `tokenizers`.
+# Exceptions that parsers raise for damaged files. `Exception` itself comes from `tokenizers`.
 DAMAGE = (
     *(OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
     *(AssertionError, RuntimeError, MemoryError, Warning),
@@ -45,7 +45,7 @@ def one_line(error: object, limit: int = 160) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in a few words.
+    """The reason of an error, in a few words.
 
     Example:
         >>> reason(KeyError("shape"))
@@ -68,12 +68,12 @@ def reason(error: BaseException) -> str:
 def reading(
     where: object, advice: str = "get it anew", what: str = "cannot be read"
 ) -> Iterator[None]:
-    """Turn what a damaged file raises in this block into a `UserError`.
+    """Turn the exception that a damaged file raises in this block into a `UserError`.
 
     Args:
         where: the file, as the message names it.
-        advice: what to do.
-        what: what is wrong with the content; the reason follows in brackets.
+        advice: the end of the message, which says what to do.
+        what: the defect of the content, for the message; the reason follows in brackets.
 
     Raises:
         UserError: `where: what (reason); advice`. A `UserError` from inside passes as it is.
@@ -129,10 +129,10 @@ def read_text(
 
     Args:
         path: a local path, or one of `etils.epath` in a bucket.
-        advice: what to do when it cannot be read.
-        what: as in `reading`.
-        limit: most bytes of a local file.
-        encoding: of the text.
+        advice: the end of the message if it cannot be read, which says what to do.
+        what: the defect of the content, see `reading`.
+        limit: the largest number of bytes of a local file.
+        encoding: the encoding of the text.
 
     Returns:
         The text, line ends as `\\n`.
@@ -218,7 +218,7 @@ def check_spelling(
         given: names found in a file.
         known: names that are read.
         where: the file, for the message.
-        advice: what to do.
+        advice: the end of the message, which says what to do.
 
     Example:
         >>> check_spelling(["rope_thets"], ["rope_theta"], "config.json", "correct it")

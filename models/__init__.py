@@ -1,4 +1,4 @@
-"""Decoder language models in JAX: load, run and export Llama, Mistral, Qwen, GPT-2 and OPT."""
+"""Models in JAX: language decoders, vision networks and Stable Diffusion, with their files."""
 
 from models.decoder import lora
 from models.decoder.model import Decoder, DecoderConfig

@@ -1,4 +1,4 @@
-"""How activations are sharded in the forward pass: batch axes, padding over tp, embedding lookup.
+"""Sharding of activations in the forward pass: batch axes, padding over tp, embedding lookup.
 
 The parameters' partition specs alone do not fix the layout of activations, and the partitioner's
 own choice may be an expensive one. The mesh is read from the type of an array, so the same code
@@ -19,7 +19,7 @@ from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored
 
 
 def _batch_axes(like: jax.Array) -> tuple[Any, tuple[str, ...]]:
-    """The mesh of `like`, and those of its Auto axes that the batch is split over.
+    """The mesh of `like`, and its Auto axes over which the batch is split.
 
     An axis may be Manual as well: a zeroth-order step evaluates the loss inside a `shard_map`.
     """
@@ -43,7 +43,7 @@ def batch_sharded(x: jax.Array, like: jax.Array, axis: int = 0, whole: bool = Tr
         x: an activation, of any shape.
         like: an array on the mesh; without a mesh `x` is returned unchanged.
         axis: the axis of `x` that is the batch.
-        whole: the other axes are not sharded; if False, the partitioner decides.
+        whole: whether the other axes stay whole; if False, the partitioner decides.
 
     Returns:
         `x` under the constraint.
@@ -99,7 +99,7 @@ def lookup(table: jax.Array | Factored, tokens: jax.Array, dtype: Any) -> jax.Ar
     Args:
         table: embeddings `(V, d)`, or a `Factored` table.
         tokens: int32 `(B, T)`.
-        dtype: of the result; the gradient is summed in the table's dtype.
+        dtype: the dtype of the result; the gradient is summed in the table's dtype.
 
     Returns:
         `(B, T, d)`, sharded over the batch axes.

@@ -23,7 +23,7 @@ def put(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
     Args:
         value: the whole array, on every process.
-        sharding: where its parts go.
+        sharding: the layout of its parts.
 
     Returns:
         The array.
@@ -41,8 +41,8 @@ def read_into(shape: tuple[int, ...], sharding: jax.sharding.Sharding, read: Rea
     """A global array of which this process reads the parts that its devices hold, each once.
 
     Args:
-        shape: of the whole.
-        sharding: where its parts go.
+        shape: the shape of the whole array.
+        sharding: the layout of its parts.
         read: `index -> values`, the index a slice for each axis.
 
     Returns:

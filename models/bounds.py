@@ -24,10 +24,10 @@ def check_positions(learned: int | None, length: int, what: str) -> None:
     silently be at its position.
 
     Args:
-        learned: how many there are (`DecoderConfig.learned_positions`); None: rotary ones, which
-            have no end.
-        length: tokens of a row, or the last position plus one.
-        what: it is, for the message.
+        learned: the number of learned positions (`DecoderConfig.learned_positions`); None: they are
+            rotary, which have no end.
+        length: the number of tokens of a row, or the last position plus one.
+        what: the name of the row, for the message.
 
     Example:
         >>> check_positions(256, 257, "prompt 3")
@@ -62,7 +62,7 @@ def check_size(name: str, value: int | float, where: str) -> None:
 def host_memory() -> int | None:
     """Bytes of memory that this process may use; None if unknown.
 
-    The machine's, or that of its control group where that is less.
+    It is the machine's memory, or the limit of the control group where that is less.
     """
     found = []
     try:
@@ -81,9 +81,9 @@ def check_memory(needed: int, where: str, advice: str) -> None:
     """Raise `UserError` when `needed` bytes do not fit in this host's memory.
 
     Args:
-        needed: bytes.
+        needed: the number of bytes.
         where: the model or option that asks for them.
-        advice: what to do.
+        advice: the end of the message, which says what to do.
     """
     there = host_memory()
     if there is not None and needed > there:

@@ -1,4 +1,4 @@
-"""How samples of prompts are split into chunks for decoding: few sizes, shared prompts together."""
+"""Splits samples of prompts into chunks for decoding: few sizes, shared prompts together."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 
 class Plan(NamedTuple):
-    """How samples of prompts are decoded.
+    """A plan of decoding: the sizes of its chunks.
 
     Args:
-        rows: of a chunk, decoded at once.
-        beside: adjacent rows of one prompt in a chunk; 1: in any order.
-        prefilled: prompts read at once; their samples fill chunks.
+        rows: the number of rows of a chunk, which are decoded at once.
+        beside: the number of adjacent rows that share a prompt; 1: rows are in any order.
+        prefilled: the number of prompts read at once; their samples fill chunks.
     """
 
     rows: int
@@ -38,7 +38,7 @@ def bucket(length: int, buckets: Sequence[int] | None = None) -> int:
 
 
 def _few(even: int) -> int:
-    """A size of at least that many, out of few sizes: each one is compiled."""
+    """A size of at least `even`, out of few sizes, since each size is compiled."""
     return bucket(even) if even > 8 else 1 << (even - 1).bit_length()
 
 
@@ -54,19 +54,19 @@ def _up(count: int, multiple: int) -> int:
 def make_plan(
     prompts: int, samples: int, most: int, slots: int, width: int, room: int, shards: int
 ) -> Plan:
-    """How to decode a number of samples of each of a number of prompts.
+    """The plan of decoding equally many samples of each prompt.
 
     Samples of a prompt share its keys and values where a chunk holds all of them, or many of one
     prompt; where they cannot be split evenly over the devices each row has a copy.
 
     Args:
-        prompts: their number.
-        samples: of each.
-        most: rows decoded at once.
-        slots: of the cache.
-        width: slots of a prompt.
-        room: slots of an answer.
-        shards: what the number of rows must be a multiple of.
+        prompts: the number of prompts.
+        samples: the number of samples of each prompt.
+        most: the largest number of rows decoded at once.
+        slots: the number of slots of the cache.
+        width: the number of slots of a prompt.
+        room: the number of slots of an answer.
+        shards: the number of shards of the batch, a divisor of the number of rows.
 
     Returns:
         The plan; on a mesh each device has whole prompts, or all have the same one.

@@ -1,4 +1,4 @@
-"""How the parameters of our models lie on a mesh: one rule a leaf, by its path.
+"""Layout of the parameters of our models on a mesh: one rule a leaf, by its path.
 
 Parameters are split over `fsdp`, and over `tp` along the wide axis of attention and MLP kernels.
 Each kind of model has its rules; a learner (`models.learner`) names them.
@@ -90,7 +90,7 @@ def constrain(tree: Any, dtype: Any = None, rules: Rules = DECODER) -> Any:
 
 
 def matrices(params: Any) -> Any:
-    """Which leaves are matrices, for `matrices=` of the optimizers in `jaxlib_unlearn.optim`.
+    """Marks the leaves that are matrices, for `matrices=` of the optimizers.
 
     A convolution's kernel `(k, k, in, out)` is one matrix `(k k in, out)`; the rules of
     `jaxlib_unlearn.optim` place all other leaves: dense kernels are matrices, norms, biases and

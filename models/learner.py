@@ -1,4 +1,4 @@
-"""How a kind of model is trained: what it answers to an objective, its shapes, its layout.
+"""A kind of model as it is trained: its answers to an objective, its shapes, its layout.
 
 The trainer knows a model as a `Learner` and nothing else: a vision model or a denoiser trains under
 every optimizer once it has one.
@@ -23,11 +23,11 @@ CLASSES = "classes"  # the question that a classifier answers
 
 
 class Frozen(NamedTuple):
-    """What is known of the frozen model in a step.
+    """The parameters of the frozen model that a step has.
 
     Args:
         head: the parameters that unembed its cached hidden states.
-        params: all of its parameters, for rows that fork; None otherwise.
+        params: all of its parameters, for objectives that fork; None otherwise.
     """
 
     head: Any = None
@@ -37,11 +37,11 @@ class Frozen(NamedTuple):
 class Learner(Protocol):
     """A kind of model, as the trainer sees it; a frozen dataclass.
 
-    `answers` are the questions it can be asked, `rules` how its parameters lie on a mesh, `layered`
-    whether it takes a `layer_map` (a function of one layer's parameters, applied where the layer is
-    used), `sizes` numbers that a row's state may depend on, `dtype` what
-    it computes in. It may have `factored`, the paths of leaves outside its layers that it takes as
-    `Factored` as well: row-wise directions then need no copy of them for every row.
+    `answers` are the questions it can be asked, `rules` the layout of its parameters on a mesh,
+    `sizes` the numbers that an objective's state may depend on, and `dtype` is the dtype of its
+    computation. `layered` says whether it takes a `layer_map`, a function of one layer's parameters
+    that is applied where the layer is used. It may have `factored`, the paths of leaves outside its
+    layers that may be `Factored` too: row-wise directions then need no copy of them for every row.
     """
 
     @property
@@ -56,7 +56,7 @@ class Learner(Protocol):
     def dtype(self) -> str: ...
 
     def identity(self) -> Any:
-        """What its outputs depend on beside the parameters: a frozen dataclass or JSON values."""
+        """The model's identity besides its parameters: a frozen dataclass or JSON values."""
         ...
 
     def shapes(self) -> Any:
@@ -74,28 +74,28 @@ class Learner(Protocol):
         fuse: bool = True,
         train_from: int = 0,
     ) -> Context:
-        """What a loss may ask of these parameters.
+        """The context in which a loss asks these parameters.
 
         Args:
-            params: of the model that is trained.
-            frozen: of the reference.
-            batches: by stream.
-            questions: those that will be asked.
-            layer_map: of one layer's parameters.
-            fuse: streams that are asked the same share a forward pass.
-            train_from: nothing below this block is trained.
+            params: the parameters of the model that is trained.
+            frozen: the parameters of the reference.
+            batches: a batch by the name of each stream.
+            questions: the questions that the loss will ask.
+            layer_map: a function of one layer's parameters.
+            fuse: whether streams that are asked the same share a forward pass.
+            train_from: the first trained block.
         """
         ...
 
 
 @dataclass(frozen=True)
 class PlainLearner:
-    """What learners of models without stacks of layers share; their own are a subclass of it.
+    """The base class of learners of models without stacks of layers.
 
-    A subclass has `answers`, `rules` and `sizes`, and `ask`: what answers, given parameters.
+    A subclass has `answers`, `rules` and `sizes`, and `ask`, which returns the object that answers.
 
     Args:
-        model: with `config`, whose `dtype` it computes in, and `shapes`.
+        model: a model with `shapes` and a `config` with the `dtype` of the computation.
     """
 
     model: Any
@@ -105,12 +105,12 @@ class PlainLearner:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Numbers that a row's state may depend on."""
+        """The numbers that an objective's state may depend on."""
         return {}
 
     @property
     def dtype(self) -> str:
-        """What it computes in."""
+        """The dtype of the computation."""
         return self.model.config.dtype
 
     def identity(self) -> Any:
@@ -122,7 +122,7 @@ class PlainLearner:
         return self.model.shapes()
 
     def ask(self, params: Any, together: Sequence[Batch] = ()) -> Any:
-        """The model as objectives ask it; of batches in `together` it will be asked the same."""
+        """The model as objectives ask it; all batches in `together` will be asked the same."""
         raise NotImplementedError
 
     def context(
@@ -136,7 +136,7 @@ class PlainLearner:
         fuse: bool = True,
         train_from: int = 0,
     ) -> Context:
-        """What a loss may ask of these parameters, see `Learner.context`."""
+        """The context in which a loss asks these parameters, see `Learner.context`."""
         del layer_map, train_from
         together = [batches[stream] for stream in questions.asks if stream in batches]
         constrained = layout.constrain(params, rules=self.rules)
@@ -153,7 +153,7 @@ def check_questions(learner: Learner, row: Objective, options: Any, train_from: 
         learner: the kind of model.
         row: the objective.
         options: its options.
-        train_from: nothing below this block is trained.
+        train_from: the first trained block.
     """
     questions = row.questions(options)
     asked = {question for some in questions.asks.values() for question in some}

@@ -5,7 +5,7 @@ python -m train.condense IN.parquet OUT.parquet --tau 0.3 --policy head
 python -m train.condense IN.jsonl OUT.jsonl --tokenizer MODEL   (counts tokens as well)
 
 A row has `question`, `thoughts` (a list) and `answer`; or `question` and `answer`, which is
-`<think>…</think>` and what follows; or `messages`, the last of which is such a text. OUT and
+`<think>…</think>` and the text behind it; or `messages`, the last of which is such a text. OUT and
 report.json are written as a whole or not at all.
 """
 
@@ -54,7 +54,7 @@ class CondenseRun(cot.Condense):
 
 @dataclass
 class Counts:
-    """What the report tells; without a tokenizer no tokens are counted."""
+    """The numbers of the report; without a tokenizer no tokens are counted."""
 
     rows: int = 0
     thoughts_before: int = 0
@@ -179,7 +179,7 @@ def tokenizer_of(name: str) -> Tokenizer:
 
 
 def shorter(config: CondenseRun, where: str, row: Mapping[str, Any], number: int) -> cot.Condensed:
-    """A row with fewer thoughts; what is wrong with it names its place."""
+    """A row with fewer thoughts; an error names its place."""
     try:
         return cot.condense(
             row,
@@ -195,7 +195,7 @@ def shorter(config: CondenseRun, where: str, row: Mapping[str, Any], number: int
 
 
 def num_tokens(tokenizer: Tokenizer, traces: Sequence[cot.Trace]) -> int:
-    """Tokens of questions, traces and answers, without those of a chat template."""
+    """The number of tokens of questions, traces and answers, without a chat template."""
     return sum(
         len(tokenizer.encode(text)) for trace in traces for text in (trace.question, trace.text)
     )

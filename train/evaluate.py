@@ -33,12 +33,12 @@ class EvaluateRun:
     Args:
         model: set by the first argument.
         smoke: few rows and samples, for a first look.
-        output: where `summary.json` and `evals/` go; None: `runs/evaluate-NAME`.
+        output: the folder of `summary.json` and `evals/`; None: `runs/evaluate-NAME`.
         retain_log: per-item log of a retain-only model, for forget quality and privleak.
-        data: what is asked.
-        evaluate: how it is judged.
-        mesh: devices.
-        mask_all_pad_id_tokens: as `--model.mask-all-pad-id-tokens` of a run.
+        data: the questions.
+        evaluate: the options of the evaluators.
+        mesh: the devices.
+        mask_all_pad_id_tokens: the same as `--model.mask-all-pad-id-tokens` of a run.
         distributed: the processes, where there are several.
     """
 
@@ -54,7 +54,7 @@ class EvaluateRun:
     distributed: DistributedConfig = DistributedConfig()
 
 
-# What the TOFU preset shrinks, without its training.
+# The options that the TOFU preset shrinks, without its training.
 SMOKE = {
     name: value
     for name, value in tofu_smollm2.SMOKE.items()

@@ -23,7 +23,7 @@ from train.costs.topology import GIB, Topology, check_topology, find_topology
 from train.options import cli
 from train.runtime import suggest
 
-# What a collective sends over a chip's links in a group of n, as a fraction of its bytes.
+# The share of a collective's bytes that a chip of a group of n sends over its links.
 WIRE = {
     "all-gather": lambda n: (n - 1) / n,
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -67,11 +67,11 @@ def plan(config: Any, say: Any = None) -> dict[str, Any]:
 
     Args:
         config: the run and the slice (`costs.planned`).
-        say: called with a line before each compilation; None: silent.
+        say: a function that is called with a line before each compilation; None: silent.
 
     Returns:
-        Plain values: those of the first program (the training step, if planned) at the top, those
-        of all under `programs`.
+        Plain values: the costs of the first program (the training step, if planned) at the top, and
+        the costs of all under `programs`.
 
     Raises:
         UserError: the slice does not exist, or the run cannot use it.
@@ -125,7 +125,7 @@ def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
         needed = needed_bytes(str(error))
         if needed is None:
             raise
-        # The compiler gave up: there is no program to analyse, but the error says what it needed.
+        # The compiler gave up: there is no program to analyse, but the error gives its memory.
         arguments = argument_bytes(program.args)
         temporaries = max(0, needed - arguments) if needed > arguments else needed
         return result | {
@@ -174,7 +174,7 @@ def account(program: Any, topology: Topology, devices: int) -> dict[str, Any]:
 
 
 def optimizer_work(made: Any, mesh: Any, step: dict[str, Any]) -> dict[str, Any]:
-    """The FLOPs of the update: as compiled, or (if compilation failed) as the function asks for.
+    """The FLOPs of the update: as compiled, or, if compilation failed, as counted by the jaxpr.
 
     `made` is the update and its shapes; None: it evaluates the loss.
     """

@@ -25,7 +25,7 @@ from train.runtime.distributed import DistributedConfig
 from train.runtime.sharding import MeshConfig
 from train.runtime.tracking import say
 
-# What the summary says of a replay that ends before the first milestone.
+# The summary's words for a replay that ends before the first milestone.
 UNCOMPARED = {"apart": None, "bitwise": None}
 
 
@@ -45,7 +45,7 @@ class ReplayRun:
         source: set by the first argument: a run folder, or its `replay.zo`.
         output: folder to work in; the model goes to `export/` in it.
         check: replay and compare, and write nothing.
-        mesh: devices; the result does not depend on them.
+        mesh: the devices, on which the result does not depend.
         distributed: the processes, where there are several.
     """
 
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: ReplayRun) -> dict[str, Any]:
-    """Replay, compare and export; what it found, as in `summary.json`."""
+    """Replay, compare and export; returns the content of `summary.json`."""
     with contextlib.ExitStack() as held:
         return _run(config, held)
 
@@ -177,7 +177,7 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
 
 
 def compared(how: Any, tolerance: float | None) -> str:
-    """What a `replaying.Checked` of at least one milestone says."""
+    """The words for a `replaying.Checked` of at least one milestone."""
     equal = "equal bit by bit"
     if not how.bitwise:
         far = f"to {how.apart:.1e}" if how.apart else "to the last digit"
@@ -186,7 +186,7 @@ def compared(how: Any, tolerance: float | None) -> str:
 
 
 def kept(path: Path, sha: str) -> dict[str, Any]:
-    """What the summary of a finished replay says, where it is of these parameters."""
+    """The summary of a finished replay, if it is of these parameters."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["replayed"]
         return dict(found) if found["params_sha256"] == sha else {}

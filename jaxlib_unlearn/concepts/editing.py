@@ -41,9 +41,9 @@ def uce(
     Args:
         kernels: a pytree of matrices ``(d, out)``.
         erase: ``(n, d)`` states to erase, one a row.
-        guide: ``(n, d)``, what each of them shall read as.
+        guide: ``(n, d)``, the state that each of them shall read as.
         preserve: ``(m, d)`` states that shall read as before.
-        keep: lambda, the weight of the kernels as they are, above 0.
+        keep: lambda, the weight of the kernels before the edit, above 0.
         erase_weight: a_e.
         preserve_weight: a_p.
 
@@ -128,31 +128,31 @@ def rece(
     adversarial_keep: ArrayLike = 0.1,
     again: bool = False,
 ) -> Kernels:
-    """UCE, and then rounds of it on the states that would undo the one before.
+    """UCE, then rounds of it on the states that would undo the previous round.
 
         K_0 = uce(K, c, g);  K_i = uce(K_{i-1}, adversarial(K, K_{i-1}, c), g)
 
     With `again`, ``K_i = uce(K_{i-1}, [c, adversarial(K, K_{i-1}, c)], [g, g])``. A round as
-    published moves what the kernels read at ``c`` too. Where states have few dimensions and those
-    to erase fill many of them, it moves that back: there the concept returns without it.
+    published also changes the reading of ``c``. Where states have few dimensions, many of which
+    the erased states fill, it changes that reading back, and the concept returns without `again`.
 
     Args:
         kernels: a pytree of matrices ``(d, out)``.
         erase: ``(n, d)`` states to erase; the published code takes all positions of a prompt.
-        guide: ``(n, d)``, what each of them shall read as.
+        guide: ``(n, d)``, the state that each of them shall read as.
         preserve: ``(m, d)`` states that shall read as before.
-        rounds: after the first edit; 0 is UCE.
-        keep: as in `uce`, of every edit.
-        erase_weight: as in `uce`.
-        preserve_weight: as in `uce`.
-        adversarial_keep: as in `adversarial`; published are 0.1, and 1e-3 for hard objects.
-        again: whether rounds erase ``c`` beside what would undo it; published: not.
+        rounds: the number of rounds after the first edit; 0 is UCE.
+        keep: lambda of every edit, see `uce`.
+        erase_weight: a_e, see `uce`.
+        preserve_weight: a_p, see `uce`.
+        adversarial_keep: lambda of `adversarial`; published are 0.1, and 1e-3 for hard objects.
+        again: whether rounds erase ``c`` again beside the states that undo it; not so as published.
 
     Returns:
         The edited kernels.
 
     Raises:
-        ValueError: as `uce`, or a negative number of rounds.
+        ValueError: see `uce`; or a negative number of rounds.
 
     Example:
         >>> import jax.numpy as jnp

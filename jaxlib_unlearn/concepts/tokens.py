@@ -1,9 +1,9 @@
 r"""Token embeddings that bring an erased concept back (SubAttack), and their removal (SubDefense).
 
 An attack token is a non-negative combination of the vocabulary's embeddings, so its largest
-coefficients name words. Each further token is orthogonal to those before. What the tokens span is
-kept as orthonormal columns ``(d, K)``; columns of zeros stand for tokens that are still to come, so
-that a compiled step serves all of them.
+coefficients name words. Each further token is orthogonal to the earlier ones. Their span is kept as
+orthonormal columns ``(d, K)``; columns of zeros stand for tokens that are still to come, so that a
+compiled step serves all of them.
 
 The paper's text leaves open the network's size, the last non-negative map, and whether the
 dictionary or the result is made orthogonal: the choices here are marked as such.
@@ -20,13 +20,13 @@ from jax.typing import ArrayLike
 from jaxlib_unlearn.losses.likelihood import upcast
 from jaxlib_unlearn.optim.arrays import matmul
 
-# What makes a coefficient non-negative. The literal `relu` can start with no word at all.
+# Functions that make a coefficient non-negative. The literal `relu` can start with no word at all.
 POSITIVE: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softplus": jax.nn.softplus,
     "abs": jnp.abs,
     "relu": jax.nn.relu,
 }
-# What is made orthogonal to the tokens before: what the network sees, or its result alone.
+# The vectors made orthogonal to the earlier tokens: the network's inputs, or only its result.
 FORMS = ("deflate", "project")
 
 Network = dict[str, dict[str, jax.Array]]
@@ -37,7 +37,7 @@ class Token(NamedTuple):
 
     Args:
         embedding: ``(d,)``.
-        coefficients: ``(N,)``, of the vocabulary's rows, not negative.
+        coefficients: ``(N,)``, the weights of the vocabulary's rows, not negative.
     """
 
     embedding: jax.Array
@@ -48,9 +48,9 @@ def init_network(key: jax.Array, width: int, hidden: int = 100) -> Network:
     r"""The network of the coefficients: d to hidden to 1, uniform in ``1 / sqrt(inputs)``.
 
     Args:
-        key: of the draw.
+        key: the key of the draw.
         width: d.
-        hidden: units; 100 as in Conceptor's code (the paper does not say).
+        hidden: the number of units; 100 as in Conceptor's code (the paper does not say).
 
     Returns:
         ``{"hidden": {"kernel": (d, hidden), "bias"}, "output": {"kernel": (hidden, 1), "bias"}}``.
@@ -79,7 +79,7 @@ def coefficients(network: Network, rows: ArrayLike, positive: str = "softplus") 
         \alpha_i = \phi(w^T \max(W^T v_i + b, 0) + \beta) \ge 0
 
     Args:
-        network: as `init_network` makes it.
+        network: the parameters, see `init_network`.
         rows: ``(N, d)`` embeddings.
         positive: phi, one of `POSITIVE`.
 
@@ -110,8 +110,8 @@ def project(embeddings: ArrayLike, basis: ArrayLike) -> jax.Array:
     .. math::
         e' = e - U U^T e
 
-    At the look-up of a text encoder it also meets embeddings that are no row of the vocabulary.
-    Applied to the vocabulary alone, it does not.
+    Applied where a text encoder looks embeddings up, it also covers embeddings outside the
+    vocabulary; applied to the vocabulary alone, it does not.
 
     Args:
         embeddings: ``(..., d)``.
@@ -141,7 +141,7 @@ def attack_token(
     positive: str = "softplus",
     norm: ArrayLike | None = None,
 ) -> Token:
-    r"""The token that a network's coefficients make, orthogonal to the tokens before.
+    r"""The token that a network's coefficients make, orthogonal to the earlier tokens.
 
     .. math::
         v = \sum_i \alpha_i P v_i,\quad P = I - U U^T, \qquad
@@ -151,11 +151,11 @@ def attack_token(
     finite gradients.
 
     Args:
-        network: g, as `init_network` makes it.
+        network: the parameters of g, see `init_network`.
         vocabulary: ``(N, d)``, without special tokens.
-        basis: U ``(d, K)`` of the tokens before; zeros at the start.
+        basis: U ``(d, K)``, the span of the earlier tokens; zeros at the start.
         form: one of `FORMS` (both are readings of the paper).
-        positive: as in `coefficients`.
+        positive: the name of phi, see `coefficients`.
         norm: length of the result; None: the mean length of the vocabulary's rows.
 
     Returns:
@@ -193,7 +193,7 @@ def extend(basis: ArrayLike, embedding: ArrayLike, place: ArrayLike) -> jax.Arra
     Args:
         basis: ``(d, K)``, orthonormal columns and columns of zeros.
         embedding: ``(d,)``.
-        place: of the column, a column of zeros.
+        place: the index of the new column, a column of zeros.
 
     Returns:
         ``(d, K)`` float32 or wider. A token inside the span adds rounding: see `span` for sets
@@ -240,8 +240,8 @@ def words_of(
 
     Args:
         alpha: ``(N,)``.
-        words: of the N rows; CLIP's `</w>` is left out.
-        top: how many.
+        words: the words of the N rows; CLIP's `</w>` is left out.
+        top: the number of words.
 
     Returns:
         Words and coefficients; equal ones in the order of the vocabulary.
@@ -263,7 +263,7 @@ def words_of(
 def share_of_top(
     alpha: ArrayLike, vocabulary: ArrayLike, basis: ArrayLike, top: int = 50
 ) -> jax.Array:
-    r"""How far a token's first words explain it: the cosine of their sum with the token.
+    r"""The share of a token that its first words explain: the cosine of their sum with it.
 
     .. math::
         \cos\Big(\sum_{i \in \text{top}} \alpha_i P v_i,\ \sum_i \alpha_i P v_i\Big)
@@ -271,11 +271,11 @@ def share_of_top(
     Args:
         alpha: ``(N,)``.
         vocabulary: ``(N, d)``.
-        basis: ``(d, K)`` of the tokens before.
-        top: how many of the largest coefficients.
+        basis: ``(d, K)``, the span of the earlier tokens.
+        top: the number of largest coefficients.
 
     Returns:
-        A scalar from -1 to 1; 0 where one of both sums is zero.
+        A scalar from -1 to 1; 0 where either sum is zero.
 
     Example:
         >>> import jax.numpy as jnp

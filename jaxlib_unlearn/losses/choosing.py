@@ -11,11 +11,11 @@ from jaxlib_unlearn.losses.likelihood import Term, upcast
 def option_scores(log_probs: ArrayLike, answer: ArrayLike, num_options: int) -> jax.Array:
     """Score of every option: ``s_k = (1 / n_k) sum_w log p_w`` over the n_k labels of option k.
 
-    The mean, not the sum, so that an option of more tokens is not less likely for that alone.
+    It is the mean, not the sum, so that an option is not less likely merely because it is longer.
 
     Args:
         log_probs: ``(B, W)`` log-probabilities of the labels of all options, in nats.
-        answer: ``(B, W)`` int, which option a label belongs to; -1 where there is no label.
+        answer: ``(B, W)`` int, the option that each label belongs to; -1 where there is no label.
         num_options: K; options of a row that have no label score 0.
 
     Returns:
@@ -38,9 +38,9 @@ def choice(scores: ArrayLike, options: ArrayLike, gold: ArrayLike) -> Term:
     """Cross-entropy of the right option: ``sum_b (log sum_k exp s_bk - s_b,gold)``.
 
     Args:
-        scores: ``(B, K)``, of `option_scores` or any logits of classes.
-        options: ``(B, K)`` 0/1: which options a row has.
-        gold: ``(B,)`` int, the right one; rows with -1 are padding and do not count.
+        scores: ``(B, K)``, the result of `option_scores`, or any logits of classes.
+        options: ``(B, K)`` 0/1, 1 where a row has an option.
+        gold: ``(B,)`` int, the right option; rows with -1 are padding and do not count.
 
     Returns:
         Scalars ``(sum, weight)``; the weight is the number of rows.
@@ -53,7 +53,7 @@ def choice(scores: ArrayLike, options: ArrayLike, gold: ArrayLike) -> Term:
     scores, gold = upcast(scores), jnp.asarray(gold)
     chex.assert_equal_shape([scores, jnp.asarray(options)])
     real = gold >= 0
-    # Where there is no option, a number that no softmax notices and that has a gradient of 0.
+    # Missing options get a large negative score, which softmax turns into probability 0.
     scores = jnp.where(jnp.asarray(options) > 0, scores, -1e30)
     right = gold[:, None] == jnp.arange(scores.shape[1])
     picked = jnp.sum(jnp.where(right, scores, 0), 1)

@@ -47,15 +47,15 @@ def token_kl(teacher_logits: ArrayLike, student_logits: ArrayLike) -> jax.Array:
 
 
 def contrast(smoothed: ArrayLike, plain: ArrayLike, amount: ArrayLike) -> jax.Array:
-    """A smoothed teacher that also lowers what smoothing made less likely.
+    """A smoothed teacher that also lowers the tokens that smoothing made less likely.
 
     ``log p = log p_T - a relu(log p_0 - log p_T)``, renormalised: a token whose probability fell
-    when attention was smoothed depends on what is to be forgotten, and falls further; the others
-    share what it loses. ``a = 0`` is the smoothed teacher.
+    when attention was smoothed depends on the knowledge to forget, and falls further; the others
+    gain its probability. ``a = 0`` is the smoothed teacher.
 
     Args:
         smoothed: ``(..., V)`` logits ``p_T`` of the frozen model with smoothed attention.
-        plain: ``(..., V)`` logits ``p_0`` of the frozen model as it is.
+        plain: ``(..., V)`` logits ``p_0`` of the frozen model without smoothing.
         amount: ``a``, 0 or more.
 
     Returns:

@@ -92,7 +92,7 @@ def merge_terms(*terms: Term) -> Term:
 
 
 def negate(term: Term) -> Term:
-    """``(-sum, weight)``: descend where the loss ascended.
+    """``(-sum, weight)``: minimising the result maximises the loss.
 
     Example:
         >>> negate((6.0, 2.0))
@@ -129,7 +129,7 @@ def without_last(mask: ArrayLike, count: int) -> jax.Array:
 
     Args:
         mask: ``(B, W)``, positive at labels.
-        count: how many are left out; rows with no more labels have none.
+        count: the number of labels left out; rows with at most that many keep none.
 
     Example:
         >>> without_last(jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]]), 1).tolist()
@@ -141,7 +141,7 @@ def without_last(mask: ArrayLike, count: int) -> jax.Array:
 
 
 def labelled_rows(mask: ArrayLike) -> jax.Array:
-    """Which rows have a label at all, ``(B, W) -> (B,)`` bool: padding rows have none.
+    """Whether each row has a label, ``(B, W) -> (B,)`` bool: padding rows have none.
 
     Example:
         >>> labelled_rows(jnp.array([[0, 1], [0, 0]])).tolist()

@@ -205,9 +205,9 @@ def dpo(
 
     Args:
         chosen: ``(B,)`` log-probability sums of the refusals.
-        rejected: ``(B,)`` of the forget answers to the same questions.
-        ref_chosen: ``(B,)`` under the frozen model; no gradient.
-        ref_rejected: ``(B,)`` under the frozen model; no gradient.
+        rejected: ``(B,)`` sums of the forget answers to the same questions.
+        ref_chosen: ``(B,)`` sums of the refusals under the frozen model; no gradient.
+        ref_rejected: ``(B,)`` sums of the forget answers under the frozen model; no gradient.
         mask: ``(B,)`` rows that count.
         beta: inverse temperature, 1/nats.
         compat: None, or ``"no_factor"`` (TOFU's code and the DPO paper: without ``2/beta``, so that
@@ -247,7 +247,7 @@ def answer_preservation(
 
     Args:
         answer: ``(B,)`` log-probability sums of the true answers.
-        refusal: ``(B,)`` of refusals to the same retain questions.
+        refusal: ``(B,)`` sums of refusals to the same retain questions.
         mask: ``(B,)`` rows that count.
         beta: inverse temperature, 1/nats.
 

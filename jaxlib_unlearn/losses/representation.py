@@ -15,8 +15,8 @@ def squared_error(hidden: ArrayLike, target: ArrayLike) -> jax.Array:
 
     Args:
         hidden: ``(B, T, d)``, in any float dtype.
-        target: the same, ``(d,)`` for all positions or ``(B, 1, d)`` for those of a row; no
-            gradient reaches it.
+        target: targets of the same shape, ``(d,)`` for all positions or ``(B, 1, d)`` for the
+            positions of a row; no gradient reaches them.
 
     Returns:
         ``(B, T)``, float32 at least.

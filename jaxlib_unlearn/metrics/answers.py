@@ -1,4 +1,4 @@
-"""Short answers against right ones, as SQuAD judges them."""
+"""Scores of short answers against right ones, as in SQuAD."""
 
 import re
 import string
@@ -25,7 +25,7 @@ def token_f1(answer: str, right: str) -> float:
     Two texts without a word are the same; with one such text F1 is 0.
 
     Args:
-        answer: what was answered.
+        answer: the answer to judge.
         right: a right answer.
 
     Returns:

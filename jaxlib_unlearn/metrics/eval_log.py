@@ -31,7 +31,7 @@ TOFU_BLOCKS = {
 
 
 class EvalLog(NamedTuple):
-    """One evaluation of one model, whatever file it came from.
+    """One evaluation of one model, from either file format.
 
     source: for error messages. items: flat metric name -> (n,) float64 values per item; truth
     ratios are R = P(wrong)/P(correct). auc: attack name -> area under the curve. stated: flat

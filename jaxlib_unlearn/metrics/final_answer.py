@@ -7,7 +7,7 @@ from jaxlib_unlearn.cot import CLOSE
 
 MARK = "####"  # before the answer, in GSM8K
 _BOX = re.compile(r"\\boxed\s*\{")
-LONGEST = 100  # characters of a number; what is longer is compared as text
+LONGEST = 100  # characters of a number; longer answers are compared as texts
 # A sign belongs to a number only where no word ends before it: "3-5" are 3 and 5.
 _NUMBER = re.compile(
     r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
@@ -16,10 +16,11 @@ _NUMBER = re.compile(
 
 
 def final_answer(text: str) -> str:
-    """What a text says in the end.
+    """The final answer of a text.
 
-    Of what follows the last ``</think>`` (of the whole text where there is none): what the last
-    ``\\boxed{}`` holds; else the line behind the last ``####``; else the last number; else all.
+    Only the text behind the last ``</think>`` counts, or the whole text where there is none. The
+    answer is the content of the last ``\\boxed{}``; else the line behind the last ``####``; else
+    the last number; else the whole text.
 
     Args:
         text: an answer, with or without its trace.
@@ -59,7 +60,7 @@ def same_answer(one: str, other: str) -> bool:
 
     Args:
         one: a final answer.
-        other: another.
+        other: the final answer to compare with.
 
     Returns:
         Whether they agree.

@@ -1,4 +1,4 @@
-"""How generated images are judged: attacks that succeed, and the distance to real images."""
+"""Metrics of generated images: the success of attacks, and the distance to real images."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -50,7 +50,7 @@ def attack_success(drawn: ArrayLike, attacked: ArrayLike) -> tuple[float, float]
 
     Args:
         drawn: ``(P,)`` bool, prompts whose image shows the concept without an attack.
-        attacked: ``(K, P)`` bool, with each of K tokens.
+        attacked: ``(K, P)`` bool, the same under an attack with each of K tokens.
 
     Returns:
         ``(pre_asr, asr)``, from 0 to 1; asr is never the smaller one.

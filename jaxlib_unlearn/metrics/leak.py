@@ -64,7 +64,7 @@ def leak_at_k(scores: ArrayLike, k: int | Sequence[int]) -> np.ndarray:
 
     Args:
         scores: (..., n) scores in [0, 1], n sampled answers of each prompt.
-        k: how many answers the attacker draws, 1 <= k <= n, or a sequence of K such numbers.
+        k: the number of answers that the attacker draws, 1 <= k <= n, or a sequence of K of them.
 
     Returns:
         float64 (...) for one k, (..., K) for a sequence. Average it over prompts to report.
@@ -114,15 +114,15 @@ def bootstrap_ci(
     Args:
         scores: (P, n) scores in [0, 1], n sampled answers of each of P prompts.
         ks: one k or a sequence of K.
-        seed: of the resampling; the same seed gives the same interval.
-        resamples: bootstrap draws.
+        seed: the seed of the resampling; the same seed gives the same interval.
+        resamples: the number of bootstrap draws.
         level: coverage of the interval, in (0, 1).
 
     Returns:
         `Interval(mean, low, high)`, each () for one k or (K,) for a sequence.
 
     Raises:
-        ValueError: as `leak_at_k`, or scores are not (P, n) with P >= 1, or level not in (0, 1).
+        ValueError: see `leak_at_k`; or scores are not (P, n) with P >= 1, or level not in (0, 1).
 
     Example:
         >>> bootstrap_ci([[0.0, 1.0], [0.0, 1.0]], 1, seed=0).low.item()

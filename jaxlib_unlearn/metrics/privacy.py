@@ -47,13 +47,13 @@ def auc(members: ArrayLike, nonmembers: ArrayLike) -> float:
 
 
 def privleak(auc: float, auc_retain: float = 0.5) -> float:
-    """How far the attack's success is from that on a model that never saw the data, in percent.
+    """The attack's success relative to that on a model that never saw the data, in percent.
 
         100 ((1 - A) - (1 - A_ret)) / ((1 - A_ret) + 1e-10)
 
     Args:
-        auc: of the evaluated model, in the convention of `auc` (1 = memorised).
-        auc_retain: of the model trained without the forget set; 0.5 if there is none.
+        auc: the AUC of the evaluated model, in the convention of `auc` (1 = memorised).
+        auc_retain: the AUC of the model trained without the forget set; 0.5 if there is none.
 
     Returns:
         0 = as if never trained on it, -100 = fully memorised, positive = over-unlearned.

@@ -13,7 +13,7 @@ from jaxlib_unlearn.errors import UserError
 Answer = str | Sequence[int]
 
 SHORT = 3
-# What ends a sentence (Latin, CJK, Arabic, Devanagari), and what may follow it.
+# Signs that end a sentence (Latin, CJK, Arabic, Devanagari), and signs that may follow them.
 _END = re.compile(r"""[.!?…。！？｡؟۔।॥]["'”’»›)\]}」』）*`\s]*$""")
 
 
@@ -61,7 +61,7 @@ def _scorer(use_stemmer: bool) -> Any:
 
 
 def repeated_bigram_rate(answers: Answer | Sequence[Answer]) -> float:
-    """How much the answers repeat themselves: 0 = never, near 1 = one phrase over and over.
+    """Rate of repetition in answers: 0 = never, near 1 = one phrase over and over.
 
         rate(a) = 1 - #distinct bigrams(a) / #bigrams(a),   mean over answers
 
@@ -93,7 +93,7 @@ def _repeated(tokens: list) -> float:
 
 
 def unfinished(answer: str, reference: str, cut: bool = False, may_be_cut: bool = False) -> str:
-    """Why an answer is incomplete: it is empty, has fewer than 3 words, or does not end.
+    """The reason why an answer is incomplete: it is empty, has fewer than 3 words, or does not end.
 
     Words are runs between white space with a letter or digit in them. A short reference, or one
     that ends without a full stop (a name, a list item, a script without spaces), demands no more of

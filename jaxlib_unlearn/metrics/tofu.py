@@ -28,7 +28,7 @@ UTILITY = tuple(
 
 
 class SplitScores(NamedTuple):
-    """What was measured on one split: lists in item order, None where it was not measured.
+    """Measurements on one split: lists in item order, None where nothing was measured.
 
     answers: the right answers. paraphrased: their paraphrases (forget and retain only).
     perturbed: the wrong answers, a list for each item. generations: greedy answers, with the
@@ -49,8 +49,8 @@ def forget_quality(log: Log, retain_log: Log) -> privacy.KSTest:
         p-value of the two-sample KS test between {R_i} of the two models
 
     Args:
-        log: of the evaluated model.
-        retain_log: of the model trained without the forget set, on the same items.
+        log: the log of the evaluated model.
+        retain_log: the log of the model trained without the forget set, on the same items.
 
     Returns:
         `KSTest(statistic, p_value)`; p = 1: the two models cannot be distinguished, p near 0: they
@@ -89,7 +89,7 @@ def utility_components(log: Log) -> dict[str, float]:
     max(0, 1 - R)) on retain, real authors and world facts.
 
     Args:
-        log: of the evaluated model.
+        log: the log of the evaluated model.
 
     Returns:
         {flat metric name: value}, at most nine.
@@ -134,7 +134,7 @@ def model_utility(log: Log) -> float:
         MU = m / sum_i 1/u_i,   0 if any u_i is 0
 
     Args:
-        log: of the evaluated model; `utility_components` lists what goes in.
+        log: the log of the evaluated model; `utility_components` lists its components.
 
     Returns:
         MU in [0, 1].
@@ -160,16 +160,16 @@ def summarize(log: Log, retain_log: Log | None = None) -> dict[str, float]:
     """All aggregates of a log under flat names.
 
     Args:
-        log: of the evaluated model.
-        retain_log: of the model trained without the forget set. Without it there is no
+        log: the log of the evaluated model.
+        retain_log: the log of the model trained without the forget set. Without it there is no
             `forget_quality` and `forget_ks`, and `privleak` compares with an AUC of 0.5.
 
     Returns:
-        {flat metric name: value}; what was not measured is absent. `model_utility` is present for
+        {flat metric name: value}, without metrics not measured. `model_utility` is present for
         all nine components, `model_utility_of_N` for fewer (`utility_name`).
 
     Raises:
-        UserError: as `forget_quality`.
+        UserError: see `forget_quality`.
 
     Example:
         >>> summarize(EvalLog("mine", {"forget_rouge": np.array([0.5, 1.0])}, {"loss": 0.5}))
@@ -200,11 +200,11 @@ def _aggregate(name: str, values: np.ndarray) -> float:
 
 
 def with_reference(log: Mapping[str, Any], retain_log: Log | None) -> dict[str, Any]:
-    """A log whose `privleak` compares with a retrained model, as that of `summarize` does.
+    """A log whose `privleak` compares with a retrained model, as in `summarize`.
 
     Args:
-        log: as `build_log` returns it.
-        retain_log: of the model trained without the forget set; None: an AUC of 0.5.
+        log: a log as `build_log` returns it.
+        retain_log: the log of the model trained without the forget set; None: an AUC of 0.5.
 
     Returns:
         The log; only `privleak` differs.
@@ -234,8 +234,8 @@ def build_log(splits: Mapping[str, SplitScores]) -> dict[str, Any]:
             `holdout` needs answers alone: they are the non-members of the attacks.
 
     Returns:
-        {metric: {"agg_value": ..., "value_by_index": {"0": {...}}}}, ready for `json.dump`. What
-        was not measured is absent, as are items without label tokens, which have no value.
+        {metric: {"agg_value": ..., "value_by_index": {"0": {...}}}}, ready for `json.dump`.
+        Metrics not measured are absent, as are items without label tokens, which have no value.
         `privleak` compares with an AUC of 0.5; see `with_reference`.
 
     Raises:
@@ -269,7 +269,7 @@ def split_log(split: str, scores: SplitScores) -> dict[str, Any]:
 
     Args:
         split: `forget`, `retain`, `real_authors` or `world_facts`.
-        scores: what was measured on it.
+        scores: the measurements on it.
 
     Returns:
         {metric: {"agg_value": ..., "value_by_index": {"0": {...}}}}.
@@ -291,7 +291,7 @@ def split_log(split: str, scores: SplitScores) -> dict[str, Any]:
 
 
 def memorization_log(answers: Sequence[Scored]) -> dict[str, Any]:
-    """The part of `build_log` on how far a model has memorised the right answers.
+    """The part of `build_log` on memorisation of the right answers.
 
     Args:
         answers: the right answers of the forget set.
@@ -343,7 +343,7 @@ def utility_log(log: Mapping[str, Any]) -> dict[str, Any]:
     """The part of `build_log` on model utility, from the components that a log has.
 
     Args:
-        log: as `build_log` returns it.
+        log: a log as `build_log` returns it.
 
     Returns:
         {`utility_name`: {"agg_value": ...}}; empty where no component was measured.

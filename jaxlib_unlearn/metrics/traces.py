@@ -1,4 +1,4 @@
-"""What a reasoning trace gives away, by rules, and whether a number that was answered is right."""
+"""Rules that judge whether a trace gives an answer away, and whether a number is right."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ CLASSES = {
 }
 # A text of more words than this is a sentence: it is found by its words, not as a phrase.
 PHRASE = 4
-SHARE = 0.6  # of the words of a sentence that make it known
+SHARE = 0.6  # the share of the words of a sentence that a text must contain to state it
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")
 _EXCLUDED = re.compile(
@@ -36,9 +36,9 @@ def states(text: str, value: str, known: str = "") -> bool:
     """Whether a text states a value: a phrase as whole words, a sentence by most of its words.
 
     Args:
-        text: what was written.
+        text: the written text.
         value: an answer or a fact; up to four words are a phrase.
-        known: a text, the question say, whose words tell nothing.
+        known: a text, such as the question, whose words do not count.
 
     Example:
         >>> states("She was born in Lima.", "Lima"), states("in Limatambo", "Lima")
@@ -60,17 +60,17 @@ def states(text: str, value: str, known: str = "") -> bool:
 def trace_class(
     trace: str, gold: str, wrong: Sequence[str] = (), facts: Sequence[str] = (), question: str = ""
 ) -> int:
-    """What a trace gives away of an answer: the highest of four classes that applies.
+    """The class of a trace by how much of an answer it gives away: the highest that applies.
 
     ``4``: the right answer is stated. ``3``: a sentence names a wrong option and excludes it.
     ``2``: another fact about the subject. ``1``: none of these, which alone is safe.
 
     Args:
-        trace: what the model thought.
+        trace: the reasoning of the model.
         gold: the right answer.
         wrong: the other options.
         facts: other facts about the subject.
-        question: what was asked; its words give nothing away.
+        question: the question; its words give nothing away.
 
     Example:
         >>> wrong, facts = ["Quito", "Riga"], ["baker"]

@@ -27,9 +27,9 @@ from models.learner import Batch, Frozen
 
 
 class _Found(NamedTuple):
-    """Answers that are known: of a batch, its label states and its hidden states by block.
+    """The known answers about a batch: its label states and its hidden states by block.
 
-    `mates` are the batches of the pass that gave them, this one among them, in their order there.
+    `mates` are the batches of the pass that gave them, this one included, in their order there.
     """
 
     batch: Batch
@@ -46,7 +46,7 @@ class AskedDecoder:
         decoder: the model.
         params: its parameters.
         options: keyword options of `forward` for every call.
-        head: what `unembed` reads in place of `params`: their `head_copies`.
+        head: the parameters that `unembed` reads, `head_copies` of `params`.
         blocks: the blocks whose output is collected where hidden states are asked for.
         known: answers so far; they are added as they are asked for.
     """
@@ -88,7 +88,7 @@ class AskedDecoder:
     def learn(
         self, batches: Sequence[Batch], *, labels: bool, hidden: bool, blocks: Any = None
     ) -> list[_Found]:
-        """Ask for batches in one forward pass, which ends where nothing more is asked."""
+        """Run one forward pass for several batches; it ends where nothing more is asked."""
         if not hidden:
             states = label_states(self.decoder, self.params, batches, **self.options)
             made = [_Found(b, s, {}, batches) for b, s in zip(batches, states, strict=True)]
@@ -125,13 +125,13 @@ class AskedReference:
     """The frozen model: cached columns of a batch, or a forward pass of its own.
 
     The pass of a fork has the batches of the model's: as long as the two have the same parameters,
-    they compute the same bits, and what measures how far they are apart is exactly 0. It costs the
-    blocks from `train_from` on for batches that nothing is asked of. A whole copy has no pass but
-    those of the batches that it is asked for.
+    they compute the same bits, and every measure of their distance is exactly 0. The price is that
+    the blocks from `train_from` on also run for batches about which nothing is asked. A whole copy
+    of the model runs only the batches that it is asked about.
 
     Args:
         decoder: the model.
-        frozen: its parameters, as far as they are there.
+        frozen: its parameters, those that are available.
         model: the model that is trained, whose blocks below `train_from` are the frozen model's.
         train_from: the first block in which the two differ.
         blocks: the blocks whose output is asked for.
@@ -173,11 +173,11 @@ class AskedReference:
 
     @property
     def head(self) -> Any:
-        """What unembeds its hidden states."""
+        """The parameters that unembed its hidden states."""
         return self.frozen.params if self.frozen.head is None else self.frozen.head
 
     def states(self, batch: Batch, column: str = "ref_hidden") -> jax.Array:
-        """Final hidden states at the labels: a cached column, or of a forward pass."""
+        """Final hidden states at the labels: a cached column, or computed by a forward pass."""
         if column in batch:
             return gather(batch, batch[column])
         for other in self.known:

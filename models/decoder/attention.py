@@ -30,7 +30,7 @@ class KeyValues(NamedTuple):
             has its own keys, otherwise each B / R consecutive rows share one row of keys. K divides
             the number of query heads H.
         v: values, as `k`.
-        mask: bool `(B, 1, T, S)`, which keys a query sees.
+        mask: bool `(B, 1, T, S)`, True where a query sees a key.
         causal: S = T and no query sees a later key, so that such products may be skipped.
     """
 
@@ -56,7 +56,7 @@ def visible(
         query: `(slots (T,), segment_ids (B, T), positions (B, T))`, all int32; a segment id is
             `group + LEAF_STRIDE * leaf`.
         key: the same of the keys, S instead of T.
-        window: of sliding-window attention: a query sees keys fewer than `window` positions back.
+        window: the sliding window: a query sees keys fewer than `window` positions back.
 
     Returns:
         Bool `(B, 1, T, S)`.
@@ -92,7 +92,7 @@ def attend(q: jax.Array, parts: Sequence[KeyValues], scale: float) -> jax.Array:
         q: queries `(B, T, H, D)`.
         parts: keys and values in one or several parts (a prompt and an answer), normalised
             together.
-        scale: of the scores; they and the softmax are float32, or float64 of float64.
+        scale: the factor of the scores; they and the softmax are float32, or float64 of float64.
 
     Returns:
         `(B, T, H, D)` in the dtype of `q`. A query that sees no key gets the mean of all values in

@@ -29,7 +29,7 @@ __all__ = ["SamplingConfig", "generate", "row_keys", "sample_tokens"]
 
 CACHE_BYTES = 2**30  # largest key-value cache of one chunk of rows
 SEGMENT = 16  # steps between two checks by the host: progress, dropping finished rows
-COMPACT_FLOPS = 1e11  # that dropping finished rows must save to be worth another compilation
+COMPACT_FLOPS = 1e11  # the least saving by dropping finished rows that is worth a compilation
 Answer = tuple[Any, list[int]]
 
 
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What every step reads: keys, prompt lengths, room `(B,)`; stop ids; temperature; top-p."""
+    """The inputs of every step: keys, prompt lengths, room `(B,)`; stop ids; temperature; top-p."""
 
     keys: jax.Array
     starts: jax.Array
@@ -213,7 +213,7 @@ def _grows(cache: dict[str, jax.Array], prompt: dict[str, jax.Array] | None, few
 
 
 def _shards(params: Params, sharding: NamedSharding | None) -> int:
-    """What the number of rows must be a multiple of, on the mesh of parameters and batch."""
+    """The number of shards of the batch, which divides the number of rows."""
     count = 1
     for where in (params["embed"]["embedding"].sharding, sharding):
         if isinstance(where, NamedSharding):
@@ -245,17 +245,17 @@ def generate(
         decoder: the model.
         params: its parameters, used where they are.
         prompts: token ids; prefilled once each, sorted by length and left-padded to a bucket.
-        sampling: how tokens are chosen; greedy answers are computed once and repeated.
+        sampling: the options of sampling; greedy answers are computed once and repeated.
         stop_ids: tokens that end an answer.
-        pad_id: what fills the prompts on the left; never attended to.
-        seed: of all draws, an int or a key.
-        row_ids: what a prompt's draws are keyed by; default its index.
+        pad_id: the token that fills prompts on the left; it is never attended to.
+        seed: the seed of all draws, an int or a key.
+        row_ids: the numbers that key each prompt's draws; by default its index.
         num_samples: answers per prompt.
         batch_size: rows decoded at once, at most.
         prompt_buckets: lengths to pad prompts to; default two for every power of two.
         cache_bytes: bound on the key-value cache of the rows decoded at once.
-        sharding: of the batch's leading axis, on a mesh with axes `data` and `fsdp`.
-        progress: called with the number of newly finished answers.
+        sharding: the layout of the batch's leading axis, on a mesh with axes `data` and `fsdp`.
+        progress: a function that is called with the number of newly finished answers.
 
     Returns:
         `answers[prompt][sample]`: at most `max_new_tokens` ids (fewer where the context ends).

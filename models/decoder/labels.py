@@ -128,7 +128,7 @@ def head_of(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def head_copies(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """What `unembed` reads, on a mesh once for every group of rows that a device has.
+    """The parameters that `unembed` reads, on a mesh one copy for every group of rows of a device.
 
     Values are rounded to `dtype`, in which they are sent once to make the copies. The gradient of a
     copy stays on its device: contributions of label chunks and batches add up there, and the sum

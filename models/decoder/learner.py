@@ -1,4 +1,4 @@
-"""A causal decoder as the trainer sees it: what it answers, its shapes, its forward passes."""
+"""A causal decoder as the trainer sees it: its answers, its shapes, its forward passes."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class DecoderLearner:
 
     @property
     def dtype(self) -> str:
-        """What it computes in."""
+        """The dtype of the computation."""
         return self.decoder.config.dtype
 
     def identity(self) -> Any:
-        """The decoder's configuration: rotary positions, dtypes and all else."""
+        """The decoder's configuration."""
         return self.decoder.config
 
     def shapes(self) -> Any:
@@ -65,7 +65,7 @@ class DecoderLearner:
         fuse: bool = True,
         train_from: int = 0,
     ) -> Context:
-        """What a loss may ask of these parameters, see `Learner.context`."""
+        """The context in which a loss asks these parameters, see `Learner.context`."""
         decoder, dtype = self.decoder, self.decoder.config.dtype
         outer = {name: x for name, x in params.items() if name != "layers"}
         # Not cast: label chunks and streams sum their parts of these gradients.
@@ -112,7 +112,7 @@ class DecoderLearner:
 def passes(
     questions: Questions, batches: Mapping[str, Batch], entered: Sequence[str] = ()
 ) -> list[tuple[list[str], bool, bool]]:
-    """The forward passes that serve a row: streams, whether for labels, whether for hidden states.
+    """The forward passes of an objective: `(streams, for labels, for hidden states)` each.
 
     Streams that are asked for hidden states alone have a pass that ends below the others. Of those
     `entered`, the frozen model reads a hidden state of the model.

@@ -23,7 +23,7 @@ from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored
 from models.decoder.model import LayerMap
 
 LORA = "lora"  # where a bound layer holds its adapters
-PURPOSE = zlib.crc32(b"lora")  # of the draws, folded into the seed
+PURPOSE = zlib.crc32(b"lora")  # the purpose of the draws, folded into the seed
 
 
 def kernels(params: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, int]]]:
@@ -60,7 +60,7 @@ def init(
         params: parameters of a decoder (arrays or shapes), one stack or several.
         rank: r.
         targets: names of `kernels`.
-        seed: of the draws.
+        seed: the seed of the draws.
 
     Returns:
         The adapters, float32, in a tree with as many stacks.
@@ -143,9 +143,9 @@ def bind(
     """Frozen parameters and adapters in the form that `Decoder.forward` takes.
 
     Args:
-        adapters: from `init`; what is differentiated or perturbed.
+        adapters: the tree of `init`, which is differentiated or perturbed.
         params: the frozen model.
-        layer_map: of one layer of *adapters*, e.g. a zeroth-order perturbation of them.
+        layer_map: a function of one layer of *adapters*, e.g. a zeroth-order perturbation.
         scale: alpha / r.
 
     Returns:
@@ -179,7 +179,7 @@ def view(adapters: Mapping[str, Any], params: Mapping[str, Any], *, scale: float
     """The adapted model for scoring and generating, without a layer map and without a copy.
 
     Args:
-        adapters: from `init`.
+        adapters: the trained tree of `init`.
         params: the frozen model.
         scale: alpha / r.
 
@@ -204,7 +204,7 @@ def merge(
     computed in float32 (at least) and rounded once, to the kernel's own dtype.
 
     Args:
-        adapters: from `init`.
+        adapters: the trained tree of `init`.
         params: the frozen model; not consumed.
         scale: alpha / r.
 

@@ -55,7 +55,7 @@ WORDS = {
 
 
 def _later(default: Any) -> Any:
-    """A field younger than stored results: at its default it is in no key (`to_json`)."""
+    """A field that stored results may lack: at its default value no key holds it (`to_json`)."""
     return field(default=default, metadata={"later": True})
 
 
@@ -66,7 +66,7 @@ class DecoderConfig:
     `unattended` is a token id that no query sees (it sees others): published code that masks every
     padding id also masks the ends of turns where both are the same token. `WORDS` lists what
     `norm`, `positions`, `mlp` and `activation` may be. Learned positions are a table of
-    `max_position_embeddings` rows after `position_offset` (2 in OPT) that no token is at.
+    `max_position_embeddings` rows after `position_offset` (2 in OPT) unused ones.
     """
 
     vocab_size: int
@@ -97,7 +97,7 @@ class DecoderConfig:
 
     @property
     def learned_positions(self) -> int | None:
-        """How many positions the model has learned; None: rotary ones, which have no end."""
+        """The number of learned positions; None: they are rotary, which have no end."""
         return self.max_position_embeddings if self.positions == "learned" else None
 
 
@@ -113,7 +113,7 @@ def abstract_block(config: Any) -> tuple[Any, Any]:
 
 @functools.lru_cache(maxsize=64)
 def abstract_norm(config: Any) -> tuple[Any, Any]:
-    """As `abstract_block`, of the norm behind the last block."""
+    """The same as `abstract_block` for the norm behind the last block."""
     return _abstract(lambda: NORMS[config.norm](config.hidden_size, config.norm_eps))
 
 
@@ -128,12 +128,12 @@ class Decoder:
 
     Args:
         config: shape and conventions.
-        remat: what the backward pass recomputes, a row of `REMAT`: `none`, every activation is
-            kept; `dots`, attention and what is elementwise (the results of the projections are
-            kept); `full`, whole blocks (their inputs alone are kept).
+        remat: the part that the backward pass recomputes, a row of `REMAT`: `none`, nothing;
+            `dots`, attention and elementwise operations (the results of projections are kept);
+            `full`, whole blocks (only their inputs are kept).
 
     Raises:
-        ValueError: unknown `remat`, or a word of the configuration that is none of `WORDS`.
+        ValueError: `remat` is unknown, or a word of the configuration is not in `WORDS`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -270,9 +270,9 @@ class Decoder:
                 sweep compiles once.
             layer_map: `(layer_params, index) -> layer_params`, applied inside the scan body to one
                 layer at a time.
-            cache: from `init_cache`; new tokens go to slots `[index, index + T)`, the update is
-                `collected["cache"]`. Under `"prompt"` it may hold another, read-only cache, of R
-                prompts: each is shared by B / R consecutive rows.
+            cache: a cache made by `init_cache`; new tokens go to slots `[index, index + T)`, the
+                update is `collected["cache"]`. Under `"prompt"` it may hold a second one, which is
+                only read, of R prompts, each shared by B / R consecutive rows.
             hidden_at: static block indices whose output (residual stream) is collected under
                 `collected["hidden"]`.
             depth: static; stop after this many blocks.

@@ -1,4 +1,4 @@
-"""How the next token is drawn: temperature, then top-k, then top-p, with the row's own key.
+"""Draws the next token: temperature, then top-k, then top-p, with the row's own key.
 
 Nothing sorts the vocabulary, and a traced temperature or top-p compiles once for a sweep.
 """
@@ -19,7 +19,7 @@ BLOCK = 256  # vocabulary entries drawn from together, see `gumbel_max`
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen.
+    """Options of choosing the next token.
 
     Args:
         temperature: divides the logits; 0 takes the likeliest token.

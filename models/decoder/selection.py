@@ -1,8 +1,8 @@
-"""Training a part of a model: leaves chosen by name and by block.
+"""Training of a part of a model: leaves chosen by name and by block.
 
-Chosen leaves are cut out of the stacks of layers once, before training: what is trained holds the
-layers of the chosen blocks alone, so gradients and optimizer state exist for them alone, and below
-the first of them nothing is differentiated (`Selection.train_from`).
+Chosen leaves are cut out of the stacks of layers once, before training: the trained tree holds only
+the layers of the chosen blocks, so only these have gradients and optimizer state, and below the
+first of them nothing is differentiated (`Selection.train_from`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from models import layout
 from models.decoder.model import LayerMap
 
 BELOW_BLOCKS = ("embed", "positions", "patch_embed", "cls")  # leaves that the first block reads
-TRAINED = "trained"  # where a layer holds those of its leaves that are trained
+TRAINED = "trained"  # the key under which a layer holds its trained leaves
 
 
 class Run(NamedTuple):
@@ -29,12 +29,12 @@ class Run(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Which leaves of a model are trained.
+    """A choice of the leaves of a model that are trained.
 
     Args:
         inner: paths below one layer, `mlp/down/kernel`.
         outer: paths of leaves outside the layers, `embed/embedding`.
-        runs: all blocks, in runs of trained ones and others; of a model without stacks, none.
+        runs: all blocks, in runs of trained and of frozen ones; empty for a model without stacks.
     """
 
     inner: tuple[str, ...]
@@ -56,10 +56,10 @@ def select(
     """Choose leaves by name and by block.
 
     Args:
-        params: of a model with one stack of layers, or with none (arrays or shapes).
+        params: parameters of a model with one stack of layers or none (arrays or shapes).
         leaves: parts of paths, `mlp/down` or `q`; None: all. A leaf outside the layers is chosen by
             its name alone.
-        blocks: which blocks; None: all.
+        blocks: the indices of the blocks; None: all blocks.
 
     Returns:
         The selection.
@@ -114,11 +114,11 @@ def select(
 def split(
     params: Any, chosen: Selection, cut: Callable[[Any, str, int, int], Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The trained tree, and all the rest.
+    """Split parameters into the trained tree and the frozen rest.
 
     Args:
-        params: of a model with one stack of layers, or with none.
-        chosen: from `select`.
+        params: parameters of a model with one stack of layers or none.
+        chosen: the selection, see `select`.
         cut: `(leaf, path, first, last) ->` these layers of a stacked leaf; None: a slice. A leaf
             outside the layers is given as one layer of its own, from 0 to its first axis.
 
@@ -172,12 +172,12 @@ def bind(
     """Both parts in the form that `Decoder.forward` takes.
 
     Args:
-        trainable: from `split`; what is differentiated or perturbed.
-        frozen: from `split`.
-        layer_map: of one layer of the *trained* leaves, e.g. a zeroth-order perturbation; it counts
-            the trained blocks from 0 on.
+        trainable: the trained tree of `split`, which is differentiated or perturbed.
+            frozen: the frozen tree of `split`.
+            layer_map: a function of one layer of the *trained* leaves, e.g. a zeroth-order
+            perturbation; its index counts the trained blocks from 0.
         chosen: the selection.
-        dtype: of the computation.
+        dtype: the dtype of the computation.
 
     Returns:
         `(params, layer_map)` for `forward`.
@@ -214,7 +214,7 @@ def finish(trainable: Mapping[str, Any], params: Any, *, chosen: Selection) -> A
     """The plain parameters of the trained model, with one stack of layers.
 
     Args:
-        trainable: what was trained.
+        trainable: the tree after training.
         params: the model before; not consumed.
         chosen: the selection.
 

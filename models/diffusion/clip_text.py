@@ -32,7 +32,7 @@ RULES: layout.Rules = layout.DECODER
 class ClipTextConfig:
     """Shape and conventions of a text encoder; the defaults are those of Stable Diffusion v1.
 
-    What has no field is the same in all of them: layer norm before each part of a block and behind
+    All text encoders have in common: layer norm before each part of a block and behind
     the last one, an MLP of two layers, biases everywhere, a table of positions, a causal mask.
     """
 
@@ -78,7 +78,7 @@ class ClipText:
 
     Args:
         config: shape and conventions.
-        remat: what the backward pass recomputes, as in `Decoder`.
+        remat: the part that the backward pass recomputes, as in `Decoder`.
 
     Raises:
         ValueError: unknown `remat` or activation, or heads that do not divide the width.
@@ -171,7 +171,7 @@ class ClipText:
         return self.apply_embeds(params, self.embed(params, ids))
 
     def apply_embeds(self, params: Params, embeds: jax.Array) -> jax.Array:
-        """Hidden states of token embeddings, any of which need not be in the vocabulary.
+        """Hidden states of token embeddings, which need not be in the vocabulary.
 
         Args:
             params: the parameter tree; `embed` is not read.

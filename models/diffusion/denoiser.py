@@ -21,7 +21,7 @@ from models.diffusion.clip_text import ClipText
 from models.diffusion.unet import UNet
 from models.learner import Batch, PlainLearner
 
-NOISE = "noise"  # the question that it answers
+NOISE = "noise"  # the question that a denoiser answers
 TEXT, UNET = "text_encoder", "unet"
 NETWORK = "network"  # of an attack: what is trained
 
@@ -90,7 +90,7 @@ class Diffusion:
     def noise_given(
         self, params: Any, latents: jax.Array, time: jax.Array, embeds: jax.Array
     ) -> jax.Array:
-        """The same, given token embeddings `(B, T, d)`, which may be of no word at all."""
+        """The same, given token embeddings `(B, T, d)`, which need not belong to words."""
         states = self.text.apply_embeds(params[TEXT], embeds)
         return self.unet.apply(params[UNET], latents, time, states)
 
@@ -103,7 +103,7 @@ class AskedDenoiser:
         model: the model.
         params: its parameters.
         embed: `(params, batch, token ids) -> embeddings`.
-        together: batches of which the noise of their own prompts will be asked: in one pass.
+        together: batches whose noise, given their own prompts, one pass will predict.
         known: answers so far; they are added as they are asked for.
     """
 
@@ -169,7 +169,7 @@ class DiffusionLearner(PlainLearner):
 
     @property
     def dtype(self) -> str:
-        """What the denoiser computes in."""
+        """The dtype of the denoiser's computation."""
         return self.model.unet.config.dtype
 
     def identity(self) -> Any:
@@ -196,13 +196,13 @@ def placed(embeds: jax.Array, batch: Batch, learned: jax.Array) -> jax.Array:
 class InversionLearner(DiffusionLearner):
     """A denoiser to which one embedding is learned freely: textual inversion, the attack of CCE.
 
-    Its tree is the model's with `network` more, the embedding that is trained, and `shield`, the
-    span that a defence takes out of it, `{"embedding": (d, S)}`. A batch has `place (B,)` beside
-    the rest.
+    Its tree is the model's with two further parts: `network`, the embedding that is trained, and
+    `shield`, the span that a defence removes from it, `{"embedding": (d, S)}`. A batch also has
+    `place (B,)`, the position of the learned embedding.
 
     Args:
         model: the model, all of it frozen.
-        shield: S, columns of the span; 0: there is no defence.
+        shield: S, the number of columns of the span; 0: there is no defence.
 
     Paper: Gal et al., arXiv:2208.01618, section 4; Pham et al., arXiv:2308.01508, as an attack.
     """
@@ -234,17 +234,17 @@ class InversionLearner(DiffusionLearner):
 class AttackLearner(DiffusionLearner):
     """A denoiser to which one token is learned, as SubAttack does it.
 
-    Its tree is the model's with two parts more: `network`, the one that is trained, and `basis`,
-    the span of the tokens before, `{"embedding": (d, K)}`. A batch has `place (B,)` beside the
-    rest: the position of its tokens that the learned embedding takes.
+    Its tree is the model's with two further parts: `network`, the one that is trained, and `basis`,
+    the span of the earlier tokens, `{"embedding": (d, K)}`. A batch also has `place (B,)`, the
+    position of the learned embedding.
 
     Args:
         model: the model, all of it frozen.
-        words: so many of the vocabulary's first rows are combined; special tokens come after them.
-        hidden: units of the network.
-        form: what is made orthogonal, a word of `jaxlib_unlearn.concepts.tokens.FORMS`.
-        positive: what makes coefficients non-negative, a word of its `POSITIVE`.
-        tokens: K, the most tokens that a basis holds.
+        words: the number of rows of the vocabulary that are combined; special tokens follow them.
+        hidden: the number of hidden units of the network.
+        form: the orthogonality constraint, a word of `jaxlib_unlearn.concepts.tokens.FORMS`.
+        positive: the function that makes coefficients non-negative, a word of its `POSITIVE`.
+        tokens: K, the largest number of tokens that a basis holds.
     """
 
     words: int = 0

@@ -49,15 +49,15 @@ def abstract(make: Callable[[], nnx.Module]) -> tuple[Any, Any]:
 
 
 def draw(key: jax.Array, shapes: Any, zero: tuple[str, ...]) -> dict[str, Any]:
-    """Random parameters: kernels `N(0, 1 / in)` but for those that start at 0, scales 1, biases 0.
+    """Random parameters: kernels `N(0, 1 / in)` or 0, scales 1, biases 0.
 
-    What a residual block adds starts at 0 where its last kernel does, so that a deep network is
-    nearly linear at first.
+    A residual block whose last kernel starts at 0 adds nothing at first, so that a deep network
+    begins nearly linear.
 
     Args:
-        key: of the draw; each leaf folds its own name into it.
-        shapes: of the parameters.
-        zero: owners of the kernels that are 0.
+        key: the key of the draw; each leaf folds its own name into it.
+        shapes: the tree of the parameters' shapes.
+        zero: the names of the modules whose kernels are 0.
 
     Returns:
         The parameters.
@@ -84,7 +84,7 @@ def draw(key: jax.Array, shapes: Any, zero: tuple[str, ...]) -> dict[str, Any]:
 
 
 def recomputed(module: Any, remat: str, *inputs: Any) -> Any:
-    """`module(*inputs)`, of which the backward pass recomputes what a row of `REMAT` says.
+    """`module(*inputs)`, recomputed in the backward pass as a row of `REMAT` says.
 
     Args:
         module: an NNX module.
@@ -235,7 +235,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array
         q: queries `(B, T, heads * d)`, the heads one after another.
         k: keys `(B, S, heads * d)`.
         v: values, as `k`.
-        heads: how many there are.
+        heads: the number of heads.
 
     Returns:
         `(B, T, heads * d)` in the dtype of `q`; scores and softmax are float32, or float64 of
@@ -272,7 +272,7 @@ def sinusoid(t: jax.Array, width: int, dtype: Any = jnp.float32) -> jax.Array:
     Args:
         t: times `(B,)`, whole or fractional.
         width: even.
-        dtype: of the result and the computation.
+        dtype: the dtype of the result and of the computation.
 
     Returns:
         `(B, width)`, cosines first.

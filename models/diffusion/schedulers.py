@@ -40,7 +40,7 @@ class Schedule:
         beta_end: the last one.
         beta_schedule: `scaled_linear`, as above; `linear`: betas are evenly spaced.
         steps_offset: added to the times of DDIM and PNDM.
-        set_alpha_to_one: what is behind their last step: an abar of 1, else that of time 0.
+        set_alpha_to_one: whether abar is 1 behind their last step; if not, it is that of time 0.
         sampler: the row of `SAMPLERS` that is meant for the model.
 
     Raises:
@@ -109,7 +109,7 @@ def add_noise(
     .. math:: z_t = \sqrt{\bar\alpha_t}\, z + \sqrt{1 - \bar\alpha_t}\, \epsilon
 
     Args:
-        schedule: of the model.
+        schedule: the model's schedule.
         clean: z, `(B, ...)`.
         noise: epsilon, standard normal, in the shape of `clean`.
         times: int32 `(B,)`, 0 to S - 1.
@@ -156,14 +156,14 @@ class Steps(NamedTuple):
     """The calls of a model that make a sample, N of them, and what each one does to the sample.
 
     Args:
-        times: float32 `(N,)`; those of LMS are fractional.
+        times: float32 `(N,)`; the times of LMS are fractional.
         inputs: float64 `(N,)`; the model reads the sample times this.
-        scale: float64 `(N,)`, of the sample.
-        weights: float64 `(N, 4)`, of this prediction and of the three before it.
-        noise: float64 `(N,)`, of fresh standard normal noise.
+        scale: float64 `(N,)`, the factors of the sample.
+        weights: float64 `(N, 4)`, the weights of this prediction and of the three before it.
+        noise: float64 `(N,)`, the factors of fresh standard normal noise.
         again: bool `(N,)`: the step before is taken once more, from the sample that it began with,
-            and this prediction is not one that later steps see.
-        start: standard deviation of the noise that the first sample is.
+            and later steps do not see this prediction.
+        start: the standard deviation of the first sample, which is noise.
     """
 
     times: np.ndarray
@@ -176,7 +176,7 @@ class Steps(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where a sampler is.
+    """The state of a sampler between two steps.
 
     Args:
         sample: `(...)`.
@@ -193,7 +193,7 @@ def begin(steps: Steps, noise: jax.Array) -> State:
     """The state before the first step.
 
     Args:
-        steps: of the sampler.
+        steps: the table of the sampler's steps.
         noise: standard normal, in the shape and dtype of a sample.
     """
     sample = noise * jnp.asarray(steps.start, noise.dtype)
@@ -201,7 +201,7 @@ def begin(steps: Steps, noise: jax.Array) -> State:
 
 
 def model_input(steps: Steps, state: State, i: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """What the model is asked in step i: the sample as it reads it, and a float32 time."""
+    """The inputs of the model in step i: the scaled sample and a float32 time."""
     scale = jnp.asarray(steps.inputs, state.sample.dtype)[i]
     return scale * state.sample, jnp.asarray(steps.times)[i]
 
@@ -212,8 +212,8 @@ def advance(
     """Step i: the next state, given what the model predicts.
 
     Args:
-        steps: of the sampler.
-        state: from `begin` or the step before.
+        steps: the table of the sampler's steps.
+        state: the state that `begin` or the previous step returned.
         eps: the predicted noise in `model_input`, in the shape of the sample.
         i: 0 to N - 1; it may be traced, as the index of a `jax.lax.scan`.
         noise: standard normal; None where the sampler draws none.
@@ -253,7 +253,7 @@ def sample(
     """A sample from noise: all steps in one `jax.lax.scan`.
 
     Args:
-        steps: of the sampler.
+        steps: the table of the sampler's steps.
         denoise: `(x, time) -> eps`, the model with its condition, and guidance where there is any.
         noise: standard normal `(B, ...)`.
         draw: `i -> z`, the fresh noise of step i; needed by DDIM with an eta above 0.
@@ -285,17 +285,17 @@ def plan(schedule: Schedule, count: int, name: str | None = None, eta: float = 0
     """The steps of a sampler.
 
     Args:
-        schedule: of the model.
-        count: of steps; PNDM calls the model once more.
-        name: a row of `SAMPLERS`; None: the schedule's own.
-        eta: of DDIM: 0, no noise is drawn; 1, as much as DDPM draws.
+        schedule: the model's schedule.
+        count: the number of steps; PNDM calls the model once more.
+        name: a row of `SAMPLERS`; None: the schedule's own sampler.
+        eta: the noise of DDIM: 0, none is drawn; 1, as much as DDPM draws.
 
     Returns:
         The table of its steps.
 
     Raises:
-        UserError: an unknown sampler, too few or too many steps, or eta outside 0 to 1 or of
-            another sampler.
+        UserError: the sampler is unknown, there are too few or too many steps, or eta is outside
+            0 to 1 or given to a sampler that has none.
 
     Example:
         >>> plan(Schedule(), 50, "ddim").times[:3].tolist()
@@ -362,7 +362,7 @@ def _ddim(schedule: Schedule, count: int, eta: float) -> Steps:
     return _table(times, scale=np.sqrt(b / a), weights=weights, noise=std)
 
 
-# Of the predictions of PLMS: the first step, the same again, then Adams-Bashforth of rising order.
+# Weights of PLMS: the first step, the same again, then Adams-Bashforth of rising order.
 ADAMS = (
     np.array([1, 0, 0, 0]),
     np.array([1, 1, 0, 0]) / 2,
@@ -424,7 +424,7 @@ class Sampler(NamedTuple):
 
     Args:
         steps: `(schedule, count, eta) -> Steps`.
-        fewest: steps that it takes.
+        fewest: the smallest number of steps.
         draws: whether it takes an eta.
     """
 

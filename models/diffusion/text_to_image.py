@@ -31,10 +31,10 @@ def draw_latents(
     Args:
         model: text encoder and denoiser.
         params: the tree of both.
-        steps: of the sampler, one that draws no noise of its own.
+        steps: the table of a sampler that draws no noise of its own.
         noise: standard normal `(B, H, W, C)`; latents are in its dtype.
         embeds: token embeddings of the prompts, `(B, T, d)`.
-        empty: those of the empty prompt, `(T, d)`.
+        empty: token embeddings of the empty prompt, `(T, d)`.
         guidance: w; 1 is the prompt alone. It may be traced.
 
     Returns:
@@ -69,7 +69,7 @@ def draw_images(vae: VAE, params: Any, latents: jax.Array) -> jax.Array:
 
     Args:
         vae: the autoencoder.
-        params: its parameters; those of the encoder may be left out.
+        params: its parameters; the encoder's may be left out.
         latents: scaled `(B, h, w, C)`.
 
     Returns:

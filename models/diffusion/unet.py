@@ -30,7 +30,7 @@ from models.diffusion.layers import (
 
 Params = Mapping[str, Any]
 
-SPATIAL_EPS = 1e-6  # of the group norm before a transformer, whatever that of the residual blocks
+SPATIAL_EPS = 1e-6  # of the group norm before a transformer; residual blocks have their own
 LAYER_EPS = 1e-5
 # Kernels that start at 0: the last ones of residual branches, and the output.
 ZERO = ("conv2", "proj_out", "conv_out")
@@ -78,13 +78,13 @@ class UNet:
     .. math::
         \hat\epsilon = \epsilon_\theta(z_t, t, c)
 
-    with noisy latents z, their time t and a text's states c. Levels go down and up again; what a
-    block on the way down gave is joined to the input of one on the way up.
+    with noisy latents z, their time t and a text's states c. Levels go down and up again; the
+    output of a block on the way down is joined to the input of one on the way up.
 
     Args:
         config: shape and conventions.
-        remat: what the backward pass recomputes of each residual block and each transformer, a row
-            of `models.decoder.model.REMAT`.
+        remat: the part of each residual block and each transformer that the backward pass
+            recomputes, a row of `models.decoder.model.REMAT`.
 
     Raises:
         ValueError: unknown `remat`, or sizes that do not divide one another.
@@ -251,11 +251,11 @@ class _Level(nnx.Module):
     """Residual blocks of one resolution, each followed by a transformer or not.
 
     Args:
-        sizes: channels in and out of each block.
+        sizes: the numbers of channels in and out of each block.
         attends: whether there are transformers.
         c: the configuration.
-        remat: what the backward pass recomputes of each.
-        transformers: how many; by default one behind each block.
+        remat: the part of each block that the backward pass recomputes.
+        transformers: the number of transformers; by default one behind each block.
     """
 
     downsamplers_0: Downsample

@@ -35,7 +35,7 @@ LOG_VARIANCE = (-30.0, 20.0)  # least and largest
 ZERO = ("conv2", "to_out_0")  # kernels that start at 0: the last ones of residual branches
 
 RULES: layout.Rules = LAYERS
-LATENTS = "latents"  # the question that it answers
+LATENTS = "latents"  # the question that an autoencoder answers
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """By which an image is larger than its latents."""
+        """The ratio of the sides of an image and of its latents."""
         return 2 ** (len(self.channels) - 1)
 
     @property
@@ -80,7 +80,7 @@ class VAE:
 
     Args:
         config: shape and conventions.
-        remat: what the backward pass recomputes of each residual block, as in
+        remat: the part of each residual block that the backward pass recomputes, as in
             `models.diffusion.unet.UNet`.
 
     Raises:
@@ -122,7 +122,7 @@ class VAE:
         """Mean and logarithm of the variance of the latents, before they are scaled.
 
         Args:
-            params: the parameter tree; those of the decoder may be left out.
+            params: the parameter tree; the decoder's parameters may be left out.
             images: `(B, H, W, in_channels)` from -1 to 1; `factor` divides H and W.
 
         Returns:
@@ -147,12 +147,12 @@ class VAE:
         """Scaled latents `s (mean + exp(logvar / 2) noise)`; without noise their mean.
 
         Args:
-            mean: of `encode`.
-            logvar: of `encode`.
+            mean: the mean that `encode` returns.
+            logvar: the logarithm of the variance that `encode` returns.
             noise: standard normal, of their shape; zeros for the mean.
 
         Returns:
-            What a denoiser is trained on, of their shape.
+            The latents that a denoiser is trained on, of their shape.
 
         Example:
             >>> vae, noise = VAE(VAEConfig(scaling_factor=0.5)), jnp.array([0.0, 1.0])
@@ -165,7 +165,7 @@ class VAE:
         """Images from about -1 to 1 (`pixels`).
 
         Args:
-            params: the parameter tree; those of the encoder may be left out.
+            params: the parameter tree; the encoder's parameters may be left out.
             latents: scaled, `(B, h, w, latent_channels)`.
 
         Returns:
@@ -267,10 +267,10 @@ class _Level(nnx.Module):
     """Residual blocks of one resolution.
 
     Args:
-        sizes: channels in and out of each.
+        sizes: the numbers of channels in and out of each block.
         c: the configuration.
-        remat: what the backward pass recomputes of each.
-        attends: whether there is attention behind the first one.
+        remat: the part of each block that the backward pass recomputes.
+        attends: whether there is attention behind the first block.
     """
 
     downsamplers_0: Downsample

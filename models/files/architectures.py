@@ -1,6 +1,6 @@
 """Shapes of published models by Hub id, for programs that plan a run without its weights.
 
-Each entry is what the model's `config.json` says; a test compares SmolLM2's with the packaged file.
+Each entry repeats the model's `config.json`; a test compares SmolLM2's with the packaged file.
 """
 
 from __future__ import annotations

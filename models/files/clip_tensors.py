@@ -11,10 +11,10 @@ from models.diffusion.clip_text import ClipText, ClipTextConfig
 from models.files.families import positive
 from models.files.tensors import Slot, Table
 
-# Words for the activation in `config.json`, which are ours too; `gelu` is that of v2's encoder.
+# Words for the activation in `config.json`, the same as ours; `gelu` is used by v2's encoder.
 ACTIVATIONS = ("quick_gelu", "gelu")
 MODEL_TYPE = "clip_text_model"
-# What a key that is left out means in transformers.
+# The defaults that transformers gives to keys that are left out.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -75,8 +75,8 @@ def hf_config(raw: Mapping[str, Any], where: str) -> ClipTextConfig:
         where: the file, as messages name it.
 
     Returns:
-        The configuration; a key that is left out means what it means in transformers, keys that do
-        not change what is computed are not read.
+        The configuration; keys that are left out have transformers' defaults, and keys that do not
+        affect the computation are not read.
 
     Raises:
         UserError: another kind of model, a misspelt key, or a value that is not supported.
@@ -109,7 +109,7 @@ def hf_config(raw: Mapping[str, Any], where: str) -> ClipTextConfig:
 
 
 def to_hf(config: ClipTextConfig) -> dict[str, Any]:
-    """What `config.json` says of a text encoder; `hf_config` reads it as the same configuration.
+    """The `config.json` of a text encoder; `hf_config` reads it as the same configuration.
 
     Example:
         >>> to_hf(ClipTextConfig())["hidden_size"]

@@ -25,7 +25,7 @@ LENGTH = 77
 BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 VOCAB, MERGES, WHOLE = "vocab.json", "merges.txt", "tokenizer.json"
 SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")
-# Of the list that CLIP was published with, which is longer, its vocabulary has the first ones.
+# CLIP's vocabulary has only the first merges of the list that it was published with.
 USED_MERGES = 48_894
 # Special tokens, English endings, words, single digits, runs of other signs.
 PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -38,7 +38,7 @@ class Prompts(NamedTuple):
 
     Args:
         ids: int32 `(B, length)`: the first token, the prompt, the end token, padding.
-        dropped: int32 `(B,)`, tokens at the end of a prompt that had no place; 0: it is whole.
+        dropped: int32 `(B,)`, the number of tokens cut off at the end of a prompt; 0: it is whole.
     """
 
     ids: np.ndarray
@@ -53,7 +53,7 @@ def encode(tokenizer: Tokenizer, prompts: Iterable[str], length: int = LENGTH) -
     Args:
         tokenizer: any that has a first and an end token.
         prompts: B texts; "" is the prompt of unconditional predictions.
-        length: tokens of a row.
+        length: the number of tokens of a row.
 
     Returns:
         The rows, and how many tokens of each prompt were cut off.
@@ -121,7 +121,7 @@ def from_merges(path: str | Path) -> Tokenizer:
     """The tokenizer of CLIP's own list of merges, `bpe_simple_vocab_16e6.txt.gz`.
 
     Args:
-        path: of the list, compressed or not; its first 48,894 merges are used.
+        path: the file of the list, compressed or not; its first 48,894 merges are used.
 
     Returns:
         The tokenizer.
@@ -150,12 +150,12 @@ def from_merges(path: str | Path) -> Tokenizer:
 def of_merges(merges: Merges, where: str = "merges") -> Tokenizer:
     """The tokenizer of a list of merges.
 
-    Its ids are those of 256 signs for bytes, the same with `</w>`, the merges, and two tokens that
+    Ids count 256 signs for bytes, the same with `</w>`, the merges, and the two tokens that
     begin and end a text, in this order.
 
     Args:
         merges: pairs of tokens, the first to be joined first.
-        where: they are from, for messages.
+        where: the place that they come from, for messages.
 
     Returns:
         The tokenizer.
@@ -178,13 +178,13 @@ def of_merges(merges: Merges, where: str = "merges") -> Tokenizer:
 def of_words(words: Sequence[str], where: str = "words") -> Tokenizer:
     """The tokenizer of a small vocabulary: every word is one token.
 
-    Ids are those of the words, in their order, then of what merges make on the way, then of the two
+    Ids count the words, in their order, then the parts of words that merges make, then the two
     tokens that begin and end a text. Merges join a word from its end, so no word gets in another's
     way. Other words become letters.
 
     Args:
-        words: of lower-case letters, or single digits.
-        where: they are from, for messages.
+        words: words of lower-case letters, or single digits.
+        where: the place that they come from, for messages.
 
     Returns:
         The tokenizer.
@@ -216,12 +216,12 @@ def of_words(words: Sequence[str], where: str = "words") -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: str | Path, length: int = LENGTH) -> None:
-    """Write what diffusers and transformers read: vocabulary, merges and special tokens.
+    """Write the files that diffusers and transformers read: vocabulary, merges, special tokens.
 
     Args:
         tokenizer: one of this module.
-        folder: that exists.
-        length: tokens of a row.
+        folder: an existing folder.
+        length: the number of tokens of a row.
     """
     folder = Path(folder)
     tokenizer.backend.model.save(str(folder))

@@ -1,7 +1,7 @@
 """The `config.json` of Stable Diffusion's denoiser and autoencoder, read and written.
 
-Of the many options of diffusers' classes those are read that Stable Diffusion v1 has. A file that
-asks for another one is refused; keys that do not change what is computed are not read.
+Only the options of diffusers' classes that Stable Diffusion v1 has are read. A file that asks for
+another one is refused; keys that do not affect the computation are not read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ADVICE = "use the config.json the model was published with"
 UNET_CLASS, VAE_CLASS = "UNet2DConditionModel", "AutoencoderKL"
 UNET_SIZES = ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim")
 VAE_SIZES = ("in_channels", "out_channels", "latent_channels", "layers_per_block")
-# What a key that is left out means in diffusers, of those that old files leave out.
+# Diffusers' defaults of the keys that old files leave out.
 UNET_DEFAULTS: dict[str, Any] = {"sample_size": 64, "norm_num_groups": 32, "norm_eps": 1e-5}
 VAE_DEFAULTS: dict[str, Any] = {
     "sample_size": 512,
@@ -118,7 +118,7 @@ def _channels(raw: Mapping[str, Any], where: str) -> tuple[int, ...]:
 
 
 def _types(raw: Mapping[str, Any], name: str, words: tuple[str, ...], where: str) -> list[str]:
-    """The kinds of the levels' blocks, of those that are read."""
+    """The kinds of the levels' blocks; `UserError` for one that is not supported."""
     found = raw.get(name)
     if not isinstance(found, list) or any(word not in words for word in found):
         raise UserError(
@@ -148,7 +148,7 @@ def unet_config(raw: Mapping[str, Any], where: str) -> UNetConfig:
         where: the file, as messages name it.
 
     Returns:
-        The configuration; keys that do not change what is computed are not read.
+        The configuration; keys that do not affect the computation are not read.
 
     Raises:
         UserError: another model, a misspelt key, or a value that is not supported.
@@ -183,7 +183,7 @@ def unet_config(raw: Mapping[str, Any], where: str) -> UNetConfig:
 
 
 def unet_json(c: UNetConfig) -> dict[str, Any]:
-    """What `config.json` says of a denoiser; `unet_config` reads it as the same configuration.
+    """The `config.json` of a denoiser; `unet_config` reads it as the same configuration.
 
     Example:
         >>> unet_json(UNetConfig())["attention_head_dim"]
@@ -212,7 +212,7 @@ def vae_config(raw: Mapping[str, Any], where: str) -> VAEConfig:
         where: the file, as messages name it.
 
     Returns:
-        The configuration; keys that do not change what is computed are not read.
+        The configuration; keys that do not affect the computation are not read.
 
     Raises:
         UserError: another model, a misspelt key, or a value that is not supported.
@@ -239,7 +239,7 @@ def vae_config(raw: Mapping[str, Any], where: str) -> VAEConfig:
 
 
 def vae_json(c: VAEConfig) -> dict[str, Any]:
-    """What `config.json` says of an autoencoder; `vae_config` reads it as the same configuration.
+    """The `config.json` of an autoencoder; `vae_config` reads it as the same configuration.
 
     Example:
         >>> vae_json(VAEConfig())["down_block_types"][0]

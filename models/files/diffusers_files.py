@@ -1,9 +1,10 @@
 """Stable Diffusion folders as diffusers writes and reads them, in and out.
 
 `unet/`, `vae/`, `text_encoder/` with `config.json` and safetensors, `tokenizer/`, `scheduler/` and
-`model_index.json`. Whatever is wrong with a folder is known from its small files and the headers of
-its tensors, so it is said before any tensor is read; tensors are then read one at a time, and of
-each the rows that this process's devices need (`models.files.weights`). Nothing is unpickled.
+`model_index.json`. The small files and the headers of the tensors show everything that is wrong
+with a folder, so errors come before any tensor is read; tensors are then read one at a time, and
+each process reads only the rows that its devices need (`models.files.weights`). Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Pipeline:
             `models.files.diffusers_parts.PARTS`.
         params: parameter trees by the name of the part.
         scheduler: the noise schedule and its sampler.
-        tokenizer: of the text encoder, if that is there.
+        tokenizer: the text encoder's tokenizer, if there is one.
     """
 
     configs: Mapping[str, Any]
@@ -93,10 +94,10 @@ def load(
 
     Args:
         source: the folder.
-        dtype: of the parameters and of the computation: float32, bfloat16 or float16.
-        parts: those that are wanted; the others need not be there.
-        variant: of the files of weights: "" for plain ones, "fp16"; None: plain ones, or fp16 where
-            there are no plain ones.
+        dtype: the dtype of the parameters and of the computation: float32, bfloat16 or float16.
+            parts: the names of the parts to load; the others need not be there.
+            variant: the kind of weight files: "" for plain ones, or "fp16"; None: plain ones, else
+            fp16.
         shardings: `("part/path", shape) -> sharding` of every leaf; default: uncommitted, on JAX's
             default device.
 
@@ -134,8 +135,8 @@ def read_configs(
 
     Args:
         source: the folder.
-        dtype: of the computation: float32, bfloat16 or float16.
-        parts: those that are wanted.
+        dtype: the dtype of the computation: float32, bfloat16 or float16.
+        parts: the names of the parts to read.
 
     Raises:
         UserError: no such folder, a part of it is missing or of an unsupported kind, or parts that
@@ -168,8 +169,8 @@ def overlay(
         pipeline: the base; it is not changed.
         source: a safetensors file whose tensors have the names of the part's, some of them or all;
             or a folder with such a file as diffusers names it.
-        part: whose they are.
-        shardings: as in `load`, of the leaves that are replaced; default: as these lie.
+        part: the name of the part that they belong to.
+        shardings: the shardings of the replaced leaves, as in `load`; default: those they have now.
 
     Returns:
         A pipeline that shares the leaves that the file does not hold.
@@ -324,8 +325,8 @@ def export(
     Args:
         pipeline: the parts.
         folder: created; an earlier export there is replaced.
-        dtype: of the tensors: float32, bfloat16 or float16.
-        card: what README.md says, given a folder with all other files; None: no such file.
+        dtype: the dtype of the tensors: float32, bfloat16 or float16.
+        card: the text of README.md, given a folder with all other files; None: no such file.
 
     Returns:
         The folder.

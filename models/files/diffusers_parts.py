@@ -33,7 +33,7 @@ _LISTED = re.compile(
     r"|to_out|net)_(\d+)"
 )
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-# What attention of an autoencoder is called in files from the time of v1.4.
+# Names of an autoencoder's attention in files from the time of v1.4.
 _OLDER = (
     (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
     (r"(attentions\.\d+)\.key\.", r"\1.to_k."),
@@ -46,14 +46,14 @@ class Part(NamedTuple):
     """A part of a folder.
 
     Args:
-        library: that reads it, as `model_index.json` has it.
+        library: the library that reads it, as `model_index.json` names it.
         kind: its class there.
-        stem: names of its files of weights begin with it.
+        stem: the beginning of the names of its weight files.
         read: `(content of config.json, its path) -> configuration`.
         write: the inverse of `read`.
         model: the pure functions of a configuration; they have `shapes`.
-        table: of tensors, of a configuration.
-        older: patterns of names in older files, and what is put in their place.
+        table: the table of tensors, given a configuration.
+        older: patterns of names in older files, and their replacements.
     """
 
     library: str
@@ -177,7 +177,7 @@ PARTS: dict[str, Part] = {
 
 
 def with_dtype(config: Any, dtype: str) -> Any:
-    """A configuration with another dtype of the computation.
+    """A configuration with another dtype of computation.
 
     Example:
         >>> from models.diffusion.vae import VAEConfig

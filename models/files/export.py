@@ -37,7 +37,7 @@ ADAPTER_KEYS = (
     *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout"),
     *("target_modules", "bias", "fan_in_fan_out", "inference_mode"),
 )
-PATTERNS = ("rank_pattern", "alpha_pattern")  # beside these where kernels share a tensor
+PATTERNS = ("rank_pattern", "alpha_pattern")  # further keys, where kernels share a tensor
 
 
 def export(
@@ -56,10 +56,10 @@ def export(
     Args:
         loaded: configuration, parameters (one stack or several) and tokenizer.
         folder: created; an earlier export there is replaced.
-        dtype: of the tensors: float32, bfloat16 or float16; None keeps that of the parameters.
-        shard_bytes: a file holds at most this much, unless one tensor is larger.
+        dtype: the dtype of the tensors: float32, bfloat16 or float16; None: the parameters' own.
+        shard_bytes: the largest size of a file, unless one tensor is larger.
         max_new_tokens: the default length limit of generation; None: not written.
-        card: what README.md says, given a folder with all other files; None: no such file.
+        card: the text of README.md, given a folder with all other files; None: no such file.
 
     Returns:
         The folder.
@@ -180,13 +180,13 @@ def export_adapter(
     Where several processes share the adapters each must call it; the first one writes.
 
     Args:
-        adapters: from `lora.init`, trained; one stack or several.
+        adapters: the trained tree of `lora.init`, one stack or several.
         folder: created; an earlier export of adapters there is replaced.
         rank: r.
         alpha: numerator of the term's scale.
         base: the model that they belong to: a folder or Hub id.
-        family: of that model.
-        card: what README.md says; None: no such file.
+        family: the family of that model.
+        card: the text of README.md; None: no such file.
 
     Returns:
         The folder.
@@ -253,7 +253,7 @@ def export_adapter(
 
 
 def _module(hf: str, slots: Iterable[Slot]) -> str:
-    """What PEFT calls a module: the end of its name, as much as makes it differ from the others."""
+    """The name that PEFT gives a module: the shortest end of its name that no other module has."""
     short = hf.rsplit(".", 1)[1]
     names = {slot.hf.removesuffix(".weight") for slot in slots}
     alike = [name for name in names if name.rsplit(".", 1)[1] == short]
@@ -261,7 +261,7 @@ def _module(hf: str, slots: Iterable[Slot]) -> str:
 
 
 def _factors(flat: Mapping[str, Any], slots: list[Slot]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`(A, B)` of one tensor, block by block; those of the kernels that it holds are joined."""
+    """`(A, B)` of one tensor, block by block, with the factors of all kernels that it holds."""
     pairs = [
         [on_host(flat[slot.path.replace("/kernel", f"/{name}/kernel")]) for slot in slots]
         for name in ("lora_a", "lora_b")
@@ -278,7 +278,7 @@ def _factors(flat: Mapping[str, Any], slots: list[Slot]) -> Iterator[tuple[np.nd
 
 
 def exporter(folder: Path) -> Any:
-    """What wrote the model in a folder: `EXPORTER` for ours."""
+    """The name of the program that wrote the model in a folder: `EXPORTER` for ours."""
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["exporter"]
 
 
@@ -292,12 +292,12 @@ def _adapter_exporter(folder: Path) -> Any:
 def check_replaceable(
     folder: Path, exporter: Callable[[Path], Any], written: tuple[str, ...]
 ) -> None:
-    """Raise `UserError` for a folder that holds something else than an earlier export.
+    """Raise `UserError` for a folder that holds anything but an earlier export.
 
     Args:
-        folder: to be replaced.
-        exporter: what wrote the files in it; `EXPORTER`: they are ours.
-        written: names of the files of an export, beside safetensors.
+        folder: the folder to replace.
+        exporter: the program that wrote the files in it; `EXPORTER`: they are ours.
+        written: the names of the files of an export, except safetensors.
     """
     if not folder.exists():
         return

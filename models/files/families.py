@@ -1,8 +1,8 @@
-"""What differs between model families, as data: Hugging Face configs and the names of tensors.
+"""Differences between model families, as data: Hugging Face configs and names of tensors.
 
-A family says which keys of `config.json` matter, what they are called and default to, which fields
-of the decoder's configuration it decides by itself, and where its tensors are. `from_hf` and
-`to_hf` are inverses of each other.
+A family lists the keys of `config.json` that matter with their names and defaults, the fields of
+the decoder's configuration that it fixes, and its table of tensors. `from_hf` and `to_hf` are
+inverses of each other.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from models.files import tensors
 ROPE_KINDS = ("default", "linear", "llama3")
 FLAGS = ("attention_bias", "mlp_bias", "enable_bias")
 
-# What `from_hf` reads, by its most frequent names: a key that is one letter off one of these would
-# be replaced by a default.
+# The keys that `from_hf` reads, by their most frequent names: a key that is one letter off one of
+# these would be replaced by a default.
 SHAPE_KEYS = (
     *("model_type", "quantization_config", "hidden_act", "num_attention_heads", "hidden_size"),
     *("num_hidden_layers", "vocab_size", "intermediate_size", "tie_word_embeddings"),
     "max_position_embeddings",
 )
-# Those of models with rotary positions, RMS norms and grouped queries, and of nobody else.
+# Keys of models with rotary positions, RMS norms and grouped queries only.
 ROTARY_KEYS = (
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "attention_bias", "mlp_bias"),
     *("sliding_window", "rope_scaling", "rope_parameters", "rope_theta", "layer_types"),
@@ -46,19 +46,20 @@ class Family:
 
     Args:
         architecture: the class name transformers expects under `architectures`.
-        defaults: what transformers assumes for a key that `config.json` leaves out.
-        table: where its tensors are.
+        defaults: the values that transformers assumes for keys that `config.json` leaves out.
+        table: the table of its tensors.
         biases: fields of `DecoderConfig` to the key that says whether they are there, or to True.
-        windows: sliding window of `none`, `all` blocks, or `some` (`use_sliding_window` decides).
+        windows: the blocks with a sliding window: `none`, `all`, or `some` (`use_sliding_window`).
         qk_norm: whether queries and keys are normalised per head.
         keys: names in `config.json` where they are not those of `SHAPE_KEYS` and `ROTARY_KEYS`; "":
             it has no such key.
         fields: fields of `DecoderConfig` that no key decides.
-        activations: words for the activation in `config.json` to ours; the first is written.
-        must: key to the one value that is supported, with what the others would be.
+        activations: words for the activation in `config.json`, mapped to ours; export writes
+            the first one.
+        must: keys with the one value that is supported, and a name for the other values.
         equal: keys that must be absent or equal another key.
-        mlp_ratio: width of the MLP over `hidden_size` where `config.json` has none.
-        dropout: keys of shares of dropout, which are written as 0.
+        mlp_ratio: the width of the MLP over `hidden_size` where `config.json` has none.
+        dropout: keys of dropout rates, which are written as 0.
     """
 
     architecture: str
@@ -78,7 +79,7 @@ class Family:
     dropout: tuple[str, ...] = ("attention_dropout",)
 
     def key(self, name: str) -> str:
-        """What `config.json` calls a key; "": it has none."""
+        """The name of a key in `config.json`; "": there is none."""
         return self.keys.get(name, name)
 
     @property
@@ -209,13 +210,13 @@ def new_config(
 
     Args:
         family: one of `FAMILIES`; it decides norms, positions, MLPs, biases and names in files.
-        vocab_size: number of embeddings.
-        hidden_size: width of the residual stream, a multiple of `num_heads`.
-        num_layers: blocks.
-        num_heads: of attention.
+        vocab_size: the number of embeddings.
+        hidden_size: the width of the residual stream, a multiple of `num_heads`.
+        num_layers: the number of blocks.
+        num_heads: the number of attention heads.
         context: longest row in tokens.
         intermediate_size: width of the MLP; None: four times `hidden_size`.
-        num_kv_heads: of grouped queries; None: `num_heads`.
+        num_kv_heads: the number of key-value heads; None: `num_heads`.
         **changes: other fields of `DecoderConfig`.
 
     Returns:
@@ -363,7 +364,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
 
     Args:
         raw: the parsed file; RoPE as `rope_parameters` or as `rope_theta` and `rope_scaling`.
-        where: how error messages name the file.
+        where: the name of the file in error messages.
 
     Returns:
         A `DecoderConfig` with `dtype` float32.
@@ -540,7 +541,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         raw["max_window_layers"] = 0 if config.sliding_window is not None else config.num_layers
     raw |= {key: value for key, (value, _) in family.must.items()}
     raw |= {key: raw[same] for key, same in family.equal.items()}
-    # Settings of how a model is run, which no file holds.
+    # Settings of running a model, which no file holds.
     back = dataclasses.replace(from_hf(raw), dtype=config.dtype, unattended=config.unattended)
     names = [field.name for field in dataclasses.fields(config)]
     lost = [name for name in names if getattr(config, name) != getattr(back, name)]

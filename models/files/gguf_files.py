@@ -90,9 +90,9 @@ def config_of(
 
     Args:
         metadata: all key-value pairs.
-        names: of the tensors, which show what is tied and what has biases.
+        names: the names of the tensors, which show tied embeddings and biases.
         factors: the tensor `rope_freqs.weight`, `(head_dim / 2,)`: divisors of the frequencies.
-        where: how error messages name the file.
+        where: the name of the file in error messages.
 
     Raises:
         UserError: a value is missing or invalid, or a feature the decoder lacks.

@@ -31,11 +31,11 @@ class Tensor(NamedTuple):
     """A tensor of a file, in NumPy's order of axes: rows run along the last one.
 
     Args:
-        name: of the tensor.
-        shape: in NumPy's order.
+        name: the name in the file.
+        shape: the axes in NumPy's order.
         kind: storage type, a `gguf.GGMLQuantizationType`.
-        offset: where it starts in the file.
-        size: bytes.
+        offset: the byte of the file at which it starts.
+        size: the number of bytes.
     """
 
     name: str
@@ -53,7 +53,7 @@ class _Header:
         self.items = 0
 
     def take(self, count: int, what: str) -> int:
-        """Where the next `count` bytes start."""
+        """The position of the next `count` bytes."""
         if count > self.size - self.at:
             raise ValueError(f"{what} at byte {self.at} reaches behind the end of the file")
         start, self.at = self.at, self.at + count

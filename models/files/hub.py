@@ -1,4 +1,4 @@
-"""What a model's name means: a path, a bucket, or a repository of the Hugging Face Hub.
+"""Meaning of a model's name: a path, a bucket, or a repository of the Hugging Face Hub.
 
 A name is a path. One that does not exist here is a Hub id when it says so (`hub:owner/name`), or
 has the form `owner/name` and exists there. `@` and a commit, branch or tag may follow an id.
@@ -37,7 +37,7 @@ def check_source(source: str | Path, revision: str | None = None) -> None:
     """Raise `UserError` for a model that cannot be found; none of its files is read.
 
     Args:
-        source: as `models.load` takes it.
+        source: the model, as `models.load` takes it.
         revision: commit, branch or tag of a Hub id.
 
     Raises:
@@ -102,7 +102,7 @@ def download(name: str, revision: str | None = None, weights: bool = True) -> Pa
     Args:
         name: the id.
         revision: commit, branch or tag.
-        weights: False: without them, for a tokenizer or a configuration.
+        weights: whether to download the weights; not needed for a tokenizer or a configuration.
 
     Raises:
         UserError: the name is not an id, or the Hub gave nothing.

@@ -1,4 +1,4 @@
-"""Safetensors files read in parts: a header says where in the file each tensor is.
+"""Safetensors files read in parts: a header gives the position of each tensor in the file.
 
 Nothing is mapped into memory and no tensor is read whole unless it is asked for, so a process that
 needs a slice of the rows reads those rows alone. Files may be in a bucket.
@@ -88,8 +88,8 @@ def read_rows(
     Args:
         path: the file.
         kind: storage type, one of `KINDS`.
-        shape: of the whole tensor, one axis at least.
-        offset: where it starts in the file.
+        shape: the shape of the whole tensor, one axis at least.
+        offset: the byte of the file at which it starts.
         first: the first row.
         last: one past the last row.
 

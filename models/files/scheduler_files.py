@@ -22,7 +22,7 @@ class Class(NamedTuple):
 
     Args:
         name: `_class_name` in the file.
-        absent: what a key means that the file leaves out, where classes differ.
+        absent: the defaults of keys that the file leaves out, where classes differ.
         only: the one value that a key may have.
     """
 
@@ -44,7 +44,7 @@ CLASSES = {
     ),
     "lms": Class("LMSDiscreteScheduler", {}, {"timestep_spacing": "linspace"}),
 }
-# Whatever the class; other values would give other samples.
+# For every class; other values would give other samples.
 ONLY: dict[str, Any] = {
     "prediction_type": "epsilon",
     "trained_betas": None,
@@ -73,11 +73,11 @@ def hf_config(raw: Mapping[str, Any], where: str) -> Schedule:
         where: the file, as messages name it.
 
     Returns:
-        The schedule; a key that is left out means what it means in diffusers.
+        The schedule; keys that are left out have diffusers' defaults.
 
     Raises:
-        UserError: another class, a misspelt key, or a value that is not supported: of predictions
-            only those of noise are.
+        UserError: another class, a misspelt key, or a value that is not supported, such as
+            predictions of anything but noise.
 
     Example:
         >>> hf_config({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, FILE).beta_end
@@ -123,14 +123,14 @@ def from_folder(folder: str | Path) -> Schedule:
     """The schedule of a folder's `scheduler_config.json`, see `hf_config`.
 
     Raises:
-        UserError: there is no such file, or it is of something that is not supported.
+        UserError: there is no such file, or its sampler is not supported.
     """
     path = local(str(folder)) / FILE
     return hf_config(read_json(path, "it says how noise is added"), str(path))
 
 
 def to_hf(schedule: Schedule) -> dict[str, Any]:
-    """What `scheduler_config.json` says of a schedule; `hf_config` reads it as the same one.
+    """The `scheduler_config.json` of a schedule; `hf_config` reads it as the same schedule.
 
     Example:
         >>> to_hf(Schedule())["_class_name"]

@@ -1,7 +1,7 @@
-"""Where the leaves of a parameter tree lie in files: one table of tensors a family, as data.
+"""Places of a parameter tree's leaves in files: one table of tensors a family, as data.
 
-A row of a table is a leaf with its names in safetensors and GGUF files, and with what has to be
-done to the stored tensor: nothing, a transposition, or to take a part of it.
+A row of a table is a leaf with its names in safetensors and GGUF files, and with the operation on
+the stored tensor: none, a transposition, or the choice of a part.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ class Slot(NamedTuple):
     """A leaf of the parameter tree and its names in files; `{}` stands for the block index.
 
     Args:
-        path: of the leaf.
+        path: the path of the leaf.
         hf: its name in safetensors files.
-        gguf: its name in GGUF files; "": they are not read.
+        gguf: its name in GGUF files; "": GGUF files of the family are not read.
         transpose: whether the file holds it as `(out, in)`.
         part: `(index, count)` where one tensor holds several leaves of equal shape, one after the
             other along its last axis.
@@ -50,8 +50,8 @@ class Table(NamedTuple):
     """The tensors of a family.
 
     Args:
-        slots: all leaves that its models may have; those of one tensor are adjacent.
-        optional_prefix: of the names in safetensors files; published files may leave it out.
+        slots: all leaves that its models may have; leaves of one tensor are adjacent.
+        optional_prefix: a prefix of names in safetensors files that published files may leave out.
         unused: a pattern of names in files that add nothing to a model.
     """
 
@@ -130,7 +130,7 @@ def _plain(
 
 LLAMA = Table(tuple(_llama()), unused=r"rotary_emb\.inv_freq$|^rope_freqs\.weight$")
 
-# Conv1D: kernels are (in, out) in the file too, those of q, k and v side by side in one tensor.
+# Conv1D: kernels are (in, out) in the file too, with q, k and v side by side in one tensor.
 GPT2 = Table(
     tuple(
         _plain(

@@ -65,8 +65,8 @@ class LoadedViT(NamedTuple):
     Args:
         config: shape and conventions.
         params: the parameter tree.
-        names: of the classes.
-        note: what became of the head that the files hold; empty: it is as it was.
+        names: the names of the classes.
+        note: a sentence about the head if it is not that of the files; empty otherwise.
     """
 
     config: ViTConfig
@@ -96,9 +96,9 @@ def load(
 
     Args:
         source: a folder with config.json and safetensors, or the file.
-        names: of the classes to tell apart, or their number. A head for these classes is kept, in
-            their order, and one for as many where names or files have none; in the place of any
-            other one are zeros. None: the classes of the folder.
+        names: the names of the classes to tell apart, or their number. The files' head is kept if
+            it has these classes (in their order), or as many where names or files have none; any
+            other head is replaced by zeros. None: the classes of the folder.
         shardings: `(path, shape) -> sharding` of every leaf; default: JAX's default device.
 
     Returns:
@@ -163,7 +163,7 @@ def load(
 
 
 def _order(known: Sequence[str], names: Sequence[str]) -> list[int] | None:
-    """The place of each name among those that are known; None where they are others."""
+    """The index of each name in `known`; None if the two do not have the same names."""
     if tuple(known) == tuple(names):
         return list(range(len(names)))
     places = {name: i for i, name in enumerate(known)}
@@ -231,7 +231,7 @@ def hf_config(raw: Mapping[str, Any], folder: Path) -> tuple[ViTConfig, tuple[st
 
 
 def _normalisation(path: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels, of pixels from 0 to 1."""
+    """Mean and standard deviation of each channel, for pixels from 0 to 1."""
     if not path.is_file():
         return (0.5,) * channels, (0.5,) * channels
     raw = read_json(path, "it says how pixels are normalised")
@@ -256,7 +256,7 @@ def _normalisation(path: Path, channels: int) -> tuple[tuple[float, ...], tuple[
 
 
 def _viewed(stored: Mapping[str, Stored], views: Iterable[View]) -> dict[str, Stored]:
-    """Tensors in the shapes that tables know; those without a view as they are."""
+    """Tensors in the shapes of the tables; tensors without a view are unchanged."""
 
     def one(name: str, tensor: Stored) -> Stored:
         view = next((v for v in views if re.search(v.names, name)), None)
@@ -312,7 +312,7 @@ def _npz_rows(path: Path, name: str, first: int, last: int) -> np.ndarray:
 
 
 def _npz_config(stored: Mapping[str, Stored], path: Path) -> ViTConfig:
-    """The configuration that the shapes of a published checkpoint tell.
+    """The configuration that follows from the shapes of a published checkpoint.
 
     Norms have an epsilon of 1e-6, and GELU is the approximation by tanh, as in the code that the
     checkpoints were trained with.
@@ -362,8 +362,8 @@ def export(
     Args:
         loaded: configuration, parameters (one stack) and names.
         folder: created; an earlier export there is replaced.
-        dtype: of the tensors: float32, bfloat16 or float16.
-        card: what README.md says, given a folder with all other files; None: no such file.
+        dtype: the dtype of the tensors: float32, bfloat16 or float16.
+        card: the text of README.md, given a folder with all other files; None: no such file.
 
     Returns:
         The folder.

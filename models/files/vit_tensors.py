@@ -1,6 +1,6 @@
-"""Where the tensors of vision transformers lie in files, and in which shapes.
+"""Places and shapes of the tensors of vision transformers in files.
 
-A view makes of a stored tensor the matrix or vector that a table of tensors
+A view turns a stored tensor into the matrix or vector that a table of tensors
 (`models.files.tensors`) knows.
 """
 
@@ -18,13 +18,13 @@ Shape = tuple[int, ...]
 
 
 class View(NamedTuple):
-    """Another shape of the tensors of some names.
+    """Another shape of the tensors whose names match a pattern.
 
     Args:
-        names: a pattern that they match.
-        rank: axes of the tensor in a file.
-        shape: of the view, given that in the file.
-        order: of the axes before they are joined; (): as they are.
+        names: the pattern.
+        rank: the number of axes of the tensor in a file.
+        shape: the shape of the view, given the shape in the file.
+        order: the order of the axes before they are joined; (): unchanged.
     """
 
     names: str

@@ -1,9 +1,9 @@
 """Weights from safetensors folders, GGUF files and the Hugging Face Hub, as stacked parameters.
 
-Everything that can be wrong with names and shapes is known from the headers alone, so all of it is
-collected and reported once, before any tensor is read. Tensors are then read one at a time, file by
-file, and put into their layer of the stacks on the devices: the host holds one tensor, and of
-several processes each reads what its own devices need.
+The headers alone show every mistake in names and shapes, so all mistakes are collected and reported
+at once, before any tensor is read. Tensors are then read one at a time, file by file, and put into
+their layer of the stacks on the devices: the host holds one tensor, and each of several processes
+reads only the part that its own devices need.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Loaded:
         config: shape and conventions; `config.dtype` is the compute dtype.
         params: the parameter tree.
         tokenizer: text to token ids and back.
-        commit: of the Hub's repository, if the model came from there.
+        commit: the commit of the Hub's repository, if the model came from there.
     """
 
     config: DecoderConfig
@@ -91,7 +91,7 @@ def load(
         source: a folder with config.json, safetensors and tokenizer.json, also in a bucket
             (`gs://…`, `s3://…`); a GGUF file; or `org/name` of the Hub, when no such path exists;
             `hub:org/name` is never a path, `org/name@revision` a commit, branch or tag.
-        dtype: of the parameters and of the computation: float32, bfloat16 or float16.
+        dtype: the dtype of the parameters and of the computation: float32, bfloat16 or float16.
         shardings: `(path, shape) -> sharding` of every leaf; default: uncommitted, on JAX's default
             device. The leading axis of a leaf below `layers/` stays whole.
         revision: commit, branch or tag of a Hub id; None: the newest.
@@ -201,9 +201,9 @@ def safetensors_of(folder: Any, stem: str = "model", variant: str = "") -> dict[
     """The headers of a folder's safetensors files, whole or sharded.
 
     Args:
-        folder: that holds them.
-        stem: their names begin with it.
-        variant: a word of their names, such as fp16; "": they have none.
+        folder: the folder that holds them.
+        stem: the beginning of their names.
+        variant: a word of their names, such as fp16; "": the names have none.
 
     Raises:
         UserError: there are none, one of them is missing or damaged.
@@ -279,12 +279,12 @@ def assemble(
     """The parameter tree from a table of stored tensors.
 
     Args:
-        config: says which leaves exist and their shapes.
+        config: the configuration, from which the leaves and their shapes follow.
         stored: tensors by file name, kernels `(out, in)`.
-        names: which column of the tensor table the file uses, `hf` or `gguf`.
-        dtype: of the leaves.
+        names: the column of the tensor table that the file uses, `hf` or `gguf`.
+        dtype: the dtype of the leaves.
         shardings: `(path, shape) -> sharding` of each leaf; None: JAX's default device.
-        where: how error messages name the source.
+        where: the name of the source in error messages.
 
     Raises:
         UserError: every tensor that is missing, mis-shaped, unreadable or without a place.
@@ -307,7 +307,7 @@ def assemble(
 
 
 def _prefix(table: Table, stored: Mapping[str, Stored]) -> str:
-    """What the names of a file leave out of those of a table."""
+    """The prefix of a table's names that the names of a file leave out."""
     prefix = table.optional_prefix
     return "" if any(name.startswith(prefix) for name in stored) else prefix
 
@@ -327,16 +327,16 @@ def filled(
     """A parameter tree of any model from a table of stored tensors.
 
     Args:
-        shapes: of the leaves, by path; those below `layers/` are stacks of blocks.
-        table: where they are in files.
+        shapes: the shapes of the leaves, by path; leaves below `layers/` are stacks of blocks.
+        table: the places of the leaves in files.
         stored: tensors by file name.
-        names: which column of the table the file uses, `hf` or `gguf`.
-        dtype: of the leaves.
+        names: the column of the table that the file uses, `hf` or `gguf`.
+        dtype: the dtype of the leaves.
         shardings: `(path, shape) -> sharding` of each leaf; None: JAX's default device.
-        where: how error messages name the source.
-        family: how they name the model.
+        where: the name of the source in error messages.
+        family: the name of the model in error messages.
         ignored: whether a tensor adds nothing to the model.
-        check: called before anything is read, with all tensors known to be there.
+        check: a function that is called when all tensors are known to be there, before any is read.
 
     Raises:
         UserError: every tensor that is missing, mis-shaped, unreadable or without a place.
@@ -408,7 +408,7 @@ def filled(
 def _check_memory(
     shapes: Mapping[str, Any], dtype: np.dtype, shardings: Shardings | None, where: str
 ) -> None:
-    """Raise `UserError` for parameters that this process's share of memory cannot hold.
+    """Raise `UserError` for parameters that do not fit in this process's share of memory.
 
     The host holds one tensor at a time, and on CPUs what its devices hold as well.
     """
@@ -434,9 +434,9 @@ def check_finite(value: np.ndarray, name: str, where: str, advice: str) -> None:
 
     Args:
         value: float32, bfloat16, float16 or float64 weights.
-        name: of the tensor.
+        name: the name of the tensor.
         where: the file, for the message.
-        advice: what to do.
+        advice: the end of the message, which says what to do.
     """
     if value.dtype.itemsize == 2:  # by its bits: several times as fast as through float32
         exponent = 0x7F80 if value.dtype == ml_dtypes.bfloat16 else 0x7C00
@@ -485,7 +485,7 @@ def _read(
 
 
 def _of_block(sharding: Sharding | None) -> Sharding | None:
-    """The sharding of one block: that of the stack without its leading axis."""
+    """The sharding of one block: the stack's, without its leading axis."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     first, *rest = sharding.spec if len(sharding.spec) else (None,)
@@ -516,7 +516,7 @@ def _ignored(name: str, config: DecoderConfig, table: Table) -> bool:
 def _check_tied(
     stored: Mapping[str, Stored], head_name: str, name: str, dtype: np.dtype, where: str
 ) -> None:
-    # Some checkpoints store the tied head too. One that differs must not be dropped silently.
+    # Some checkpoints store the tied head too. A head that differs must not be dropped silently.
     head, embedding = stored.get(head_name), stored.get(name)
     if head is None or embedding is None:
         return

@@ -32,7 +32,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import one_line
 from models.text import chat_worker, prompts
 
-# The limit that counts is processor time; this one is for a worker that does not even get to run.
+# Processor time is the limit that counts; this one is for a worker that never gets to run.
 PATIENCE = 60.0
 NEXT = "use another template, or a model without one"
 
@@ -42,7 +42,7 @@ class _Ended(Exception):
 
 
 class _Worker:
-    """A started worker process, and which templates it knows."""
+    """A started worker process, and the templates that it knows."""
 
     def __init__(self) -> None:
         folders = {str(Path(m.__path__[0]).parent) for m in (jinja2, markupsafe)}
@@ -113,8 +113,8 @@ def render(source: str, scope: Mapping[str, Any], today: datetime.datetime | Non
 
     Args:
         source: Jinja.
-        scope: what the template may read, JSON values.
-        today: what `strftime_now` reads, the only clock it has; None: the day of `prompts.DATE`.
+        scope: the variables of the template, JSON values.
+        today: the day that `strftime_now` reads, its only clock; None: the day of `prompts.DATE`.
 
     Returns:
         The text.

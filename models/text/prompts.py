@@ -1,4 +1,4 @@
-"""How a conversation is written for a model, besides its own chat template: tags, shots, a date."""
+"""The form of a conversation besides the model's chat template: tags, shots, a date."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 
-# What chat templates print as today's date (OpenUnlearning's): the clock would make a model's
-# input differ from day to day.
+# The date that chat templates print as today's (OpenUnlearning's): with the clock a model's input
+# would differ from day to day.
 DATE = "10 Apr 2025"
 DATE_FORM = "%d %b %Y"
 
@@ -45,13 +45,13 @@ TAGS = {
 
 
 class PromptFormat(NamedTuple):
-    """What a tokenizer's prompts depend on besides its chat template.
+    """The format of a tokenizer's prompts besides its chat template.
 
     Args:
-        tags: written around questions and answers in place of the chat template; None: the
+        tags: the text around questions and answers in place of the chat template; None: the
             template, or "Question: ...\\nAnswer: ..." where a tokenizer has none.
         shots: answered questions that precede every question.
-        date: what a chat template gets as `date_string` and from `strftime_now`.
+        date: the date that a chat template gets as `date_string` and from `strftime_now`.
     """
 
     tags: Tags | None = None
@@ -60,10 +60,10 @@ class PromptFormat(NamedTuple):
 
 
 def day_of(date: str) -> datetime.datetime:
-    """The day that chat templates take for today, at midnight.
+    """The day that chat templates use as today, at midnight.
 
     Args:
-        date: such as "10 Apr 2025".
+        date: a date such as "10 Apr 2025".
 
     Raises:
         UserError: the date has another form.

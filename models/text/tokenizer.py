@@ -1,7 +1,7 @@
 """Text to token ids and back, and chat templates, without transformers.
 
 `Tokenizer` wraps the `tokenizers` library. It comes from a Hugging Face folder, from the metadata
-of a GGUF file, or around a tokenizer just trained, and saves what transformers loads.
+of a GGUF file, or from a tokenizer just trained, and is saved in the form that transformers loads.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ DROPPED = ("chat_template", "auto_map", "name_or_path", "is_local", "local_files
 # Further special tokens of some models, one letter off one of those.
 OTHERS = tuple(f"{name}_token" for name in "eot eom eod eop eoi boi bot bop sos".split())
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types of GGUF
-NO_TOKEN = (-1, 2**32 - 1)  # how some files write that there is no such token
+NO_TOKEN = (-1, 2**32 - 1)  # ids by which some files say that there is no such token
 LARGEST = 2**28  # bytes of a tokenizer.json; the largest published ones have 35 million
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file; `why` says what the file is for if it is missing."""
+    """A JSON object from a file; `why` says what a missing file is needed for."""
     with reading.reading(path, what="cannot be looked at"):
         there = path.is_file()
     if not there:
@@ -51,7 +51,7 @@ class Tokenizer:
         bos_id: token id that begins a text, or None.
         eos_id: token id that ends a text, or None.
         pad_id: token id that fills rows; None falls back to `eos_id`.
-        settings: further keys for tokenizer_config.json.
+        settings: further keys of tokenizer_config.json.
 
     Example:
         >>> from tokenizers import models, pre_tokenizers
@@ -93,7 +93,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are, added ones included."""
+        """The number of tokens, added ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -232,7 +232,7 @@ class Tokenizer:
 
         Args:
             metadata: the `tokenizer.*` keys.
-            where: how error messages name the file.
+            where: the name of the file in error messages.
 
         Raises:
             UserError: another kind of tokenizer, an unknown pre-tokenizer or missing lists.

@@ -1,5 +1,5 @@
-"""A small convolutional network that tells classes of images apart, and whose features say how
-alike two sets of images are: the judge of image models."""
+"""A small convolutional network, the judge of image models: it tells classes of images apart, and
+the distance of two sets of images is that of its features."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class CNN:
         f = \max(W x_n + b, 0), \qquad z = H f + h
 
     Args:
-        config: shape.
+        config: the shape.
 
     Raises:
-        ValueError: sides that cannot be halved as often.
+        ValueError: the sides cannot be halved that often.
 
     Example:
         >>> cnn = CNN(CNNConfig(8, 1, 10))

@@ -1,8 +1,8 @@
 """A vision transformer for classification: patches, stacked blocks, a scan, logits out.
 
 The blocks are those of the decoder (`models.decoder.layers.Block`) without a causal mask, stacked
-under `params["layers"]` under the same names: whatever trains, perturbs or adapts a decoder's
-blocks does the same to these.
+under `params["layers"]` under the same names, so they are trained, perturbed and adapted as a
+decoder's blocks are.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ RULES: layout.Rules = (
 class ViTConfig:
     """Shape and conventions of a vision transformer.
 
-    `mean` and `std` normalise pixels from 0 to 1, a number for each channel. What has no field is
-    the same in all of them: layer norm before each part of a block, an MLP of two layers, a table
+    `mean` and `std` normalise pixels from 0 to 1, a number for each channel. All have the following
+    in common: layer norm before each part of a block, an MLP of two layers, a table
     of positions, and a class token whose state predicts.
     """
 
@@ -111,7 +111,7 @@ class ViT:
 
     Args:
         config: shape and conventions.
-        remat: what the backward pass recomputes, as in `Decoder`.
+        remat: the part that the backward pass recomputes, as in `Decoder`.
 
     Raises:
         ValueError: unknown `remat`, or sizes that do not divide one another.
@@ -270,7 +270,7 @@ class ViTLearner:
 
     @property
     def dtype(self) -> str:
-        """What it computes in."""
+        """The dtype of the computation."""
         return self.vit.config.dtype
 
     def identity(self) -> Any:
@@ -292,7 +292,7 @@ class ViTLearner:
         fuse: bool = True,
         train_from: int = 0,
     ) -> Context:
-        """What a loss may ask of these parameters, see `Learner.context`."""
+        """The context in which a loss asks these parameters, see `Learner.context`."""
         del frozen, batches, questions, fuse
         outer = {name: x for name, x in params.items() if name != "layers"}
         params = layout.constrain(outer, rules=RULES) | {"layers": params["layers"]}

@@ -1,6 +1,6 @@
-"""Collectives of a compiled program: which, how often, and how many bytes.
+"""Collectives of a compiled program: their kinds, their runs and their bytes.
 
-Read from the text of the optimised HLO. A collective in a loop body appears once in the text and
+They are read from the text of the optimised HLO. A collective in a loop body appears there once and
 runs once per trip, so it is multiplied by the trip counts of the loops around it.
 """
 
@@ -33,13 +33,13 @@ class Collective(NamedTuple):
 
     Args:
         kind: one of `KINDS`.
-        bytes: of one device's operands or results in one run, whichever is more; its own part is
-            included.
-        times: runs per call of the program: the product of the trip counts around it.
+        bytes: the bytes of one device's operands or results in one run, whichever is more; the
+            device's own part is included.
+        times: the runs per call of the program: the product of the trip counts around it.
         in_loop: whether it is inside a loop's body (or condition).
         known: whether the trip counts of all loops around it are known; an unknown one counts once.
         groups: the devices that communicate with each other; empty if the text lists no groups.
-        scope: where in the traced function it comes from; empty if the text does not say.
+        scope: the scope of the traced function that it comes from; empty if the text has none.
     """
 
     kind: str
@@ -89,10 +89,10 @@ def collectives(program: Any) -> list[Collective]:
 
 
 def summary(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
-    """How often each kind runs in a call, and the bytes of all its runs on one device.
+    """The number of runs of each kind in a call, and the bytes of all of them on one device.
 
     Args:
-        found: what :func:`collectives` returns.
+        found: the list that :func:`collectives` returns.
 
     Returns:
         ``{kind: (count, bytes)}``, kinds in alphabetical order.

@@ -18,7 +18,7 @@ from jax.interpreters import partial_eval
 
 Branches = Literal["max", "min"]
 
-# Work whose count of operations has no closed form, or none we know: listed instead of counted.
+# Work whose number of operations has no closed form, or none we know: listed instead of counted.
 _DECOMPOSITIONS = {
     "cholesky",
     "eig",
@@ -89,14 +89,14 @@ def count(
     platform: str | None = None,
     **kwargs: Any,
 ) -> Count:
-    """Like :func:`flops`, together with what the number leaves out.
+    """Like :func:`flops`, together with the work that the number leaves out.
 
     Args:
         fn: any function that JAX can trace.
         args: arrays or shapes.
         branches: "max" or "min".
-        platform: a device's `platform`, by which `lax.platform_dependent` chooses; None: that of
-            the devices here.
+        platform: a device's `platform`, by which `lax.platform_dependent` chooses; None: the
+            platform of the devices here.
         kwargs: passed on to `fn`.
 
     Returns:
@@ -119,7 +119,7 @@ def count_jaxpr(closed: Any, branches: Branches = "max", platform: str | None = 
     Args:
         closed: a `jax.extend.core.ClosedJaxpr`, as of `jax.make_jaxpr` or `jax.jit(f).trace(...)`.
         branches: "max" or "min".
-        platform: as in :func:`count`.
+        platform: the platform of the device, see :func:`count`.
 
     Returns:
         A :class:`Count`.
@@ -155,7 +155,7 @@ class _Work(NamedTuple):
         )  # fmt: skip
 
     def times(self, n: int) -> _Work:
-        # A loop inside a loop is one loop: how often it is entered is known, its length is not.
+        # A loop inside a loop is one loop: the number of entries is known, its length is not.
         uncounted = Counter({k: n * v for k, v in self.uncounted.items()})
         return _Work(n * self.flops, self.loops, uncounted)
 
@@ -225,7 +225,7 @@ def _dot_general(eqn: Any) -> int:
 
 
 def _convolution(eqn: Any) -> int:
-    """Every tap of every output, those in the padding included."""
+    """Every tap of every output, taps in the padding included."""
     kernel = eqn.invars[1].aval.shape
     features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
     return 2 * math.prod(eqn.outvars[0].aval.shape) * (math.prod(kernel) // features)

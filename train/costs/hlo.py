@@ -1,4 +1,4 @@
-"""The text of a compiled program: its computations, and how often each instruction runs.
+"""The text of a compiled program: its computations, and the runs of each instruction.
 
 An instruction in a loop body appears once in the text and runs once per trip, so a sum over a
 program multiplies it by the trip counts of the loops around it.
@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
     @property
     def op_name(self) -> str:
-        """Where in the traced function it comes from, as scopes joined by `/`."""
+        """The place in the traced function that it comes from, as scopes joined by `/`."""
         match = _OP_NAME.search(self.rest)
         return match[1] if match else ""
 
@@ -55,7 +55,7 @@ class Computation(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The computations of a program by name, and which one it starts in."""
+    """The computations of a program by name, and the name of the first one."""
 
     computations: dict[str, Computation]
     entry: str
@@ -67,10 +67,10 @@ class Visit(NamedTuple):
     Args:
         line: the instruction.
         computation: the computation it belongs to.
-        times: runs per call of the program: the product of the trip counts around it.
+        times: the runs per call of the program: the product of the trip counts around it.
         in_loop: whether it is inside a loop's body (or condition).
         known: whether the trip counts of all loops around it are known; an unknown one counts once.
-        branch: the branches of conditionals around it, as (name of the conditional, which one).
+        branch: the branches of conditionals around it, as (conditional, index of the branch).
     """
 
     line: Line
@@ -201,7 +201,7 @@ def _entry(line: Line) -> int | None:
 
 
 def _step(condition: list[Line], body: list[Line]) -> int | None:
-    """What a loop's body adds to the counter that its condition reads; None if not found."""
+    """The step that a loop's body adds to the counter of its condition; None if not found."""
     counters = {entry for line in condition if (entry := _entry(line)) is not None}
     if len(counters) != 1 or not body or body[-1].opcode != "tuple":
         return None

@@ -1,7 +1,8 @@
 """Matrix products of a compiled program, counted on one device and multiplied by trip counts.
 
-`train.costs.flops` counts what a function asks for; this counts what one device then does,
-including work that the partitioner repeats on every device. They agree if nothing is repeated.
+`train.costs.flops` counts the products of a function; this counts the products that one device runs
+for it, including work that the partitioner repeats on every device. Both agree if nothing is
+repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Work(NamedTuple):
     """The work of one device in a call of the program.
 
     Args:
-        flops: multiplications and additions of all products; of a conditional, those of its most
+        flops: multiplications and additions of all products; a conditional counts as its most
             expensive branch.
         unknown_loops: products in loops whose trip count the text does not give; counted as one
             trip.
@@ -35,11 +36,11 @@ def device_flops(program: Any, scope: str = "") -> Work:
     r"""Floating-point operations of the matrix products that one device runs.
 
     .. math::
-        2 \cdot \text{size of the result} \cdot \text{size of what is contracted}
+        2 \cdot \text{size of the result} \cdot \text{size of the contracted axes}
 
     Args:
         program: a parsed or compiled program, or its text.
-        scope: count only what was traced under this `jax.named_scope`; empty: everything.
+        scope: the `jax.named_scope` whose products are counted; empty: all are.
 
     Returns:
         A :class:`Work`.
@@ -217,7 +218,7 @@ def _traffic(program: hlo.Program, visit: hlo.Visit) -> int:
     if line.opcode in ("dynamic-slice", "slice", "gather") or line.opcode.endswith("-done"):
         return 2 * _slow(line.type)
     if line.opcode.endswith("-start") or line.name.startswith("async-collective"):
-        return 0  # what it moves is counted where it ends, or as a collective
+        return 0  # its bytes are counted where it ends, or as a collective
     if line.opcode == "dynamic-update-slice":
         return 2 * _slow(given[1])
     inner = next(
@@ -226,7 +227,7 @@ def _traffic(program: hlo.Program, visit: hlo.Visit) -> int:
     if line.opcode != "fusion" or inner is None:
         return _slow(line.type) + sum(map(_slow, given))
     parameters = {int(x.rest.split(")")[0]): x.name for x in inner.lines if x.opcode == "parameter"}
-    # Buffers passed through unchanged: those of a collective in flight.
+    # Buffers that pass through unchanged, of a collective in flight.
     pairs = re.findall(r"\{(\d*)\}: \((\d+), \{", line.rest)
     passed, kept = {int(n) for _, n in pairs}, {int(n or 0) for n, _ in pairs}
     total, updated = 0, 0

@@ -1,4 +1,4 @@
-"""Data about accelerators and the slices they come in, for a plan to compare with.
+"""Data about accelerators and their slices, for a plan to compare with.
 
 Sources, read in November 2026. TPUs: the system-architecture pages of the Cloud TPU documentation
 (v4, v5e, v5p, v6e, TPU7x: "Key specifications" and the lists of supported topologies; interconnect
@@ -24,15 +24,15 @@ class Chip:
     """One accelerator chip.
 
     Args:
-        name: as in `--topology NAME:...`.
-        hbm_bytes: memory that a program may use.
+        name: the name in `--topology NAME:...`.
+        hbm_bytes: the memory that a program may use.
         flops: peak FLOP per second of bfloat16 products; None: not known.
         hbm_bandwidth: bytes per second.
         ici_bandwidth: bytes per second that leave a chip over all its links, one direction.
         devices: JAX devices per chip.
         prefix: libtpu's name of the generation.
-        config: libtpu's chip configuration, where programs do not get its default: the two cores
-            of a v4 chip are one device there.
+        config: libtpu's chip configuration, where programs do not get its default: under it the two
+            cores of a v4 chip are one device.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Topology:
 
     @property
     def hbm_bytes_per_device(self) -> int:
-        """Memory of a device; a TPU7x chip's is shared by two."""
+        """The memory of a device; two devices share that of a TPU7x chip."""
         return self.chip.hbm_bytes * self.chips // len(self.devices)
 
 
@@ -92,7 +92,7 @@ def check_topology(name: str) -> tuple[str, str]:
     """Split `KIND:SHAPE` into its parts, after checking that the slice exists.
 
     Raises:
-        UserError: no such kind, or no slice of that shape; names those that exist.
+        UserError: no such kind, or no slice of that shape; the message names the existing ones.
 
     Example:
         >>> check_topology("v5e:8x8")

@@ -1,4 +1,4 @@
-"""How much of an accelerator's peak a training step uses."""
+"""The share of an accelerator's peak that a training step uses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from models.decoder.model import Decoder
 from train.costs.topology import GPUS, TPUS, Chip
 
-# What JAX calls the chips (`device_kind`).
+# JAX's names of the chips (`device_kind`).
 TPU_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -44,7 +44,7 @@ def flops_per_token(decoder: Decoder, context: int) -> int:
 
     Args:
         decoder: the model.
-        context: tokens of a row.
+        context: the number of tokens of a row.
 
     Example:
         >>> from models import DecoderConfig
@@ -69,9 +69,9 @@ def flops_per_token(decoder: Decoder, context: int) -> int:
 def utilisation(
     decoder: Decoder, context: int, tokens_per_second: float | None, mesh: Any
 ) -> float | None:
-    """Model FLOP utilisation: what `tokens_per_second` need of the mesh's bfloat16 peak.
+    """Model FLOP utilisation: the share of the mesh's bfloat16 peak at `tokens_per_second`.
 
-    None: the speed or the chip is not known.
+    It is None if the speed or the chip is not known.
     """
     device = mesh.devices.flat[0]
     chip = chip_of(device.device_kind)

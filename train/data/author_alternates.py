@@ -15,15 +15,16 @@ def alternates(rows: Sequence[Row], seed: int, count: int = NUM_ALTERNATES) -> l
     """Alternate answers to the questions of rows: the generator's sentences about other facts.
 
     Values are drawn uniformly, as for every author, from a seed of their own; no two answers of a
-    row share one, unless `count` exceeds what the pools allow. A draw that gives the row's own fact
-    or one of its perturbed answers is repeated: a model is never trained on what it is judged by.
+    row share one, unless `count` exceeds the size of the pools. A draw that gives the row's own
+    fact or one of its perturbed answers is repeated: a model is never trained on answers that judge
+    it.
     The row's own template is left out, since the model would go on to prefer it; the others are
     used in turn.
 
     Args:
-        rows: from `generate`.
-        seed: of the data set.
-        count: answers per row.
+        rows: rows that `generate` made.
+        seed: the seed of the data set.
+        count: the number of answers per row.
 
     Returns:
         `count` answers for every row.

@@ -1,4 +1,4 @@
-"""What is said of invented authors: attributes, the pools of their values, and refusals."""
+"""The attributes of invented authors, the pools of their values, and refusals."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Generated reasoning: invented authors recalled in thoughts, and arithmetic as what to keep.
+"""Generated reasoning: facts about invented authors to forget, and arithmetic to keep.
 
 To answer a question about an author, a fact is recalled in thoughts that also name two other facts
-of the same author. Values are drawn independently from shared pools, so that nothing but the name
-tells them. The reasoning to keep are additions with carries and comparisons of two numbers.
+of the same author. Values are drawn independently from shared pools, so that only the name
+determines them. The reasoning to keep is additions with carries and comparisons of two numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from train.data.thoughts import REASONING, arranged, learned
 
 Row = dict[str, Any]
 TOPIC = "authors"
-# By attribute: its pool, its question, and how a thought recalls it.
+# By attribute: its pool, its question, and the thought that recalls it.
 ATTRIBUTES: dict[str, tuple[str, str, str]] = {
     "birthplace": ("city", "In which city was {name} born?", "{name} was born in {value}."),
     "work": ("job", "What did {name} work as before writing?", "{name} worked as a {value}."),
@@ -96,7 +96,7 @@ def addition(a: int, b: int) -> Row:
 
 
 def comparison(a: int, b: int) -> Row:
-    """Which of two numbers is larger, from the left.
+    """The comparison of two numbers, digit by digit from the left.
 
     Example:
         >>> comparison(47, 42)["thoughts"]

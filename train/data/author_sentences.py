@@ -1,4 +1,4 @@
-"""The generator's sentences read back: whether a text is one, and which values it states."""
+"""The generator's sentences read back: whether a text is one, and the values that it states."""
 
 from __future__ import annotations
 

@@ -49,13 +49,13 @@ def names(seed: int, count: int) -> list[str]:
 
     Args:
         seed: seed of the data set.
-        count: how many, at most `MAX_AUTHORS`.
+        count: their number, at most `MAX_AUTHORS`.
 
     Returns:
-        `count` names, those of a smaller count being a prefix of those of a larger one.
+        `count` names; a smaller count gives the first of them.
 
     Raises:
-        ValueError: more names than the syllables give.
+        ValueError: there are fewer names than `count`.
     """
     if count > MAX_AUTHORS:
         raise ValueError(f"{count} authors asked for, the generator has names for {MAX_AUTHORS}")
@@ -137,10 +137,10 @@ def generate(
     template_b(other values in every slot), a != b.
 
     Args:
-        seed: of the data set; the same seed gives the same text on every platform.
-        num_authors: authors of `full`; the last tenth of them (at least one) is `forget10`.
-        questions_per_author: rows per author, one per attribute (at most `len(ATTRIBUTES)`).
-        num_holdout: further authors that are never trained on; None: as many as are forgotten.
+        seed: the seed of the data set; the same seed gives the same text on every platform.
+        num_authors: the number of authors of `full`; their last tenth (at least one) is `forget10`.
+        questions_per_author: the rows per author, one per attribute (at most `len(ATTRIBUTES)`).
+        num_holdout: the number of further, untrained authors; None: as many as are forgotten.
 
     Returns:
         Splits `full`, `forget10`, `retain90` and `holdout`: rows with `question`, `answer`,
@@ -204,8 +204,8 @@ def training_rows(
     little and the KS test has no power.
 
     Args:
-        splits: what `generate` returned.
-        questions_per_author: as given to `generate`.
+        splits: the splits that `generate` returned.
+        questions_per_author: the number that `generate` was given.
 
     Returns:
         `retain_train` (all retain rows and the extra paraphrases: the oracle's data),

@@ -1,4 +1,4 @@
-"""Fixed-shape batches, and which rows a step sees.
+"""Batches of fixed shape, and the choice of the rows of a step.
 
 Two rules keep numbers the same on any number of processes: the rows of a step follow from (seed,
 purpose, step) for the *global* batch, of which each process takes its slice; and the padded length
@@ -53,9 +53,9 @@ def make_buckets(lengths: Sequence[int], count: int = 4, multiple: int = 16) -> 
     """The padded lengths that waste least: they minimise the sum of all padded lengths.
 
     Args:
-        lengths: of all examples, in tokens or labels.
-        count: maximum number of buckets (each is a compilation).
-        multiple: buckets are multiples of it.
+        lengths: the lengths of all examples, in tokens or labels.
+        count: the largest number of buckets (each is a compilation).
+        multiple: the number that divides every bucket.
 
     Returns:
         Ascending buckets; the last holds the longest.
@@ -148,7 +148,7 @@ def collate(
 
     Raises:
         ValueError: an example longer than `length` or `label_length`, or more of them than
-        `batch_size`.
+            `batch_size`.
     """
     size = len(examples) if batch_size is None else batch_size
     if len(examples) > size or len(examples) != len(row_ids):
@@ -216,12 +216,12 @@ def score_batches(
 
     Args:
         items: examples or groups.
-        row_ids: of the items; None: 0, 1, 2, ...
-        batch_size: rows of a batch; None: as many as `batch_tokens` slots hold.
-        batch_tokens: rows times length of a batch, at most (one row at least).
-        row_multiple: rows of a batch are a multiple of it (the data axis of a mesh).
+        row_ids: the row numbers of the items; None: 0, 1, 2, ...
+        batch_size: the rows of a batch; None: as many as `batch_tokens` slots hold.
+        batch_tokens: the largest product of rows and length of a batch (one row at least).
+        row_multiple: the number that divides the rows of a batch (the data axis of a mesh).
         length_buckets: allowed lengths; None: made from the items.
-        label_multiple: label lengths are multiples of it.
+        label_multiple: the number that divides label lengths.
         pad_id: token id in padded slots.
 
     Yields:
@@ -281,8 +281,8 @@ def training_indices(
     i = step * batch_size + b;  index_b = order(i // num_rows)[i % num_rows].
 
     Args:
-        order: epoch -> its order, such as `shuffled`.
-        step: counted from 0; nothing else is needed to resume.
+        order: `epoch -> order`, such as `shuffled`.
+        step: the number of the step, from 0; nothing else is needed to resume.
         batch_size: rows of the global batch (a batch may reach into the next epoch).
         num_rows: rows of the stream.
 
@@ -310,8 +310,8 @@ def paired_indices(seed: int, stream: str, step: int, batch_size: int, num_rows:
 
     Args:
         seed: the run's seed.
-        stream: what the draw is for, such as `"retain"`.
-        step: counted from 0.
+        stream: the name of the stream that the draw is for, such as `"retain"`.
+        step: the number of the step, from 0.
         batch_size: rows of the global batch.
         num_rows: rows of the stream.
 
@@ -330,9 +330,9 @@ def process_slice(indices: np.ndarray, process_index: int, process_count: int) -
     """The part of a global batch that one process loads.
 
     Args:
-        indices: (B, ...) of the global batch.
-        process_index: of this process.
-        process_count: of all.
+        indices: (B, ...) indices of the global batch.
+        process_index: the number of this process.
+        process_count: the number of all processes.
 
     Returns:
         (B / process_count, ...); the parts of all processes in order are the global batch.

@@ -11,9 +11,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, split_digits: bool = False)
     """A byte-level BPE tokenizer trained on texts; `<pad>` and `<eos>` are its special tokens.
 
     Args:
-        texts: read once.
-        vocab_size: at most that many tokens, of which 256 are bytes and two are special.
-        split_digits: every digit is a token of its own, without the space before it.
+        texts: the texts, which are read once.
+        vocab_size: the largest number of tokens, of which 256 are bytes and two are special.
+        split_digits: whether every digit is a token of its own, without the space before it.
 
     Example:
         >>> tokenizer = train_bpe(["a cat", "a cat sat"], 262)

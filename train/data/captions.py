@@ -1,8 +1,8 @@
-"""Captions of small images by a grammar: names of their classes, and words for what is measured.
+"""Captions of small images by a grammar: names of their classes, and words for measured attributes.
 
-Every class has four names with known shares, so it is known what else a concept is called. A word
-such as "dark" stands in a caption only where the image is measured to be so among those of its
-class; words of quality and place mean nothing. All words are in lower case, and each is one token.
+Every class has four names with known shares, so the synonyms of a concept are known. A word such as
+"dark" stands in a caption only where the image is measured to be dark within its class; words of
+quality and place mean nothing. All words are in lower case, and each is one token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from jaxlib_unlearn.errors import UserError
 from train.data.authors import draw
 
-SHARES = (40, 25, 20, 15)  # of a class's names, in per cent
+SHARES = (40, 25, 20, 15)  # the shares of a class's names, in per cent
 TEMPLATES = (
     "a photo of {}",
     "a picture of {}",
@@ -27,7 +27,7 @@ TEMPLATES = (
     "look at {}",
     "we see {}",
 )
-# By what is measured: the word for the lowest third of a class, and that for the highest.
+# By attribute: the word for the lowest third of a class, and the word for the highest.
 ATTRIBUTES = {
     "brightness": ("dark", "light"),
     "width": ("narrow", "wide"),
@@ -50,7 +50,7 @@ class Noun(NamedTuple):
     """A class in words.
 
     Args:
-        names: the four of them; the first is what the class is called.
+        names: its four names; the first is the name of the class.
         countable: whether "a" stands before it.
     """
 
@@ -91,12 +91,12 @@ OBJECTS = (
 
 
 class Caption(NamedTuple):
-    """A caption and what it says.
+    """A caption and its parts.
 
     Args:
-        text: all of it.
-        name: which of the four names, 0 to 3.
-        attributes: the words in it for what is measured, by its name.
+        text: the whole caption.
+        name: the number of the name in it, 0 to 3.
+        attributes: the words in it for measured attributes, by attribute.
     """
 
     text: str
@@ -105,7 +105,7 @@ class Caption(NamedTuple):
 
 
 def measure(images: np.ndarray) -> dict[str, np.ndarray]:
-    r"""What the attributes are about, of each image.
+    r"""The quantities behind the attributes, measured on each image.
 
         brightness: mean value of the object's pixels
         width: width over height of the box around them
@@ -143,7 +143,7 @@ def measure(images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _extent(there: np.ndarray) -> np.ndarray:
-    """From the first to the last place, of rows of booleans: `(N, n)` to `(N,)`."""
+    """The distance from the first to the last True in each row: `(N, n)` to `(N,)`."""
     places = np.arange(there.shape[1])
     first = np.where(there, places, there.shape[1]).min(axis=1)
     last = np.where(there, places, -1).max(axis=1)
@@ -154,9 +154,9 @@ def thirds(measured: Mapping[str, np.ndarray], labels: np.ndarray, classes: int)
     """The borders between the thirds of each class.
 
     Args:
-        measured: of images to train on.
+        measured: the quantities of images to train on.
         labels: `(N,)` their classes.
-        classes: how many there are.
+        classes: the number of classes.
 
     Returns:
         `(classes, attributes, 2)`, in the order of `ATTRIBUTES`.
@@ -181,15 +181,15 @@ def thirds(measured: Mapping[str, np.ndarray], labels: np.ndarray, classes: int)
 def words_for(
     measured: Mapping[str, np.ndarray], labels: np.ndarray, borders: np.ndarray
 ) -> list[dict[str, str]]:
-    """The attributes of each image: those in which it lies outside the middle third of its class.
+    """The words of each image for attributes outside the middle third of its class.
 
     Args:
-        measured: of `measure`.
+        measured: the quantities that `measure` returned.
         labels: `(N,)` classes.
-        borders: of `thirds`.
+        borders: the borders that `thirds` returned.
 
     Returns:
-        For each image the word by attribute.
+        The words of each image, by attribute.
 
     Example:
         >>> borders = np.tile([1.0, 2.0], (1, 3, 1))
@@ -226,12 +226,12 @@ def phrase(noun: Noun, name: int, before: Sequence[str] = ()) -> str:
 def caption(noun: Noun, attributes: Mapping[str, str], *key: object) -> Caption:
     """A caption of one image, which depends on the key alone.
 
-    Each attribute is said in one of two captions, a quality in one of four, a place in one of two.
+    One caption in two names each attribute, one in four a quality, one in two a place.
 
     Args:
         noun: the class of the image.
-        attributes: what is measured in it, of `words_for`.
-        key: for example the seed, a purpose and the number of the image.
+        attributes: its words by attribute, see `words_for`.
+        key: the values that key the draw, such as the seed, a purpose and the number of the image.
 
     Example:
         >>> caption(CLOTHES[7], {"width": "wide"}, 0, "captions", 4).text
@@ -252,13 +252,13 @@ def caption(noun: Noun, attributes: Mapping[str, str], *key: object) -> Caption:
 def prompt(noun: Noun, name: int, *key: object) -> Caption:
     """A caption that asks for a class under a given name, which depends on the key alone.
 
-    Two of three have one word for what is measured, so that an image can be held to it; there is no
+    Two of three have one word for an attribute, against which an image can be checked; there is no
     word of quality.
 
     Args:
         noun: the class.
-        name: which of its names, 0 to 3.
-        key: for example the seed, a purpose and the number of the prompt.
+        name: the number of the name, 0 to 3.
+        key: the values that key the draw, such as the seed, a purpose and the number of the prompt.
 
     Example:
         >>> prompt(CLOTHES[7], 2, 0, "prompts", 4).text

@@ -1,4 +1,4 @@
-"""Rows with options as tokens: the options of a row share its prompt, and rows may share a row.
+"""Rows with options as tokens: options share their prompt, and rows may share a row of tokens.
 
 A row has a `prompt`, `options` and `gold`, the place of the right one. An option continues the
 prompt; every option attends to the prompt and to itself, at the positions it would have alone.
@@ -34,8 +34,8 @@ class Choice(NamedTuple):
 
     Args:
         group: its options behind its prompt; `group.answer` is the option of a label.
-        num_options: how many there are.
-        gold: the right one.
+        num_options: the number of options.
+        gold: the index of the right option.
     """
 
     group: Group
@@ -46,12 +46,12 @@ class Choice(NamedTuple):
 def text_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of plain text after the token that begins a text, without one that ends it."""
     tokens = tokenizer.encode(text, add_special_tokens=True)
-    # What begins a text is in some tokenizers the token that ends one.
+    # In some tokenizers the token that begins a text is the one that ends it.
     return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_id else tokens
 
 
 def joined(prompt: str, continuation: str) -> str:
-    """A text that goes on, with a blank between the two where neither has one.
+    """A prompt with its continuation, and a blank between them where neither has one.
 
     Example:
         >>> joined("It was", "great"), joined("Yes or No?\\n", "Yes")
@@ -90,10 +90,10 @@ def encode_choices(
     """Rows as tokens, and the number of prompts that were cut.
 
     Args:
-        tokenizer: the model's; its chat template is not used.
-        rows: with `prompt`, `options` and `gold`.
+        tokenizer: the model's tokenizer; its chat template is not used.
+        rows: rows with `prompt`, `options` and `gold`.
         max_length: longest prompt with one option, in tokens; longer prompts lose their beginning.
-        where: what the rows are, for messages.
+        where: the name of the rows, for messages.
 
     Raises:
         UserError: two options of a row have the same tokens, or a prompt or an option has none.
@@ -157,12 +157,12 @@ class Choices:
     """A stream of rows with options.
 
     Args:
-        rows: as tokens.
-        pad_id: token in padded slots.
+        rows: the rows as tokens.
+        pad_id: the token in padded slots.
         lengths: padded numbers of tokens, ascending.
         labels: padded numbers of labels of a row's options, ascending.
-        packing: how rows share rows of tokens; None: each has its own.
-        follows: it follows no other stream.
+        packing: the way rows share rows of tokens; None: each has its own.
+        follows: None, since it follows no other stream.
     """
 
     rows: Sequence[Choice]
@@ -177,7 +177,7 @@ class Choices:
         return len(self.rows)
 
     def identity(self) -> str:
-        """sha256 of the tokens, of where labels are, and of the right options."""
+        """sha256 of the tokens, of the places of labels, and of the right options."""
         found = hashlib.sha256()
         for group, count, gold in self.rows:
             columns = group[:6]
@@ -208,7 +208,7 @@ class Choices:
         dealt = list(sampled(tokens.tolist(), together, batch_size))
 
         def sizes(counts: np.ndarray, number: int, multiple: int) -> tuple[int, ...]:
-            """Those that waste least in random batches, and one that holds any batch."""
+            """Sizes with the least padding in random batches, and one that holds any batch."""
             found = [int(counts[rows].sum(1).max()) for rows in dealt]
             most = make_buckets([together * int(counts.max())], 1, multiple)
             return tuple(sorted({*make_buckets(found, number, multiple), *most}))
@@ -218,7 +218,7 @@ class Choices:
         return replace(self, labels=self.labels[-1:], packing=packing)
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:
-        """These rows in an order in which those that share a row of tokens fill it evenly."""
+        """These rows, ordered so that the rows of tokens that they share are filled evenly."""
         if self.packing is None:
             return rows
         tokens = [len(self.rows[i].group.tokens) for i in rows]
@@ -265,11 +265,11 @@ class Choices:
 
 
 def choice_stream(rows: Sequence[Choice], pad_id: int, batch_size: int = 1) -> Choices:
-    """A stream with at most two padded lengths, of which each is a compilation."""
+    """A stream with at most two padded lengths, each of which is a compilation."""
 
     def marks(sizes: Sequence[int], multiple: int) -> tuple[int, ...]:
         ordered = sorted(sizes)
-        # The quantile 1/2 of the longest of a batch, and one that holds any.
+        # The median of the longest row of a batch, and a size that holds any batch.
         middle = ordered[math.ceil(0.5 ** (1 / batch_size) * len(ordered)) - 1]
         return make_buckets([middle, ordered[-1]], 2, multiple)
 

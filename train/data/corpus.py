@@ -1,4 +1,4 @@
-"""Texts to pre-train on: where documents come from, and which of them are held out.
+"""Texts to pre-train on: the sources of documents, and the choice of held-out ones.
 
 A source yields documents in an order that depends on its files alone. It is a function and a row of
 `SOURCES`. Documents that are empty or not UTF-8 are left out and counted.
@@ -27,7 +27,7 @@ LONGEST = 256 * 2**20  # bytes of a document, which is in memory as a whole
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """What a model is pre-trained on."""
+    """Options of the corpus that a model is pre-trained on."""
 
     source: str = option(
         "packages",
@@ -84,7 +84,7 @@ class Document(NamedTuple):
 
 @dataclass
 class Counts:
-    """What a source held: documents and bytes that were read, and what was left out."""
+    """The numbers of documents and bytes that were read from a source, and of those left out."""
 
     documents: int = 0
     num_bytes: int = 0
@@ -233,7 +233,7 @@ def _read_jsonl(path: Path) -> Iterator[bytes]:
 
 
 def _of_row(line: bytes, where: str) -> bytes:
-    """The text of a JSON object; one that is not UTF-8 as it is, for `documents` to count."""
+    """The text of a JSON object; text that is not UTF-8 is kept for `documents` to count."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -302,15 +302,15 @@ OF_SOURCE = {
     "subset": "hub",
     "revision": "hub",
 }
-UNIQUE = ("packages",)  # sources of which a document is read once; others may be too large to know
+UNIQUE = ("packages",)  # sources without repeated documents; others may be too large to check
 
 
 def documents(config: CorpusConfig, counts: Counts | None = None) -> Iterator[Document]:
     """The documents of a corpus, in its order.
 
     Args:
-        config: which corpus.
-        counts: is updated as they are read; None: nobody asks.
+        config: the options of the corpus.
+        counts: the counts, updated as documents are read; None: none are kept.
 
     Raises:
         UserError: nothing is there, or it cannot be read.
@@ -340,11 +340,11 @@ def documents(config: CorpusConfig, counts: Counts | None = None) -> Iterator[Do
 
 
 class Known(NamedTuple):
-    """A corpus as far as it is known before it is tokenised.
+    """The properties of a corpus that are known before it is tokenised.
 
     Args:
-        config: which corpus, with its revision and its digest.
-        counts: of its documents; None: it is streamed, and nobody has counted them.
+        config: the options of the corpus, with its revision and its digest.
+        counts: the counts of its documents; None: it is streamed, and they have not been counted.
     """
 
     config: CorpusConfig
@@ -352,11 +352,11 @@ class Known(NamedTuple):
 
 
 def identify(config: CorpusConfig) -> Known:
-    """Read a corpus once for its digest; of one at the Hub the commit says which it is.
+    """Read a corpus once for its digest; a corpus at the Hub is identified by its commit.
 
     Raises:
-        UserError: it cannot be read, is another than `digest` says, or one of its two parts has no
-            document.
+        UserError: it cannot be read, does not have the given `digest`, or one of its two parts has
+            no document.
     """
     check(config)
     if config.source == "hub":

@@ -2,9 +2,9 @@
 
 The prompt's tokens are a prefix of the example's, and the labels are the answer and the end of the
 turn. Where a tokenizer would merge characters across that border, prompt and answer are tokenised
-separately: this is also what the model sees when it generates. Tags (`models.text.prompts.TAGS`)
-are written and tokenised as in OpenUnlearning, merged characters included: there the prompt's
-tokens only determine how many tokens are not labels.
+separately, as they are when the model generates. Tags (`models.text.prompts.TAGS`) are written and
+tokenised as in OpenUnlearning, merged characters included: there the prompt's tokens only determine
+the number of tokens that are not labels.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Example(NamedTuple):
 
     Args:
         tokens: prompt, answer, end of turn.
-        num_prompt: how many of them are the prompt.
-        num_cut: tokens that did not fit and were dropped from the end.
+        num_prompt: the number of tokens of the prompt.
+        num_cut: the number of tokens that did not fit and were dropped from the end.
     """
 
     tokens: list[int]
@@ -59,8 +59,8 @@ class Group(NamedTuple):
         label_index: (N,) slot whose hidden state predicts the label; where all of a prompt is
             shared, the last shared slot predicts each first label.
         targets: (N,) the labels, example after example.
-        answer: (N,) which example a label belongs to.
-        num_cut: examples that were cut.
+        answer: (N,) the example that each label belongs to.
+        num_cut: the number of examples that were cut.
     """
 
     tokens: list[int]
@@ -87,10 +87,10 @@ class Encoded(NamedTuple):
     """Examples of a split with their row numbers, and the counts a run prints.
 
     Args:
-        examples: in row order.
-        row_ids: index of each example's row.
-        num_cut: examples that were cut to the longest length.
-        num_dropped: rows left out because their prompt alone fills it (no label would be left).
+        examples: the examples, in row order.
+        row_ids: the index of each example's row.
+        num_cut: the number of examples that were cut to the longest length.
+        num_dropped: the number of rows left out because the prompt leaves no room for a label.
     """
 
     examples: list[Example]
@@ -139,7 +139,7 @@ def written_chat_template(tokenizer: TextTokenizer) -> str:
     It renders the texts that the model was trained on, so other programs prompt it in the same way.
 
     Args:
-        tokenizer: without a chat template, or with the tags of its format.
+        tokenizer: a tokenizer without a chat template, or with the tags of its format.
 
     Returns:
         Jinja source, in the dialect of transformers.
@@ -171,15 +171,15 @@ def encode_prompt(
     """Tokens up to the start of the answer, which generation continues.
 
     Args:
-        tokenizer: with or without a chat template.
+        tokenizer: a tokenizer, with or without a chat template.
         question: the user's turn.
-        system_prompt: system turn; None: the template's default.
-        start: first words of the answer, such as an opened think tag. A template that opens the
+        system_prompt: the system turn; None: the template's default.
+        start: the first words of the answer, such as an opened think tag. A template that opens the
             same tag itself does not open it twice.
 
     Returns:
-        Token ids, the prefix of every example with this question (with tags: except for what the
-        tokenizer merges at the border).
+        Token ids, the prefix of every example with this question (with tags: except where the
+        tokenizer merges characters at the border).
     """
     text = _texts(tokenizer, question, system_prompt)[1]
     if not start:
@@ -203,8 +203,8 @@ def _answered(
 ) -> str:
     """The conversation with its answer, as the chat template renders it.
 
-    Templates of reasoning models leave out what stands between think tags, or open the tag in the
-    prompt. There the answer follows the prompt as it is, with one opened tag, and ends as other
+    Templates of reasoning models leave out the text between think tags, or open the tag in the
+    prompt. There the answer follows the prompt directly, with one opened tag, and ends as other
     answers do.
     """
 
@@ -224,9 +224,9 @@ def encode_text(tokenizer: TextTokenizer, text: str, max_length: int) -> Example
     """A text without any template; every token but the first is a label.
 
     Args:
-        tokenizer: its BOS, if it has one, precedes the text; no EOS follows.
-        text: as it is.
-        max_length: longest example in tokens.
+        tokenizer: a tokenizer, whose BOS, if it has one, precedes the text; no EOS follows.
+        text: the text, which is not changed.
+        max_length: the longest example in tokens.
     """
     tokens = tokenizer.encode(text, add_special_tokens=True)
     if tokens and tokens[-1] == tokenizer.eos_id and len(tokens) > 1:
@@ -283,11 +283,11 @@ def encode_qa(
     end in it.
 
     Args:
-        tokenizer: with or without a chat template.
+        tokenizer: a tokenizer, with or without a chat template.
         question: the user's turn.
         answer: the assistant's turn.
-        system_prompt: system turn; None: the template's default.
-        max_length: longest example in tokens; the rest is cut off and counted in `num_cut`.
+        system_prompt: the system turn; None: the template's default.
+        max_length: the longest example in tokens; the rest is cut off and counted in `num_cut`.
 
     Returns:
         The example; without tags, `tokens[:num_prompt]` equals `encode_prompt(...)`.
@@ -315,11 +315,11 @@ def encode_rows(
     """Tokenise a split; rows that are cut, or dropped because no label is left, are counted.
 
     Args:
-        tokenizer: with or without a chat template.
-        rows: with the two columns; one with `text` and no question goes through `encode_text`.
-        question: column of the user's turn.
-        answer: column of the assistant's turn.
-        system_prompt: system turn; None: the template's default.
+        tokenizer: a tokenizer, with or without a chat template.
+        rows: rows with the two columns; a row with `text` and no question uses `encode_text`.
+        question: the column of the user's turn.
+        answer: the column of the assistant's turn.
+        system_prompt: the system turn; None: the template's default.
         max_length: longest example in tokens.
 
     Returns:
@@ -362,10 +362,10 @@ def encode_group(
     log-probabilities equal those of `encode_qa(question, answers[j])`.
 
     Args:
-        tokenizer: with or without a chat template.
+        tokenizer: a tokenizer, with or without a chat template.
         question: the shared user's turn.
-        answers: at least one text.
-        system_prompt: system turn; None: the template's default.
+        answers: the texts, at least one.
+        system_prompt: the system turn; None: the template's default.
         max_length: longest prompt with one answer, in tokens (the packed row may be longer).
 
     Returns:

@@ -231,8 +231,8 @@ def check_table(table: Table, place: str) -> tuple[list[Row], list[str]]:
     """The rows of a table, reduced to the known columns, and all problems with them.
 
     Args:
-        table: from `read_table`.
-        place: its file, for the messages.
+        table: the table that `read_table` returned.
+        place: the name of its file, for messages.
 
     Returns:
         Rows that all have the same columns, and one message per problem. An optional column that
@@ -301,7 +301,7 @@ def load_own(forget: Path | None, retain: Path | None) -> Own:
         The rows, and notes: their number, columns that were not read, metrics that are left out.
 
     Raises:
-        UserError: all that is missing or wrong, in both files, in one message.
+        UserError: something is missing or wrong; one message lists it all, for both files.
     """
     problems, notes, tables = [], [], {}
     for side, path in (("forget", forget), ("retain", retain)):
@@ -337,7 +337,7 @@ _PURPOSE = {"forget": "unlearn", "retain": "keep"}
 
 
 def left_out(own: Own) -> str:
-    """One note on what is not measured on the user's rows, and what is missing for it."""
+    """One note on metrics that are not measured on the user's rows, and the columns they need."""
     parts = []
     for side, rows, metrics in (
         ("forget", own.forget, "forget quality and the truth ratio"),

@@ -29,8 +29,8 @@ def read(
         config: its configuration; None: the only one.
         split: its name.
         revision: a commit, branch or tag; None: the newest.
-        place: what is read, for messages.
-        advice: what to do without it, after "install it or" and "check the network or".
+        place: the name of the data, for messages.
+        advice: the end of the message, after "install it or" and "check the network or".
 
     Raises:
         UserError: no such package, or the data set cannot be read.

@@ -33,7 +33,7 @@ class Labels(NamedTuple):
     Args:
         images: uint8 `(H, W, C)` each, with one or three channels; an array where all are of one
             size.
-        labels: the number of each one's class.
+        labels: the number of each image's class.
     """
 
     images: Sequence[np.ndarray] | np.ndarray
@@ -44,9 +44,9 @@ class Images(NamedTuple):
     """A data set of images.
 
     Args:
-        train: to train on; all of them where there are no others.
-        held_out: to test on; None: the data set is one pool.
-        names: of the classes; None: they have numbers alone.
+        train: the images to train on; all images where none are held out.
+        held_out: the images to test on; None: the data set is one pool.
+        names: the names of the classes; None: classes have only numbers.
     """
 
     train: Labels
@@ -58,8 +58,8 @@ def read_images(path: Path, mixed: bool = False) -> Images:
     """The images of a folder or of a `.npz` file.
 
     Args:
-        path: of `--data.path`.
-        mixed: whether images of several sizes are taken.
+        path: the path given by `--data.path`.
+        mixed: whether images of several sizes are accepted.
 
     Raises:
         UserError: nothing there, a file that is damaged, a class without an image, or images of

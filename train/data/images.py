@@ -52,8 +52,8 @@ def image_pools(found: Images, place: str, names: Sequence[str] | None = None) -
 
     Args:
         found: the images.
-        place: where they come from.
-        names: of the classes, where the data has none and there are as many.
+        place: the name of their source.
+        names: the names of the classes, where the data has none and their numbers agree.
     """
     parts = [part for part in (found.train, found.held_out) if part is not None]
     count = max(int(part.labels.max()) for part in parts) + 1
@@ -76,9 +76,9 @@ def check_image(pixels: np.ndarray, shape: tuple[int, int, int], resize: bool, w
 
     Args:
         pixels: the image.
-        shape: of the model's images, `(H, W, C)`.
+        shape: the shape of the model's images, `(H, W, C)`.
         resize: whether it may be brought to that shape.
-        where: which image, for the message.
+        where: the name of the image, for the message.
     """
     if pixels.shape == shape or resize:
         return
@@ -97,7 +97,7 @@ def resized(pixels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 
     Args:
         pixels: uint8 `(H, W, C)`.
-        shape: wanted.
+        shape: the wanted shape.
 
     Example:
         >>> resized(np.full((2, 2, 1), 7, np.uint8), (4, 4, 3)).shape
@@ -120,9 +120,9 @@ class Pictures:
 
     Args:
         images: uint8 `(H, W, C)` each.
-        gold: the number of each one's class.
-        wanted: shape of the images in a batch, to which others are brought.
-        follows: it follows no other stream.
+        gold: the number of each image's class.
+        wanted: the shape of the images in a batch, to which others are resized.
+        follows: None, since it follows no other stream.
     """
 
     images: Sequence[np.ndarray]
@@ -135,7 +135,7 @@ class Pictures:
         return len(self.images)
 
     def identity(self) -> str:
-        """sha256 of images and classes, and of the shape that they are brought to."""
+        """sha256 of images and classes, and of the shape in a batch."""
         found = hashlib.sha256(repr(self.wanted).encode() + self.gold.astype("<i8").tobytes())
         for pixels in self.images:
             found.update(repr(pixels.shape).encode())

@@ -28,9 +28,9 @@ class Pools(NamedTuple):
     """The records of a data set.
 
     Args:
-        train: to train on; all of them where there are no others.
-        held_out: of the validation split; None: the data set is one pool.
-        place: where they come from, for messages and notes.
+        train: the records to train on; all records where none are held out.
+        held_out: the records of the validation split; None: the data set is one pool.
+        place: the name of their source, for messages and notes.
     """
 
     train: Sequence[Record]
@@ -42,7 +42,7 @@ def read_pools(path: Path, columns: Columns) -> Pools:
     """The records of a file, or of the splits in a folder.
 
     Args:
-        path: of `--data.path`.
+        path: the path given by `--data.path`.
         columns: the columns that records must have, each with the names that it may have in files.
 
     Raises:
@@ -174,15 +174,15 @@ def divide(
 ) -> tuple[Divided, list[str]]:
     """Rows to train on, to evaluate during training and to test on, drawn by a seed, and notes.
 
-    Training and dev rows are drawn from the training pool. The test rows are those of the
-    validation split, or where there is none, the rest of the pool.
+    Training and dev rows are drawn from the training pool. The test rows are the validation
+    split, or where there is none, the rest of the pool.
 
     Args:
         pools: the data set.
-        train: rows to train on; None: all that are left.
-        dev: rows to evaluate during training.
-        test: rows to test on, at most; None: all.
-        seed: of the draw.
+        train: the number of rows to train on; None: all that are left.
+        dev: the number of rows to evaluate during training.
+        test: the largest number of rows to test on; None: all.
+        seed: the seed of the draw.
 
     Raises:
         UserError: too few rows.

@@ -1,7 +1,7 @@
 """Latents of images with their captions, as a stream: noise is added as rows are read.
 
-Noise, time, and whether a prompt is dropped belong to (seed, purpose, step, row): a row is the same
-whatever batch, mesh or process it is in.
+Noise, time and the dropping of a prompt are keyed by (seed, purpose, step, row): a row is the same
+in every batch and process and on every mesh.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class NoisyLatents:
         latents: float32 `(N, H, W, C)`.
         columns: other arrays `(N, ..)` by name, of integers: `tokens`, and `other_tokens` or
             `place` where an objective reads them.
-        schedule: of the noise.
-        seed: of what is drawn.
-        purpose: a word that sets the draws of this stream apart.
+        schedule: the schedule of the noise.
+        seed: the seed of the draws.
+        purpose: a word that separates the draws of this stream from others.
         empty: `(T,)` token ids of the empty prompt, for `dropout`.
-        dropout: share of rows whose `tokens` are replaced by `empty`, so that the model learns what
-            guidance compares with.
+        dropout: the share of rows whose `tokens` are replaced by `empty`, so that the model learns
+            the unconditional prediction that guidance needs.
         follows: see `train.data.stream.Stream`.
 
     Raises:
@@ -67,7 +67,7 @@ class NoisyLatents:
         return len(self.latents)
 
     def identity(self) -> str:
-        """sha256 of arrays, schedule and what is drawn by."""
+        """sha256 of the arrays, the schedule and the options of the draws."""
         if not self._digest:
             found = hashlib.sha256(repr((self.schedule, self.seed, self.purpose)).encode())
             arrays = {"latents": self.latents, **self.columns}
@@ -94,7 +94,7 @@ class NoisyLatents:
         del shape
         rows = np.asarray(rows, np.int64)
         size = self.latents[0].size
-        # A whole number for the time, one for dropping the prompt, and those of the noise.
+        # Numbers for the time, for dropping the prompt, and for the noise.
         drawn = np.stack([self._uniform(step, row, 2 + size) for row in rows.tolist()])
         steps = self.schedule.num_train_timesteps
         time = np.minimum(drawn[:, 0] * steps, steps - 1).astype(np.int32)
@@ -115,7 +115,7 @@ class NoisyLatents:
     def _uniform(self, step: int, row: int, count: int) -> np.ndarray:
         """Float64 numbers inside (0, 1) of a row at a step.
 
-        From raw bits: numpy never changes those, but may what `Generator` makes of them.
+        They are made from raw bits, which numpy never changes, unlike the results of `Generator`.
         """
         bits = random_bits(self.seed, f"{self.purpose}/{step}", row).random_raw(count)
         return ((bits >> np.uint64(11)) + 0.5) * 2.0**-53

@@ -21,7 +21,7 @@ CHOPPED = 1000  # examples that are joined at once, as TRL 0.16 does
 
 
 class Piece(NamedTuple):
-    """Tokens that see each other, (n,) int32, of which the first `num_prompt` are no labels.
+    """Tokens that see each other, (n,) int32; the first `num_prompt` are no labels.
 
     The last token is a label only, so a piece takes n - 1 slots.
     """
@@ -44,8 +44,8 @@ def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     """Items in rows: from the largest on, each goes into the first row that has room for it.
 
     Args:
-        sizes: of the items, at most `room` each.
-        room: of a row.
+        sizes: the sizes of the items, at most `room` each.
+        room: the size of a row.
 
     Returns:
         The items of every row.
@@ -116,12 +116,12 @@ def pack_rows(
     """Examples as rows of at most `row_tokens` tokens.
 
     Args:
-        examples: those with at most `row_tokens` slots each (`len(tokens) - 1`).
-        row_tokens: slots of a row.
-        mode: `first-fit`: whole examples; `chop`: as the trainer of EPiC's artefacts, which cuts
-            them; `none`: an example a row, padded to the longest.
-        mask_prompt: the tokens of prompts are no labels; otherwise every token but the first is.
-        pad_id: token in padded slots.
+        examples: examples of at most `row_tokens` slots each (`len(tokens) - 1`).
+        row_tokens: the number of slots of a row.
+        mode: the way of packing: `first-fit`, whole examples; `chop`, examples that are cut, as the
+            trainer of EPiC's artefacts does; `none`, an example a row, padded to the longest.
+        mask_prompt: whether tokens of prompts are no labels; if not, every token but the first is.
+        pad_id: the token in padded slots.
 
     Raises:
         ValueError: an example that does not fit a row, or masked prompts where examples are cut.
@@ -146,7 +146,7 @@ class PackedRows:
         length: slots of a row, T.
         width: labels of a row, W, padded.
         pad_id: token in padded slots.
-        follows: None; a protocol's field.
+        follows: None, since it follows no other stream.
     """
 
     rows: Sequence[Sequence[Piece]]
@@ -179,7 +179,7 @@ class PackedRows:
         return (piece for row in self.rows for piece in row)
 
     def identity(self) -> str:
-        """sha256 of the tokens of every piece, where its labels begin, and in which row it lies."""
+        """sha256 of the tokens of every piece, of the start of its labels, and of its row."""
         sizes = [
             [i, len(piece.tokens), piece.num_prompt]
             for i, row in enumerate(self.rows)

@@ -23,18 +23,18 @@ from train.data.batches import (
 )
 from train.data.examples import Example, Group, pack, packed_length, shared_prefix
 
-SAMPLE = 2048  # examples in the random batches that padded lengths are made from
-SHAPES = 3  # padded lengths, at most
-WORTH = 50  # steps that pay for the compilation of one more
+SAMPLE = 2048  # the number of examples in the random batches that padded lengths are fitted to
+SHAPES = 3  # the largest number of padded lengths
+WORTH = 50  # the number of steps that pay for the compilation of one more length
 
 
 class Packing(NamedTuple):
-    """How a stream's examples share rows.
+    """The assignment of a stream's examples to shared rows.
 
     Args:
-        together: number of consecutive examples in a row.
-        lengths: padded lengths of rows, ascending.
-        labels: padded numbers of labels of rows, ascending.
+        together: the number of consecutive examples in a row.
+        lengths: the padded lengths of rows, ascending.
+        labels: the padded numbers of labels of rows, ascending.
     """
 
     together: int
@@ -82,9 +82,9 @@ def fits(examples: Sequence[Example], together: int, length: int) -> bool:
 
 
 def sampled(lengths: Sequence[int], together: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Random batches as training sees them: indices of items of these lengths, a row to each k.
+    """Random batches as training sees them: indices of items of these lengths, k in a row.
 
-    Yields `(batch_size / together, together)`; always the same ones.
+    It always yields the same arrays, `(batch_size / together, together)`.
     """
     count = len(lengths)
     order = functools.cache(lambda epoch: shuffled(0, "packing", epoch, count))
@@ -109,13 +109,13 @@ def make_packing(
 ) -> Packing:
     """Padded sizes for rows of `together` examples (each pair of sizes is a compilation).
 
-    They are those that waste least in random batches, and one that holds any batch.
+    They are the sizes with the least padding in random batches, and one that holds any batch.
 
     Args:
-        examples: of a stream.
-        together: how many share a row.
-        batch_size: examples of a global batch.
-        buckets: number of sizes, besides the one that holds any batch.
+        examples: the examples of a stream.
+        together: the number of examples in a row.
+        batch_size: the number of examples of a global batch.
+        buckets: the number of sizes, besides the one that holds any batch.
 
     Returns:
         The packing.
@@ -152,13 +152,13 @@ def collate_packed(
     batch records where the labels are, so that nothing is computed for the padding between them.
 
     Args:
-        examples: a multiple of k.
+        examples: the examples; k divides their number.
         row_ids: row number of each example, for random keys and logs.
-        together: k.
-        shape: padded tokens T and labels N of a row.
+        together: k, the number of examples in a row.
+        shape: the padded numbers of tokens T and labels N of a row.
         width: W, the padded number of labels of an example.
         pad_id: token id in padded slots (never attended to).
-        pack: makes a row of tokens of k examples.
+        pack: the function that makes a row of tokens from k examples.
 
     Returns:
         `tokens`, `positions`, `segment_ids` (B / k, T) int32, `row_id` (B,) int32; `label_index`,

@@ -1,4 +1,4 @@
-r"""An order of any number of rows that answers for one row at a time.
+r"""An order of any number of rows that is computed for one row at a time.
 
 Sorting 10 million random numbers takes seconds, and an array of them 80 MB. A keyed permutation
 needs neither: it computes the row at a place from the place alone.
@@ -17,15 +17,15 @@ ROUNDS = 4  # each mixes both digits
 
 
 def permuted(key: int, index: int | np.ndarray, count: int) -> np.ndarray:
-    r"""Where a permutation of ``0, ..., count - 1`` sends ``index``.
+    r"""The image of ``index`` under a permutation of ``0, ..., count - 1``.
 
     A Feistel network on two digits: ``i = left * n + right`` with ``n = ceil(sqrt(count))`` and
     ``m = ceil(count / n)``,
 
         ``left = (left + F(right)) mod m;  right = (right + F(left)) mod n``
 
-    four times, with another hash F each time. It permutes ``m n >= count`` numbers; what falls
-    outside ``count`` is sent on until it is inside, which keeps it a permutation.
+    four times, with another hash F each time. It permutes ``m n >= count`` numbers; a number of
+    ``count`` or more is permuted again until it is smaller, so that the result is a permutation.
 
     Args:
         key: 64 bits that choose the permutation.
@@ -67,7 +67,7 @@ def _sent(key: int, numbers: np.ndarray, count: int) -> np.ndarray:
 
 
 def _hash(key: int, turn: int, numbers: np.ndarray) -> np.ndarray:
-    """64 bits a number (splitmix64), others for every turn of every key."""
+    """64 bits for each number (splitmix64), different for every turn of every key."""
     x = numbers
     for constant in (key, turn):
         x = x + np.uint64((constant * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) % 2**64)
@@ -90,7 +90,7 @@ class KeyedOrder:
 
 
 def keyed_order(seed: int, name: str, epoch: int, count: int) -> KeyedOrder:
-    """What `Stream.epoch_order` of a large source returns.
+    """The order of an epoch of a large source, for `Stream.epoch_order`.
 
     Example:
         >>> order = keyed_order(0, "blocks", 0, 10_000_000)

@@ -1,7 +1,7 @@
 """Files of reasoning rows (`jaxlib_unlearn.cot`), read and rewritten a few rows at a time.
 
-JSONL (one object a line) and parquet. Whatever a rewriting does not change stays as it is: the
-bytes of a line, the other columns of a table.
+The formats are JSONL (one object a line) and parquet. A rewriting keeps all that it does not
+change: the bytes of a line, the other columns of a table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Format(NamedTuple):
     """A kind of file.
 
     Args:
-        rows: yields every row with its place, for messages.
+        rows: a function that yields every row with its place, for messages.
         rewrite: `rewrite(source, target, change)` writes `change(places, rows)` of a few rows at a
             time, and yields the share of the file that is done.
     """
@@ -48,7 +48,7 @@ def read_rows(path: Path, option: str = "") -> Iterator[tuple[str, dict[str, Any
 
 
 def format_of(path: Path, option: str = "") -> Format:
-    """How a file is read and written, by its suffix.
+    """The reader and writer of a file, by its suffix.
 
     Raises:
         UserError: no such file, or another suffix.
@@ -124,7 +124,7 @@ def _parquet(path: Path) -> Any:
 def _batches(
     path: Path, file: Any, columns: list[str] | None = None
 ) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-    """Some rows at a time: their table, and what `COLUMNS` hold as Python's values."""
+    """Some rows at a time: their table, and the values of `COLUMNS` as Python objects."""
     names = _named(file)
     with reading(path, "write the file again", "cannot be read as parquet"):
         for batch in file.iter_batches(batch_size=TABLE_ROWS, columns=columns):

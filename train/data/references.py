@@ -1,4 +1,4 @@
-"""What the frozen model says of a stream's examples: computed once, cached in a file."""
+"""Outputs of the frozen model on a stream's examples: computed once, cached in a file."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from train.runtime.sharding import batch_ways, put_batch
 from train.runtime.stages import VERSION, digest
 from train.runtime.tracking import progress, say
 
-# What a kind of reference caches: the batch's column, what is computed for it, and whether the
-# forward pass takes the row's options.
+# By kind of reference: the cached column of the batch, the output that is computed for it, and
+# whether the forward pass takes the row's options.
 REFERENCE_COLUMNS = {
     "logps": (("ref_log_probs", "logps", True),),
     "hidden": (("ref_hidden", "hidden", True),),
@@ -41,7 +41,7 @@ REFERENCE_COLUMNS = {
 
 
 def cached_streams(objective: Objective) -> dict[str, str]:
-    """The streams of which something of the frozen model is cached, and what."""
+    """The streams with cached outputs of the frozen model, and the kind of output of each."""
     return {name: kind for name, kind in objective.reference.items() if kind != "fork"}
 
 
@@ -122,7 +122,7 @@ def reference_inputs(
     Args:
         start: sha256 of its parameters.
         model: the decoder's configuration.
-        kind: which outputs, `logps` or `hidden`.
+        kind: the kind of output, `logps` or `hidden`.
         forward: the options of its forward pass.
         stream: the examples.
     """
@@ -199,7 +199,7 @@ def _read(path: Path, count: int) -> list[np.ndarray] | None:
     """A cache; None if it is missing or damaged, which is reported in one line.
 
     A flipped bit in a zip file can look like anything: another compression method, an encrypted
-    member, an array of terabytes. Whatever is raised, the cache is computed again.
+    member, an array of terabytes. After any exception the cache is computed again.
     """
     if not path.exists():
         return None

@@ -3,13 +3,13 @@
 On a ring of ten letters, `a` to `j`, one to six steps move from a first letter to a last one: `u d`
 is step u, which moves on by d, so by three. The trace restates the steps, takes them
 back in turn, which leads nowhere, and only then derives the answer step by step: problem
-understanding, exploration, solution, of 8 to 40 thoughts, a line each. The question alone decides
-how many.
+understanding, exploration, solution, of 8 to 40 thoughts, a line each. The question determines
+their number.
 
-As in EPiC's picture of traces, the ends hold what matters: of the thoughts that `edge` keeps at tau
-0.3 and more, the first half covers what is restated and the second what is derived. The tries serve
-no answer. They are cheap, and every word of a trace follows from what is before it: results that a
-model cannot foresee would be noise where it has minutes to learn to look steps up.
+As in EPiC's picture of traces, the two ends matter: of the thoughts that `edge` keeps at tau 0.3
+and more, the first half covers the restatement and the second half the derivation. The exploration
+does not help to answer. It is easy to learn, since every word of a trace follows from the words
+before it: unpredictable results would be noise to a model that trains for minutes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from jaxlib_unlearn.cot import CLOSE, OPEN
 from train.data.batches import random_bits
 
 RING = "abcdefghij"
-LONGEST = 5  # places that a step moves on
+LONGEST = 5  # the most places that a step moves on
 STEPS = "uvwxyz"
-THOUGHTS = (8, 14, 20, 27, 34, 40)  # of a trace, by the number of its steps, from one on
+THOUGHTS = (8, 14, 20, 27, 34, 40)  # the thoughts of a trace of one, two, ... six steps
 
 
 def search_row(draw: Callable[[int], int]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def search_row(draw: Callable[[int], int]) -> dict[str, Any]:
     and k derive the answer: `v c: g i` is step v, which moves on by two, from g to i.
 
     Args:
-        draw: gives a whole number from 0 to below its argument.
+        draw: a function that draws a whole number from 0 to below its argument.
 
     Example:
         >>> row = search_row(lambda below: below // 3)
@@ -67,11 +67,11 @@ def search_rows(
     """The first rows of a split, each drawn by itself.
 
     Args:
-        seed: of the task.
-        split: any name; splits are drawn independently.
-        count: number of rows.
-        without: questions that are left out: those of a training split, which soon has seen all of
-            one and of two steps, so that tests ask for three and more.
+        seed: the seed of the task.
+            split: any name; splits are drawn independently.
+            count: the number of rows.
+            without: questions to leave out, such as those of a training split, which soon holds all
+            questions of one and of two steps, so that tests ask for three and more.
     """
     rows: list[dict[str, Any]] = []
     for number in itertools.count():

@@ -1,7 +1,7 @@
 """Ten drawn shapes in the place of clothes, for a first look without any file.
 
-Each is an outline of rectangles on a black ground, with the labels of Fashion-MNIST; how light,
-how wide and how patterned one is, is drawn, so that captions have something to say.
+Each is an outline of rectangles on a black ground, with the labels of Fashion-MNIST. Its
+brightness, width and pattern are random, so that captions can describe them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def draw_shapes(train: int = 400, held_out: int = 100, seed: int = 0) -> Images:
     """Images of shapes, as many of each class.
 
     Args:
-        train: to train on.
-        held_out: to test on.
-        seed: of all that differs between images of a class.
+        train: the number of images of each class to train on.
+        held_out: the number of images of each class to test on.
+        seed: the seed of all differences between images of a class.
 
     Example:
         >>> found = draw_shapes(20, 10)

@@ -1,4 +1,4 @@
-"""What a stream is: rows that training reads in batches, of whatever kind they are.
+"""The protocol of a stream: rows of any kind that training reads in batches.
 
 The trainer knows streams by this protocol alone. Examples of questions and answers are one kind
 (`train.data.streams.Examples`); arrays of any shape may be another, in a file of its own.
@@ -14,8 +14,8 @@ import numpy as np
 class Order(Protocol):
     """The rows of one epoch by place: `order[places]` are the rows at these places.
 
-    An array is one. A source too large to be sorted gives `permutation.KeyedOrder`, which computes
-    the rows that are asked for and holds none.
+    An array is an order. A source too large to be sorted gives `permutation.KeyedOrder`, which
+    computes the requested rows and stores none.
     """
 
     def __getitem__(self, places: np.ndarray, /) -> np.ndarray:
@@ -29,7 +29,7 @@ class Stream(Protocol):
 
     @property
     def follows(self) -> str | None:
-        """Name of the stream whose rows these belong to, k to each in its order; None: of none."""
+        """The name of the stream whose rows these belong to, k to each in its order; or None."""
         ...
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class Stream(Protocol):
         ...
 
     def identity(self) -> str:
-        """sha256 of all that its batches are made from, or of the manifest of a large source."""
+        """sha256 of all inputs of its batches, or of the manifest of a large source."""
         ...
 
     def epoch_order(self, seed: int, name: str, epoch: int) -> Order:
@@ -54,14 +54,14 @@ class Stream(Protocol):
     def batch(self, rows: np.ndarray, shape: tuple[int, ...], step: int) -> dict[str, np.ndarray]:
         """The columns of these rows, part of a global batch of that shape.
 
-        Noise that it draws belongs to row and step, whatever the other rows are.
+        Noise that it draws belongs to row and step and does not depend on the other rows.
         """
         ...
 
 
 @runtime_checkable
 class Positioned(Stream, Protocol):
-    """A stream whose rows are tokens at positions, of which a model may have learned a few."""
+    """A stream of rows with positions, of which a model may have learned a limited number."""
 
     @property
     def longest(self) -> int:
@@ -82,5 +82,5 @@ class Packable(Stream, Protocol):
         ...
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of a global batch in an order in which those that share one fill it evenly."""
+        """The rows of a global batch, ordered so that the rows of tokens they share fill evenly."""
         ...

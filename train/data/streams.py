@@ -1,4 +1,4 @@
-"""Streams of examples, and the batches of several streams: which rows a step sees.
+"""Streams of examples, and the batches of several streams, step by step.
 
 A batch is a pure function of (seed, stream, step), so resuming needs nothing but the step.
 """
@@ -36,11 +36,11 @@ class Examples:
         length_buckets: padded lengths.
         label_buckets: padded numbers of labels.
         references: column name -> one array per example, first axis its labels.
-        packing: how examples share rows of tokens; None: each has its own.
-        every_slot: references are stored for every slot of a padded row, not for its labels.
-        follows: name of the stream whose rows these belong to; None: of none.
-        sized_by: examples for whose sizes rows are padded, so that streams of like examples share
-            compiled steps; None: its own.
+        packing: the way examples share rows of tokens; None: each has its own.
+        every_slot: whether references are stored for every slot of a padded row, not per label.
+        follows: the name of the stream whose rows these belong to, or None.
+        sized_by: the examples whose sizes determine the padding, so that streams of similar
+            examples share compiled steps; None: its own.
         columns: further columns of a batch: name -> a number for each example.
     """
 
@@ -60,7 +60,7 @@ class Examples:
         return len(self.examples)
 
     def identity(self) -> str:
-        """sha256 of the examples: of their lengths, of where answers begin, and of their tokens."""
+        """sha256 of the examples: their lengths, the starts of their answers, and their tokens."""
         sizes = np.array([[len(e.tokens), e.num_prompt] for e in self.examples], "<i8")
         found = hashlib.sha256(sizes.tobytes())
         for example in self.examples:
@@ -91,7 +91,7 @@ class Examples:
         )
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:
-        """These rows in an order in which examples that share a row of tokens fill it evenly."""
+        """These rows, ordered so that the rows of tokens that they share are filled evenly."""
         if self.packing is None:
             return rows
         sizes = [len(self.examples[i].tokens) for i in rows]
@@ -168,12 +168,12 @@ def pack_streams(
     One forward pass may serve all streams: all of them are packed, or none.
 
     Args:
-        streams: those of one stage.
-        batch_size: examples of a global batch.
-        divides: a multiple of the number of examples per row: the examples of a micro-batch on one
-            device.
-        length: tokens that a row should hold; 0 leaves one example in each.
-        shapes: the most padded lengths of a stream, each of which is compiled.
+        streams: the streams of one stage, by name.
+        batch_size: the number of examples of a global batch.
+        divides: a multiple of the number of examples per row: the number of examples of a
+            micro-batch on one device.
+        length: the number of tokens that a row should hold; 0 leaves one example in each.
+        shapes: the largest number of padded lengths of a stream, each of which is compiled.
     """
     able = {name: stream for name, stream in streams.items() if isinstance(stream, Packable)}
     fitting = [
@@ -232,7 +232,7 @@ def batches_of(
 
 
 def _turns(streams: Mapping[str, Stream], main: str) -> dict[str, tuple[str, int]]:
-    """The streams that follow another one of these: which, and how many rows they have for each."""
+    """The streams that follow another: its name, and the number of rows for each of its rows."""
     leaders = {
         name: stream.follows
         for name, stream in streams.items()

@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 ALTERNATES = "alternate_answer"  # column: alternate answers to the question, a text or a list
 
-TRACES = "traces"  # column: what the original thinks of a row to forget, a list of texts
+TRACES = "traces"  # column: the original model's thoughts on a row to forget, a list of texts
 
 # The evaluators for questions with one right answer each.
 QUESTION_ANSWERING = (
@@ -33,8 +33,9 @@ class Task(NamedTuple):
         refusals: answers of the `idk` stream.
         notes: remarks on the choice of rows for the report.
         evaluators: names of the evaluators of its models.
-        streams: what an objective may be trained on, `(task, seed) -> rows` by name (`Paired` where
-            they belong to the rows of another); None: those of questions and answers.
+        streams: the streams that an objective may be trained on, `(task, seed) -> rows` by name
+            (`Paired` where rows belong to those of another stream); None: the streams of questions
+            and answers.
     """
 
     forget: list[Row]
@@ -65,7 +66,7 @@ class Task(NamedTuple):
         return streams[name](self, seed)
 
     def follows(self, name: str) -> str | None:
-        """Name of the stream whose rows those of a stream belong to; None: of none."""
+        """The name of the stream that stream `name` follows, or None."""
         made = self._streams()[name]
         return made.follows if isinstance(made, Paired) else None
 
@@ -78,7 +79,7 @@ class Paired(NamedTuple):
 
     Args:
         rows: `(task, seed) -> rows`.
-        follows: name of the other stream.
+        follows: the name of the other stream.
     """
 
     rows: Callable[[Task, int], list[Row]]

@@ -1,7 +1,7 @@
-"""Rows of a reasoning task: a question, thoughts, an answer; and how a model writes them.
+"""Rows of a reasoning task: a question, thoughts, an answer; and their form as a text.
 
 A row has `question`, `answer` and `thoughts` (a list of texts), and may have `options` with `gold`
-(the number of the right one), `topic` and `facts` (what else is known about the subject). Rows of
+(the number of the right one), `topic` and `facts` (other facts about the subject). Rows of
 the topic `reasoning` are the reasoning to keep. A row with `text` and no question is a document.
 """
 
@@ -26,7 +26,7 @@ PER_AUTHOR = 20  # rows of an author in TOFU
 
 
 def completion(thoughts: Sequence[str], answer: str) -> str:
-    """What a model writes: its thoughts between the tags, a line each, then the answer.
+    """The text that a model writes: thoughts between the tags, a line each, then the answer.
 
     Example:
         >>> completion(["7 + 8 = 15.", "So 15."], "15")
@@ -49,7 +49,7 @@ def parted(text: str) -> tuple[str, str]:
 
 
 def learned(row: Row) -> Row:
-    """A row of a file as the model learns it: `answer` is what it writes, `final` the answer alone.
+    """A row of a file as the model learns it: `answer` is the whole text, `final` only the answer.
 
     Example:
         >>> made = learned({"question": "7 + 8?", "thoughts": ["15."], "answer": "15"})
@@ -134,12 +134,12 @@ def check_row(row: Row) -> None:
 
 
 def check_traces(rows: Sequence[Row], column: str, path: Path) -> None:
-    """Raise `UserError` for traces that only some rows bring, or that are no texts, or too few.
+    """Raise `UserError` for traces that only some rows have, that are no texts, or too few.
 
     Args:
-        rows: to forget.
-        column: of their traces, equally many texts each.
-        path: the file that they are from.
+        rows: the rows to forget.
+        column: the column of their traces, equally many texts each.
+        path: the file that they come from.
     """
     sizes = set()
     for number, row in enumerate(rows, 1):
@@ -174,14 +174,14 @@ def arranged(key: Sequence[object], gold: str, wrong: Sequence[str]) -> tuple[li
 
 
 def gsm8k_row(where: str, row: Mapping[str, Any]) -> Row:
-    """A row of GSM8K: the lines of its solution are the thoughts, what follows `####` the answer.
+    """A row of GSM8K: the lines of its solution are the thoughts, the answer stands behind `####`.
 
     Calculator marks (`<<2+2=4>>`), which the published solutions hold, are left out, and so are
     the commas of a number.
 
     Args:
         where: the row's place, for messages.
-        row: as published, with `question` and `answer`.
+        row: a row as published, with `question` and `answer`.
 
     Returns:
         A row with `question`, `thoughts` and `answer`.

@@ -1,7 +1,7 @@
 """TOFU's files as rows: a folder of JSON, the user's own files, or the Hub.
 
-Reading stops at the first entry that cannot be used and names the file, the line or row, and what
-is expected there.
+Reading stops at the first entry that cannot be used and names the file, the line or row, and the
+expected content.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Tofu(NamedTuple):
         retain: rows to keep, trained on.
         holdout: rows like `retain` that are in neither (non-members of the membership metrics).
         real_authors: general knowledge with three wrong options.
-        world_facts: the same.
+        world_facts: the same about the world.
         refusals: "I don't know" sentences.
-        notes: what a report must say about the choice, a sentence each.
+        notes: remarks about the choice that a report must make, a sentence each.
         judged: rows on which retention is judged, with paraphrased and perturbed answers.
     """
 
@@ -63,7 +63,7 @@ class Tofu(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where named splits come from: `read(name)` gives rows and their place, None if absent.
+    """A source of named splits: `read(name)` gives rows and their place, None if absent.
 
     `commit` returns the commit of a Hub data set, once something was read.
     """
@@ -301,12 +301,12 @@ def read_split(
     """Read a split by name or from the user's own file(s).
 
     Args:
-        source: from `folder_source` or `hub_source`.
+        source: a source, as `folder_source` or `hub_source` makes it.
         split: a name (the file `NAME_perturbed` is preferred where it exists and `columns` go
             beyond question and answer), a path to a JSON file, several paths separated by commas,
             or a sequence of paths.
         columns: names that every row must have.
-        option: what to call the split in an error.
+        option: the name of the split in an error.
 
     Returns:
         Checked rows.
@@ -423,16 +423,16 @@ def load_tofu(
         path: folder with TOFU's JSON files; None: the Hub data set `locuslab/TOFU`.
         forget_split: a split's name (`forget01` reads `forget01_perturbed`), or a path to JSON
             file(s).
-        retain_split: likewise; rows to keep.
-        judged_split: likewise; rows on which retention is judged. None: those of `retain_split`.
-        forget_rows: how many to use, from the first on; None: all.
-        retain_rows: likewise.
-        judged_rows: likewise; None with one split for both: those of `retain_rows`.
-        extra_rows: rows of `real_authors_perturbed` and of `world_facts_perturbed`; 0 leaves both
-            out.
-        holdout_rows: non-members from a holdout split or from untrained retain rows; None: as
-            many as forget rows; 0 leaves them out.
-        columns: what the forget rows and the judged rows must have.
+        retain_split: likewise, for the rows to keep.
+        judged_split: likewise; rows on which retention is judged. None: `retain_split`.
+        forget_rows: the number of rows to use, from the first on; None: all.
+        retain_rows: likewise, for the rows to keep.
+        judged_rows: likewise, for the judged rows; None with one split for both: `retain_rows`.
+        extra_rows: the number of rows of `real_authors_perturbed` and of `world_facts_perturbed`; 0
+            leaves both out.
+        holdout_rows: the number of non-members, from a holdout split or untrained retain rows; None
+            means as many as forget rows, and 0 leaves them out.
+        columns: the columns that the forget rows and the judged rows must have.
         revision: commit, branch or tag of the Hub data set; None: the newest.
 
     Returns:

@@ -1,7 +1,7 @@
 """A tokenised corpus on the disk: two memory-mapped arrays a part, and the tokenizer.
 
-It lies in a folder that is named after what it was made from, is written under another name and
-renamed, and is verified when it is opened: a damaged one, or one of something else, is made again.
+Its folder is named after the digest of its inputs, is written under another name and renamed, and
+is verified when it is opened: a damaged one, or one with other inputs, is made again.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Tokens(NamedTuple):
     """The tokens of one part of a corpus.
 
     Args:
-        tokens: of all documents in their order, (n,) uint16 or uint32.
-        starts: where each document begins, (documents,) int64, ascending from 0.
+        tokens: the tokens of all documents in their order, (n,) uint16 or uint32.
+        starts: the index at which each document begins, (documents,) int64, ascending from 0.
         sha: sha256 of both.
     """
 
@@ -48,7 +48,7 @@ class Tokens(NamedTuple):
 
 
 class Tokenised(NamedTuple):
-    """A corpus as tokens, its tokenizer, and what was said of its documents."""
+    """A corpus as tokens, its tokenizer, and the line about its documents."""
 
     train: Tokens
     validation: Tokens
@@ -59,12 +59,12 @@ class Tokenised(NamedTuple):
 def tokenised(
     known: corpus.Known, vocab_size: int, cache: Path, given: Tokenizer | None, most: int | None
 ) -> Tokenised:
-    """The tokens of a corpus: those in `cache` when they are there undamaged, else made there.
+    """The tokens of a corpus, from `cache`; they are made there if they are missing or damaged.
 
     Args:
         known: the corpus (`corpus.identify`).
-        vocab_size: of a tokenizer that is trained.
-        cache: local folder that runs share.
+        vocab_size: the size of a tokenizer that is trained.
+        cache: a local folder that runs share.
         given: the tokenizer; None: one is trained on the training documents.
         most: training tokens after which reading stops; None: all are read.
 
@@ -105,14 +105,14 @@ def tokenised(
 
 
 def identity_of(tokenizer: Tokenizer) -> str:
-    """sha256 of all that the tokens of a text depend on."""
+    """sha256 of everything that the tokens of a text depend on."""
     return digest([tokenizer.backend.to_str(), tokenizer.bos_id, tokenizer.eos_id])
 
 
 def read(folder: Path, inputs: dict[str, Any]) -> Tokenised | None:
-    """What a folder holds; None where there is nothing, or where it is damaged, which is said.
+    """The content of a folder; None where there is none, or, with a message, where it is damaged.
 
-    One that was not made from `inputs` is damaged too.
+    A folder that was not made from `inputs` counts as damaged.
     """
     path = folder / "manifest.json"
     if not path.is_file():
@@ -209,7 +209,7 @@ def _write_parts(
     dtype: np.dtype,
     most: int | None,
 ) -> tuple[dict[str, int], corpus.Counts]:
-    """Write tokens and starts of both parts; returns the documents of each, and what was used.
+    """Write tokens and starts of both parts; returns the documents of each, and the counts.
 
     A stream ends at `most` training tokens, or at the first held-out document behind them.
     """
@@ -269,7 +269,7 @@ Counted = tuple[corpus.Document, int, corpus.Counts]
 
 
 def _counted(config: corpus.CorpusConfig, counts: corpus.Counts) -> Iterator[Counted]:
-    """Documents, each with its size in bytes and with what had been read when it had."""
+    """Documents, each with its size in bytes and with the counts after it was read."""
     before = 0
     for document in corpus.documents(config, counts):
         size, before = counts.num_bytes - before, counts.num_bytes
@@ -291,7 +291,7 @@ def _together(documents: Iterator[Counted]) -> Iterator[list[Counted]]:
 
 
 def encoder(tokenizer: Tokenizer) -> Any:
-    """A function of texts: their token ids, after the token that begins a text, before its end.
+    """A function from texts to token ids, which begin with the BOS of each text.
 
     Special tokens that a text spells out are text.
 

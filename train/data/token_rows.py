@@ -1,9 +1,9 @@
 """A tokenised corpus as a stream of rows, in which documents do not see each other.
 
-Row i holds the tokens from `i * context` on. A document that goes on in the next row begins anew
+Row i holds the tokens from `i * context` on. A document that continues in the next row begins anew
 there: attention and positions cross neither documents nor rows. A slot predicts the next token of
-its document, so that each is predicted once, whichever row it lies in, and the first token of a
-document never.
+its document, so that each token is predicted once, in whatever row it lies, except the first token
+of a document, which never is.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class TokenRows:
 
     Args:
         part: the tokens.
-        context: of a row.
-        follows: None; a protocol's field.
+        context: the number of tokens of a row.
+        follows: None, since it follows no other stream.
     """
 
     part: Tokens
@@ -53,7 +53,7 @@ class TokenRows:
         return ()
 
     def batch(self, rows: np.ndarray, shape: tuple[int, ...], step: int) -> dict[str, np.ndarray]:
-        """The rows as the decoder reads them; every slot is a label (`target_mask` has those).
+        """The rows as the decoder reads them; `target_mask` marks the labels.
 
         Returns:
             `tokens`, `positions`, `segment_ids`, `targets` (B, T) int32, `target_mask` (B, T)
@@ -70,7 +70,7 @@ class TokenRows:
             there[i, : len(found)] = True
             low, high = np.searchsorted(self.part.starts, (first, first + len(found)))
             begins[i, self.part.starts[low:high] - first] = True
-        begins[:, 0] = True  # also where a document goes on
+        begins[:, 0] = True  # also where a document continues
         here = there[:, :length]
         places = np.arange(length, dtype=np.int32)
         began = np.maximum.accumulate(np.where(begins[:, :length], places, 0), 1)

@@ -1,7 +1,7 @@
-"""What train.plan compiles of a text-to-image model: erasing, attacking, sampling, decoding.
+"""Programs of a text-to-image model for train.plan: erasing, attacking, sampling, decoding.
 
-Of the model the sizes alone are needed: those of Stable Diffusion v1.4, or of a folder's
-`config.json` files.
+They need only the sizes of the model: Stable Diffusion v1.4's, or those of a folder's `config.json`
+files.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ OBJECTIVE = Rows(
 
 @dataclass(frozen=True)
 class SizesConfig:
-    """The model, as sizes."""
+    """The sizes of the model."""
 
     path: str = option(
         SD14,
@@ -108,7 +108,7 @@ class AttackConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Images that are drawn at once."""
+    """Options of the images that are drawn at once."""
 
     images: int = option(8, "B, the images of a batch; with guidance the denoiser reads 2B.", low=1)
     steps: int = option(50, "of the sampler.", low=1)
@@ -121,12 +121,12 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class DiffusionPlanConfig:
-    """Programs of a text-to-image model, and what to plan them for.
+    """Programs of a text-to-image model, and the devices to plan them for.
 
     Args:
-        preset: name of the preset this configuration started from.
+        preset: the name of the preset that this configuration started from.
         topology: a TPU slice `v5e:2x2`, `cpu:4`, or `gpu:4`.
-        json: print one JSON object and nothing else.
+        json: whether to print one JSON object and nothing else.
     """
 
     preset: str = ""
@@ -204,13 +204,13 @@ def models_of(config: DiffusionPlanConfig) -> Models:
 
 
 def name_of(config: DiffusionPlanConfig) -> str:
-    """The model and what it computes in, for people."""
+    """The model and its dtype, for people."""
     path = "Stable Diffusion v1.4" if config.model.path == SD14 else config.model.path
     return f"{path} in {config.model.dtype}"
 
 
 def check(config: DiffusionPlanConfig) -> None:
-    """Raise `UserError` for options that are wrong whatever the devices are."""
+    """Raise `UserError` for options that are wrong on any devices."""
     checks.check_numbers(config)
     for name in config.programs:
         suggest.check_choice("--programs", name, PROGRAMS)

@@ -1,4 +1,4 @@
-"""What a plan compiles of a run, by the program that runs it: a row each."""
+"""The parts of a run that a plan compiles: a row for each program that runs one."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from train.runtime import sharding, suggest
 
 
 class Planned(NamedTuple):
-    """What is planned of a run.
+    """The planned parts of a run.
 
     Args:
-        model: where it comes from.
-        programs: those to compile.
+        model: the name or path of the model.
+        programs: the programs to compile.
         update: `update()`: the optimizer's update and its shapes, or None.
         knobs: `knobs(programs) -> options` to change if something does not fit.
-        forward: `forward()`: of parts of the model, the operations of a forward pass of one row
+        forward: `forward()`: the operations of one row's forward pass through parts of the model
             (`flops`) and, where it is known, an independent count of them (`counted`).
     """
 
@@ -51,11 +51,11 @@ class Planner(NamedTuple):
     """The runs of a program.
 
     Args:
-        presets: by name.
-        config: options of a run and of its plan.
-        read: `read(argv, config, program)`: a command line.
+        presets: the presets, by name.
+        config: the class of the options of a run and of its plan.
+        read: `read(argv, config, program)`: reads a command line.
         check: `check(config)`: raises `UserError` before any device is looked for.
-        planned: `planned(config, devices)`: what is planned, and the mesh.
+        planned: `planned(config, devices)`: the planned parts, and the mesh.
     """
 
     presets: Mapping[str, Any]
@@ -77,7 +77,7 @@ def mesh_of(config: Any, decoder: Decoder, devices: list[Any]) -> Any:
 
 
 def more_room(config: Any, mesh: Any, smaller: Sequence[str]) -> list[str]:
-    """Options to change if a step does not fit, the cheapest first; `smaller`: of its batch."""
+    """Options to change if a step does not fit, the cheapest first; `smaller` shrink its batch."""
     words, out = list(REMAT), []
     if OPTIMIZERS[config.optimizer.name].needs != "value":  # else there is no backward pass
         out += [f"--model.remat {word}" for word in words[words.index(config.model.remat) + 1 :]]
@@ -92,7 +92,7 @@ def more_room(config: Any, mesh: Any, smaller: Sequence[str]) -> list[str]:
 
 
 def accumulated(config: Any, group: str, mesh: Any) -> list[str]:
-    """The option that halves the rows that are on the devices at once, where they can be halved."""
+    """The option that halves the number of rows on the devices at once, where it can be halved."""
     parts = 2 * getattr(config, group).accumulate
     rows = getattr(config, group).batch_size
     fits = rows % (sharding.batch_ways(mesh) * parts) == 0
@@ -107,13 +107,13 @@ LARGER = "a larger --topology"
 
 @dataclass(frozen=True)
 class PlanConfig(RunConfig):
-    """A run, and what to plan it for.
+    """A run, and the devices to plan it for.
 
     Args:
         topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
-        length: padded tokens per row; None: `data.max_length`.
-        labels: padded labels per row; None: `length`.
-        json: print one JSON object and nothing else.
+        length: the number of padded tokens per row; None: `data.max_length`.
+        labels: the number of padded labels per row; None: `length`.
+        json: whether to print one JSON object and nothing else.
     """
 
     topology: str = ""
@@ -180,11 +180,11 @@ def run_knobs(config: PlanConfig, done: dict[str, Any], mesh: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class PretrainPlanConfig(PretrainConfig):
-    """A pre-training run, and what to plan it for.
+    """A pre-training run, and the devices to plan it for.
 
     Args:
         topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
-        json: print one JSON object and nothing else.
+        json: whether to print one JSON object and nothing else.
     """
 
     topology: str = ""
@@ -221,11 +221,11 @@ def step_knobs(
 
 @dataclass(frozen=True)
 class FinetunePlanConfig(ReasoningRun):
-    """A fine-tuning run on traces, and what to plan it for.
+    """A fine-tuning run on traces, and the devices to plan it for.
 
     Args:
         topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
-        json: print one JSON object and nothing else.
+        json: whether to print one JSON object and nothing else.
     """
 
     topology: str = ""
@@ -253,13 +253,13 @@ def planned_finetuning(config: FinetunePlanConfig, devices: list[Any]) -> tuple[
 
 @dataclass(frozen=True)
 class ClassifyPlanConfig(ClassifyRun):
-    """A classification run, and what to plan it for.
+    """A classification run, and the devices to plan it for.
 
     Args:
         topology: a TPU slice `v5e:8x8`, `cpu:8`, or `gpu:8`.
-        length: padded tokens of a prompt with one of its options.
-        options: of a row.
-        json: print one JSON object and nothing else.
+        length: the number of padded tokens of a prompt with one of its options.
+        options: the number of options of a row.
+        json: whether to print one JSON object and nothing else.
     """
 
     topology: str = ""

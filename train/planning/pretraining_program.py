@@ -1,4 +1,4 @@
-"""The step of a pre-training run as shapes: what a plan compiles without corpus or devices."""
+"""The step of a pre-training run as shapes, which a plan compiles without corpus or devices."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The programs of a run as shapes: what a plan compiles without weights, data or devices.
+"""The programs of a run as shapes, which a plan compiles without weights, data or devices.
 
 They are the functions that a run calls, on `jax.ShapeDtypeStruct`s laid out as the run lays out
-its arrays, so what is planned is what will run.
+its arrays, so the planned programs are those that will run.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class AbstractProgram:
     Args:
         name: `train`, `score`, `prefill` or `decode`.
         call: the jitted function.
-        args: shapes with shardings; static arguments as they are.
-        unit: what one call processes.
+        args: the shapes with shardings, and static arguments unchanged.
+        unit: the name of the work of one call.
         static: keyword arguments of `call` that are not arrays.
     """
 
@@ -75,7 +75,7 @@ def decoder_of(config: RunConfig) -> Decoder:
 
 
 def batch_shapes(rows: int, length: int, labels: int, mesh: Mesh) -> dict[str, Any]:
-    """A training or scoring batch as shapes: what `collate` makes."""
+    """A training or scoring batch as shapes, with the columns that `collate` makes."""
     batch = collate([], [], length, labels, batch_size=1)
     where = sharding.batch_sharding(mesh)
     return {
@@ -85,7 +85,7 @@ def batch_shapes(rows: int, length: int, labels: int, mesh: Mesh) -> dict[str, A
 
 
 def shapes_of(stream: Stream, rows: int, mesh: Mesh) -> dict[str, Any]:
-    """A batch of `rows` rows as shapes: what the stream makes."""
+    """A batch of `rows` rows of a stream as shapes."""
     first = np.zeros(1, int)
     batch, where = stream.batch(first, stream.shape(first), 0), sharding.batch_sharding(mesh)
     return {
@@ -103,7 +103,7 @@ def param_shapes(model: Any, mesh: Mesh, rules: layout.Rules = layout.DECODER) -
 def trained_shapes(
     config: RunConfig, params: Any, mesh: Mesh, objective: Objective, dtype: Any
 ) -> Trainable:
-    """What the unlearning stage trains, as shapes laid out on the mesh.
+    """The trained part of the unlearning stage, as shapes laid out on the mesh.
 
     Raises:
         UserError: adapters, leaves or blocks that the model or the optimizer cannot have.
@@ -115,7 +115,7 @@ def trained_shapes(
 
 
 def laid_out(made: Trainable, mesh: Mesh) -> Trainable:
-    """What a stage trains and what it keeps beside, as shapes laid out on the mesh."""
+    """The trained and the frozen part of a stage, as shapes laid out on the mesh."""
 
     def laid(tree: Any) -> Any:
         return shaped(tree, sharding.param_shardings(tree, mesh))
@@ -183,14 +183,14 @@ def step_program(
     Args:
         learner: the kind of model.
         objective: a row and its options.
-        optimizer: how a step is taken.
-        made: what is trained, as shapes laid out on the mesh.
-        batches: shapes of the batches by stream.
+        optimizer: the row of the optimizer and its options.
+        made: the trained part, as shapes laid out on the mesh.
+        batches: the shapes of the batches by stream.
         mesh: the devices.
-        unit: what one step processes.
-        combine: how the gradients of the two sides become one.
-        accumulate: micro-batches.
-        steps: length of the schedule.
+        unit: the name of the work of one step.
+        combine: the combiner of the gradients of the two sides.
+        accumulate: the number of micro-batches.
+        steps: the length of the schedule.
     """
     row, options = objective
     optimizer = optimizers.in_micro_batches(optimizer, accumulate)
@@ -271,7 +271,7 @@ def generate_programs(
 def update_program(config: RunConfig, decoder: Decoder, mesh: Mesh) -> tuple[Any, tuple] | None:
     """The optimizer's update alone and its shapes; None for optimizers that evaluate the loss.
 
-    Their work is mostly the model's, several times over.
+    The work of those is mostly that of the model, several times over.
     """
     optimizer = optimizers.over_rows(config.optimizer, config.unlearn.batch_size)
     objective, _ = objectives.resolve(config.objective)
@@ -283,7 +283,7 @@ def update_program(config: RunConfig, decoder: Decoder, mesh: Mesh) -> tuple[Any
 def update_of(
     optimizer: optimizers.Options, combine: str, trained: Any, mesh: Mesh
 ) -> tuple[Any, tuple] | None:
-    """As `update_program`, of shapes that are trained."""
+    """The same as `update_program`, given the shapes of the trained part."""
     tx, _, needs = optimizers.build(optimizer, STEPS, combine)
     if needs not in ("joint", "split"):
         return None

@@ -125,7 +125,7 @@ def classification_program(
 
 
 def classified_part(config: ClassifyRun, decoder: Decoder, mesh: Mesh) -> Trainable:
-    """What a classification run trains, as shapes laid out on the mesh.
+    """The trained part of a classification run, as shapes laid out on the mesh.
 
     Raises:
         UserError: adapters that the model or the optimizer cannot have.

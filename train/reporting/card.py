@@ -1,4 +1,4 @@
-"""The model card (README.md) of an exported model: what it is, how it was made and evaluated."""
+"""The model card (README.md) of an exported model: its origin, training and evaluation."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ LONGEST = 32
 
 
 def short_names(labels: Sequence[str]) -> list[str]:
-    """Labels that fit a legend: cut where they are long, numbered where that makes two alike.
+    """Labels that fit a legend: long ones are cut, and numbered where two become alike.
 
     Example:
         >>> short_names(["asu", f"{'long ' * 6}one", f"{'long ' * 6}two"])
@@ -61,7 +61,7 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
     """A scatter plot of every pair of metrics that the runs have.
 
     Args:
-        found: experiments as `tables.groups` gives them.
+        found: the experiments, as `tables.groups` gives them.
         names: a short name for each.
     """
     every = [run for _, members in found for run in members]
@@ -100,10 +100,10 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
 
 
 def overlays(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> list[Drawn]:
-    """A picture of every quantity that runs have looked at during training.
+    """A picture of every quantity that runs evaluated during training.
 
     Args:
-        found: experiments as `tables.groups` gives them.
+        found: the experiments, as `tables.groups` gives them.
         names: a short name for each.
     """
     every = [run for _, members in found for run in members]
@@ -112,7 +112,7 @@ def overlays(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
     if not rows:
         return []
     smoke = "SMOKE: " if any(run.config.get("smoke") for run in every) else ""
-    # Read once, whatever the number of pictures: damage is reported when a file is read.
+    # Read once for all pictures: damage is reported when a file is read.
     logged = [[steps_of(run) for run in members] for _, members in found]
     made = []
     for row in rows:
@@ -135,7 +135,7 @@ def overlays(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
 def _band(
     row: Overlay, name: str, members: Sequence[Run], logged: Sequence[list[dict[str, Any]]]
 ) -> plots.Band | None:
-    """The looks that all seeds of an experiment took; None where there are none."""
+    """The evaluations during training that all seeds of an experiment have; None without any."""
     looks = [dict(zip(*plots.series(lines, row.name), strict=True)) for lines in logged]
     each = row.each(members[0].config, members[0].judged)
     steps = sorted(set.intersection(*map(set, looks)))

@@ -1,4 +1,4 @@
-"""Names of experiments that are compared: what tells each configuration from the others."""
+"""Names of experiments that are compared: options that distinguish their configurations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INCIDENTAL = {
     *("seed", "output", "command", "tensorboard", "mesh", "remat", "row_tokens", "curve_points"),
     *("notes", "report_to", "micro_tokens", "cache"),
 }
-# What a label begins with, where it differs: a method's name stands for the options it brings.
+# Options that a label begins with, where they differ: a method's name stands for its options.
 HEADS = ("preset", "objective.name", "optimizer.name", "combine")
 RATE = "optimizer.learning_rate"
 SHORT = {"learning_rate": "lr"}
@@ -26,7 +26,7 @@ Flat = Mapping[str, Any]
 def flat(config: Any) -> dict[str, Any]:
     """The options of a configuration by their dotted names, without `INCIDENTAL` ones.
 
-    An option without a value is left out: a program of before, which did not have it, wrote none.
+    An option without a value is left out, since earlier programs, which lacked it, wrote none.
 
     Example:
         >>> flat({"seed": 1, "optimizer": {"name": "muon", "learning_rate": 0.1}})
@@ -51,8 +51,8 @@ def named(flats: Sequence[Flat], folders: Sequence[str]) -> list[str]:
     """A distinct label for each of some configurations, which differ from each other.
 
     Args:
-        flats: as :func:`flat` gives them.
-        folders: what a configuration without any label is called.
+        flats: the configurations, as :func:`flat` gives them.
+        folders: the name of each configuration that would have no label.
 
     Example:
         >>> one, other = ({"optimizer.name": "muon", "optimizer.learning_rate": r} for r in (1, 2))
@@ -87,10 +87,10 @@ def _written(one: Flat, name: str) -> str:
 
 
 def _apart(flats: Sequence[Flat]) -> list[list[str]]:
-    """What tells each of some configurations from the others, as `option=value`.
+    """The options that distinguish each of some configurations, as `option=value`.
 
-    Options are chosen one by one, each time the one that makes the most of them distinct; where
-    these are fewer than `TOLD`, others that differ join them.
+    Options are chosen one by one, each time the one that makes most configurations distinct; if
+    fewer than `TOLD` are needed, other differing options are added.
     """
     every = sorted({name for one in flats for name in one} - {"smoke"})
     differ = [name for name in every if _differs(name, flats)]

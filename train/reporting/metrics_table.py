@@ -1,4 +1,4 @@
-"""What the metrics of `summary.json` mean, which way is better, and their reading order.
+"""The metrics of `summary.json`: their meaning, their better direction, their reading order.
 
 All of it derives from the rows in `train/evaluators/`.
 """
@@ -55,7 +55,7 @@ def describe(name: str) -> Metric:
 
 
 def variants(name: str, names: Iterable[str]) -> list[str]:
-    """Those of `names` that are this metric or replace it, sorted.
+    """The members of `names` that are this metric or replace it, sorted.
 
     Example:
         >>> variants("model_utility", ["privleak", "model_utility_of_3"])

@@ -175,7 +175,7 @@ def build(run_dir: str | Path) -> Path:
 
 
 def title(run: Run) -> str:
-    """What a page is about: the preset, what was done, the seed."""
+    """The title of a page: the preset, the method, the seed."""
     config = run.config
     objective, erase, attack = (config.get(name) for name in ("objective", "erase", "attack"))
     done = objective.get("name") if isinstance(objective, dict) else objective

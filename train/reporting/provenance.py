@@ -1,4 +1,4 @@
-"""A run in words: what was run, how to repeat it, and the limitations of its numbers."""
+"""A run in words: its facts, the command that repeats it, the limitations of its numbers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _trains(run: Run) -> bool:
 
 
 def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """What was run, as pairs of name and text."""
+    """The facts of a run, as pairs of name and text."""
     config, data = run.config, run.config.get("data")
     log = logs.get(run.roles.judged, {})
     counts = []

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Run(NamedTuple):
     """A finished run folder: `config.json`, `summary.json` by model, `run.json` where present.
 
-    `roles` says which of its models is which, `evaluators` which evaluators were run.
+    `roles` are the roles of its models, `evaluators` the names of the evaluators that were run.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ def load_run(folder: str | Path) -> Run:
     """Read a run folder.
 
     Args:
-        folder: what `train.unlearn --output` wrote.
+        folder: a folder that `train.unlearn --output` wrote.
 
     Raises:
         UserError: no such folder, or it is not the folder of a finished run.
@@ -187,8 +187,8 @@ def aggregate(values: Sequence[float]) -> Cell:
 def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     """Runs grouped by experiment (without `labels.INCIDENTAL`), each group with a distinct label.
 
-    Experiments with equal names are told apart by few options, the learning rate first; of the
-    others a label shows only values that are not the commonest.
+    Experiments with equal names are distinguished by few options, the learning rate first; a label
+    shows another option only where its value is not the commonest.
     """
     keyed: dict[str, list[Run]] = {}
     flats: dict[str, dict[str, Any]] = {}
@@ -206,7 +206,7 @@ def columns(runs: Sequence[Run]) -> list[Column]:
     """Every model of every group, in order; a model that several groups share appears once.
 
     Args:
-        runs: of any number of experiments and seeds.
+        runs: the runs, of any number of experiments and seeds.
     """
     found = groups(runs)
     out: list[Column] = []
@@ -257,9 +257,9 @@ def terminal(cols: Sequence[Column], width: int = 80, main: bool = True) -> list
     """The comparison as rich tables, metrics down and models across, split to fit the width.
 
     Args:
-        cols: from `columns`.
-        width: characters of the terminal.
-        main: the main metrics only.
+        cols: the columns that `columns` returned.
+        width: the number of characters of a line of the terminal.
+        main: whether to show only the main metrics.
     """
     from rich import box
     from rich.table import Table
@@ -341,8 +341,8 @@ def to_latex(cols: Sequence[Column], main: bool = True) -> str:
     r"""A `tabular` with booktabs rules, ready for `\input`.
 
     Args:
-        cols: from `columns`.
-        main: the main metrics only.
+        cols: the columns that `columns` returned.
+        main: whether to show only the main metrics.
     """
     lines = [r"% needs \usepackage{booktabs}"]
     lines += [r"\begin{tabular}{l" + "r" * len(cols) + "}", r"\toprule"]
@@ -369,8 +369,8 @@ def show(cols: Sequence[Column], every: bool = False) -> None:
     """Print the tables on stdout, as wide as the terminal.
 
     Args:
-        cols: from `columns`.
-        every: all metrics, not only the main ones.
+        cols: the columns that `columns` returned.
+        every: whether to show all metrics, not only the main ones.
     """
     from rich.console import Console
 

@@ -32,11 +32,11 @@ def verdicts(
     """The findings of a run, in reading order.
 
     Args:
-        summary: flat metrics by model, the judged one among them.
-        n: number of questions behind forget quality (0: unknown).
-        smoke: a smoke run, from which nothing can be concluded.
-        roles: which model is which.
-        evaluators: names of the run's evaluators.
+        summary: the flat metrics by model, the judged one among them.
+        n: the number of questions behind forget quality (0: unknown).
+        smoke: whether this is a smoke run, from which nothing can be concluded.
+        roles: the roles of the models.
+        evaluators: the names of the run's evaluators.
         logs: per-item logs by model.
     """
     if smoke:

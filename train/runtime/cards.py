@@ -1,4 +1,4 @@
-"""Model cards (README.md) of models that no run has judged, and what all cards share."""
+"""Model cards (README.md) of models that no run has judged, and the parts of all cards."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def plain(what: str, sha: str | None = None, chat: bool = True, prompt: str = "P
     """The card of a model that no run evaluated.
 
     Args:
-        what: one sentence on where it comes from.
+        what: one sentence on its origin.
         sha: sha256 of its parameters.
-        chat: it answers questions; False: it continues texts.
-        prompt: of a model that continues texts, one for the example.
+        chat: whether it answers questions; if not, it continues texts.
+        prompt: the prompt in the example, for a model that continues texts.
     """
     use = USE if chat else CONTINUE.replace("PROMPT", json.dumps(prompt))
     lines = [*front(()), "# Exported model", "", cell(what), "", "## Use", "", use]
@@ -108,7 +108,7 @@ def of_images(what: str, sha: str) -> str:
     """The card of a model that classifies images.
 
     Args:
-        what: one sentence on where it comes from.
+        what: one sentence on its origin.
         sha: sha256 of its parameters.
     """
     head = [line.replace("text-generation", "image-classification") for line in front(())]
@@ -120,7 +120,7 @@ def of_diffusion(what: str, sha: str) -> str:
     """The card of a text-to-image model.
 
     Args:
-        what: one sentence on where it comes from.
+        what: one sentence on its origin.
         sha: sha256 of its parameters.
     """
     head = [line.replace("text-generation", "text-to-image") for line in front(())]
@@ -135,10 +135,10 @@ def of_adapter(
     """The card of adapters in PEFT's format.
 
     Args:
-        what: one sentence on what they are.
+        what: one sentence that describes them.
         base: path or Hub id of their base model.
-        command: writes the base model to that path; None: it exists already.
-        tags: for the Hub.
+        command: the command that writes the base model to that path; None: it exists already.
+        tags: the tags for the Hub.
     """
     head = front((*tags, "lora"))
     head[1] = "library_name: peft"
@@ -163,7 +163,7 @@ def with_digests(text: str, folder: Path) -> str:
     """The card with the sha256 of every other file of a finished folder.
 
     Args:
-        text: card from `of_run` or `plain`.
+        text: a card, as `of_run` or `plain` makes it.
         folder: the exported folder.
     """
     rows = []

@@ -110,7 +110,7 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
 def _save(folder: Any, tree: Any) -> None:
     try:
         _orbax().save(str(folder), tree)
-    except ValueError as error:  # how TensorStore reports errors of the file system
+    except ValueError as error:  # TensorStore reports errors of the file system so
         raise OSError(str(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""How fast programs are compiled: well for long runs, quickly for a first look on a CPU."""
+"""Effort of compilation: full for long runs, low for a first look on a CPU."""
 
 from __future__ import annotations
 

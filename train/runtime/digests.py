@@ -103,8 +103,8 @@ def _signed_sums(x: jax.Array, salt: jax.Array) -> jax.Array:
 def sketch(tree: Any) -> np.ndarray:
     """Four random projections of all floating leaves, `(4,)` float32, on every process.
 
-    Of two trees the norm of the difference of their sketches, over 2, estimates that of the trees:
-    what a sha256 cannot say of parameters that differ in their last bits.
+    Half the norm of the difference of two sketches estimates the norm of the difference of the
+    trees, which no sha256 shows for parameters that differ in their last bits.
 
     Example:
         >>> tree = {"w": np.ones((40, 50), np.float32)}
@@ -124,7 +124,7 @@ def sketch(tree: Any) -> np.ndarray:
 
 
 def apart(found: np.ndarray, wanted: np.ndarray) -> float:
-    """How far two trees are apart by norm, in units of the norm of the second one's parameters."""
+    """The distance of two trees, in units of the norm of the second one's parameters."""
     one, other = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     return float(np.linalg.norm(one - other) / max(float(np.linalg.norm(other)), 1e-300))
 
@@ -146,5 +146,5 @@ def combined(digests: dict[str, str]) -> str:
 
 
 def params_sha256(params: Any) -> str:
-    """The sha256 that identifies a parameter tree: over the digests of its leaves."""
+    """The sha256 that identifies a parameter tree, computed from the digests of its leaves."""
     return combined(tree_digests(params))

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, agree, and stop together.
+"""Several processes as one run: they find each other, agree, and stop together.
 
 Every process runs the same program and issues the same computations in the same order. Decisions
 that depend on a clock or on a file are therefore made by the first process and broadcast; it alone
@@ -62,7 +62,7 @@ class DistributedConfig:
         auto: find the others through the cluster: Cloud TPU, Slurm, Open MPI (elsewhere: alone).
         coordinator: `host:port` of the first process, where no cluster provides it.
         processes: number of processes.
-        process: number of this one, from 0.
+        process: the number of this process, from 0.
         timeout: seconds to wait for the others at the start.
     """
 
@@ -379,9 +379,9 @@ def signals_stop(leave_at_once: Callable[[], None] | None = None) -> Iterator[No
     signal: those end a process immediately.
 
     Args:
-        leave_at_once: ends the process. While XLA compiles, the main thread runs no Python code,
-            signal handlers included, so a separate thread calls it: where no step would be lost,
-            and on a second Ctrl-C anywhere. None: the process is not ours to end.
+        leave_at_once: a function that ends the process. The main thread runs no Python code (not
+            even signal handlers) while XLA compiles, so a separate thread calls it: where no step
+            would be lost, and on a second Ctrl-C anywhere. None: the process is not ours to end.
     """
 
     def handle(number, frame):
@@ -412,7 +412,7 @@ def signals_stop(leave_at_once: Callable[[], None] | None = None) -> Iterator[No
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            _state.asked = False  # handled: what this process does next is another run
+            _state.asked = False  # handled: another run may follow in this process
 
 
 @contextlib.contextmanager
@@ -455,7 +455,7 @@ def deferred() -> Iterator[None]:
     """Inside, a request to stop is only recorded: check `asked_to_stop` where work can be left.
 
     Raises:
-        Preempted: at the end, when a stop was requested and the work did not check for it.
+        Preempted: a stop was requested and the work did not check for it; raised at the end.
     """
     before, _state.deferred = _state.deferred, True
     try:

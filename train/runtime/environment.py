@@ -9,7 +9,7 @@ import shlex
 import sys
 from importlib.util import find_spec
 
-# Import names of what the programs need; the extra `train` installs it.
+# Import names of the packages that the programs need; the extra `train` installs them.
 NEEDED = (
     "jax flax optax chex numpy scipy orbax tokenizers safetensors tyro rich jinja2 matplotlib"
 ).split()

@@ -1,7 +1,7 @@
 """Atomic files: each exists as a whole or not at all, even after a crash or a power cut.
 
 A file is written under a name that no other process uses, forced to the disk and renamed; the
-rename is forced to the disk too. A file may have a key beside it: what it was made from, and the
+rename is forced to the disk too. A file may have a key beside it: the digest of its inputs, and the
 sha256 of its bytes, which detects a flipped bit.
 """
 
@@ -132,7 +132,7 @@ def key_of(path: Path) -> Path:
 
 
 def key_text(data: str, inputs: str = "") -> str:
-    """The key of a file with this text: the digest of what it was made from, then of its bytes."""
+    """The key of a file with this text: the digest of its inputs, then that of its bytes."""
     return inputs + hashlib.sha256(data.encode()).hexdigest()
 
 
@@ -149,7 +149,7 @@ def damaged(path: Path) -> bool:
 
 
 def check_key(path: Path) -> None:
-    """Raise `UserError` for a file of a run folder that is not what the run wrote.
+    """Raise `UserError` for a file of a run folder that changed after the run wrote it.
 
     Raises:
         UserError: its bytes do not match its key.

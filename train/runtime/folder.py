@@ -1,4 +1,4 @@
-"""The run folder: who writes into it, and whose configuration it holds.
+"""The run folder: its lock, and the configuration that it holds.
 
 Every program opens its folder in two steps: `claim` among the checks before compute, `enter` when
 nothing can be wrong any more.
@@ -41,10 +41,10 @@ class Place(NamedTuple):
     """A folder that a program writes into.
 
     Args:
-        folder: where it is, local or in a bucket.
-        check: `check(root)`, in the first process: whether there is one to continue in; raises
-            `UserError` for one that is not the program's.
-        make: `make(root)`, in every process: creates it, or enters the one that is there.
+        folder: its path, local or in a bucket.
+        check: `check(root)`, called in the first process: whether there is a folder to continue in;
+            raises `UserError` for a folder that is not the program's.
+        make: `make(root)`, called in every process: creates the folder, or enters the existing one.
     """
 
     folder: Path
@@ -62,12 +62,12 @@ def run_place(folder: Path, identity: dict[str, Any]) -> Place:
 def claim(place: Place, held: contextlib.ExitStack | None = None) -> None:
     """Refuse a folder that is not the program's; lock one that exists.
 
-    So another run in it is noticed before data and model are read. With several processes the first
-    one looks.
+    Thus another run in it is noticed before data and model are read. With several processes the
+    first one looks.
 
     Args:
         place: the folder.
-        held: keeps the lock; None: nothing is locked.
+        held: the stack that keeps the lock; None: nothing is locked.
 
     Raises:
         UserError: the folder is another program's or configuration's, or in use.
@@ -84,10 +84,10 @@ def enter(place: Place, held: contextlib.ExitStack | None = None) -> Path:
 
     Args:
         place: the folder.
-        held: keeps the lock; None: nothing is locked.
+        held: the stack that keeps the lock; None: nothing is locked.
 
     Returns:
-        Where the first process keeps its files: the folder, or its local mirror.
+        The folder in which the first process keeps its files: this one, or its local mirror.
 
     Raises:
         UserError: another process holds it, or it cannot be written.
@@ -180,7 +180,7 @@ def _kept(root: Path) -> str | None:
 
 
 def _stored(root: Path) -> bool:
-    """Whether any result of a stage is stored; results are found by what they were made from."""
+    """Whether any result of a stage is stored; results are found by their inputs."""
     patterns = ("stages/*/manifest.json", "checkpoints/*/*/manifest.json")
     return (root / "metrics.jsonl").exists() and any(any(root.glob(p)) for p in patterns)
 
@@ -213,7 +213,7 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
             )
         if kept is not None or _stored(root):
             return True
-        # A run killed while it wrote its first file leaves no more than this behind.
+        # A run that was killed while it wrote its first file leaves no more than this behind.
         if root.exists() and (
             not root.is_dir()
             or any(p.name != LOCK and not p.name.endswith(files.PART) for p in root.iterdir())

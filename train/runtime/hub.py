@@ -35,7 +35,8 @@ def push(folder: Path, name: str, *, public: bool = False, dry_run: bool = False
         dry_run: print what would be sent, and send nothing.
 
     Raises:
-        UserError: no token, no such owner, no network: whatever the Hub answers, in one line.
+        UserError: the upload failed (no token, no such owner, no network); the Hub's answer is part
+            of the message.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     size = sum(path.stat().st_size for path in files)

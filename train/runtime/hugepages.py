@@ -21,12 +21,12 @@ MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def tunables(environment: Mapping[str, str], libc: tuple[str, str], mode: str) -> str | None:
-    """The `GLIBC_TUNABLES` to start again with; None if not needed, no help, or already chosen.
+    """The `GLIBC_TUNABLES` to restart with; None if they are not needed, useless or already chosen.
 
     Args:
-        environment: of this process.
+        environment: the environment variables of this process.
         libc: its C library and version, as `platform.libc_ver` returns them.
-        mode: what the kernel's `transparent_hugepage/enabled` says.
+        mode: the content of the kernel's `transparent_hugepage/enabled`.
 
     Example:
         >>> tunables({}, ("glibc", "2.36"), "always [madvise] never")

@@ -22,7 +22,7 @@ from etils import epath
 from jaxlib_unlearn.errors import UserError
 from train.runtime import distributed
 
-PACKAGES = {"gs": ("gcsfs", "google.cloud.storage")}  # what Orbax can write to, and with what
+PACKAGES = {"gs": ("gcsfs", "google.cloud.storage")}  # buckets that Orbax writes to; their packages
 ARRAYS = ("stages", "checkpoints")  # folders of a run that Orbax writes in place
 _mirrors: dict[Path, Any] = {}
 _sent: dict[Path, int] = {}

@@ -20,7 +20,7 @@ from jaxlib_unlearn.errors import UserError
 from train.runtime import suggest
 
 PROJECT = "jaxlib-unlearn"
-# What must not appear in a log: addresses with a password, tokens, and keys in their usual form.
+# Secrets that must not appear in a log: addresses with a password, tokens, keys.
 _SECRETS = re.compile(
     r"(?<=://)[^/\s@]+@|\b(?:hf|ghp|gho|github_pat|sk)[_-]\w{16,}"
     r"|(?<=token=)[^&\s]+|(?<=key=)[^&\s]+",
@@ -181,8 +181,8 @@ def open_all(names: tuple[str, ...], folder: Path, config: Mapping[str, Any]) ->
     """Open the logs of a run.
 
     Args:
-        names: from `chosen`.
-        folder: the run folder; its name is the run's.
+        names: the names that `chosen` returned.
+        folder: the run folder; its name is the name of the run.
         config: the run's configuration as JSON values; secrets in it are replaced.
 
     Raises:

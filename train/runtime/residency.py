@@ -35,7 +35,7 @@ def to_host(params: Any) -> Any:
 
 
 def to_device(params: Any) -> Any:
-    """Move arrays to device memory; those that are there already are returned as they are.
+    """Move arrays to device memory; arrays that are there already are returned unchanged.
 
     Args:
         params: a tree of arrays.
@@ -56,7 +56,7 @@ def fresh(params: Any, shardings: Any) -> Any:
 
     Args:
         params: a tree of arrays, on host or device.
-        shardings: of the copy, a tree of the same structure.
+        shardings: the shardings of the copy, a tree of the same structure.
 
     Returns:
         A tree of equal arrays that shares no memory with `params`.

@@ -1,7 +1,7 @@
-"""The seal of an exported model: what it was made from, and the sha256 of every file in it.
+"""The seal of an exported model: the digest of its inputs, and the sha256 of its files.
 
 An export is trusted, by the run that made it and by anyone who loads it, as long as its files are
-those that were sealed. From its second line on the seal has the format that `sha256sum -c` reads.
+the sealed ones. From its second line on the seal has the format that `sha256sum -c` reads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def put(folder: Path, made_from: str) -> None:
 
 
 def read(folder: Path) -> tuple[str, dict[str, str]] | None:
-    """What a sealed folder was made from, and sha256 by file name; None without a readable seal.
+    """The inputs of a sealed folder, and sha256 by file name; None without a readable seal.
 
     Seals of earlier versions list no files.
     """
@@ -54,7 +54,7 @@ def damage(folder: Path, elsewhere: Any = None) -> list[str]:
 
 
 def check(folder: Path) -> None:
-    """Raise `UserError` for a model that differs from what was exported; unsealed ones pass.
+    """Raise `UserError` for a model that changed after its export; unsealed ones pass.
 
     Raises:
         UserError: one of its files is damaged, edited or missing.

@@ -29,11 +29,11 @@ class MeshConfig:
     """Devices along each mesh axis; one axis may be -1: all remaining devices.
 
     Args:
-        data: copies of the model, each with its part of the batch.
-        fsdp: devices that split parameters and the batch.
-        tp: devices that split the computation of a layer.
-        query: groups of devices that share the evaluations of zeroth-order steps; each of them
-            repeats all other work.
+        data: the number of copies of the model, each with its part of the batch.
+            fsdp: the number of devices that split parameters and the batch.
+            tp: the number of devices that split the computation of a layer.
+            query: the number of groups of devices that share the evaluations of zeroth-order steps;
+            each group repeats all other work.
     """
 
     data: int = -1

@@ -1,4 +1,4 @@
-"""Memoised stages: a result is stored under the digest of everything it was made from.
+"""Memoised stages: a result is stored under the digest of all its inputs.
 
 A stage with a stored result is never computed twice, and a killed run continues where it stopped.
 """
@@ -32,8 +32,8 @@ def folder_of(root: Path, name: str, inputs: dict[str, Any]) -> Path:
 def alone(folder: Path, name: str, option: str = "--stage.cache") -> Iterator[None]:
     """Lock `folder` against other runs; it is released when the process ends, even by `kill -9`.
 
-    Buckets have no locks: two runs may then compute the same result, each in full. `option` is what
-    chose the place of the folder.
+    Buckets have no locks: two runs may then compute the same result, each in full. `option` is the
+    option that chose the place of the folder.
 
     Raises:
         UserError: the folder cannot be created or written.
@@ -46,7 +46,7 @@ def alone(folder: Path, name: str, option: str = "--stage.cache") -> Iterator[No
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str, option: str = "--stage.cache") -> Iterator[None]:
-    """As `alone`, of a local folder and for this process, also against others of the same run."""
+    """Like `alone`, for a local folder, and also against other processes of the same run."""
     with _lock(folder, name, option):
         # No other run writes here now: unfinished files were left by runs that were killed.
         files.sweep(folder.parent.glob(f"{folder.name}.*{files.PART}"))
@@ -54,7 +54,7 @@ def locked(folder: Path, name: str, option: str = "--stage.cache") -> Iterator[N
 
 
 def sweep_killed(parent: Path) -> None:
-    """Remove what killed runs left unfinished in `parent`, of the folders that nobody locks."""
+    """Remove the unfinished files that killed runs left in `parent`, except in locked folders."""
     for part in parent.glob(f"*{files.PART}"):
         with (
             contextlib.suppress(OSError),
@@ -99,8 +99,8 @@ def params_stage(
         name: the stage.
         inputs: everything the result depends on, as JSON values.
         like: a tree with the structure, dtypes and shardings of the result.
-        compute: given a folder for its checkpoints, returns the parameters.
-        cache: folder shared with other runs that replaces `root`; of several runs that want the
+            compute: a function of a folder for checkpoints that returns the parameters.
+            cache: a folder shared with other runs, in place of `root`; if several runs want the
             same result, one computes it and the others wait.
     """
     if cache is not None:
@@ -167,7 +167,7 @@ def json_stage(
 
 
 def amend_json(path: Path, value: Any) -> None:
-    """Rewrite the result of a `json_stage` with what other results add; its key stays valid."""
+    """Rewrite the result of a `json_stage` with additions of other results; its key stays valid."""
     before, text = path.read_text(), json.dumps(value)
     if text == before:
         return

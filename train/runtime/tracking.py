@@ -27,7 +27,7 @@ class Tracker:
 
     Args:
         folder: the run folder.
-        report_to: other loggers that get the same numbers, names of `reporters.REPORTERS`.
+        report_to: the names of other loggers that get the same numbers (`reporters.REPORTERS`).
         config: the run's configuration, for those logs.
     """
 
@@ -103,9 +103,9 @@ class Tracker:
 
 
 class Timed(Tracker):
-    """A log of steps that notes when each was done; looks at a model between steps do not count.
+    """A log of steps that also records their times, without evaluations between steps.
 
-    The steps are those of the stage that wrote last.
+    Only the steps of the stage that wrote last count.
     """
 
     def __init__(self, *args: Any, **more: Any):
@@ -118,21 +118,21 @@ class Timed(Tracker):
         """Append one line."""
         if stage != self.stage:
             self.stage, self.marks = stage, []
-        if "lr" in scalars:  # the line behind the last step has what was looked at alone
+        if "lr" in scalars:  # the line behind the last step has only an evaluation's numbers
             self.marks.append(time.monotonic() - self.looked)
         super().write(stage, step, scalars)
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
-        """Inside, the time does not count."""
+        """A block whose time does not count."""
         began = time.monotonic()
         yield
         self.looked += time.monotonic() - began
 
     def seconds(self, steps: int = 1) -> float | None:
-        """Of so many steps, by the median of those of this process.
+        """The seconds that `steps` steps take, by the median of this process's steps.
 
-        None where fewer than two steps were taken here.
+        It is None where fewer than two steps were taken here.
         """
         spent = [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
         return steps * statistics.median(spent) if spent else None
@@ -161,7 +161,7 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
     """
     start = last = time.monotonic()
     state = {"done": done, "shown": False}
-    begun: tuple[float, int] | None = None  # when the first units were done, and how many
+    begun: tuple[float, int] | None = None  # the time when the first units were done, their number
     tty = sys.stderr.isatty()
 
     def advance(n: int = 1, note: str = "", compiling: float = 0.0) -> None:
