@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,14 +20,18 @@ from models.files.weights import flatten, insert
 from train.data import captions
 from train.data.captions import Noun
 from train.data.noisy_latents import NoisyLatents
-from train.engine.run import Recipe, Run, Work, compute, num_steps, phase, train
-from train.jobs.diffusing import drawing, held, pipeline, prompts, stored
+from train.engine.run import Run, Work, compute, phase, train
+from train.jobs import diffusion, job
+from train.jobs.diffusing import drawing, held, painters, prompts, stored, training
 from train.jobs.diffusing.config import EraseRun
 from train.jobs.diffusing.drawing import Wanted
 from train.jobs.diffusing.held import Painter
 from train.jobs.diffusing.judges import Judge
-from train.jobs.diffusing.pipeline import Opened
-from train.options import checks, optimizers
+from train.jobs.diffusing.judging import Shown
+from train.jobs.job import Job, Started
+from train.options import checks
+from train.options.recipe import Recipe, num_steps
+from train.options.roles import NONE, Roles
 from train.runtime.sharding import put_params
 from train.tasks import erasure as methods
 from train.tasks import pictures
@@ -37,9 +42,48 @@ EDITED = ("attn2/to_k/kernel", "attn2/to_v/kernel")
 RETAINED = 4096  # images of the other classes that are trained on
 
 
-def check(config: EraseRun, mesh: Any, found: Pictures) -> None:
-    """Raise `UserError` for what cannot be erased, or not so."""
+def run(config: EraseRun, command: str = "") -> Path:
+    """Run all stages of a configuration and return the run folder, which is held meanwhile.
+
+    Args:
+        config: the configuration.
+        command: the command line that repeats the run, for its page.
+    """
+    with job.start(JOB, config, command) as started:
+        # 1. The judge and the model that draws the concept.
+        sees, original = models(started)
+        # 2. The concept's prompts shall read as another one's.
+        changed = erased(started, original)
+        # 3. Judge the model before and after alike: the concept by its name and by others, and the
+        #    other classes.
+        kinds = ("explicit", "names", "kept")
+        shown = {"original": (Shown(original), kinds), "erased": (Shown(changed), kinds)}
+        concept = started.rows.class_of(config.erase.concept)
+        summary = diffusion.judge(started, sees, shown, concept)
+        # 4. Hand it back, and show.
+        export(started, original, changed, sees)
+        return job.end(started.run, summary)
+
+
+def recipe_of(config: EraseRun) -> Recipe:
+    """The recipe of a method that trains."""
+    return Recipe(config.unlearn, config.optimizer, combine=config.combine, select=config.train)
+
+
+def check(config: EraseRun, mesh: Any) -> None:
+    """Raise `UserError` for stages that cannot be, or a run that cannot be gone on from."""
+    if config.run is None:
+        diffusion.check(config, mesh)
+    else:
+        stored.read_run(config.run, "RUN", ("train.diffuse",))
+    if config.erase.name in OBJECTIVES:
+        checks.check_recipe(recipe_of(config), objective_of(config), mesh, "unlearning")
+
+
+def load(config: EraseRun) -> Pictures:
+    """The images, among which is what is erased."""
     erase: Any = config.erase
+    found = diffusion.read(config)
     noun = found.nouns[found.class_of(erase.concept)]
     if erase.towards.strip().lower() in noun.names:
         raise UserError(
@@ -47,21 +91,16 @@ def check(config: EraseRun, mesh: Any, found: Pictures) -> None:
             "name something else, or leave it out for the empty prompt"
         )
     if config.run is None:
-        pipeline.check(config, mesh, found)
-    else:
-        stored.read_run(config.run, "RUN", ("train.diffuse",))
+        diffusion.check_rows(config, found)
     if erase.name in OBJECTIVES:
-        row, options = objective_of(config)
+        row, _ = objective_of(config)
         if "retain" in row.streams and found.train is None:
             raise UserError(
                 f"--erase.retain {erase.retain} trains on images of the other classes, and there "
                 "are none; give --data.path, or --erase.retain none"
             )
-        checks.check_stage(config.unlearn, config.optimizer, mesh, "unlearning")
-        optimizers.check_pair(config.optimizer, config.combine, row, options)
-        optimizers.check_mesh(config.optimizer, mesh, config.unlearn.batch_size)
-        checks.check_selection(config.train, config.optimizer)
         num_steps(config.unlearn, erase.images, config.optimizer)
+    return found
 
 
 def objective_of(config: EraseRun) -> tuple[objectives.Objective, Any]:
@@ -74,41 +113,44 @@ def objective_of(config: EraseRun) -> tuple[objectives.Objective, Any]:
     return objectives.resolve(OBJECTIVES[erase.name], objectives.DENOISING, **given)
 
 
-def load(config: EraseRun, mesh: Any, found: Pictures) -> Any:
+def model(config: EraseRun, found: Pictures, mesh: Any) -> diffusion.Loaded:
     """The judge and the original of the run that was given; without one, as train.diffuse."""
     if config.run is None:
-        return pipeline.load(config, mesh, found)
+        return diffusion.model(config, found, mesh)
     source = stored.read_run(config.run, "RUN", ("train.diffuse",))
     painter = stored.painter_of(source, mesh)
     if config.erase.name in OBJECTIVES:
         checks.check_selection(config.train, config.optimizer, painter.params)
         check_unet(painter.params, config.train)
-    return stored.judge_of(source, mesh), painter
+    return diffusion.Loaded(stored.judge_of(source, mesh), painter)
 
 
-def models(opened: Opened) -> tuple[Judge, Painter]:
+JOB = Job("train.erase", Roles("original", NONE, "erased"), check, load, model, diffusion.fit)
+
+
+def models(started: Started) -> tuple[Judge, Painter]:
     """The judge and the original: of the run that was given, or made here."""
-    if opened.config.run is None:
-        return pipeline.models(opened)
-    return opened.loaded
+    if started.config.run is None:
+        return diffusion.models(started)
+    return started.model.judge, started.model.painter
 
 
-def erased(opened: Opened, original: Painter) -> Painter:
+def erased(started: Started, original: Painter) -> Painter:
     """The model without the concept."""
-    with phase(opened.run, "erased"):
-        if opened.config.erase.name in OBJECTIVES:
-            return trained(opened, original).to_host()
-        return edited(opened, original).to_host()
+    with phase(started.run, "erased"):
+        if started.config.erase.name in OBJECTIVES:
+            return trained(started, original).to_host()
+        return edited(started, original).to_host()
 
 
-def edited(opened: Opened, original: Painter) -> Painter:
+def edited(started: Started, original: Painter) -> Painter:
     """The model after a closed-form edit of what cross-attention reads."""
-    erase, found = opened.config.erase, opened.pictures
+    erase, found = started.config.erase, started.rows
     target = found.class_of(erase.concept)
     noun = found.nouns[target]
     others = [(n, i) for c, n in enumerate(found.nouns) if c != target for i in range(4)]
     made: Any = compute(
-        opened.run,
+        started.run,
         "erased",
         edit,
         kind=erase.name,
@@ -229,39 +271,37 @@ def concept_latents(
     return np.asarray(found.params["latents"]), texts
 
 
-def trained(opened: Opened, original: Painter) -> Painter:
+def trained(started: Started, original: Painter) -> Painter:
     """The model after training by an objective that erases."""
-    run, config, found = opened.run, opened.config, opened.pictures
+    here, config, found = started.run, started.config, started.rows
     erase = config.erase
     target = found.class_of(erase.concept)
     noun = found.nouns[target]
     row, options = objective_of(config)
-    checks.check_selection(config.train, config.optimizer, original.params)
     check_unet(original.params, config.train)
-    latents, texts = concept_latents(run, config, original, noun, erase.images)
+    latents, texts = concept_latents(here, config, original, noun, erase.images)
     other = [""] * len(texts)
     if erase.towards:
         named = noun._replace(names=(erase.towards,) * 4)
-        other = [captions.prompt(named, 0, run.seed, "concept", i).text for i in range(len(texts))]
+        other = [captions.prompt(named, 0, here.seed, "concept", i).text for i in range(len(texts))]
 
     def tokens(texts: Sequence[str]) -> np.ndarray:
         return prompts.encode(original.tokenizer, texts, original.length, "prompts").tokens
 
     columns = {"tokens": tokens(texts), "other_tokens": tokens(other)}
-    streams = {"forget": NoisyLatents(latents, columns, original.schedule, run.seed, "forget")}
+    streams = {"forget": NoisyLatents(latents, columns, original.schedule, here.seed, "forget")}
     if "retain" in row.streams:
         assert found.train is not None
         rest = np.flatnonzero(found.train.labels != target)[:RETAINED]
-        said = pictures.captions_of(found, run.seed)
+        said = pictures.captions_of(found, here.seed)
         pixels = np.asarray(found.train.images)[rest]
         kept = drawing.encoded(
-            original.vae.to_device(), pixels, pipeline.ENCODED, run.mesh, "encode images"
+            original.vae.to_device(), pixels, training.ENCODED, here.mesh, "encode images"
         )
         mine = {"tokens": tokens([said[i] for i in rest])}
-        streams["retain"] = NoisyLatents(kept, mine, original.schedule, run.seed, "retain")
-    recipe = Recipe(config.unlearn, config.optimizer, combine=config.combine, select=config.train)
+        streams["retain"] = NoisyLatents(kept, mine, original.schedule, here.seed, "retain")
     start: Any = original.denoiser
-    made: Any = train(run, "erased", start, (row, options), streams, recipe)
+    made: Any = train(here, "erased", start, (row, options), streams, recipe_of(config))
     return original._replace(denoiser=made)
 
 
@@ -276,12 +316,15 @@ def check_unet(params: Any, select: Any) -> None:
         )
 
 
-def export(opened: Opened, original: Painter, model: Painter, judge: Judge) -> None:
+def export(started: Started, original: Painter, changed: Painter, sees: Judge) -> None:
     """`RUN/export`, and what an attack needs beside it: `RUN/original`, `RUN/judge`."""
-    erase, config = opened.config.erase, opened.config
+    erase, config = started.config.erase, started.config
     what = f"A text-to-image model from which {erase.concept!r} was erased by {erase.name}."
-    pipeline.export(opened, model, judge, what)
+    diffusion.export(started, changed, sees, what)
     if config.model.path == "scratch":
-        with phase(opened.run, "export"):
-            target = opened.run.folder / "original"
-            pipeline.export_painter(original, target, "float32", "The model before.")
+        before = "The model before."
+        job.export(
+            started.run,
+            lambda to: painters.export_painter(original, to, "float32", before),
+            "original",
+        )
