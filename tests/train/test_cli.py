@@ -529,36 +529,18 @@ def test_the_names_on_the_command_line_choose_the_options():
     assert config.objective == objective_of("asu", layers=(1,))
 
 
-# What earlier versions wrote: the options of every row, None or a default where they were not set.
-FLAT_OBJECTIVE = dict.fromkeys(
-    "retain beta delta temperature layers push contrast forget_weight retain_weight compat".split()
-)
-FLAT_OPTIMIZER = {
-    "learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.05, "weight_decay": 0.0, "b1": 0.9,
-    "b2": 0.98, "eps": 1e-8, "momentum": 0.95, "clip_norm": None, "rank": None,
-    "bases": "subspace", "threshold": 0.0, "group_size": 2, "queries": None, "perturbation": 1e-3,
-    "refresh": 100, "vector_rate": 1e-7, "period": 20, "zo_learning_rate": None,
-    "state_dtype": "float32", "comm_dtype": "float32",
-}  # fmt: skip
-
-
-def test_files_of_an_earlier_version_are_read(tmp_path):
+def test_files_name_the_rows_whose_options_they_have(tmp_path):
     path = tmp_path / "config.json"
 
     def read(objective, optimizer):
-        old = to_json(QUICKSTART) | {"objective": FLAT_OBJECTIVE | objective}
-        old["finetune"] = old["finetune"] | {"optimizer": FLAT_OPTIMIZER | {"name": "adamw"}}
-        path.write_text(json.dumps(old | {"optimizer": FLAT_OPTIMIZER | optimizer}))
+        whole = to_json(QUICKSTART) | {"objective": objective, "optimizer": optimizer}
+        path.write_text(json.dumps(whole))
         return cli.read_config(RunConfig, path)
 
-    flat = read({"name": "asu", "temperature": 3.0, "layers": [1]}, {"name": "sift", "rank": 9})
-    assert flat.objective == objective_of("asu", temperature=3.0, layers=(1,))
-    assert flat.finetune == QUICKSTART.finetune
-    tuned = {"learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.05, "b2": 0.98}
-    assert flat.optimizer == optimizer_of("sift", rank=9, **tuned)
-    assert cli.from_json(RunConfig, json.loads(json.dumps(to_json(flat)))) == flat
-    muon = read({"name": "npo"}, {"name": "muon"})
-    assert (muon.objective, muon.optimizer) == (objective_of("npo"), optimizer_of("muon", **tuned))
+    found = read({"name": "asu", "temperature": 3.0, "layers": [1]}, {"name": "sift", "rank": 9})
+    assert found.objective == objective_of("asu", temperature=3.0, layers=(1,))
+    assert found.optimizer == optimizer_of("sift", rank=9)
+    assert cli.from_json(RunConfig, json.loads(json.dumps(to_json(found)))) == found
     fails(lambda: read({"name": "npo", "delta": 0.5}, {"name": "muon"}), "'npo' does not use delta")
     fails(lambda: read({"name": "npo"}, {"name": "muon", "rank": 8}), "muon does not read it")
     fails(lambda: read({"name": "npoo"}, {"name": "muon"}), "did you mean 'npo'")

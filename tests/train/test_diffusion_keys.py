@@ -16,7 +16,7 @@ from fields import another, leaves
 
 from train.engine.run import Run
 from train.jobs import diffusion
-from train.jobs.diffusing import attacking, defending, erasing, held, judging
+from train.jobs.diffusing import defending, erasing, held, judging, token_search
 from train.jobs.diffusing.config import AttackRun, DefendConfig, DiffuseRun, EraseRun
 from train.jobs.diffusing.judging import Asked, Shown, Tokens
 from train.jobs.job import Started
@@ -141,8 +141,8 @@ def noted():
     patch.setattr("train.jobs.diffusing.judging.json_stage", json_stage)
     patch.setattr("train.jobs.diffusing.held.random", random)
     patch.setattr("train.jobs.diffusing.drawing.encoded", encoded)
-    patch.setattr("train.jobs.diffusing.attacking.params_sha256", shape_sha)
-    patch.setattr("train.jobs.diffusing.attacking.jax.jit", lambda function: function)
+    patch.setattr("train.jobs.diffusing.token_search.params_sha256", shape_sha)
+    patch.setattr("train.jobs.diffusing.token_search.jax.jit", lambda function: function)
     patch.setattr("models.diffusion.denoiser.AttackLearner.token", token)
     patch.setattr("jaxlib_unlearn.concepts.words_of", lambda *args: [("word", 1.0)])
     patch.setattr("jaxlib_unlearn.concepts.share_of_top", lambda *args: 1.0)
@@ -202,7 +202,7 @@ def attack_keys(config: Any) -> dict[str, str]:
     aim: Any = SimpleNamespace(
         concept=7, shown=Shown(painter), original=painter, source=None, judge=judge, given=None
     )
-    tokens = attacking.tokens(at, aim)
+    tokens = token_search.tokens(at, aim)
     note_judged(at, judge, Shown(painter, tokens), 7, "log")
     return dict(FOUND)
 

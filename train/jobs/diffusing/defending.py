@@ -30,7 +30,7 @@ from train.tasks.pictures import Pictures
 
 
 class Target(NamedTuple):
-    """What is defended.
+    """The model that is defended, and the models beside it.
 
     Args:
         source: its run.
