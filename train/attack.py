@@ -15,11 +15,9 @@ from pathlib import Path
 
 from train.jobs.diffusing.config import AttackRun
 from train.options import cli
-from train.options.roles import NONE, Roles
-from train.presets.diffusing_arguments import list_methods, read_attack
+from train.presets import arguments
+from train.presets.run_arguments import list_methods
 from train.tasks.erasure import ATTACKS
-
-ROLES = Roles("original", NONE, "attacked")
 
 
 def main(argv: list[str]) -> None:
@@ -30,30 +28,15 @@ def main(argv: list[str]) -> None:
     if argv[0] == "--list":
         print("\n".join(list_methods("--attack", ATTACKS)))
         return
-    run(read_attack(argv))
+    config = arguments.read_arguments(arguments.ATTACK, argv)
+    run(config, arguments.command(arguments.ATTACK, config))
 
 
-def run(config: AttackRun) -> Path:
-    """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.jobs.diffusing import attack_files, attacking, pipeline
+def run(config: AttackRun, command: str = "") -> Path:
+    """Run all stages of a configuration and return the run folder."""
+    from train.jobs.diffusing import attacking
 
-    check, load = attacking.check, attacking.load
-    with pipeline.opened(config, "train.attack", ROLES, check, load) as opened:
-        # 1. The model that is attacked, and the original, whose images show what to look for.
-        aim = opened.loaded
-
-        # 2. Tokens with which the model sees the noise in these images best.
-        tokens = attacking.tokens(opened, aim)
-        attack_files.write(opened, aim.source, aim.original, tokens)
-
-        # 3. Judge: the same prompts without and with the tokens in the place of the name.
-        models = attacking.shown(opened, aim, tokens)
-        known = [aim.source.folder]
-        summary = pipeline.judge(opened, aim.judge, models, aim.concept, known)
-
-        # 4. Show.
-        pipeline.report(opened, summary)
-        return opened.run.folder
+    return attacking.run(config, command)
 
 
 if __name__ == "__main__":

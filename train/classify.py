@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.jobs.classification.config import TASKS, ClassifyRun
+from train.jobs.classification_options import TASKS, ClassifyRun
 from train.options import cli, optimizers, start
-from train.presets.classification_arguments import check_start, read_arguments
+from train.presets import arguments
 from train.presets.classify import PRESETS
 
 
@@ -28,30 +28,16 @@ def main(argv: list[str]) -> None:
         methods = optimizers.list_optimizers()
         print("\n".join(["Tasks (--task):", *lines, "Optimizers (--optimizer.name):", *methods]))
         return
-    config = read_arguments(argv)
-    check_start(config)
-    run(config)
+    config = arguments.read_arguments(arguments.CLASSIFY, argv)
+    arguments.check_start(config)
+    run(config, arguments.command(arguments.CLASSIFY, config))
 
 
-def run(config: ClassifyRun) -> Path:
-    """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.jobs.classification import pipeline
+def run(config: ClassifyRun, command: str = "") -> Path:
+    """Run all stages of a configuration and return the run folder."""
+    from train.jobs import classification
 
-    with pipeline.opened(config) as opened:
-        # 1. Train the model to start from, where it is not a given one.
-        opened = pipeline.begin(config, opened)
-
-        # 2. Learn the task, for as many forward passes as the budget has.
-        finetuned = pipeline.finetune(config, opened)
-
-        # 3. Judge the model before and after alike.
-        models = {"base": opened.base, "finetuned": finetuned.model}
-        summary = pipeline.judge(config, opened, models)
-
-        # 4. Hand it back.
-        pipeline.export(config, opened, finetuned)
-        pipeline.report(opened, summary, finetuned.cost)
-        return opened.run.folder
+    return classification.run(config, command)
 
 
 if __name__ == "__main__":

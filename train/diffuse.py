@@ -15,11 +15,8 @@ from pathlib import Path
 
 from train.jobs.diffusing.config import DiffuseRun
 from train.options import cli, start
-from train.options.roles import NONE, Roles
+from train.presets import arguments
 from train.presets.diffuse import PRESETS
-from train.presets.diffusing_arguments import read_arguments
-
-ROLES = Roles("original", NONE, "original")
 
 
 def main(argv: list[str]) -> None:
@@ -27,27 +24,15 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         start.show_presets(__doc__, PRESETS)
         return
-    run(read_arguments(argv))
+    config = arguments.read_arguments(arguments.DIFFUSE, argv)
+    run(config, arguments.command(arguments.DIFFUSE, config))
 
 
-def run(config: DiffuseRun) -> Path:
-    """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.jobs.diffusing import pipeline
-    from train.jobs.diffusing.judging import Shown
+def run(config: DiffuseRun, command: str = "") -> Path:
+    """Run all stages of a configuration and return the run folder."""
+    from train.jobs import diffusion
 
-    check, load = pipeline.check, pipeline.load
-    with pipeline.opened(config, "train.diffuse", ROLES, check, load) as opened:
-        # 1. A judge of images, then autoencoder, text encoder and denoiser.
-        judge, original = pipeline.models(opened)
-
-        # 2. Does it draw what it is asked for?
-        shown = {"original": (Shown(original), ("kept",))}
-        summary = pipeline.judge(opened, judge, shown, concept=None)
-
-        # 3. Hand it back, and show.
-        pipeline.export(opened, original, judge, "A text-to-image model of jaxlib-unlearn.")
-        pipeline.report(opened, summary)
-        return opened.run.folder
+    return diffusion.run(config, command)
 
 
 if __name__ == "__main__":

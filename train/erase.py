@@ -14,12 +14,10 @@ from pathlib import Path
 
 from train.jobs.diffusing.config import EraseRun
 from train.options import cli, start
-from train.options.roles import NONE, Roles
+from train.presets import arguments
 from train.presets.diffuse import PRESETS
-from train.presets.diffusing_arguments import list_methods, read_erase
+from train.presets.run_arguments import list_methods
 from train.tasks.erasure import ERASING
-
-ROLES = Roles("original", NONE, "erased")
 
 
 def main(argv: list[str]) -> None:
@@ -30,33 +28,15 @@ def main(argv: list[str]) -> None:
     if argv[0] == "--list":
         print("\n".join(list_methods("--erase.method", ERASING)))
         return
-    run(read_erase(argv))
+    config = arguments.read_arguments(arguments.ERASE, argv)
+    run(config, arguments.command(arguments.ERASE, config))
 
 
-def run(config: EraseRun) -> Path:
-    """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.jobs.diffusing import erasing, pipeline
-    from train.jobs.diffusing.judging import Shown
+def run(config: EraseRun, command: str = "") -> Path:
+    """Run all stages of a configuration and return the run folder."""
+    from train.jobs.diffusing import erasing
 
-    check, load = erasing.check, erasing.load
-    with pipeline.opened(config, "train.erase", ROLES, check, load) as opened:
-        # 1. The judge and the model that draws the concept.
-        judge, original = erasing.models(opened)
-
-        # 2. The concept's prompts shall read as another one's.
-        erased = erasing.erased(opened, original)
-
-        # 3. Judge the model before and after alike: the concept by its name and by others, and the
-        #    other classes.
-        kinds = ("explicit", "names", "kept")
-        shown = {"original": (Shown(original), kinds), "erased": (Shown(erased), kinds)}
-        concept = opened.pictures.class_of(config.erase.concept)
-        summary = pipeline.judge(opened, judge, shown, concept)
-
-        # 4. Hand it back, and show.
-        erasing.export(opened, original, erased, judge)
-        pipeline.report(opened, summary)
-        return opened.run.folder
+    return erasing.run(config, command)
 
 
 if __name__ == "__main__":

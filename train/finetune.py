@@ -15,19 +15,18 @@ import difflib
 from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
-from train.jobs.finetuning import own_rows
-from train.jobs.finetuning.config import ReasoningRun
-from train.jobs.finetuning.own_rows import FinetuneRun
+from train.jobs.finetuning_options import FinetuneRun, ReasoningRun
 from train.options import cli, start
 from train.options.config import replace
+from train.presets import arguments
 from train.presets.epic import PRESETS
-from train.presets.finetuning_arguments import read_arguments
 
 
 def main(argv: list[str]) -> None:
     """The program: a known preset's name comes first, or a model and a file of rows."""
     if argv and (argv[0] in PRESETS or argv[0] == "--config"):
-        run(read_arguments(argv))
+        config = arguments.read_arguments(arguments.FINETUNE, argv)
+        run(config, arguments.command(arguments.FINETUNE, config))
         return
     asked = bool({"-h", "--help"} & {*argv[:2]})
     if asked or not argv:
@@ -44,6 +43,8 @@ def main(argv: list[str]) -> None:
             "two arguments are needed: a model and a JSON file of rows; or the name of a preset "
             f"({', '.join(PRESETS)}){meant}"
         )
+    from train.jobs import own_rows
+
     default = FinetuneRun(model=argv[0], rows=argv[1])
     if "--smoke" in argv:
         default = replace(default, smoke=True, **{"train.steps": 3})
@@ -53,21 +54,11 @@ def main(argv: list[str]) -> None:
     own_rows.run(config)
 
 
-def run(config: ReasoningRun) -> Path:
+def run(config: ReasoningRun, command: str = "") -> Path:
     """Run all stages of a preset's configuration and return the run folder."""
-    from train.jobs.finetuning import pipeline
+    from train.jobs import finetuning
 
-    with pipeline.opened(config) as opened:
-        # 1. Learn from the traces, which were condensed and packed as they were read.
-        finetuned = pipeline.train(opened)
-
-        # 2. Judge the model before and after alike: it reasons, and its final answer counts.
-        summary = pipeline.judge(opened, {"base": opened.base, "finetuned": finetuned})
-
-        # 3. Hand it back.
-        pipeline.export(opened, finetuned)
-        pipeline.report(opened, summary)
-        return opened.run.folder
+    return finetuning.run(config, command)
 
 
 if __name__ == "__main__":

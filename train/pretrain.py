@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.jobs.pretraining.config import PretrainConfig
+from train.jobs.pretraining_options import PretrainConfig
 from train.options import cli, start
+from train.presets import arguments
 from train.presets.pretraining import PRESETS
-from train.presets.pretraining_arguments import read_arguments
 
 
 def main(argv: list[str]) -> None:
@@ -23,22 +23,15 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         start.show_presets(__doc__, PRESETS)
         return
-    run(read_arguments(argv))
+    config = arguments.read_arguments(arguments.PRETRAIN, argv)
+    run(config, arguments.command(arguments.PRETRAIN, config))
 
 
-def run(config: PretrainConfig) -> Path:
-    """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.jobs.pretraining import pipeline
+def run(config: PretrainConfig, command: str = "") -> Path:
+    """Run all stages of a configuration and return the run folder."""
+    from train.jobs import pretraining
 
-    with pipeline.opened(config) as opened:
-        # 1. Train: the corpus is tokenised, the model has random weights.
-        trained = pipeline.train(opened)
-
-        # 2. Judge, hand it back, and show.
-        summary = pipeline.judge(opened, trained)
-        pipeline.export(opened, trained, summary)
-        pipeline.report(opened, summary)
-        return opened.run.folder
+    return pretraining.run(config, command)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ from jaxlib_unlearn.errors import UserError
 from train.options import cli, start
 from train.options.config import RunConfig
 from train.options.optimizers import list_combiners, list_optimizers
-from train.presets import PRESETS
-from train.presets.unlearning_arguments import read_arguments
-from train.runtime.tracking import say
+from train.presets import PRESETS, arguments
 
 
 def main(argv: list[str]) -> None:
@@ -34,7 +32,8 @@ def main(argv: list[str]) -> None:
     if argv[0].partition("=")[0] == "--example-data":
         show_examples(argv)
         return
-    run(read_arguments(argv))
+    config = arguments.read_arguments(arguments.UNLEARN, argv)
+    run(config, arguments.command(arguments.UNLEARN, config))
 
 
 def show_examples(argv: list[str]) -> None:
@@ -63,40 +62,11 @@ def list_methods() -> list[str]:
     ]
 
 
-def run(config: RunConfig) -> Path:
-    """Run all stages of a configuration and return the run folder, which it holds meanwhile."""
-    from train.jobs.unlearning import pipeline
+def run(config: RunConfig, command: str = "") -> Path:
+    """Run all stages of a configuration and return the run folder."""
+    from train.jobs import unlearning
 
-    with pipeline.opened(config) as opened:
-        run, task, base, retain_log = opened
-        found = {}
-
-        # 1. The model that knows, and the model that never knew. Models wait in host memory.
-        knows = task.forget + task.retain
-        found["original"] = base
-        if config.stage.original is None:
-            found["original"] = pipeline.finetune(run, config, "original", base, knows).to_host()
-        if config.oracle and retain_log is None and config.stage.original is None:
-            oracle = pipeline.finetune(run, config, "oracle", base, task.retain, knows)
-            found["oracle"] = oracle.to_host()
-        elif config.oracle and retain_log is None:
-            say(
-                "oracle: trained from the same start is not possible with --stage.original; give "
-                "--retain-log to compare"
-            )
-
-        # 2. Forget.
-        forgets = pipeline.find_alternates(run, config, base, task)
-        forgets = pipeline.find_traces(run, config, found["original"], forgets)
-        found["unlearned"] = pipeline.unlearn(run, config, found["original"], forgets).to_host()
-
-        # 3. Judge all of them alike.
-        judged = pipeline.judge(run, config, opened, found)
-
-        # 4. Hand it back.
-        pipeline.export(run, config, found["unlearned"], judged)
-        pipeline.report(run, judged)
-        return run.folder
+    return unlearning.run(config, command)
 
 
 if __name__ == "__main__":

@@ -91,19 +91,17 @@ class Steered(Options):
         "factor of the mean probability of `reflection_words` on the forget texts (RTP).",
         low=0,
         wanted="0 or more",
-        later=True,
     )
     reflection_words: tuple[str, ...] = option(
-        REFLECTION, "words that the penalty is on, entries of the vocabulary.", later=True
+        REFLECTION, "words that the penalty is on, entries of the vocabulary."
     )
     reflection_ids: tuple[int, ...] = option(
-        (), "ids of these words; (): as the run's tokenizer has them.", later=True
+        (), "ids of these words; (): as the run's tokenizer has them."
     )
     topics: tuple[str, ...] = option(
         (),
         "topics that have a vector each; (): those of the rows to forget, and one vector where "
         "there is one topic or none.",
-        later=True,
     )
 
 
@@ -115,7 +113,7 @@ class RMU(Steered):
     compat: str | None = forms(_COMPAT)
     layer: int = option(7, "the block whose output is moved.", low=0)
     block: int | None = block_read(
-        None, "the same, by its name in r2mu; goes before `layer`.", none="layer", later=True
+        None, "the same, by its name in r2mu; goes before `layer`.", none="layer"
     )
 
 

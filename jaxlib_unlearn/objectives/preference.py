@@ -103,7 +103,6 @@ class Pushed:
         "labels at the end of an answer that are not pushed down (a full stop, the end of the "
         "turn): a model that unlearns them no longer stops.",
         low=0,
-        later=True,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -54,11 +54,6 @@ WORDS = {
 }
 
 
-def _later(default: Any) -> Any:
-    """A field that stored results may lack: at its default value no key holds it (`to_json`)."""
-    return field(default=default, metadata={"later": True})
-
-
 @dataclass(frozen=True)
 class DecoderConfig:
     """Shape and conventions of a decoder; families (`models.files.families`) differ only in these.
@@ -89,11 +84,11 @@ class DecoderConfig:
     family: str = "llama"
     dtype: str = "float32"
     unattended: int | None = None
-    norm: str = _later("rms")
-    positions: str = _later("rotary")
-    position_offset: int = _later(0)
-    mlp: str = _later("gated")
-    activation: str = _later("silu")
+    norm: str = "rms"
+    positions: str = "rotary"
+    position_offset: int = 0
+    mlp: str = "gated"
+    activation: str = "silu"
 
     @property
     def learned_positions(self) -> int | None:

@@ -48,7 +48,7 @@ from train.data.streams import batches_of
 from train.engine.hyper import hyper_of, traced_step
 from train.engine.step import compile_step, init_state
 from train.engine.trainable import trainable_of
-from train.jobs.diffusing import drawing, held, pipeline, prompts
+from train.jobs.diffusing import drawing, held, painters, prompts
 from train.jobs.diffusing.config import AttackRun
 from train.jobs.diffusing.held import Painter
 from train.options import optimizers
@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(random_painter(mesh), mesh, Path(scratch) / "model", args.repeats)
-        pipeline.export_painter(bench.painter, bench.folder, "float32", "Random weights.")
+        painters.export_painter(bench.painter, bench.folder, "float32", "Random weights.")
         rows = [found for name in args.only for found in WORKS[name](bench)]
     result = {"device": f"{machine(*PEERS)}, seed {SEED}", "rows": rows}
     text = markdown(f"A text-to-image model on {result['device']}", rows)

@@ -24,9 +24,9 @@ from models.decoder.model import Decoder, DecoderConfig
 from train.data.bpe import train_bpe
 from train.data.packed_rows import PackedRows, pack_rows
 from train.engine.step import Losses
-from train.jobs.finetuning import encoding
-from train.jobs.finetuning.config import CondenseConfig, ReasoningData
-from train.jobs.finetuning.sources import load
+from train.jobs import encoding
+from train.jobs.finetuning_options import CondenseConfig, ReasoningData
+from train.jobs.sources import load
 
 MODEL = DecoderConfig(2048, 256, 768, 4, 4, 4, 64)
 GOALS = {"padding": 0.08, "time": 0.6}

@@ -53,7 +53,7 @@ from train.engine.base_models import load_model
 from train.engine.step import compile_step, init_state, make_step
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model, longest, score_items, score_rows
-from train.jobs.pretraining import pipeline
+from train.jobs import new_models
 from train.options import optimizers
 from train.options.config import DataConfig, EvaluateConfig, ModelConfig, replace
 from train.options.optimizers import options_of as optimizer_of
@@ -271,7 +271,7 @@ def pretrain(bench: Bench) -> Result:
     config = replace(
         PRESETS["pretrain-tiny"].PRESET, **{"model.family": "gpt2", "optimizer": ADAMW}
     )
-    decoder, context = pipeline.decoder_of(config), config.data.context
+    decoder, context = new_models.decoder_of(config), config.data.context
     rows = config.train.batch_tokens // context
     tokenizer = train_bpe(
         [row["answer"] for row in bench.rows["retain90"]], config.model.vocab_size

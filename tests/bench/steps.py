@@ -32,7 +32,7 @@ from jaxlib_unlearn.objectives import options_of
 from models.decoder.model import Decoder
 from train.data.token_file import Tokens
 from train.data.token_rows import TokenRows
-from train.jobs.pretraining import pipeline
+from train.jobs import new_models
 from train.options.config import RunConfig, SelectConfig, UnlearnConfig, replace
 from train.planning import pretraining_program, programs
 from train.presets import pretraining, r2mu_smollm2
@@ -101,7 +101,7 @@ def tiny(name: str, mesh: Any) -> tuple[Any, Decoder, Stepper]:
     """pretrain-tiny with an optimizer as the preset tunes it: configuration, model and step."""
     preset = pretraining.PRESETS["pretrain-tiny"]
     config = replace(preset.PRESET, optimizer=preset.OPTIMIZERS[name][0])
-    decoder = pipeline.decoder_of(config)
+    decoder = new_models.decoder_of(config)
     program = pretraining_program.pretraining_program(config, decoder, mesh)
     return config, decoder, stepper(program, decoder)
 

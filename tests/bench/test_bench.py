@@ -322,13 +322,21 @@ def test_the_table_of_pretraining(repo, tmp_path, monkeypatch, capsys):
 
 def test_every_line_of_the_table_of_pretraining_is_a_command(repo):
     """Typos in its options would be found after an hour."""
-    from train.presets.pretraining_arguments import read_arguments
+    from train.presets import arguments
 
     bench = load(repo, "pretrain_table")
     for name, rates in bench.GRID.items():
         options = ["--optimizer.name", name, "--optimizer.learning-rate", str(rates[0])]
-        assert read_arguments(["pretrain-tiny", *options]).optimizer.learning_rate == rates[0]
-    found = [read_arguments(["pretrain-tiny", *more]) for more in bench.ABLATIONS.values()]
+        assert (
+            arguments.read_arguments(
+                arguments.PRETRAIN, ["pretrain-tiny", *options]
+            ).optimizer.learning_rate
+            == rates[0]
+        )
+    found = [
+        arguments.read_arguments(arguments.PRETRAIN, ["pretrain-tiny", *more])
+        for more in bench.ABLATIONS.values()
+    ]
     assert len({str(config.optimizer) for config in found}) == len(found)
 
 
@@ -409,7 +417,7 @@ def test_the_table_of_classification(repo, tmp_path, monkeypatch, capsys):
 
 
 def test_every_line_of_the_table_of_classification_is_a_command(repo):
-    from train.presets.classification_arguments import read_arguments
+    from train.presets import arguments
 
     bench = load(repo, "classify_table")
     for preset in ("sst2-smollm2", "sst2-tiny", "vit-fashion"):
@@ -418,13 +426,17 @@ def test_every_line_of_the_table_of_classification_is_a_command(repo):
         for name, method in bench.METHODS.items():
             assert method.optimizer in known, (preset, method)
             job = bench.Job(name, 0, bench.rate_of(name, preset))
-            optimizer = read_arguments(bench.command_of(job, preset)).optimizer
+            optimizer = arguments.read_arguments(
+                arguments.PRETRAIN, bench.command_of(job, preset)
+            ).optimizer
             assert optimizer.learning_rate == method.rates.get(
                 preset, known[method.optimizer][0].learning_rate
             )
             found.add(str(optimizer))
         assert len(found) == len({(m.optimizer, m.more) for m in bench.METHODS.values()})
-    config = read_arguments(bench.command_of(bench.Job("zo-muon", 3, 0.5, 90), "vit-fashion"))
+    config = arguments.read_arguments(
+        arguments.PRETRAIN, bench.command_of(bench.Job("zo-muon", 3, 0.5, 90), "vit-fashion")
+    )
     assert (config.seed, config.optimizer.learning_rate, config.train.forwards) == (3, 0.5, 90)
     jobs = [bench.Job(n, s, r) for n in bench.METHODS for s in (0, 1) for r in (0.01, 0.1)]
     assert len({job.name for job in jobs}) == len(jobs)
@@ -519,10 +531,13 @@ def test_r2mu_forgets_the_traces_that_rmu_leaves(repo, tmp_path):
 
 
 def test_every_run_of_the_table_of_traces_is_a_command(repo):
-    from train.presets.unlearning_arguments import read_arguments
+    from train.presets import arguments
 
     bench = load(repo, "r2mu_table")
-    found = [read_arguments(["r2mu-tiny", *more]) for more in bench.METHODS.values()]
+    found = [
+        arguments.read_arguments(arguments.PRETRAIN, ["r2mu-tiny", *more])
+        for more in bench.METHODS.values()
+    ]
     assert len({str(config) for config in found}) == len(found)
     assert [config.oracle for config in found].count(True) == 1
 
@@ -652,9 +667,9 @@ def test_the_bounds_of_concepts(repo):
 
 
 def test_every_run_of_the_table_of_concepts_is_a_command(repo, tmp_path, monkeypatch):
+    from train.jobs.diffusing import stored
     from train.jobs.diffusing.config import AttackRun, DefendRun, DiffuseRun, EraseRun
-    from train.presets import diffusing_arguments as arguments
-    from train.presets import stored
+    from train.presets import arguments
 
     bench = load(repo, "concept_table")
     ran = []
@@ -666,12 +681,6 @@ def test_every_run_of_the_table_of_concepts_is_a_command(repo, tmp_path, monkeyp
     bench.collect((0,), ("ankle boot",), ("uce", "esd"), make)
     kinds = {"erase": EraseRun, "attack": AttackRun, "defend": DefendRun, "diffuse": DiffuseRun}
     of = {name: program for program, name, _ in ran}
-    read = {
-        "diffuse": arguments.read_arguments,
-        "erase": arguments.read_erase,
-        "attack": arguments.read_attack,
-        "defend": arguments.read_defend,
-    }
 
     def read_run(folder, option, programs=()):
         program = of[folder.name]
@@ -689,7 +698,7 @@ def test_every_run_of_the_table_of_concepts_is_a_command(repo, tmp_path, monkeyp
             bench.run(program, name, argv, tmp_path, options)
     configs = {}
     for module, argv in commands:
-        config = read[module.partition(".")[2]](argv)
+        config = arguments.read_arguments(module, argv)
         configs[config.output.name] = config
     assert set(configs) == set(of)
     assert configs["original-seed0"].data.source == "shapes" and configs["original-seed0"].smoke
@@ -735,9 +744,12 @@ def test_the_table_of_condensed_traces(repo, tmp_path, monkeypatch, capsys):
 
 
 def test_every_line_of_the_table_of_condensed_traces_is_a_command(repo):
-    from train.presets.finetuning_arguments import read_arguments
+    from train.presets import arguments
 
     bench = load(repo, "epic_table")
-    found = {name: read_arguments(["epic-tiny", *more]) for name, more in bench.VARIANTS.items()}
+    found = {
+        name: arguments.read_arguments(arguments.PRETRAIN, ["epic-tiny", *more])
+        for name, more in bench.VARIANTS.items()
+    }
     assert len({str(config.condense) for config in found.values()}) == len(found) == 9
     assert found[bench.WHOLE].condense.tau == 1 and found["cost-matched"].condense.tau == 0.5

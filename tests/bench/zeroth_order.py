@@ -44,7 +44,7 @@ from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
 from models.vision.vit import ViT, ViTConfig, ViTLearner
 from train.engine.step import Losses
-from train.jobs.classification.config import StartConfig
+from train.jobs.classification_options import StartConfig
 
 SMOLLM2 = DecoderConfig(49152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
 START = StartConfig()  # what vit-fashion trains

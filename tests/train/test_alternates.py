@@ -12,7 +12,7 @@ from models.decoder.model import Decoder, DecoderConfig
 from train.data.task import ALTERNATES, Task
 from train.engine.run import Run
 from train.evaluators.evaluation import Answers, Model
-from train.jobs.unlearning import alternates, pipeline
+from train.jobs import alternates, unlearning
 from train.options.config import DataConfig, RunConfig, replace
 from train.runtime import sharding
 from train.runtime.sharding import MeshConfig
@@ -62,7 +62,7 @@ def asked(monkeypatch):
 def found(run, base, config=CONFIG, forget=FORGET):
     task = Task(forget, RETAIN, {}, [], [])
     small = replace(config, **{"evaluate.max_new_tokens": 4})
-    return pipeline.find_alternates(run, small, base, task).forget
+    return alternates.find_alternates(run, small, base, task).forget
 
 
 def test_whole_answers_in_the_manner_of_kept_rows(run, base, asked):
@@ -128,8 +128,8 @@ def test_no_model_to_sample_from(changes, words):
     task = Task(FORGET, RETAIN, {}, [], [])
     config = replace(CONFIG, **changes)
     with pytest.raises(UserError, match=words):
-        pipeline.check_stages(config, task, learner)
-    pipeline.check_stages(replace(CONFIG, **{"model.path": "smollm2"}), task, learner)
+        unlearning.check_stages(config, task, learner)
+    unlearning.check_stages(replace(CONFIG, **{"model.path": "smollm2"}), task, learner)
 
 
 def test_the_temperature_is_that_of_the_option(run, base, asked, monkeypatch):

@@ -293,10 +293,11 @@ def test_some_prompts_longer_than_the_context(program, tofu, tofu_folder, tmp_pa
     with pytest.raises(Reached):
         program("train.unlearn", *tofu, "--output", tmp_path / "run")
     # The steps after this would be the same without the long rows: see the task that is trained on.
-    from train.jobs.unlearning.pipeline import prepare
-    from train.presets.unlearning_arguments import read_arguments
+    from train.jobs import job, unlearning
+    from train.presets import arguments
 
-    task, _, _, _ = prepare(read_arguments([str(a) for a in tofu]))
+    config = arguments.read_arguments(arguments.UNLEARN, [str(a) for a in tofu])
+    task = job.prepare(unlearning.JOB, config).fitted.parts
     assert (len(task.forget), len(task.retain)) == (7, 12)
     assert {k: len(v) for k, v in task.evaluation.items()} == {
         "forget": 7, "retain": 12, "real_authors": 2, "world_facts": 3, "holdout": 4,
@@ -305,11 +306,11 @@ def test_some_prompts_longer_than_the_context(program, tofu, tofu_folder, tmp_pa
 
 
 def test_left_out_rows_are_counted_in_a_line(tofu, tofu_folder, capsys):
-    from train.jobs.unlearning.pipeline import prepare
-    from train.presets.unlearning_arguments import read_arguments
+    from train.jobs import job, unlearning
+    from train.presets import arguments
 
     long_row(tofu_folder / "forget01_perturbed.json")
-    prepare(read_arguments([str(a) for a in tofu]))
+    job.prepare(unlearning.JOB, arguments.read_arguments(arguments.UNLEARN, [str(a) for a in tofu]))
     assert capsys.readouterr().err == "forget: 1 row(s) left out, their prompt fills 96 tokens\n"
 
 
@@ -479,12 +480,15 @@ def test_smollm2_not_installed(refused, monkeypatch, tofu, tmp_path, module):
 
 
 def test_output_folder_of_another_run(refused, small, tmp_path):
-    from train.jobs.unlearning.pipeline import enter
-    from train.presets.unlearning_arguments import read_arguments
+    from train.jobs import job
+    from train.presets import arguments
+    from train.runtime import folder
 
     root = tmp_path / "there"
-    config = read_arguments(["quickstart", *small, "--seed", "4", "--output", str(root)])
-    enter(config)
+    config = arguments.read_arguments(
+        arguments.UNLEARN, ["quickstart", *small, "--seed", "4", "--output", str(root)]
+    )
+    folder.enter(job.place_of(config))
     (root / "summary.json").write_text("{}")
     argv = ["quickstart", *small]
     line = refused("train.unlearn", *argv, "--seed", "5", parts=[root, "another run"], output=root)
@@ -516,15 +520,17 @@ def test_output_folder_that_is_something_else(refused, small, tmp_path):
 
 
 def test_empty_output_folders_are_welcome(small, tmp_path):
-    from train.jobs.unlearning.pipeline import enter
-    from train.presets.unlearning_arguments import read_arguments
+    from train.jobs import job
+    from train.presets import arguments
 
     root = tmp_path / "new"
     root.mkdir()
     (root / "config.json.part").write_text("{")  # from a run killed in its first moment
-    config = read_arguments(["quickstart", *small, "--output", str(root)])
+    config = arguments.read_arguments(
+        arguments.UNLEARN, ["quickstart", *small, "--output", str(root)]
+    )
     with folder.locked(root):
-        assert enter(config) == root == enter(config)
+        assert folder.enter(job.place_of(config)) == root == folder.enter(job.place_of(config))
     assert sorted(p.name for p in root.iterdir()) == ["config.json", "config.key"]
     assert cli.read_config(RunConfig, root / "config.json").finetune == config.finetune
 

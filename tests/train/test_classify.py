@@ -16,12 +16,13 @@ from models.decoder.model import Decoder
 from models.files.families import new_config
 from train.evaluators import EVALUATORS, plots
 from train.evaluators.evaluation import Answers
-from train.jobs.classification import pipeline as classification
-from train.jobs.classification.config import TASKS, ClassifyRun
+from train.jobs import classification, job
+from train.jobs.classification_options import TASKS, ClassifyRun
 from train.options.config import identity, replace
 from train.options.optimizers import OPTIMIZERS, fitted, forwards, options_of, steps_within
 from train.options.start import tuned
-from train.presets.classification_arguments import check_start, read_arguments
+from train.presets import arguments
+from train.presets.arguments import check_start
 from train.presets.classify import PRESETS
 from train.reporting import compare, tables
 from train.reporting.page import steps_of
@@ -279,22 +280,27 @@ def test_every_preset_takes_every_optimizer_or_says_why_not(name, tmp_path, monk
         assert config.optimizer.name == optimizer
         if row.needs == "split":
             with pytest.raises(UserError, match="needs a forget and a retain side"):
-                classification.check(config)
+                job.check(classification.JOB, config)
             continue
         for one in (config, replace(config, smoke=True, **preset.SMOKE)):
             one = replace(one, optimizer=fitted(one.optimizer, 4)) if one.smoke else one
-            _, steps = classification.check(one)
+            job.check(classification.JOB, one)
+            steps = classification.steps_of(one)
             cost = forwards(one.optimizer, steps)
             assert cost <= one.train.forwards < cost + forwards(one.optimizer, 40)
     monkeypatch.chdir(tmp_path)
     if hasattr(preset, "MADE_BY"):
         with pytest.raises(UserError, match="export does not exist; run `python -m train.pretrain"):
-            check_start(read_arguments([name]))
+            check_start(arguments.read_arguments(arguments.CLASSIFY, [name]))
         Path(preset.PRESET.model.path).mkdir(parents=True)
-    config = read_arguments([name, "--smoke", "--optimizer.name", "hybrid"])
+    config = arguments.read_arguments(
+        arguments.CLASSIFY, [name, "--smoke", "--optimizer.name", "hybrid"]
+    )
     check_start(config)
     assert getattr(config.optimizer, "period", 0) == config.train.forwards // 6
-    config = read_arguments([name, "--smoke", "--optimizer.name", "mezo"])
+    config = arguments.read_arguments(
+        arguments.CLASSIFY, [name, "--smoke", "--optimizer.name", "mezo"]
+    )
     assert config.optimizer == preset.OPTIMIZERS["mezo"][0] and config.smoke
     assert config.data.train_rows == preset.SMOKE["data.train_rows"]
 
@@ -331,7 +337,7 @@ def test_a_smoke_run(program, request, tmp_path, preset, model):
     assert summary["base"]["params_sha256"] != summary["finetuned"]["params_sha256"]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     again = ["--config", str(tmp_path / "run" / "config.json"), "--seed", "1"]
-    assert identity(read_arguments(again)) == config | {"seed": 1}
+    assert identity(arguments.read_arguments(arguments.CLASSIFY, again)) == config | {"seed": 1}
 
 
 def test_every_number_of_the_configuration_has_a_word():

@@ -12,8 +12,8 @@ from models.files import vit_files
 from models.vision.vit import ViT, ViTConfig
 from train.classify import read_arguments
 from train.engine.replays import bases, recording, stored
-from train.jobs.classification import pipeline
-from train.jobs.classification.config import StartConfig
+from train.jobs import classification
+from train.jobs.classification_options import StartConfig
 from train.options.config import identity
 from train.options.optimizers import options_of
 from train.replay import BaseConfig
@@ -181,7 +181,7 @@ def test_the_models_of_a_run_are_exported(learned, program, tmp_path):
 def test_a_second_start_finds_everything(learned, program, data, monkeypatch):
     output, _ = learned
     before = (output / "summary.json").read_text()
-    monkeypatch.setattr(pipeline, "log_of", None)  # nothing is asked again
+    monkeypatch.setattr(classification, "log_of", None)  # nothing is asked again
     done = started(program, data, output, *LEARN)
     assert done.code == 0 and done.err.count("found, made from the same inputs") == 2
     assert (output / "summary.json").read_text() == before

@@ -24,8 +24,7 @@ from train.options.optimizers import COMBINERS, OPTIMIZERS, make_schedule, other
 from train.options.optimizers import ROWS as OPTIMIZER
 from train.options.optimizers import options_of as optimizer_of
 from train.planning.planned import PlanConfig
-from train.presets import PRESETS
-from train.presets.unlearning_arguments import read_arguments
+from train.presets import PRESETS, arguments
 from train.runtime import suggest
 from train.runtime.errors import TrainingError
 
@@ -246,28 +245,37 @@ def test_configuration_file_that_does_not_read(tmp_path):
     path.write_bytes(b"\xff\xfe\xfa")
     fails(lambda: cli.read_config(RunConfig, path), str(path))
     fails(lambda: cli.read_config(RunConfig, tmp_path), str(tmp_path))
-    fails(lambda: read_arguments(["--config"]), "--config")
+    fails(lambda: arguments.read_arguments(arguments.UNLEARN, ["--config"]), "--config")
 
 
 def test_rerun_of_a_configuration(tmp_path):
-    first = read_arguments(["quickstart", "--seed", "3", "--objective.push", "0"])
+    first = arguments.read_arguments(
+        arguments.UNLEARN, ["quickstart", "--seed", "3", "--objective.push", "0"]
+    )
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_json(first)))
-    assert read_arguments(["--config", str(path)]) == first
-    second = read_arguments(["--config", str(path), "--seed", "4", "--output", "elsewhere"])
+    assert arguments.read_arguments(arguments.UNLEARN, ["--config", str(path)]) == first
+    second = arguments.read_arguments(
+        arguments.UNLEARN, ["--config", str(path), "--seed", "4", "--output", "elsewhere"]
+    )
     assert second == dataclasses.replace(first, seed=4, output=Path("elsewhere"))
-    smoke = read_arguments(["--config", str(path), "--smoke"])
+    smoke = arguments.read_arguments(arguments.UNLEARN, ["--config", str(path), "--smoke"])
     assert smoke.smoke and smoke.finetune.steps == PRESETS["quickstart"].SMOKE["finetune.steps"]
-    other = read_arguments(["--config", str(path), "--objective.name", "npo"])
+    other = arguments.read_arguments(
+        arguments.UNLEARN, ["--config", str(path), "--objective.name", "npo"]
+    )
     assert other.objective == objective_of("npo")
-    fails(lambda: read_arguments(["--config", str(path), "--sed", "4"]), "--seed")
+    fails(
+        lambda: arguments.read_arguments(arguments.UNLEARN, ["--config", str(path), "--sed", "4"]),
+        "--seed",
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_another_objective_drops_the_presets_tuning(preset, name):
     default = PRESETS[preset].PRESET
-    config = read_arguments([preset, "--objective.name", name])
+    config = arguments.read_arguments(arguments.UNLEARN, [preset, "--objective.name", name])
     if name == default.objective.name:
         assert config.objective == default.objective
     else:
@@ -276,7 +284,9 @@ def test_another_objective_drops_the_presets_tuning(preset, name):
         assert type(config.objective) is OBJECTIVES[name].options
     assert config.optimizer == default.optimizer and config.data == default.data
     # Options on the command line win, in either order.
-    weight = read_arguments([preset, f"--objective.name={name}"]).objective
+    weight = arguments.read_arguments(
+        arguments.UNLEARN, [preset, f"--objective.name={name}"]
+    ).objective
     assert weight == config.objective
 
 
@@ -284,7 +294,7 @@ def test_another_objective_drops_the_presets_tuning(preset, name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_another_optimizer_brings_the_presets_options_for_it(preset, name):
     default = PRESETS[preset].PRESET
-    config = read_arguments([preset, "--optimizer.name", name])
+    config = arguments.read_arguments(arguments.UNLEARN, [preset, "--optimizer.name", name])
     assert config.optimizer.name == name and config.objective == default.objective
     known, changes = getattr(PRESETS[preset], "OPTIMIZERS", {}).get(name, (None, {}))
     if name == default.optimizer.name:
@@ -296,7 +306,9 @@ def test_another_optimizer_brings_the_presets_options_for_it(preset, name):
     else:
         assert config.optimizer == other(default.optimizer, name)
     # Options on the command line win.
-    rate = read_arguments([preset, "--optimizer.name", name, "--optimizer.learning-rate", "0.5"])
+    rate = arguments.read_arguments(
+        arguments.UNLEARN, [preset, "--optimizer.name", name, "--optimizer.learning-rate", "0.5"]
+    )
     assert rate.optimizer == replace(config.optimizer, learning_rate=0.5)
 
 
@@ -304,35 +316,49 @@ def test_another_optimizer_brings_the_presets_options_for_it(preset, name):
 def test_another_model_drops_what_is_tuned_for_the_presets_blocks(option):
     assert PRESETS["tofu-smollm2"].OBJECTIVES["asu"].layers
     for name in PRESETS:
-        config = read_arguments([name, option, "folder", "--objective.name", "asu"])
+        config = arguments.read_arguments(
+            arguments.UNLEARN, [name, option, "folder", "--objective.name", "asu"]
+        )
         assert config.objective == objective_of("asu")
 
 
 def test_a_given_original_is_asked_for_no_other_answers():
     preset = PRESETS["tofu-smollm2"].PRESET
     assert preset.objective.name == "alternate"
-    assert read_arguments(["tofu-smollm2", "--model.path", "x"]).objective == preset.objective
+    assert (
+        arguments.read_arguments(arguments.UNLEARN, ["tofu-smollm2", "--model.path", "x"]).objective
+        == preset.objective
+    )
     given = ["tofu-smollm2", "--stage.original", "x"]
-    assert read_arguments(given).objective == objective_of("asu")
-    asked = read_arguments([*given, "--objective.name", "alternate"])
+    assert arguments.read_arguments(arguments.UNLEARN, given).objective == objective_of("asu")
+    asked = arguments.read_arguments(arguments.UNLEARN, [*given, "--objective.name", "alternate"])
     assert asked.objective == preset.objective
-    both = read_arguments(["quickstart", "--stage.original", "x", "--data.forget", "f.csv"])
+    both = arguments.read_arguments(
+        arguments.UNLEARN, ["quickstart", "--stage.original", "x", "--data.forget", "f.csv"]
+    )
     assert both.objective == objective_of("asu")  # rows of one's own may bring no other answers
 
 
 def test_options_beside_another_objective_count():
-    config = read_arguments(["quickstart", "--objective.beta", "0.3", "--objective.name", "npo"])
+    config = arguments.read_arguments(
+        arguments.UNLEARN, ["quickstart", "--objective.beta", "0.3", "--objective.name", "npo"]
+    )
     assert config.objective == objective_of("npo", beta=0.3)
-    fails(lambda: read_arguments(["quickstart", "--objective.name", "npoo"]), "'npo'")
+    fails(
+        lambda: arguments.read_arguments(
+            arguments.UNLEARN, ["quickstart", "--objective.name", "npoo"]
+        ),
+        "'npo'",
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_smoke_shrinks_and_overrides_win(name):
     preset = PRESETS[name]
-    config = read_arguments([name, "--smoke", "--unlearn.steps", "17"])
+    config = arguments.read_arguments(arguments.UNLEARN, [name, "--smoke", "--unlearn.steps", "17"])
     assert config.smoke and config.unlearn.steps == 17
     assert config == replace(preset.PRESET, smoke=True, **{**preset.SMOKE, "unlearn.steps": 17})
-    assert not read_arguments([name]).smoke
+    assert not arguments.read_arguments(arguments.UNLEARN, [name]).smoke
 
 
 def test_smoke_of_an_evaluation():
@@ -503,36 +529,18 @@ def test_the_names_on_the_command_line_choose_the_options():
     assert config.objective == objective_of("asu", layers=(1,))
 
 
-# What earlier versions wrote: the options of every row, None or a default where they were not set.
-FLAT_OBJECTIVE = dict.fromkeys(
-    "retain beta delta temperature layers push contrast forget_weight retain_weight compat".split()
-)
-FLAT_OPTIMIZER = {
-    "learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.05, "weight_decay": 0.0, "b1": 0.9,
-    "b2": 0.98, "eps": 1e-8, "momentum": 0.95, "clip_norm": None, "rank": None,
-    "bases": "subspace", "threshold": 0.0, "group_size": 2, "queries": None, "perturbation": 1e-3,
-    "refresh": 100, "vector_rate": 1e-7, "period": 20, "zo_learning_rate": None,
-    "state_dtype": "float32", "comm_dtype": "float32",
-}  # fmt: skip
-
-
-def test_files_of_an_earlier_version_are_read(tmp_path):
+def test_files_name_the_rows_whose_options_they_have(tmp_path):
     path = tmp_path / "config.json"
 
     def read(objective, optimizer):
-        old = to_json(QUICKSTART) | {"objective": FLAT_OBJECTIVE | objective}
-        old["finetune"] = old["finetune"] | {"optimizer": FLAT_OPTIMIZER | {"name": "adamw"}}
-        path.write_text(json.dumps(old | {"optimizer": FLAT_OPTIMIZER | optimizer}))
+        whole = to_json(QUICKSTART) | {"objective": objective, "optimizer": optimizer}
+        path.write_text(json.dumps(whole))
         return cli.read_config(RunConfig, path)
 
-    flat = read({"name": "asu", "temperature": 3.0, "layers": [1]}, {"name": "sift", "rank": 9})
-    assert flat.objective == objective_of("asu", temperature=3.0, layers=(1,))
-    assert flat.finetune == QUICKSTART.finetune
-    tuned = {"learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.05, "b2": 0.98}
-    assert flat.optimizer == optimizer_of("sift", rank=9, **tuned)
-    assert cli.from_json(RunConfig, json.loads(json.dumps(to_json(flat)))) == flat
-    muon = read({"name": "npo"}, {"name": "muon"})
-    assert (muon.objective, muon.optimizer) == (objective_of("npo"), optimizer_of("muon", **tuned))
+    found = read({"name": "asu", "temperature": 3.0, "layers": [1]}, {"name": "sift", "rank": 9})
+    assert found.objective == objective_of("asu", temperature=3.0, layers=(1,))
+    assert found.optimizer == optimizer_of("sift", rank=9)
+    assert cli.from_json(RunConfig, json.loads(json.dumps(to_json(found)))) == found
     fails(lambda: read({"name": "npo", "delta": 0.5}, {"name": "muon"}), "'npo' does not use delta")
     fails(lambda: read({"name": "npo"}, {"name": "muon", "rank": 8}), "muon does not read it")
     fails(lambda: read({"name": "npoo"}, {"name": "muon"}), "did you mean 'npo'")
@@ -590,8 +598,9 @@ def test_the_last_value_of_a_python_shell_may_be_anything(repo):
     """`builtins._` looks hashable and is not, as in a shell after `([1],)`, and stays as it is."""
     code = (
         "import builtins; builtins._ = ([1],); "
-        "from train.presets.unlearning_arguments import read_arguments; "
-        "assert read_arguments(['quickstart', '--seed', '3']).seed == 3; assert _ == ([1],)"
+        "from train.presets.arguments import read_arguments; "
+        "config = read_arguments('train.unlearn', ['quickstart', '--seed', '3']); "
+        "assert config.seed == 3; assert _ == ([1],)"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], cwd=repo, env=environment, check=True)

@@ -15,10 +15,11 @@ from models.files.vit_files import LoadedViT
 from models.files.weights import flatten
 from models.vision.vit import ViT, ViTConfig
 from train.data.captions import CLOTHES
-from train.jobs.diffusing import attack_files, attacking, drawing, pipeline, prompts, stored
+from train.jobs.diffusing import attack_files, attacking, drawing, painters, prompts, stored
 from train.jobs.diffusing.drawing import Wanted
-from train.presets.diffusing_arguments import read_arguments, read_attack, read_defend, read_erase
-from train.reporting import provenance, rerun
+from train.options.config import identity
+from train.presets.arguments import read_arguments
+from train.reporting import provenance
 from train.reporting.tables import load_run
 from train.runtime.digests import params_sha256
 from train.runtime.sharding import MeshConfig, make_mesh
@@ -472,7 +473,9 @@ def test_tokens_for_other_embeddings_are_refused(program, erased, attacked, tmp_
 
 def test_embeddings_are_known_in_any_precision(diffused):
     mesh = make_mesh(MeshConfig(data=1))
-    painter = pipeline.given(diffused[0] / "export", read_arguments(["fashion"]), mesh)
+    painter = painters.given(
+        diffused[0] / "export", read_arguments("train.diffuse", ["fashion"]), mesh
+    )
     known = attack_files.embeddings_sha(painter)
     for dtype, same in (("bfloat16", True), ("float32", True), (None, False)):
         table = np.asarray(painter.params["text_encoder"]["embed"]["embedding"])
@@ -495,27 +498,31 @@ def test_a_run_without_an_original_is_refused(program, erased, tmp_path):
 
 
 def test_commands_read_as_configurations(diffused, erased):
-    one = read_arguments(["fashion", "--original.steps", "20"])
+    one = read_arguments("train.diffuse", ["fashion", "--original.steps", "20"])
     assert one.original.steps == 20 and one.data.source == "fashion"
-    two = read_erase([str(diffused[0]), "--erase.method", "esd", "--erase.guidance", "2"])
-    tuned: dict[str, Any] = {name: read_erase([name]).erase for name in ("fashion", "sd14")}
+    two = read_arguments(
+        "train.erase", [str(diffused[0]), "--erase.method", "esd", "--erase.guidance", "2"]
+    )
+    tuned: dict[str, Any] = {
+        name: read_arguments("train.erase", [name]).erase for name in ("fashion", "sd14")
+    }
     assert (tuned["fashion"].positions, tuned["sd14"].positions) == ("onward", "last")
     erase: Any = two.erase
     assert (erase.name, erase.guidance, two.run) == ("esd", 2.0, diffused[0])
     assert two.smoke and two.unlearn.steps == 4
-    attack: Any = read_attack([str(erased), "--attack", "cce", "--attack.steps", "7"]).attack
+    attack: Any = read_arguments(
+        "train.attack", [str(erased), "--attack", "cce", "--attack.steps", "7"]
+    ).attack
     assert (attack.name, attack.steps, attack.tokens) == ("cce", 7, 2)
-
-
-READ = {"erase": read_erase, "attack": read_attack, "defend": read_defend}
 
 
 def test_a_report_tells_how_to_repeat_a_run(erased, attacked, defended):
     for output, program in ((erased, "erase"), (attacked, "attack"), (defended, "defend")):
         config = json.loads((output / "config.json").read_text())
-        again = READ[program](["--config", str(output / "config.json")])
-        assert pipeline.identity(again) == config
-        command = rerun.command(config, f"train.{program}")
+        argv = ["--config", str(output / "config.json")]
+        again = read_arguments(f"train.{program}", argv)
+        assert identity(again) == config
+        command = json.loads((output / "run.json").read_text())["command"]
         assert command.startswith(f"python -m train.{program} "), command
 
 

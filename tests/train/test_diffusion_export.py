@@ -18,11 +18,12 @@ from models.diffusion.text_to_image import draw_images
 from models.files import clip_tokenizer
 from train.data import captions
 from train.engine.run import Run
-from train.jobs.diffusing import defending, drawing, held, pipeline
+from train.jobs import diffusion
+from train.jobs.diffusing import defending, drawing, held, painters
 from train.jobs.diffusing.drawing import Shield, Wanted
 from train.jobs.diffusing.held import Painter
 from train.jobs.diffusing.judges import Judge
-from train.jobs.diffusing.pipeline import Opened
+from train.jobs.job import Started
 from train.options.config import replace
 from train.presets import fashion
 from train.runtime.sharding import MeshConfig, make_mesh
@@ -79,7 +80,7 @@ def exported(painter, mesh, tmp_path_factory):
     shut = defending.project_table(work, painter.denoiser, basis.tolist(), [])
     table = painter._replace(denoiser=painter.denoiser._replace(params=shut, sha="projected"))
     root = tmp_path_factory.mktemp("exports")
-    pipeline.export(opened(mesh, root / "diffuse"), painter, judge, "A model.")
+    diffusion.export(opened(mesh, root / "diffuse"), painter, judge, "A model.")
     defending.export(opened(mesh, root / "defend"), table, basis, judge)
     return {
         "diffuse": (root / "diffuse" / "export", None),
@@ -92,7 +93,7 @@ def opened(mesh, folder):
     if folder is not None:
         folder.mkdir()
     run: Any = Run(folder, mesh, 0, None, None, [], {})  # pyright: ignore[reportArgumentType]
-    return Opened(run, CONFIG, None)  # pyright: ignore[reportArgumentType]
+    return Started(run, CONFIG, None, None, None)
 
 
 @pytest.mark.parametrize("program", ["diffuse", "defend"])
@@ -147,7 +148,7 @@ def test_the_same_latents_become_the_same_images(
         vae = model.vae.to_device()
         return np.asarray(draw_images(vae.model, vae.params, jnp.asarray(found)))
 
-    found = ours(pipeline.given(folder, CONFIG, mesh))
+    found = ours(painters.given(folder, CONFIG, mesh))
     assert want.shape == found.shape == (3, 16, 16, 1) and want.std() > 0.03
     np.testing.assert_allclose(found, want, rtol=0, atol=LIMIT)
     if shield is not None:

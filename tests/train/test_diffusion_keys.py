@@ -15,13 +15,14 @@ import pytest
 from fields import another, leaves
 
 from train.engine.run import Run
-from train.jobs.diffusing import attacking, defending, erasing, held, judging, pipeline
+from train.jobs import diffusion
+from train.jobs.diffusing import defending, erasing, held, judging, token_search
 from train.jobs.diffusing.config import AttackRun, DefendConfig, DiffuseRun, EraseRun
 from train.jobs.diffusing.judging import Asked, Shown, Tokens
-from train.jobs.diffusing.pipeline import Opened
-from train.options.config import replace
+from train.jobs.job import Started
+from train.options.config import identity, replace
 from train.options.optimizer_options import AdamW
-from train.presets.diffusing_arguments import read_arguments
+from train.presets.arguments import read_arguments
 from train.runtime import sharding
 from train.runtime.stages import digest
 from train.tasks import pictures
@@ -136,12 +137,12 @@ def noted():
         return SimpleNamespace(embedding=jax.numpy.ones(width), coefficients=jax.numpy.ones(4))
 
     patch.setattr("train.engine.run.params_stage", params_stage)
-    patch.setattr("train.jobs.diffusing.pipeline.json_stage", json_stage)
+    patch.setattr("train.jobs.diffusing.training.json_stage", json_stage)
     patch.setattr("train.jobs.diffusing.judging.json_stage", json_stage)
     patch.setattr("train.jobs.diffusing.held.random", random)
     patch.setattr("train.jobs.diffusing.drawing.encoded", encoded)
-    patch.setattr("train.jobs.diffusing.attacking.params_sha256", shape_sha)
-    patch.setattr("train.jobs.diffusing.attacking.jax.jit", lambda function: function)
+    patch.setattr("train.jobs.diffusing.token_search.params_sha256", shape_sha)
+    patch.setattr("train.jobs.diffusing.token_search.jax.jit", lambda function: function)
     patch.setattr("models.diffusion.denoiser.AttackLearner.token", token)
     patch.setattr("jaxlib_unlearn.concepts.words_of", lambda *args: [("word", 1.0)])
     patch.setattr("jaxlib_unlearn.concepts.share_of_top", lambda *args: 1.0)
@@ -155,22 +156,23 @@ def loaded(data, multiple):
     return pictures.load(data, multiple)
 
 
-def opened(config: Any, given: Any) -> Opened:
+def opened(config: Any, given: Any) -> Started:
     mesh = sharding.make_mesh(config.mesh)
     run = Run(Path("run"), mesh, config.seed, None, config.stage.cache)
-    return Opened(run, config, loaded(config.data, pipeline.multiple_of(config)), given)
+    found = loaded(config.data, diffusion.multiple_of(config))
+    return Started(run, config, found, given, None)
 
 
-def note_judged(at: Opened, judge: Any, model: Shown, concept: int | None, name: str) -> None:
-    asked = Asked(at.run, judge, at.pictures, concept, at.config.draw, at.config.seed)
-    judging.log_of(asked, model, ("explicit", "attacked", "kept"), name)
+def note_judged(at: Started, judge: Any, model: Shown, concept: int | None, name: str) -> None:
+    asked = Asked(at.run, judge, at.rows, concept, at.config.draw, at.config.seed)
+    FOUND[name] = digest(judging.inputs_of(asked, model, ("explicit", "attacked", "kept")))
 
 
 def diffuse_keys(config: Any) -> dict[str, str]:
     """The keys of a run of train.diffuse."""
     FOUND.clear()
-    at = opened(config, pipeline.Loaded(None, None))
-    judge, painter = pipeline.models(at)
+    at = opened(config, diffusion.Loaded(None, None))
+    judge, painter = diffusion.models(at)
     note_judged(at, judge, Shown(painter), None, "log")
     return dict(FOUND)
 
@@ -178,10 +180,10 @@ def diffuse_keys(config: Any) -> dict[str, str]:
 def erase_keys(config: Any) -> dict[str, str]:
     """Those of a run of train.erase that makes its models."""
     FOUND.clear()
-    at = opened(config, pipeline.Loaded(None, None))
+    at = opened(config, diffusion.Loaded(None, None))
     judge, painter = erasing.models(at)
     model = erasing.erased(at, painter)
-    concept = at.pictures.class_of(config.erase.concept)
+    concept = at.rows.class_of(config.erase.concept)
     note_judged(at, judge, Shown(model), concept, "log")
     return dict(FOUND)
 
@@ -189,7 +191,7 @@ def erase_keys(config: Any) -> dict[str, str]:
 @functools.cache
 def models() -> tuple[Any, Any]:
     """The judge and the original of the configuration that all tests start from."""
-    return pipeline.models(opened(START, pipeline.Loaded(None, None)))
+    return diffusion.models(opened(START, diffusion.Loaded(None, None)))
 
 
 def attack_keys(config: Any) -> dict[str, str]:
@@ -200,13 +202,13 @@ def attack_keys(config: Any) -> dict[str, str]:
     aim: Any = SimpleNamespace(
         concept=7, shown=Shown(painter), original=painter, source=None, judge=judge, given=None
     )
-    tokens = attacking.tokens(at, aim)
+    tokens = token_search.tokens(at, aim)
     note_judged(at, judge, Shown(painter, tokens), 7, "log")
     return dict(FOUND)
 
 
 ONE = "--mesh.data 1 --data.train-rows 200 --data.test-rows 50 --original.steps 4".split()
-START: DiffuseRun = read_arguments(["fashion", "--smoke", *ONE])
+START: DiffuseRun = read_arguments("train.diffuse", ["fashion", "--smoke", *ONE])
 
 
 def as_run(cls: type, **more: Any) -> Any:
@@ -251,10 +253,8 @@ def test_every_field_of_a_text_to_image_model_is_in_a_key():
 
 def test_folders_of_before_are_still_the_runs_that_they_were():
     """Their config.json names the place of the cache."""
-    assert pipeline.identity(START)["stage"] == {"cache": None}
-    assert pipeline.identity(replace(START, **{"stage.cache": Path("x")})) == pipeline.identity(
-        START
-    )
+    assert identity(START)["stage"] == {"cache": None}
+    assert identity(replace(START, **{"stage.cache": Path("x")})) == identity(START)
 
 
 @pytest.mark.parametrize("name", ERASING.table)
@@ -316,7 +316,7 @@ def test_measured_words_depend_on_the_images_that_were_trained_on():
     FOUND.clear()
     note_judged(at, judge, Shown(painter), None, "log")
     known = FOUND["log"]
-    assert at.pictures.borders is not None
-    others = at.pictures._replace(borders=at.pictures.borders + 0.01)
+    assert at.rows.borders is not None
+    others = at.rows._replace(borders=at.rows.borders + 0.01)
     note_judged(at._replace(pictures=others), judge, Shown(painter), None, "log")
     assert FOUND["log"] != known

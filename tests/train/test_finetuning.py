@@ -19,14 +19,14 @@ from train.data.search_traces import THOUGHTS, search_rows
 from train.evaluators import EVALUATORS
 from train.evaluators.base import Results
 from train.evaluators.final_answer import learnt
-from train.jobs.finetuning import encoding, pipeline, sources
-from train.jobs.finetuning.config import CondenseConfig, ReasoningData, ReasoningRun
+from train.jobs import encoding, finetuning, sources
+from train.jobs.finetuning_options import CondenseConfig, ReasoningData, ReasoningRun
 from train.options import cli
 from train.options.choices import options
 from train.options.config import replace, to_json
 from train.options.roles import Roles
+from train.presets import arguments
 from train.presets.epic import PRESETS
-from train.presets.finetuning_arguments import read_arguments
 
 ROWS = search_rows(5, "train", 60)
 
@@ -227,7 +227,7 @@ def test_whole_traces_are_matched_among_those_that_fit(tokenizer, room, tau):
     assert possible - max(fitting) < found.tokens <= possible
     assert found.missing == short.tokens - possible
     said = f"; {found.missing:,} tokens fewer than shortened"
-    assert (said in pipeline.words(found)) == (found.missing > 0)
+    assert (said in finetuning.words(found)) == (found.missing > 0)
 
 
 def test_questions_that_fill_the_context_are_not_asked(tokenizer):
@@ -407,9 +407,13 @@ def test_presets_read_back_and_say_what_the_card_says():
     assert (adamw.learning_rate, adamw.schedule, adamw.warmup) == (5e-5, "linear", 0.1)
     assert (adamw.weight_decay, adamw.clip_norm, adamw.b1, adamw.b2) == (1e-4, 1.0, 0.9, 0.999)
     assert (big.train.epochs, big.train.batch_size, big.data.mask_prompt) == (3, 16, False)
-    other = read_arguments(["epic-tiny", "--data.source", "rows", "--data.path", "x.jsonl"])
+    other = arguments.read_arguments(
+        arguments.FINETUNE, ["epic-tiny", "--data.source", "rows", "--data.path", "x.jsonl"]
+    )
     assert other.data.train_rows == PRESETS["epic-tiny"].PRESET.data.train_rows
-    quick = read_arguments(["epic-tiny", "--smoke", "--optimizer.name", "teon"])
+    quick = arguments.read_arguments(
+        arguments.FINETUNE, ["epic-tiny", "--smoke", "--optimizer.name", "teon"]
+    )
     assert quick.smoke and quick.train.steps == 3 and quick.optimizer.name == "teon"
 
 

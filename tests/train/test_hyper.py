@@ -19,10 +19,10 @@ from train.engine.hyper import hyper_of, static_of, traced_fields, traced_step
 from train.engine.run import Run
 from train.engine.step import init_state, make_step, objective_state
 from train.engine.trainable import trainable_of
-from train.jobs.unlearning import pipeline
+from train.jobs import unlearning_stages
 from train.options.optimizers import OPTIMIZERS, build, make_schedule, over_rows
 from train.options.optimizers import options_of as optimizer_of
-from train.presets.unlearning_arguments import read_arguments
+from train.presets import arguments
 from train.runtime.sharding import MeshConfig, make_mesh, put_batch, put_params
 from train.runtime.tracking import Tracker
 from train.tasks import load_task
@@ -201,15 +201,17 @@ def test_several_members_at_once(mesh, params, name):
 
 def test_original_and_oracle_share_their_programs(small, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_COMPILED", {})
-    config = read_arguments(["quickstart", *small, "--finetune.steps", "4"])
+    config = arguments.read_arguments(
+        arguments.UNLEARN, ["quickstart", *small, "--finetune.steps", "4"]
+    )
     task, mesh = load_task(config), make_mesh(config.mesh)
     base = base_models.base_model(config, task, mesh)
     run = Run(tmp_path, mesh, 0, Tracker(tmp_path))
     knows = task.forget + task.retain
-    pipeline.finetune(run, config, "original", base, knows)
+    unlearning_stages.finetune(run, config, "original", base, knows)
     (programs,) = loop._COMPILED.values()
     before = dict(programs)
-    pipeline.finetune(run, config, "oracle", base, task.retain, knows)
+    unlearning_stages.finetune(run, config, "oracle", base, task.retain, knows)
     assert list(loop._COMPILED.values()) == [programs]
     assert set(before) <= set(programs) and len(programs) < 2 * len(before)
     used = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -16,7 +16,7 @@ from train.data.batches import shuffled
 from train.data.image_files import read_idx, read_images
 from train.data.images import Picture, Pictures, resized
 from train.data.stream import Stream
-from train.jobs.classification.config import ClassifyData
+from train.jobs.classification_options import ClassifyData
 from train.tasks import images as tasks
 from train.tasks import labelled
 

@@ -20,18 +20,15 @@ from train.engine import base_models, keys
 from train.engine.keys import WHY_NOT
 from train.engine.run import Run
 from train.evaluators import judging
-from train.jobs.unlearning import pipeline
+from train.jobs import unlearning_stages
 from train.options import cli
-from train.options.config import OBJECTIVE, RunConfig, replace, to_json
+from train.options.config import OBJECTIVE, RunConfig, replace
 from train.options.optimizers import ROWS as OPTIMIZER
 from train.presets import PRESETS
 from train.runtime import sharding
 from train.runtime.stages import digest
 from train.tasks import load_task
 from train.tasks.task import prompt_format
-
-# Of a small decoder, as it was before there were families with learned positions.
-OLD_SHAPE = "ff5f01387c1620582d09c86ac5aa655bbf4fcefd7f1cf0045d158cc7db4ede06"
 
 # Other values, for fields where adding one or taking the next choice will not do.
 OTHER: dict[str, Any] = {
@@ -162,9 +159,9 @@ def keys_of(config: RunConfig, monkeypatch, change=lambda decoder: decoder) -> d
     base = base._replace(decoder=change(base.decoder), sha=f"{base.sha} {config.seed}")
     mesh = sharding.make_mesh(config.mesh)
     run = Run(Path("run"), mesh, config.seed, None, config.stage.cache)
-    original = pipeline.finetune(run, config, "original", base, task.forget + task.retain)
-    oracle = pipeline.finetune(run, config, "oracle", base, task.retain)
-    unlearned = pipeline.unlearn(run, config, original, task)
+    original = unlearning_stages.finetune(run, config, "original", base, task.forget + task.retain)
+    oracle = unlearning_stages.finetune(run, config, "oracle", base, task.retain)
+    unlearned = unlearning_stages.unlearn(run, config, original, task)
     judge = {"oracle": oracle, "base": base}[config.evaluate.judge]
     for name, model in {"original": original, "unlearned": unlearned}.items():
         judging.evaluate_cached(config, model, task, judge, Path("run"), mesh, name)
@@ -255,29 +252,6 @@ def test_every_field_of_the_model_is_in_the_keys_of_training(field, monkeypatch,
     asked = ("hidden", {}, stream)
     cache = [digest(references.reference_inputs("sha", c, *asked)) for c in (ours, theirs)]
     assert stage[0] != stage[1] and cache[0] != cache[1]
-
-
-def test_fields_younger_than_stored_results_are_in_no_key_at_their_defaults():
-    """Results that were stored before the families with learned positions are still found."""
-    shape = DecoderConfig(16, 8, 16, 2, 2, 1, 4)
-    assert digest(to_json(shape)) == OLD_SHAPE
-    young = {f.name for f in dataclasses.fields(shape) if f.metadata.get("later")}
-    assert young == {"norm", "positions", "position_offset", "mlp", "activation"}
-    for name in young:
-        value = another(name, getattr(shape, name), OTHER)
-        other = dataclasses.replace(shape, **{name: value})
-        assert to_json(other)[name] != getattr(shape, name)
-
-
-def test_only_keys_of_zeroth_order_stages_tell_that_directions_depend_on_the_seed():
-    """Results stored before are found, those of directions that no seed chose are not."""
-    rest = {
-        "objective": START.objective, "combine": "sum", "steps": 4, "batch_size": 8, "seed": 0,
-        "adapters": None,
-    }  # fmt: skip
-    for name, row in OPTIMIZER.table.items():
-        found = keys.stage_inputs("sha", {}, {}, optimizer=row.options(), **rest)
-        assert ("directions" in found) == (row.sides > 0), name
 
 
 def test_one_cache_does_not_mistake_a_dtype_or_a_rope_theta(monkeypatch):

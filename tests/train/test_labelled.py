@@ -8,7 +8,7 @@ import pytest
 
 from jaxlib_unlearn.errors import UserError
 from train.data.labelled import Pools, divide, hub_pools, read_pools
-from train.jobs.classification.config import TASKS, ClassifyData
+from train.jobs.classification_options import TASKS, ClassifyData
 from train.tasks import labelled, text_kinds
 
 SST2 = (("sentence",), ("label",))

@@ -23,7 +23,7 @@ from train.engine import base_models
 from train.engine import run as runs
 from train.engine.run import Recipe, Run
 from train.evaluators.evaluation import Model, longest, score_items
-from train.jobs.unlearning import pipeline
+from train.jobs import unlearning_stages
 from train.options.config import RunConfig, UnlearnConfig
 from train.options.optimizers import options_of
 from train.runtime import sharding
@@ -156,7 +156,7 @@ def test_adapters_of_the_family_are_exported_as_its_own(gpt2, run, tmp_path):
     config = dataclasses.replace(RunConfig(), lora=dataclasses.replace(
         RunConfig().lora, rank=2, targets=targets))  # fmt: skip
     adapters = models.decoder.lora.init(gpt2.params, 2, targets)
-    pipeline.export_adapter(adapters, config.lora, config, run.folder, "gpt2")
+    unlearning_stages.export_adapter(adapters, config.lora, config, run.folder, "gpt2")
     found = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
     assert set(found["target_modules"]) == {"c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"}
     assert found["rank_pattern"] == {"c_attn": 6} and found["fan_in_fan_out"]

@@ -22,7 +22,7 @@ from train.engine.step import compile_step, init_state, make_step
 from train.engine.trainable import trainable_of
 from train.evaluators import evaluation
 from train.evaluators.evaluation import Model
-from train.jobs.unlearning import pipeline
+from train.jobs import unlearning_stages
 from train.options import checks, cli
 from train.options.config import LoraConfig, RunConfig
 from train.options.optimizers import OPTIMIZERS, build, over_rows
@@ -200,7 +200,9 @@ def test_a_stage_continues_bit_equal(small_config, tmp_path, monkeypatch, capsys
 
     def run(root):
         root.mkdir(exist_ok=True)
-        return pipeline.unlearn(Run(root, mesh, config.seed, Tracker(root)), config, base, task)
+        return unlearning_stages.unlearn(
+            Run(root, mesh, config.seed, Tracker(root)), config, base, task
+        )
 
     undisturbed = run(tmp_path / "one")
     real = Tracker.write

@@ -18,13 +18,13 @@ from train.engine.run import Run
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.base import Evaluator, Finding, Metric, Picture, Verdict
 from train.evaluators.evaluation import Answers, Model
-from train.jobs.unlearning import pipeline
+from train.jobs import job, unlearning, unlearning_stages
 from train.options import choices, optimizers
 from train.options.config import DataConfig, EvaluateConfig, RunConfig, replace
 from train.options.optimizer_options import Options as OptimizerOptions
 from train.options.optimizer_rows import Optimizer
 from train.options.roles import Roles
-from train.presets.unlearning_arguments import read_arguments
+from train.presets import arguments
 from train.reporting import compare, page, tables
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
@@ -96,9 +96,9 @@ def test_a_benchmark_gives_rows_streams_and_evaluators(toys):
     assert task.evaluation == {"riddles": RIDDLES[:2]} and task.evaluators == ("vowels",)
     assert task.notes == ["riddles have no rows to keep"]
     ascent, _ = objectives.resolve("ga")
-    assert pipeline.stream_rows(ascent, task, 0) == {"forget": RIDDLES[:2]}
+    assert unlearning_stages.stream_rows(ascent, task, 0) == {"forget": RIDDLES[:2]}
     with pytest.raises(UserError, match="trained on 'retain', which the data do not have"):
-        pipeline.stream_rows(objectives.resolve("graddiff")[0], task, 0)
+        unlearning_stages.stream_rows(objectives.resolve("graddiff")[0], task, 0)
     assert choices.known_words(RunConfig)["--data.source"] == (*SOURCES, "riddles")
     known = " or ".join((*SOURCES, "riddles"))
     with pytest.raises(UserError, match=f"'riddle' is unknown; choose {known}"):
@@ -267,7 +267,9 @@ ARGV = "quickstart --objective.name squared --optimizer.name clipped".split()
 
 
 def test_methods_are_on_the_command_line(methods):
-    found = read_arguments([*ARGV, "--objective.aim", "1.5", "--optimizer.limit", "0.25"])
+    found = arguments.read_arguments(
+        arguments.UNLEARN, [*ARGV, "--objective.aim", "1.5", "--optimizer.limit", "0.25"]
+    )
     assert (found.objective.aim, found.optimizer.limit) == (1.5, 0.25)
     for options, words in (
         ("--objective.aim 0", "aim is 0.0; it must be greater than 0"),
@@ -276,7 +278,10 @@ def test_methods_are_on_the_command_line(methods):
         ("--optimizer.momentum 0.5", "clipped does not read it; its own are limit"),
     ):
         with pytest.raises(UserError, match=words):
-            pipeline.check_run(read_arguments([*ARGV, *options.split()]))
+            job.check(
+                unlearning.JOB,
+                arguments.read_arguments(arguments.UNLEARN, [*ARGV, *options.split()]),
+            )
     listed = "\n".join([*objectives.list_objectives(), *optimizers.list_optimizers()])
     assert SQUARED.summary in listed and CLIPPED.summary in listed
 
@@ -284,14 +289,14 @@ def test_methods_are_on_the_command_line(methods):
 def test_methods_train(methods, small, tmp_path):
     """Through the stage that all share: kept, found again, and other options are another stage."""
     smaller = "--unlearn.steps 3 --unlearn.curve-points 0 --optimizer.learning-rate 0.5".split()
-    config = read_arguments([*ARGV, *small, *smaller])
+    config = arguments.read_arguments(arguments.UNLEARN, [*ARGV, *small, *smaller])
     task, mesh = tasks.load_task(config), sharding.make_mesh(config.mesh)
     base = base_models.base_model(config, task, mesh)
     run = Run(tmp_path, mesh, 0, Tracker(tmp_path))
-    trained = pipeline.unlearn(run, config, base, task)
-    assert trained.sha == pipeline.unlearn(run, config, base, task).sha != base.sha
+    trained = unlearning_stages.unlearn(run, config, base, task)
+    assert trained.sha == unlearning_stages.unlearn(run, config, base, task).sha != base.sha
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     errors = [step["forget_loss"] for step in logged]
     assert len(errors) == 3 and errors[2] < errors[0]
     other = replace(config, **{"objective.aim": 1.0})
-    assert pipeline.unlearn(run, other, base, task).sha != trained.sha
+    assert unlearning_stages.unlearn(run, other, base, task).sha != trained.sha

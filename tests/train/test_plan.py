@@ -19,8 +19,7 @@ from train.costs import collectives, flops, hlo, hlo_flops, topology
 from train.plan import needed_bytes
 from train.planning import programs
 from train.planning.planned import PLANNERS, PlanConfig
-from train.presets import PRESETS
-from train.presets.unlearning_arguments import read_arguments
+from train.presets import PRESETS, arguments
 from train.runtime import sharding
 
 on_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -41,7 +40,7 @@ SMALL = ("--unlearn.batch-size", "8", "--length", "32", "--model.vocab-size", "2
 
 
 def config(*args: str, preset: str = "quickstart") -> PlanConfig:
-    return read_arguments([preset, *args], PlanConfig, "train.plan")
+    return arguments.read_arguments(arguments.UNLEARN, [preset, *args], PlanConfig, "train.plan")
 
 
 def run(*args: str) -> subprocess.CompletedProcess:

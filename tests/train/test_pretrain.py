@@ -20,19 +20,19 @@ from train.data.token_rows import TokenRows
 from train.evaluators.curves import VALIDATION_LOSSES
 from train.evaluators.evaluation import Model
 from train.evaluators.token_loss import mean_loss, row_losses, row_sums
-from train.jobs.pretraining import pipeline as pretraining
-from train.jobs.pretraining.config import PretrainConfig, batch_rows, num_steps
+from train.jobs import job, pretraining
+from train.jobs.pretraining_options import PretrainConfig, batch_rows, num_steps
 from train.options.cli import read_config
-from train.options.config import replace, to_json
+from train.options.config import identity, replace, to_json
 from train.options.optimizers import options_of
+from train.presets import arguments
 from train.presets.pretraining import PRESETS
-from train.presets.pretraining_arguments import read_arguments
 from train.reporting import compare, tables
 from train.reporting.page import steps_of
 from train.runtime import distributed, sharding
 
 KEYS = (
-    "val_perplexity train_perplexity tokens tokens_per_second mfu num_parameters params_sha256"
+    "val_perplexity train_perplexity num_parameters params_sha256 tokens tokens_per_second mfu"
 ).split()
 TINY = (
     "--mesh.data 1 --model.hidden-size 32 --model.num-layers 2 --model.intermediate-size 64 "
@@ -106,8 +106,8 @@ def test_the_export_has_the_perplexity_of_the_summary(own, texts):
     loaded = models.load(own.root / "export")
     assert loaded.tokenizer.chat_template is None
     given = [*own.argv[:1], *map(str, own.argv[1:]), "--output", str(own.root)]
-    with pretraining.opened(read_arguments(given)) as opened:
-        rows, mesh = opened.validation, opened.run.mesh
+    prepared = job.prepare(pretraining.JOB, arguments.read_arguments(arguments.PRETRAIN, given))
+    rows, mesh = prepared.fitted.parts.validation, prepared.mesh
     model = Model(loaded.decoder, loaded.params, loaded.tokenizer, "")
     found = row_losses(model, rows, np.arange(len(rows)), mesh, 4096)
     want = own.summary["pretrained"]["val_perplexity"]
@@ -127,7 +127,7 @@ def test_a_second_start_computes_nothing(own, program, monkeypatch):
         raise AssertionError("computed again")
 
     monkeypatch.setattr("train.engine.loop.run", never)
-    monkeypatch.setattr("train.jobs.pretraining.pipeline.row_losses", never)
+    monkeypatch.setattr("train.jobs.pretraining.row_losses", never)
     monkeypatch.setattr("train.data.token_file.write", never)
     done = program("train.pretrain", *own.argv, "--output", own.root)
     assert done.code == 0, done.err
@@ -245,19 +245,25 @@ def test_help_and_typos(program):
     ],
 )
 def test_another_corpus_than_the_stored_one_has_no_digest_yet(own, options, kept):
-    stored = read_arguments(["--config", str(own.root / "config.json")]).data
-    data = read_arguments(["--config", str(own.root / "config.json"), *options]).data
+    stored = arguments.read_arguments(
+        arguments.PRETRAIN, ["--config", str(own.root / "config.json")]
+    ).data
+    data = arguments.read_arguments(
+        arguments.PRETRAIN, ["--config", str(own.root / "config.json"), *options]
+    ).data
     assert stored.digest and data.digest == (stored.digest if kept else None)
     corpus.check(data)  # the stored path is not one of the packages
 
 
 def test_a_published_preset_takes_other_texts():
-    data = read_arguments(["llama-1b", "--data.source", "text", "--data.path", "x.txt"]).data
+    data = arguments.read_arguments(
+        arguments.PRETRAIN, ["llama-1b", "--data.source", "text", "--data.path", "x.txt"]
+    ).data
     assert PRESETS["llama-1b"].PRESET.data.subset != data.subset
     corpus.check(data)
     given = ["llama-1b", "--data.source", "text", "--data.revision", "v1"]
     with pytest.raises(pretraining.UserError, match="--data.revision is of --data.source hub"):
-        corpus.check(read_arguments(given).data)
+        corpus.check(arguments.read_arguments(arguments.PRETRAIN, given).data)
 
 
 # Presets.
@@ -267,12 +273,17 @@ def test_a_published_preset_takes_other_texts():
 def test_presets_are_what_they_say(name):
     preset = PRESETS[name]
     config = preset.PRESET
-    assert read_arguments([name]) == config and config.preset == name
+    assert arguments.read_arguments(arguments.PRETRAIN, [name]) == config and config.preset == name
     assert num_steps(config) > 100 and config.optimizer == preset.OPTIMIZERS["teon"][0]
     for optimizer in preset.OPTIMIZERS:
-        assert read_arguments([name, "--optimizer.name", optimizer]).optimizer.name == optimizer
+        assert (
+            arguments.read_arguments(
+                arguments.PRETRAIN, [name, "--optimizer.name", optimizer]
+            ).optimizer.name
+            == optimizer
+        )
         pretraining.optimizers.check(preset.OPTIMIZERS[optimizer][0])
-    smoke = read_arguments([name, "--smoke"])
+    smoke = arguments.read_arguments(arguments.PRETRAIN, [name, "--smoke"])
     assert smoke.smoke and 2 <= num_steps(smoke) <= 8
     assert batch_rows(smoke, 8)  # the devices of a host
     shapes = pretraining.decoder_of(config).shapes()
@@ -314,7 +325,7 @@ def test_options_at_their_defaults_are_in_no_key():
 
 def test_configurations_read_as_they_are_written(own):
     config = read_config(PretrainConfig, own.root / "config.json")
-    assert pretraining.identity(config) == json.loads((own.root / "config.json").read_text())
+    assert identity(config) == json.loads((own.root / "config.json").read_text())
     assert sharding.MeshConfig(data=1) == config.mesh
 
 
@@ -324,8 +335,8 @@ def test_configurations_read_as_they_are_written(own):
 @pytest.mark.slow
 def test_the_step_is_planned():
     options = "--smoke --topology cpu:4 --train.batch-tokens 1024 --train.micro-tokens 128".split()
-    config = read_arguments(["pretrain-tiny", *TINY[2:], *options, "--mesh.data", "1",
-                             "--mesh.fsdp", "4"], plan.PretrainPlanConfig, "tests")  # fmt: skip
+    argv = ["pretrain-tiny", *TINY[2:], *options, "--mesh.data", "1", "--mesh.fsdp", "4"]
+    config = arguments.read_arguments(arguments.PRETRAIN, argv, plan.PretrainPlanConfig, "tests")
     plan.check(config)
     found = plan.plan(config)
     assert found["fits"] and found["model"] == "llama from random weights"

@@ -8,10 +8,10 @@ import pytest
 from jaxlib_unlearn.errors import UserError
 from train.engine import base_models
 from train.engine.run import Run
-from train.jobs.unlearning import pipeline
-from train.jobs.unlearning.pipeline import identity as _identity
+from train.jobs import job, unlearning, unlearning_stages
 from train.options import cli
 from train.options.config import RunConfig
+from train.options.config import identity as _identity
 from train.presets import PRESETS
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
@@ -30,7 +30,9 @@ def unlearn(start, root, **changes):
     config, base, task, mesh = start
     root.mkdir(exist_ok=True)
     config = dataclasses.replace(config, **changes)
-    return pipeline.unlearn(Run(root, mesh, config.seed, Tracker(root)), config, base, task)
+    return unlearning_stages.unlearn(
+        Run(root, mesh, config.seed, Tracker(root)), config, base, task
+    )
 
 
 def test_a_trace_and_the_same_model(start, tmp_path, capsys):
@@ -74,4 +76,4 @@ def test_a_folder_that_cannot_be(start, tmp_path):
     (tmp_path / "file").write_text("")
     config = dataclasses.replace(start[0], profile=tmp_path / "file")
     with pytest.raises(UserError, match="--profile .*file cannot be written: .*another folder"):
-        pipeline.check_run(config)
+        job.check(unlearning.JOB, config)

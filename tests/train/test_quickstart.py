@@ -10,7 +10,7 @@ from train import unlearn
 from train.engine import base_models
 from train.engine.run import Run
 from train.evaluators.evaluation import evaluate_model
-from train.jobs.unlearning import pipeline
+from train.jobs import unlearning_stages
 from train.options.config import replace
 from train.presets import PRESETS
 from train.runtime import sharding
@@ -64,7 +64,7 @@ def test_oracle_cannot_be_told_from_a_reseeded_oracle(run):
     root = run / "reseeded"
     root.mkdir()
     base = base_models.base_model(other, task, mesh)
-    model = pipeline.finetune(
+    model = unlearning_stages.finetune(
         Run(root, mesh, other.seed, Tracker(root)), other, "oracle", base, task.retain
     )
     only = task._replace(evaluation={"forget": task.evaluation["forget"]})

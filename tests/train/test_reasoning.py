@@ -25,10 +25,9 @@ from train.evaluators import reasoning as evaluator
 from train.evaluators import trace_judge
 from train.evaluators.evaluation import Answers, Model
 from train.evaluators.tofu import truth_ratios
-from train.jobs.unlearning import pipeline, traces
+from train.jobs import job, traces, unlearning, unlearning_stages
 from train.options.config import RunConfig, TracesConfig, to_json
-from train.presets import PRESETS
-from train.presets.unlearning_arguments import read_arguments
+from train.presets import PRESETS, arguments
 from train.runtime import seal, sharding
 from train.runtime.tracking import Tracker
 from train.tasks import load_task, reasoning
@@ -145,7 +144,7 @@ def test_digits_may_be_tokens_of_their_own():
 
 
 def config_of(*argv):
-    return read_arguments(["r2mu-tiny", *argv])
+    return arguments.read_arguments(arguments.UNLEARN, ["r2mu-tiny", *argv])
 
 
 def test_streams_of_a_reasoning_task():
@@ -167,7 +166,7 @@ def test_streams_of_a_reasoning_task():
     assert traces[0] == first and traces[2]["question"] == task.forget[1]["question"]
     assert len(task.stream("train", 0)) == len(task.forget) + len(task.retain)
     with pytest.raises(UserError, match="trained on 'traces', which the data do not have"):
-        load_task(read_arguments(["quickstart"])).stream("traces", 0)
+        load_task(arguments.read_arguments(arguments.UNLEARN, ["quickstart"])).stream("traces", 0)
 
 
 def test_rows_of_ones_own(tmp_path):
@@ -227,9 +226,9 @@ def test_rows_may_bring_their_traces(tmp_path):
 def test_tofu_with_thoughts(shared):
     argv = ["r2mu-smollm2", "--data.path", str(shared / "data/tofu")]
     with pytest.raises(UserError, match="give --data.reasoning FILE, rows of GSM8K"):
-        load_task(read_arguments(argv))
+        load_task(arguments.read_arguments(arguments.UNLEARN, argv))
     argv += ["--data.reasoning", str(shared / "data/gsm8k/test.jsonl")]
-    task = load_task(read_arguments(argv))
+    task = load_task(arguments.read_arguments(arguments.UNLEARN, argv))
     assert (len(task.forget), len(task.retain)) == (40, 250)
     assert {name: len(rows) for name, rows in task.evaluation.items()} == {
         "forget": 40, "retain": 100, "reasoning": 40,
@@ -457,7 +456,7 @@ def test_a_chat_model_names_the_classes(model, monkeypatch, tmp_path):
         trace_judge.classes(tmp_path, rows, 2)
     trace_judge._loaded.cache_clear()
     with pytest.raises(UserError, match="no folder with a config.json; give that of a chat model"):
-        pipeline.check_run(config_of("--evaluate.judge-model", str(tmp_path)))
+        job.check(unlearning.JOB, config_of("--evaluate.judge-model", str(tmp_path)))
 
 
 def test_a_judge_that_cannot_be_used_is_refused_before_compute(tiny, tmp_path):
@@ -466,7 +465,7 @@ def test_a_judge_that_cannot_be_used_is_refused_before_compute(tiny, tmp_path):
     (folder / seal.NAME).unlink(missing_ok=True)
     argv = config_of("--evaluate.judge-model", str(folder))
     with pytest.raises(UserError, match="its context of 96 tokens has no room for a question"):
-        pipeline.check_run(argv)
+        job.check(unlearning.JOB, argv)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"max_position_embeddings": 4096}))
@@ -489,10 +488,10 @@ def test_topics_of_the_rows_are_in_the_batches_and_in_the_options(model):
     rows = [thoughts.learned(CHOICE | {"topic": t, TRACES: ["Hmm."]}) for t in ("b", "a", "b")]
     numbers = [thoughts.learned(ROW | {"topic": "reasoning"})]
     task = load_task(config)._replace(forget=rows, retain=rows + numbers)
-    objective, options = pipeline.resolved(config, model, task)
+    objective, options = unlearning_stages.resolved(config, model, task)
     assert options.topics == ("a", "b") and len(options.reflection_ids) == 1
     assert objective.questions(options).asks["forget"] == ("hidden", "log_probs")
-    streams = pipeline.unlearning_streams(config, objective, model, task, options.topics)
+    streams = unlearning_stages.unlearning_streams(config, objective, model, task, options.topics)
     assert streams["forget"].columns["topic"].tolist() == [1, 0, 1]
     assert streams["traces"].columns["topic"].tolist() == [1, 0, 1]
     assert not streams["cot"].columns
@@ -500,14 +499,14 @@ def test_topics_of_the_rows_are_in_the_batches_and_in_the_options(model):
     assert batch["topic"].tolist() == [1, 0] and batch["topic"].dtype == np.int32
     plain = dataclasses.replace(streams["forget"], columns={})
     assert plain.identity() != streams["forget"].identity()
-    turned = pipeline.unlearning_streams(config, objective, model, task, ("b", "a"))
+    turned = unlearning_stages.unlearning_streams(config, objective, model, task, ("b", "a"))
     assert turned["forget"].columns["topic"].tolist() == [0, 1, 0]
     one = task._replace(forget=[row for row in rows if row["topic"] == "a"])
-    alone = pipeline.unlearning_streams(config, objective, model, one, ("a",))
+    alone = unlearning_stages.unlearning_streams(config, objective, model, one, ("a",))
     assert alone["forget"].columns["topic"].tolist() == [0]
     words = config_of("--objective.reflection-penalty", "1", "--objective.reflection-words", "qqq")
     with pytest.raises(UserError, match="none of the reflection words is an entry"):
-        pipeline.resolved(words, model, task)
+        unlearning_stages.resolved(words, model, task)
 
 
 @pytest.mark.parametrize("topics", [[None, "a"], [["x"], "a"], ["b", "a"]])
@@ -515,21 +514,26 @@ def test_objectives_without_topics_ignore_the_column(model, monkeypatch, tmp_pat
     """Whatever it holds; their streams are those of rows without it. Others refuse it."""
     rows = [{"question": f"Where, {i}?", "answer": "Lima"} for i in range(2)]
     marked = [row | {"topic": topic} for row, topic in zip(rows, topics, strict=True)]
-    found, seen = read_arguments(["quickstart", "--objective.name", "ga"]), []
-    monkeypatch.setattr(pipeline, "train", lambda *args, **more: seen.append(args[4]))
-    monkeypatch.setattr(pipeline, "phase", lambda *args: contextlib.nullcontext())
+    found, seen = (
+        arguments.read_arguments(arguments.UNLEARN, ["quickstart", "--objective.name", "ga"]),
+        [],
+    )
+    monkeypatch.setattr(unlearning_stages, "train", lambda *args, **more: seen.append(args[4]))
+    monkeypatch.setattr(unlearning_stages, "phase", lambda *args: contextlib.nullcontext())
     run = Run(tmp_path, None, 0, Tracker(tmp_path))
     for forget in (marked, rows):
         task = Task(forget, rows[:1], {}, [], [])
-        pipeline.unlearn(run, found, model, task)
+        unlearning_stages.unlearn(run, found, model, task)
     assert seen[0]["forget"].identity() == seen[1]["forget"].identity()
-    moved = read_arguments(["quickstart", "--objective.name", "rmu", "--objective.block", "1"])
+    moved = arguments.read_arguments(
+        arguments.UNLEARN, ["quickstart", "--objective.name", "rmu", "--objective.block", "1"]
+    )
     if topics == ["b", "a"]:
-        pipeline.unlearn(run, moved, model, Task(marked, rows[:1], {}, [], []))
+        unlearning_stages.unlearn(run, moved, model, Task(marked, rows[:1], {}, [], []))
         assert seen[2]["forget"].columns["topic"].tolist() == [1, 0]
         return
     with pytest.raises(UserError, match="forget row 1: column 'topic' must hold a text"):
-        pipeline.resolved(moved, model, Task(marked, rows[:1], {}, [], []))
+        unlearning_stages.resolved(moved, model, Task(marked, rows[:1], {}, [], []))
 
 
 def test_configurations_without_traces_are_stored_as_before():
@@ -546,7 +550,7 @@ def test_presets_of_reasoning_go_together(name):
     objective, options = objectives.resolve(preset.objective)
     assert set(objective.streams) == {"forget", "traces", "retain", "cot"}
     assert max(preset.train.blocks) == options.block and preset.train.leaves == ("mlp/down",)
-    rmu = read_arguments([name, "--objective.name", "rmu"]).objective
+    rmu = arguments.read_arguments(arguments.UNLEARN, [name, "--objective.name", "rmu"]).objective
     assert rmu.block == options.block and rmu.positions == options.positions == "all"
     assert rmu.retain_weight == options.retain_weight and rmu.steering == options.steering
 
@@ -576,9 +580,12 @@ LARGER = [name for name in PRESETS if name.startswith("r2mu-") and name != "r2mu
 
 @pytest.mark.parametrize("name", LARGER)
 def test_larger_presets_are_prepared(name, tiny, tofu_folder, tmp_path):
-    config = read_arguments([str(x) for x in other_arguments(name, tiny, tofu_folder, tmp_path)])
-    task, base, _, _ = pipeline.prepare(config)
-    _, options = pipeline.resolved(config, base, task)
+    config = arguments.read_arguments(
+        arguments.UNLEARN, [str(x) for x in other_arguments(name, tiny, tofu_folder, tmp_path)]
+    )
+    prepared = job.prepare(unlearning.JOB, config)
+    task, base = prepared.fitted.parts, prepared.model
+    _, options = unlearning_stages.resolved(config, base, task)
     assert options.block == 1 and options.topics == (
         () if name == "r2mu-smollm2" else ("books", "sums")
     )
@@ -587,7 +594,10 @@ def test_larger_presets_are_prepared(name, tiny, tofu_folder, tmp_path):
 def test_traces_without_room_are_refused_before_compute(tiny, tofu_folder, tmp_path):
     argv = [str(x) for x in other_arguments(LARGER[0], tiny, tofu_folder, tmp_path)]
     with pytest.raises(UserError, match="--traces.new-tokens 95: a text with its trigger has"):
-        pipeline.prepare(read_arguments([*argv, "--traces.new-tokens", "95"]))
+        job.prepare(
+            unlearning.JOB,
+            arguments.read_arguments(arguments.UNLEARN, [*argv, "--traces.new-tokens", "95"]),
+        )
 
 
 @pytest.mark.slow

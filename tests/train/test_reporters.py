@@ -178,8 +178,8 @@ def test_a_run_refuses_before_compute(program, small, tmp_path, monkeypatch, opt
 def test_where_a_run_reports_is_no_part_of_what_it_is():
     import dataclasses
 
-    from train.jobs.unlearning.pipeline import identity as _identity
     from train.options.config import RunConfig
+    from train.options.config import identity as _identity
     from train.reporting.labels import INCIDENTAL
 
     config = RunConfig()

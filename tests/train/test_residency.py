@@ -15,7 +15,7 @@ import models
 from jaxlib_unlearn.objectives import options_of as objective_of
 from train.engine import base_models, exports
 from train.engine.run import Run
-from train.jobs.unlearning import pipeline
+from train.jobs import unlearning_stages
 from train.options import cli
 from train.options.config import RunConfig
 from train.presets import PRESETS
@@ -103,7 +103,7 @@ def run(small, tmp_path, monkeypatch, objective, *options):
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "write", write)
         run = Run(tmp_path, mesh, config.seed, Tracker(tmp_path))
-        result = pipeline.unlearn(run, config, base, task)
+        result = unlearning_stages.unlearn(run, config, base, task)
     assert all(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(base.params))
     assert all(x.sharding.memory_kind == "device" for x in jax.tree.leaves(result.params))
     assert len(seen) == 3

@@ -17,7 +17,7 @@ import pytest
 
 from train.engine import base_models, loop
 from train.engine.run import Run
-from train.jobs.unlearning import pipeline
+from train.jobs import unlearning_stages
 from train.options import cli
 from train.options.config import RunConfig
 from train.presets import PRESETS
@@ -44,8 +44,8 @@ class Setting(NamedTuple):
         root.mkdir(exist_ok=True)
         run = Run(root, self.mesh, self.config.seed, Tracker(root))
         if name == "unlearned":
-            return pipeline.unlearn(run, self.config, self.base, self.task)
-        return pipeline.finetune(run, self.config, name, self.base, self.task.retain)
+            return unlearning_stages.unlearn(run, self.config, self.base, self.task)
+        return unlearning_stages.finetune(run, self.config, name, self.base, self.task.retain)
 
 
 @pytest.fixture(scope="module")

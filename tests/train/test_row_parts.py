@@ -1,4 +1,4 @@
-"""`rowwise` in a run: how many parts, which rows share one, what is refused; later options."""
+"""`rowwise` in a run: how many parts, which rows share one, what is refused."""
 
 import dataclasses
 import types
@@ -18,16 +18,14 @@ from train.data.streams import make_stream
 from train.engine import run as runs
 from train.engine.run import Recipe, Run
 from train.engine.step import Losses
-from train.jobs.classification import pipeline as classification
-from train.jobs.classification.config import ClassifyRun
-from train.jobs.finetuning import own_rows
-from train.jobs.pretraining import pipeline as pretraining
-from train.jobs.pretraining.config import PretrainConfig
-from train.jobs.unlearning import pipeline
+from train.jobs import classification, job, own_rows, pretraining, unlearning
+from train.jobs.classification_options import ClassifyRun
+from train.jobs.finetuning_options import FinetuneRun
+from train.jobs.pretraining_options import PretrainConfig
 from train.options import optimizers
-from train.options.config import TrainConfig, replace, to_json
+from train.options.config import TrainConfig, replace
 from train.planning.pretraining_program import pretraining_program, pretraining_update
-from train.presets.unlearning_arguments import read_arguments
+from train.presets import arguments
 from train.runtime.sharding import MeshConfig, make_mesh
 
 LEARNER = DecoderLearner(Decoder(DecoderConfig(32, 8, 12, 2, 2, 1, 4)))
@@ -70,10 +68,10 @@ def test_a_query_for_every_row_unless_told():
 def test_what_is_refused_before_compute(options, words):
     argv = ["quickstart", "--smoke", "--optimizer.name", "rowwise", *options.split()]
     if words is None:
-        pipeline.check_run(read_arguments(argv))
+        job.check(unlearning.JOB, arguments.read_arguments(arguments.UNLEARN, argv))
         return
     with pytest.raises(UserError, match=words) as error:
-        pipeline.check_run(read_arguments(argv))
+        job.check(unlearning.JOB, arguments.read_arguments(arguments.UNLEARN, argv))
     assert "\n" not in str(error.value)
 
 
@@ -83,10 +81,17 @@ ALONE = MeshConfig(1, 1, 1)
 
 def test_every_program_checks_a_query_for_every_row(tmp_path):
     """A past bug: two of them multiplied the None that stands for one a row."""
-    pipeline.check_run(read_arguments("quickstart --mesh.data 1 --optimizer.name rowwise".split()))
-    classification.check(ClassifyRun(optimizer=ROWWISE, mesh=ALONE))
-    pretraining.check(PretrainConfig(optimizer=ROWWISE, mesh=ALONE, output=tmp_path / "run"))
-    config = own_rows.FinetuneRun(rows=str(tmp_path / "none"), output=tmp_path / "run", mesh=ALONE)
+    job.check(
+        unlearning.JOB,
+        arguments.read_arguments(
+            arguments.UNLEARN, "quickstart --mesh.data 1 --optimizer.name rowwise".split()
+        ),
+    )
+    job.check(classification.JOB, ClassifyRun(optimizer=ROWWISE, mesh=ALONE))
+    job.check(
+        pretraining.JOB, PretrainConfig(optimizer=ROWWISE, mesh=ALONE, output=tmp_path / "run")
+    )
+    config = FinetuneRun(rows=str(tmp_path / "none"), output=tmp_path / "run", mesh=ALONE)
     with pytest.raises(UserError, match="rows file .* does not exist"):  # checked after it
         own_rows.run(replace(config, **{"train.optimizer": ROWWISE}))
 
@@ -156,20 +161,6 @@ def test_a_packed_row_is_a_part_with_the_losses_of_its_examples(stream):
     found = parts(params, data)
     np.testing.assert_allclose(found["packed"], found["alone"], rtol=1e-6)
     assert float(abs(found["alone"][0] - found["alone"][1])) > 1e-3
-
-
-def test_options_that_came_later_are_in_the_key_when_they_are_set():
-    """So results stored before are found: a key holds the options that there were."""
-    shared = (
-        "name learning_rate schedule warmup weight_decay clip_norm queries perturbation".split()
-    )
-    for name, more, later in (
-        ("mezo", (), {"query_batch": 2}),
-        ("zo-muon", ("rank", "refresh", "vector_rate"), {"orthogonalize": "svd"}),
-    ):
-        plain = to_json(optimizers.options_of(name))
-        assert set(plain) == {*shared, *more}
-        assert to_json(optimizers.options_of(name, **later)) == plain | later
 
 
 @pytest.mark.parametrize("how", ["ns", "svd", "normalize"])

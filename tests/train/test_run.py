@@ -21,7 +21,7 @@ from train.engine import base_models
 from train.engine import run as runs
 from train.engine.run import Clock, Recipe, Run, Work, compute, identity, seed_of
 from train.evaluators.evaluation import Model
-from train.jobs.unlearning import pipeline
+from train.jobs import unlearning_stages
 from train.options.config import RunConfig, TrainConfig, UnlearnConfig
 from train.options.optimizers import options_of
 from train.runtime import sharding
@@ -263,7 +263,7 @@ def test_streams_of_other_answers_follow_their_questions(models):
         ("alternate", {"forget": None, "alternate": "forget", "retain": None}),
     ):
         objective, _ = objectives.resolve(name)
-        streams = pipeline.unlearning_streams(RunConfig(), objective, base, task)
+        streams = unlearning_stages.unlearning_streams(RunConfig(), objective, base, task)
         assert {stream: made.follows for stream, made in streams.items()} == wanted
         if "alternate" in streams:
             assert len(streams["alternate"]) == 2 * len(streams["forget"]) == 4

@@ -14,10 +14,10 @@ import pytest
 from jaxlib_unlearn.errors import UserError
 from train.data import references
 from train.engine import base_models, exports
-from train.jobs.unlearning import pipeline
+from train.jobs import job
 from train.options import cli
-from train.options.config import RunConfig
-from train.presets import unlearning_arguments as arguments
+from train.options.config import RunConfig, identity
+from train.presets import arguments
 from train.reporting import tables
 from train.runtime import files, folder, seal, sharding, steplog
 from train.runtime.sharding import MeshConfig
@@ -49,7 +49,7 @@ sys.stdin.read()
 def test_a_second_run_says_who_holds_the_folder(program, small, tmp_path):
     root = tmp_path / "run"
     argv = ["quickstart", *small, "--output", str(root)]
-    pipeline.enter(arguments.read_arguments(argv))
+    folder.enter(job.place_of(arguments.read_arguments(arguments.UNLEARN, argv)))
     command = [sys.executable, "-c", HOLD, str(root / folder.LOCK)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -171,9 +171,11 @@ def test_unfinished_files_are_of_one_process_and_swept(tmp_path):
 @pytest.fixture
 def entered(small, tmp_path):
     """A run folder that was entered once, the run's identity and another run's."""
-    config = arguments.read_arguments(["quickstart", *small, "--output", str(tmp_path / "run")])
-    root = pipeline.enter(config)
-    mine = pipeline.identity(config)
+    config = arguments.read_arguments(
+        arguments.UNLEARN, ["quickstart", *small, "--output", str(tmp_path / "run")]
+    )
+    root = folder.enter(job.place_of(config))
+    mine = identity(config)
     return root, mine, mine | {"seed": 5}
 
 

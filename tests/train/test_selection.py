@@ -23,13 +23,12 @@ from train.engine.run import Recipe, Run, train
 from train.engine.step import Losses, init_state, make_step, objective_state
 from train.engine.trainable import trainable_of
 from train.evaluators.evaluation import Model
-from train.jobs.unlearning import pipeline
+from train.jobs import job, unlearning, unlearning_stages
 from train.options import checks
 from train.options.config import SelectConfig, UnlearnConfig, identity
 from train.options.optimizers import build
 from train.options.optimizers import options_of as optimizer_of
-from train.presets import PRESETS
-from train.presets.unlearning_arguments import read_arguments
+from train.presets import PRESETS, arguments
 from train.reporting import provenance, tables
 from train.runtime import sharding
 from train.runtime.tracking import Tracker
@@ -415,15 +414,15 @@ def test_a_model_that_does_not_answer_is_refused():
 def test_a_selected_stage_from_the_command_line(small, tmp_path):
     argv = [*"quickstart --objective.name rmu --train.leaves mlp/down --train.blocks 1".split()]
     more = "--unlearn.steps 3 --unlearn.curve-points 1 --objective.layer 1".split()
-    config = read_arguments([*argv, *small, *more])
+    config = arguments.read_arguments(arguments.UNLEARN, [*argv, *small, *more])
     task, mesh = load_task(config), sharding.make_mesh(config.mesh)
     base = base_models.base_model(config, task, mesh)
     run = Run(tmp_path, mesh, 0, Tracker(tmp_path))
-    pipeline.check_stages(config, task, base.learner)
+    unlearning.check_stages(config, task, base.learner)
     base = base.to_host()  # where a program's models wait
-    trained = pipeline.unlearn(run, config, base, task)
+    trained = unlearning_stages.unlearn(run, config, base, task)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(trained.params)} == {"device"}
-    assert trained.sha == pipeline.unlearn(run, config, base, task).sha != base.sha
+    assert trained.sha == unlearning_stages.unlearn(run, config, base, task).sha != base.sha
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(trained.params), jax.tree.leaves(base.params),
         strict=True,
@@ -432,14 +431,15 @@ def test_a_selected_stage_from_the_command_line(small, tmp_path):
             np.testing.assert_array_equal(a, b)
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert logged[0]["retain_loss"] < 1e-12 and logged[2]["retain_loss"] > 0
-    both = read_arguments([*argv, *small, "--lora.rank", "2"])
+    both = arguments.read_arguments(arguments.UNLEARN, [*argv, *small, "--lora.rank", "2"])
     with pytest.raises(UserError, match="use --lora.targets, or leave --lora.rank out"):
-        pipeline.check_run(both)
-    empty = read_arguments(
-        ["quickstart", *small, "--objective.name", "rmu", "--objective.layer", "2"]
+        job.check(unlearning.JOB, both)
+    empty = arguments.read_arguments(
+        arguments.UNLEARN,
+        ["quickstart", *small, "--objective.name", "rmu", "--objective.layer", "2"],
     )
     with pytest.raises(UserError, match="output of block 2"):
-        pipeline.check_stages(empty, task, base.learner)
+        unlearning.check_stages(empty, task, base.learner)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,11 @@ from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from models.decoder.model import Decoder, DecoderConfig
 from train.data.authors import draw
-from train.jobs.unlearning import pipeline
+from train.jobs import job, unlearning
 from train.options import cli
 from train.options.config import replace
 from train.options.optimizers import OPTIMIZERS, build, check_steps, over_rows, two_sided
-from train.presets import PRESETS
-from train.presets.unlearning_arguments import read_arguments
+from train.presets import PRESETS, arguments
 
 SHAPES = Decoder(DecoderConfig(32, 8, 12, 4, 2, 1, 4)).shapes()
 TOFU = [name for name in PRESETS if name.startswith("tofu-")]
@@ -58,7 +57,7 @@ def official(tmp_path_factory) -> Path:
     return folder
 
 
-def arguments(name: str, official: Path, tiny: Path) -> list[str]:
+def words_of(name: str, official: Path, tiny: Path) -> list[str]:
     """A preset's smoke run on a local model and local data, on one device."""
     here = ["--data.path", str(official), "--model.path", str(tiny)] if name in TOFU else []
     return [name, "--smoke", "--mesh.data", "1", "--mesh.fsdp", "1", *here]
@@ -67,25 +66,26 @@ def arguments(name: str, official: Path, tiny: Path) -> list[str]:
 @pytest.fixture(scope="module", params=QA)
 def prepared(request, official, tiny):
     """A preset's name, its prepared task and how its model is trained."""
-    argv = arguments(request.param, official, tiny)
-    task, base, _, _ = pipeline.prepare(read_arguments(argv))
+    argv = words_of(request.param, official, tiny)
+    prepared = job.prepare(unlearning.JOB, arguments.read_arguments(arguments.UNLEARN, argv))
+    task, base = prepared.fitted.parts, prepared.model
     return request.param, argv, task, base.learner
 
 
 def test_every_pair_of_optimizer_and_objective_is_taken_or_refused(prepared, monkeypatch):
     name, argv, task, learner = prepared
     whole = [*argv, "--optimizer.name", "hybrid", "--objective.name", "npo"]
-    parsed = read_arguments(whole)
+    parsed = arguments.read_arguments(arguments.UNLEARN, whole)
     # The names are in the default that is parsed on: without the parser it is hundreds a second.
     more = {"mesh.data": 1, "mesh.fsdp": 1, "data.path": parsed.data.path}
     more["model.path"] = parsed.model.path
     monkeypatch.setattr(cli, "parse", lambda cls, default, *_: replace(default, **more))
-    assert read_arguments(whole) == parsed
+    assert arguments.read_arguments(arguments.UNLEARN, whole) == parsed
     refused = 0
     for optimizer, row in OPTIMIZERS.items():
         for objective in objectives.OBJECTIVES:
             names = ["--optimizer.name", optimizer, "--objective.name", objective]
-            config = read_arguments([*argv, *names])
+            config = arguments.read_arguments(arguments.UNLEARN, [*argv, *names])
             if objective == "rmu":  # of the two blocks of the local model
                 config = replace(config, **{"objective.layer": 1})
             if objective == "r2mu":
@@ -93,23 +93,25 @@ def test_every_pair_of_optimizer_and_objective_is_taken_or_refused(prepared, mon
             resolved = objectives.resolve(config.objective)
             if row.needs == "split" and not two_sided(*resolved):
                 with pytest.raises(UserError) as error:
-                    pipeline.check_run(config)
+                    job.check(unlearning.JOB, config)
                 line = str(error.value)
                 assert "\n" not in line and optimizer in line and objective in line
                 assert "--objective.retain" in line
                 refused += 1
                 continue
-            pipeline.check_run(config)
+            job.check(unlearning.JOB, config)
             if "traces" in resolved[0].streams:
                 with pytest.raises(UserError, match="on 'traces', which the data do not have"):
-                    pipeline.check_stages(config, task, learner)
+                    unlearning.check_stages(config, task, learner)
                 continue
             if "alternate" in resolved[0].streams and "alternate_answer" not in task.forget[0]:
                 with pytest.raises(
                     UserError, match="has none; give the rows a column 'alternate_a"
                 ):
-                    pipeline.check_stages(replace(config, **{"data.alternates": 0}), task, learner)
-            pipeline.check_stages(config, task, learner)
+                    unlearning.check_stages(
+                        replace(config, **{"data.alternates": 0}), task, learner
+                    )
+            unlearning.check_stages(config, task, learner)
             assert (config.optimizer.name, config.objective.name) == (optimizer, objective)
         steps, optimizer = config.unlearn.steps, config.optimizer
         whole = over_rows(optimizer, config.unlearn.batch_size)
@@ -129,10 +131,10 @@ def test_a_smoke_run_on_files_judges_few_rows(prepared):
 
 @pytest.mark.parametrize("name", [name for name in TOFU if "llama" in name])
 def test_the_llama_presets_have_the_official_sizes(name, official, tiny):
-    argv = [a for a in arguments(name, official, tiny) if a != "--smoke"]
+    argv = [a for a in words_of(name, official, tiny) if a != "--smoke"]
     # The 70B preset's batches are larger than these splits.
     steps = ["--finetune.steps", "1", "--unlearn.steps", "1"]
-    config = read_arguments([*argv, *steps])
+    config = arguments.read_arguments(arguments.UNLEARN, [*argv, *steps])
     assert config.evaluate.max_new_tokens == 200
     data = config.data
     # All of retain90 is trained on; None means all there are: 100 real authors, 117 world facts.
@@ -140,7 +142,7 @@ def test_the_llama_presets_have_the_official_sizes(name, official, tiny):
     assert data.retain_rows is None
     assert (data.judged_retain_split, data.judged_retain_rows) == ("retain_perturbed", 400)
     assert (data.extra_rows, data.holdout_rows, data.forget_rows) == (None, 400, None)
-    task, _, _, _ = pipeline.prepare(config)
+    task = job.prepare(unlearning.JOB, config).fitted.parts
     assert (len(task.forget), len(task.retain)) == (14, 20)
     sizes = {split: len(rows) for split, rows in task.evaluation.items()}
     assert sizes == {
@@ -161,7 +163,9 @@ def test_hybrids_blocks_shrink_with_a_smoke_run():
     """Ten steps are less than a block of 2 x 20; an explicit length or period is kept."""
 
     def of(name: str, *more: str):
-        return read_arguments([name, "--smoke", "--optimizer.name", "hybrid", *more])
+        return arguments.read_arguments(
+            arguments.UNLEARN, [name, "--smoke", "--optimizer.name", "hybrid", *more]
+        )
 
     assert [of(name).optimizer.period for name in QA] == [5, 1, 1, 1]
     for more, steps, period in (
@@ -200,5 +204,5 @@ def test_every_row_runs(program, small, cache, tmp_path, row):
 @pytest.mark.parametrize("name", TOFU)
 def test_every_preset_runs(program, official, tiny, tmp_path, name):
     root = tmp_path / "run"
-    done = program("train.unlearn", *arguments(name, official, tiny), "--output", root)
+    done = program("train.unlearn", *words_of(name, official, tiny), "--output", root)
     finished(done, root)

@@ -12,9 +12,9 @@ import pytest
 from jaxlib_unlearn.errors import UserError
 from train.engine import base_models
 from train.engine.run import Run
-from train.jobs.unlearning import pipeline
+from train.jobs import job, unlearning, unlearning_stages
 from train.options import cli
-from train.options.config import RunConfig, StageConfig, replace
+from train.options.config import RunConfig, StageConfig, identity, replace
 from train.presets import PRESETS
 from train.runtime import sharding, stages
 from train.runtime.tracking import Tracker
@@ -39,7 +39,7 @@ def test_a_second_run_takes_the_original_from_the_cache(config, tmp_path, capsys
     def original(root: Path, config: RunConfig = config) -> str:
         root.mkdir()
         run = Run(root, mesh, config.seed, Tracker(root), config.stage.cache)
-        return pipeline.finetune(run, config, "original", base, task.retain).sha
+        return unlearning_stages.finetune(run, config, "original", base, task.retain).sha
 
     first = original(tmp_path / "one")
     assert "found" not in capsys.readouterr().err
@@ -51,35 +51,52 @@ def test_a_second_run_takes_the_original_from_the_cache(config, tmp_path, capsys
     assert "found" not in capsys.readouterr().err
 
 
-def test_what_unlearning_makes_stays_in_the_run(config, tmp_path):
-    config = replace(config, **{"stage.cache": tmp_path / "cache"})
+@pytest.mark.parametrize(
+    ("more", "shared"),
+    [
+        ({}, True),
+        ({"objective.name": "npo"}, True),  # with a cache of the reference
+        ({"lora.rank": 2}, False),  # its adapters are the run's own
+        ({"optimizer.name": "mezo"}, False),  # and so are the coefficients of its steps
+    ],
+    ids=["ascent", "reference", "adapters", "coefficients"],
+)
+def test_a_second_run_takes_the_unlearned_model_too(config, tmp_path, capsys, more, shared):
+    config = replace(config, **{"stage.cache": tmp_path / "cache", **more})
     task, mesh = load_task(config), sharding.make_mesh(config.mesh)
     base = base_models.base_model(config, task, mesh)
-    root = tmp_path / "run"
-    root.mkdir()
-    run = Run(root, mesh, config.seed, Tracker(root), config.stage.cache)
-    pipeline.unlearn(run, config, base, task)
-    assert "stages" in files(root) and not (tmp_path / "cache").exists()
+    models = []
+    for name in ("one", "two"):
+        root = tmp_path / name
+        root.mkdir()
+        run = Run(root, mesh, config.seed, Tracker(root), config.stage.cache)
+        models.append(unlearning_stages.unlearn(run, config, base, task).sha)
+    assert models[0] == models[1]
+    assert ("unlearned: found" in capsys.readouterr().err) == shared
+    assert ("stages" in files(tmp_path / "two")) == (not shared)
+    caches = [*(tmp_path / "cache").glob("caches/*.npz")]
+    assert bool(caches) == (config.objective.name == "npo")
+    assert not [*tmp_path.glob("*/caches/*.npz")] or caches
 
 
-def test_only_the_start_and_the_reference_are_judged_in_the_cache(config, tmp_path, monkeypatch):
-    asked = {}
-
-    def evaluated(config, model, task, judge, root, mesh, name, cache):
-        asked[name] = (model, judge, cache)
-        return {}
-
-    monkeypatch.setattr(pipeline, "evaluate_cached", evaluated)
-    monkeypatch.setattr(pipeline, "summarize", lambda logs, models, retain_log: {})
-    monkeypatch.setattr(pipeline, "compare_logs", lambda root, logs, retain_log: None)
-    run = Run(tmp_path, None, 0, Tracker(tmp_path))
-    opened = pipeline.Opened(run, None, "base", None)
-    found = {name: name for name in ("original", "oracle", "unlearned", "attacked:relearn")}
-    for judge, who in (("oracle", "oracle"), ("base", "base")):
-        changes = {"stage.cache": tmp_path, "evaluate.judge": judge}
-        pipeline.judge(run, replace(config, **changes), opened, found)
-        shared = {"original": tmp_path, "oracle": tmp_path}
-        assert asked == {name: (name, who, shared.get(name)) for name in found}
+def test_all_models_are_judged_in_the_cache(tmp_path, monkeypatch):
+    """Whoever they are: their logs are found by what they are made from."""
+    monkeypatch.setattr(job, "summarize", lambda logs, models, retain_log, roles: {})
+    monkeypatch.setattr(job, "compare_logs", lambda root, logs, retain_log, roles: None)
+    asked = []
+    models = {name: name for name in ("original", "oracle", "unlearned", "attacked:relearn")}
+    for name in ("one", "two"):
+        run = Run(tmp_path / name, None, 0, Tracker(tmp_path), tmp_path / "cache")
+        judged = job.judge(
+            run,
+            models,
+            lambda model, name: {"params": model},
+            lambda model, name: asked.append(name) or {"entry": {"agg_value": len(name)}},
+        )
+        assert {name: log["entry"]["agg_value"] for name, log in judged.logs.items()} == {
+            name: len(name) for name in models
+        }
+    assert asked == [*models]
 
 
 def test_an_evaluation_is_computed_once_for_two_runs(tmp_path):
@@ -130,15 +147,15 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 def test_the_cache_is_no_part_of_what_a_run_is(config, tmp_path):
     cached = dataclasses.replace(config, stage=StageConfig(cache=tmp_path))
-    assert pipeline.identity(cached) == pipeline.identity(config)
+    assert identity(cached) == identity(config)
 
 
 def test_a_cache_that_cannot_be_written_is_refused(config, tmp_path, monkeypatch):
-    pipeline.check_run(replace(config, **{"stage.cache": tmp_path / "a" / "b"}))
+    job.check(unlearning.JOB, replace(config, **{"stage.cache": tmp_path / "a" / "b"}))
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
     with pytest.raises(UserError, match=f"{tmp_path} cannot be written to; give another folder"):
-        pipeline.check_run(replace(config, **{"stage.cache": tmp_path / "a" / "b"}))
+        job.check(unlearning.JOB, replace(config, **{"stage.cache": tmp_path / "a" / "b"}))
 
 
 def test_a_cache_that_is_a_file_is_refused(config, tmp_path):
@@ -146,6 +163,6 @@ def test_a_cache_that_is_a_file_is_refused(config, tmp_path):
     path.write_text("")
     for given in (path, path / "a" / "b"):
         with pytest.raises(UserError, match=f"--stage.cache: {path} is not a folder"):
-            pipeline.check_run(replace(config, **{"stage.cache": given}))
+            job.check(unlearning.JOB, replace(config, **{"stage.cache": given}))
     with pytest.raises(UserError, match="give another --stage.cache"), stages.alone(path / "a", ""):
         pass

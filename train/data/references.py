@@ -25,7 +25,7 @@ from train.data.batches import batch_shape, collate
 from train.data.stream import Stream
 from train.data.streams import Examples
 from train.options.config import to_json
-from train.runtime import distributed, files, residency
+from train.runtime import distributed, files, remote, residency
 from train.runtime.sharding import batch_ways, put_batch
 from train.runtime.stages import VERSION, digest
 from train.runtime.tracking import progress, say
@@ -229,4 +229,7 @@ def _write(path: Path, values: Sequence[np.ndarray]) -> None:
         with part.open("wb") as file:  # given a name, numpy would append .npz
             np.savez(file, flat=flat, ends=ends, sha256=np.array(sha))
 
-    files.write(path, save)
+    if remote.is_remote(path):
+        save(path)  # objects in buckets are written atomically
+    else:
+        files.write(path, save)

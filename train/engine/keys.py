@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.options.config import LoraConfig, SelectConfig, to_json
-from train.options.optimizers import OPTIMIZERS, Options
+from train.options.optimizers import Options
 from train.runtime.stages import VERSION
 
 _SAME = "the numbers do not depend on it (losses to 1e-6)"
@@ -89,9 +89,6 @@ def stage_inputs(
         inputs["lora"] = to_json(adapters)
     if select is not None and select.given:
         inputs["select"] = to_json(select)
-    if OPTIMIZERS[optimizer.name].needs in ("value", "lazy"):
-        # Before, their directions were the same for every seed.
-        inputs["directions"] = "of the seed"
     if accumulate is not None:
         inputs["accumulate"] = accumulate
     return inputs

@@ -20,11 +20,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
 from models.bounds import check_positions
-from models.learner import check_questions
 from train.data.packing import shapes_within
 from train.data.references import cached_streams, with_references
 from train.data.stream import Positioned, Stream
@@ -34,19 +32,14 @@ from train.engine.keys import stage_inputs
 from train.engine.replays import coefficients, stored
 from train.engine.replays.recording import recording
 from train.engine.step import shaped
-from train.engine.trainable import train_from, trainable_of
+from train.engine.trainable import trainable_of
 from train.evaluators.evaluation import Model
-from train.options.config import LoraConfig, SelectConfig, TrainConfig, UnlearnConfig, to_json
-from train.options.optimizers import (
-    OPTIMIZERS,
-    Options,
-    check_pair,
-    check_steps,
-    in_micro_batches,
-    over_rows,
-)
+from train.options import checks
+from train.options.config import to_json
+from train.options.optimizers import OPTIMIZERS, in_micro_batches, over_rows
+from train.options.recipe import Recipe, num_steps
 from train.runtime import checkpointing, distributed, remote, sharding
-from train.runtime.folder import read_minutes, write_about
+from train.runtime.folder import write_about
 from train.runtime.stages import digest, folder_of, json_stage, params_stage
 from train.runtime.tracking import Tracker, say
 
@@ -74,7 +67,7 @@ class Run:
         mesh: the devices.
         seed: everything random follows from it.
         tracker: the log of steps.
-        cache: folder that runs share, for stages that are `shared`; None: there is none.
+        cache: folder that runs share, where results are found and put; None: there is none.
         notes: what was noticed about the data and the model, for the report.
         about: what else `run.json` says: the roles of the models, and how they are judged.
         clock: minutes a phase; None: nobody asks.
@@ -88,11 +81,6 @@ class Run:
     notes: list[str] = dataclasses.field(default_factory=list)
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     clock: Clock | None = None
-
-
-def started(run: Run, since: float) -> Run:
-    """The run with a clock that goes on where an earlier start of it was stopped."""
-    return dataclasses.replace(run, clock=Clock(read_minutes(run.folder), since))
 
 
 @contextlib.contextmanager
@@ -118,51 +106,11 @@ def seed_of(seed: int, purpose: str) -> int:
     return seed * 2**32 + zlib.crc32(purpose.encode())
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a stage is trained.
-
-    Args:
-        stage: steps, batches, micro-batches, checkpoints.
-        optimizer: how a step is taken.
-        combine: how the gradients of the two sides become one.
-        adapters: low-rank adapters in the place of the parameters; None: all parameters.
-        row_tokens: about how many tokens a row holds that short examples share; 0: none is shared.
-        profile: folder for a trace of a few steps.
-        select: leaves that are trained, by name and by block; None: all.
-    """
-
-    stage: TrainConfig | UnlearnConfig
-    optimizer: Options
-    combine: str = "sum"
-    adapters: LoraConfig | None = None
-    row_tokens: int = 0
-    profile: Path | None = None
-    select: SelectConfig | None = None
-
-
 class Watch(NamedTuple):
     """A look at the model while it trains: `look(model) -> numbers`, at `points` + 1 steps."""
 
     look: Callable[[Model], dict[str, float]]
     points: int
-
-
-def num_steps(config: TrainConfig | UnlearnConfig, rows: int, optimizer: Options) -> int:
-    """Optimizer steps of a stage.
-
-    Raises:
-        UserError: there is none, or the optimizer cannot take that many.
-    """
-    steps = (
-        config.steps
-        if config.steps is not None
-        else round(config.epochs * rows / config.batch_size)
-    )
-    if steps < 1:
-        raise UserError(f"a stage of {rows} rows has no step; raise its epochs or steps")
-    check_steps(optimizer, steps)
-    return steps
 
 
 def train(
@@ -176,7 +124,6 @@ def train(
     reference: Model | None = None,
     purpose: str | None = None,
     watch: Sequence[Watch] = (),
-    shared: bool = False,
     keep: Callable[[Any], None] | None = None,
     record: str | None = None,
     only: Sequence[str] = (),
@@ -193,10 +140,11 @@ def train(
         reference: the frozen model that the row asks; None: `start`.
         purpose: keys its randomness; None: the name. Stages of one purpose see the same batches.
         watch: evaluations during training; they change nothing.
-        shared: stored in the run's cache, where other runs find it.
-        keep: called with the tree that was trained, before it becomes plain parameters.
+        keep: called with the tree that was trained, before it becomes plain parameters. What it
+            writes is the run's own, so the stage is then not taken from the run's cache.
         record: name of the file in the run folder that holds the coefficients of its steps, where
-            they are all that its updates need; None: `replay-NAME.zo`, with the stage's name.
+            they are all that its updates need, and which then makes the stage the run's own; None:
+            `replay-NAME.zo`, with the stage's name, where the stage is not found.
         only: parts of the tree that alone are stored, where no other is trained; (): all.
 
     Raises:
@@ -211,15 +159,12 @@ def train(
             f"objective {row.name!r} asks a frozen model that shares the start's parameters, so no "
             "other reference can be given"
         )
-    objectives.check_accumulation(row, stage.accumulate)
-    first = train_from(start.params, recipe.select)
-    check_questions(start.learner, row, options, first)
+    checks.check_recipe(recipe, objective, mesh, name, main=False)
+    checks.check_model(recipe, objective, start.learner, start.params)
     for key, stream in streams.items():
         if isinstance(stream, Positioned):
             learned = start.learner.sizes.get("positions")
             check_positions(learned, stream.longest, f"{name}, rows of {key}")
-    check_pair(optimizer, recipe.combine, row, options)
-    sharding.check_batch(mesh, stage.batch_size, stage.accumulate, name)
     # Examples that share a row of tokens are in one part of the batch.
     parts = optimizer.queries if OPTIMIZERS[optimizer.name].parts else 1
     alone = stage.batch_size // (sharding.batch_ways(mesh) * stage.accumulate)
@@ -249,6 +194,9 @@ def train(
     if only:
         inputs["only"] = list(only)
     computed: list[str] = []
+    records = coefficients.replays(optimizer)
+    own = keep is not None or (records and record is not None)
+    cache = None if own else run.cache
 
     def make(checkpoints: Path) -> Any:
         computed.append(name)
@@ -257,7 +205,7 @@ def train(
             with distributed.interruptible():
                 ready = with_references(
                     streams, row, options, frozen.decoder, frozen.params, frozen.sha, mesh,
-                    run.folder,
+                    run.folder if run.cache is None else remote.located(run.cache),
                 )  # fmt: skip
         training = trainable_of(
             start.params,
@@ -270,7 +218,7 @@ def train(
         )
         here = sharding.rows_here(mesh, stage.batch_size)
         recorded = None
-        if coefficients.replays(optimizer):
+        if records:
             recorded = recording(
                 run.folder / (record or stored.named(name)), name, start.sha, training.start,
                 optimizer, steps, adapters, recipe.select, run.seed, getattr(start, "names", None),
@@ -309,7 +257,6 @@ def train(
 
     rules = start.learner.rules
     like = shaped(start.params, sharding.param_shardings(start.params, mesh, rules))
-    cache = run.cache if shared else None
     params, sha = params_stage(run.folder, name, inputs, parts_of(like), make, cache)
     if only:
         params, sha = {**start.params, **params}, digest([start.sha, sha])
@@ -358,7 +305,6 @@ def compute(
     kind: str,
     version: int,
     like: Model | None = None,
-    shared: bool = False,
     purpose: str | None = None,
     **inputs: Any,
 ) -> Any:
@@ -377,7 +323,6 @@ def compute(
         version: raised when the same inputs may give another result.
         like: the result is parameters in the structure of this model's, of which a model is
             returned; None: JSON values.
-        shared: stored in the run's cache, where other runs find it.
         purpose: keys its randomness; None: the name.
         inputs: models, streams, rows, dataclasses and plain values.
 
@@ -408,11 +353,10 @@ def compute(
         random = jax.random.fold_in(jax.random.key(run.seed), zlib.crc32(whose.encode()))
         return make(Work(folder, run.mesh, random, distributed.stop_point), **inputs)
 
-    cache = run.cache if shared else None
     if like is not None:
         rules = like.learner.rules
         shapes = shaped(like.params, sharding.param_shardings(like.params, run.mesh, rules))
-        params, sha = params_stage(run.folder, name, key, shapes, call, cache)
+        params, sha = params_stage(run.folder, name, key, shapes, call, run.cache)
         return like._replace(params=params, sha=sha)
     folder = folder_of(remote.home(run.folder), name, key)
     place = remote.home(run.folder) / "checkpoints" / folder.name
@@ -422,7 +366,7 @@ def compute(
         checkpointing.remove(place)
         return found
 
-    return json_stage(run.folder / "computed" / f"{name}.json", key, value, cache)
+    return json_stage(run.folder / "computed" / f"{name}.json", key, value, run.cache)
 
 
 def identity(value: Any, where: str = "input") -> Any:

@@ -100,13 +100,6 @@ def _adapters(params: Any, adapters: LoraConfig, forked: bool, seed: int) -> Tra
     )
 
 
-def train_from(shapes: Any, select: SelectConfig | None) -> int:
-    """The first block that a gradient has to reach."""
-    if select is None or not select.given:
-        return 0
-    return selection.select(shapes, select.leaves, select.blocks).train_from
-
-
 def _selected(
     params: Any, select: SelectConfig, row: Objective, dtype: Any, mesh: Any
 ) -> Trainable:

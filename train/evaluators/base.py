@@ -135,7 +135,9 @@ class Results(NamedTuple):
 
     def scores(self, name: str) -> Scores:
         """A metric by role."""
-        return Scores(*(number(self.summary.get(model, {}).get(name)) for model in self.roles))
+        roles = self.roles
+        models = (roles.start, roles.held_to(roles.judged), roles.judged)
+        return Scores(*(number(self.summary.get(model, {}).get(name)) for model in models))
 
     @property
     def judged(self) -> Mapping[str, Any]:

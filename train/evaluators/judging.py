@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,50 +32,59 @@ def evaluation_inputs(
     }
 
 
-def evaluate_cached(
-    config: Any,
-    model: Any,
-    task: Any,
-    judge: Any,
-    root: Path,
-    mesh: Any,
-    name: str,
-    cache: Path | None = None,
-) -> Any:
-    """The per-item log of a model, from `evals/NAME.json` when that has the same inputs.
+def log_of(config: Any, model: Any, task: Any, judge: Any, mesh: Any, name: str) -> Any:
+    """The per-item log of a model that is on the devices.
 
     `config` is that of a run or of `train.evaluate`, with `data`, `evaluate` and `seed`.
     """
+    return evaluation.evaluate_model(
+        model,
+        task,
+        config.evaluate,
+        system_prompt=config.data.system_prompt,
+        max_length=config.data.max_length,
+        mesh=mesh,
+        seed=config.seed,
+        name=name,
+        judge=None if judge is None else judge.to_device(),
+    )
+
+
+def evaluate_cached(
+    config: Any, model: Any, task: Any, judge: Any, root: Path, mesh: Any, name: str
+) -> Any:
+    """The per-item log of a model, from `evals/NAME.json` when that has the same inputs."""
     inputs = evaluation_inputs(model, task, config.evaluate, config.data, judge, config.seed)
+    path = root / "evals" / f"{name}.json"
+    return json_stage(
+        path, inputs, lambda: log_of(config, model.to_device(), task, judge, mesh, name)
+    )
 
-    def compute() -> Any:
-        return evaluation.evaluate_model(
-            model.to_device(),
-            task,
-            config.evaluate,
-            system_prompt=config.data.system_prompt,
-            max_length=config.data.max_length,
-            mesh=mesh,
-            seed=config.seed,
-            name=name,
-            judge=None if judge is None else judge.to_device(),
-        )
 
-    return json_stage(root / "evals" / f"{name}.json", inputs, compute, cache)
+def held_to(
+    name: str, logs: Mapping[str, Any], retain_log: Any, roles: Roles
+) -> Mapping[str, Any] | None:
+    """The log that a model is compared with; `retain_log` stands for the reference's."""
+    other = roles.held_to(name)
+    return retain_log if retain_log is not None and other == roles.reference else logs.get(other)
 
 
 def summarize(
-    logs: dict[str, Any], models: dict[str, Any], retain_log: Any, roles: Roles = ROLES
+    logs: Mapping[str, Any], models: Mapping[str, Any], retain_log: Any, roles: Roles = ROLES
 ) -> dict[str, Any]:
-    """Flat metrics of every model, compared with `retain_log` or else the reference's log."""
-    reference = retain_log if retain_log is not None else logs.get(roles.reference)
-    return {name: evaluation.summarize(log, reference, models[name]) for name, log in logs.items()}
+    """Flat metrics of every model, each compared with the model that `roles` holds it to."""
+    return {
+        name: evaluation.summarize(log, held_to(name, logs, retain_log, roles), models[name])
+        for name, log in logs.items()
+    }
 
 
-def compare_logs(root: Path, logs: dict[str, Any], retain_log: Any, roles: Roles = ROLES) -> None:
-    """Add comparisons with the reference, which is evaluated later, to the logs in `evals/`."""
-    reference = retain_log if retain_log is not None else logs.get(roles.reference)
+def compare_logs(
+    root: Path, logs: Mapping[str, Any], retain_log: Any, roles: Roles = ROLES
+) -> None:
+    """Add the comparisons of `summarize` to the logs in `evals/`."""
     for name, log in logs.items():
+        other = held_to(name, logs, retain_log, roles)
         for row in EVALUATORS.values():
-            log = log if row.compare is None else row.compare(log, reference)
+            log = log if row.compare is None else row.compare(log, other)
         amend_json(root / "evals" / f"{name}.json", log)

@@ -81,7 +81,7 @@ def member(results: Results) -> Finding:
 def _across(results: Results, name: str) -> str:
     """`0.951 (original 0.990, oracle 0.502)`."""
     s, roles = results.scores(name), results.roles
-    pairs = ((roles.start, s.start), (roles.reference, s.reference))
+    pairs = ((roles.start, s.start), (roles.held_to(roles.judged), s.reference))
     others = [f"{model} {show(value)}" for model, value in pairs if value is not None]
     return show(s.judged) + (f" ({', '.join(others)})" if others else "")
 

@@ -50,7 +50,7 @@ LEGEND_COLUMN = 26  # characters of a name that fit one of two columns
 
 def styles(models: Sequence[str], roles: Roles) -> dict[str, dict[str, Any]]:
     """The style of each model: that of its role, or else the next of `FURTHER`."""
-    named = dict(zip(roles, ("start", "reference", "judged"), strict=True))
+    named = dict(zip(roles.models, ("start", "reference", "judged"), strict=True))
     others = [model for model in models if model not in named]
     further = {model: FURTHER[i % len(FURTHER)] for i, model in enumerate(others)}
     return {m: STYLES[named[m]] if m in named else further[m] for m in models}
@@ -295,7 +295,7 @@ def fact_recall(summary: Mapping[str, Mapping[str, Any]], roles: Roles = ROLES) 
     """
     parts = ("forget", "retain")
     known = {f"{part}_fact_recall" for part in parts}
-    models = [m for m in roles.order(summary) if m in roles or known & set(summary[m])]
+    models = [m for m in roles.order(summary) if m in roles.models or known & set(summary[m])]
     values = {
         (m, part): number(summary[m].get(f"{part}_fact_recall")) for m in models for part in parts
     }
@@ -469,8 +469,9 @@ def truth_ratio(ratios: Ratios, roles: Roles = ROLES) -> Figure | None:
         style = {k: known[k] for k in ("color", "linestyle")}
         ax.step(x, y, where="post", linewidth=2, label=model, **style)
     ax.axvline(1.0, color="#888888", linewidth=1)
-    if roles.judged in clean and roles.reference in clean:
-        u, o = clean[roles.judged], clean[roles.reference]
+    reference = roles.held_to(roles.judged)
+    if roles.judged in clean and reference in clean:
+        u, o = clean[roles.judged], clean[reference]
         x = np.sort(np.concatenate([u, o]))
         a, b = ecdf(u, x), ecdf(o, x)
         i = int(np.argmax(np.abs(a - b)))

@@ -12,17 +12,15 @@ from jax.sharding import Mesh
 
 from jaxlib_unlearn import objectives, options
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.objectives import Objective
 from models.decoder import lora, selection
 from models.files.weights import DTYPES
+from models.learner import check_questions
 from train.options import optimizers
-from train.options.config import (
-    LoraConfig,
-    SelectConfig,
-    TrainConfig,
-    UnlearnConfig,
-)
+from train.options.config import LoraConfig, SelectConfig
 from train.options.optimizers import Options
-from train.runtime import remote, sharding, suggest
+from train.options.recipe import Recipe
+from train.runtime import remote, reporters, sharding, suggest
 
 
 def check_numbers(config: Any, prefix: str = "--") -> None:
@@ -41,22 +39,72 @@ def check_numbers(config: Any, prefix: str = "--") -> None:
             options.check_value(field, value, name)
 
 
-def check_stage(
-    stage: TrainConfig | UnlearnConfig, optimizer: Options, mesh: Mesh, what: str
+def check_config(config: Any) -> None:
+    """Raise `UserError` for what is wrong with the options that programs share.
+
+    Args:
+        config: the configuration of a program with presets.
+    """
+    check_numbers(config)
+    reporters.check(reporters.chosen(config.report_to, getattr(config, "tensorboard", False)))
+    if getattr(config, "profile", None) is not None:
+        check_writable("--profile", config.profile)
+    check_places(config)
+
+
+def check_recipe(
+    recipe: Recipe, objective: tuple[Objective, Any], mesh: Mesh, what: str, main: bool = True
 ) -> None:
-    """Raise `UserError` for an unknown optimizer or work that does not divide over the mesh."""
+    """Raise `UserError` for parts of a stage that do not go together, whatever its model is.
+
+    Args:
+        recipe: how the stage is trained.
+        objective: a row and its complete options.
+        mesh: the devices.
+        what: the stage, for messages.
+        main: the stage that the mesh is chosen for: an axis that its optimizer cannot use is
+            refused. In the others the devices along it repeat the work.
+    """
+    stage, optimizer = recipe.stage, recipe.optimizer
     optimizers.check(optimizer)
-    optimizers.over_rows(optimizer, stage.batch_size, f"the {what}")
-    if optimizers.OPTIMIZERS[optimizer.name].sides:
+    objectives.check_accumulation(objective[0], stage.accumulate)
+    optimizers.check_pair(optimizer, recipe.combine, *objective)
+    if recipe.adapters is not None:
+        check_lora(recipe.adapters, optimizer)
+        refuse_both(recipe.adapters, recipe.select)
+    if recipe.select is not None:
+        check_selection(recipe.select, optimizer)
+    if main or optimizers.OPTIMIZERS[optimizer.name].sides:
         optimizers.check_mesh(optimizer, mesh, stage.batch_size, f"the {what}")
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, what)
 
 
-def check_finetuning(stage: TrainConfig, mesh: Mesh) -> None:
-    """As `check_stage`, and raise for an optimizer that needs a forget and a retain side."""
-    check_stage(stage, stage.optimizer, mesh, "fine-tuning")
-    nll = objectives.resolve("nll")
-    optimizers.check_pair(stage.optimizer, "sum", *nll)
+def check_model(
+    recipe: Recipe, objective: tuple[Objective, Any], learner: Any, params: Any = None
+) -> None:
+    """Raise `UserError` for a model that a stage cannot train.
+
+    Args:
+        recipe: how the stage is trained.
+        objective: a row and its complete options.
+        learner: of the model.
+        params: its parameters, or their shapes; None: the learner's.
+    """
+    row, options = objective
+    params = learner.shapes() if params is None else params
+    if recipe.adapters is not None:
+        check_lora(recipe.adapters, recipe.optimizer, params)
+    if recipe.select is not None:
+        check_selection(recipe.select, recipe.optimizer, params)
+    check_blocks(recipe.optimizer, learner.sizes.get("blocks", 0))
+    check_questions(learner, row, options, train_from(params, recipe.select))
+
+
+def train_from(params: Any, select: SelectConfig | None) -> int:
+    """The first block that a gradient has to reach."""
+    if select is None or not select.given:
+        return 0
+    return selection.select(params, select.leaves, select.blocks).train_from
 
 
 def check_dtype(option: str, value: str) -> None:

@@ -1,7 +1,8 @@
-"""The configuration of a run: frozen dataclasses, overridden on the command line by tyro.
+"""The options that programs share: frozen dataclasses, overridden on the command line by tyro.
 
-The field of an option has its range or choices and its description in `--help`. The fields of the
-objective and of the optimizers are those of the rows in use, see `rows`.
+Each option stands once, with its range or choices and its text for `--help`. A program's own
+dataclass inherits or nests the groups that it needs; `again` gives an inherited option another
+default. The fields of the objective and of the optimizers are those of the rows in use, see `rows`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,207 +41,254 @@ OBJECTIVE = Rows(
 )
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """What is forgotten, kept and asked."""
+def again(group: type, name: str, default: Any, doc: str | None = None) -> Any:
+    """An option of another group, with another default and, where `doc` is given, another text.
 
-    source: str = option("tofu", "`authors` (generated in the run) or `tofu`.")
-    path: Path | None = option(
-        None, "folder with TOFU's JSON files; None: the Hub id locuslab/TOFU."
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Longer(AnswersConfig):
+        ...     max_new_tokens: int = again(AnswersConfig, "max_new_tokens", 512)
+        >>> Longer().max_new_tokens, AnswersConfig().max_new_tokens
+        (512, 64)
+    """
+    known = {field.name: field for field in dataclasses.fields(group)}[name].metadata
+    text = {} if doc is None else {"doc": doc}
+    return dataclasses.field(default=default, metadata={**known, **text})
+
+
+# Groups of options that several programs have.
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Existing results."""
+
+    cache: Path | None = option(
+        None,
+        "Runs share this folder (or `gs://…`): whatever is made from the same inputs, models and "
+        "their evaluations alike, is taken from it, or put there for the next run.",
     )
+
+
+@dataclass(frozen=True)
+class ProgramConfig:
+    """Options of every program with presets."""
+
+    preset: str = option("", "The name of the preset that this configuration started from.")
+    seed: int = option(0, "The seed from which every draw is derived.", low=0, high=MOST)
+    smoke: bool = option(
+        False, "Take few steps and samples through the same code, for a first look."
+    )
+    output: Path | None = option(
+        None,
+        "The run folder, which may be in a bucket (`gs://…`); None: `runs/PRESET-seedN`, with "
+        "`-smoke` in a smoke run.",
+    )
+    mesh: MeshConfig = MeshConfig()
+    stage: CacheConfig = CacheConfig()
+    export_dtype: str = option(
+        "float32", "The dtype of the exported weights.", choices=tuple(DTYPES)
+    )
+    distributed: DistributedConfig = DistributedConfig()
+    report_to: str = option(
+        "",
+        "These trackers receive the metrics too, comma-separated: tensorboard, wandb, trackio.",
+        words=tuple(reporters.REPORTERS),
+    )
+
+    @property
+    def title(self) -> str:
+        """The name of its run folder, but for the seed."""
+        return self.preset
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of a few steps."""
+
+    profile: Path | None = option(
+        None,
+        "A trace of a few steps goes to this folder; TensorBoard, XProf and Perfetto show it. "
+        "None: no trace is made.",
+    )
+
+
+@dataclass(frozen=True)
+class RevisionConfig:
+    """The version of a data set."""
+
     revision: str | None = option(
         None,
-        "commit, branch or tag of the Hub's data set; None: the newest. The run notes the commit.",
+        "The commit, branch or tag of the Hub's data set; None: the newest. The run notes the "
+        "commit.",
     )
-    forget_split: str = option(
-        "forget01", "name of the split to forget, or a JSON file with `question` and `answer`."
-    )
-    retain_rows: int | None = option(
-        100, "how many rows of `retain_split` are kept and trained on; None: all.", low=1
-    )
-    extra_rows: int | None = option(
-        50, "how many real-author and world-fact rows are evaluated; None: all.", low=0
-    )
-    holdout_rows: int = option(40, "how many untrained rows serve as non-members.", low=0)
-    num_authors: int = option(40, "authors made by the generator (quickstart).", low=1)
-    seed: int | None = option(
-        None, "seed of the generator; None: the run's seed.", low=0, high=MOST
-    )
-    system_prompt: str | None = option(
-        None, "system message of the chat template; None: the template's own default."
-    )
-    max_length: int = option(
-        512, "longest tokenised example; longer ones are cut and counted.", low=2
-    )
+
+
+@dataclass(frozen=True)
+class RowTokensConfig:
+    """The length of packed rows."""
+
     row_tokens: int = option(
         320,
-        "short training examples are packed into rows of about that many tokens, after the start "
-        "that their prompts share; 0: one row each. The losses are the same.",
+        "Short training examples are packed into rows of about that many tokens, after the start "
+        "that their prompts share; 0: every example has a row. The losses are the same.",
         low=0,
     )
-    forget_rows: int | None = option(
-        None, "how many rows of the forget split are used, from the first; None: all.", low=1
-    )
-    retain_split: str = option(
-        "retain_perturbed",
-        "name of the split that is kept and trained on (`retain90`), or a JSON file.",
-    )
-    judged_retain_split: str = option(
-        "retain_perturbed", "name of the split, or a JSON file, on which retention is evaluated."
-    )
-    judged_retain_rows: int | None = option(
-        None, "how many of its rows; None: as many as `retain_rows`.", low=1
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How questions are written."""
+
+    system_prompt: str | None = option(
+        None, "The system message of the chat template; None: the template's own default."
     )
     template: str = option(
         "auto",
-        'how questions are written: `auto` (the tokenizer\'s chat template, or "Question:" and '
+        'The form of questions: `auto` (the tokenizer\'s chat template, or "Question:" and '
         '"Answer:" where there is none), or tags of OpenUnlearning for models without one: '
         "`llama2` ([INST]) or `question-answer`.",
     )
-    template_date: str = option(DATE, "today's date in chat templates that print one.")
-    few_shot: Path | None = option(
-        None, "JSON file of answered questions that precede every question in the prompt."
-    )
-    alternates: int = option(
-        3,
-        "alternate answers per forget question, sampled from the model before it learns the facts, "
-        "for objectives that train on them, where the rows have no `alternate_answer`; 0: none.",
-        low=0,
-    )
-    alternate_temperature: float = option(
-        1.0,
-        "sampling temperature of these alternates. A small model writes whole sentences only below "
-        "1.",
-        low=0.01,
-        high=100,
-        later=True,
-    )
-    forget: Path | None = option(
-        None,
-        "file of your own rows to forget (JSON, JSONL, CSV or parquet; a question and an answer "
-        "are enough), in place of `source`; goes with `retain`.",
-    )
-    retain: Path | None = option(
-        None, "file of your own rows to keep: trained on all, evaluated on the first `retain_rows`."
-    )
-    reasoning: Path | None = option(
-        None, "of source reasoning-tofu: a file of GSM8K rows, the reasoning to keep.", later=True
-    )
-    reasoning_rows: int = option(
-        150, "how many of them are trained on; up to 40 more are asked.", low=1, later=True
+    template_date: str = option(
+        DATE, "Chat templates that print today's date print this one instead."
     )
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The model to start from."""
+class ComputeConfig:
+    """How a model computes."""
 
-    path: str = option(
-        "smollm2",
-        "an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or `scratch` "
-        "(random weights). `owner/name` is a Hub id where no such path exists, `hub:owner/name` "
-        "always.",
-    )
-    revision: str | None = option(
-        None, "commit, branch or tag of a Hub id; None: the newest. The run notes the commit."
-    )
-    vocab_size: int = option(
-        1024,
-        "of the tokenizer trained in the run (from scratch only), as the sizes below.",
-        low=1,
-        high=2**20,
-    )
-    split_digits: bool = option(
-        False, "that tokenizer has every digit as a token of its own.", later=True
-    )
-    hidden_size: int = option(128, "width of the residual stream.", low=1)
-    intermediate_size: int = option(384, "width inside an MLP.", low=1)
-    num_layers: int = option(4, "blocks.", low=1, high=MOST_LAYERS)
-    num_heads: int = option(4, "attention heads.", low=1)
-    num_kv_heads: int = option(
-        2, "heads of keys and values, shared by groups of attention heads.", low=1
-    )
     dtype: str = option(
         "float32",
-        "dtype of the computation, `float32` or `bfloat16`; parameters stay float32.",
+        "The dtype of the computation, `float32` or `bfloat16`; parameters stay float32.",
         choices=COMPUTE,
     )
     remat: str = option(
         "dots",
-        "what the backward pass recomputes: `none`, `dots` (all but the projections: half of the "
+        "The backward pass recomputes `none`, `dots` (all but the projections: half of the "
         "temporaries for hardly more compute, and faster where memory bandwidth is the limit) or "
         "`full` (whole blocks: a quarter of the temporaries, for a quarter more compute).",
         choices=tuple(REMAT),
     )
-    mask_all_pad_id_tokens: bool = option(
-        False,
-        "mask every token with the padding token's id from attention, as OpenUnlearning does; with "
-        "Llama-3's templates these include the ends of turns. For comparison with its numbers; "
-        "applies to training, scoring and generation.",
+
+
+@dataclass(frozen=True)
+class SourceConfig(ComputeConfig):
+    """The place of a model to start from."""
+
+    path: str = option(
+        "smollm2",
+        "The model: an HF folder, a `.gguf` file, a Hub id, `smollm2` (the installed package) or "
+        "`scratch` (random weights). `owner/name` is a Hub id where no such path exists, "
+        "`hub:owner/name` always.",
+    )
+    revision: str | None = option(
+        None,
+        "The commit, branch or tag of a model's Hub id; None: the newest. The run notes the "
+        "commit.",
     )
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One training stage."""
+class SizesConfig:
+    """The sizes of a transformer with random weights."""
+
+    hidden_size: int = option(128, "The width of the residual stream.", low=1)
+    intermediate_size: int = option(384, "The width inside an MLP.", low=1)
+    num_layers: int = option(4, "The number of blocks.", low=1, high=MOST_LAYERS)
+    num_heads: int = option(4, "The number of attention heads; they divide the width.", low=1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often a stage is stored."""
+
+    checkpoint_seconds: float = option(
+        120.0,
+        "Two checkpoints are at least so many seconds apart.",
+        low=0,
+        high=math.inf,
+    )
+
+
+@dataclass(frozen=True)
+class BatchConfig(CheckpointConfig):
+    """The batches of a stage."""
+
+    batch_size: int = option(8, "The global number of rows of each stream in a step.", low=1)
+    accumulate: int = option(
+        1, "A step is split into so many micro-batches; results do not depend on it.", low=1
+    )
+
+
+@dataclass(frozen=True)
+class LengthConfig(BatchConfig):
+    """The length and the batches of a stage."""
 
     epochs: float = option(
-        10.0,
-        "passes over the stage's main stream (ignored when `steps` is given).",
+        1.0,
+        "The number of passes over the stage's main stream; it is ignored when `steps` is given.",
         low=0,
         high=1e9,
     )
-    steps: int | None = option(None, "optimizer steps; None: from `epochs`.", low=1)
-    batch_size: int = option(8, "global rows of each stream in a step.", low=1)
-    accumulate: int = option(
-        1, "micro-batches that a step is split into; results do not depend on it.", low=1
-    )
-    optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW())
+    steps: int | None = option(None, "The number of optimizer steps; None: from `epochs`.", low=1)
+
+
+@dataclass(frozen=True)
+class CurveConfig:
+    """Looks at the model during a stage."""
+
     curve_points: int = option(
-        0, "evaluations of forget and retain along the stage (0: none).", low=0
-    )
-    checkpoint_seconds: float = option(
-        120.0, "least time between two checkpoints.", low=0, high=math.inf
+        0, "The model is evaluated so many times during the stage, on rows held out of it.", low=0
     )
 
 
 @dataclass(frozen=True)
-class UnlearnConfig:
+class TrainConfig(LengthConfig, CurveConfig):
+    """One training stage."""
+
+    epochs: float = again(LengthConfig, "epochs", 10.0)
+    optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW())
+
+
+@dataclass(frozen=True)
+class UnlearnConfig(LengthConfig, CurveConfig):
     """The unlearning stage; its optimizer is `--optimizer.*`, its objective `--objective.*`."""
 
-    epochs: float = option(
-        5.0, "passes over the rows to forget (ignored when `steps` is given).", low=0, high=1e9
-    )
-    steps: int | None = option(None, "optimizer steps; None: from `epochs`.", low=1)
-    batch_size: int = option(8, "global rows of each stream in a step.", low=1)
-    accumulate: int = option(
-        1, "micro-batches that a step is split into; results do not depend on it.", low=1
-    )
-    curve_points: int = option(
-        5, "evaluations of forget and retain along the stage (0: none).", low=0
-    )
-    checkpoint_seconds: float = option(
-        120.0, "least time between two checkpoints.", low=0, high=math.inf
+    epochs: float = again(LengthConfig, "epochs", 5.0)
+    curve_points: int = again(CurveConfig, "curve_points", 5)
+
+
+@dataclass(frozen=True)
+class CombineConfig:
+    """Two gradients of a step."""
+
+    combine: str = option(
+        "sum",
+        "The gradients of the forget and the retain side become one by `sum`, `blur` or `pcgrad`.",
+        words=tuple(optimizers.COMBINERS),
     )
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters, trained in the unlearning stage instead of the parameters.
+    """Low-rank adapters, trained in the stage instead of the parameters.
 
     The model is frozen, only the adapters are optimised, and the model with the adapters merged
     into it is evaluated and exported.
     """
 
     rank: int | None = option(
-        None, "r of the adapters; None: no adapters, every parameter is trained.", low=1
+        None, "The rank r of the adapters; None: every parameter is trained, without any.", low=1
     )
     alpha: float | None = option(
         None,
-        "the adapters' term is multiplied by alpha / rank; None: the rank, so by 1.",
+        "The adapters' term is multiplied by alpha / rank; None: alpha is the rank.",
         low=1e-30,
     )
-    targets: tuple[str, ...] = option(TARGETS, "names of the kernels to adapt.", words=TARGETS)
+    targets: tuple[str, ...] = option(
+        TARGETS, "The kernels of these names are adapted.", words=TARGETS
+    )
 
     @property
     def scale(self) -> float:
@@ -250,16 +298,20 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Which leaves the unlearning stage trains, where it does not train all.
+    """The leaves that a stage trains, where it does not train all.
 
     Optimizer state and gradients exist for these alone, and nothing below the first of them is
     differentiated.
     """
 
     leaves: tuple[str, ...] | None = option(
-        None, "names of leaves, as parts of their paths (`mlp/down`, `q`, `embed`); None: all."
+        None,
+        "Only leaves of these names are trained, given as parts of their paths (`mlp/down`, `q`, "
+        "`embed`); None: all.",
     )
-    blocks: tuple[int, ...] | None = option(None, "numbers of blocks, from 0 on; None: all.")
+    blocks: tuple[int, ...] | None = option(
+        None, "Only these blocks are trained, numbered from 0; None: all."
+    )
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
@@ -272,103 +324,176 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class ScoringConfig:
+    """The batches in which models are judged."""
+
+    score_tokens: int = option(4096, "A scoring batch has rows times length tokens.", low=1)
+    generate_rows: int = option(64, "So many rows are decoded at once.", low=1)
+
+
+@dataclass(frozen=True)
+class AnswersConfig(ScoringConfig):
+    """The answers by which models are judged."""
+
+    max_new_tokens: int = option(
+        64, "An answer, with its thoughts, has at most so many tokens.", low=1
+    )
+
+
+# train.unlearn
+
+
+@dataclass(frozen=True)
+class DataConfig(RowTokensConfig, PromptConfig, RevisionConfig):
+    """The rows to forget, to keep and to ask."""
+
+    source: str = option("tofu", "The benchmark: `authors` (generated in the run) or `tofu`.")
+    path: Path | None = option(
+        None, "The folder with TOFU's JSON files; None: the Hub id locuslab/TOFU."
+    )
+    forget_split: str = option(
+        "forget01", "The split to forget, or a JSON file with `question` and `answer`."
+    )
+    retain_rows: int | None = option(
+        100, "So many rows of `retain_split` are kept and trained on; None: all.", low=1
+    )
+    extra_rows: int | None = option(
+        50, "So many real-author and world-fact rows are evaluated; None: all.", low=0
+    )
+    holdout_rows: int = option(40, "So many untrained rows serve as non-members.", low=0)
+    num_authors: int = option(40, "The generator makes so many authors (quickstart).", low=1)
+    seed: int | None = option(
+        None, "The seed of the generator; None: the run's seed.", low=0, high=MOST
+    )
+    max_length: int = option(
+        512,
+        "A tokenised example has at most so many tokens; longer ones are cut and counted.",
+        low=2,
+    )
+    forget_rows: int | None = option(
+        None, "The first so many rows of the forget split are used; None: all.", low=1
+    )
+    retain_split: str = option(
+        "retain_perturbed",
+        "The split that is kept and trained on (such as `retain90`), or a JSON file.",
+    )
+    judged_retain_split: str = option(
+        "retain_perturbed", "The split, or a JSON file, on which retention is evaluated."
+    )
+    judged_retain_rows: int | None = option(
+        None, "So many of its rows are used; None: as many as `retain_rows`.", low=1
+    )
+    few_shot: Path | None = option(
+        None, "The answered questions of this JSON file precede every question in the prompt."
+    )
+    alternates: int = option(
+        3,
+        "Objectives that train on alternate answers get so many per forget question, sampled from "
+        "the model before it learns the facts, where the rows have no `alternate_answer`; 0: none.",
+        low=0,
+    )
+    alternate_temperature: float = option(
+        1.0,
+        "The sampling temperature of these alternates. A small model writes whole sentences only "
+        "below 1.",
+        low=0.01,
+        high=100,
+    )
+    forget: Path | None = option(
+        None,
+        "A file of your own rows to forget (JSON, JSONL, CSV or parquet; a question and an answer "
+        "are enough), in place of `source`; it goes with `retain`.",
+    )
+    retain: Path | None = option(
+        None,
+        "A file of your own rows to keep: all are trained on, the first `retain_rows` evaluated.",
+    )
+    reasoning: Path | None = option(
+        None, "A file of GSM8K rows for source reasoning-tofu: the reasoning to keep."
+    )
+    reasoning_rows: int = option(
+        150, "So many of them are trained on; up to 40 more are asked.", low=1
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig(SourceConfig, SizesConfig):
+    """The model to start from; the sizes hold for one with random weights."""
+
+    vocab_size: int = option(
+        1024, "The tokenizer that is trained in the run has so many ids.", low=1, high=2**20
+    )
+    split_digits: bool = option(False, "Every digit is a token of its own in that tokenizer.")
+    num_kv_heads: int = option(
+        2, "The number of heads of keys and values, shared by groups of attention heads.", low=1
+    )
+    mask_all_pad_id_tokens: bool = option(
+        False,
+        "Mask every token with the padding token's id from attention, as OpenUnlearning does; with "
+        "Llama-3's templates these include the ends of turns. It serves to compare with its "
+        "numbers, and applies to training, scoring and generation.",
+    )
+
+
+@dataclass(frozen=True)
+class StageConfig(CacheConfig):
     """Existing results."""
 
-    cache: Path | None = option(
-        None,
-        "folder (or `gs://…`) that runs share: models that are trained before what they differ in, "
-        "and evaluations of the model before, made from the same inputs, are taken from there, or "
-        "put there for the next run.",
-        later=True,
+    original: str | None = option(
+        None, "A model (HF folder or GGUF) that already knows the facts takes the original's place."
     )
 
 
 @dataclass(frozen=True)
-class StageConfig:
-    """Start from existing results."""
-
-    original: str | None = option(None, "a model (HF folder or GGUF) that already knows the facts.")
-    cache: Path | None = option(
-        None,
-        "folder (or `gs://…`) that runs share: an original or oracle made from the same inputs, "
-        "and its evaluation, are taken from there, or put there for the next run.",
-    )
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(AnswersConfig):
     """How models are judged."""
 
-    max_new_tokens: int = option(64, "length limit of an answer in tokens.", low=1)
     leak_samples: int = option(
-        16, "sampled answers per forget question, for leak@k (0: none).", low=0
+        16, "So many answers per forget question are sampled, for leak@k (0: none).", low=0
     )
-    leak_temperature: float = option(1.0, "their sampling temperature.", low=0, high=1e9)
-    leak_top_p: float = option(1.0, "probability mass of their nucleus.", low=1e-9, high=1)
+    leak_temperature: float = option(1.0, "Their sampling temperature.", low=0, high=1e9)
+    leak_top_p: float = option(1.0, "The probability mass of their nucleus.", low=1e-9, high=1)
     leak_question: str = option(
-        "question", "`question` or `paraphrased_question`.", choices=QUESTIONS
+        "question",
+        "They answer the `question` or the `paraphrased_question` of a row.",
+        choices=QUESTIONS,
     )
-    score_tokens: int = option(4096, "rows times length of one scoring batch.", low=1)
-    generate_rows: int = option(64, "rows decoded at once.", low=1)
     think_start: str = option(
         "<think>",
-        "how an answer of a reasoning task begins; `<think></think>` leaves no room for thoughts "
-        "(ZeroThink).",
-        later=True,
+        "An answer of a reasoning task begins with this; `<think></think>` leaves no room for "
+        "thoughts (ZeroThink).",
     )
     judge_model: Path | None = option(
-        None,
-        "folder of a chat model that names the class of a trace, in place of rules.",
-        later=True,
+        None, "The chat model in this folder names the class of a trace, in place of rules."
     )
     judge: str = option(
         ROLES.reference,
-        "whose NLL of the greedy forget answers measures fluency: `oracle` or `base` (before "
-        "fine-tuning).",
+        "The NLL of the greedy forget answers under this model measures fluency: `oracle` or "
+        "`base` (before fine-tuning).",
         choices=JUDGES,
     )
 
 
 @dataclass(frozen=True)
-class ProgramConfig:
-    """What the runs of every program with presets have."""
-
-    preset: str = option("", "name of the preset this configuration started from.")
-    seed: int = option(0, "everything random follows from it.", low=0, high=MOST)
-    smoke: bool = option(False, "few steps and samples through the same code, for a first look.")
-    output: Path | None = option(
-        None, "run folder, also in a bucket (`gs://…`); None: `runs/PRESET-seedN` (with `-smoke`)."
-    )
-
-    @property
-    def title(self) -> str:
-        """What its run folder is called, but for the seed."""
-        return self.preset
-
-
-@dataclass(frozen=True)
 class TracesConfig:
-    """What the original model thinks of the rows to forget, for objectives that train on it."""
+    """The original model's thoughts on the rows to forget, for objectives that train on them."""
 
     segments: int = option(
-        1, "parts that a text is cut into, by tokens; each gives a trace.", low=1, later=True
+        1, "A text is cut into so many parts, by tokens; each gives a trace.", low=1
     )
     new_tokens: int = option(
-        1024, "most tokens of a trace; no more than `keep` are generated.", low=1, later=True
+        1024, "A trace has at most so many tokens; no more than `keep` are generated.", low=1
     )
-    keep: int = option(100, "how many tokens of each are trained on.", low=1, later=True)
-    trigger: str = option(
-        "Let's reason this step by step.", "what asks the model to reason.", later=True
-    )
-    tag: str = option("<think>", "how its thoughts begin.", later=True)
+    keep: int = option(100, "The first so many tokens of each are trained on.", low=1)
+    trigger: str = option("Let's reason this step by step.", "These words ask the model to reason.")
+    tag: str = option("<think>", "The model's thoughts begin with this tag.")
     path: Path | None = option(
-        None, "a file of traces in their place: JSON lines with `row` and `trace`.", later=True
+        None, "A file of traces in their place: JSON lines with `row` and `trace`."
     )
 
 
 @dataclass(frozen=True)
-class RunConfig(ProgramConfig):
+class RunConfig(ProgramConfig, ProfileConfig, CombineConfig):
     """One unlearning run: original, oracle, unlearned, evaluated, reported, exported."""
 
     data: DataConfig = DataConfig()
@@ -376,82 +501,53 @@ class RunConfig(ProgramConfig):
     stage: StageConfig = StageConfig()
     retain_log: Path | None = option(
         None,
-        "per-item log (OpenUnlearning EVAL.json or ours) of a retain-only model; skips the oracle.",
+        "The per-item log (OpenUnlearning's EVAL.json or ours) of a retain-only model, which then "
+        "takes the oracle's place.",
     )
     oracle: bool = option(
-        True, "train the retain-only model (forget quality needs it, unless `retain_log` is given)."
+        True,
+        "Train the retain-only model, which forget quality needs unless `retain_log` is given.",
     )
     finetune: TrainConfig = TrainConfig()
     unlearn: UnlearnConfig = UnlearnConfig()
     objective: objectives.Options = chosen(OBJECTIVE, objectives.options_of("graddiff"))
     optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW())
-    combine: str = option(
-        "sum",
-        "how the gradients of the forget and the retain side become one: sum, blur, pcgrad.",
-        words=tuple(optimizers.COMBINERS),
-    )
     lora: LoraConfig = LoraConfig()
     train: SelectConfig = SelectConfig()
-    traces: TracesConfig = option(TracesConfig(), "", later=True)
-    mesh: MeshConfig = MeshConfig()
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    export_dtype: str = option("float32", "dtype of the exported weights.", choices=tuple(DTYPES))
-    tensorboard: bool = option(False, "the same as `report_to` tensorboard.")
-    profile: Path | None = option(
-        None,
-        "folder for a trace of a few unlearning steps, which TensorBoard, XProf and Perfetto "
-        "show; None: no trace.",
-    )
-    distributed: DistributedConfig = DistributedConfig()
-    report_to: str = option(
-        "",
-        "trackers that receive the metrics too, comma-separated: tensorboard, wandb, trackio.",
-        words=tuple(reporters.REPORTERS),
-    )
+    traces: TracesConfig = TracesConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tensorboard: bool = option(False, "This is the same as `report_to` tensorboard.")
+
+
+# What is done with configurations.
 
 
 def run_folder(config: ProgramConfig) -> Path:
-    """Where a configuration writes."""
+    """The folder that a configuration writes into."""
     if config.output is not None:
         return config.output
     return Path("runs") / f"{config.title}-seed{config.seed}{'-smoke' if config.smoke else ''}"
 
 
-def identity(config: ProgramConfig, *places: str) -> dict[str, Any]:
-    """What `config.json` holds: everything but where it runs, and where it and its sources lie.
+PLACES = ("stage.cache", "data.cache")
 
-    `places`: dotted names of further options that say where something lies.
-    """
-    whole = to_json(replace(config, output=None, **dict.fromkeys(places)))
+
+def identity(config: ProgramConfig) -> dict[str, Any]:
+    """The content of `config.json`: all but where the run computes, and where folders lie."""
+    places = {}
+    for place in PLACES:
+        group, _, name = place.partition(".")
+        if hasattr(getattr(config, group, None), name):
+            places[place] = None
+    whole = to_json(replace(config, output=None, **places))
     for name in ("distributed", "profile", "report_to"):
         whole.pop(name, None)
     return whole
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values (paths as strings).
-
-    A field with `later` in its metadata is left out at its default: it is younger than results that
-    were stored without it, and these keep their keys.
-
-    Example:
-        >>> from models import DecoderConfig
-        >>> shape = DecoderConfig(16, 8, 16, 2, 2, 1, 4)
-        >>> "norm" in to_json(shape), to_json(dataclasses.replace(shape, norm="layer"))["norm"]
-        (False, 'layer')
-    """
-    return json.loads(json.dumps(_without_later(config, dataclasses.asdict(config)), default=str))
-
-
-def _without_later(config: Any, values: dict[str, Any]) -> dict[str, Any]:
-    for each in dataclasses.fields(config):
-        value = getattr(config, each.name)
-        if each.metadata.get("later") and value == each.default:
-            del values[each.name]
-        elif dataclasses.is_dataclass(value):
-            if not _without_later(value, values[each.name]):  # a group of such fields alone
-                del values[each.name]
-    return values
+    """A dataclass as plain JSON values (paths as strings)."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def replace(config: Any, **changes: Any) -> Any:

@@ -89,11 +89,8 @@ class Options:
         "of schedule hold: share of the steps after the warm-up before the rate falls.",
         low=0,
         below=1,
-        later=True,
     )
-    floor: float = option(
-        0.1, "of schedule hold: share of the peak where it ends.", low=0, high=1, later=True
-    )
+    floor: float = option(0.1, "of schedule hold: share of the peak where it ends.", low=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -123,21 +120,18 @@ class Scaled:
         "peak for AdamW's leaves; None: `learning_rate`.",
         above=0,
         wanted="positive",
-        later=True,
     )
     shape_scale: str = option(
         "match_rms",
         "factor of a matrix: match_rms, 0.2 sqrt(max(in, out)) (a rate for both parts), spectral, "
         "sqrt(out / in), width, sqrt(max(1, out / in)), or unit, 1.",
         choices=SHAPE_SCALES,
-        later=True,
     )
     orthogonalize: str | None = option(
         None,
         "how a momentum is orthogonalised: jordan (Newton-Schulz, 5 steps), you (6), polar_express "
         "(5) or svd (exact); None: polar_express in teon, jordan in the others.",
         choices=tuple(ORTHOGONALIZERS),
-        later=True,
     )
 
 
@@ -176,7 +170,7 @@ def query_batch() -> Any:
         "evaluations at a time: activations grow with it, and low-rank directions share the "
         "products with the weights; None: one."
     )
-    return option(None, doc, low=1, later=True)
+    return option(None, doc, low=1)
 
 
 @dataclass(frozen=True)
@@ -191,7 +185,7 @@ class Muon(Adam, Sent, Momentum, Scaled, Options):
     """Options of `muon`."""
 
     name: str = named("muon")
-    nesterov: bool = option(True, "look one step ahead.", later=True)
+    nesterov: bool = option(True, "look one step ahead.")
 
 
 @dataclass(frozen=True)
@@ -218,18 +212,16 @@ class Teon(Adam, Sent, Momentum, Scaled, Options):
 
     name: str = named("teon")
     group_size: int = option(2, "consecutive blocks that are orthogonalised together.", low=1)
-    nesterov: bool = option(False, "look one step ahead.", later=True)
+    nesterov: bool = option(False, "look one step ahead.")
     axis: str = option(
         "in",
         "axis along which the matrices of a group are joined: in (the paper's mode-1) or out.",
         choices=("in", "out"),
-        later=True,
     )
     groups: str = option(
         "qkv",
         "projections that are grouped: qkv, qkvo (those of attention) or all (the MLP's too).",
         choices=tuple(GROUPS),
-        later=True,
     )
 
 
@@ -382,7 +374,6 @@ class ZOMuon(Options):
         "what becomes of the mean estimate of a matrix in the subspace: ns (orthogonalised by "
         "Newton-Schulz iterations), svd (exactly), or normalize (only scaled to the same norm).",
         choices=("ns", "svd", "normalize"),
-        later=True,
     )
     query_batch: int | None = query_batch()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 NONE = "none"
@@ -17,11 +17,29 @@ class Roles(NamedTuple):
         start: the model before unlearning.
         reference: the model that never saw what is to be forgotten; `none`: there is none.
         judged: the model that the verdicts are about.
+        against: by model, the one that it is held to where that is not the reference: an attacked
+            model is held to the attacked reference.
     """
 
     start: str = "original"
     reference: str = "oracle"
     judged: str = "unlearned"
+    against: Mapping[str, str] = {}
+
+    @property
+    def models(self) -> tuple[str, str, str]:
+        """The models of the three roles."""
+        return self.start, self.reference, self.judged
+
+    def held_to(self, model: str) -> str:
+        """The model that another is compared with.
+
+        Example:
+            >>> roles = Roles(against={"relearned": "relearned oracle"})
+            >>> roles.held_to("relearned"), roles.held_to("unlearned")
+            ('relearned oracle', 'oracle')
+        """
+        return self.against.get(model, self.reference)
 
     def order(self, models: Iterable[str]) -> list[str]:
         """Models in reading order: start, reference and judged where present, then others by name.
@@ -37,20 +55,25 @@ class Roles(NamedTuple):
         found = dict.fromkeys(models)
         if self.reference == NONE:
             return list(found)
-        return [*(m for m in self if m in found), *sorted(set(found) - set(self))]
+        first = [model for model in self.models if model in found]
+        return [*first, *sorted(set(found) - set(first))]
 
 
 ROLES = Roles()
 
 
 def roles_of(named: Any) -> Roles:
-    """The roles that `run.json` names; the defaults where it names none, as in older runs.
+    """The roles that `run.json` names; the defaults where it names none.
 
     Example:
         >>> roles_of({"judged": "merged"}).judged, roles_of(None).judged
         ('merged', 'unlearned')
+        >>> roles_of({"against": {"attacked": "attacked oracle"}}).held_to("attacked")
+        'attacked oracle'
     """
     if not isinstance(named, dict):
         return ROLES
-    known = {role: name for role, name in named.items() if role in Roles._fields}
-    return ROLES._replace(**{role: name for role, name in known.items() if isinstance(name, str)})
+    names = {r: named[r] for r in ("start", "reference", "judged") if isinstance(named.get(r), str)}
+    held = named.get("against")
+    pairs = held.items() if isinstance(held, dict) else ()
+    return ROLES._replace(**names, against={m: to for m, to in pairs if isinstance(to, str)})

@@ -41,32 +41,17 @@ class Rows(NamedTuple):
     def read(
         self, entries: Mapping[str, Any], default: str, prefix: str
     ) -> tuple[type, dict[str, Any]]:
-        """The options dataclass for the entries of a file, and the entries that belong to it.
-
-        Earlier versions wrote the options of all rows. Those of other rows are dropped where they
-        were not set (None, or the default); a None is dropped where the row has its own default.
+        """The options dataclass for the entries of a file, and these entries.
 
         Raises:
-            UserError: an unknown name, or an option of another row that was set.
+            UserError: an unknown name, or an option of another row.
         """
         named = entries.get("name", default)
         options = self.options_of(named if isinstance(named, str) else default)
-        row, own = self.table[options.name], {f.name for f in dataclasses.fields(options)}
-        every = self.words()
-        found = {}
-        for name, value in entries.items():
-            if name in own:
-                if value is not None or getattr(options, name) is None or name == "name":
-                    found[name] = value
-            elif name not in every:
-                found[name] = value  # left for `cli.from_json` to refuse
-            elif value is not None and value not in self._defaults(name):
-                raise self.refusal(row, name, value, prefix)
-        return type(options), found
-
-    def _defaults(self, name: str) -> list[Any]:
-        rows = [dataclasses.fields(row.options) for row in self.table.values()]
-        return [field.default for fields in rows for field in fields if field.name == name]
+        own = {field.name for field in dataclasses.fields(options)}
+        for name in entries.keys() & self.words().keys() - own:
+            raise self.refusal(self.table[options.name], name, entries[name], prefix)
+        return type(options), {**entries}
 
 
 def chosen(rows: Rows, default: Any) -> Any:

@@ -92,11 +92,13 @@ def shortened(
         rest: the command line.
         preset: whose `SMOKE` holds; None: nothing changes.
         steps: `steps(config)`, those of the shortened run, which the optimizer's periods must fit.
-        more: further changes that the preset's come after.
+        more: further changes, after the preset's.
     """
     if "--smoke" not in rest or preset is None:
         return config
-    config = replace(config, smoke=True, **more, **preset.SMOKE)
+    config = replace(config, smoke=True, **{**preset.SMOKE, **more})
+    if not hasattr(config, "optimizer"):
+        return config
     return replace(config, optimizer=optimizers.fitted(config.optimizer, steps(config)))
 
 

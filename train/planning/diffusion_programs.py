@@ -33,13 +33,13 @@ from models.diffusion.unet import UNet, UNetConfig
 from models.diffusion.vae import VAE, VAEConfig, VAELearner
 from models.files.diffusers_files import read_configs
 from models.files.diffusers_parts import with_dtype
-from models.learner import check_questions
 from train.costs import flops
 from train.data.noisy_latents import NoisyLatents
 from train.engine.trainable import trainable_of
 from train.options import checks, cli, optimizers, start
-from train.options.config import COMPUTE, SelectConfig
+from train.options.config import COMPUTE, LengthConfig, SelectConfig
 from train.options.optimizer_options import AdamW
+from train.options.recipe import Recipe
 from train.options.rows import Rows, chosen
 from train.planning.programs import (
     AbstractProgram,
@@ -248,13 +248,11 @@ def erasing_program(config: DiffusionPlanConfig, models: Models, mesh: Mesh) -> 
         UserError: the batch does not divide over the mesh, or options that do not go together.
     """
     row, options = objectives.resolve(config.objective, DENOISING)
-    objectives.check_accumulation(row, config.erase.accumulate)
-    optimizers.check_pair(config.optimizer, config.combine, row, options)
     learner, rows = DiffusionLearner(models.denoiser), config.erase.batch_size
-    check_questions(learner, row, options)
-    checks.check_blocks(config.optimizer, learner.sizes.get("blocks", 0))
-    sharding.check_batch(mesh, rows, config.erase.accumulate, "erasing")
-    optimizers.check_mesh(config.optimizer, mesh, rows, "the erasing")
+    stage = LengthConfig(batch_size=rows, accumulate=config.erase.accumulate)
+    recipe = Recipe(stage, config.optimizer, config.combine, select=config.train)
+    checks.check_recipe(recipe, (row, options), mesh, "erasing")
+    checks.check_model(recipe, (row, options), learner)
     streams = {
         name: noisy_rows(models, *(c for c in (PROMPT, OTHER) if c in row.columns[name]))
         for name in row.streams
@@ -265,7 +263,7 @@ def erasing_program(config: DiffusionPlanConfig, models: Models, mesh: Mesh) -> 
     return step_program(
         learner,
         (row, options),
-        optimizers.over_rows(config.optimizer, rows, "the erasing"),
+        optimizers.over_rows(config.optimizer, rows),
         made,
         {name: shapes_of(stream, rows, mesh) for name, stream in streams.items()},
         mesh,

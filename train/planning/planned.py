@@ -11,20 +11,16 @@ from jaxlib_unlearn.options import option
 from models.bounds import check_positions
 from models.decoder.model import REMAT, Decoder
 from train.costs import PROGRAMS
-from train.jobs.classification.config import ClassifyRun
-from train.jobs.finetuning.config import ReasoningRun
-from train.jobs.pretraining import pipeline
-from train.jobs.pretraining.config import PretrainConfig
+from train.jobs.classification_options import ClassifyRun
+from train.jobs.finetuning_options import ReasoningRun
+from train.jobs.new_models import decoder_of
+from train.jobs.pretraining_options import PretrainConfig
 from train.options import checks
 from train.options.config import RunConfig
 from train.options.optimizers import OPTIMIZERS
 from train.planning import diffusion_programs, pretraining_program, programs, stream_programs
 from train.planning.diffusion_programs import DiffusionPlanConfig
-from train.presets import PRESETS, classify, epic, pretraining
-from train.presets import classification_arguments as classify_arguments
-from train.presets import finetuning_arguments as finetune_arguments
-from train.presets import pretraining_arguments as pretrain_arguments
-from train.presets import unlearning_arguments as arguments
+from train.presets import arguments
 from train.runtime import sharding, suggest
 
 
@@ -197,7 +193,7 @@ def planned_pretraining(config: PretrainPlanConfig, devices: list[Any]) -> tuple
     Raises:
         UserError: the slice cannot hold the run.
     """
-    decoder = pipeline.decoder_of(config)
+    decoder = decoder_of(config)
     mesh = mesh_of(config, decoder, devices)
     tokens = config.train.micro_tokens
     smaller = [f"--train.micro-tokens {tokens // 2}"] if tokens >= 2 * config.data.context else []
@@ -330,37 +326,36 @@ def diffusion_knobs(config: DiffusionPlanConfig, done: dict[str, Any], mesh: Any
     return [*out, LARGER] if large else []
 
 
+def _planner(
+    program: str,
+    config: type,
+    check: Callable[[Any], None],
+    planned: Callable[[Any, list[Any]], tuple[Planned, Any]],
+) -> Planner:
+    """The row of a program, whose command lines are read as its own."""
+
+    def read(argv: list[str], cls: type, name: str) -> Any:
+        return arguments.read_arguments(program, argv, cls, name)
+
+    return Planner(arguments.READERS[program].presets, config, read, check, planned)
+
+
 PLANNERS: dict[str, Planner] = {
-    "train.unlearn": Planner(PRESETS, PlanConfig, arguments.read_arguments, check_run, planned_run),
-    "train.pretrain": Planner(
-        pretraining.PRESETS,
-        PretrainPlanConfig,
-        pretrain_arguments.read_arguments,
-        checks.check_numbers,
-        planned_pretraining,
-    ),
-    "train.finetune": Planner(
-        epic.PRESETS,
-        FinetunePlanConfig,
-        finetune_arguments.read_arguments,
-        checks.check_numbers,
-        planned_finetuning,
-    ),
-    "train.classify": Planner(
-        classify.PRESETS,
-        ClassifyPlanConfig,
-        classify_arguments.read_arguments,
-        check_classification,
-        planned_classification,
-    ),
-    "train.diffuse": Planner(
-        diffusion_programs.PRESETS,
-        DiffusionPlanConfig,
-        diffusion_programs.read_arguments,
-        diffusion_programs.check,
-        planned_diffusion,
-    ),
+    name: _planner(name, config, check, planned)
+    for name, config, check, planned in (
+        (arguments.UNLEARN, PlanConfig, check_run, planned_run),
+        (arguments.PRETRAIN, PretrainPlanConfig, checks.check_numbers, planned_pretraining),
+        (arguments.FINETUNE, FinetunePlanConfig, checks.check_numbers, planned_finetuning),
+        (arguments.CLASSIFY, ClassifyPlanConfig, check_classification, planned_classification),
+    )
 }
+PLANNERS["train.diffuse"] = Planner(
+    diffusion_programs.PRESETS,
+    DiffusionPlanConfig,
+    diffusion_programs.read_arguments,
+    diffusion_programs.check,
+    planned_diffusion,
+)
 
 
 def planner_of(config: Any) -> Planner:

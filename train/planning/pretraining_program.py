@@ -13,7 +13,7 @@ from models.decoder.model import Decoder
 from train.data.token_file import Tokens
 from train.data.token_rows import TokenRows
 from train.engine.trainable import trainable_of
-from train.jobs.pretraining.config import PretrainConfig, batch_rows, num_steps
+from train.jobs.pretraining_options import PretrainConfig, batch_rows, num_steps, recipe_of
 from train.options import checks, optimizers
 from train.planning.programs import (
     AbstractProgram,
@@ -31,14 +31,16 @@ def pretraining_program(config: PretrainConfig, decoder: Decoder, mesh: Mesh) ->
     Raises:
         UserError: the batch does not divide over the mesh, or an optimizer that cannot take it.
     """
-    checks.check_blocks(config.optimizer, decoder.config.num_layers)
     rows, parts = batch_rows(config, sharding.batch_ways(mesh))
+    recipe, learner = recipe_of(config, sharding.batch_ways(mesh)), DecoderLearner(decoder)
     objective, options = objectives.resolve("nll")
+    checks.check_recipe(recipe, (objective, options), mesh, "training")
+    checks.check_model(recipe, (objective, options), learner)
     context = config.data.context
     stream = TokenRows(Tokens(np.zeros(1, np.uint16), np.zeros(1, np.int64), ""), context)
     micro = f" in {parts} micro-batches" if parts > 1 else ""
     return step_program(
-        DecoderLearner(decoder),
+        learner,
         (objective, options),
         optimizers.over_rows(config.optimizer, rows),
         trainable_of(param_shapes(decoder, mesh), objective),

@@ -25,16 +25,16 @@ from models.decoder.labels import score
 from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder
 from models.files.architectures import config_of
-from models.learner import Learner, check_questions
+from models.learner import Learner
 from train.data.batches import collate
 from train.data.references import REFERENCE_COLUMNS, cached_streams
 from train.data.stream import Stream
 from train.engine.base_models import scratch_shape
 from train.engine.hyper import hyper_of, traced_step
 from train.engine.step import TrainState, compile_step, objective_state, shaped, state_shapes
-from train.engine.trainable import Trainable, train_from, trainable_of
+from train.engine.trainable import Trainable, trainable_of
+from train.jobs.unlearning_stages import forgetting
 from train.options import checks, optimizers
-from train.options.checks import refuse_both
 from train.options.config import RunConfig
 from train.runtime import sharding
 
@@ -100,18 +100,10 @@ def param_shapes(model: Any, mesh: Mesh, rules: layout.Rules = layout.DECODER) -
     return shaped(shapes, sharding.param_shardings(shapes, mesh, rules))
 
 
-def trained_shapes(
-    config: RunConfig, params: Any, mesh: Mesh, objective: Objective, dtype: Any
-) -> Trainable:
-    """The trained part of the unlearning stage, as shapes laid out on the mesh.
-
-    Raises:
-        UserError: adapters, leaves or blocks that the model or the optimizer cannot have.
-    """
-    checks.check_lora(config.lora, config.optimizer, params)
-    checks.check_selection(config.train, config.optimizer, params)
-    refuse_both(config.lora, config.train)
-    return laid_out(trainable_of(params, objective, config.lora, config.train, dtype=dtype), mesh)
+def trained_shapes(config: RunConfig, params: Any, mesh: Mesh, row: Objective) -> Trainable:
+    """The trainable part of the unlearning stage, as shapes laid out on the mesh."""
+    dtype = config.model.dtype
+    return laid_out(trainable_of(params, row, config.lora, config.train, dtype=dtype), mesh)
 
 
 def laid_out(made: Trainable, mesh: Mesh) -> Trainable:
@@ -132,15 +124,11 @@ def train_program(
         UserError: the batch does not divide over the mesh, or options that do not go together.
     """
     objective, options = objectives.resolve(config.objective)
-    objectives.check_accumulation(objective, config.unlearn.accumulate)
-    optimizers.check_pair(config.optimizer, config.combine, objective, options)
-    rows = config.unlearn.batch_size
-    sharding.check_batch(mesh, rows, config.unlearn.accumulate, "unlearning")
-    optimizers.check_mesh(config.optimizer, mesh, rows, "the unlearning")
-    checks.check_blocks(config.optimizer, decoder.config.num_layers)
+    rows, recipe = config.unlearn.batch_size, forgetting(config)
     learner, params = DecoderLearner(decoder), param_shapes(decoder, mesh)
-    check_questions(learner, objective, options, train_from(params, config.train))
-    made = trained_shapes(config, params, mesh, objective, decoder.config.dtype)
+    checks.check_recipe(recipe, (objective, options), mesh, "unlearning")
+    checks.check_model(recipe, (objective, options), learner, params)
+    made = trained_shapes(config, params, mesh, objective)
     batches = {name: batch_shapes(rows, length, labels, mesh) for name in objective.streams}
     for name, kind in cached_streams(objective).items():
         for column, quantity, _ in REFERENCE_COLUMNS[kind]:
@@ -154,7 +142,7 @@ def train_program(
     return step_program(
         learner,
         (objective, options),
-        optimizers.over_rows(config.optimizer, rows, "the unlearning"),
+        optimizers.over_rows(config.optimizer, rows),
         made,
         batches,
         mesh,
@@ -276,7 +264,7 @@ def update_program(config: RunConfig, decoder: Decoder, mesh: Mesh) -> tuple[Any
     optimizer = optimizers.over_rows(config.optimizer, config.unlearn.batch_size)
     objective, _ = objectives.resolve(config.objective)
     params = param_shapes(decoder, mesh)
-    trained = trained_shapes(config, params, mesh, objective, decoder.config.dtype).start
+    trained = trained_shapes(config, params, mesh, objective).start
     return update_of(optimizer, config.combine, trained, mesh)
 
 

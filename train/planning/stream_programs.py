@@ -16,9 +16,11 @@ from train.data.examples import Example
 from train.data.packed_rows import pack_rows
 from train.engine.base_models import scratch_shape
 from train.engine.trainable import Trainable, trainable_of
-from train.jobs.classification.config import TASKS, ClassifyRun
-from train.jobs.finetuning.config import ReasoningRun, stretched
+from train.jobs.classification_options import TASKS, ClassifyRun
+from train.jobs.classification_options import recipe_of as classification_recipe
+from train.jobs.finetuning_options import ReasoningRun, stretched
 from train.options import checks, optimizers
+from train.options.recipe import Recipe
 from train.planning.programs import (
     AbstractProgram,
     laid_out,
@@ -27,7 +29,6 @@ from train.planning.programs import (
     step_program,
     update_of,
 )
-from train.runtime import sharding
 
 # Fine-tuning on traces
 
@@ -51,12 +52,13 @@ def finetuning_program(config: ReasoningRun, decoder: Decoder, mesh: Mesh) -> Ab
         UserError: the batch does not divide over the mesh, or an optimizer that cannot take it.
     """
     rows, length = config.train.batch_size, config.data.row_tokens
-    sharding.check_batch(mesh, rows, config.train.accumulate, "training")
-    checks.check_blocks(config.optimizer, decoder.config.num_layers)
     objective, options = objectives.resolve("nll")
+    recipe, learner = Recipe(config.train, config.optimizer), DecoderLearner(decoder)
+    checks.check_recipe(recipe, (objective, options), mesh, "training")
+    checks.check_model(recipe, (objective, options), learner)
     stream = pack_rows([Example([0] * (length + 1), 0)], length)
     return step_program(
-        DecoderLearner(decoder),
+        learner,
         (objective, options),
         optimizers.over_rows(config.optimizer, rows),
         trainable_of(param_shapes(decoder, mesh), objective),
@@ -107,13 +109,13 @@ def classification_program(
     """
     rows, kind = config.train.batch_size, TASKS[config.task].kind
     assert kind.like is not None  # `check_planned`
-    sharding.check_batch(mesh, rows, config.train.accumulate, "training")
-    checks.check_blocks(config.optimizer, decoder.config.num_layers)
-    optimizers.check_mesh(config.optimizer, mesh, rows, "the training")
     objective = objectives.resolve(kind.objective, objectives.LEARNING)
+    recipe, learner = classification_recipe(config, 1), DecoderLearner(decoder)
+    checks.check_recipe(recipe, objective, mesh, "training")
+    checks.check_model(recipe, objective, learner)
     words = f" of {options} options" if kind.objective == "choice" else ""
     return step_program(
-        DecoderLearner(decoder),
+        learner,
         objective,
         optimizers.over_rows(config.optimizer, rows),
         classified_part(config, decoder, mesh),
@@ -125,13 +127,8 @@ def classification_program(
 
 
 def classified_part(config: ClassifyRun, decoder: Decoder, mesh: Mesh) -> Trainable:
-    """The trained part of a classification run, as shapes laid out on the mesh.
-
-    Raises:
-        UserError: adapters that the model or the optimizer cannot have.
-    """
+    """The trainable part of a classification run, as shapes laid out on the mesh."""
     params = param_shapes(decoder, mesh)
-    checks.check_lora(config.lora, config.optimizer, params)
     objective, _ = objectives.resolve(TASKS[config.task].kind.objective, objectives.LEARNING)
     return laid_out(trainable_of(params, objective, config.lora, dtype=decoder.config.dtype), mesh)
 

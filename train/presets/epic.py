@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from train.jobs.finetuning.config import (
+from train.jobs.finetuning_options import (
     CondenseConfig,
-    FitConfig,
-    JudgeConfig,
     ReasoningData,
     ReasoningModel,
     ReasoningRun,
 )
+from train.options.config import AnswersConfig, LengthConfig
 from train.options.optimizer_options import AdamW, Muon
 from train.runtime.sharding import MeshConfig
 
@@ -62,7 +61,7 @@ TINY = Preset(
             num_heads=3,
             num_kv_heads=3,
         ),
-        train=FitConfig(epochs=1, batch_size=3),
+        train=LengthConfig(epochs=1, batch_size=3),
         optimizer=Muon(
             learning_rate=0.02,
             adam_learning_rate=3e-3,
@@ -71,7 +70,7 @@ TINY = Preset(
             warmup=0.05,
             b2=0.98,
         ),
-        evaluate=JudgeConfig(max_new_tokens=256, generate_rows=100),
+        evaluate=AnswersConfig(max_new_tokens=256, generate_rows=100),
     ),
     "a tiny model learns to move on a ring from traces that search first (no download, minutes)",
     {
@@ -89,9 +88,9 @@ GSM8K = Preset(
         # GSM8K's test file has 1319 rows; its solutions have a thought a line, 3.7 on average.
         data=ReasoningData(source="gsm8k", train_rows=900, test_rows=419, row_tokens=1024),
         model=ReasoningModel(path="smollm2"),
-        train=FitConfig(epochs=1, batch_size=4),
+        train=LengthConfig(epochs=1, batch_size=4),
         optimizer=AdamW(learning_rate=1e-4, schedule="cosine", warmup=0.1),
-        evaluate=JudgeConfig(max_new_tokens=256, generate_rows=64),
+        evaluate=AnswersConfig(max_new_tokens=256, generate_rows=64),
     ),
     "SmolLM2-135M learns 900 solutions of GSM8K: this shows the time, not the accuracy",
     SMOKE,
@@ -114,7 +113,7 @@ QWEN = Preset(
             context=32768,
         ),
         # A batch of 16 rows is inferred from the authors' numbers of steps.
-        train=FitConfig(epochs=3, batch_size=16),
+        train=LengthConfig(epochs=3, batch_size=16),
         optimizer=AdamW(
             learning_rate=5e-5,
             schedule="linear",
@@ -125,7 +124,7 @@ QWEN = Preset(
             clip_norm=1.0,
         ),
         mesh=MeshConfig(data=1, fsdp=-1, tp=1),
-        evaluate=JudgeConfig(
+        evaluate=AnswersConfig(
             max_new_tokens=8192,  # unknown; greedy, where Open-R1 samples up to 32768
             generate_rows=64,
             score_tokens=32768,

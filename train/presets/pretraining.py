@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from train.data.corpus import CorpusConfig
-from train.jobs.pretraining.config import BudgetConfig, JudgeConfig, NewModelConfig, PretrainConfig
+from train.jobs.pretraining_options import (
+    BudgetConfig,
+    NewModelConfig,
+    PerplexityConfig,
+    PretrainConfig,
+)
 from train.options.config import replace
 from train.options.optimizer_options import AdamW
 from train.options.optimizers import Options, other
@@ -111,7 +116,7 @@ def _published(
             curve_points=20,
         ),
         optimizer=optimizers["teon"],
-        evaluate=JudgeConfig(tokens=2**23, curve_tokens=2**19),  # unknown
+        evaluate=PerplexityConfig(tokens=2**23, curve_tokens=2**19),  # unknown
         mesh=MeshConfig(data=1, fsdp=-1, tp=1),
         export_dtype="bfloat16",
     )

@@ -3,7 +3,7 @@
 python -m train.classify sst2-opt-1.3b
 """
 
-from train.jobs.classification.config import ClassifyModel, ClassifyRun, ClassifyTrain
+from train.jobs.classification_options import ClassifyModel, ClassifyRun, ClassifyTrain
 from train.options.optimizer_options import AdamW, MeZO, ZOMuon
 from train.presets import sst2_smollm2
 

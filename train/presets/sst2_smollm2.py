@@ -6,7 +6,7 @@
 DIR holds GLUE's train.tsv and dev.tsv; without it they come from the Hub id nyu-mll/glue.
 """
 
-from train.jobs.classification.config import ClassifyModel, ClassifyRun, ClassifyTrain
+from train.jobs.classification_options import ClassifyModel, ClassifyRun, ClassifyTrain
 from train.options.optimizer_options import AdamW, MeZO, Rowwise, SubspaceMeZO, ZOMuon
 
 SUMMARY = "SmolLM2-135M learns SST-2 (about an hour on two cores)"

@@ -6,7 +6,12 @@
 DIR holds GLUE's train.tsv and dev.tsv. At the published budget of 40 000 forward passes.
 """
 
-from train.jobs.classification.config import ClassifyData, ClassifyModel, ClassifyRun, ClassifyTrain
+from train.jobs.classification_options import (
+    ClassifyData,
+    ClassifyModel,
+    ClassifyRun,
+    ClassifyTrain,
+)
 from train.options.optimizer_options import AdamW, MeZO, Rowwise, SubspaceMeZO, ZOMuon
 from train.presets import sst2_smollm2
 

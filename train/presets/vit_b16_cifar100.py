@@ -6,7 +6,12 @@ FOLDER has the folders train and test, each with a folder of PNG files for every
 the published .npz file, or the Hugging Face folder of google/vit-base-patch16-224-in21k.
 """
 
-from train.jobs.classification.config import ClassifyData, ClassifyModel, ClassifyRun, ClassifyTrain
+from train.jobs.classification_options import (
+    ClassifyData,
+    ClassifyModel,
+    ClassifyRun,
+    ClassifyTrain,
+)
 from train.options.optimizer_options import AdamW, Hybrid, MeZO, Rowwise, SubspaceMeZO, ZOMuon
 from train.presets import vit_fashion
 

@@ -8,7 +8,7 @@ ten classes, is then fine-tuned at the published budget of 34 000 forward passes
 Fashion-MNIST, installed or given (--data.path), scikit-learn's digits take its place.
 """
 
-from train.jobs.classification.config import (
+from train.jobs.classification_options import (
     ClassifyData,
     ClassifyModel,
     ClassifyRun,

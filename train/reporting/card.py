@@ -37,7 +37,7 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
     """
     logs = logs or {}
     config, summary = run.config, run.summary
-    models = [m for m in run.roles if m in summary]
+    models = [m for m in run.roles.models if m in summary]
     method = _section(config, "objective").get("name")
     title = f"{config.get('preset') or 'run'}: {method}, seed {config.get('seed')}"
     smoke = bool(config.get("smoke"))

@@ -140,7 +140,8 @@ def build(run_dir: str | Path) -> Path:
     made = pictures(run, logs)
     definitions = arranged(one for row in chosen(run.evaluators) for one in row.definitions)
     smoke = bool(run.config.get("smoke"))
-    own_reference = logs.get(roles.reference) if roles.reference in run.summary else None
+    reference = roles.held_to(roles.judged)
+    own_reference = logs.get(reference) if reference in run.summary else None
     lead = next((row.lead for row in chosen(run.evaluators) if row.lead), "")
     page = render(
         "report.html.j2",

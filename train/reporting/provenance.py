@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from train.data.task import QUESTION_ANSWERING
@@ -9,14 +10,20 @@ from train.evaluators.base import items_of
 from train.evaluators.leak import leak_scores
 from train.evaluators.numbers import format_number
 from train.evaluators.tofu import truth_ratios
-from train.reporting import rerun
 from train.reporting.tables import Run
 from train.runtime.plain import clean
 
 
 def command(run: Run) -> str:
-    """The command that repeats the run, one option per line."""
-    return rerun.command(run.config, run.about.get("program"))
+    """The command that repeats the run, one option per line.
+
+    Where none is stored, it takes the stored configuration.
+    """
+    given = run.config.get("command") or run.about.get("command")
+    if given:
+        return given if isinstance(given, str) else shlex.join(map(str, given))
+    program = run.about.get("program") or "train.unlearn"
+    return f"python -m {program} --config RUN/config.json"
 
 
 def _options(section: Any) -> str:

@@ -25,7 +25,7 @@ def read_evals(run: Run) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: a log exists and cannot be read.
     """
-    models = run.roles.order([*run.summary, *run.roles])
+    models = run.roles.order([*run.summary, *run.roles.models])
     paths = {model: run.folder / "evals" / f"{model}.json" for model in models}
     reference = run.roles.reference
     if not paths[reference].exists() and run.config.get("retain_log"):

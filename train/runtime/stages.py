@@ -194,4 +194,4 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 # Increase it when the same inputs may give another result: stored results are then not found.
-VERSION = 3
+VERSION = 4

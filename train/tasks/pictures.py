@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,14 @@ class Pictures(NamedTuple):
     nouns: tuple[Noun, ...]
     borders: np.ndarray | None
     place: str
+
+    def digest(self) -> str:
+        """sha256 of images and classes."""
+        made = hashlib.sha256(repr(self.nouns).encode())
+        for part in (self.train, self.test):
+            for array in part or ():
+                made.update(np.ascontiguousarray(array).tobytes())
+        return made.hexdigest()
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -16,8 +16,8 @@ from models.diffusion.denoiser import TEXT
 from train.jobs.diffusing import judges
 from train.jobs.diffusing.held import Painter
 from train.jobs.diffusing.judging import Tokens, sha_of
-from train.jobs.diffusing.pipeline import Opened
 from train.jobs.diffusing.stored import Source
+from train.jobs.job import Started
 from train.runtime import distributed, files
 from train.runtime.stages import write_atomic
 
@@ -67,11 +67,11 @@ def check_embeddings(embeddings: str | None, original: Painter, what: str, where
         )
 
 
-def write(opened: Opened, source: Source, original: Painter, found: Tokens | None) -> None:
+def write(started: Started, source: Source, original: Painter, found: Tokens | None) -> None:
     """`attack.json` and `tokens.safetensors`."""
     from safetensors.numpy import save
 
-    folder, config = opened.run.folder, opened.config
+    folder, config = started.run.folder, started.config
     embeddings = None if found is None else found.embeddings
     told: dict[str, Any] = {
         "attack": config.attack.name,

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlib_unlearn.options import option
-from models.decoder.model import REMAT
 from models.diffusion.schedulers import SAMPLERS
-from models.files.weights import DTYPES
 from train.options import optimizers
-from train.options.config import COMPUTE, ProgramConfig, SelectConfig, TrainConfig, UnlearnConfig
+from train.options.config import (
+    CombineConfig,
+    ComputeConfig,
+    ProgramConfig,
+    SelectConfig,
+    TrainConfig,
+    UnlearnConfig,
+    again,
+)
 from train.options.optimizer_options import AdamW
 from train.options.rows import chosen
-from train.runtime import reporters
-from train.runtime.distributed import DistributedConfig
-from train.runtime.sharding import MeshConfig
 from train.tasks import erasure as methods
 
 SOURCES = ("fashion", "digits", "shapes", "objects")
@@ -46,7 +49,7 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ComputeConfig):
     """The text-to-image model: its sizes where it is trained from random weights."""
 
     path: str = option(
@@ -69,12 +72,7 @@ class ModelConfig:
     dropout: float = option(
         0.1, "share of prompts that are dropped in training, for guidance.", low=0, below=1
     )
-    dtype: str = option(
-        "float32", "dtype of the computation; parameters stay float32.", choices=COMPUTE
-    )
-    remat: str = option(
-        "none", "what a backward pass recomputes: `none`, `dots`, `full`.", choices=tuple(REMAT)
-    )
+    remat: str = again(ComputeConfig, "remat", "none")
 
 
 @dataclass(frozen=True)
@@ -107,17 +105,6 @@ class DrawConfig:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
-    """Existing results; unlike that of younger options its place is in stored configurations."""
-
-    cache: Path | None = option(
-        None,
-        "folder (or `gs://…`) that runs share: classifier, autoencoder and original made from the "
-        "same inputs are taken from there, or put there for the next run.",
-    )
-
-
-@dataclass(frozen=True)
 class ConceptRun(ProgramConfig):
     """What the runs of all four programs have."""
 
@@ -125,15 +112,6 @@ class ConceptRun(ProgramConfig):
     model: ModelConfig = ModelConfig()
     judge: JudgeConfig = JudgeConfig()
     draw: DrawConfig = DrawConfig()
-    mesh: MeshConfig = MeshConfig()
-    stage: CacheConfig = CacheConfig()
-    export_dtype: str = option("float32", "dtype of the exported weights.", choices=tuple(DTYPES))
-    distributed: DistributedConfig = DistributedConfig()
-    report_to: str = option(
-        "",
-        "trackers that receive the metrics too, comma-separated: tensorboard, wandb, trackio.",
-        words=tuple(reporters.REPORTERS),
-    )
 
 
 @dataclass(frozen=True)
@@ -152,7 +130,7 @@ class DiffuseRun(ConceptRun):
 
 
 @dataclass(frozen=True)
-class EraseRun(DiffuseRun):
+class EraseRun(DiffuseRun, CombineConfig):
     """A concept that is erased from a text-to-image model.
 
     Args:
@@ -164,11 +142,6 @@ class EraseRun(DiffuseRun):
     unlearn: UnlearnConfig = UnlearnConfig(steps=300, batch_size=16, curve_points=0)
     optimizer: optimizers.Options = chosen(
         optimizers.ROWS, AdamW(learning_rate=1e-4, schedule="constant")
-    )
-    combine: str = option(
-        "sum",
-        "how the gradients of forget and retain become one.",
-        words=tuple(optimizers.COMBINERS),
     )
     train: SelectConfig = SelectConfig(leaves=("attn2",))
 

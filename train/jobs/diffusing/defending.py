@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,22 +13,24 @@ from jaxlib_unlearn.concepts import project, span
 from jaxlib_unlearn.errors import UserError
 from models.diffusion.denoiser import TEXT
 from train.engine.run import Work, compute, phase
-from train.jobs.diffusing import pipeline, stored
+from train.jobs import diffusion, job
+from train.jobs.diffusing import stored
 from train.jobs.diffusing.attack_files import Stored, check_embeddings, read_for
 from train.jobs.diffusing.config import DefendRun
 from train.jobs.diffusing.drawing import Shield
 from train.jobs.diffusing.held import Painter
 from train.jobs.diffusing.judges import Judge
 from train.jobs.diffusing.judging import Shown
-from train.jobs.diffusing.pipeline import Opened
 from train.jobs.diffusing.stored import PROJECTION, Source
+from train.jobs.job import Job, Started
+from train.options.roles import NONE, Roles
 from train.runtime import distributed, files, seal
 from train.runtime.sharding import put_params
 from train.tasks.pictures import Pictures
 
 
 class Target(NamedTuple):
-    """What is defended.
+    """The model that is defended, and the models beside it.
 
     Args:
         source: its run.
@@ -45,13 +48,37 @@ class Target(NamedTuple):
     concept: int
     attack: Stored
 
+    def to_host(self) -> Target:
+        """The same: its models wait in host memory."""
+        return self
 
-def check(config: DefendRun, mesh: Any, found: Pictures) -> None:
+
+def run(config: DefendRun, command: str = "") -> Path:
+    """Run all stages of a configuration and return the run folder, which is held meanwhile.
+
+    Args:
+        config: the configuration.
+        command: the command line that repeats the run, for its page.
+    """
+    with job.start(JOB, config, command) as started:
+        # 1. The model, and the tokens that bring the concept back.
+        aim = started.model
+
+        # 2. Embeddings lose their part in the span of the tokens.
+        changed, table, basis = defended(started, aim)
+
+        # 3. Judge the model without and with the defence, by the same prompts and tokens.
+        known = [aim.attack.folder, aim.source.folder]
+        summary = diffusion.judge(started, aim.judge, shown(aim, changed), aim.concept, known)
+
+        # 4. Hand it back, and show.
+        export(started, table, basis, aim.judge)
+        return job.end(started.run, summary)
+
+
+def check(config: DefendRun, mesh: Any) -> None:
     """Raise `UserError` for a run and an attack that do not go together."""
-    del mesh
     source = stored.read_run(config.run, "RUN", ("train.erase",))
-    assert source.concept is not None
-    found.class_of(source.concept)
     attack = read_for(source, config.attack, "ATTACK")
     count, wanted = len(attack.tokens.embeddings), config.defend.tokens
     if wanted is not None and wanted > count:
@@ -60,7 +87,16 @@ def check(config: DefendRun, mesh: Any, found: Pictures) -> None:
         )
 
 
-def load(config: DefendRun, mesh: Any, found: Pictures) -> Target:
+def load(config: DefendRun) -> Pictures:
+    """The images, among which is what was erased."""
+    found = diffusion.read(config)
+    source = stored.read_run(config.run, "RUN", ("train.erase",))
+    assert source.concept is not None
+    found.class_of(source.concept)
+    return found
+
+
+def model(config: DefendRun, found: Pictures, mesh: Any) -> Target:
     """The model of the run that is defended, and the tokens that were found for it."""
     source = stored.read_run(config.run, "RUN", ("train.erase",))
     attack = read_for(source, config.attack, "ATTACK")
@@ -69,13 +105,16 @@ def load(config: DefendRun, mesh: Any, found: Pictures) -> Target:
     original = stored.original_of(source, mesh)
     what = f"ATTACK {attack.folder}"
     check_embeddings(attack.embeddings, original, what, f"RUN {source.folder}")
-    model = stored.painter_of(source, mesh)
-    return Target(source, original, model, stored.judge_of(source, mesh), concept, attack)
+    painter = stored.painter_of(source, mesh)
+    return Target(source, original, painter, stored.judge_of(source, mesh), concept, attack)
 
 
-def basis_of(opened: Opened, aim: Target) -> np.ndarray:
+JOB = Job("train.defend", Roles("original", NONE, "defended"), check, load, model, diffusion.fit)
+
+
+def basis_of(started: Started, aim: Target) -> np.ndarray:
     """Orthonormal columns `(d, K)` that span the tokens."""
-    tokens = aim.attack.tokens.embeddings[: opened.config.defend.tokens]
+    tokens = aim.attack.tokens.embeddings[: started.config.defend.tokens]
     return np.asarray(span(np.asarray(tokens, np.float64)), np.float32)
 
 
@@ -91,14 +130,14 @@ def project_table(work: Work, model: Any, basis: Any, spare: Any) -> Any:
     return put_params(changed, work.mesh, model.learner.rules)
 
 
-def defended(opened: Opened, aim: Target) -> tuple[Shown, Painter, np.ndarray]:
+def defended(started: Started, aim: Target) -> tuple[Shown, Painter, np.ndarray]:
     """The defended model as it is used, the variant with a projected table, and the span."""
-    config = opened.config.defend
-    basis = basis_of(opened, aim)
+    config = started.config.defend
+    basis = basis_of(started, aim)
     spare = stored.special_of(aim.model) if config.skip_special else ()
-    with phase(opened.run, "projected"):
+    with phase(started.run, "projected"):
         made: Any = compute(
-            opened.run,
+            started.run,
             "projected",
             project_table,
             kind="project table",
@@ -114,7 +153,7 @@ def defended(opened: Opened, aim: Target) -> tuple[Shown, Painter, np.ndarray]:
     return Shown(aim.model, shield=Shield(basis, spare)), table, basis
 
 
-def shown(aim: Target, model: Shown) -> dict[str, tuple[Shown, Any]]:
+def shown(aim: Target, changed: Shown) -> dict[str, tuple[Shown, Any]]:
     """The models to judge, before, without and with the defence, and what each is asked."""
     kinds = ("explicit", "names", "attacked", "kept")
     before = ("explicit", "names", "kept")
@@ -122,11 +161,11 @@ def shown(aim: Target, model: Shown) -> dict[str, tuple[Shown, Any]]:
     return {
         "original": (Shown(aim.original), before),
         "erased": (Shown(aim.model, tokens), kinds),
-        "defended": (model._replace(tokens=tokens), kinds),
+        "defended": (changed._replace(tokens=tokens), kinds),
     }
 
 
-def export(opened: Opened, table: Painter, basis: np.ndarray, judge: Judge) -> None:
+def export(started: Started, table: Painter, basis: np.ndarray, judge: Judge) -> None:
     """`RUN/export`: the variant with a projected table, and `projection.safetensors`."""
     from safetensors.numpy import save
 
@@ -135,8 +174,8 @@ def export(opened: Opened, table: Painter, basis: np.ndarray, judge: Judge) -> N
         f"{PROJECTION} holds that span, to be taken out of all embeddings that enter the text "
         "encoder: the projected vocabulary alone does not stop an embedding of no word."
     )
-    pipeline.export(opened, table, judge, what)
-    target = opened.run.folder / "export"
+    diffusion.export(started, table, judge, what)
+    target = started.run.folder / "export"
     data = save({"basis": np.ascontiguousarray(basis)})
 
     def put() -> None:
@@ -145,5 +184,5 @@ def export(opened: Opened, table: Painter, basis: np.ndarray, judge: Judge) -> N
             files.write(target / PROJECTION, data)
             seal.put(target, made_from)
 
-    with phase(opened.run, "export"):
+    with phase(started.run, "export"):
         distributed.of_first(put)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,35 +11,74 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_unlearn import objectives
-from jaxlib_unlearn.concepts import rece, uce
 from jaxlib_unlearn.errors import UserError
 from models.decoder import selection
-from models.diffusion.denoiser import TEXT, UNET
-from models.files.weights import flatten, insert
+from models.diffusion.denoiser import UNET
 from train.data import captions
 from train.data.captions import Noun
 from train.data.noisy_latents import NoisyLatents
-from train.engine.run import Recipe, Run, Work, compute, num_steps, phase, train
-from train.jobs.diffusing import drawing, held, pipeline, prompts, stored
+from train.engine.run import Run, Work, compute, phase, train
+from train.jobs import diffusion, job
+from train.jobs.diffusing import drawing, editing, held, painters, prompts, stored, training
 from train.jobs.diffusing.config import EraseRun
 from train.jobs.diffusing.drawing import Wanted
 from train.jobs.diffusing.held import Painter
 from train.jobs.diffusing.judges import Judge
-from train.jobs.diffusing.pipeline import Opened
-from train.options import checks, optimizers
-from train.runtime.sharding import put_params
+from train.jobs.diffusing.judging import Shown
+from train.jobs.job import Job, Started
+from train.options import checks
+from train.options.recipe import Recipe, num_steps
+from train.options.roles import NONE, Roles
 from train.tasks import erasure as methods
 from train.tasks import pictures
 from train.tasks.pictures import Pictures
 
 OBJECTIVES = {"esd": "esd", "finetune": "redirect"}
-EDITED = ("attn2/to_k/kernel", "attn2/to_v/kernel")
 RETAINED = 4096  # images of the other classes that are trained on
 
 
-def check(config: EraseRun, mesh: Any, found: Pictures) -> None:
-    """Raise `UserError` for what cannot be erased, or not so."""
+def run(config: EraseRun, command: str = "") -> Path:
+    """Run all stages of a configuration and return the run folder, which is held meanwhile.
+
+    Args:
+        config: the configuration.
+        command: the command line that repeats the run, for its page.
+    """
+    with job.start(JOB, config, command) as started:
+        # 1. The judge and the model that draws the concept.
+        sees, original = models(started)
+        # 2. The concept's prompts shall read as another one's.
+        changed = erased(started, original)
+        # 3. Judge the model before and after alike: the concept by its name and by others, and the
+        #    other classes.
+        kinds = ("explicit", "names", "kept")
+        shown = {"original": (Shown(original), kinds), "erased": (Shown(changed), kinds)}
+        concept = started.rows.class_of(config.erase.concept)
+        summary = diffusion.judge(started, sees, shown, concept)
+        # 4. Hand it back, and show.
+        export(started, original, changed, sees)
+        return job.end(started.run, summary)
+
+
+def recipe_of(config: EraseRun) -> Recipe:
+    """The recipe of a method that trains."""
+    return Recipe(config.unlearn, config.optimizer, combine=config.combine, select=config.train)
+
+
+def check(config: EraseRun, mesh: Any) -> None:
+    """Raise `UserError` for stages that cannot be, or a run that cannot be gone on from."""
+    if config.run is None:
+        diffusion.check(config, mesh)
+    else:
+        stored.read_run(config.run, "RUN", ("train.diffuse",))
+    if config.erase.name in OBJECTIVES:
+        checks.check_recipe(recipe_of(config), objective_of(config), mesh, "unlearning")
+
+
+def load(config: EraseRun) -> Pictures:
+    """The images, among which is what is erased."""
     erase: Any = config.erase
+    found = diffusion.read(config)
     noun = found.nouns[found.class_of(erase.concept)]
     if erase.towards.strip().lower() in noun.names:
         raise UserError(
@@ -47,21 +86,16 @@ def check(config: EraseRun, mesh: Any, found: Pictures) -> None:
             "name something else, or leave it out for the empty prompt"
         )
     if config.run is None:
-        pipeline.check(config, mesh, found)
-    else:
-        stored.read_run(config.run, "RUN", ("train.diffuse",))
+        diffusion.check_rows(config, found)
     if erase.name in OBJECTIVES:
-        row, options = objective_of(config)
+        row, _ = objective_of(config)
         if "retain" in row.streams and found.train is None:
             raise UserError(
                 f"--erase.retain {erase.retain} trains on images of the other classes, and there "
                 "are none; give --data.path, or --erase.retain none"
             )
-        checks.check_stage(config.unlearn, config.optimizer, mesh, "unlearning")
-        optimizers.check_pair(config.optimizer, config.combine, row, options)
-        optimizers.check_mesh(config.optimizer, mesh, config.unlearn.batch_size)
-        checks.check_selection(config.train, config.optimizer)
         num_steps(config.unlearn, erase.images, config.optimizer)
+    return found
 
 
 def objective_of(config: EraseRun) -> tuple[objectives.Objective, Any]:
@@ -74,134 +108,34 @@ def objective_of(config: EraseRun) -> tuple[objectives.Objective, Any]:
     return objectives.resolve(OBJECTIVES[erase.name], objectives.DENOISING, **given)
 
 
-def load(config: EraseRun, mesh: Any, found: Pictures) -> Any:
+def model(config: EraseRun, found: Pictures, mesh: Any) -> diffusion.Loaded:
     """The judge and the original of the run that was given; without one, as train.diffuse."""
     if config.run is None:
-        return pipeline.load(config, mesh, found)
+        return diffusion.model(config, found, mesh)
     source = stored.read_run(config.run, "RUN", ("train.diffuse",))
     painter = stored.painter_of(source, mesh)
     if config.erase.name in OBJECTIVES:
         checks.check_selection(config.train, config.optimizer, painter.params)
         check_unet(painter.params, config.train)
-    return stored.judge_of(source, mesh), painter
+    return diffusion.Loaded(stored.judge_of(source, mesh), painter)
 
 
-def models(opened: Opened) -> tuple[Judge, Painter]:
+JOB = Job("train.erase", Roles("original", NONE, "erased"), check, load, model, diffusion.fit)
+
+
+def models(started: Started) -> tuple[Judge, Painter]:
     """The judge and the original: of the run that was given, or made here."""
-    if opened.config.run is None:
-        return pipeline.models(opened)
-    return opened.loaded
+    if started.config.run is None:
+        return diffusion.models(started)
+    return started.model.judge, started.model.painter
 
 
-def erased(opened: Opened, original: Painter) -> Painter:
+def erased(started: Started, original: Painter) -> Painter:
     """The model without the concept."""
-    with phase(opened.run, "erased"):
-        if opened.config.erase.name in OBJECTIVES:
-            return trained(opened, original).to_host()
-        return edited(opened, original).to_host()
-
-
-def edited(opened: Opened, original: Painter) -> Painter:
-    """The model after a closed-form edit of what cross-attention reads."""
-    erase, found = opened.config.erase, opened.pictures
-    target = found.class_of(erase.concept)
-    noun = found.nouns[target]
-    others = [(n, i) for c, n in enumerate(found.nouns) if c != target for i in range(4)]
-    made: Any = compute(
-        opened.run,
-        "erased",
-        edit,
-        kind=erase.name,
-        version=2,
-        like=original.denoiser,  # pyright: ignore[reportArgumentType]
-        model=original.denoiser,
-        erase=chosen_rows(original, [(noun, 0)], erase.positions),
-        guide=guides(original, noun, erase),
-        preserve=chosen_rows(original, others, erase.positions),
-        options=erase,
-    )
-    return original._replace(denoiser=made)
-
-
-def texts_of(noun: Noun, name: int) -> list[str]:
-    """A name by itself, in every template, with every word for what is measured, at every place.
-
-    Without these words, UCE left "a wide sneaker" as it was.
-    """
-    said = captions.phrase(noun, name)
-    words = [word for pair in captions.ATTRIBUTES.values() for word in pair]
-    templates = itertools.cycle(captions.TEMPLATES)
-    return [
-        noun.names[name],
-        *(t.format(said) for t in captions.TEMPLATES),
-        *(next(templates).format(captions.phrase(noun, name, [word])) for word in words),
-        *(f"{next(templates).format(said)} {place}" for place in captions.PLACES),
-    ]
-
-
-def chosen_rows(
-    painter: Painter, nouns: Sequence[tuple[Noun, int]], positions: str
-) -> list[list[list[int]]]:
-    """Prompts for names, each as its token ids and the positions whose states are meant."""
-    texts = [(text, noun, name) for noun, name in nouns for text in texts_of(noun, name)]
-    rows = prompts.encode(painter.tokenizer, [text for text, _, _ in texts], painter.length)
-    found = []
-    for (_, noun, name), tokens, last in zip(texts, rows.tokens, rows.last, strict=True):
-        size = len(painter.tokenizer.encode(noun.names[name]))
-        first = {"last": int(last), "onward": int(last) - size + 1, "all": 0}[positions]
-        behind = int(last) + 1 if positions == "last" else painter.length
-        found.append([tokens.tolist(), list(range(first, behind))])
-    return found
-
-
-def guides(painter: Painter, noun: Noun, erase: Any) -> list[list[list[int]]]:
-    """What each of the states that are erased shall read as.
-
-    The empty prompt's state for the last word is its first one, as published.
-    """
-    mine = chosen_rows(painter, [(noun, 0)], erase.positions)
-    if not erase.towards:
-        empty = prompts.encode(painter.tokenizer, [""], painter.length).tokens[0].tolist()
-        if erase.positions == "last":
-            return [[empty, [0]] for _ in mine]
-        return [[empty, places] for _, places in mine]
-    other = noun._replace(names=(erase.towards,) * 4)
-    found = chosen_rows(painter, [(other, 0)], erase.positions)
-    # Names of another length: their states are paired from the first one on, the last one repeats.
-    return [
-        [tokens, [there[min(i, len(there) - 1)] for i in range(len(places))]]
-        for (_, places), (tokens, there) in zip(mine, found, strict=True)
-    ]
-
-
-def edit(work: Work, model: Any, erase: Any, guide: Any, preserve: Any, options: Any) -> Any:
-    """The parameters of a denoiser whose cross-attention reads a concept as its guides."""
-    params = model.to_device().params
-    text = model.model.text
-
-    def states(rows: Any) -> jax.Array:
-        ids = jnp.asarray([tokens for tokens, _ in rows], jnp.int32)
-        found = jax.jit(text.apply)(params[TEXT], ids)
-        return jnp.concatenate([found[i, jnp.asarray(p)] for i, (_, p) in enumerate(rows)])
-
-    flat = flatten(params[UNET])
-    kernels = {name: leaf for name, leaf in flat.items() if name.endswith(EDITED)}
-    asked = tuple(states(rows).astype(jnp.float32) for rows in (erase, guide, preserve))
-    weights = {
-        "keep": options.keep,
-        "erase_weight": options.erase_weight,
-        "preserve_weight": options.preserve_weight,
-    }
-    if isinstance(options, methods.RECE):
-        weights |= {"rounds": options.rounds, "adversarial_keep": options.adversarial_keep}
-        weights |= {"again": options.again}
-        changed = rece(kernels, *asked, **weights)
-    else:
-        changed = uce(kernels, *asked, **weights)
-    tree: dict[str, Any] = {}
-    for name, leaf in (flat | changed).items():
-        insert(tree, name, leaf)
-    return put_params({**params, UNET: tree}, work.mesh, model.learner.rules)
+    with phase(started.run, "erased"):
+        if started.config.erase.name in OBJECTIVES:
+            return trained(started, original).to_host()
+        return editing.edited(started, original).to_host()
 
 
 def draw_concept(
@@ -229,39 +163,37 @@ def concept_latents(
     return np.asarray(found.params["latents"]), texts
 
 
-def trained(opened: Opened, original: Painter) -> Painter:
+def trained(started: Started, original: Painter) -> Painter:
     """The model after training by an objective that erases."""
-    run, config, found = opened.run, opened.config, opened.pictures
+    here, config, found = started.run, started.config, started.rows
     erase = config.erase
     target = found.class_of(erase.concept)
     noun = found.nouns[target]
     row, options = objective_of(config)
-    checks.check_selection(config.train, config.optimizer, original.params)
     check_unet(original.params, config.train)
-    latents, texts = concept_latents(run, config, original, noun, erase.images)
+    latents, texts = concept_latents(here, config, original, noun, erase.images)
     other = [""] * len(texts)
     if erase.towards:
         named = noun._replace(names=(erase.towards,) * 4)
-        other = [captions.prompt(named, 0, run.seed, "concept", i).text for i in range(len(texts))]
+        other = [captions.prompt(named, 0, here.seed, "concept", i).text for i in range(len(texts))]
 
     def tokens(texts: Sequence[str]) -> np.ndarray:
         return prompts.encode(original.tokenizer, texts, original.length, "prompts").tokens
 
     columns = {"tokens": tokens(texts), "other_tokens": tokens(other)}
-    streams = {"forget": NoisyLatents(latents, columns, original.schedule, run.seed, "forget")}
+    streams = {"forget": NoisyLatents(latents, columns, original.schedule, here.seed, "forget")}
     if "retain" in row.streams:
         assert found.train is not None
         rest = np.flatnonzero(found.train.labels != target)[:RETAINED]
-        said = pictures.captions_of(found, run.seed)
+        said = pictures.captions_of(found, here.seed)
         pixels = np.asarray(found.train.images)[rest]
         kept = drawing.encoded(
-            original.vae.to_device(), pixels, pipeline.ENCODED, run.mesh, "encode images"
+            original.vae.to_device(), pixels, training.ENCODED, here.mesh, "encode images"
         )
         mine = {"tokens": tokens([said[i] for i in rest])}
-        streams["retain"] = NoisyLatents(kept, mine, original.schedule, run.seed, "retain")
-    recipe = Recipe(config.unlearn, config.optimizer, combine=config.combine, select=config.train)
+        streams["retain"] = NoisyLatents(kept, mine, original.schedule, here.seed, "retain")
     start: Any = original.denoiser
-    made: Any = train(run, "erased", start, (row, options), streams, recipe)
+    made: Any = train(here, "erased", start, (row, options), streams, recipe_of(config))
     return original._replace(denoiser=made)
 
 
@@ -276,12 +208,15 @@ def check_unet(params: Any, select: Any) -> None:
         )
 
 
-def export(opened: Opened, original: Painter, model: Painter, judge: Judge) -> None:
+def export(started: Started, original: Painter, changed: Painter, sees: Judge) -> None:
     """`RUN/export`, and what an attack needs beside it: `RUN/original`, `RUN/judge`."""
-    erase, config = opened.config.erase, opened.config
+    erase, config = started.config.erase, started.config
     what = f"A text-to-image model from which {erase.concept!r} was erased by {erase.name}."
-    pipeline.export(opened, model, judge, what)
+    diffusion.export(started, changed, sees, what)
     if config.model.path == "scratch":
-        with phase(opened.run, "export"):
-            target = opened.run.folder / "original"
-            pipeline.export_painter(original, target, "float32", "The model before.")
+        before = "The model before."
+        job.export(
+            started.run,
+            lambda to: painters.export_painter(original, to, "float32", before),
+            "original",
+        )

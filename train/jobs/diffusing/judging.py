@@ -143,7 +143,7 @@ def rows_of(asked: Asked, model: Shown, kinds: Sequence[str]) -> dict[str, list[
 
 
 @dataclass
-class Context:
+class DrawnContext:
     """What the evaluators of one model may request, see `train.evaluators.concept.Drawings`."""
 
     asked: Asked
@@ -203,26 +203,26 @@ class Context:
         raise ValueError(f"no judge of texts for {split}")
 
 
-def log_of(asked: Asked, model: Shown, kinds: Sequence[str], name: str) -> dict[str, Any]:
-    """The per-image log of a model, also in `evals/NAME.json`.
-
-    What was drawn is stored kind by kind: a run that was stopped goes on behind the last one, and
-    the same images are found in another run's folder.
-    """
-    rows = rows_of(asked, model, kinds)
-    inputs = {
+def inputs_of(asked: Asked, model: Shown, kinds: Sequence[str]) -> dict[str, Any]:
+    """Everything that the per-image log of a model depends on."""
+    return {
         **model.identity(),
         **_judged_by(asked),
-        "rows": digest(rows),
+        "rows": digest(rows_of(asked, model, kinds)),
         "words": None if model.tokens is None else model.tokens.words,
         "concept": asked.concept,
         "evaluator": concept.ROW.version,
     }
 
-    def compute() -> Any:
-        return concept.ROW.run(model, rows, Context(asked, model, rows, name))
 
-    return json_stage(asked.run.folder / "evals" / f"{name}.json", inputs, compute)
+def log_of(asked: Asked, model: Shown, kinds: Sequence[str], name: str) -> Mapping[str, Any]:
+    """The per-image log of a model.
+
+    What was drawn is stored kind by kind: a run that was stopped goes on behind the last one, and
+    the same images are found in another run's folder.
+    """
+    rows = rows_of(asked, model, kinds)
+    return concept.ROW.run(model, rows, DrawnContext(asked, model, rows, name))
 
 
 def _judged_by(asked: Asked) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def _judged_by(asked: Asked) -> dict[str, Any]:
     }
 
 
-def _drawn(context: Context, kind: str) -> dict[str, Any]:
+def _drawn(context: DrawnContext, kind: str) -> dict[str, Any]:
     """The images of a kind, from the run folder, from another one, or drawn."""
     asked, rows, model = context.asked, context.rows[kind], context.model
     shown = model if kind == "attacked" else model._replace(tokens=None)
@@ -266,7 +266,8 @@ def _drawn(context: Context, kind: str) -> dict[str, Any]:
         )
         return _seen(asked, kind, rows, images)
 
-    return json_stage(asked.run.folder / "computed" / name, inputs, compute)
+    path = asked.run.folder / "computed" / name
+    return json_stage(path, inputs, compute, asked.run.cache)
 
 
 def _seen(

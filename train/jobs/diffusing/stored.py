@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
-from train.jobs.diffusing import judges, pipeline
+from train.jobs.diffusing import judges, painters
 from train.jobs.diffusing.config import ConceptRun, DefendRun, DiffuseRun, EraseRun
 from train.jobs.diffusing.drawing import Shield
 from train.jobs.diffusing.held import Painter
@@ -84,7 +84,7 @@ def read_run(folder: Path | None, option: str, programs: tuple[str, ...] = tuple
 
 def painter_of(source: Source, mesh: Any) -> Painter:
     """The model of a run."""
-    return pipeline.given(source.folder / "export", source.config, mesh)
+    return painters.given(source.folder / "export", source.config, mesh)
 
 
 def original_of(source: Source, mesh: Any) -> Painter:
@@ -99,14 +99,14 @@ def original_of(source: Source, mesh: Any) -> Painter:
         return original_of(read_run(source.config.run, f"{source.folder}'s run"), mesh)
     here = source.folder / "original"
     if here.is_dir():
-        return pipeline.given(here, source.config, mesh)
+        return painters.given(here, source.config, mesh)
     path = Path(source.config.model.path).expanduser()
     if source.config.model.path == "scratch" or not path.is_dir():
         raise UserError(
             f"{source.folder} has no original, neither in original/ nor at --model.path {path}; "
             "run its command again"
         )
-    return pipeline.given(path, source.config, mesh)
+    return painters.given(path, source.config, mesh)
 
 
 def judge_of(source: Source, mesh: Any) -> Judge:

@@ -14,8 +14,8 @@ from train.costs.utilisation import flops_per_token
 from train.data.batches import shuffled
 from train.data.examples import Example, encode_prompt, encode_qa
 from train.data.packed_rows import PackedRows, Piece, pack_rows
-from train.jobs.finetuning.config import CondenseConfig, ReasoningData
-from train.jobs.finetuning.sources import Row
+from train.jobs.finetuning_options import CondenseConfig, ReasoningData
+from train.jobs.sources import Row
 from train.runtime.tracking import progress
 
 

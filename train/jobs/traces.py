@@ -7,25 +7,58 @@ it continues greedily. The trace to train on is the trigger, the tag and the fir
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.objectives import Objective
 from models.decoder.generate import SamplingConfig, generate
 from train.data.examples import encode_prompt, encode_text
-from train.data.task import TRACES, Row
-from train.data.tofu import is_document, read_json
-from train.engine.run import Run, Work, compute
+from train.data.task import TRACES, Row, Task
+from train.data.tofu import is_document
+from train.engine.run import Run, Work, compute, phase
 from train.evaluators.evaluation import Model, longest
-from train.options.config import TracesConfig
+from train.jobs.trace_files import add, kept, read_traces
+from train.jobs.unlearning_stages import stream_rows
+from train.options.config import RunConfig, TracesConfig
 from train.runtime import distributed
 from train.runtime.sharding import batch_sharding
-from train.runtime.stages import digest, write_atomic
+from train.runtime.stages import write_atomic
 from train.runtime.tracking import progress, say
 
 VERSION = 2
 FILE = "traces.jsonl"
+
+
+def lacks_traces(objective: Objective, task: Task) -> bool:
+    """Whether an objective is trained on what the original thinks, which is not known yet."""
+    return "traces" in objective.streams and not any(TRACES in row for row in task.forget)
+
+
+def check_traces(config: RunConfig, objective: Objective, task: Task) -> None:
+    """Raise `UserError` for other streams that lack something, and for an unusable file."""
+    known = task._replace(forget=[row | {TRACES: [""]} for row in task.forget])
+    stream_rows(objective, known, config.seed)
+    if config.traces.path is not None:
+        read_traces(config.traces.path, len(task.forget))
+
+
+def find_traces(run: Run, config: RunConfig, original: Model, task: Task) -> Task:
+    """The task, its forget rows with the original's traces where the objective needs them."""
+    objective, _ = objectives.resolve(config.objective)
+    if not lacks_traces(objective, task):
+        return task
+    with phase(run, "traces"):
+        forget = with_traces(
+            run,
+            original,
+            task.forget,
+            config.traces,
+            system_prompt=config.data.system_prompt,
+            max_length=config.data.max_length,
+            generate_rows=config.evaluate.generate_rows,
+        )
+    return task._replace(forget=forget)
 
 
 def with_traces(
@@ -213,86 +246,3 @@ def think(
             advance(len(new))
             work.stop()
     return [done[i : i + segments] for i in range(0, len(done), segments)]
-
-
-def kept(path: Any) -> list[str]:
-    """The traces of a stage that was stopped; a line that was cut off ends them."""
-    found: list[str] = []
-    if not path.exists():
-        return found
-    whole = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith("\n") or entry.get("row") != len(found):
-            break
-        found.append(entry["trace"])
-        whole.append(line)
-    path.write_text("".join(whole))
-    return found
-
-
-def add(path: Any, first: int, traces: Sequence[str]) -> None:
-    """Add the traces from number `first` on to the file of a stage, a line each."""
-
-    def line(row: int) -> str:
-        return json.dumps({"row": row, "trace": traces[row]}) + "\n"
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(path, Path):  # a bucket, where nothing can be appended
-        path.write_text("".join(map(line, range(len(traces)))))
-        return
-    with path.open("a", encoding="utf-8") as file:
-        for row in range(first, len(traces)):
-            file.write(line(row))
-            file.flush()
-
-
-def read_traces(path: Path, count: int, model: str | None = None) -> list[list[str]]:
-    """The traces of a file by row: lines with `row` (from 0 on) and `trace`, equally many a row.
-
-    Args:
-        path: JSON lines.
-        count: rows to forget.
-        model: the digest that lines with a `model` must name; None: it is not known yet.
-
-    Raises:
-        UserError: rows that are missing, too many, or another model's.
-    """
-    path = path.expanduser()
-    found: list[list[str]] = [[] for _ in range(count)]
-    for number, line in enumerate(read_json(path), 1):
-        where, row, trace = (
-            f"--traces.path {path}, row {number}",
-            line.get("row"),
-            line.get("trace"),
-        )
-        if isinstance(row, bool) or not isinstance(row, int) or not isinstance(trace, str):
-            raise UserError(f"{where}: 'row' (a number) and 'trace' (a text) are needed")
-        other = line.get("model")
-        if model is not None and isinstance(other, str) and other != model:
-            raise UserError(
-                f"{where}: the trace is of model {other[:16]}, and the original is {model}; give "
-                "that model's traces, or leave --traces.path out"
-            )
-        if not 0 <= row < count:
-            raise UserError(
-                f"{where}: row {row} is none of the {count} rows to forget, numbered from 0; the "
-                f"file (digest {digest(path.read_text(encoding='utf-8'))[:16]}) belongs to others"
-            )
-        found[row].append(trace)
-    sizes = {len(traces) for traces in found}
-    if 0 in sizes:
-        missing = [i for i, traces in enumerate(found) if not traces]
-        raise UserError(
-            f"--traces.path {path}: {len(missing)} of {count} rows have no trace, the first is row "
-            f"{missing[0]}; add them"
-        )
-    if len(sizes) > 1:
-        raise UserError(
-            f"--traces.path {path}: rows have {min(sizes)} to {max(sizes)} traces; give equally "
-            "many for each"
-        )
-    return found

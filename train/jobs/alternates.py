@@ -14,13 +14,16 @@ from typing import Any
 
 import jax
 
+from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.metrics.text import unfinished
+from jaxlib_unlearn.objectives import Objective
 from models.decoder.generate import SamplingConfig
 from train.data.examples import encode_prompt
-from train.data.task import ALTERNATES, Row
-from train.engine.run import Run, Work, compute
+from train.data.task import ALTERNATES, Row, Task
+from train.engine.run import Run, Work, compute, phase
 from train.evaluators.evaluation import Answers, Model, answer_rows
+from train.options.config import RunConfig
 from train.runtime.tracking import say
 
 VERSION = 1
@@ -29,12 +32,52 @@ ROUNDS = 3  # of sampling, for questions with too few complete answers
 WHOLE = "This is what a whole answer is like."  # the reference of `unfinished`
 
 
+def lacks_alternates(objective: Objective, task: Task) -> bool:
+    """Whether an objective teaches other answers that the rows to forget do not bring."""
+    return "alternate" in objective.streams and not any(ALTERNATES in row for row in task.forget)
+
+
+def check_alternates(config: RunConfig) -> None:
+    """Raise `UserError` where there is no model to sample other answers from."""
+    outside = config.stage.original is not None
+    if outside or config.model.path == "scratch":
+        why = (
+            "the model of --stage.original knows the facts already"
+            if outside
+            else "a model from scratch has nothing to say yet"
+        )
+        raise UserError(
+            f"objective {config.objective.name!r} teaches other answers, which the forget rows do "
+            f"not bring, and {why}; give the rows a column {ALTERNATES!r} (a text, or a list of "
+            "texts), or choose another --objective.name"
+        )
+
+
+def find_alternates(run: Run, config: RunConfig, base: Model, task: Task) -> Task:
+    """The task, its forget rows with other answers where the objective needs them and has none."""
+    objective, _ = objectives.resolve(config.objective)
+    if not (config.data.alternates and lacks_alternates(objective, task)):
+        return task
+    with phase(run, "alternates"):
+        forget = with_alternates(
+            run,
+            base,
+            task.forget,
+            task.retain,
+            system_prompt=config.data.system_prompt,
+            count=config.data.alternates,
+            max_new_tokens=config.evaluate.max_new_tokens,
+            generate_rows=config.evaluate.generate_rows,
+            temperature=config.data.alternate_temperature,
+        )
+    return task._replace(forget=forget)
+
+
 def with_alternates(
     run: Run,
     base: Model,
     forget: list[Row],
     retain: list[Row],
-    temperature: float = 1.0,
     **how: Any,
 ) -> list[Row]:
     """The forget rows with `count` alternate answers each, in the column `alternate_answer`.
@@ -44,16 +87,13 @@ def with_alternates(
         base: the model before it learnt the facts.
         forget: rows without alternate answers.
         retain: rows from which the few-shot examples are drawn.
-        temperature: of `sample`.
-        how: `system_prompt`, `count`, `max_new_tokens`, `generate_rows` of `sample`.
+        how: `system_prompt`, `count`, `max_new_tokens`, `generate_rows`, `temperature` of `sample`.
 
     Raises:
         UserError: a question alone does not fit into the model's context.
     """
     questions = [row["question"] for row in forget]
     shown = [[row["question"], row["answer"]] for row in retain]
-    if temperature != 1.0:  # younger than stored alternates, which keep their keys
-        how["temperature"] = temperature
     found = compute(
         run,
         "alternates",

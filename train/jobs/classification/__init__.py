@@ -1,1 +1,0 @@
-"""What classification has of its own: configuration, kinds of models, and the parts of a run."""

@@ -1,0 +1,57 @@
+"""The questions that evaluators of labelled rows ask of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from train.evaluators.evaluation import Answers
+from train.tasks.kinds import Kind
+
+
+@dataclass
+class LabelledContext:
+    """What the evaluators of one model share, each result computed once; see `evaluators.base`."""
+
+    kind: Kind
+    model: Any
+    encoded: Mapping[str, list[Any]]
+    config: Any
+    mesh: Any
+    name: str
+    judge: Any = None
+    log: dict[str, Any] = field(default_factory=dict)
+    found: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The result of `make`, memoised under `key`."""
+        if key not in self.found:
+            self.found[key] = make()
+        return self.found[key]
+
+    def _ask(self, ask: Callable[..., Any] | None, what: str, split: str) -> Any:
+        if ask is None:
+            raise ValueError(f"rows of this kind have no {what}")
+        label = f"{self.name}: {what} {split}"
+        return self.once(
+            (what, split),
+            lambda: ask(self.model, self.encoded[split], self.mesh, self.config, label),
+        )
+
+    def scores(self, split: str) -> dict[str, list[Any]]:
+        """`options`: the scores of every row's options."""
+        return {"options": self._ask(self.kind.scores, "score", split)}
+
+    def answers(
+        self, split: str, column: str = "prompt", sampling: Any = None, num_samples: int = 1
+    ) -> Answers:
+        """The greedy answers to a split's prompts."""
+        if (column, sampling, num_samples) != ("prompt", None, 1):
+            raise ValueError("answers are greedy, and to the prompts alone")
+        texts = self._ask(self.kind.answers, "answer", split)
+        return Answers([[text] for text in texts], [])
+
+    def judged(self, split: str) -> list[list[float]]:
+        """There is no judge."""
+        raise ValueError("no judge in this evaluation")

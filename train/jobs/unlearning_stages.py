@@ -1,0 +1,215 @@
+"""The stages of the unlearning job, and their streams: rows as the model reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlib_unlearn import objectives
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.objectives import Objective
+from train.data.examples import Encoded, encode_rows
+from train.data.streams import Examples, make_stream
+from train.data.task import Row, Task
+from train.engine import exports
+from train.engine.replays import stored
+from train.engine.run import Run, Watch, phase, train
+from train.evaluators.evaluation import Model, curve, longest
+from train.options.config import LoraConfig, RunConfig
+from train.options.recipe import Recipe, recipe_of
+from train.runtime import cards, remote
+from train.runtime.tracking import say
+
+CURVE_ROWS = 40
+
+
+def learning(config: RunConfig) -> Recipe:
+    """How the original and the oracle are trained."""
+    return recipe_of(config.finetune, config.data.row_tokens)
+
+
+def forgetting(config: RunConfig) -> Recipe:
+    """How the unlearned model is trained."""
+    return Recipe(
+        config.unlearn,
+        config.optimizer,
+        config.combine,
+        config.lora,
+        config.data.row_tokens,
+        config.profile,
+        config.train,
+    )
+
+
+def finetune(
+    run: Run,
+    config: RunConfig,
+    name: str,
+    base: Model,
+    rows: list[Row],
+    among: list[Row] | None = None,
+    record: str | None = None,
+) -> Model:
+    """Plain fine-tuning of `base`: the original (forget + retain) or the oracle (retain alone).
+
+    `among`: rows for whose sizes the steps are compiled, where others are trained on as well.
+    `record`: file of a zeroth-order optimizer's coefficients; None: `replay-NAME.zo`.
+    """
+    with phase(run, name):
+        encoded = encode(base, rows, config, name)
+        sizes = None if among is None else encode_all(base, among, config)
+        stream = stream_of(base, encoded, config.finetune.batch_size, sized_by=sizes)
+        return train(
+            run,
+            name,
+            base,
+            objectives.resolve("nll"),
+            {"train": stream},
+            learning(config),
+            record=record,
+        )
+
+
+def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
+    """The unlearning stage: the objective's streams, its caches, its optimizer."""
+    objective, options = resolved(config, original, task)
+    # Objectives without topics of their own ignore the column, whatever it holds.
+    topics = getattr(options, "topics", ())
+    streams = unlearning_streams(config, objective, original, task, topics)
+
+    def look(model: Model) -> dict[str, float]:
+        data, tokens = config.data, config.evaluate.score_tokens
+        return curve(model, task, data.system_prompt, data.max_length, run.mesh, tokens, CURVE_ROWS)
+
+    adapters, family = config.lora, original.decoder.config.family
+    with phase(run, "unlearned"):
+        return train(
+            run,
+            "unlearned",
+            original,
+            (objective, options),
+            streams,
+            forgetting(config),
+            record=stored.NAME,
+            watch=(Watch(look, config.unlearn.curve_points),),
+            keep=None
+            if adapters.rank is None
+            else lambda tree: export_adapter(tree, adapters, config, run.folder, family),
+        )
+
+
+def export_adapter(
+    trained: Any, adapters: LoraConfig, config: RunConfig, root: Path, family: str
+) -> None:
+    """Write `RUN/adapter`: what was trained beside the original, in PEFT's format.
+
+    It belongs to the original as the run has it: the given one, or that trained in the run, which
+    `train.export RUN RUN/original --model original` writes where the adapter looks for it.
+    """
+    home = remote.home(root)
+    given = config.stage.original
+    known = None if given is None else exports.base_of(given)
+    base = str(home / "original") if known is None else known
+    rank = adapters.rank or 1
+    what = f"LoRA adapters of rank {rank} in PEFT's format, trained by jaxlib-unlearn to forget."
+    command = f"python -m train.export {home} {home / 'original'} --model original"
+    text = cards.of_adapter(what, base, None if known else command)
+    exports.export_adapter(trained, adapters, family, root / "adapter", base, text)
+
+
+def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encoded:
+    """Tokenise a stream; cut and dropped rows are said."""
+    limit, encoded = longest(model, config.data.max_length), encode_all(model, rows, config)
+    if encoded.num_cut or encoded.num_dropped:
+        say(
+            f"{what}: {encoded.num_cut} example(s) cut at {limit} tokens, {encoded.num_dropped} "
+            "left out (prompt too long)"
+        )
+    return encoded
+
+
+def encode_all(model: Model, rows: list[Row], config: RunConfig) -> Encoded:
+    """Tokenise rows as the model reads them."""
+    return encode_rows(
+        model.tokenizer,
+        rows,
+        system_prompt=config.data.system_prompt,
+        max_length=longest(model, config.data.max_length),
+    )
+
+
+def stream_of(
+    model: Model,
+    encoded: Encoded,
+    batch_size: int,
+    follows: str | None = None,
+    sized_by: Encoded | None = None,
+) -> Examples:
+    """A training stream of encoded examples; `follows`: the stream that it is paired with."""
+    return make_stream(
+        encoded.examples,
+        model.tokenizer.pad_id or 0,
+        batch_size=batch_size,
+        follows=follows,
+        sized_by=None if sized_by is None else sized_by.examples,
+    )
+
+
+def topics_of(rows: list[Row]) -> tuple[str, ...]:
+    """The topics of rows, sorted; a row without one is of the topic "".
+
+    Raises:
+        UserError: a topic that is no text.
+    """
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("topic", ""), str):
+            raise UserError(
+                f"forget row {number}: column 'topic' must hold a text, by which this objective "
+                "moves rows to different vectors; correct it, or leave the column out"
+            )
+    return tuple(sorted({row.get("topic", "") for row in rows}))
+
+
+def resolved(config: RunConfig, model: Model, task: Task) -> tuple[Objective, Any]:
+    """The objective and its options, with what follows from tokenizer and rows filled in."""
+    objective, options = objectives.resolve(config.objective)
+    if objective.fit is None:
+        return objective, options
+    facts = objectives.Facts(model.tokenizer.backend.token_to_id, topics_of(task.forget))
+    return objectives.resolve(objective.fit(options, facts))
+
+
+def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[Row]]:
+    """The rows of every stream that an objective reads.
+
+    Raises:
+        UserError: the task has none for a stream.
+    """
+    return {name: task.stream(name, seed) for name in objective.streams}
+
+
+def unlearning_streams(
+    config: RunConfig,
+    objective: Objective,
+    original: Model,
+    task: Task,
+    topics: tuple[str, ...] = (),
+) -> dict[str, Examples]:
+    """The streams that an objective reads, as the model reads them.
+
+    `topics`: those that have vectors; rows of them alone bring their numbers, the column `topic`.
+    """
+    size = config.unlearn.batch_size
+    streams = {}
+    for name, rows in stream_rows(objective, task, config.seed).items():
+        encoded = encode(original, rows, config, name)
+        stream = stream_of(original, encoded, size, task.follows(name))
+        mine = [rows[i].get("topic", "") for i in encoded.row_ids]
+        if topics and all(topic in topics for topic in mine):
+            numbers = np.array([topics.index(topic) for topic in mine], np.int32)
+            stream = dataclasses.replace(stream, columns={"topic": numbers})
+        streams[name] = stream
+    return streams
