@@ -26,11 +26,11 @@ from train.presets.run_arguments import SPELLED, of_erasing, of_run, short
 
 
 class Reader(NamedTuple):
-    """How the command lines of a program are read.
+    """A program and the reading of its command lines.
 
     Args:
         config: its configuration.
-        presets: by name.
+        presets: the presets by name.
         adjust: `adjust(config, rest, preset)`: the configuration for what the options `rest` of a
             command line put in the place of its model, its rows or its objective.
         steps: `steps(config)`: the length of a shortened run, to which the optimizer is fitted.
@@ -153,7 +153,7 @@ def read_arguments(
     """The configuration of a command line: a preset, a file or a run, with overrides.
 
     Args:
-        program: whose command line it is, such as `train.unlearn`.
+        program: the name of the program, such as `train.unlearn`.
         argv: the words behind the program's name.
         cls: a configuration with more options, those of another program; None: the program's.
         name: the name of that program, for messages.
@@ -197,7 +197,7 @@ def command(program: str, config: Any) -> str:
     r"""The command that repeats a run, one option a line.
 
     Args:
-        program: what runs it, such as `train.unlearn`.
+        program: the name of the program, such as `train.unlearn`.
         config: its configuration.
 
     Returns:
