@@ -44,7 +44,9 @@ OBJECTIVE = Rows(
 class DataConfig:
     """What is forgotten, kept and asked."""
 
-    source: str = option("tofu", "`authors` (generated in the run) or `tofu`.")
+    source: str = option(
+        "tofu", "the benchmark, such as `authors` (generated in the run), `tofu` or `documents`."
+    )
     path: Path | None = option(
         None, "folder with TOFU's JSON files; None: the Hub id locuslab/TOFU."
     )
@@ -115,13 +117,19 @@ class DataConfig:
         high=100,
         later=True,
     )
-    forget: Path | None = option(
-        None,
-        "file of your own rows to forget (JSON, JSONL, CSV or parquet; a question and an answer "
-        "are enough), in place of `source`; goes with `retain`.",
+    forget: tuple[Path, ...] = option(
+        (),
+        "a file of your own rows to forget (JSON, JSONL, CSV or parquet; a question and an answer "
+        "are enough), in place of `source`; with `source` documents one or more texts or folders "
+        "of texts (.txt, .md, JSONL with a column `text`). It goes with `retain`.",
     )
-    retain: Path | None = option(
-        None, "file of your own rows to keep: trained on all, evaluated on the first `retain_rows`."
+    retain: tuple[Path, ...] = option(
+        (),
+        "your own rows or documents to keep, as `forget`: all are trained on, and the first "
+        "`retain_rows` rows or chunks are evaluated.",
+    )
+    holdout: tuple[Path, ...] = option(
+        (), "documents that no model is trained on, as `forget`; membership attacks need them."
     )
     reasoning: Path | None = option(
         None, "of source reasoning-tofu: a file of GSM8K rows, the reasoning to keep.", later=True
