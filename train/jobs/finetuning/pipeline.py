@@ -202,7 +202,7 @@ def cost(opened: Opened, trained: Model) -> dict[str, Any]:
     }
 
 
-class Context(evaluation.Context):
+class Context(evaluation.ModelContext):
     """What the evaluator asks: answers, and the likelihood of the right one behind its trace."""
 
     def scores(self, split: str) -> dict[str, list[Any]]:
