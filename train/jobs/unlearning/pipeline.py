@@ -147,7 +147,7 @@ def _fit(config: RunConfig, task: Any, layout: Any, mesh: Any, retain_log: Any) 
     if config.stage.original is None:
         checks.check_blocks(config.finetune.optimizer, base.decoder.config.num_layers)
     data = config.data
-    task = fitting.fit_task(task, base, config.evaluate, data.system_prompt, data.max_length)
+    task = fitting.fit_task(task, base, config)
     check_stages(config, task, base.learner, retain_log)
     if config.traces.path is None and lacks_traces(objectives.resolve(config.objective)[0], task):
         where = {"system_prompt": data.system_prompt, "max_length": data.max_length}
@@ -193,9 +193,12 @@ def identity(config: RunConfig) -> dict[str, Any]:
     return configs.identity(config, "stage.cache")
 
 
-def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encoded:
-    """Tokenise a stream; cut and dropped rows are said."""
-    limit, encoded = longest(model, config.data.max_length), encode_all(model, rows, config)
+def encode(
+    model: Model, rows: list[Row], config: RunConfig, what: str, length: int | None = None
+) -> Encoded:
+    """Tokenise a stream; cut and dropped rows are said. `length`: its longest, where it has one."""
+    limit = longest(model, length or config.data.max_length)
+    encoded = encode_all(model, rows, config, length)
     if encoded.num_cut or encoded.num_dropped:
         say(
             f"{what}: {encoded.num_cut} example(s) cut at {limit} tokens, {encoded.num_dropped} "
@@ -204,13 +207,15 @@ def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encod
     return encoded
 
 
-def encode_all(model: Model, rows: list[Row], config: RunConfig) -> Encoded:
+def encode_all(
+    model: Model, rows: list[Row], config: RunConfig, length: int | None = None
+) -> Encoded:
     """Tokenise rows as the model reads them."""
     return encode_rows(
         model.tokenizer,
         rows,
         system_prompt=config.data.system_prompt,
-        max_length=longest(model, config.data.max_length),
+        max_length=longest(model, length or config.data.max_length),
     )
 
 
@@ -357,12 +362,8 @@ def resolved(config: RunConfig, model: Model, task: Task) -> tuple[Objective, An
 
 
 def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[Row]]:
-    """The rows of every stream that an objective reads.
-
-    Raises:
-        UserError: the task has none for a stream.
-    """
-    return {name: task.stream(name, seed) for name in objective.streams}
+    """The rows of every stream that an objective reads, with its columns (`Task.rows_of`)."""
+    return task.rows_of(objective, seed)
 
 
 def unlearning_streams(
@@ -379,7 +380,7 @@ def unlearning_streams(
     size = config.unlearn.batch_size
     found = {}
     for name, rows in stream_rows(objective, task, config.seed).items():
-        encoded = encode(original, rows, config, name)
+        encoded = encode(original, rows, config, name, task.lengths.get(name))
         stream = stream_of(original, encoded, size, task.follows(name))
         mine = [rows[i].get("topic", "") for i in encoded.row_ids]
         if topics and all(topic in topics for topic in mine):
