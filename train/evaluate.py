@@ -137,7 +137,7 @@ def _run(config: EvaluateRun, held: contextlib.ExitStack) -> dict[str, Any]:
     model = model._replace(tokenizer=model.tokenizer.formatted(layout))
     if config.mask_all_pad_id_tokens:
         model = base_models.masking_pad_ids(model)
-    task = fitting.fit_task(task, model, config.evaluate, data.system_prompt, data.max_length)
+    task = fitting.fit_task(task, model, config)
     root = folder.enter(place, held)
     log = evaluate_cached(config, model, task, None, root, mesh, "model")
     summary = evaluation.summarize(log, retain, model)

@@ -3,6 +3,7 @@
 python -m train.unlearn quickstart
 python -m train.unlearn tofu-smollm2 --data.path DIR
 python -m train.unlearn tofu-smollm2 --data.forget FILE --data.retain FILE  (your own rows)
+python -m train.unlearn quickstart-documents --data.forget FILES --data.retain FILES     (texts)
 python -m train.unlearn --example-data DIR                           (such files, to start from)
 python -m train.unlearn --config RUN/config.json --output DIR        (reruns a configuration)
 python -m train.unlearn --help (presets)    PRESET --help (options)    --list (methods)
@@ -46,8 +47,9 @@ def show_examples(argv: list[str]) -> None:
     made = write_examples(Path(folder).expanduser())
     for path in made:
         print(path)
-    forget, retain = (shlex.quote(str(path)) for path in made if path.suffix == ".csv")
-    print(f"python -m train.unlearn quickstart --data.forget {forget} --data.retain {retain}")
+    for preset, suffix in (("quickstart", ".csv"), ("quickstart-documents", ".txt")):
+        forget, retain = (shlex.quote(str(path)) for path in made if path.suffix == suffix)
+        print(f"python -m train.unlearn {preset} --data.forget {forget} --data.retain {retain}")
 
 
 def list_methods() -> list[str]:

@@ -165,7 +165,7 @@ def test_overrides():
     assert parse("--data.forget_split", "x").data.forget_split == "x"
     assert parse() == default
     own = parse("--data.forget", "a.csv", "--data.retain=b.jsonl", "--report-to", "wandb,trackio")
-    assert (own.data.forget, own.data.retain) == (Path("a.csv"), Path("b.jsonl"))
+    assert (own.data.forget, own.data.retain) == ((Path("a.csv"),), (Path("b.jsonl"),))
     assert own.report_to == "wandb,trackio"
 
 

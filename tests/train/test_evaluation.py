@@ -445,3 +445,72 @@ def test_an_evaluation_is_computed_once_a_key(tmp_path):
     assert json_stage(path, {"params": "b"}, compute) == {"agg_value": 2}
     path.write_text(path.read_text().replace("2", "3"))  # not what was computed
     assert json_stage(path, {"params": "b"}, compute) == {"agg_value": 3} and len(calls) == 3
+
+
+# What an evaluator asks of texts as they stand.
+
+
+@pytest.fixture
+def context(model, task, one):
+    rows = {"forget": task.evaluation["forget"]}
+    return evaluation.ModelContext(model, rows, CONFIG, None, LONGEST, one, 0, "tiny")
+
+
+def test_options_are_the_sums_and_means_of_a_plain_forward_pass(context, model, task):
+    """The oracle: every option alone behind its prompt, all logits, one log-softmax."""
+    rows = [
+        {"prompt": row["question"], "options": [row["answer"], "Home", *row["answer"].split()]}
+        for row in task.evaluation["forget"]
+    ]
+    found = context.options(rows)
+    for row, got in zip(rows, found, strict=True):
+        for j, option in enumerate(row["options"]):
+            whole = model.tokenizer.encode(f"{row['prompt']} {option}", add_special_tokens=True)
+            start = len(model.tokenizer.encode(row["prompt"], add_special_tokens=True))
+            padded = jnp.asarray([whole + [0] * (LONGEST - len(whole))])
+            hidden, _ = model.decoder.forward(model.params, padded)
+            logits = jax.nn.log_softmax(model.decoder.unembed(model.params, hidden)[0], -1)
+            logps = [float(logits[i - 1, whole[i]]) for i in range(start, len(whole))]
+            assert got.sums[j] == pytest.approx(sum(logps), rel=1e-5)
+            assert got.means[j] == pytest.approx(sum(logps) / len(logps), rel=1e-5)
+    # The sum and the mean choose differently here, so neither can stand for the other.
+    assert [int(np.argmax(one.sums)) for one in found] != [
+        int(np.argmax(one.means)) for one in found
+    ]
+
+
+def test_a_text_is_scored_and_continued_without_a_question(context, model, monkeypatch):
+    asked = []
+    real = evaluation.generate
+
+    def counting(decoder, params, prompts, **how):
+        asked.extend(prompts)
+        return real(decoder, params, prompts, **how)
+
+    monkeypatch.setattr(evaluation, "generate", counting)
+    texts = ["The author was born", "Home is a quiet street", "The author was born"]
+    found = context.generated(texts, 6)
+    assert found[0] == found[2] and all(len(one.ids) <= 6 for one in found)
+    assert [model.tokenizer.decode(one.ids) for one in found] == [one.text for one in found]
+    context.generated(texts[:1], 6)  # known
+    assert asked == [model.tokenizer.encode(text, add_special_tokens=True) for text in texts[:2]]
+    # Each token of a continuation is the model's first choice after the text before it.
+    (scored,) = context.scored([texts[0] + found[0].text], "texts")
+    before = len(asked[0]) - 1
+    if len(scored["match"]) == before + len(found[0].ids):
+        assert scored["match"][before:].all()
+    letter = next(c for c in found[0].text if c.strip())
+    (stopped,) = context.generated(texts[:1], 6, (letter,))
+    assert stopped.text == found[0].text[: found[0].text.index(letter)]
+
+
+def test_answers_begin_as_each_row_says(context, model, task):
+    rows = task.evaluation["forget"]
+    starts = [row["answer"].split()[0] for row in rows]
+    found = context.answers("forget", starts=starts)
+    for row, start, prompt in zip(rows, starts, found.prompts, strict=True):
+        assert prompt == model.tokenizer.decode(
+            encode_prompt(model.tokenizer, row["question"], start=start)
+        )
+    assert context.answers("forget", starts=tuple(starts)) is found
+    assert context.answers("forget") is context.answers("forget", starts=[""] * len(rows))

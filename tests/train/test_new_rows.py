@@ -30,7 +30,7 @@ from train.runtime import sharding
 from train.runtime.tracking import Tracker
 from train.tasks.task import Benchmark
 
-SOURCES = ("authors", "tofu", "reasoning-authors", "reasoning-tofu", "reasoning")
+SOURCES = ("authors", "tofu", "documents", "reasoning-authors", "reasoning-tofu", "reasoning")
 RIDDLES = [{"question": f"Riddle {i}?", "answer": f"a riddle {i}"} for i in range(3)]
 
 
@@ -151,8 +151,8 @@ def test_what_was_asked_once_is_not_asked_again(toys, monkeypatch):
     """Evaluators share answers; the log records the evaluator of each entry."""
     asked = []
 
-    def answer(model, rows, *args, start):
-        assert start == ""
+    def answer(model, rows, *args, starts):
+        assert list(starts) == [""] * len(rows)
         asked.append(args[-1])
         return Answers([["a b a b"] for _ in rows], [[[1]] for _ in rows], [""] * len(rows))
 

@@ -226,7 +226,7 @@ def test_what_a_task_is_made_of(tmp_path):
     (tmp_path / "there").mkdir()
     moved = ["--data.forget", write(tmp_path / "there" / "f.csv", ROWS), *files[2:]]
     assert task_of(*moved, "--data.retain-rows", 2).digest() == task.digest()
-    config = replace(PRESETS["quickstart"].PRESET, **{"data.forget": tmp_path / "f.csv"})
+    config = replace(PRESETS["quickstart"].PRESET, **{"data.forget": (tmp_path / "f.csv",)})
     fails(lambda: load_task(config), "--data.retain FILE is missing")
 
 
@@ -234,10 +234,11 @@ def test_examples(program, tmp_path):
     folder = tmp_path / "my data"
     done = program("train.unlearn", "--example-data", folder)
     assert done.code == 0 and done.err == ""
-    *paths, command = done.out.splitlines()
+    *paths, command, other = done.out.splitlines()
     assert [p.rpartition("/")[2] for p in paths] == [
-        "forget.csv", "forget.jsonl", "retain.csv", "retain.jsonl",
-    ]  # fmt: skip
+        f"{side}.{kind}" for side in ("forget", "retain") for kind in ("csv", "jsonl", "txt")
+    ]
+    assert other == command.replace("quickstart", "quickstart-documents").replace(".csv", ".txt")
     assert command == (
         f"python -m train.unlearn quickstart --data.forget '{folder}/forget.csv' --data.retain "
         f"'{folder}/retain.csv'"

@@ -234,26 +234,29 @@ def test_what_was_run_and_limits_are_there(built):
     assert "Where was author 20 born?" in text and "Question:" not in text
 
 
+RECALL = ("fact_recall", "facts", "true values, %")
+
+
 def test_figures_have_titles_and_captions(built):
     text = built[2]
     for i, title in enumerate(
         ("While it unlearns", "Fact recall", "Leak under sampling", "Truth ratios of the facts"), 1
     ):
         assert f"<figcaption><b>Figure {i}. {title}" in text
-    figure = plots.fact_recall({"oracle": {"forget_fact_recall": 0.06}})
+    figure = plots.shares({"oracle": {"forget_fact_recall": 0.06}}, *RECALL)
     assert plots.png(figure) != plots.png(figure, "Fact recall")
     assert figure.get_suptitle() == "Fact recall"
 
 
 def test_fact_recall_bars_are_the_numbers(built):
     summary = built[1]
-    (ax,) = plots.fact_recall(summary).axes
+    (ax,) = plots.shares(summary, *RECALL).axes
     forget, retain = ([bar.get_width() for bar in bars] for bars in ax.containers)
     for model, lost, kept in zip(summary, forget, retain, strict=True):
         assert lost == pytest.approx(100 * summary[model]["forget_fact_recall"])
         assert kept == pytest.approx(100 * summary[model]["retain_fact_recall"])
     assert [t.get_text() for t in ax.get_yticklabels()] == list(summary)
-    assert plots.fact_recall({"oracle": {"forget_rouge": 1.0}}) is None
+    assert plots.shares({"oracle": {"forget_rouge": 1.0}}, *RECALL) is None
 
 
 def test_broken_answers_are_marked(tmp_path):

@@ -233,3 +233,41 @@ def training_rows(
 
 def _plain(rows: Sequence[Row]) -> list[Row]:
     return [{"question": row["question"], "answer": row["answer"]} for row in rows]
+
+
+def pages(seed: int, num_authors: int, num_holdout: int) -> dict[str, list[str]]:
+    """Prose about fictitious authors, a page each: two paragraphs of all their facts, shuffled.
+
+    Args:
+        seed: of the data set.
+        num_authors: authors of `forget` and `retain`; the last tenth (at least one) is forgotten.
+        num_holdout: further authors that no model is trained on.
+
+    Returns:
+        Splits `forget`, `retain` and `holdout`.
+
+    Raises:
+        ValueError: sizes the pools cannot fill.
+
+    Example:
+        >>> made = pages(0, 10, 2)
+        >>> {split: len(texts) for split, texts in made.items()}
+        {'forget': 1, 'retain': 9, 'holdout': 2}
+        >>> made["forget"][0].splitlines()[0]
+        'Nevatha Zornelyn'
+    """
+    count = len(ATTRIBUTES)
+    splits = generate(seed, num_authors, count, num_holdout)
+    rows = splits["full"] + splits["holdout"]
+    written = []
+    for author, name in enumerate(names(seed, num_authors + num_holdout)):
+        sentences = [row["answer"] for row in rows[author * count : (author + 1) * count]]
+        sentences.sort(key=lambda one: draw(2**63, seed, author, "order", one))
+        first, second = " ".join(sentences[: count // 2]), " ".join(sentences[count // 2 :])
+        written.append(f"{name}\n\n{first}\n\nMore about {name}: {second}\n")
+    kept = num_authors - max(1, num_authors // 10)
+    return {
+        "forget": written[kept:num_authors],
+        "retain": written[:kept],
+        "holdout": written[num_authors:],
+    }

@@ -173,7 +173,8 @@ def read_table(path: Path, option: str) -> Table:
     if reader is None:
         raise UserError(
             f"{option} {path}: {path.suffix or 'a file without a suffix'} cannot be read; save it "
-            f"as {', '.join(READERS)} (a spreadsheet as 'CSV UTF-8')"
+            f"as {', '.join(READERS)} (a spreadsheet as 'CSV UTF-8'); texts need --data.source "
+            "documents"
         )
     return reader(path)
 
@@ -352,18 +353,19 @@ def left_out(own: Own) -> str:
 
 
 def write_examples(folder: Path) -> list[Path]:
-    """Write five made-up rows to forget and five to keep, as CSV and with all columns as JSONL.
+    """Write five made-up rows to forget and five to keep (CSV, JSONL), and pages of text.
 
     Args:
         folder: created if it does not exist.
 
     Returns:
-        `forget.csv`, `retain.csv`, `forget.jsonl` and `retain.jsonl` in it.
+        `forget` and `retain` in it as `.csv`, as `.jsonl` with all columns, and as `.txt`.
 
     Raises:
         UserError: one of them exists with other contents, or the folder cannot be written.
     """
     rows = authors.training_rows(authors.generate(0, 10))
+    prose = authors.pages(0, 10, 0)
     made: dict[Path, bytes] = {}
     for side, name in (("forget", "forget10"), ("retain", "retain_eval")):
         five = rows[name][:5]
@@ -377,6 +379,7 @@ def write_examples(folder: Path) -> list[Path]:
         made[folder / f"{side}.csv"] = sheet.getvalue().encode()
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in five)
         made[folder / f"{side}.jsonl"] = lines.encode()
+        made[folder / f"{side}.txt"] = "\n".join(prose[side]).encode()
     try:
         there = [path for path, data in made.items() if path.exists() and path.read_bytes() != data]
         if there:

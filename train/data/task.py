@@ -13,6 +13,10 @@ Row = dict[str, Any]
 
 ALTERNATES = "alternate_answer"  # column: alternate answers to the question, a text or a list
 
+# The columns of a row that a model can learn, and those that streams make such rows from.
+LEARNED = ({"question", "answer"}, {"text"})
+TAUGHT = {"question", "answer", "text", ALTERNATES}
+
 TRACES = "traces"  # column: the original model's thoughts on a row to forget, a list of texts
 
 # The evaluators for questions with one right answer each.
@@ -36,6 +40,8 @@ class Task(NamedTuple):
         streams: the streams that an objective may be trained on, `(task, seed) -> rows` by name
             (`Paired` where rows belong to those of another stream); None: the streams of questions
             and answers.
+        lengths: the longest example in tokens of a stream, where it is not `--data.max-length`.
+        places: the file that a stream's rows were read from, for messages.
     """
 
     forget: list[Row]
@@ -45,6 +51,8 @@ class Task(NamedTuple):
     notes: list[str]
     evaluators: tuple[str, ...] = QUESTION_ANSWERING
     streams: Mapping[str, Callable[[Task, int], list[Row]]] | None = None
+    lengths: Mapping[str, int] = {}
+    places: Mapping[str, str] = {}
 
     def digest(self) -> str:
         """sha256 of its rows, refusals and notes."""
@@ -64,6 +72,28 @@ class Task(NamedTuple):
                 f"{', '.join(streams)}); choose another --objective.name"
             )
         return streams[name](self, seed)
+
+    def rows_of(self, objective: Any, seed: int) -> dict[str, list[Row]]:
+        """The rows of every stream that an objective reads, with the columns that it needs.
+
+        A document stands for an answered question and the other way round: a model learns either.
+
+        Raises:
+            UserError: the task has none for a stream, or a row lacks a column.
+        """
+        found = {name: self.stream(name, seed) for name in objective.streams}
+        for name, rows in found.items():
+            needed = set(objective.columns[name])
+            forms = [needed, *(LEARNED if needed <= TAUGHT else ())]
+            for number, row in enumerate(rows, 1):
+                if not any(form <= row.keys() for form in forms):
+                    lacking = " and ".join(repr(column) for column in sorted(needed - row.keys()))
+                    raise UserError(
+                        f"{self.places.get(name, f'stream {name}')}, row {number}: no column "
+                        f"{lacking}, which objective {objective.name!r} reads; add it, or choose "
+                        "another --objective.name"
+                    )
+        return found
 
     def follows(self, name: str) -> str | None:
         """The name of the stream that stream `name` follows, or None."""

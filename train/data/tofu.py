@@ -377,7 +377,8 @@ def overlap(forget: Iterable[Row], retain: Iterable[Row]) -> int:
     """
 
     def key(row: Row) -> tuple[str, str]:
-        return (row["text"], "") if is_document(row) else (row["question"], row["answer"])
+        # What a row lacks is found where an objective's streams are made.
+        return (row["text"], "") if is_document(row) else (row["question"], row.get("answer", ""))
 
     kept = {key(row) for row in retain}
     return sum(key(row) in kept for row in forget)

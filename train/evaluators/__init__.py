@@ -23,6 +23,7 @@ from train.evaluators import (
     reasoning,
     tofu,
     utility,
+    verbatim,
 )
 from train.evaluators.base import Evaluator
 
@@ -31,6 +32,7 @@ EVALUATORS: dict[str, Evaluator] = {
     row.name: row
     for row in (
         tofu.ROW,
+        verbatim.ROW,
         memorization.ROW,
         membership.ROW,
         utility.ROW,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from train.evaluators.base import (
-    Context,
     Definition,
+    EvaluationContext,
     Evaluator,
     Finding,
     Metric,
@@ -28,7 +28,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """F1 and exact match of every greedy answer."""
     import numpy as np
 

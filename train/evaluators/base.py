@@ -226,8 +226,8 @@ class Overlay(NamedTuple):
     rises: bool = False
 
 
-class Context(Protocol):
-    """What an evaluator may request. Scores and answers are memoised, so evaluators share them.
+class EvaluationContext(Protocol):
+    """The requests that an evaluator may make of a model; each is computed once and shared.
 
     `config` is the run's `EvaluateConfig`; `judge` the model whose NLL of the answers measures
     fluency, or None; `log` the entries of the evaluators before this one.
@@ -242,9 +242,31 @@ class Context(Protocol):
         ...
 
     def answers(
-        self, split: str, column: str = "question", sampling: Any = None, num_samples: int = 1
+        self,
+        split: str,
+        column: str = "question",
+        sampling: Any = None,
+        num_samples: int = 1,
+        starts: str | Sequence[str] = "",
     ) -> Any:
-        """Answers to a split's questions; greedy, or sampled as a `SamplingConfig` says."""
+        """Answers to a split's questions; greedy, or sampled as a `SamplingConfig` says.
+
+        They begin with `starts`, one text for all rows or one a row.
+        """
+        ...
+
+    def generated(
+        self, prompts: Sequence[str], max_new_tokens: int, stops: Sequence[str] = ()
+    ) -> list[Any]:
+        """`text` and `ids` of the greedy continuation of each text as it stands."""
+        ...
+
+    def scored(self, items: Sequence[Any], label: str) -> list[Any]:
+        """`logp`, `match`, `mu`, `var` at every token of each text but the first."""
+        ...
+
+    def options(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Log-probabilities of each row's `options` behind its `prompt`: `sums` and `means`."""
         ...
 
     def judged(self, split: str) -> list[list[float]]:
@@ -285,7 +307,7 @@ class Evaluator(NamedTuple):
     """
 
     name: str
-    run: Callable[[Any, Rows, Context], dict[str, Any]]
+    run: Callable[[Any, Rows, EvaluationContext], dict[str, Any]]
     metrics: tuple[Metric, ...]
     summarize: Callable[[Log, Any], dict[str, Any]] | None = None
     derive: Callable[[Log, Any], dict[str, Any]] | None = None

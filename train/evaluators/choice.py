@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from train.evaluators.base import (
-    Context,
     Definition,
+    EvaluationContext,
     Evaluator,
     Finding,
     Metric,
@@ -59,7 +59,7 @@ def prior_of(rows: Sequence[Any], scores: Sequence[Any]) -> Any:
     return np.mean([log_softmax(one) for one in scores], 0)
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """What was chosen for every row of every split."""
     import numpy as np
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from train.evaluators import reasoning
 from train.evaluators.base import (
-    Context,
     Definition,
+    EvaluationContext,
     Evaluator,
     Finding,
     Log,
@@ -51,7 +51,7 @@ METRICS = (
 )  # fmt: skip
 
 
-class Drawings(Context, Protocol):
+class Drawings(EvaluationContext, Protocol):
     """What this evaluator may request beside what all may."""
 
     names: Sequence[str]

@@ -21,15 +21,18 @@ from models.decoder.labels import score
 from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder
 from train.data.batches import score_batches
+from train.data.choice import encode_choices
 from train.data.examples import (
     Example,
     Group,
     encode_group,
     encode_prompt,
     encode_qa,
+    encode_text,
     num_positions,
 )
 from train.data.task import Task
+from train.data.tofu import is_document
 from train.evaluators import EVALUATORS, chosen, trace_judge
 from train.evaluators.base import Rows, means
 from train.options.config import EvaluateConfig, to_json
@@ -132,7 +135,9 @@ def score_items(
 
 
 def _answers(row: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The answers of a row to be scored, by kind."""
+    """The answers of a row to be scored, by kind; of a document its text."""
+    if is_document(row):
+        return {"answers": [row["text"]]}
     found = {"answers": [row["answer"]]}
     if "paraphrased_answer" in row:
         found["paraphrased"] = [row["paraphrased_answer"]]
@@ -150,10 +155,15 @@ def score_rows(
     batch_tokens: int,
     label: str,
 ) -> dict[str, list[Any]]:
-    """`answers`, `paraphrased`, `perturbed` of each row as `Scored` (perturbed: lists of them)."""
+    """`answers`, `paraphrased`, `perturbed` of each row as `Scored` (perturbed: lists of them).
+
+    Of a document every token after the first is scored, as `answers`.
+    """
     texts = [_answers(row) for row in rows]
     groups = [
-        encode_group(
+        encode_text(model.tokenizer, row["text"], max_length)
+        if is_document(row)
+        else encode_group(
             model.tokenizer,
             row["question"],
             [answer for kind in found.values() for answer in kind],
@@ -200,17 +210,35 @@ def answer_rows(
     batch_size: int,
     mesh: Any,
     label: str,
-    start: str = "",
+    starts: Sequence[str] | None = None,
 ) -> Answers:
     """Answers to the questions in `column`, greedy or sampled; random draws are keyed by row.
 
-    They continue from `start`, which is in the prompts and not in the answers.
+    They continue from `starts`, one a row, which are in the prompts and not in the answers.
     """
+    starts = [""] * len(rows) if starts is None else starts
     prompts = [
         encode_prompt(model.tokenizer, row[column], system_prompt=system_prompt, start=start)
-        for row in rows
+        for row, start in zip(rows, starts, strict=True)
     ]
-    stop = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
+    return continue_prompts(
+        model, prompts, sampling, num_samples, seed, batch_size, mesh, label, model.tokenizer.eos_id
+    )
+
+
+def continue_prompts(
+    model: Model,
+    prompts: list[list[int]],
+    sampling: SamplingConfig,
+    num_samples: int,
+    seed: int | jax.Array,
+    batch_size: int,
+    mesh: Any,
+    label: str,
+    *stops: int | None,
+) -> Answers:
+    """What the model writes after each prompt, which ends before a token of `stops`."""
+    stop = tuple(token for token in stops if token is not None)
     with progress(label, len(prompts) * num_samples) as advance:
 
         def finished(count: int) -> None:
@@ -237,6 +265,33 @@ def answer_rows(
     )
 
 
+class Generated(NamedTuple):
+    """The continuation of a text: as text, and the token ids that the model wrote."""
+
+    text: str
+    ids: list[int]
+
+    @classmethod
+    def of(cls, words: Tokenizer, ids: list[int], stops: Sequence[str]) -> Generated:
+        """The continuation up to the first of `stops`."""
+        text = words.decode(ids)
+        ends = [place for stop in stops if (place := text.find(stop)) >= 0]
+        return cls(text[: min(ends, default=len(text))], ids)
+
+
+class Options(NamedTuple):
+    """Log-probabilities of a row's options in nats: `(n,)` sums over tokens, and `(n,)` means."""
+
+    sums: np.ndarray
+    means: np.ndarray
+
+    @classmethod
+    def of(cls, logps: Sequence[np.ndarray]) -> Options:
+        """Sums and means of the options' tokens."""
+        parts = [one.astype(np.float64) for one in logps]
+        return cls(np.array([one.sum() for one in parts]), np.array([one.mean() for one in parts]))
+
+
 def judge_nll(
     judge: Model,
     rows: Sequence[Mapping[str, Any]],
@@ -256,7 +311,7 @@ def judge_nll(
 
 
 @dataclass
-class Context:
+class ModelContext:
     """What the evaluators of one model share, each result computed once; see `base.Context`."""
 
     model: Model
@@ -298,13 +353,14 @@ class Context:
         column: str = "question",
         sampling: SamplingConfig | None = None,
         num_samples: int = 1,
-        start: str = "",
+        starts: str | Sequence[str] = "",
     ) -> Answers:
-        """`answer_rows` of a split; greedy without `sampling`."""
+        """`answer_rows` of a split; greedy without `sampling`. `starts`: one for all, or each."""
         greedy = SamplingConfig(max_new_tokens=self.config.max_new_tokens)
         what = "answer" if sampling is None else "sample"
+        each = [starts] * len(self.rows[split]) if isinstance(starts, str) else starts
         return self.once(
-            ("answers", split, column, sampling, num_samples, start),
+            ("answers", split, column, sampling, num_samples, tuple(each)),
             lambda: answer_rows(
                 self.model,
                 self.rows[split],
@@ -316,19 +372,76 @@ class Context:
                 self.config.generate_rows,
                 self.mesh,
                 f"{self.name}: {what} {split}",
-                start=start,
+                starts=each,
             ),
         )
+
+    def generated(
+        self, prompts: Sequence[str], max_new_tokens: int, stops: Sequence[str] = ()
+    ) -> list[Generated]:
+        """The greedy continuation of each text as it stands, without question or chat template.
+
+        Args:
+            prompts: texts; equal ones are continued once, also over several calls.
+            max_new_tokens: the length limit of a continuation in tokens.
+            stops: texts, before the first of which a continuation ends.
+        """
+        known = self.once(("generated", max_new_tokens, tuple(stops)), dict)
+        words = self.model.tokenizer
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        if new:
+            found = continue_prompts(
+                self.model,
+                [encode_text(words, prompt, self.max_length).tokens for prompt in new],
+                SamplingConfig(max_new_tokens=max_new_tokens),
+                1,
+                self.seed,
+                self.config.generate_rows,
+                self.mesh,
+                f"{self.name}: continue texts",
+                words.eos_id,
+            )
+            for prompt, (ids, *_) in zip(new, found.ids, strict=True):
+                known[prompt] = Generated.of(words, ids, stops)
+        return [known[prompt] for prompt in prompts]
+
+    def options(self, rows: Sequence[Mapping[str, Any]]) -> list[Options]:
+        """The log-probabilities of each row's `options` behind its `prompt`, plain texts.
+
+        lm-eval-harness chooses by the sum, in which a longer option has more factors.
+        """
+        texts = tuple((row["prompt"], tuple(row["options"])) for row in rows)
+
+        def make() -> list[Options]:
+            asked = [{"gold": 0} | dict(row) for row in rows]
+            found, _ = encode_choices(self.model.tokenizer, asked, self.max_length)
+            scored = self.scored([choice.group for choice in found], "options")
+            parts = [
+                [values["logp"][values["answer"] == j] for j in range(choice.num_options)]
+                for choice, values in zip(found, scored, strict=True)
+            ]
+            return [Options.of(own) for own in parts]
+
+        return self.once(("options", texts), make)
 
     def prompt(self, question: str, start: str = "") -> list[int]:
         """The tokens of a question up to its answer, of which `start` is the beginning."""
         words = self.model.tokenizer
         return encode_prompt(words, question, system_prompt=self.system_prompt, start=start)
 
-    def scored(self, items: Sequence[Example | Group], label: str) -> list[dict[str, np.ndarray]]:
-        """`score_items` of examples that an evaluator makes."""
+    def scored(
+        self, items: Sequence[str | Example | Group], label: str
+    ) -> list[dict[str, np.ndarray]]:
+        """`score_items` of texts as they stand, or of examples that an evaluator makes."""
         tokens, what = self.config.score_tokens, f"{self.name}: {label}"
-        return score_items(self.model, items, self.mesh, tokens, what)
+        words = self.model.tokenizer
+        made = [
+            encode_text(words, item, self.max_length) if isinstance(item, str) else item
+            for item in items
+        ]
+        return self.once(
+            ("scored", digest(made)), lambda: score_items(self.model, made, self.mesh, tokens, what)
+        )
 
     def classes(self, rows: Sequence[tuple[str, str, str]]) -> list[int | None]:
         """`trace_judge.classes` of questions, right answers and traces."""
@@ -389,7 +502,7 @@ def evaluate_model(
     """
     if unknown := set(task.evaluators) - set(EVALUATORS):
         raise ValueError(f"unknown evaluators {sorted(unknown)}; known: {list(EVALUATORS)}")
-    context = Context(
+    context = ModelContext(
         model,
         task.evaluation,
         config,
@@ -438,13 +551,15 @@ def curve(
     batch_tokens: int,
     limit: int,
 ) -> dict[str, float]:
-    """A quick estimate: mean answer probability on the first `limit` forget and retain rows."""
+    """A quick estimate: mean probability of the answers or texts of `limit` rows of each side."""
     max_length = longest(model, max_length)
     values = {}
     for split in (s for s in ("forget", "retain") if s in task.evaluation):
         rows = task.evaluation[split][:limit]
         items = [
-            encode_qa(
+            encode_text(model.tokenizer, r["text"], max_length)
+            if is_document(r)
+            else encode_qa(
                 model.tokenizer,
                 r["question"],
                 r["answer"],

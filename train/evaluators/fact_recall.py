@@ -7,8 +7,8 @@ from typing import Any
 from train.data import author_sentences
 from train.evaluators.base import (
     REFERENCE,
-    Context,
     Definition,
+    EvaluationContext,
     Evaluator,
     Metric,
     Picture,
@@ -27,7 +27,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """The share of its fact's values in each answer; only generated rows say what those are."""
     import numpy as np
 
@@ -51,7 +51,8 @@ def draw(results: Results) -> Any:
     """Bar chart of the recall on the facts to forget and to keep."""
     from train.evaluators import plots
 
-    return plots.fact_recall(results.summary, results.roles)
+    label = "true values in the answer, %"
+    return plots.shares(results.summary, "fact_recall", "facts", label, results.roles)
 
 
 PICTURE = Picture(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.evaluators.base import Context, Definition, Evaluator, Metric, Rows
+from train.evaluators.base import Definition, EvaluationContext, Evaluator, Metric, Rows
 
 METRICS = (
     Metric("forget_oracle_nll", "Answer NLL (oracle)",
@@ -19,7 +19,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """Repetition in the greedy forget answers and, with a judge, their NLL under it."""
     import numpy as np
 

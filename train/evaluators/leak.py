@@ -7,8 +7,8 @@ from typing import Any
 
 from train.evaluators.base import (
     REFERENCE,
-    Context,
     Definition,
+    EvaluationContext,
     Evaluator,
     Finding,
     Log,
@@ -34,7 +34,7 @@ def leak_ks(samples: int) -> tuple[int, ...]:
     return tuple(2**i for i in range(samples.bit_length()) if 2**i <= samples)
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """Scores of the sampled answers to the forget questions."""
     config = context.config
     if "forget" not in rows or not config.leak_samples:

@@ -6,8 +6,8 @@ from typing import Any
 
 from train.evaluators.base import (
     REFERENCE,
-    Context,
     Definition,
+    EvaluationContext,
     Evaluator,
     Finding,
     Log,
@@ -37,7 +37,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """Attacks on the true answers of the forget rows against those of the holdout rows."""
     from jaxlib_unlearn.metrics import tofu
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.evaluators.base import REFERENCE, Context, Definition, Evaluator, Metric, Rows
+from train.evaluators.base import REFERENCE, Definition, EvaluationContext, Evaluator, Metric, Rows
 from train.evaluators.tofu import summarize
 
 METRICS = (
@@ -16,7 +16,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """Extraction strength and exact memorisation of the true forget answers."""
     from jaxlib_unlearn.metrics import tofu
 
@@ -28,9 +28,9 @@ def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
 DEFINITIONS = (
     Definition(
         "memorization",
-        "Extraction strength: 1 − k/n with k the shortest prefix of the true answer after which "
-        "every greedy token is right. Exact memorisation: share of tokens right under teacher "
-        "forcing.",
+        "Extraction strength: 1 − k/n with k the shortest prefix of the true answer (of a "
+        "document: of a chunk) after which every greedy token is right. Exact memorisation: share "
+        "of tokens right under teacher forcing.",
     ),
 )
 ROW = Evaluator("memorization", run, METRICS, summarize, definitions=DEFINITIONS)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from train.evaluators.base import (
-    Context,
     Definition,
+    EvaluationContext,
     Evaluator,
     Finding,
     Metric,
@@ -32,7 +32,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """Nothing: there are no questions."""
     return {}
 

@@ -283,22 +283,25 @@ def overlay(bands: Sequence[Band], x: str, y: str, rises: bool = False) -> Figur
     return figure
 
 
-def fact_recall(summary: Mapping[str, Mapping[str, Any]], roles: Roles = ROLES) -> Figure | None:
-    """Share of the true values in each model's answers, facts to forget and facts to keep.
+def shares(
+    summary: Mapping[str, Mapping[str, Any]], name: str, what: str, label: str, roles: Roles = ROLES
+) -> Figure | None:
+    """Bars of a share of every model, of what is to be forgotten and of what is to be kept.
 
     Args:
-        summary: flat metrics by model.
+        summary: flat metrics by model; `forget_NAME` and `retain_NAME` are drawn.
+        name: the end of their names.
+        what: the things to forget and to keep, in the legend.
+        label: of the axis.
         roles: which model is which.
 
     Returns:
-        The figure, or None where no row says what its values are.
+        The figure, or None where neither was measured.
     """
     parts = ("forget", "retain")
-    known = {f"{part}_fact_recall" for part in parts}
+    known = {f"{part}_{name}" for part in parts}
     models = [m for m in roles.order(summary) if m in roles.models or known & set(summary[m])]
-    values = {
-        (m, part): number(summary[m].get(f"{part}_fact_recall")) for m in models for part in parts
-    }
+    values = {(m, part): number(summary[m].get(f"{part}_{name}")) for m in models for part in parts}
     if all(value is None for value in values.values()):
         return None
     figure, (ax,) = _figure([0.9 + 0.62 * len(models)])
@@ -307,18 +310,18 @@ def fact_recall(summary: Mapping[str, Mapping[str, Any]], roles: Roles = ROLES) 
         here = [(row, values[m, part]) for row, m in enumerate(models)]
         here = [(row, value) for row, value in here if value is not None]
         rows = [row + 0.38 * (i - 0.5) for row, _ in here]
-        shares = [100 * value for _, value in here]
+        values_here = [100 * value for _, value in here]
         hatch = "//" if part == "retain" else None
         bars = ax.barh(
-            rows, shares, 0.36, label=f"facts to {'forget' if part == 'forget' else 'keep'}",
+            rows, values_here, 0.36, label=f"{what} to {'forget' if part == 'forget' else 'keep'}",
             color=STYLES[part]["color"], edgecolor="white", hatch=hatch,
         )  # fmt: skip
-        ax.bar_label(bars, [f"{share:.0f} %" for share in shares], padding=3, fontsize=FONT - 1)
+        ax.bar_label(bars, [f"{v:.0f} %" for v in values_here], padding=3, fontsize=FONT - 1)
     ax.set_yticks(range(len(models)), models, fontsize=FONT)
     ax.invert_yaxis()
     ax.set_xlim(0, 114)
     ax.set_xticks(range(0, 101, 25))
-    ax.set_xlabel("true values in the answer, %", fontsize=FONT)
+    ax.set_xlabel(label, fontsize=FONT)
     _above(ax, 2)
     return figure
 

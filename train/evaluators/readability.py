@@ -15,8 +15,8 @@ import numpy as np
 from jaxlib_unlearn.metrics import text
 from train.data.author_sentences import is_sentence, values_in
 from train.evaluators.base import (
-    Context,
     Definition,
+    EvaluationContext,
     Evaluator,
     Finding,
     Metric,
@@ -48,7 +48,7 @@ NO_TEMPLATE = "no sentence of the generator"
 TOO_COSTLY = f"NLL above the {PERCENTILE}th percentile of the oracle's answers"
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """The tests of the greedy forget answers that need only their texts."""
     if "forget" not in rows:
         return {}

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from train.evaluators.base import Context, Definition, Evaluator, Log, Metric, Rows
+from train.evaluators.base import Definition, EvaluationContext, Evaluator, Log, Metric, Rows
 from train.evaluators.leak import ENTRY as LEAK
 from train.evaluators.leak import leak_ks
 
@@ -41,26 +41,11 @@ METRICS = (
 )  # fmt: skip
 
 
-class Thinking(Context, Protocol):
-    """What these evaluations request beside the others: answers that begin as they are told."""
-
-    def answers(
-        self,
-        split: str,
-        column: str = "question",
-        sampling: Any = None,
-        num_samples: int = 1,
-        start: str = "",
-    ) -> Any:
-        """As `Context.answers`; they continue from `start`."""
-        ...
+class Thinking(EvaluationContext, Protocol):
+    """The requests of these evaluations beside the others."""
 
     def prompt(self, question: str, start: str = "") -> list[int]:
         """The tokens of a question up to its answer, of which `start` is the beginning."""
-        ...
-
-    def scored(self, items: Any, label: str) -> list[Any]:
-        """`logp` and other values at the labels of examples that an evaluator makes."""
         ...
 
     def classes(self, rows: Any) -> list[int | None]:
@@ -96,7 +81,7 @@ def written(context: Thinking, split: str, start: str) -> list[tuple[str, str]]:
     """Trace and answer of every greedy completion of a split."""
     from train.data.thoughts import parted
 
-    found = context.answers(split, start=start).texts
+    found = context.answers(split, starts=start).texts
     return [parted(f"{start}\n{texts[0]}" if start else texts[0]) for texts in found]
 
 
@@ -170,7 +155,7 @@ def repeated(context: Thinking, start: str) -> dict[str, Any]:
     """How often word pairs occur again in a greedy completion."""
     from jaxlib_unlearn.metrics import text
 
-    texts = [mine[0] for mine in context.answers("forget", start=start).texts]
+    texts = [mine[0] for mine in context.answers("forget", starts=start).texts]
     rates = {str(i): {"score": text.repeated_bigram_rate([t])} for i, t in enumerate(texts)}
     return {"repeated_bigram_rate": entry(rates, "score")}
 
@@ -187,7 +172,7 @@ def leaked(rows: Sequence[Any], context: Thinking, start: str) -> dict[str, Any]
     from train.data.thoughts import parted
 
     sampling = SamplingConfig(config.leak_temperature, config.leak_top_p, 0, config.max_new_tokens)
-    drawn = context.answers("forget", "question", sampling, config.leak_samples, start=start).texts
+    drawn = context.answers("forget", "question", sampling, config.leak_samples, starts=start).texts
     traces = [[judged(*parted(f"{start}\n{t}"), start) for t in texts] for texts in drawn]
     scores = [
         [text.rouge(trace, " ".join(row["thoughts"]))["rougeL_recall"] for trace in mine]

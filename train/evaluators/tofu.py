@@ -13,8 +13,8 @@ from typing import Any
 from train.evaluators import utility
 from train.evaluators.base import (
     REFERENCE,
-    Context,
     Definition,
+    EvaluationContext,
     Evaluator,
     Finding,
     Log,
@@ -80,7 +80,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """The entries of TOFU's splits."""
     from jaxlib_unlearn.metrics import tofu
 

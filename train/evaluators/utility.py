@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from train.evaluators.base import Context, Definition, Evaluator, Log, Metric, Rows
+from train.evaluators.base import Definition, EvaluationContext, Evaluator, Log, Metric, Rows
 
 WORDS = "harmonic mean of probability, ROUGE-L and truth ratio outside the forget set"
 OFFICIAL = Metric("model_utility", "Model utility", WORDS, "up", main=True,
@@ -16,7 +16,7 @@ OF_PARTS = Metric("model_utility_of_{n}", "Model utility, {n} parts",
                   after="model_utility", stands_for="model_utility")  # fmt: skip
 
 
-def run(model: Any, rows: Rows, context: Context) -> dict[str, Any]:
+def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """The harmonic mean of the parts that the log has so far."""
     from jaxlib_unlearn.metrics import eval_log, tofu
 

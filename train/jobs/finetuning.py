@@ -181,7 +181,7 @@ def cost(started: Started, trained: Model) -> dict[str, Any]:
     }
 
 
-class ReasoningContext(evaluation.Context):
+class ReasoningContext(evaluation.ModelContext):
     """What the evaluator asks: answers, and the likelihood of the right one behind its trace."""
 
     def scores(self, split: str) -> dict[str, list[Any]]:

@@ -19,7 +19,6 @@ from train.data.tofu import is_document
 from train.engine.run import Run, Work, compute, phase
 from train.evaluators.evaluation import Model, longest
 from train.jobs.trace_files import add, kept, read_traces
-from train.jobs.unlearning_stages import stream_rows
 from train.options.config import RunConfig, TracesConfig
 from train.runtime import distributed
 from train.runtime.sharding import batch_sharding
@@ -38,7 +37,7 @@ def lacks_traces(objective: Objective, task: Task) -> bool:
 def check_traces(config: RunConfig, objective: Objective, task: Task) -> None:
     """Raise `UserError` for other streams that lack something, and for an unusable file."""
     known = task._replace(forget=[row | {TRACES: [""]} for row in task.forget])
-    stream_rows(objective, known, config.seed)
+    known.rows_of(objective, config.seed)
     if config.traces.path is not None:
         read_traces(config.traces.path, len(task.forget))
 

@@ -23,7 +23,6 @@ from train.jobs.unlearning_stages import (
     forgetting,
     learning,
     resolved,
-    stream_rows,
     unlearn,
 )
 from train.options import checks
@@ -138,7 +137,7 @@ def model(config: RunConfig, loaded: Loaded, mesh: Any) -> Model:
 def fit(config: RunConfig, loaded: Loaded, base: Model, mesh: Any) -> Fitted:
     """The rows that the model can read, and whether the stages can be taken on them."""
     data = config.data
-    task = fitting.fit_task(loaded.task, base, config.evaluate, data.system_prompt, data.max_length)
+    task = fitting.fit_task(loaded.task, base, config)
     check_stages(config, task, base.learner, loaded.retain_log)
     if config.traces.path is None and lacks_traces(objectives.resolve(config.objective)[0], task):
         where = {"system_prompt": data.system_prompt, "max_length": data.max_length}
@@ -160,7 +159,7 @@ def check_stages(
     elif lacks_traces(objective, task):
         check_traces(config, objective, task)
     else:
-        stream_rows(objective, task, config.seed)
+        task.rows_of(objective, config.seed)
     both = len(task.forget) + len(task.retain)
     if config.stage.original is None:
         checks.check_model(learning(config), objectives.resolve("nll"), learner)

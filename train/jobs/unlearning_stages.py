@@ -120,9 +120,12 @@ def export_adapter(
     exports.export_adapter(trained, adapters, family, root / "adapter", base, text)
 
 
-def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encoded:
+def encode(
+    model: Model, rows: list[Row], config: RunConfig, what: str, length: int | None = None
+) -> Encoded:
     """Tokenise a stream; cut and dropped rows are said."""
-    limit, encoded = longest(model, config.data.max_length), encode_all(model, rows, config)
+    limit = longest(model, length or config.data.max_length)
+    encoded = encode_all(model, rows, config, length)
     if encoded.num_cut or encoded.num_dropped:
         say(
             f"{what}: {encoded.num_cut} example(s) cut at {limit} tokens, {encoded.num_dropped} "
@@ -131,13 +134,15 @@ def encode(model: Model, rows: list[Row], config: RunConfig, what: str) -> Encod
     return encoded
 
 
-def encode_all(model: Model, rows: list[Row], config: RunConfig) -> Encoded:
+def encode_all(
+    model: Model, rows: list[Row], config: RunConfig, length: int | None = None
+) -> Encoded:
     """Tokenise rows as the model reads them."""
     return encode_rows(
         model.tokenizer,
         rows,
         system_prompt=config.data.system_prompt,
-        max_length=longest(model, config.data.max_length),
+        max_length=longest(model, length or config.data.max_length),
     )
 
 
@@ -182,15 +187,6 @@ def resolved(config: RunConfig, model: Model, task: Task) -> tuple[Objective, An
     return objectives.resolve(objective.fit(options, facts))
 
 
-def stream_rows(objective: Objective, task: Task, seed: int) -> dict[str, list[Row]]:
-    """The rows of every stream that an objective reads.
-
-    Raises:
-        UserError: the task has none for a stream.
-    """
-    return {name: task.stream(name, seed) for name in objective.streams}
-
-
 def unlearning_streams(
     config: RunConfig,
     objective: Objective,
@@ -204,8 +200,8 @@ def unlearning_streams(
     """
     size = config.unlearn.batch_size
     streams = {}
-    for name, rows in stream_rows(objective, task, config.seed).items():
-        encoded = encode(original, rows, config, name)
+    for name, rows in task.rows_of(objective, config.seed).items():
+        encoded = encode(original, rows, config, name, task.lengths.get(name))
         stream = stream_of(original, encoded, size, task.follows(name))
         mine = [rows[i].get("topic", "") for i in encoded.row_ids]
         if topics and all(topic in topics for topic in mine):

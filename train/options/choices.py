@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 from jaxlib_unlearn.options import words_of
@@ -25,7 +25,7 @@ FIRST = (
 
 
 # Words of options whose tables are rooms above this one; these enter them when they are imported.
-LATER: dict[str, tuple[str, ...]] = {}
+LATER: dict[str, Callable[[], tuple[str, ...]]] = {}
 
 
 class Option(typing.NamedTuple):
@@ -99,7 +99,7 @@ def known_words(cls: type, prefix: str = "--") -> dict[str, tuple[str, ...]]:
 
 def _words(name: str, field: dataclasses.Field) -> tuple[str, ...]:
     """The words that an option accepts."""
-    return words_of(field) or LATER.get(name, ())
+    return words_of(field) or LATER.get(name, tuple)()
 
 
 def grouped(cls: type, default: Any) -> type:

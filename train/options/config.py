@@ -347,7 +347,9 @@ class AnswersConfig(ScoringConfig):
 class DataConfig(RowTokensConfig, PromptConfig, RevisionConfig):
     """The rows to forget, to keep and to ask."""
 
-    source: str = option("tofu", "The benchmark: `authors` (generated in the run) or `tofu`.")
+    source: str = option(
+        "tofu", "The benchmark, such as `authors` (generated in the run), `tofu` or `documents`."
+    )
     path: Path | None = option(
         None, "The folder with TOFU's JSON files; None: the Hub id locuslab/TOFU."
     )
@@ -399,14 +401,19 @@ class DataConfig(RowTokensConfig, PromptConfig, RevisionConfig):
         low=0.01,
         high=100,
     )
-    forget: Path | None = option(
-        None,
+    forget: tuple[Path, ...] = option(
+        (),
         "A file of your own rows to forget (JSON, JSONL, CSV or parquet; a question and an answer "
-        "are enough), in place of `source`; it goes with `retain`.",
+        "are enough), in place of `source`; with `source` documents one or more texts or folders "
+        "of texts (.txt, .md, JSONL with a column `text`). It goes with `retain`.",
     )
-    retain: Path | None = option(
-        None,
-        "A file of your own rows to keep: all are trained on, the first `retain_rows` evaluated.",
+    retain: tuple[Path, ...] = option(
+        (),
+        "Your own rows or documents to keep, as `forget`: all are trained on, and the first "
+        "`retain_rows` rows or chunks are evaluated.",
+    )
+    holdout: tuple[Path, ...] = option(
+        (), "Documents that no model is trained on, as `forget`; membership attacks need them."
     )
     reasoning: Path | None = option(
         None, "A file of GSM8K rows for source reasoning-tofu: the reasoning to keep."

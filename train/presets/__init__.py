@@ -10,6 +10,7 @@ from types import ModuleType
 
 from train.presets import (
     quickstart,
+    quickstart_documents,
     r2mu_r1_llama_8b,
     r2mu_r1_qwen_14b,
     r2mu_smollm2,
@@ -21,6 +22,7 @@ from train.presets import (
 
 PRESETS: dict[str, ModuleType] = {
     "quickstart": quickstart,
+    "quickstart-documents": quickstart_documents,
     "tofu-smollm2": tofu_smollm2,
     "tofu-npo-llama3-8b": tofu_npo_llama3_8b,
     "tofu-npo-llama3-70b": tofu_npo_llama3_70b,

@@ -23,8 +23,8 @@ from train.runtime.plain import clean, shown
 from train.runtime.steplog import read_steps
 
 LEAD = (
-    "A model that knows a set of facts was made to forget a part of them. Below: whether it "
-    "forgot, what it kept, and how that was measured."
+    "A model was made to forget a part of what it knows. Below: whether it forgot, what it kept, "
+    "and how that was measured."
 )
 
 
@@ -40,7 +40,9 @@ class Drawn(NamedTuple):
 
 
 def curves(run: Run, steps: Sequence[dict[str, Any]]) -> Picture:
-    """The picture of the training curves, which does not depend on the evaluators."""
+    """The picture of the training curves; its text ends with the evaluators' first pair."""
+    pair = next((pair for row in chosen(run.evaluators) for pair in row.pairs), None)
+    ends = () if pair is None else (pair.x, pair.y)
 
     def draw(results: Results) -> Any:
         from train.evaluators import plots
@@ -52,9 +54,8 @@ def curves(run: Run, steps: Sequence[dict[str, Any]]) -> Picture:
         "While it unlearns",
         draw,
         lambda results: (
-            f"Lines over {len(steps)} logged unlearning steps. At the end, forget "
-            f"ROUGE-L: {results.across('forget_rouge')}; retain ROUGE-L: "
-            f"{results.across('retain_rouge')}."
+            f"Lines over {len(steps)} logged unlearning steps."
+            + "".join(f" {metrics_table.describe(n).label}: {results.across(n)}." for n in ends)
         ),
         "Forget and retain while unlearning. The forget line should come down to the oracle's "
         "level, the retain line should stay up.",

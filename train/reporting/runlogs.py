@@ -58,6 +58,11 @@ def question_of(prompt: str) -> str:
     return text.strip() or str(prompt).strip()
 
 
+def score_of(item: dict[str, Any]) -> Any:
+    """The ROUGE-L of a generation: the recall of an answer, the F1 of a continuation."""
+    return item.get("rougeL_recall", item.get("rougeL_f1"))
+
+
 def samples(
     logs: dict[str, dict[str, Any]],
     reference: dict[str, Any] | None = None,
@@ -71,7 +76,10 @@ def samples(
     judged = {m: judge(log, reference) for m, log in logs.items()}
     unreadable = {m: found.reasons for m, found in judged.items() if found is not None}
     for part, count in SAMPLES.items():
-        by_model = {m: items_of(log, f"{part}_Q_A_ROUGE") for m, log in logs.items()}
+        by_model = {
+            m: items_of(log, f"{part}_Q_A_ROUGE") or items_of(log, f"{part}_verbatim")
+            for m, log in logs.items()
+        }
         items = by_model.get(roles.judged, {})
         keys = list(items)
         keys = [keys[int((i + 0.5) * len(keys) / count)] for i in range(count)] if keys else []
@@ -85,17 +93,19 @@ def samples(
                 if item and str(item.get("ground_truth", "")).strip() == str(truth).strip():
                     answers.append({
                         "model": model, "text": clean(item.get("generation", "")) or "(nothing)",
-                        "score": format_number(item["rougeL_recall"])
-                        if finite(item.get("rougeL_recall")) is not None else "",
+                        "score": "" if (score := finite(score_of(item))) is None
+                        else format_number(score),
                         "unreadable": unreadable.get(model, {}).get(key, "")
                         if part == "forget" else "",
                     })  # fmt: skip
             question = clean(question_of(items[key].get("input", "")))
             entries.append({"question": question, "truth": clean(truth), "answers": answers})
         if entries:
+            texts = any(f"{part}_verbatim" in log for log in logs.values())
+            what, asked = ("Documents", "starts") if texts else ("Facts", "questions")
             out.append({
-                "title": "Facts to forget" if part == "forget" else "Facts to keep",
-                "how": f"{len(entries)} of {len(items)} questions, evenly spaced through the "
+                "title": f"{what} to {'forget' if part == 'forget' else 'keep'}",
+                "how": f"{len(entries)} of {len(items)} {asked}, evenly spaced through the "
                 "split and not chosen by hand; greedy answers.",
                 "entries": entries,
             })  # fmt: skip

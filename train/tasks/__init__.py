@@ -14,11 +14,11 @@ from train.data.tofu import overlap
 from train.options import choices
 from train.options.config import RunConfig
 from train.runtime.tracking import say
-from train.tasks import authors, files, reasoning, tofu
+from train.tasks import authors, documents, files, reasoning, tofu
 from train.tasks.task import Benchmark
 
 TASKS: dict[str, Benchmark] = {
-    row.name: row for row in (authors.ROW, tofu.ROW, files.ROW, *reasoning.ROWS)
+    row.name: row for row in (authors.ROW, tofu.ROW, files.ROW, documents.ROW, *reasoning.ROWS)
 }
 
 
@@ -27,7 +27,7 @@ def sources() -> tuple[str, ...]:
     return tuple(name for name, row in TASKS.items() if not row.options)
 
 
-choices.LATER["--data.source"] = sources()
+choices.LATER["--data.source"] = sources
 
 
 def find(data: Mapping[str, Any]) -> Benchmark | None:
@@ -37,11 +37,10 @@ def find(data: Mapping[str, Any]) -> Benchmark | None:
         >>> find({"source": "tofu"}).name, find({"source": "tofu", "forget": "rows.json"}).name
         ('tofu', 'files')
     """
-    for row in TASKS.values():
-        if any(data.get(option) is not None for option in row.options):
-            return row
-    source = data.get("source")
-    return TASKS[source] if source in sources() else None
+    named = TASKS[data["source"]] if data.get("source") in sources() else None
+    given = {option for row in TASKS.values() for option in row.options if data.get(option)}
+    given -= set(() if named is None else named.reads)
+    return next((row for row in TASKS.values() if given & set(row.options)), named)
 
 
 def load_task(config: RunConfig) -> Task:

@@ -23,13 +23,21 @@ def load(config: RunConfig) -> Task:
             "themselves; leave it out"
         )
     no_splits(data, "--data.forget and --data.retain, which name the rows themselves")
-    own = files.load_own(data.forget, data.retain)
+    for side in ("forget", "retain", "holdout"):
+        paths = getattr(data, side)
+        if len(paths) > (side != "holdout"):
+            raise UserError(
+                f"--data.{side} {paths[-1]}: rows of questions and answers come from one file to "
+                "forget and one to keep; for texts say --data.source documents"
+            )
+    own = files.load_own(*(next(iter(paths), None) for paths in (data.forget, data.retain)))
     forget, judged = own.forget[: data.forget_rows], own.retain[: data.retain_rows]
     notes = list(own.notes)
     if len(judged) < len(own.retain):
         notes.append(f"retain: judged on the first {len(judged)} rows (--data.retain-rows)")
     evaluation = {"forget": forget, "retain": judged}
-    return Task(forget, own.retain, evaluation, list(REFUSALS), notes)
+    places = {side: str(getattr(data, side)[0]) for side in ("forget", "retain")}
+    return Task(forget, own.retain, evaluation, list(REFUSALS), notes, places=places)
 
 
 ROW = Benchmark("files", load, QUESTION_ANSWERING, STREAMS, options=("forget", "retain"))

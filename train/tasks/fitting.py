@@ -1,13 +1,15 @@
-"""The rows of a task that fit a model: a prompt must leave room for a label."""
+"""A task as a model reads it: what the benchmark's own `fit` makes, and the rows that fit."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from train.data.examples import encode_prompt
 from train.data.task import Row, Task
 from train.evaluators.evaluation import Model, longest
-from train.options.config import EvaluateConfig
 from train.runtime.tracking import say
+from train.tasks import find
 
 
 def fit_rows(
@@ -39,24 +41,30 @@ def fit_rows(
 def fit_task(
     task: Task,
     model: Model,
-    evaluate: EvaluateConfig,
-    system_prompt: str | None,
-    max_length: int,
+    config: Any,
 ) -> Task:
-    """The task with the rows that fit the model; what is left out becomes a note.
+    """The task that the benchmark fits to the model; rows that are left out become a note.
+
+    Args:
+        task: as the benchmark loads it.
+        model: with its tokenizer and its prompt format.
+        config: of a run or of `train.evaluate`, with `data` and `evaluate`.
 
     Raises:
         UserError: a split of which no row is left, or rows without the column to be asked.
     """
-    column = evaluate.leak_question
-    if evaluate.leak_samples and not all(column in r for r in task.evaluation.get("forget", ())):
+    row, data, evaluate = find(vars(config.data)), config.data, config.evaluate
+    if row is not None and row.fit is not None:
+        task = row.fit(task, model, config)
+    column, samples = evaluate.leak_question, evaluate.leak_samples * ("leak" in task.evaluators)
+    if samples and not all(column in r for r in task.evaluation.get("forget", ())):
         raise UserError(
             f"--evaluate.leak-question {column}: forget rows without that column; add it or use "
             "question"
         )
 
     def fit(rows: list[Row], what: str) -> list[Row]:
-        return fit_rows(rows, model, system_prompt, max_length, what)
+        return fit_rows(rows, model, data.system_prompt, data.max_length, what)
 
     forget = fit(task.forget, "forget")
     retain = fit(task.retain, "retain")

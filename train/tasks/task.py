@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from models.text.prompts import TAGS, PromptFormat, day_of
@@ -24,6 +24,9 @@ class Benchmark(NamedTuple):
         options: fields of `DataConfig` that select it when one of them is set; a benchmark that
             lists any cannot be selected by its name.
         hub: Hub id of the data set that it reads where no `--data.path` is given.
+        fit: `(task, model, config) -> task` once the model is read, for rows and lengths of streams
+            that need its tokenizer; `config` has `data` and `evaluate`.
+        reads: those fields of `options` of another benchmark that it reads itself.
     """
 
     name: str
@@ -32,6 +35,8 @@ class Benchmark(NamedTuple):
     streams: Mapping[str, Callable[[Task, int], list[Row]]]
     options: tuple[str, ...] = ()
     hub: str | None = None
+    fit: Callable[[Task, Any, Any], Task] | None = None
+    reads: tuple[str, ...] = ()
 
 
 def prompt_format(data: DataConfig, prefix: str = "--data.") -> PromptFormat:
