@@ -80,7 +80,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default=None, help="float32, bfloat16 or float16 (default: as stored)"
     )
-    names = ", ".join(ROLES)
+    names = ", ".join(ROLES.models)
     parser.add_argument(
         "--model",
         metavar="ROLE",

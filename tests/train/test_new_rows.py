@@ -96,9 +96,9 @@ def test_a_benchmark_gives_rows_streams_and_evaluators(toys):
     assert task.evaluation == {"riddles": RIDDLES[:2]} and task.evaluators == ("vowels",)
     assert task.notes == ["riddles have no rows to keep"]
     ascent, _ = objectives.resolve("ga")
-    assert unlearning_stages.stream_rows(ascent, task, 0) == {"forget": RIDDLES[:2]}
+    assert task.rows_of(ascent, 0) == {"forget": RIDDLES[:2]}
     with pytest.raises(UserError, match="trained on 'retain', which the data do not have"):
-        unlearning_stages.stream_rows(objectives.resolve("graddiff")[0], task, 0)
+        task.rows_of(objectives.resolve("graddiff")[0], 0)
     assert choices.known_words(RunConfig)["--data.source"] == (*SOURCES, "riddles")
     known = " or ".join((*SOURCES, "riddles"))
     with pytest.raises(UserError, match=f"'riddle' is unknown; choose {known}"):

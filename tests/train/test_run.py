@@ -116,13 +116,13 @@ def test_values_are_computed_once_a_purpose(run):
 
 def test_what_is_shared_is_found_by_another_run(run, tmp_path):
     CALLS.clear()
-    options = {"kind": "dice", "version": 1, "sides": 6, "rows": ROWS, "shared": True}
+    options = {"kind": "dice", "version": 1, "sides": 6, "rows": ROWS}
     compute(run, "throw", dice, **options)
     (tmp_path / "other").mkdir()
     other = dataclasses.replace(run, folder=tmp_path / "other")
     compute(other, "throw", dice, **options)
     assert CALLS == ["dice"]
-    compute(other, "alone", dice, **options | {"shared": False})
+    compute(dataclasses.replace(other, cache=None), "alone", dice, **options)
     assert CALLS == ["dice"] * 2
 
 
@@ -270,11 +270,13 @@ def test_streams_of_other_answers_follow_their_questions(models):
 
 
 def test_minutes_go_on_where_an_earlier_start_ended(run):
-    run = runs.started(run, time.monotonic() - 60)
+    earlier = Clock(read_minutes(run.folder), time.monotonic() - 60)
+    run = dataclasses.replace(run, clock=earlier)
     with runs.phase(run, "original"):
         pass
     assert read_minutes(run.folder)["all"] == pytest.approx(1, abs=0.1)
-    again = runs.started(run, time.monotonic() - 60)
+    later = Clock(read_minutes(run.folder), time.monotonic() - 60)
+    again = dataclasses.replace(run, clock=later)
     with runs.phase(again, "oracle"):
         pass
     minutes = read_minutes(run.folder)

@@ -57,7 +57,7 @@ def paired(results: Results, name: str, key: str) -> Paired | None:
     Returns:
         None where no item was judged with both models.
     """
-    start, _, judged = results.roles
+    start, judged = results.roles.start, results.roles.judged
     after, before = (items_of(results.logs.get(model), name) for model in (judged, start))
     shared = [(after[i][key], before[i][key]) for i in after if i in before]
     if not shared:

@@ -177,8 +177,9 @@ def finetune(started: Started, base: Any) -> Any:
 
 def looking(here: Run) -> contextlib.AbstractContextManager[None]:
     """Inside, time does not count as that of training."""
-    timed = isinstance(here.tracker, Timed)
-    return here.tracker.looking() if timed else contextlib.nullcontext()
+    if isinstance(here.tracker, Timed):
+        return here.tracker.looking()
+    return contextlib.nullcontext()
 
 
 def cost_of(started: Started, sha: str) -> dict[str, Any]:

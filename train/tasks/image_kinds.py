@@ -161,7 +161,7 @@ def begin(config: Any, run: Any, rows: Any, encoded: Any, model: ImageModel) -> 
     streams = {"train": stream(model, seen["train"], start.batch_size)}
     untrained: Any = model  # `train` takes what has a learner
     recipe = Recipe(stage, optimizer)
-    trained: Any = train(run, "start", untrained, row, streams, recipe, shared=True)
+    trained: Any = train(run, "start", untrained, row, streams, recipe)
 
     def judged() -> float:
         scores = score(trained.to_device(), seen["test"], run.mesh, config.evaluate, "start")

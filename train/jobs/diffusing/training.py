@@ -87,7 +87,9 @@ def judge_accuracy(started: Started, judge: Judge) -> float:
 
     def measured() -> float:
         assert found.test is not None
-        return judges.accuracy(judge, *found.test, here.mesh, config.draw.rows)
+        return judges.accuracy(
+            judge, found.test.images, found.test.labels, here.mesh, config.draw.rows
+        )
 
     return json_stage(here.folder / "computed" / "judge.json", inputs, measured)
 
