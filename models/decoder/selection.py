@@ -173,8 +173,8 @@ def bind(
 
     Args:
         trainable: the trained tree of `split`, which is differentiated or perturbed.
-            frozen: the frozen tree of `split`.
-            layer_map: a function of one layer of the *trained* leaves, e.g. a zeroth-order
+        frozen: the frozen tree of `split`.
+        layer_map: a function of one layer of the *trained* leaves, e.g. a zeroth-order
             perturbation; its index counts the trained blocks from 0.
         chosen: the selection.
         dtype: the dtype of the computation.

@@ -95,8 +95,8 @@ def load(
     Args:
         source: the folder.
         dtype: the dtype of the parameters and of the computation: float32, bfloat16 or float16.
-            parts: the names of the parts to load; the others need not be there.
-            variant: the kind of weight files: "" for plain ones, or "fp16"; None: plain ones, else
+        parts: the names of the parts to load; the others need not be there.
+        variant: the kind of weight files: "" for plain ones, or "fp16"; None: plain ones, else
             fp16.
         shardings: `("part/path", shape) -> sharding` of every leaf; default: uncommitted, on JAX's
             default device.

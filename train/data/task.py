@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from train.data import tofu
+from train.options.roles import QUESTION_ANSWERING
 from train.runtime.stages import digest
 
 Row = dict[str, Any]
@@ -18,12 +19,6 @@ LEARNED = ({"question", "answer"}, {"text"})
 TAUGHT = {"question", "answer", "text", ALTERNATES}
 
 TRACES = "traces"  # column: the original model's thoughts on a row to forget, a list of texts
-
-# The evaluators for questions with one right answer each.
-QUESTION_ANSWERING = (
-    *("tofu", "memorization", "membership", "utility"),
-    *("readability", "fact_recall", "fluency", "leak"),
-)
 
 
 class Task(NamedTuple):

@@ -28,6 +28,10 @@ FIRST = (
 LATER: dict[str, Callable[[], tuple[str, ...]]] = {}
 
 
+# Groups that every program has, which stand behind its own.
+EVERY = ("stage", "mesh", "distributed")
+
+
 class Option(typing.NamedTuple):
     """An option: name on the command line, type, default, description, group, accepted words.
 
@@ -112,7 +116,8 @@ def grouped(cls: type, default: Any) -> type:
         if option.name not in FIRST:
             groups.setdefault(option.group or "run", []).append(option)
     fields = []
-    for title, members in groups.items():
+    titles = [*(t for t in groups if t not in EVERY), *(t for t in EVERY if t in groups)]
+    for title, members in ((title, groups[title]) for title in titles):
         shown = []
         for i, option in enumerate(members):
             look = tyro.conf.arg(

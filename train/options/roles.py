@@ -6,6 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 NONE = "none"
+# The evaluators of benchmarks of questions and answers.
+QUESTION_ANSWERING = (
+    *("tofu", "memorization", "membership", "utility"),
+    *("readability", "fact_recall", "fluency", "leak"),
+)
 
 
 class Roles(NamedTuple):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from train.data.task import QUESTION_ANSWERING
 from train.evaluators.base import items_of
 from train.evaluators.leak import leak_scores
 from train.evaluators.numbers import format_number
 from train.evaluators.tofu import truth_ratios
+from train.options.roles import QUESTION_ANSWERING
 from train.reporting.tables import Run
 from train.runtime.plain import clean
 

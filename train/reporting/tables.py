@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxlib_unlearn import reading
 from jaxlib_unlearn.errors import UserError
-from train.data.task import QUESTION_ANSWERING
-from train.options.roles import ROLES, Roles, roles_of
+from train.options.roles import QUESTION_ANSWERING, ROLES, Roles, roles_of
 from train.reporting import labels
 from train.reporting.metrics_table import (
     LEGEND,

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from train.data.task import QUESTION_ANSWERING
 from train.evaluators import chosen
 from train.evaluators.base import Finding as Finding
 from train.evaluators.base import Results, arranged
-from train.options.roles import ROLES, Roles
+from train.options.roles import QUESTION_ANSWERING, ROLES, Roles
 
 SMOKE = (
     "SMOKE run: steps and samples are cut to see the program work. Its numbers say nothing about "

@@ -30,9 +30,9 @@ class MeshConfig:
 
     Args:
         data: the number of copies of the model, each with its part of the batch.
-            fsdp: the number of devices that split parameters and the batch.
-            tp: the number of devices that split the computation of a layer.
-            query: the number of groups of devices that share the evaluations of zeroth-order steps;
+        fsdp: the number of devices that split parameters and the batch.
+        tp: the number of devices that split the computation of a layer.
+        query: the number of groups of devices that share the evaluations of zeroth-order steps;
             each group repeats all other work.
     """
 

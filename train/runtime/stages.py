@@ -99,8 +99,8 @@ def params_stage(
         name: the stage.
         inputs: everything the result depends on, as JSON values.
         like: a tree with the structure, dtypes and shardings of the result.
-            compute: a function of a folder for checkpoints that returns the parameters.
-            cache: a folder shared with other runs, in place of `root`; if several runs want the
+        compute: a function of a folder for checkpoints that returns the parameters.
+        cache: a folder shared with other runs, in place of `root`; if several runs want the
             same result, one computes it and the others wait.
     """
     if cache is not None:

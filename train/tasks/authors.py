@@ -6,8 +6,9 @@ from jaxlib_unlearn.errors import UserError
 from train.data import authors
 from train.data.author_alternates import alternates
 from train.data.author_attributes import REFUSALS
-from train.data.task import ALTERNATES, QUESTION_ANSWERING, STREAMS, Task
+from train.data.task import ALTERNATES, STREAMS, Task
 from train.options.config import RunConfig
+from train.options.roles import QUESTION_ANSWERING
 from train.tasks.task import Benchmark, no_splits
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from jaxlib_unlearn.errors import UserError
 from train.data import files
 from train.data.author_attributes import REFUSALS
-from train.data.task import QUESTION_ANSWERING, STREAMS, Task
+from train.data.task import STREAMS, Task
 from train.options.config import RunConfig
+from train.options.roles import QUESTION_ANSWERING
 from train.tasks.task import Benchmark, no_splits
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from train.data import tofu
-from train.data.task import QUESTION_ANSWERING, STREAMS, Task
+from train.data.task import STREAMS, Task
 from train.options.config import RunConfig
+from train.options.roles import QUESTION_ANSWERING
 from train.tasks.task import Benchmark
 
 
