@@ -48,12 +48,12 @@ SMALL = (
 # Files that take longest, in this order: with `--dist loadfile` one of them begun last would keep
 # one worker busy alone.
 HEAVY = (
-    "test_same_numbers test_colab test_zeroth_order_layers test_optimizers_common test_smoke "
-    "test_objectives test_resume test_generate test_multiprocess test_lora_stage test_sift "
-    "test_optimizer_sharding test_evaluation test_plan test_run test_wrappers test_zeroth_order "
-    "test_losses test_muon test_decoder test_residency test_classify_images test_replay "
-    "test_donation test_sift_sharding test_bench test_fuzz test_own_data test_remote test_sharding "
-    "test_smollm2"
+    "test_same_numbers test_colab test_smoke test_optimizers_common test_zeroth_order_layers "
+    "test_diffuse test_resume test_objectives test_generate test_replay test_bench "
+    "test_zeroth_order test_diffusion test_multiprocess test_sift test_selection "
+    "test_diffusion_keys test_cli test_hyper test_lora_stage test_donation test_r2mu "
+    "test_toy_denoiser test_orthogonalize test_decoder test_residency test_optimizer_sharding "
+    "test_classify_images test_reasoning test_smollm2"
 ).split()
 
 

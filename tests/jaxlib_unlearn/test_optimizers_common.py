@@ -314,9 +314,8 @@ def test_two_steps_in_other_loops(row, name):
 
 
 def computed(row):
-    """By default those whose state is not a tree like the parameters."""
-    fast = row.name in ("subzero", "sift-subspace")
-    return row if fast else pytest.param(row, marks=pytest.mark.slow)
+    """By default one whose state is not a tree like the parameters."""
+    return row if row.name == "sift-subspace" else pytest.param(row, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("row", [computed(row) for row in ROWS], ids=[row.name for row in ROWS])

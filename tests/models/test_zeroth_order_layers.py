@@ -89,7 +89,12 @@ def small():
     return jax.jit(DECODER.init)(jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# That a layer draws what the stack draws is held of every family in test_perturbations.py.
+DRAWN = ("sparse", "uvt", "signs")
+EVERY = [pytest.param(n, marks=pytest.mark.slow) if n in DRAWN else n for n in FAMILIES]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_layer_map_equals_materialised_copies(name):
     params = small()
     plain, a = materialised(name)
@@ -140,7 +145,8 @@ def test_other_estimators_and_remat(estimator):
     np.testing.assert_allclose(results[0].coeffs, results[1].coeffs, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layered", [False, True])
+# Copies of segments equal segments through the layer map: the test of a frozen segment.
+@pytest.mark.parametrize("layered", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_segments_draw_what_one_stack_draws(layered):
     params = small()
     stack = params["layers"]

@@ -92,7 +92,10 @@ def newest(root: Path) -> Path:
     return folder / str(checkpointing.steps_in(folder)[-1])
 
 
-@pytest.mark.parametrize(("name", "step"), [("original", 5), ("unlearned", 1), ("unlearned", 6)])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("original", 5), pytest.param("unlearned", 1, marks=pytest.mark.slow), ("unlearned", 6)],
+)
 def test_interrupted_and_continued_is_bit_equal(
     setting, undisturbed, tmp_path, monkeypatch, capsys, name, step
 ):

@@ -183,11 +183,11 @@ def one_device(start, plain, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "sizes", "accumulate"),
     [
-        ("asu", (1, 1, 1), 4),
-        ("asu", (1, 1, 2), 2),
+        pytest.param("asu", (1, 1, 1), 4, marks=pytest.mark.slow),  # as four on a mesh, below
+        pytest.param("asu", (1, 1, 2), 2, marks=pytest.mark.slow),
         ("asu", (1, 2, 2), 4),
         ("asu", (2, 2, 2), 1),
-        ("npo", (2, 2, 1), 2),
+        pytest.param("npo", (2, 2, 1), 2, marks=pytest.mark.slow),
         ("npo", (1, 8, 1), 2),
         ("npo", (8, 1, 1), 1),
     ],
@@ -556,7 +556,9 @@ def test_optimizers_on_a_fixed_gradient(name, updates):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
-@pytest.mark.parametrize(("name", "jobs"), [("mezo", 8), ("zo-muon", 4)])
+@pytest.mark.parametrize(
+    ("name", "jobs"), [("mezo", 8), pytest.param("zo-muon", 4, marks=pytest.mark.slow)]
+)
 def test_devices_share_the_evaluations_of_queries(name, jobs, start, plain):
     """`--mesh.query 2`: the same step; each group evaluates half of four queries."""
     batch = plain["train"].batch(range(4))
