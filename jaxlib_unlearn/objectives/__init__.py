@@ -7,18 +7,21 @@
 
 from jaxlib_unlearn.objectives.apply import ApplyModel, batch_from_labels, context_from_apply
 from jaxlib_unlearn.objectives.base import (
+    SIDES,
     Compat,
+    Estimate,
     Facts,
     Objective,
     Options,
+    Progress,
     Terms,
-    at_every_slot,
     check_accumulation,
     coefficient,
     combine,
     side_of,
 )
 from jaxlib_unlearn.objectives.context import Asked, Batch, Context, Questions, row_keys
+from jaxlib_unlearn.objectives.retain import RETAIN, RetainKind, Sided, at_every_slot
 from jaxlib_unlearn.objectives.smoothing import attention_temperatures, reference_forward
 from jaxlib_unlearn.objectives.table import (
     DENOISING,
@@ -35,15 +38,21 @@ __all__ = [
     "DENOISING",
     "LEARNING",
     "OBJECTIVES",
+    "RETAIN",
+    "SIDES",
     "ApplyModel",
     "Asked",
     "Batch",
     "Compat",
     "Context",
+    "Estimate",
     "Facts",
     "Objective",
     "Options",
+    "Progress",
     "Questions",
+    "RetainKind",
+    "Sided",
     "Terms",
     "at_every_slot",
     "attention_temperatures",

@@ -9,15 +9,11 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxlib_unlearn.objectives.base import (
-    SHARED_COMPAT,
     Compat,
     Objective,
-    Sided,
     Terms,
     forms,
     named,
-    nll_term,
-    retain_terms,
 )
 from jaxlib_unlearn.objectives.context import Batch, Context
 from jaxlib_unlearn.objectives.gradient import QA
@@ -29,6 +25,12 @@ from jaxlib_unlearn.objectives.preference import (
     margin,
     push_term,
     pushes,
+)
+from jaxlib_unlearn.objectives.retain import (
+    SHARED_COMPAT,
+    Sided,
+    nll_term,
+    retain_terms,
 )
 from jaxlib_unlearn.options import is_zero
 

@@ -80,7 +80,7 @@ def context_from_apply(
     step: Any = 0,
     state: Any = (),
 ) -> Context:
-    """What a loss may ask, for a model of your own (linen, nnx, equinox, bare arrays).
+    """A context for a model of your own (linen, nnx, equinox, bare arrays).
 
     Args:
         apply_fn: ``apply_fn(params, batch) -> logits (B, T, V)``; ``batch["tokens"]`` is
@@ -93,9 +93,9 @@ def context_from_apply(
             ``ref_logits_fn``.
         hidden_fn: ``hidden_fn(params, batch, block) -> (B, T, d)``, the residual stream after a
             block, for RMU.
-        key: of ``jax.random``, for rows that draw numbers.
+        key: a key of ``jax.random``, for rows that draw numbers.
         step: the number of the step, for the same.
-        state: of a row that has one (``row.init_state``).
+        state: the state of a row that has one (``row.init_state``).
 
     Returns:
         A :class:`Context`. ``context.model.log_probs`` under the frozen parameters is what NPO and

@@ -1,31 +1,30 @@
-"""What an unlearning method is: a row that binds losses to named streams of batches.
+"""An unlearning method as a row of a table: it binds losses to named streams of batches.
 
 A row (:class:`Objective`) says which streams it reads, which data columns and which quantities of
 the frozen model it needs, and gives ``loss(context, batches, options) -> {term: (sum, weight)}``.
-Data checks, caches, ``--list`` and error messages derive from the row. What a person may set is the
-row's own dataclass, a subclass of :class:`Options`; ``objectives.resolve`` gives both.
+Data checks, caches, ``--list`` and error messages derive from the row. The options that a person
+may set are the row's own dataclass, a subclass of :class:`Options`; ``objectives.resolve`` gives
+both.
 
 A *term* is named after its side, the part before the first underscore: ``forget``, ``forget_idk``,
 ``retain``, ``train``. Sides carry the coefficients, and split optimizers take one gradient a side.
 """
 
 import dataclasses
-import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlib_unlearn import losses
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.losses import Term
 from jaxlib_unlearn.objectives.context import HIDDEN, LABELS, Batch, Context, Questions
 from jaxlib_unlearn.options import defaults, option
 
 Terms = dict[str, Term]
-
-Retain = Literal["nll", "kl", "none"]
+REFERENCES = ("auto", "cache", "fork")
+SIDES = ("forget", "retain")
 
 
 def named(name: str) -> Any:
@@ -44,30 +43,28 @@ def weight(side: str, default: float) -> Any:
     return option(default, doc, low=0, wanted="0 or more")
 
 
+def asked_reference() -> Any:
+    """The field ``reference`` of a row that may ask a frozen model."""
+    return option(
+        "auto",
+        "where the frozen model's answers come from. `cache` computes them once and stores them; "
+        "`fork` asks the frozen model in every step, from the first trained block on. `auto` forks "
+        "where hidden states are asked for and the first trained block is not block 0, or where a "
+        "stream or the size of its hidden states (above 4 GiB) cannot be cached; else it caches.",
+        choices=REFERENCES,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What every objective's options have; a row's own are a subclass of it.
+    """The fields that the options of every objective have; a row's own class is a subclass.
 
-    ``retain``, ``forget_weight`` and ``retain_weight`` (see :class:`Sided`) mean the same in every
-    row that has them; the other fields are the row's alone.
+    ``retain``, ``forget_weight``, ``retain_weight`` and ``reference`` mean the same in every row
+    that has them (``retain.Sided``); the other fields are the row's alone.
     """
 
     name: str = named("")
     compat: str | None = option(None, "a published variant of the loss, by name.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sided(Options):
-    """Options of an objective with a forget and a retain side."""
-
-    retain: Retain | None = option(
-        None,
-        "loss on the retain stream; None: nll, or the one that compat is a form of.",
-        choices=typing.get_args(Retain),
-        none="nll",
-    )
-    forget_weight: float = weight("forget", 1.0)
-    retain_weight: float = weight("retain", 1.0)
 
 
 class Compat(NamedTuple):
@@ -86,33 +83,54 @@ class Compat(NamedTuple):
     per_micro_batch: bool = False
 
 
-# Forms of what rows have in common. They are names of a row's `compat` like its own ones.
-MEAN_OF_MEANS = {
-    "mean_of_means": Compat(
-        "mean over the micro-batches of each one's own mean (transformers up to 4.45); the value "
-        "depends on the split",
-        additive=True,
-        per_micro_batch=True,
-    )
-}
-RETAIN_KL = {
-    "kl_all_positions": Compat(
-        "retain KL over all positions, prompt and padding too (TOFU, OpenUnlearning)",
-        additive=False,
-        reference={"retain": "hidden_all"},
-        sets={"retain": "kl"},
-    ),
-    "kl_sequence_mean": Compat(
-        "retain KL as the mean over rows of each row's mean over labels (ASU's code)",
-        additive=True,
-        sets={"retain": "kl"},
-    ),
-}
-SHARED_COMPAT = {**MEAN_OF_MEANS, **RETAIN_KL}
+class Progress(NamedTuple):
+    """How far a stage has come; see ``Objective.advance``.
+
+    Args:
+        step: the number of the step that was just taken, from 0 on; a traced int32.
+        steps: the number of steps of the stage; traced.
+        epoch_steps: the number of steps in which the first stream is read once, which need not be
+            a whole number; traced.
+    """
+
+    step: Any
+    steps: Any
+    epoch_steps: Any
+
+    @property
+    def epoch(self) -> Any:
+        """The number of passes over the first stream after this step."""
+        return (self.step + 1) / self.epoch_steps
+
+    @property
+    def done(self) -> Any:
+        """The fraction of the stage that is done after this step, from 0 to 1."""
+        return (self.step + 1) / self.steps
+
+
+class Estimate(NamedTuple):
+    """The point at which the gradient of one side is estimated; see ``Objective.estimators``.
+
+    Args:
+        grad_fn: ``params -> tree``, the gradient of the side on the batch of this step.
+        params: the trained parameters.
+        gradient: ``grad_fn(params)``, which the step has computed anyway.
+        seed: a uint32 of the stage's seed, for estimators that draw.
+        step: the number of the step, for the same.
+    """
+
+    grad_fn: Callable[[Any], Any]
+    params: Any
+    gradient: Any
+    seed: Any
+    step: Any
+
+
+Estimator = Callable[[Estimate], Any]
 
 
 class Facts(NamedTuple):
-    """What a run knows of its tokenizer and its rows; see ``Objective.fit``.
+    """The facts that a run knows of its tokenizer and its rows; see ``Objective.fit``.
 
     ``token_id(word)`` is the id of an entry of the vocabulary, None for a word that is none;
     ``topics`` are the topics of the rows to forget, sorted.
@@ -134,12 +152,13 @@ class Objective:
             of ``forget`` with a refusal as the answer, ``alternate`` with other answers, both in
             the row order of ``forget``.
         columns: per stream, the columns the data must have.
-        reference: per stream, what of the frozen model is cached: ``"logps"`` (batch column
-            ``ref_log_probs (B, W)``), ``"hidden"`` (``ref_hidden (B, W, d)``), ``"hidden_pair"``
-            (``ref_hidden``, and ``ref_plain_hidden`` of a forward pass without options) or
-            ``"hidden_all"`` (``ref_hidden (B, T, d)``, at every slot of the padded row). ``"fork"``
-            caches nothing: the frozen model shares what is not trained and is asked in the step,
-            from the first trained block on.
+        reference: per stream, the quantity of the frozen model that is cached: ``"logps"`` (batch
+            column ``ref_log_probs (B, W)``), ``"hidden"`` (``ref_hidden (B, W, d)``),
+            ``"hidden_pair"`` (``ref_hidden``, and ``ref_plain_hidden`` of a forward pass without
+            options) or ``"hidden_all"`` (``ref_hidden (B, T, d)``, at every slot of the padded
+            row). ``"fork"`` caches nothing: the frozen model shares every leaf that is not trained
+            and is asked in the step, from the first trained block on. :meth:`forking` makes any
+            but ``"hidden_all"`` a fork, with the same losses.
         forward: per stream, the keyword options of ``forward`` its *reference* is made with.
         additive: terms of micro-batches sum to the term of the batch. False refuses accumulation.
         per_micro_batch: each micro-batch's terms are divided by its own weights and averaged, so
@@ -161,10 +180,25 @@ class Objective:
             is not named is asked for ``"log_probs"``. It decides which streams share a pass.
         blocks: ``blocks(options)``: the blocks at which ``hidden`` is asked.
         sides: the row's own words for the two gradients that ``split`` optimizers take.
-        init_state: ``init_state(key, options, sizes)``: arrays that go with the checkpoint, for
-            ``context.state``; ``sizes`` are those of the model (``hidden``, ``blocks``, ..).
-        advance: ``advance(state, means)``: the state after a step, given the global mean of every
-            term; None: it stays.
+        init_state: ``init_state(key, options, sizes)`` gives the arrays of ``context.state`` before
+            the first step, which are saved in every checkpoint; ``sizes`` are those of the model
+            (``hidden``, ``blocks``, ..).
+        advance: ``advance(state, means, options, progress)`` gives the state after a step.
+            ``means`` holds the global mean of every term, without its coefficient; ``options`` are
+            those of the row, whose numbers may be traced; ``progress`` is a :class:`Progress`.
+            None leaves the state as it is.
+        weigh: ``weigh(options, state)`` gives the options whose coefficients the step takes, for a
+            row whose coefficients are part of its state: a dual variable is the coefficient of its
+            constraint. The terms of ``loss``, and with them ``means``, stay without it.
+        estimators: ``estimators(options) -> {side: estimator}``. The gradient of each side that is
+            named is what ``estimator(estimate)`` returns for an :class:`Estimate`, such as the
+            gradient at the worst nearby point (``optim.sharpness.sam_gradient``); the other side
+            keeps its own. Optimizers that see values alone are refused.
+        trains: False for a method that no training makes (a task vector, a merge). It brings
+            ``compute``, which an unlearning run calls once; its ``loss`` is :func:`no_loss`.
+        compute: ``compute(work, *, options, original, base, ...)``, a function of a module that
+            returns the parameters of the unlearned model.
+        version: for ``compute``; it is raised when the same inputs may give another result.
     """
 
     name: str
@@ -186,12 +220,37 @@ class Objective:
     fit: Callable[[Any, Facts], Any] | None = None
     asks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     blocks: Callable[[Any], tuple[int, ...]] | None = None
-    sides: tuple[str, str] = ("forget", "retain")
+    sides: tuple[str, str] = SIDES
     init_state: Callable[[jax.Array, Any, Mapping[str, int]], Any] | None = None
-    advance: Callable[[Any, Mapping[str, jax.Array]], Any] | None = None
+    advance: Callable[[Any, Mapping[str, jax.Array], Any, Progress], Any] | None = None
+    weigh: Callable[[Any, Any], Any] | None = None
+    estimators: Callable[[Any], Mapping[str, Estimator]] | None = None
+    trains: bool = True
+    compute: Callable[..., Any] | None = None
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.trains == (self.compute is not None):
+            raise ValueError(
+                f"objective {self.name!r}: a row has a compute where it does not train, and only "
+                "there"
+            )
+
+    def forking(self) -> "Objective":
+        """The row with the frozen model asked in the step where its answers would be cached.
+
+        Raises:
+            UserError: the row needs hidden states at every slot, padding too.
+        """
+        if self.slots:
+            raise UserError(
+                f"objective {self.name!r}: --objective.reference fork does not go with a compat "
+                "form over all positions, whose reference is cached; use cache, or drop compat"
+            )
+        return dataclasses.replace(self, reference=dict.fromkeys(self.reference, "fork"))
 
     def questions(self, options: Any) -> Questions:
-        """What its loss asks, of each stream that it reads."""
+        """The questions that its loss asks, of each stream that it reads."""
         every = self.slots
         asked = {s: self.asks.get(s, (LABELS,)) for s in self.streams if s not in every}
         blocks = () if self.blocks is None else tuple(sorted(set(self.blocks(options))))
@@ -216,6 +275,16 @@ class Objective:
         return not (self.per_micro_batch or self.slots or hidden)
 
 
+def no_loss(context: Context, batches: Mapping[str, Batch], options: Options) -> Terms:
+    """The loss of a row that does not train.
+
+    Raises:
+        ValueError: always.
+    """
+    del context, batches
+    raise ValueError(f"objective {options.name!r} is computed, not trained; it has no loss")
+
+
 def side_of(term: str) -> str:
     """The side a term belongs to, the word before its first underscore.
 
@@ -232,6 +301,7 @@ def coefficient(term: str, options: Options) -> float:
     The own weight of ``forget_trace`` is the option ``forget_trace_weight`` or ``trace_weight``.
 
     Example:
+        >>> from jaxlib_unlearn.objectives import Sided
         >>> coefficient("retain", Sided(retain_weight=2.0))
         2.0
     """
@@ -266,6 +336,7 @@ def combine(
         ValueError: no term to add.
 
     Example:
+        >>> from jaxlib_unlearn.objectives import Sided
         >>> terms = {"forget": (jnp.array(-6.0), 3.0), "retain": (jnp.array(8.0), 2.0)}
         >>> combine(terms, None, Sided(retain_weight=0.5)).item()
         0.0
@@ -281,71 +352,6 @@ def combine(
         weight = jnp.asarray(own if weights is None else weights[name])
         parts.append(coefficient(name, options) * total / jnp.where(weight > 0, weight, 1))
     return sum(parts[1:], parts[0])
-
-
-def nll_term(context: Context, batch: Batch) -> Term:
-    """Token-mean NLL of a stream's labels."""
-    return losses.nll_from_log_probs(context.model.log_probs(batch), batch["target_mask"])
-
-
-def reference_kl(logits: jax.Array, reference_logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """``KL(reference || model)`` per label, in the argument order of ``compare``."""
-    del targets
-    return losses.token_kl(reference_logits, logits)
-
-
-def at_every_slot(batch: Batch) -> Batch:
-    """A batch of unpacked, right-padded rows in which every slot, padding too, is a label.
-
-    A padded slot reads its row at the position it lies at and is read by none: what a padding mask
-    on the keys makes of it. It is marked by segment id -1.
-
-    Args:
-        batch: with ``tokens (B, T)``, ``positions``, ``segment_ids``.
-
-    Returns:
-        The batch with label columns ``(B, T)``; its targets mean nothing.
-
-    Raises:
-        ValueError: examples share rows of tokens.
-
-    Example:
-        >>> batch = {"tokens": jnp.array([[5, 6, 0]]), "positions": jnp.array([[0, 1, 0]]),
-        ...          "segment_ids": jnp.array([[1, 1, 0]])}
-        >>> every = at_every_slot(batch)
-        >>> every["label_index"].tolist(), every["segment_ids"].tolist()
-        ([[0, 1, 2]], [[1, 1, -1]])
-    """
-    if "label_source" in batch:
-        raise ValueError("every slot of a row needs rows of one example each, not packed ones")
-    tokens = jnp.asarray(batch["tokens"])
-    slots = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    segment_ids = jnp.asarray(batch["segment_ids"])
-    return {
-        **batch,
-        "positions": jnp.where(segment_ids == 0, slots, jnp.asarray(batch["positions"])),
-        "segment_ids": jnp.where(segment_ids == 0, -1, segment_ids),
-        "label_index": slots,
-        "targets": tokens,
-        "target_mask": jnp.ones(tokens.shape, jnp.float32),
-    }
-
-
-def retain_terms(context: Context, batches: Mapping[str, Batch], options: Any) -> Terms:
-    """The retain side: NLL, KL to the frozen model, or nothing, by ``options.retain``.
-
-    KL is a mean over labels; ``RETAIN_KL`` has the published other ones.
-    """
-    if options.retain == "none":
-        return {}
-    batch = batches["retain"]
-    if options.retain == "kl":
-        batch = at_every_slot(batch) if options.compat == "kl_all_positions" else batch
-        values = context.compare(batch, reference_kl)
-        by_row = options.compat == "kl_sequence_mean"
-        reduce = losses.sequence_mean if by_row else losses.masked_sum
-        return {"retain": reduce(values, batch["target_mask"])}
-    return {"retain": nll_term(context, batch)}
 
 
 def check_accumulation(objective: Objective, micro_batches: int) -> None:

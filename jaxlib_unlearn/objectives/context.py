@@ -1,4 +1,4 @@
-"""What an objective may ask: of the model that is trained, of the frozen one, and of the step.
+"""The questions an objective may ask of the trained model, of the frozen one, and of the step.
 
 ``loss(context, batches, options)`` asks its questions here and nowhere else, so that one loss runs
 on any model, on any mesh, and in any trainer. Answers are memoised a batch: asked twice, or of two
@@ -46,7 +46,7 @@ class Asked(Protocol):
 
 
 class Context(NamedTuple):
-    """What the loss of a row is given beside its batches and options.
+    """The argument of a loss beside its batches and options.
 
     Args:
         model: the model that is trained.
@@ -68,17 +68,22 @@ class Context(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """What a row asks in one step; a learner plans its forward passes by it.
+    """The questions that a row asks in one step; a learner plans its forward passes by them.
 
     Args:
-        asks: by stream, the questions.
+        asks: the questions by stream.
         blocks: the blocks at which ``hidden`` is asked.
         forked: streams of which the frozen model is asked by a forward pass of its own.
+        forward: the keyword options of that pass by forked stream; a stream that is not named has
+            none.
+        differs_from: the first block at which these options make a difference, by forked stream.
     """
 
     asks: Mapping[str, tuple[str, ...]]
     blocks: tuple[int, ...] = ()
     forked: tuple[str, ...] = ()
+    forward: Mapping[str, Mapping[str, Any]] = {}
+    differs_from: Mapping[str, int] = {}
 
     def of(self, question: str) -> tuple[str, ...]:
         """The streams of which a question is asked.
@@ -109,7 +114,7 @@ def row_keys(key: jax.Array, step: Any = 0) -> Callable[[Batch, str], jax.Array]
     """``Context.row_keys`` of one step.
 
     Args:
-        key: of the seed.
+        key: the key of the seed.
         step: the number of the step.
 
     Returns:

@@ -33,7 +33,7 @@ class Denoise(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Erasing(Options):
-    """What the options of all rows that erase a concept have."""
+    """The options that all rows share that erase a concept."""
 
     keep: Literal["denoise", "frozen", "none"] = option(
         "denoise",

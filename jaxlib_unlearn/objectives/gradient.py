@@ -5,20 +5,22 @@ from collections.abc import Mapping
 
 from jaxlib_unlearn import losses
 from jaxlib_unlearn.objectives.base import (
-    MEAN_OF_MEANS,
-    SHARED_COMPAT,
     Compat,
     Objective,
     Options,
-    Sided,
     Terms,
     forms,
     named,
-    nll_term,
-    retain_terms,
     weight,
 )
 from jaxlib_unlearn.objectives.context import Batch, Context
+from jaxlib_unlearn.objectives.retain import (
+    MEAN_OF_MEANS,
+    SHARED_COMPAT,
+    Sided,
+    nll_term,
+    retain_terms,
+)
 
 QA = ("question", "answer")
 _IDK_COMPAT = {

@@ -24,20 +24,24 @@ from jaxlib_unlearn import losses
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.losses import Term
 from jaxlib_unlearn.objectives.base import (
-    SHARED_COMPAT,
     Compat,
     Facts,
     Objective,
     Options,
     Terms,
-    at_every_slot,
+    asked_reference,
     forms,
     named,
-    retain_terms,
     weight,
 )
 from jaxlib_unlearn.objectives.context import HIDDEN, LABELS, Batch, Context, frozen
 from jaxlib_unlearn.objectives.gradient import QA
+from jaxlib_unlearn.objectives.retain import (
+    SHARED_COMPAT,
+    at_every_slot,
+    retain_terms,
+    retains,
+)
 from jaxlib_unlearn.options import is_zero, option
 
 # Words by which a model takes up a thought again, as R2MU's code penalises them (RTP).
@@ -79,13 +83,10 @@ class Steered(Options):
     positions: Literal["answer", "all"] = option(
         "answer", "tokens that count: those of the answer, or all.", choices=("answer", "all")
     )
-    retain: Literal["hidden", "nll", "kl", "none"] = option(
-        "hidden",
-        "loss on the retain stream; hidden: the distance to the frozen model's hidden states.",
-        choices=("hidden", "nll", "kl", "none"),
-    )
+    retain: str = retains("hidden", hidden="the distance to the frozen model's hidden states")
     forget_weight: float = weight("forget", 1.0)
     retain_weight: float = weight("retain", 1200.0)
+    reference: str = asked_reference()
     reflection_penalty: float = option(
         0.0,
         "factor of the mean probability of `reflection_words` on the forget texts (RTP).",
@@ -269,10 +270,6 @@ def reflection(context: Context, batch: Batch, options: Any) -> Term:
     return reduce(values, batch["target_mask"])
 
 
-def references(options: Steered) -> dict[str, str | None]:
-    return {} if options.retain == "hidden" else {"retain": None}
-
-
 ROWS = (
     Objective(
         name="rmu",
@@ -286,7 +283,6 @@ ROWS = (
         options=RMU,
         summary="move hidden states of the forget texts to a random direction",
         compat=_COMPAT,
-        also_cached=references,
         asks={"forget": (HIDDEN,), "retain": (HIDDEN,)},
         blocks=lambda options: (block_of(options),),
         adapt=adapt,

@@ -9,19 +9,21 @@ import jax
 from jaxlib_unlearn import losses
 from jaxlib_unlearn.losses import Term
 from jaxlib_unlearn.objectives.base import (
-    SHARED_COMPAT,
     Compat,
     Objective,
     Options,
-    Sided,
     Terms,
     forms,
     named,
-    retain_terms,
     weight,
 )
 from jaxlib_unlearn.objectives.context import Batch, Context, frozen
 from jaxlib_unlearn.objectives.gradient import QA
+from jaxlib_unlearn.objectives.retain import (
+    SHARED_COMPAT,
+    Sided,
+    retain_terms,
+)
 from jaxlib_unlearn.options import option
 
 _NPO_COMPAT = {
@@ -93,7 +95,7 @@ class DPO(Sided):
 
 @dataclasses.dataclass(frozen=True)
 class Pushed:
-    """Those of a row that adds SimNPO's loss to a loss of its own; goes before :class:`Sided`."""
+    """Options of a row that adds SimNPO's loss to its own; the class goes before :class:`Sided`."""
 
     push: float = pushes(0.0)
     beta: float = inverse_temperature(1.0)
@@ -145,7 +147,7 @@ def push_term(log_probs: jax.Array, mask: jax.Array, options: Pushed) -> Term:
     Args:
         log_probs: ``(B, W)`` of the labels, in nats.
         mask: ``(B, W)``, positive at labels.
-        options: of the row.
+        options: the options of the row.
     """
     mask = losses.without_last(mask, options.spare_end) if options.spare_end else mask
     total, rows = _simnpo(losses.row_sums(log_probs, mask), mask, options, None)

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from jaxlib_unlearn.objectives.base import (
-    SHARED_COMPAT,
     Objective,
     Terms,
     forms,
@@ -34,8 +33,10 @@ from jaxlib_unlearn.objectives.misdirection import (
     fit,
     kept,
     moved,
-    references,
     rmu,
+)
+from jaxlib_unlearn.objectives.retain import (
+    SHARED_COMPAT,
 )
 from jaxlib_unlearn.options import is_zero, option
 
@@ -98,7 +99,6 @@ ROWS = (
         options=R2MU,
         summary="rmu, of the model's own thoughts as well, with other reasoning kept",
         compat=_COMPAT,
-        also_cached=references,
         asks=dict.fromkeys(("forget", "traces", "retain", "cot"), (HIDDEN,)),
         blocks=lambda options: (options.block,),
         adapt=_adapt,

@@ -15,27 +15,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlib_unlearn import losses
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.losses import Term
 from jaxlib_unlearn.objectives.base import (
-    SHARED_COMPAT,
     Compat,
     Objective,
-    Sided,
     Terms,
     forms,
     named,
+    weight,
+)
+from jaxlib_unlearn.objectives.context import Batch, Context, Questions
+from jaxlib_unlearn.objectives.gradient import QA
+from jaxlib_unlearn.objectives.preference import Pushed, push_term
+from jaxlib_unlearn.objectives.retain import (
+    SHARED_COMPAT,
+    Sided,
     nll_term,
     reference_kl,
     retain_terms,
-    weight,
 )
-from jaxlib_unlearn.objectives.context import Batch, Context
-from jaxlib_unlearn.objectives.gradient import QA
-from jaxlib_unlearn.objectives.preference import Pushed, push_term
 from jaxlib_unlearn.options import is_zero, option
 
 _COMPAT = {
@@ -141,7 +144,7 @@ def asu_idk(context: Context, batches: Mapping[str, Batch], options: ASUIDK) -> 
     return terms | retain_terms(context, batches, options)
 
 
-def attention_temperatures(options: Smoothed, num_layers: int) -> np.ndarray:
+def attention_temperatures(options: Smoothed, num_layers: int) -> Any:
     """The teacher's attention temperature per block: ``temperature`` on ``layers``, 1 elsewhere.
 
     Args:
@@ -149,7 +152,8 @@ def attention_temperatures(options: Smoothed, num_layers: int) -> np.ndarray:
         num_layers: blocks of the model, L.
 
     Returns:
-        ``(L,)`` float32 for ``forward(attention_temperature=...)``.
+        ``(L,)`` float32 for ``forward(attention_temperature=...)``; a JAX array where the
+        temperature is one, else a NumPy array.
 
     Raises:
         UserError: an empty layer list (the teacher would be the original model), or a block the
@@ -171,6 +175,9 @@ def attention_temperatures(options: Smoothed, num_layers: int) -> np.ndarray:
                 f"objective option layers names block {layer}; the model has blocks 0 to "
                 f"{num_layers - 1}"
             )
+    if isinstance(options.temperature, jax.Array):
+        smoothed = np.isin(np.arange(num_layers), layers)
+        return jnp.where(smoothed, jnp.asarray(options.temperature, jnp.float32), 1)
     result = np.ones(num_layers, np.float32)
     result[list(layers)] = options.temperature
     return result
@@ -178,8 +185,8 @@ def attention_temperatures(options: Smoothed, num_layers: int) -> np.ndarray:
 
 def reference_forward(
     objective: Objective, options: Any, num_layers: int
-) -> dict[str, dict[str, np.ndarray]]:
-    """Keyword arguments of ``forward`` for the cached reference of each stream.
+) -> dict[str, dict[str, Any]]:
+    """Keyword arguments of ``forward`` for the frozen model's answers on each stream.
 
     Args:
         objective: a resolved row.
@@ -194,7 +201,7 @@ def reference_forward(
         UserError: see :func:`attention_temperatures`.
         ValueError: the row asks for a keyword that is not known here.
     """
-    result: dict[str, dict[str, np.ndarray]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for stream in objective.reference:
         result[stream] = {}
         for keyword in objective.forward.get(stream, ()):
@@ -202,6 +209,23 @@ def reference_forward(
                 raise ValueError(f"no value for forward option {keyword!r} of {objective.name!r}")
             result[stream][keyword] = attention_temperatures(options, num_layers)
     return result
+
+
+def with_forward(questions: Questions, row: Objective, options: Any, num_layers: int) -> Questions:
+    """The questions with the forward options of the streams that are forked.
+
+    Args:
+        questions: the questions of the row.
+        row: the objective.
+        options: its options, whose numbers may be traced.
+        num_layers: blocks of the model.
+    """
+    if not any(row.forward.get(stream) for stream in questions.forked):
+        return questions
+    keywords = reference_forward(row, options, num_layers)
+    forward = {s: keywords[s] for s in questions.forked if keywords[s]}
+    first = 0 if options.layers is None else min(options.layers)
+    return questions._replace(forward=forward, differs_from=dict.fromkeys(forward, first))
 
 
 _PAPER = "Zare Zade et al. 2026, arXiv 2603.01285"

@@ -18,7 +18,8 @@ from jaxlib_unlearn.objectives import (
     reasoning,
     smoothing,
 )
-from jaxlib_unlearn.objectives.base import Compat, Objective, Options
+from jaxlib_unlearn.objectives.base import SIDES, Compat, Objective, Options
+from jaxlib_unlearn.objectives.retain import RETAIN, with_kind
 
 OBJECTIVES: dict[str, Objective] = {
     row.name: row
@@ -36,10 +37,10 @@ OBJECTIVES: dict[str, Objective] = {
 LEARNING: dict[str, Objective] = {
     row.name: row for row in (OBJECTIVES["nll"], *choice.ROWS, *autoencoding.ROWS)
 }
-"""What a model learns its rows by, where nothing is unlearned; see ``resolve``."""
+"""The objectives of training in which nothing is unlearned; see ``resolve``."""
 
 DENOISING: dict[str, Objective] = {row.name: row for row in denoising.ROWS}
-"""What a denoiser learns images by, and what it forgets concepts by; see ``resolve``."""
+"""The objectives of denoisers, which learn images or forget concepts; see ``resolve``."""
 
 
 def _nearest(word: object, names: Iterable[str]) -> str:
@@ -166,23 +167,17 @@ def _with_form(row: Objective, options: Options, form: Compat | None) -> Options
 def _specialise(row: Objective, options: Any, form: Compat | None) -> Objective:
     """The row as the chosen options make it: streams, caches and additivity."""
     row = row if row.adapt is None else row.adapt(row, options)
+    kind = RETAIN.get(getattr(options, "retain", None) or "")
+    row = row if kind is None or "retain" not in row.streams else with_kind(row, kind)
     streams, additive, asks = row.streams, row.additive, dict(row.asks)
     reference: dict[str, str | None] = dict(row.reference)
-    retain = getattr(options, "retain", None)
     if row.also_cached is not None:
         reference |= row.also_cached(options)
-    if retain in ("nll", "kl", "none"):  # those of `retain_terms`
-        asks.pop("retain", None)
-    if retain == "kl":
-        reference["retain"] = "hidden"
-    elif retain == "none":
-        streams = tuple(stream for stream in streams if stream != "retain")
-        reference.pop("retain", None)
     if form is not None:
         additive = additive and form.additive
         reference.update(form.reference or {})
     columns = {stream: row.columns[stream] for stream in streams}
-    return dataclasses.replace(
+    found = dataclasses.replace(
         row,
         streams=streams,
         columns=columns,
@@ -191,6 +186,13 @@ def _specialise(row: Objective, options: Any, form: Compat | None) -> Objective:
         additive=additive,
         per_micro_batch=form is not None and form.per_micro_batch,
     )
+    where = getattr(options, "reference", "auto")
+    if where == "cache" and "fork" in found.reference.values():
+        raise UserError(
+            f"objective {row.name!r}: --objective.reference cache does not go with hidden states "
+            "of a block, which are asked in the step; use fork, or leave it out"
+        )
+    return found.forking() if where == "fork" else found
 
 
 def describe(objective: Objective | str) -> str:
@@ -220,6 +222,7 @@ def describe(objective: Objective | str) -> str:
         f"{row.name}: {row.summary}",
         f"  streams    {streams}",
         f"  reference  {reference or 'none'}",
+        *([f"  sides      {' and '.join(row.sides)}"] if row.sides != SIDES else []),
         f"  options    {options or 'none'}",
         f"  paper      {row.paper}",
     ]
@@ -230,7 +233,9 @@ def describe(objective: Objective | str) -> str:
 
 
 def list_objectives(table: Mapping[str, Objective] | None = None) -> list[str]:
-    """One aligned line an objective: name, streams, reference, paper, what it does.
+    """One aligned line an objective: name, streams, reference, what it does, sides, paper.
+
+    The sides stand there where the row has words of its own for them.
 
     Example:
         >>> list_objectives()[0].split()[:4]
@@ -243,7 +248,7 @@ def list_objectives(table: Mapping[str, Objective] | None = None) -> list[str]:
             "+".join(row.streams),
             ", ".join(f"{kind}({stream})" for stream, kind in row.reference.items()) or "-",
             "" if row.paper == "-" else row.paper,
-            row.summary,
+            row.summary + ("" if row.sides == SIDES else f" (sides {' and '.join(row.sides)})"),
         )
         for row in rows
     ]

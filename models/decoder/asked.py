@@ -135,7 +135,11 @@ class AskedReference:
         model: the model that is trained, whose blocks below `train_from` are the frozen model's.
         train_from: the first block in which the two differ.
         blocks: the blocks whose output is asked for.
-        known: answers so far.
+        options: keyword options of `forward` for every call.
+        special: the batches whose pass has options of its own: `(batch, first, options)`, with the
+            first block at which they make a difference.
+        known: the answers so far to hidden states.
+        states_of: the answers so far to labels, with the column that would hold them.
     """
 
     decoder: Decoder
@@ -143,7 +147,10 @@ class AskedReference:
     model: AskedDecoder
     train_from: int = 0
     blocks: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    special: Sequence[tuple[Batch, int, Mapping[str, Any]]] = ()
     known: list[_Found] = field(default_factory=list)
+    states_of: list[tuple[Batch, str, Any]] = field(default_factory=list)
 
     def log_probs(self, batch: Batch) -> jax.Array:
         """Log-probability of every target, float32 `(B, W)`, 0 where masked."""
@@ -177,29 +184,37 @@ class AskedReference:
         return self.frozen.params if self.frozen.head is None else self.frozen.head
 
     def states(self, batch: Batch, column: str = "ref_hidden") -> jax.Array:
-        """Final hidden states at the labels: a cached column, or computed by a forward pass."""
+        """Final hidden states at the labels: a cached column, or of a forward pass.
+
+        The pass that stands for `ref_plain_hidden` has none of the options of its stream.
+        """
         if column in batch:
             return gather(batch, batch[column])
-        for other in self.known:
-            if other.batch is batch and other.states is not None:
-                return other.states
-        mates, final, _ = self._forward(batch)
+        for other, name, states in self.states_of:
+            if other is batch and name == column:
+                return states
+        mates, final, _ = self._forward(batch, plain=column == "ref_plain_hidden")
         for i, mate in enumerate(mates):
-            self.known.append(_Found(mate, at_labels(final[:, i], mate), {}))
-        return self.states(batch)
+            self.states_of.append((mate, column, at_labels(final[:, i], mate)))
+        return self.states(batch, column)
 
     def _forward(
-        self, batch: Batch, **options: Any
+        self, batch: Batch, *, plain: bool = False, **options: Any
     ) -> tuple[Sequence[Batch], jax.Array, dict[int, jax.Array]]:
         if self.frozen.params is None:
             raise ValueError(
                 "the frozen model is asked for what its row's reference neither caches nor forks"
             )
         mates: Sequence[Batch] = [batch]
-        if self.train_from:
-            mates = self.model.mates(batch)
-            below = [self.model.hidden(mate, self.train_from - 1)[0] for mate in mates]
+        first, more = self.train_from, {}
+        for other, differs, own in self.special:
+            if other is batch and not plain:
+                first, more = min(first, differs), own
+        if first:
+            mates = mates if more else self.model.mates(batch)
+            below = [self.model.hidden(mate, first - 1)[0] for mate in mates]
             rows = jnp.stack(below, 1)  # as `forward_joined` arranges them
-            options["enter"] = (self.train_from, rows.reshape(-1, *rows.shape[2:]))
+            options["enter"] = (first, rows.reshape(-1, *rows.shape[2:]))
+        options = {**self.options, **more, **options}
         found = forward_joined(self.decoder, self.frozen.params, mates, **options)
         return mates, *jax.lax.stop_gradient(found)

@@ -76,10 +76,11 @@ class DecoderLearner:
         if train_from:
             options["train_from"] = train_from
         blocks = set(questions.blocks)
-        if train_from and questions.forked:
-            blocks.add(train_from - 1)
-        model = AskedDecoder(decoder, params, options, blocks=tuple(sorted(blocks)))
         # A fork starts from the output of the block below it, which the same pass collects.
+        entries = {train_from} if questions.forked else set()
+        entries |= {min(train_from, first) for first in questions.differs_from.values()}
+        blocks |= {entry - 1 for entry in entries if entry}
+        model = AskedDecoder(decoder, params, options, blocks=tuple(sorted(blocks)))
         entered = questions.forked if train_from else ()
         for streams, labels, hidden in passes(questions, batches, entered):
             together = fuse and len({batches[s]["tokens"].shape for s in streams}) == 1
@@ -88,7 +89,18 @@ class DecoderLearner:
                 if len(group) > 1 or hidden:
                     model.learn([batches[s] for s in group], labels=labels, hidden=hidden)
         model = replace(model, head=head_copies(params, dtype))
-        reference = AskedReference(decoder, frozen, model, train_from, questions.blocks)
+        reference = AskedReference(
+            decoder,
+            frozen,
+            model,
+            train_from,
+            questions.blocks,
+            {"layer_map": lambda layer, index: layout.constrain(layer, dtype)},
+            [
+                (batches[s], questions.differs_from.get(s, 0), own)
+                for s, own in questions.forward.items()
+            ],
+        )
 
         def compare(batch: Batch, fn: TokenFn, plain: bool = False) -> Any:
             """`fn(logits, reference_logits, [plain_logits,] targets)` over label chunks."""

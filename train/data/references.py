@@ -30,6 +30,8 @@ from train.runtime.sharding import batch_ways, put_batch
 from train.runtime.stages import VERSION, digest
 from train.runtime.tracking import progress, say
 
+CACHE_BYTES = 4 * 2**30  # of hidden states, which wait in host memory and on disk
+
 # By kind of reference: the cached column of the batch, the output that is computed for it, and
 # whether the forward pass takes the row's options.
 REFERENCE_COLUMNS = {
@@ -38,6 +40,44 @@ REFERENCE_COLUMNS = {
     "hidden_all": (("ref_hidden", "hidden_all", True),),
     "hidden_pair": (("ref_hidden", "hidden", True), ("ref_plain_hidden", "hidden", False)),
 }
+
+
+def settled(
+    objective: Objective,
+    options: Any,
+    first: int,
+    width: int,
+    streams: Mapping[str, Stream] | None = None,
+) -> Objective:
+    """The row with its references cached or forked, as `--objective.reference` says.
+
+    `auto` keeps log-probabilities in the cache, where a stream has examples: a number a label is
+    cheaper than any forward pass. Hidden states are forked where the first trained block is above
+    block 0, so that the two models share a prefix, or where they fill more than `CACHE_BYTES`.
+
+    Args:
+        objective: the row, as `objectives.resolve` gives it.
+        options: its options.
+        first: the first trained block.
+        width: the width of the hidden states.
+        streams: the examples; None: they are few.
+    """
+    cached = cached_streams(objective)
+    if getattr(options, "reference", "auto") != "auto" or objective.slots or not cached:
+        return objective
+    streams = streams or {}
+    if all(isinstance(streams.get(name), Examples | None) for name in cached):
+        if not needs_head(objective):
+            return objective
+        size = sum(
+            4 * width * (len(e.tokens) - e.num_prompt) * len(REFERENCE_COLUMNS[kind])
+            for name, kind in cached.items()
+            if kind != "logps" and isinstance(stream := streams.get(name), Examples)
+            for e in stream.examples
+        )
+        if first == 0 and size <= CACHE_BYTES:
+            return objective
+    return objective.forking()
 
 
 def cached_streams(objective: Objective) -> dict[str, str]:

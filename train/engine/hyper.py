@@ -42,19 +42,27 @@ def traced_fields(options: Any) -> tuple[str, ...]:
     )
 
 
-def hyper_of(options: Any, optimizer: optimizers.Options, steps: int, seed: int = 0) -> Hyper:
+def hyper_of(
+    options: Any,
+    optimizer: optimizers.Options,
+    steps: int,
+    seed: int = 0,
+    epoch_steps: float | None = None,
+) -> Hyper:
     """The numbers of a stage, as scalars on the host.
 
     Args:
-        options: of the objective, checked.
+        options: the checked options of the objective.
         optimizer: its options, checked.
-        steps: of the stage.
-        seed: of what the objective draws.
+        steps: the number of steps of the stage.
+        seed: the seed from which the objective draws.
+        epoch_steps: the number of steps of an epoch; None: the stage is one.
     """
     dtype = jnp.result_type(float)
     numbers = {
         "objective": {name: getattr(options, name) for name in traced_fields(options)},
         "schedule": optimizers.schedule_numbers(optimizer, steps),
+        "length": {"steps": steps, "epoch_steps": steps if epoch_steps is None else epoch_steps},
     }
     found = jax.tree.map(lambda x: np.asarray(x, dtype), numbers)
     return found | {"seed": np.asarray(divmod(seed, 2**32), np.uint32)}
@@ -66,7 +74,7 @@ def resolved(options: Any, hyper: Hyper) -> Any:
 
 
 def static_of(options: Any, optimizer: optimizers.Options) -> tuple[Any, Any]:
-    """What is left of the options: equal for stages that share a program."""
+    """The options without their numbers, which are equal for stages that share a program."""
     nothing = dict.fromkeys(traced_fields(options))
     # The warm-up is a number of steps, which is an argument.
     rest = dataclasses.replace(optimizer, learning_rate=0.0, warmup=0.0)
@@ -101,7 +109,7 @@ def traced_step(
         tx, schedule, needs = optimizers.transformation(optimizer, hyper["schedule"], combine, axis)
         one = make_step(
             learner, objective, given, tx, schedule, accumulate, needs, binding,
-            key_of(*hyper["seed"]),
+            key_of(*hyper["seed"]), hyper["length"],
         )  # fmt: skip
         return one(state, frozen, batches)
 

@@ -63,6 +63,7 @@ class Stage:
         batch_size: rows of a global batch; None: `batches` makes all of them.
         profile: folder for a trace of a few steps.
         seed: of what the objective draws, and of the directions of zeroth-order steps.
+        epoch_steps: the number of steps in which its first stream is read once; None: all of them.
         recording: the file of its coefficients, where `coefficients.replays(optimizer)`; None: none
             is written.
     """
@@ -83,6 +84,7 @@ class Stage:
     profile: Path | None = None
     seed: int = 0
     recording: Recording | None = None
+    epoch_steps: float | None = None
 
 
 PROFILED = 3  # steps in a trace, after two for compilation and warm-up
@@ -142,7 +144,7 @@ def _programs(stage: Stage, learner: Learner, mesh: Any) -> dict[Any, Any]:
     row = stage.objective
     key = (
         learner,
-        (row.loss, row.sides, row.advance),
+        (row.loss, row.sides, row.advance, row.weigh, row.estimators),
         tuple(row.reference.items()),
         tuple(row.asks.items()),
         static_of(stage.options, stage.optimizer),
@@ -179,7 +181,7 @@ def run(
     draws = np.asarray(coefficients.seed_of_draws(stage.seed), np.uint32)
     opt_state = coefficients.with_state(state.opt_state, seed=arrays.put(draws, shardings.step))
     state = state._replace(opt_state=opt_state)
-    numbers = hyper_of(stage.options, stage.optimizer, stage.steps, stage.seed)
+    numbers = hyper_of(stage.options, stage.optimizer, stage.steps, stage.seed, stage.epoch_steps)
     hyper = jax.tree.map(lambda x: arrays.put(x, shardings.step), numbers)
     parts = (learner, stage.objective, stage.options, stage.optimizer)
     how = (axis, stage.accumulate, stage.binding)

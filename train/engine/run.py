@@ -24,7 +24,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import Objective
 from models.bounds import check_positions
 from train.data.packing import shapes_within
-from train.data.references import cached_streams, with_references
+from train.data.references import cached_streams, settled, with_references
 from train.data.stream import Positioned, Stream
 from train.data.streams import batches_of, pack_streams
 from train.engine import loop
@@ -161,6 +161,9 @@ def train(
         )
     checks.check_recipe(recipe, objective, mesh, name, main=False)
     checks.check_model(recipe, objective, start.learner, start.params)
+    if frozen.sha == start.sha:
+        first = checks.train_from(start.params, recipe.select)
+        row = settled(row, options, first, start.learner.sizes.get("hidden", 0), streams)
     for key, stream in streams.items():
         if isinstance(stream, Positioned):
             learned = start.learner.sizes.get("positions")
@@ -246,6 +249,7 @@ def train(
             profile=recipe.profile,
             seed=seed,
             recording=recorded,
+            epoch_steps=len(streams[main]) / stage.batch_size,
         )
         trained = loop.run(plan, start.learner, training.start, training.frozen, mesh, run.tracker)
         if keep is not None:
@@ -263,6 +267,37 @@ def train(
     if recipe.profile is not None and not computed:
         say(f"--profile {recipe.profile}: nothing traced, stage {name} was done already")
     return start._replace(params=params, sha=sha)
+
+
+def edit(
+    run: Run,
+    name: str,
+    original: Model,
+    objective: tuple[Objective, Any],
+    streams: Mapping[str, Stream],
+    **models: Model,
+) -> Model:
+    """A stage of a row that does not train: its `compute`, memoised as every other result.
+
+    Args:
+        run: where it is made and stored.
+        name: the name of the stage.
+        original: the model that knows the facts; the result has its structure.
+        objective: a row with `trains=False`, and its options.
+        streams: the streams that the row names.
+        models: further models, such as `base`.
+
+    Returns:
+        The model whose parameters `compute(work, options=, original=, **models, **streams)` gave.
+    """
+    row, options = objective
+    if row.compute is None:
+        raise TypeError(f"{name}: objective {row.name!r} trains; give it to `train`")
+    inputs: dict[str, Any] = {**models, **{stream: streams[stream] for stream in row.streams}}
+    return compute(
+        run, name, row.compute, kind=row.name, version=row.version, like=original,
+        options=options, original=original, **inputs,
+    )  # fmt: skip
 
 
 @runtime_checkable

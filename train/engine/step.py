@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlib_unlearn.objectives import Objective, combine, row_keys, side_of
+from jaxlib_unlearn.objectives import Estimate, Objective, Progress, combine, row_keys, side_of
+from jaxlib_unlearn.objectives.smoothing import with_forward
 from jaxlib_unlearn.optim.zeroth_order.parts import Part, take
 from models import arrays
 from models.learner import Frozen, Learner
@@ -43,7 +44,7 @@ class Binding(NamedTuple):
             does.
         head: `frozen -> params` that unembed cached hidden states of the frozen model.
         train_from: nothing below this block is trained.
-        key: tells it from others that form other models of the same trees; None: it is like no
+        key: equal for bindings that form the same models of the same trees; with None it equals no
             other, and its programs serve one stage.
     """
 
@@ -58,7 +59,7 @@ ALL = Binding(key="all")  # every parameter is trained
 
 
 class TrainState(NamedTuple):
-    """What is trained, optimizer state, number of steps, and the objective's state.
+    """The trained tree, the optimizer's state, the number of steps, and the objective's state.
 
     (Or the shardings of the four.)
     """
@@ -107,10 +108,10 @@ class Losses:
         options: its options.
         params: the trained tree.
         frozen: the stage's other arrays.
-        batches: by stream.
+        batches: the batches by stream.
         accumulate: number of micro-batches.
         binding: how `params` and `frozen` form models.
-        key: of what the row draws; None: it may not draw.
+        key: the key from which the row draws; None: it may not draw.
         step: number of the step, for the same.
         state: the row's state.
     """
@@ -130,7 +131,9 @@ class Losses:
         step: Any = 0,
         state: Any = (),
     ):
-        questions = objective.questions(options)
+        questions = with_forward(
+            objective.questions(options), objective, options, learner.sizes.get("blocks", 0)
+        )
 
         def terms(trainable, part, layer_map=None, joined=True):
             params, layer_map = binding.bind(trainable, frozen, layer_map)
@@ -149,7 +152,11 @@ class Losses:
                 context = context._replace(row_keys=row_keys(key, step))
             return objective.loss(context, part, options)
 
-        self._terms, self._options = terms, options
+        weighed = options if objective.weigh is None else objective.weigh(options, state)
+        self._terms, self._options = terms, weighed
+        self._estimators = {} if objective.estimators is None else objective.estimators(options)
+        self._seed = 0 if key is None else jax.random.bits(key, dtype=jnp.uint32)
+        self._step = step
         self._batches, self._accumulate = batches, accumulate
         self._own_means = objective.per_micro_batch and accumulate > 1
         self.weights = {
@@ -199,11 +206,36 @@ class Losses:
         return self._metrics(*self._over_parts(lambda part: self._total(params, part, None)))
 
     def grad(self, params: Any) -> Any:
-        """The gradient of `value`."""
+        """The gradient of `value`, with the estimators of the row's sides."""
         return self.gradients(params)[1][0]
 
     def gradients(self, params: Any, sides: tuple[str | None, ...] = (None,)):
-        """Metrics, and the gradient of the total of each side (None: of all)."""
+        """Metrics, and the gradient of the total of each side (None: of all).
+
+        The gradient of a side that has an estimator is the estimator's.
+        """
+        if not self._estimators:
+            return self._plain(params, sides)
+        present = tuple(dict.fromkeys(side_of(name) for name in self.weights))
+        wanted = present if sides == (None,) else sides
+        metrics, found = self._plain(params, wanted)
+        grads = [self._estimated(params, s, g) for s, g in zip(wanted, found, strict=True)]
+        if sides == (None,):
+            grads = [jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *grads)]
+        return metrics, tuple(grads)
+
+    def _estimated(self, params: Any, side: str | None, gradient: Any) -> Any:
+        estimator = self._estimators.get(side or "")
+        if estimator is None:
+            return gradient
+
+        def grad_fn(at: Any) -> Any:
+            return self._plain(at, (side,))[1][0]
+
+        return estimator(Estimate(grad_fn, params, gradient, self._seed, self._step))
+
+    def _plain(self, params: Any, sides: tuple[str | None, ...]):
+        """Metrics, and the gradients by automatic differentiation."""
 
         def one(part):
             fn = jax.value_and_grad(self._total, has_aux=True)
@@ -233,13 +265,15 @@ def make_step(
     needs: str = "joint",
     binding: Binding = ALL,
     key: jax.Array | None = None,
+    length: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Any, Batches], tuple[TrainState, dict[str, jax.Array]]]:
     """The un-jitted step `(state, frozen, batches) -> (state, metrics)`.
 
     `needs` says what the optimizer receives: `joint`, one gradient; `split`, those of the forget
     side and of the retain side (the row's `sides`); `value`, the loss as a function (no gradient is
     computed); `lazy`, the loss and its gradient as functions. `binding` makes models of the trained
-    tree; `key` is that of what the row draws.
+    tree; `key` is the key from which the row draws; `length` holds the `steps` and `epoch_steps` of
+    the stage, for rows that advance a state.
     """
 
     def step(state: TrainState, frozen: Any, batches: Batches):
@@ -284,14 +318,14 @@ def make_step(
             after = 0.0 * (metrics["loss"] + metrics["update_norm"])
             updates = jax.tree.map(lambda u: u + after.astype(u.dtype), updates)
         params = optax.apply_updates(params, updates)
-        memory = advanced(objective, state.objective, losses, metrics)
+        memory = advanced(objective, options, state, losses, metrics, length)
         return TrainState(params, opt_state, state.step + 1, memory), metrics
 
     return step
 
 
 def value_functions(learner: Learner, losses: Losses, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What an optimizer that asks for values is handed; `metrics` are those of `losses.look`."""
+    """The extra arguments of an optimizer that asks for values; `metrics` are `losses.look`'s."""
     # The known loss saves the forward estimator an evaluation.
     extra: dict[str, Any] = {"value": metrics["loss"], "value_fn": losses.value}
     if learner.layered:
@@ -300,12 +334,20 @@ def value_functions(learner: Learner, losses: Losses, metrics: Mapping[str, Any]
     return extra
 
 
-def advanced(objective: Objective, memory: Any, losses: Losses, metrics: Mapping[str, Any]) -> Any:
+def advanced(
+    objective: Objective,
+    options: Any,
+    state: TrainState,
+    losses: Losses,
+    metrics: Mapping[str, Any],
+    length: Mapping[str, Any] | None,
+) -> Any:
     """The objective's state after a step."""
     if objective.advance is None:
-        return memory
+        return state.objective
     means = {n: metrics[f"{n}_loss"] for n in losses.weights if f"{n}_loss" in metrics}
-    return objective.advance(memory, means)
+    given = {"steps": 1, "epoch_steps": 1} if length is None else length
+    return objective.advance(state.objective, means, options, Progress(state.step, **given))
 
 
 def objective_state(learner: Learner, objective: Objective, options: Any, seed: int) -> Any:
@@ -324,7 +366,7 @@ def init_state(
     device.
 
     Args:
-        params: what is trained, on the mesh.
+        params: the trained tree, on the mesh.
         tx: the optimizer.
         mesh: the devices.
         memory: the objective's state.

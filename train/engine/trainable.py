@@ -1,4 +1,4 @@
-"""What a stage trains: all parameters, adapters beside them, or leaves by name and block."""
+"""The trained tree of a stage: all parameters, adapters beside them, or chosen leaves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.runtime import residency, sharding
 
 
 class Trainable(NamedTuple):
-    """What a stage trains, what it leaves unchanged, and how the two form a model.
+    """The trained tree of a stage, its frozen arrays, and how the two form a model.
 
     Args:
         start: the trained tree at the start. Optimizers see nothing else.
@@ -46,19 +46,19 @@ def trainable_of(
     dtype: Any = None,
     mesh: Any = None,
 ) -> Trainable:
-    """What a stage trains of a model.
+    """The trained tree of a stage, made from a model.
 
     Of a model in host memory only what a step reads is brought to the device: the model and the
     copy that is trained are never there together. A fork needs both. Shapes in place of arrays give
     shapes.
 
     Args:
-        params: of the model (arrays or shapes).
+        params: the parameters of the model (arrays or shapes).
         row: the objective, whose references are kept beside what is trained.
         adapters: low-rank adapters in the place of the parameters.
         select: leaves chosen by name and by block.
-        seed: of what the adapters are drawn from.
-        dtype: of the computation.
+        seed: the seed from which the adapters are drawn.
+        dtype: the dtype of the computation.
         mesh: the devices, for what is cut out; None: left to the compiler.
 
     Raises:

@@ -65,7 +65,7 @@ def run(config: RunConfig, command: str = "") -> Path:
         # 2. Forget.
         forgets = find_alternates(here, config, base, task)
         forgets = find_traces(here, config, models["original"], forgets)
-        models["unlearned"] = unlearn(here, config, models["original"], forgets).to_host()
+        models["unlearned"] = unlearn(here, config, models["original"], forgets, base).to_host()
 
         # 3. Judge all of them alike.
         judged = judge(started, models)

@@ -16,7 +16,7 @@ from train.data.streams import Examples, make_stream
 from train.data.task import Row, Task
 from train.engine import exports
 from train.engine.replays import stored
-from train.engine.run import Run, Watch, phase, train
+from train.engine.run import Run, Watch, edit, phase, train
 from train.evaluators.evaluation import Model, curve, longest
 from train.options.config import LoraConfig, RunConfig
 from train.options.recipe import Recipe, recipe_of
@@ -73,8 +73,14 @@ def finetune(
         )
 
 
-def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
-    """The unlearning stage: the objective's streams, its caches, its optimizer."""
+def unlearn(
+    run: Run, config: RunConfig, original: Model, task: Task, base: Model | None = None
+) -> Model:
+    """The unlearning stage: the objective's streams, its caches, its optimizer.
+
+    A row that does not train computes its model from the original and from `base`, the model before
+    it learnt the facts; None: the original.
+    """
     objective, options = resolved(config, original, task)
     # Objectives without topics of their own ignore the column, whatever it holds.
     topics = getattr(options, "topics", ())
@@ -86,6 +92,10 @@ def unlearn(run: Run, config: RunConfig, original: Model, task: Task) -> Model:
 
     adapters, family = config.lora, original.decoder.config.family
     with phase(run, "unlearned"):
+        if not objective.trains:
+            before = original if base is None else base
+            row = objective, options
+            return edit(run, "unlearned", original, row, streams, base=before)
         return train(
             run,
             "unlearned",

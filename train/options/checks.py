@@ -69,6 +69,7 @@ def check_recipe(
     optimizers.check(optimizer)
     objectives.check_accumulation(objective[0], stage.accumulate)
     optimizers.check_pair(optimizer, recipe.combine, *objective)
+    check_estimators(optimizer, *objective)
     if recipe.adapters is not None:
         check_lora(recipe.adapters, optimizer)
         refuse_both(recipe.adapters, recipe.select)
@@ -77,6 +78,17 @@ def check_recipe(
     if main or optimizers.OPTIMIZERS[optimizer.name].sides:
         optimizers.check_mesh(optimizer, mesh, stage.batch_size, f"the {what}")
     sharding.check_batch(mesh, stage.batch_size, stage.accumulate, what)
+
+
+def check_estimators(optimizer: Options, row: Objective, options: Any) -> None:
+    """Raise `UserError` for a row that estimates gradients under an optimizer that has none."""
+    if row.estimators is None or optimizers.OPTIMIZERS[optimizer.name].needs != "value":
+        return
+    if sides := ", ".join(row.estimators(options)):
+        raise UserError(
+            f"optimizer {optimizer.name} sees values of the loss alone, and objective {row.name!r} "
+            f"estimates the gradient of its side {sides}; choose an optimizer with gradients"
+        )
 
 
 def check_model(

@@ -27,7 +27,7 @@ from models.decoder.model import Decoder
 from models.files.architectures import config_of
 from models.learner import Learner
 from train.data.batches import collate
-from train.data.references import REFERENCE_COLUMNS, cached_streams
+from train.data.references import REFERENCE_COLUMNS, cached_streams, settled
 from train.data.stream import Stream
 from train.engine.base_models import scratch_shape
 from train.engine.hyper import hyper_of, traced_step
@@ -128,6 +128,8 @@ def train_program(
     learner, params = DecoderLearner(decoder), param_shapes(decoder, mesh)
     checks.check_recipe(recipe, (objective, options), mesh, "unlearning")
     checks.check_model(recipe, (objective, options), learner, params)
+    first = checks.train_from(params, config.train)
+    objective = settled(objective, options, first, decoder.config.hidden_size)
     made = trained_shapes(config, params, mesh, objective)
     batches = {name: batch_shapes(rows, length, labels, mesh) for name in objective.streams}
     for name, kind in cached_streams(objective).items():

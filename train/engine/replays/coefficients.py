@@ -127,7 +127,9 @@ def make_evaluate(
             # The update is not asked for, so the compiler leaves it out.
             _, after = tx.update(NOTHING, state.opt_state, state.params, **extra)
         found = state_of(after).coeffs
-        memory = advanced(objective, state.objective, losses, metrics)
+        memory = advanced(
+            objective, resolved(options, hyper), state, losses, metrics, hyper["length"]
+        )
         metrics |= {"lr": jnp.asarray(schedule(state.step))}
         return Evaluated(found, metrics["loss"], state.step + 1, memory, metrics)
 
