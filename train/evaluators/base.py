@@ -278,6 +278,26 @@ class EvaluationContext(Protocol):
         ...
 
 
+class OtherContext:
+    """The base of contexts of models that are no decoders: it refuses what decoders answer.
+
+    A subclass has `config`, `judge`, `log`, `found` and the requests of its own kind of model.
+    """
+
+    found: dict[Hashable, Any]
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The result of `make`, memoised under `key`."""
+        if key not in self.found:
+            self.found[key] = make()
+        return self.found[key]
+
+    def _refuse(self, *args: Any, **options: Any) -> Any:
+        raise ValueError("this kind of model does not answer that request of an evaluator")
+
+    scores = answers = generated = scored = options = judged = _refuse
+
+
 def means(log: Log, metrics: Sequence[Metric]) -> dict[str, Any]:
     """`agg_value` of the entries that have the name of a metric."""
     return {m.name: log[m.name]["agg_value"] for m in metrics if m.name in log}

@@ -6,12 +6,13 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from train.evaluators.base import OtherContext
 from train.evaluators.evaluation import Answers
 from train.tasks.kinds import Kind
 
 
 @dataclass
-class LabelledContext:
+class LabelledContext(OtherContext):
     """What the evaluators of one model share, each result computed once; see `evaluators.base`."""
 
     kind: Kind
@@ -23,12 +24,6 @@ class LabelledContext:
     judge: Any = None
     log: dict[str, Any] = field(default_factory=dict)
     found: dict[Hashable, Any] = field(default_factory=dict)
-
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The result of `make`, memoised under `key`."""
-        if key not in self.found:
-            self.found[key] = make()
-        return self.found[key]
 
     def _ask(self, ask: Callable[..., Any] | None, what: str, split: str) -> Any:
         if ask is None:
@@ -43,15 +38,9 @@ class LabelledContext:
         """`options`: the scores of every row's options."""
         return {"options": self._ask(self.kind.scores, "score", split)}
 
-    def answers(
-        self, split: str, column: str = "prompt", sampling: Any = None, num_samples: int = 1
-    ) -> Answers:
-        """The greedy answers to a split's prompts."""
-        if (column, sampling, num_samples) != ("prompt", None, 1):
-            raise ValueError("answers are greedy, and to the prompts alone")
+    def answers(self, split: str, *others: Any, **options: Any) -> Answers:
+        """The greedy answers to a split's prompts; nothing else can be asked."""
+        if others or options:
+            return self._refuse()
         texts = self._ask(self.kind.answers, "answer", split)
         return Answers([[text] for text in texts], [])
-
-    def judged(self, split: str) -> list[list[float]]:
-        """There is no judge."""
-        raise ValueError("no judge in this evaluation")

@@ -69,7 +69,7 @@ def unlearning(config: RunConfig, rest: Sequence[str], preset: Any) -> RunConfig
         chosen = config.objective
     elif cli.option_value(rest, "--stage.original") and hasattr(preset, "ORIGINAL"):
         # From a given original no other answers can be sampled.
-        chosen = getattr(preset, "ORIGINAL", None)
+        chosen = getattr(preset, "ORIGINAL", config.objective)
     elif any(cli.option_value(rest, option) for option in OTHER_DATA):
         chosen = getattr(preset, "OTHER_DATA", config.objective)  # they may lack columns
     else:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from train.data import captions
 from train.data.captions import Noun
 from train.engine.run import Run
 from train.evaluators import concept
+from train.evaluators.base import OtherContext
 from train.evaluators.concept import IMAGES
 from train.jobs.diffusing import drawing, judges
 from train.jobs.diffusing.drawing import Shield, Wanted
@@ -143,7 +144,7 @@ def rows_of(asked: Asked, model: Shown, kinds: Sequence[str]) -> dict[str, list[
 
 
 @dataclass
-class DrawnContext:
+class DrawnContext(OtherContext):
     """What the evaluators of one model may request, see `train.evaluators.concept.Drawings`."""
 
     asked: Asked
@@ -178,29 +179,9 @@ class DrawnContext:
         found = {word for name in noun.names for word in captions.split(name)}
         return frozenset(found | {word for pair in captions.ATTRIBUTES.values() for word in pair})
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The result of `make`, memoised under `key`."""
-        if key not in self.found:
-            self.found[key] = make()
-        return self.found[key]
-
     def drawn(self, kind: str) -> dict[str, Any]:
         """The images of a kind of prompt, judged: `items`, and their `frechet` distance."""
         return self.once(kind, lambda: _drawn(self, kind))
-
-    def scores(self, split: str) -> dict[str, list[Any]]:
-        """There are no texts to score."""
-        raise ValueError(f"no scores of {split}: the model draws images")
-
-    def answers(
-        self, split: str, column: str = "question", sampling: Any = None, num_samples: int = 1
-    ) -> Any:
-        """There are no answers."""
-        raise ValueError(f"no answers to {split}: the model draws images")
-
-    def judged(self, split: str) -> list[list[float]]:
-        """There is no judge of texts."""
-        raise ValueError(f"no judge of texts for {split}")
 
 
 def inputs_of(asked: Asked, model: Shown, kinds: Sequence[str]) -> dict[str, Any]:
