@@ -5,7 +5,7 @@ import re
 import pytest
 
 from train.jobs.diffusing.config import AttackRun, DefendRun, EraseRun
-from train.options import cli
+from train.options.choices import known_words
 from train.planning.planned import PLANNERS
 from train.presets import PRESETS
 from train.replay import ReplayRun
@@ -41,7 +41,7 @@ def test_commands_exist(repo, page):
         DefendRun,
         ReplayRun,
     ]
-    known = known.union(*map(cli.option_names, configs))
+    known = known.union(*map(known_words, configs))
     known |= (
         {"--example-data", "--html", "--attack"}
         | {"--repeats", "--huge-pages-for-both", "--worker", "--command"}

@@ -5,15 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxlib_unlearn.errors import UserError
 from train.data.batches import (
     batch_shape,
     bucket_length,
     collate,
     make_buckets,
-    micro_batches,
     paired_indices,
-    process_slice,
     score_batches,
     shuffled,
     training_indices,
@@ -210,33 +207,10 @@ def test_same_rows_and_shapes_on_any_number_of_processes(examples, processes):
         parts = []
         for process in range(processes):
             again = training(5, "forget", step, 8, len(examples))
-            mine = process_slice(again, process, processes)
+            mine = np.split(again, processes)[process]
             shape_here = batch_shape([examples[i] for i in again], LENGTHS, LABELS)
             assert shape_here == shape
             parts.append(collate([examples[i] for i in mine], mine.tolist(), *shape_here))
         for name, column in whole.items():
             joined = np.concatenate([part[name] for part in parts])
             np.testing.assert_array_equal(joined, column)
-
-
-def test_micro_batches_keep_order(examples):
-    batch = collate(examples[:8], range(8), 64, 32)
-    for parts in (1, 2, 4, 8):
-        split = micro_batches(batch, parts)
-        for name, column in split.items():
-            assert column.shape[:2] == (parts, 8 // parts)
-            np.testing.assert_array_equal(column.reshape(batch[name].shape), batch[name])
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: micro_batches({"row_id": np.arange(6)}, 4),
-        lambda: micro_batches({"row_id": np.arange(6)}, 0),
-        lambda: process_slice(np.arange(6), 0, 4),
-    ],
-)
-def test_batches_that_do_not_divide(call):
-    with pytest.raises(UserError, match="batch of 6 rows does not divide") as error:
-        call()
-    assert "\n" not in str(error.value)

@@ -20,7 +20,7 @@ from train.finetune import FinetuneRun
 from train.options import cli
 from train.options.choices import FIRST, known_words, options
 from train.options.config import OBJECTIVE, RunConfig, replace, to_json
-from train.options.optimizers import COMBINERS, OPTIMIZERS, make_schedule, other
+from train.options.optimizers import COMBINERS, OPTIMIZERS, build, other
 from train.options.optimizers import ROWS as OPTIMIZER
 from train.options.optimizers import options_of as optimizer_of
 from train.planning.planned import PlanConfig
@@ -49,7 +49,7 @@ def fails(call, *parts) -> str:
 
 
 def test_option_names():
-    names = cli.option_names(RunConfig)
+    names = known_words(RunConfig)
     for name in (
         "--data.path --data.forget-split --objective.name --optimizer.name --seed --smoke "
         "--mesh.data --mesh.fsdp --mesh.tp --output --stage.original --retain-log "
@@ -434,8 +434,8 @@ def test_help_names_every_option_once_and_says_something_about_it(
     done = program(*argv.split(), "--help")
     assert done.code == 0 and done.err == ""
     shown = OPTION.findall(done.out)
-    assert sorted(shown) == sorted(cli.option_names(cls, default))
-    assert set(shown) <= set(cli.option_names(cls))
+    assert sorted(shown) == sorted(o.name for o in options(cls, default))
+    assert set(shown) <= set(known_words(cls))
     silent = [o.name for o in options(cls, default) if not o.text]
     assert silent == []
 
@@ -451,7 +451,7 @@ def test_help_begins_with_the_options_used_first(program, narrow):
     text = program("train.unlearn", "quickstart", "--help").out
     panels = re.findall(r"^ (\w.*?) options +$", text, re.MULTILINE)
     assert panels[:4] == ["most used", "run", "data", "model"]
-    assert len(FIRST) == 20 and set(FIRST) <= set(cli.option_names(RunConfig))
+    assert len(FIRST) == 20 and set(FIRST) <= set(known_words(RunConfig))
     first = text[text.index("most used options") : text.index("run options")]
     assert OPTION.findall(first) == FIRST
     assert "(default: 0.0005)" in first  # the preset's own values
@@ -489,7 +489,7 @@ def test_the_words_of_an_option_are_those_of_every_row():
     assert set(known["--objective.compat"]) == forms
     # Each is accepted.
     for word in known["--optimizer.schedule"]:
-        make_schedule(optimizer_of("adamw", schedule=word), 3)
+        build(optimizer_of("adamw", schedule=word), 3)
     for word in known["--objective.retain"]:
         name = "rmu" if word == "hidden" else "graddiff"
         found = parse("--objective.name", name, "--objective.retain", word)

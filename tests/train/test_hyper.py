@@ -20,7 +20,7 @@ from train.engine.run import Run
 from train.engine.step import init_state, make_step, objective_state
 from train.engine.trainable import trainable_of
 from train.jobs import unlearning_stages
-from train.options.optimizers import OPTIMIZERS, build, make_schedule, over_rows
+from train.options.optimizers import OPTIMIZERS, build, over_rows
 from train.options.optimizers import options_of as optimizer_of
 from train.presets import arguments
 from train.runtime.sharding import MeshConfig, make_mesh, put_batch, put_params
@@ -126,7 +126,8 @@ def test_schedules_are_those_of_optax(schedule, warmup):
     rise = optax.linear_schedule(3e-4 / max(warm, 1), 3e-4, max(warm, 1))
     want = optax.join_schedules([rise, after], [warm]) if warm else after
     counts = np.arange(STEPS + 3)
-    got = [make_schedule(options, STEPS)(i) for i in counts]
+    schedule = build(options, STEPS)[1]
+    got = [schedule(i) for i in counts]
     np.testing.assert_allclose(got, [want(i) for i in counts], rtol=1e-5, atol=1e-11)
 
 

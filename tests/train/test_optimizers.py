@@ -23,7 +23,6 @@ from train.options.optimizers import (
     check,
     check_pair,
     check_steps,
-    make_schedule,
     other,
     over_rows,
 )
@@ -39,7 +38,7 @@ EVERY_LEAF = DecoderConfig(
 
 def rates(schedule, steps, warmup):
     config = optimizer_of("adamw", learning_rate=PEAK, schedule=schedule, warmup=warmup)
-    made = make_schedule(config, steps)
+    made = build(config, steps)[1]
     return np.array([float(made(step)) for step in range(steps)]) / PEAK
 
 

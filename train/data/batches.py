@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxlib_unlearn.errors import UserError
 from train.data.examples import Example, Group
 from train.data.stream import Order
 
@@ -324,59 +323,3 @@ def paired_indices(seed: int, stream: str, step: int, batch_size: int, num_rows:
         raise ValueError("indices of a stream without rows")
     draws = random_bits(seed, f"paired/{stream}", step).random_raw(batch_size)
     return (draws % np.uint64(num_rows)).astype(np.int64)
-
-
-def process_slice(indices: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
-    """The part of a global batch that one process loads.
-
-    Args:
-        indices: (B, ...) indices of the global batch.
-        process_index: the number of this process.
-        process_count: the number of all processes.
-
-    Returns:
-        (B / process_count, ...); the parts of all processes in order are the global batch.
-
-    Raises:
-        UserError: the batch does not divide.
-
-    Example:
-        >>> process_slice(np.arange(8), 1, 4).tolist()
-        [2, 3]
-    """
-    if len(indices) % process_count:
-        raise UserError(
-            f"batch of {len(indices)} rows does not divide over {process_count} processes; "
-            f"give a batch size that is a multiple of {process_count}"
-        )
-    size = len(indices) // process_count
-    return indices[process_index * size : (process_index + 1) * size]
-
-
-def micro_batches(batch: Batch, parts: int) -> Batch:
-    """Split a batch for gradient accumulation: (B, ...) -> (parts, B / parts, ...).
-
-    Args:
-        batch: columns with a common leading axis.
-        parts: number of micro-batches.
-
-    Returns:
-        The reshaped columns.
-
-    Raises:
-        UserError: the batch does not divide.
-
-    Example:
-        >>> micro_batches({"row_id": np.arange(4)}, 2)["row_id"].tolist()
-        [[0, 1], [2, 3]]
-    """
-    size = len(next(iter(batch.values())))
-    if parts < 1 or size % parts:
-        raise UserError(
-            f"batch of {size} rows does not divide into {parts} micro-batches; "
-            "give a batch size that is a multiple of the accumulation"
-        )
-    return {
-        name: column.reshape(parts, size // parts, *column.shape[1:])
-        for name, column in batch.items()
-    }

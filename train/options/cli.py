@@ -27,7 +27,7 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import one_line, read_json, reading, shortened_path
-from train.options.choices import FIRST, grouped, known_words, options
+from train.options.choices import FIRST, grouped, known_words
 from train.options.config import replace
 from train.options.rows import places, rows_of
 from train.runtime import files, suggest
@@ -38,13 +38,6 @@ UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     errno.ENAMETOOLONG,
 )
-
-
-def option_names(cls: type, default: Any = None) -> list[str]:
-    """Every `--a.b-c` option of a configuration: of all rows, or of the rows in `default`."""
-    if default is None:
-        return list(known_words(cls))
-    return [option.name for option in options(cls, default)]
 
 
 def check_options(cls: type, args: Sequence[str]) -> None:

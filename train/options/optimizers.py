@@ -74,11 +74,6 @@ def schedule_numbers(config: Options, steps: int) -> dict[str, float]:
     return numbers
 
 
-def make_schedule(config: Options, steps: int) -> optax.Schedule:
-    """Learning rate over `steps`: linear warm-up, then a form of `SCHEDULES`."""
-    return schedule_of(config.schedule, schedule_numbers(config, steps))
-
-
 def schedule_of(form: str, numbers: Mapping[str, Any]) -> optax.Schedule:
     """A schedule of these numbers, which may be traced.
 
