@@ -11,8 +11,9 @@ A *term* is named after its side, the part before the first underscore: ``forget
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jaxlib_unlearn.objectives.context import HIDDEN, LABELS, Batch, Context, Qu
 from jaxlib_unlearn.options import defaults, option
 
 Terms = dict[str, Term]
-REFERENCES = ("auto", "cache", "fork")
+Reference = Literal["auto", "cache", "fork"]
 SIDES = ("forget", "retain")
 
 
@@ -51,7 +52,7 @@ def asked_reference() -> Any:
         "`fork` asks the frozen model in every step, from the first trained block on. `auto` forks "
         "where hidden states are asked for and the first trained block is not block 0, or where a "
         "stream or the size of its hidden states (above 4 GiB) cannot be cached; else it caches.",
-        choices=REFERENCES,
+        choices=typing.get_args(Reference),
     )
 
 

@@ -28,6 +28,7 @@ from jaxlib_unlearn.objectives.base import (
     Facts,
     Objective,
     Options,
+    Reference,
     Terms,
     asked_reference,
     forms,
@@ -38,6 +39,7 @@ from jaxlib_unlearn.objectives.context import HIDDEN, LABELS, Batch, Context, fr
 from jaxlib_unlearn.objectives.gradient import QA
 from jaxlib_unlearn.objectives.retain import (
     SHARED_COMPAT,
+    Retain,
     at_every_slot,
     retain_terms,
     retains,
@@ -83,10 +85,12 @@ class Steered(Options):
     positions: Literal["answer", "all"] = option(
         "answer", "tokens that count: those of the answer, or all.", choices=("answer", "all")
     )
-    retain: str = retains("hidden", hidden="the distance to the frozen model's hidden states")
+    retain: Retain | Literal["hidden"] = retains(
+        "hidden", hidden="the distance to the frozen model's hidden states"
+    )
     forget_weight: float = weight("forget", 1.0)
     retain_weight: float = weight("retain", 1200.0)
-    reference: str = asked_reference()
+    reference: Reference = asked_reference()
     reflection_penalty: float = option(
         0.0,
         "factor of the mean probability of `reflection_words` on the forget texts (RTP).",

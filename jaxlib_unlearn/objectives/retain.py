@@ -7,14 +7,21 @@ streams, questions and references become those of the row (``objectives.resolve`
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlib_unlearn import losses
 from jaxlib_unlearn.losses import Term
-from jaxlib_unlearn.objectives.base import Compat, Options, Terms, asked_reference, weight
+from jaxlib_unlearn.objectives.base import (
+    Compat,
+    Options,
+    Reference,
+    Terms,
+    asked_reference,
+    weight,
+)
 from jaxlib_unlearn.objectives.context import LABELS, Batch, Context
 from jaxlib_unlearn.options import option
 
@@ -142,6 +149,12 @@ RETAIN: dict[str, RetainKind] = {
 """Every kind of retain loss by name."""
 
 
+if TYPE_CHECKING:
+    Retain = str
+else:
+    Retain = Literal[tuple(RETAIN)]  # so that a command line refuses other words
+
+
 def retains(default: str | None = None, **own: str) -> Any:
     """The field ``retain`` of a row's options.
 
@@ -160,10 +173,10 @@ def retains(default: str | None = None, **own: str) -> Any:
 class Sided(Options):
     """Options of an objective with a forget and a retain side."""
 
-    retain: str | None = retains()
+    retain: Retain | None = retains()
     forget_weight: float = weight("forget", 1.0)
     retain_weight: float = weight("retain", 1.0)
-    reference: str = asked_reference()
+    reference: Reference = asked_reference()
 
 
 def with_kind(row: Any, kind: RetainKind) -> Any:

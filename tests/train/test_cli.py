@@ -465,8 +465,8 @@ def test_help_lists_the_words_of_an_option(program, narrow):
     assert "--objective.retain {nll,kl,none}|None" in flat
     assert set(listed) == set(
         "--data.source --model.dtype --model.remat --objective.name --objective.retain "
-        "--objective.compat --optimizer.name --optimizer.schedule --optimizer.state-dtype "
-        "--finetune.optimizer.name --finetune.optimizer.schedule "
+        "--objective.compat --objective.reference --optimizer.name --optimizer.schedule "
+        "--optimizer.state-dtype --finetune.optimizer.name --finetune.optimizer.schedule "
         "--finetune.optimizer.state-dtype --combine --lora.targets --evaluate.judge "
         "--evaluate.leak-question --export-dtype --report-to".split()
     )

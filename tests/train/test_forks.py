@@ -18,7 +18,7 @@ from train.data.streams import make_stream
 from train.engine.step import Losses, objective_state
 from train.engine.trainable import trainable_of
 from train.options.config import SelectConfig
-from train.runtime import sharding
+from train.runtime import residency, sharding
 
 # Token 3 is hidden from attention, and what is computed twice is the same twice.
 SHAPE = DecoderConfig(32, 8, 16, 3, 2, 1, 4, unattended=3)
@@ -74,7 +74,7 @@ def test_cache_and_fork_have_equal_losses(case, select, mesh, params, tmp_path):
         ready = with_references(streams, row, options, LEARNER.decoder, params, "x", mesh, tmp_path)
         batches = {n: s.batch(range(4)) for n, s in ready.items()}
         made = trainable_of(params, row, select=select, dtype="float32", mesh=mesh)
-        start = jax.tree.map(lambda x: x * 1.05, made.start)
+        start = jax.tree.map(lambda x: x * 1.05, residency.to_device(made.start))
 
         @jax.jit
         def look(start, frozen, batches, row=row, options=options, binding=made.binding):
@@ -150,7 +150,9 @@ def test_a_retain_kind_is_one_row(monkeypatch):
 
 
 @pytest.mark.fused
-@pytest.mark.parametrize(("accumulate", "remat"), [(1, "none"), (2, "none"), (1, "full")])
+@pytest.mark.parametrize(
+    ("accumulate", "remat"), [(1, "none"), (2, "none"), (1, "full"), (2, "full")]
+)
 def test_two_sides_of_one_stream_share_their_forward_pass(accumulate, remat, params):
     """XLA merges the passes of the sides: at most 1.7 of a joint step; nothing is executed."""
     learner = DecoderLearner(Decoder(dataclasses.replace(SHAPE, unattended=None), remat=remat))

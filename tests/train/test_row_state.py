@@ -93,7 +93,7 @@ STREAMS = {"forget": Points(FORGET), "retain": Points(RETAIN)}
 class Bounded(Options):
     name: str = named("bounded")
     budget: float = option(0.5, "mean retain loss that is held.", above=0)
-    rate: float = option(0.5, "step of the dual variable.", above=0)
+    rate: float = option(0.1, "step of the dual variable.", above=0)
     forget_weight: float = weight("forget", 1.0)
     retain_weight: float = weight("retain", 1.0)
 
@@ -131,7 +131,7 @@ DUAL = row_of(
 
 def train(folder, row=DUAL, steps=400, seen=None):
     mesh = make_mesh(MeshConfig(1), jax.devices()[:1])
-    adamw = optimizer_of("adamw", learning_rate=5e-2, warmup=0.0, weight_decay=0.0)
+    adamw = optimizer_of("adamw", learning_rate=0.1, warmup=0.0, weight_decay=0.0)
     stage = TrainConfig(steps=steps, batch_size=4, optimizer=adamw)
     if seen is not None:
         row = dataclasses.replace(row, advance=lambda *args: seen(advance(*args)))
@@ -149,8 +149,8 @@ def undisturbed(tmp_path_factory):
 def test_a_dual_variable_holds_its_budget(undisturbed):
     """At the optimum |w|^2 / 2 is the budget; w lies on the line between the two points."""
     trained, lines = undisturbed
-    np.testing.assert_allclose(trained.params["w"], [1.0, 0.0], atol=0.02)
-    assert abs(lines[-1]["retain_loss"] - 0.5) < 0.02  # a mean without the dual variable
+    np.testing.assert_allclose(trained.params["w"], [1.0, 0.0], atol=5e-3)
+    assert abs(lines[-1]["retain_loss"] - 0.5) < 5e-3  # a mean without the dual variable
     assert lines[0]["loss"] == pytest.approx(lines[0]["forget_loss"] + lines[0]["retain_loss"])
     gap = lines[-1]["loss"] - lines[-1]["forget_loss"]
     assert gap == pytest.approx(2.0 * lines[-1]["retain_loss"], rel=0.05)  # the dual is 2 there

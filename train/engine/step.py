@@ -179,7 +179,10 @@ class Losses:
 
     def _total(self, params: Any, part: Batches, side: str | None, layer_map: Any = None):
         # One side's gradient does not go through the other side's rows.
-        terms = self._terms(params, part, layer_map, joined=side is None)
+        return self._combined(self._terms(params, part, layer_map, joined=side is None), side)
+
+    def _combined(self, terms: Mapping[str, Any], side: str | None):
+        """The weighted total of a side, and the sums of its terms."""
         sums = {name: total for name, (total, _) in terms.items()}
         if self._own_means:
             # `combine` divides by the global weight, which cancels: sum_a (1/A) sum_a / weight_a.
@@ -238,6 +241,10 @@ class Losses:
         """Metrics, and the gradients by automatic differentiation."""
 
         def one(part):
+            # XLA merges the forward passes of sides that share a stream, but not inside the loop
+            # over micro-batches.
+            if len(part) == 1 and len(sides) > 1:
+                return shared(part)
             fn = jax.value_and_grad(self._total, has_aux=True)
             totals, sums, found = [], {}, []
             for side in sides:
@@ -246,6 +253,23 @@ class Losses:
                 sums |= mine
                 found.append(grads)
             return (sum(totals[1:], totals[0]), sums), tuple(found)
+
+        def shared(part):
+            """One forward pass of the only stream, and a backward pass for each side."""
+
+            def every(params):
+                terms = self._terms(params, part, None, joined=False)
+                found = [self._combined(terms, side) for side in sides]
+                return [total for total, _ in found], {n: x for _, m in found for n, x in m.items()}
+
+            totals, linear, sums = jax.linearize(every, params, has_aux=True)
+            grads = [
+                jax.linear_transpose(lambda tangents, i=i: linear(tangents)[i], params)(
+                    jnp.ones_like(total)
+                )[0]
+                for i, total in enumerate(totals)
+            ]
+            return (sum(totals[1:], totals[0]), sums), tuple(grads)
 
         (total, sums), grads = self._over_parts(one)
         return self._metrics(total, sums), grads
