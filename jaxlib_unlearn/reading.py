@@ -21,6 +21,7 @@ from jaxlib_unlearn.errors import UserError
 
 # Parsed, a JSON text of n bytes takes up to 24 n bytes: 1.5 GiB here, and some seconds.
 LARGEST_JSON = 2**26
+DEEPEST_JSON = 100  # lists and objects in one another
 LARGEST_TEXT = 2**28
 LONGEST_INTEGER = 40
 # Exceptions that parsers raise for damaged files. `Exception` itself comes from `tokenizers`.
@@ -176,9 +177,22 @@ def parse_json(text: str) -> Any:
     if len(text) > LARGEST_JSON:
         raise ValueError(f"{len(text):,} characters, more than the {LARGEST_JSON:,} that are read")
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Python's own bound differs by version: 3.13 reads thousands of brackets, 3.11 a thousand."""
+    level: list[Any] = [[value]]
+    for _ in range(DEEPEST_JSON + 1):
+        parts = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for part in parts for x in part if isinstance(x, dict | list)]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Settings to make before JAX starts a backend, and the fixtures that every test may use."""
 
-import contextlib
 import gc
 import importlib.util
 import os
@@ -22,7 +21,7 @@ for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from jax._src import compiler  # noqa: E402
+import quick_compile  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -63,42 +62,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(HEAVY)))
 
 
-# Most of a test's time is XLA's. Tests want its semantics, not its speed: without LLVM's optimiser,
-# without fused kernels and in few modules a program compiles in a third of the time.
-# `@pytest.mark.fused` is for tests that measure a program, `optimised` for those that run a large
-# one.
-QUICK = jax.config.jax_platforms == "cpu"
-FUSIONS = ("xla_cpu_use_fusion_emitters", False)
-MODULES = ("xla_cpu_parallel_codegen_split_count", 4)  # XLA makes up to 32 of a program
-KEPT = 0.05  # seconds of compilation from which on a program is kept
 MANY = 25_000  # memory maps
 LARGE, MORE = 4 * 2**30, 2**30  # bytes of memory, and on top of what cannot be given back
 
 
-class State:
-    """What the compilations of this process are told, and how many there were."""
+class Memory:
+    """The size from which on this process forgets its programs."""
 
-    fused = True
-    known: list[tuple[str, int]] | None = None  # options that this XLA has
-    programs = 0
-    memory = LARGE
-
-
-def compile_options(*args, _real=compiler.get_compile_options, **options):
-    """JAX's own, and those that compile quickly.
-
-    Programs that are measured are not kept, nor those of several devices: from the cache, XLA's CPU
-    programs run their collectives in any order, one device waits in one all-reduce, another in the
-    next, and after 40 s the process is aborted.
-    """
-    State.programs += 1
-    made = _real(*args, **options)
-    alone = made.num_replicas == made.num_partitions == 1
-    mine = [one for one in State.known or () if one != FUSIONS or not State.fused]
-    made.env_option_overrides = [*made.env_option_overrides, *mine]
-    kept = alone and not (QUICK and State.fused)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT if kept else 1e9)
-    return made
+    large = LARGE
 
 
 def pytest_configure(config):
@@ -109,9 +80,8 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    compiler.get_compile_options = compile_options
     cache = getattr(config, "cache", None)
-    if cache is None or jax.config.jax_compilation_cache_dir:
+    if not quick_compile.install() or cache is None or jax.config.jax_compilation_cache_dir:
         return
     folder = cache.mkdir("jax-programs")
     if not hasattr(config, "workerinput"):  # JAX would look at every file before each it writes
@@ -122,29 +92,23 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def compile_quickly(quick: bool, fused: bool) -> None:
-    """How the next programs are compiled."""
-    if quick and State.known is None:
-        State.known = []
-        for name, value in (FUSIONS, MODULES):
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # one that this XLA has not
-                jax.jit(lambda x: x).lower(1.0).compile(compiler_options={name: value})
-                State.known.append((name, value))
-    State.fused = fused
-    jax.config.update("jax_disable_most_optimizations", quick)
+def pytest_report_header():
+    """What a newer JAX takes away."""
+    if not quick_compile.State.wrapped:
+        return f"jax {jax.__version__} is unknown to tests/quick_compile.py: tests compile slowly"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Before fixtures are made, which compile too."""
-    quick = QUICK and not {"optimised", "libtpu"} & set(item.keywords)
-    compile_quickly(quick, not quick or "fused" in item.keywords)
+    quick = quick_compile.QUICK and not {"optimised", "libtpu"} & set(item.keywords)
+    quick_compile.compile_quickly(quick, not quick or "fused" in item.keywords)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
     """Doctests of the packages print what users see."""
-    compile_quickly(quick=False, fused=True)
+    quick_compile.compile_quickly(quick=False, fused=True)
 
 
 @pytest.fixture(autouse=True)
@@ -157,13 +121,14 @@ def few_mappings():
     """
     yield
     maps, pages = Path("/proc/self/maps"), Path("/proc/self/statm")
-    if State.programs < 100 or not maps.exists():
+    state = quick_compile.State
+    if (state.wrapped and state.programs < 100) or not maps.exists():
         return
-    State.programs = 0
-    if held(pages) > State.memory or maps.read_bytes().count(b"\n") > MANY:
+    state.programs = 0
+    if held(pages) > Memory.large or maps.read_bytes().count(b"\n") > MANY:
         jax.clear_caches()
         gc.collect()
-        State.memory = max(LARGE, held(pages) + MORE)
+        Memory.large = max(LARGE, held(pages) + MORE)
 
 
 def held(pages: Path) -> int:
@@ -174,12 +139,10 @@ def held(pages: Path) -> int:
 @pytest.fixture(scope="session")
 def quick_environment() -> dict[str, str]:
     """For programs that a test starts on one device: they compile as quickly as the tests do."""
-    flags = [os.environ.get("XLA_FLAGS", "")]
-    flags += [f"--{name}={str(value).lower()}" for name, value in State.known or ()]
-    found = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(flags).strip()}
+    found = quick_compile.environment()
+    found["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {found['XLA_FLAGS']}".strip()
     if folder := jax.config.jax_compilation_cache_dir:
-        found |= {"JAX_COMPILATION_CACHE_DIR": folder}
-        found |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(KEPT)}
+        found["JAX_COMPILATION_CACHE_DIR"] = folder
     return found
 
 

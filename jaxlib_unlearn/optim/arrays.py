@@ -32,6 +32,25 @@ def concrete(*trees: Any) -> bool:
     return not any(isinstance(x, Tracer) for x in jax.tree.leaves(trees))
 
 
+def explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
+    """The sharding in an array's type, or None where the axes of its mesh are not Explicit.
+
+    Args:
+        x: an array.
+
+    Returns:
+        What ``jax.sharding.reshard`` and ``out_sharding=`` take.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> explicit_sharding(jnp.ones(2)) is None
+        True
+    """
+    sharding: Any = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    return None if mesh.empty or not mesh.are_all_axes_explicit else sharding
+
+
 def adjoint(x: jax.Array) -> jax.Array:
     """The conjugate transpose of the last two axes.
 

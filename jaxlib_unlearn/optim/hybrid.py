@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_unlearn.optim.arrays import concrete
+from jaxlib_unlearn.optim.arrays import concrete, explicit_sharding
 from jaxlib_unlearn.optim.passing import passing_by
 
 ALTERNATE_STATIC_ARGS = ("first_order", "zeroth_order", "period")
@@ -90,8 +90,12 @@ def alternate(
         if updates is None and grad_fn is None:
             raise ValueError("alternate needs grad_fn=f with f(params) -> gradients, or updates")
 
+        def like(new, old):  # both branches of `lax.cond` return the same types
+            new, sharding = jnp.asarray(new, old.dtype), explicit_sharding(old)
+            return new if sharding is None else jax.sharding.reshard(new, sharding)
+
         def cast(new, old):
-            return jax.tree.map(lambda n, o: jnp.asarray(n, o.dtype), new, old)
+            return jax.tree.map(like, new, old)
 
         def first_step(first_state, zeroth_state):
             gradient: Any = updates

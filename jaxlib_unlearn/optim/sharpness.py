@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_unlearn.optim.arrays import concrete
+from jaxlib_unlearn.optim.arrays import concrete, explicit_sharding
 from jaxlib_unlearn.optim.draws import normal
 from jaxlib_unlearn.optim.matrices import path_str
 from jaxlib_unlearn.optim.passing import passing_by
@@ -279,10 +279,8 @@ def _norm(tree: Any) -> jax.Array:
 
 def _normal(key: jax.Array, path: Any, p: jax.Array) -> jax.Array:
     key = jax.random.fold_in(key, zlib.crc32(path_str(path).encode()))
-    sharding = jax.typeof(p).sharding
     # On Explicit axes a draw has the parameter's sharding; threefry's numbers do not depend on it.
-    explicit = not sharding.mesh.empty and sharding.mesh.are_all_axes_explicit
-    return normal(key, p.shape, _wide(p), out_sharding=sharding if explicit else None)
+    return normal(key, p.shape, _wide(p), out_sharding=explicit_sharding(p))
 
 
 def _wide(x: Any) -> Any:

@@ -53,6 +53,7 @@ def test_what_is_no_damage_passes():
     [
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 5000 + "1" + "}" * 5000, "nested too deeply"),
+        ("[" * 101 + "]" * 101, "nested too deeply"),
         ("9" * 5000, "an integer of 5000 digits"),
         ('{"a": 1, "b": 2, "a": 1}', "the key 'a' stands twice in one object"),
         ('{"a": [1, 2', "Expecting"),
@@ -72,6 +73,7 @@ def test_json_that_is_refused(text, reason, tmp_path):
 def test_json_that_is_read(monkeypatch):
     value = {"a": [1, -2.5, None, True, "x\n"], "b": {"c": 2**100}}
     assert parse_json(json.dumps(value)) == value
+    assert json.dumps(parse_json("[" * 100 + "]" * 100)) == "[" * 100 + "]" * 100
     monkeypatch.setattr("jaxlib_unlearn.reading.LARGEST_JSON", 4)
     with pytest.raises(ValueError, match="5 characters, more than the 4 that are read"):
         parse_json("12345")
@@ -84,7 +86,7 @@ def test_what_is_no_file_is_not_read(tmp_path):
     for path, reason in (
         (tmp_path / "pipe", "not a file"), (tmp_path, "not a file"), ("/dev/zero", "not a file"),
         (tmp_path / "absent", "No such file"), (tmp_path / ("a" * 5000), "File name too long"),
-        (tmp_path / "nul\0", "null byte"), (tmp_path / "latin", "not UTF-8 text at byte 3"),
+        (tmp_path / "nul\0", "embedded null"), (tmp_path / "latin", "not UTF-8 text at byte 3"),
         (tmp_path / "large", "5 bytes, more than the 4 that are read"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=reason) as caught:
