@@ -3,7 +3,7 @@
 #   make test           runs the tests
 # and make unlearn ARGS="..." is python -m train.unlearn ... in that environment.
 # Each target makes, reuses and refreshes its own environment (see .ci/environment).
-#   PYTHON=python3.12   another interpreter; its environment is .venv-3.12, beside .venv
+#   PYTHON=python3.13   another interpreter; its environment is .venv-3.13, beside .venv
 #   VENV=DIR            another environment folder
 #   UV=                 install with pip even if uv is available
 #   ARGS="..."          passed on to the program or to pytest: make test ARGS="-k muon"
@@ -29,10 +29,25 @@ ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(VENV)" UV="$(UV)" sh .ci/environment
 RUN = $(VENV)/bin/python
 # A file's fixtures are made by one worker; tests/conftest.py puts the longest files first.
 BY_FILE = --dist loadfile --no-loadscope-reorder
+# What an interpreter with the newest JAX runs, in six minutes: what depends most on JAX, and a run of
+# every program.
+LIBRARY = hybrid losses muon muon_sharding orthogonalize reading sift sift_sharding streams_sharding \
+	subspace teon zeroth_order_sharding
+PROGRAMS = condense.py \
+	classify.py::test_a_smoke_run \
+	diffuse.py::test_a_page_says_what_was_done \
+	plan.py::test_a_plan_for_virtual_devices \
+	pretrain.py::test_the_local_preset_runs \
+	replay_program.py \
+	smoke.py::test_files_of_the_run_folder smoke.py::test_evaluate_the_run \
+	smoke.py::test_export_in_another_dtype smoke.py::test_finetune_the_export \
+	smoke.py::test_report_again
+NEWEST = tests/test_constraints.py $(LIBRARY:%=tests/jaxlib_unlearn/test_%.py) \
+	$(PROGRAMS:%=tests/train/test_%)
 TPU_ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(TPU_VENV)" UV="$(UV)" sh .ci/environment
 TPU_RUN = JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python
 
-.PHONY: help quickstart unlearn test parity tpu bench pretrain-table epic-table bench-peers plan lint format smollm2
+.PHONY: help quickstart unlearn test newest parity tpu bench pretrain-table epic-table bench-peers plan lint format smollm2
 
 help:  ## this list
 	@awk -F ':  ## ' '/^[a-z0-9-]+:  ## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -49,6 +64,10 @@ unlearn:  ## any run in the same environment: make unlearn ARGS="quickstart --ob
 test:  ## the tests, without the slow ones and those that need torch
 	$(ENVIRONMENT) train test tensorboard
 	$(RUN) -m pytest -n $(WORKERS) $(BY_FILE) $(ARGS)
+
+newest:  ## a part of the tests, six minutes, for the newest JAX: make newest PYTHON=python3.13
+	$(ENVIRONMENT) train test tensorboard
+	$(RUN) -m pytest -n $(WORKERS) $(BY_FILE) $(NEWEST) $(ARGS)
 
 parity:  ## the tests that compare with torch (installs it into the same environment)
 	$(ENVIRONMENT) train test parity diffusion-parity

@@ -24,7 +24,17 @@ def pins(repo):
     path = repo / ".ci" / name
     if not path.exists():
         pytest.skip(f"no constraints for this Python: {name}")
+    return names(path)
+
+
+def names(path):
     return {normal(line.partition("==")[0]) for line in path.read_text().split()}
+
+
+def test_every_python_has_the_same_packages(repo):
+    files = sorted((repo / ".ci").glob("constraints-*.txt"))
+    assert [path.stem for path in files] == [f"constraints-3.{minor}" for minor in (11, 12, 13)]
+    assert [sorted(names(path) ^ names(files[0])) for path in files] == [[], [], []]
 
 
 def test_everything_that_is_installed_is_pinned(repo, pins):
