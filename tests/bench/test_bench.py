@@ -427,7 +427,7 @@ def test_every_line_of_the_table_of_classification_is_a_command(repo):
             assert method.optimizer in known, (preset, method)
             job = bench.Job(name, 0, bench.rate_of(name, preset))
             optimizer = arguments.read_arguments(
-                arguments.PRETRAIN, bench.command_of(job, preset)
+                arguments.CLASSIFY, bench.command_of(job, preset)
             ).optimizer
             assert optimizer.learning_rate == method.rates.get(
                 preset, known[method.optimizer][0].learning_rate
@@ -435,7 +435,7 @@ def test_every_line_of_the_table_of_classification_is_a_command(repo):
             found.add(str(optimizer))
         assert len(found) == len({(m.optimizer, m.more) for m in bench.METHODS.values()})
     config = arguments.read_arguments(
-        arguments.PRETRAIN, bench.command_of(bench.Job("zo-muon", 3, 0.5, 90), "vit-fashion")
+        arguments.CLASSIFY, bench.command_of(bench.Job("zo-muon", 3, 0.5, 90), "vit-fashion")
     )
     assert (config.seed, config.optimizer.learning_rate, config.train.forwards) == (3, 0.5, 90)
     jobs = [bench.Job(n, s, r) for n in bench.METHODS for s in (0, 1) for r in (0.01, 0.1)]
@@ -535,7 +535,7 @@ def test_every_run_of_the_table_of_traces_is_a_command(repo):
 
     bench = load(repo, "r2mu_table")
     found = [
-        arguments.read_arguments(arguments.PRETRAIN, ["r2mu-tiny", *more])
+        arguments.read_arguments(arguments.UNLEARN, ["r2mu-tiny", *more])
         for more in bench.METHODS.values()
     ]
     assert len({str(config) for config in found}) == len(found)
@@ -748,7 +748,7 @@ def test_every_line_of_the_table_of_condensed_traces_is_a_command(repo):
 
     bench = load(repo, "epic_table")
     found = {
-        name: arguments.read_arguments(arguments.PRETRAIN, ["epic-tiny", *more])
+        name: arguments.read_arguments(arguments.FINETUNE, ["epic-tiny", *more])
         for name, more in bench.VARIANTS.items()
     }
     assert len({str(config.condense) for config in found.values()}) == len(found) == 9

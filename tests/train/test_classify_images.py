@@ -10,12 +10,12 @@ import pytest
 from jaxlib_unlearn.errors import UserError
 from models.files import vit_files
 from models.vision.vit import ViT, ViTConfig
-from train.classify import read_arguments
 from train.engine.replays import bases, recording, stored
 from train.jobs import classification
 from train.jobs.classification_options import StartConfig
 from train.options.config import identity
 from train.options.optimizers import options_of
+from train.presets import arguments
 from train.replay import BaseConfig
 from train.runtime import distributed
 from train.runtime.digests import params_sha256
@@ -188,7 +188,7 @@ def test_a_second_start_finds_everything(learned, program, data, monkeypatch):
     config = json.loads((output / "config.json").read_text())
     assert config["start"]["steps"] == 120
     again = ["--config", str(output / "config.json"), "--seed", "1"]
-    assert identity(read_arguments(again)) == config | {"seed": 1}
+    assert identity(arguments.read_arguments(arguments.CLASSIFY, again)) == config | {"seed": 1}
 
 
 @pytest.mark.slow
@@ -302,9 +302,12 @@ def test_what_is_refused_before_compute(name, program, data, tmp_path):
 
 def test_a_short_run_takes_a_given_model(monkeypatch):
     """What --smoke changes of a model that the run trains is of none where one is given."""
-    short = read_arguments(["vit-fashion", "--smoke"])
-    given = read_arguments(["vit-fashion", "--smoke", "--model.path", "./mine"])
-    typed = read_arguments("vit-fashion --smoke --model.path ./mine --start.steps 7".split())
+    short = arguments.read_arguments(arguments.CLASSIFY, ["vit-fashion", "--smoke"])
+    given = arguments.read_arguments(
+        arguments.CLASSIFY, ["vit-fashion", "--smoke", "--model.path", "./mine"]
+    )
+    words = "vit-fashion --smoke --model.path ./mine --start.steps 7".split()
+    typed = arguments.read_arguments(arguments.CLASSIFY, words)
     assert short.start.steps == 4 and given.start == StartConfig() and typed.start.steps == 7
     assert given.train == short.train and given.data == short.data
     for config in (given, typed):

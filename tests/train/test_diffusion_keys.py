@@ -318,5 +318,5 @@ def test_measured_words_depend_on_the_images_that_were_trained_on():
     known = FOUND["log"]
     assert at.rows.borders is not None
     others = at.rows._replace(borders=at.rows.borders + 0.01)
-    note_judged(at._replace(pictures=others), judge, Shown(painter), None, "log")
+    note_judged(at._replace(rows=others), judge, Shown(painter), None, "log")
     assert FOUND["log"] != known

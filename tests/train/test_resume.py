@@ -163,7 +163,9 @@ def poison(patch: pytest.MonkeyPatch, step: int) -> None:
             call.memory_analysis = made.memory_analysis
             return call
 
-        return SimpleNamespace(lower=lambda *args: SimpleNamespace(compile=lambda: compiled(*args)))
+        return SimpleNamespace(
+            lower=lambda *args: SimpleNamespace(compile=lambda **options: compiled(*args))
+        )
 
     patch.setattr(loop, "compile_step", compile_step)
     patch.setattr(loop, "_COMPILED", {})

@@ -156,7 +156,9 @@ def run_stage(name, sizes, accumulate, start, plain, folder):
                 seen["gradient"] = jax.tree.map(lambda x: np.array(x) / (1 - ADAMW.b1), mu)
             return state, metrics
 
-        return SimpleNamespace(lower=lambda *args: SimpleNamespace(compile=lambda: compiled(*args)))
+        return SimpleNamespace(
+            lower=lambda *args: SimpleNamespace(compile=lambda **options: compiled(*args))
+        )
 
     stage = loop.Stage(
         name, STEPS, batches, row, options, ADAMW, accumulate, folder / "checkpoints", 1e9

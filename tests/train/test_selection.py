@@ -452,7 +452,7 @@ def test_a_selected_stage_from_the_command_line(small, tmp_path):
     ],
 )
 def test_a_report_says_what_was_trained(tmp_path, selected, words):
-    config = identity(PRESETS["quickstart"].PRESET, "stage.cache")
+    config = identity(PRESETS["quickstart"].PRESET)
     config |= {} if selected is None else {"train": selected}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "summary.json").write_text('{"unlearned": {"forget_rouge": 0.1}}')

@@ -214,6 +214,9 @@ def command(program: str, config: Any) -> str:
     if not config.preset:
         return ""
     lines = [shlex.quote(config.preset), *(["--smoke"] if config.smoke else [])]
+    # Folders of earlier runs, which the other options start from.
+    folders = {name: getattr(config, name, None) for name in ("run", "attack")}
+    lines += [_option(name, str(at)) for name, at in folders.items() if isinstance(at, Path)]
     for _ in range(4):
         try:
             there = _flat(identity(read_arguments(program, shlex.split(" ".join(lines)))))
