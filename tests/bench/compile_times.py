@@ -2,9 +2,9 @@
 
     python tests/bench/compile_times.py [--repeats 3]
 
-Run it with two interpreters to compare two releases of JAX, while the machine does nothing else. The
-programs are SIFT's update of SmolLM2's parameters, and the whole step (two gradients, update) that
-the quickstart takes. Nothing is read from a cache. Each number is the least of the repeats.
+Run it with two interpreters to compare two releases of JAX, while the machine does nothing else.
+The programs are SIFT's update of SmolLM2's parameters, and the whole step (two gradients, update)
+that the quickstart takes. Nothing is read from a cache. Each number is the least of the repeats.
 """
 
 from __future__ import annotations
