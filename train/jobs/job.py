@@ -27,7 +27,7 @@ from train.options import checks
 from train.options.config import ProgramConfig, identity, run_folder
 from train.options.roles import Roles, roles_of
 from train.reporting import page, tables
-from train.runtime import distributed, files, folder, remote, reporters, sharding
+from train.runtime import compiling, distributed, files, folder, remote, reporters, sharding
 from train.runtime.stages import json_stage, write_atomic
 from train.runtime.tracking import Timed, say
 
@@ -170,6 +170,8 @@ def start(job: Job, config: ProgramConfig, command: str = "") -> Iterator[Starte
     since = time.monotonic()
     with contextlib.ExitStack() as held:
         distributed.start(config.distributed)
+        if config.smoke:
+            compiling.compile_quickly()
         config, mesh, rows, model, fitted = prepare(job, config, held)
         model = model.to_host()  # as every model while it waits: a step has the device to itself
         root = folder.enter(place_of(config), held)
