@@ -52,7 +52,7 @@ def texts(cls: type) -> dict[str, str]:
     Example:
         >>> from train.runtime.sharding import MeshConfig
         >>> texts(MeshConfig)["fsdp"]
-        'devices that split parameters and the batch.'
+        'the number of devices that split parameters and the batch.'
     """
     _, _, block = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")
     block, _, _ = block.partition("\n\n")
