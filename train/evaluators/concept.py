@@ -52,7 +52,7 @@ METRICS = (
 
 
 class Drawings(EvaluationContext, Protocol):
-    """What this evaluator may request beside what all may."""
+    """The requests of this evaluator beside those of all evaluators."""
 
     names: Sequence[str]
     concept: int | None
@@ -64,7 +64,7 @@ class Drawings(EvaluationContext, Protocol):
 
 
 def run(model: Any, rows: Rows, context: Any) -> dict[str, Any]:
-    """What every image shows."""
+    """The judged content of every image."""
     drawings: Drawings = context
     log: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""How numbers are read from JSON and formatted, the same everywhere."""
+"""Reading numbers from JSON and formatting them, the same everywhere."""
 
 from __future__ import annotations
 
