@@ -133,7 +133,7 @@ def block_of(options: Any) -> int:
 def direction(key: jax.Array, options: Steered, sizes: Mapping[str, int]) -> dict[str, jax.Array]:
     """The row's state: uniform draws from [0, 1) of norm 1, ``(d,)``, or ``(topics, d)``.
 
-    The vector of a topic depends on its name, not on what other topics there are.
+    The vector of a topic depends on its name, not on the other topics.
 
     Example:
         >>> u = direction(jax.random.key(0), RMU(), {"hidden": 8})["direction"]

@@ -85,7 +85,7 @@ class Run:
 
 @contextlib.contextmanager
 def phase(run: Run, name: str) -> Iterator[None]:
-    """A part of a run whose minutes `run.json` tells; behind it is a place to stop."""
+    """A part of a run whose minutes are in `run.json`; the run may be stopped after it."""
     since = time.monotonic()
     yield
     if run.clock is None:
@@ -303,7 +303,7 @@ def edit(
 
 @runtime_checkable
 class Held(Protocol):
-    """A model of any kind as runs hold it: how it is trained, its parameters, and their sha256."""
+    """A model of any kind as runs hold it: its learner, its parameters, and their sha256."""
 
     @property
     def learner(self) -> Any: ...

@@ -433,7 +433,7 @@ def shaped(tree: Any, shardings: Any) -> Any:
 def compile_step(step: Callable[..., Any], shardings: TrainState, mesh: Any) -> Callable[..., Any]:
     """`jit` of a step with its layout fixed on both sides and the state's buffers donated.
 
-    The step takes a state, whatever else, and batches last.
+    The first argument of the step is the state, the last one the batches.
     """
     others = len(inspect.signature(step).parameters) - 2
     replicated = shardings.step

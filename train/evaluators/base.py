@@ -154,9 +154,9 @@ class Verdict(NamedTuple):
     """A question that the report answers in words.
 
     Args:
-        name: key of the verdict, for `after`.
-        find: gives the finding, or None to leave the question out.
-        after: name of the verdict that it follows.
+        name: the key of the verdict, for `after`.
+        find: a function that gives the finding, or None to leave the question out.
+        after: the name of the verdict that it follows.
     """
 
     name: str
@@ -279,7 +279,7 @@ class EvaluationContext(Protocol):
 
 
 class OtherContext:
-    """The base of contexts of models that are no decoders: it refuses what decoders answer.
+    """The base of contexts of models that are no decoders: it refuses the requests of decoders.
 
     A subclass has `config`, `judge`, `log`, `found` and the requests of its own kind of model.
     """

@@ -1,4 +1,4 @@
-"""A concept in a text-to-image model: is it still drawn, what brings it back, what was kept."""
+"""A concept in a text-to-image model: whether it is still drawn or brought back, and the others."""
 
 from __future__ import annotations
 

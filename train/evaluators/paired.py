@@ -25,7 +25,7 @@ class Paired(NamedTuple):
     chance: float
 
     def judged(self, better: tuple[str, str]) -> tuple[str, str]:
-        """State and answer of a verdict; `better`: those where more was gained, beyond chance."""
+        """The state and answer of a verdict; `better` are those of a gain beyond chance."""
         if self.chance >= 0.05:
             return "mixed", "not told apart from before"
         return ("bad", "it got worse") if self.lost > self.gained else better

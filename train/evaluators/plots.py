@@ -345,8 +345,8 @@ def scatter(
     Args:
         points: the unlearned models, one point per experiment.
         fixed: original and oracle, the start and the target, drawn hollow.
-        x: metric of the horizontal axis.
-        y: metric of the vertical axis.
+        x: the metric of the horizontal axis.
+        y: the metric of the vertical axis.
         roles: the roles of the models.
 
     Returns:

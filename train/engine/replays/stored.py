@@ -8,7 +8,7 @@ block      of 500 steps, the last one of what is left: the coefficients of its s
 =========  =======================================================================================
 
 Hence 4 q bytes a step and 52 bytes a milestone. Every byte is covered, and as no two single-bit
-errors change a CRC-32 alike, a flipped bit is found where it is, to the step.
+errors change a CRC-32 alike, a flipped bit is located to the step.
 """
 
 from __future__ import annotations
