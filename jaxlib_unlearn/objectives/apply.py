@@ -65,7 +65,7 @@ def _at_labels(logits: jax.Array, batch: Batch) -> jax.Array:
     """``(B, T, V) -> (B, W, V)``, zeros where there is no label."""
     index = jnp.asarray(batch["label_index"])[..., None]
     picked = jnp.take_along_axis(losses.upcast(logits), index, axis=1)
-    # Zeros, not what the model says there: a NaN at a padding position must not reach a gradient.
+    # Zeros instead of the model's answers: a NaN at a padding position must not reach a gradient.
     return jnp.where(jnp.asarray(batch["target_mask"])[..., None] > 0, picked, 0)
 
 

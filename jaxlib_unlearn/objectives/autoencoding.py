@@ -19,7 +19,7 @@ class Autoencode(Options):
 
     name: str = named("autoencode")
     kl_weight: float = option(
-        1e-6, "factor of the latents' divergence from a standard normal; 1e-6 is published.",
+        1e-6, "The latents' divergence from a standard normal has this factor; 1e-6 is published.",
         low=0, wanted="0 or more",
     )  # fmt: skip
 

@@ -30,17 +30,17 @@ SIDES = ("forget", "retain")
 
 def named(name: str) -> Any:
     """The field ``name`` of a row's options."""
-    return option(name, "the method; --list says what each of them does.")
+    return option(name, "The method; --list says what each of them does.")
 
 
 def forms(compat: Mapping[str, "Compat"]) -> Any:
     """The field ``compat`` of a row's options."""
-    return option(None, "a published variant of the loss, by name.", words=tuple(compat))
+    return option(None, "A published variant of the loss, by name.", words=tuple(compat))
 
 
 def weight(side: str, default: float) -> Any:
     """A field that holds the coefficient of a side."""
-    doc = f"coefficient of the {side} side."
+    doc = f"The loss of the {side} side is multiplied by this coefficient."
     return option(default, doc, low=0, wanted="0 or more")
 
 
@@ -48,7 +48,7 @@ def asked_reference() -> Any:
     """The field ``reference`` of a row that may ask a frozen model."""
     return option(
         "auto",
-        "where the frozen model's answers come from. `cache` computes them once and stores them; "
+        "The source of the frozen model's answers. `cache` computes them once and stores them; "
         "`fork` asks the frozen model in every step, from the first trained block on. `auto` forks "
         "where hidden states are asked for and the first trained block is not block 0, or where a "
         "stream or the size of its hidden states (above 4 GiB) cannot be cached; else it caches.",
@@ -65,7 +65,7 @@ class Options:
     """
 
     name: str = named("")
-    compat: str | None = option(None, "a published variant of the loss, by name.")
+    compat: str | None = option(None, "A published variant of the loss, by name.")
 
 
 class Compat(NamedTuple):
@@ -85,7 +85,7 @@ class Compat(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a stage has come; see ``Objective.advance``.
+    """The progress of a stage; see ``Objective.advance``.
 
     Args:
         step: the number of the step that was just taken, from 0 on; a traced int32.
@@ -146,13 +146,13 @@ class Objective:
     """One unlearning method as a row of the table.
 
     Args:
-        name: as given to ``--objective.name``.
+        name: the name of the row in ``--objective.name``.
         loss: ``loss(context, {stream: batch}, options) -> {term: (sum, weight)}``. The weights are
             counts of labels or rows: they depend on the batches alone, never on the parameters.
-        streams: batches it reads; the first is the one an epoch counts. ``idk`` holds the questions
-            of ``forget`` with a refusal as the answer, ``alternate`` with other answers, both in
-            the row order of ``forget``.
-        columns: per stream, the columns the data must have.
+        streams: the names of the streams that it reads; the first is the one that an epoch counts.
+            ``idk`` holds the questions of ``forget`` with a refusal as the answer, ``alternate``
+            with other answers, both in the row order of ``forget``.
+        columns: per stream, the columns that the data must have.
         reference: per stream, the quantity of the frozen model that is cached: ``"logps"`` (batch
             column ``ref_log_probs (B, W)``), ``"hidden"`` (``ref_hidden (B, W, d)``),
             ``"hidden_pair"`` (``ref_hidden``, and ``ref_plain_hidden`` of a forward pass without
@@ -160,25 +160,28 @@ class Objective:
             row). ``"fork"`` caches nothing: the frozen model shares every leaf that is not trained
             and is asked in the step, from the first trained block on. :meth:`forking` makes any
             but ``"hidden_all"`` a fork, with the same losses.
-        forward: per stream, the keyword options of ``forward`` its *reference* is made with.
-        additive: terms of micro-batches sum to the term of the batch. False refuses accumulation.
-        per_micro_batch: each micro-batch's terms are divided by its own weights and averaged, so
-            that the value depends on the split; else by those of the whole batch.
-        paper: citation.
-        options: the dataclass of what a person may set, see ``jaxlib_unlearn.options``.
+        forward: per stream, the keyword options of ``forward`` that make its *reference*.
+        additive: whether terms of micro-batches sum to the term of the batch; False refuses
+            accumulation.
+        per_micro_batch: whether each micro-batch's terms are divided by its own weights and
+            averaged, so that the value depends on the split; else the weights of the whole batch
+            divide them.
+        paper: the citation.
+        options: the dataclass of the row's options, see ``jaxlib_unlearn.options``.
         summary: one line for ``--list``.
-        compat: published variants by name.
-        only_with: option -> the option without which (at 0) it does nothing.
-        also_cached: ``also_cached(options) -> {stream: quantity}``: what the options given need of
-            the frozen model in place of what ``reference`` says; None: nothing.
-        check: ``check(options)`` raises ``UserError`` for what no field's range can say.
-        adapt: ``adapt(row, options) -> row``: the row as its options make it, where they leave a
-            stream out or ask more; None: they do not.
-        fit: ``fit(options, facts) -> options``, with what follows from the run's tokenizer and rows
-            (:class:`Facts`) filled in; None: nothing does.
-        asks: per stream, the questions its loss asks a model: ``"log_probs"`` (or
-            ``reduce_logits``, ``compare``), ``"hidden"``, or those of other kinds of models; what
-            is not named is asked for ``"log_probs"``. It decides which streams share a pass.
+        compat: the published variants by name.
+        only_with: ``{option: other}``: the option does nothing where the other one is 0.
+        also_cached: ``also_cached(options) -> {stream: quantity}``: the quantities of the frozen
+            model that these options need in place of ``reference``; None: ``reference`` holds.
+        check: ``check(options)`` raises ``UserError`` for errors that no range of a field excludes.
+        adapt: ``adapt(row, options) -> row``: the row without the streams that its options leave
+            out, or with further questions; None: the options change nothing.
+        fit: ``fit(options, facts) -> options``: the options with the values filled in that follow
+            from the run's tokenizer and rows (:class:`Facts`); None: there are none.
+        asks: per stream, the questions that its loss asks a model: ``"log_probs"`` (or
+            ``reduce_logits``, ``compare``), ``"hidden"``, or those of other kinds of models; a
+            stream that is not named is asked for ``"log_probs"``. They decide which streams share a
+            forward pass.
         blocks: ``blocks(options)``: the blocks at which ``hidden`` is asked.
         sides: the row's own words for the two gradients that ``split`` optimizers take.
         init_state: ``init_state(key, options, sizes)`` gives the arrays of ``context.state`` before
@@ -191,15 +194,15 @@ class Objective:
         weigh: ``weigh(options, state)`` gives the options whose coefficients the step takes, for a
             row whose coefficients are part of its state: a dual variable is the coefficient of its
             constraint. The terms of ``loss``, and with them ``means``, stay without it.
-        estimators: ``estimators(options) -> {side: estimator}``. The gradient of each side that is
-            named is what ``estimator(estimate)`` returns for an :class:`Estimate`, such as the
+        estimators: ``estimators(options) -> {side: estimator}``. For each side that it names,
+            ``estimator(estimate)`` gives the gradient from an :class:`Estimate`, such as the
             gradient at the worst nearby point (``optim.sharpness.sam_gradient``); the other side
-            keeps its own. Optimizers that see values alone are refused.
-        trains: False for a method that no training makes (a task vector, a merge). It brings
-            ``compute``, which an unlearning run calls once; its ``loss`` is :func:`no_loss`.
+            keeps its own. Optimizers that see only values are refused.
+        trains: False for a method without training (a task vector, a merge). It brings ``compute``,
+            which an unlearning run calls once; its ``loss`` is :func:`no_loss`.
         compute: ``compute(work, *, options, original, base, ...)``, a function of a module that
             returns the parameters of the unlearned model.
-        version: for ``compute``; it is raised when the same inputs may give another result.
+        version: the version of ``compute``; raise it when the same inputs may give another result.
     """
 
     name: str

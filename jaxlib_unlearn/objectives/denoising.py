@@ -37,8 +37,8 @@ class Erasing(Options):
 
     keep: Literal["denoise", "frozen", "none"] = option(
         "denoise",
-        "loss on the retain stream: the error against the noise that was added, or against what "
-        "the frozen model says.",
+        "The loss on the retain stream: the error against the noise that was added (`denoise`), "
+        "the error against the frozen model's prediction (`frozen`), or none.",
         choices=("denoise", "frozen", "none"),
     )
     forget_weight: float = weight("forget", 1.0)
@@ -51,7 +51,7 @@ class ESD(Erasing):
 
     name: str = named("esd")
     guidance: float = option(
-        1.0, "eta, how far the noise is moved away from the concept; 1 is published, 2 is as well.",
+        1.0, "eta: the noise is moved so far away from the concept; 1 and 2 are published.",
         low=0, wanted="0 or more",
     )  # fmt: skip
 

@@ -81,9 +81,11 @@ def block_read(default: Any, doc: str, **more: Any) -> Any:
 class Steered(Options):
     """Options of rows that move hidden states to a vector."""
 
-    steering: float = option(6.5, "c, the length of the vector that it is moved to.", above=0)
+    steering: float = option(6.5, "c, the length of the vector that the states move to.", above=0)
     positions: Literal["answer", "all"] = option(
-        "answer", "tokens that count: those of the answer, or all.", choices=("answer", "all")
+        "answer",
+        "The tokens whose states are moved: those of the answer, or all.",
+        choices=("answer", "all"),
     )
     retain: Retain | Literal["hidden"] = retains(
         "hidden", hidden="the distance to the frozen model's hidden states"
@@ -93,20 +95,21 @@ class Steered(Options):
     reference: Reference = asked_reference()
     reflection_penalty: float = option(
         0.0,
-        "factor of the mean probability of `reflection_words` on the forget texts (RTP).",
+        "The mean probability of `reflection_words` on the forget texts (RTP) is added with this "
+        "coefficient.",
         low=0,
         wanted="0 or more",
     )
     reflection_words: tuple[str, ...] = option(
-        REFLECTION, "words that the penalty is on, entries of the vocabulary."
+        REFLECTION, "The words whose probability is penalised; they are entries of the vocabulary."
     )
     reflection_ids: tuple[int, ...] = option(
-        (), "ids of these words; (): as the run's tokenizer has them."
+        (), "The token ids of these words; (): the run's tokenizer gives them."
     )
     topics: tuple[str, ...] = option(
         (),
-        "topics that have a vector each; (): those of the rows to forget, and one vector where "
-        "there is one topic or none.",
+        "The topics that have a vector each; (): the topics of the rows to forget, with one "
+        "vector where there is one topic or none.",
     )
 
 
@@ -116,9 +119,9 @@ class RMU(Steered):
 
     name: str = named("rmu")
     compat: str | None = forms(_COMPAT)
-    layer: int = option(7, "the block whose output is moved.", low=0)
+    layer: int = option(7, "The states behind this block are moved.", low=0)
     block: int | None = block_read(
-        None, "the same, by its name in r2mu; goes before `layer`.", none="layer"
+        None, "The same by its name in r2mu; it takes precedence over `layer`.", none="layer"
     )
 
 
@@ -130,7 +133,7 @@ def block_of(options: Any) -> int:
 def direction(key: jax.Array, options: Steered, sizes: Mapping[str, int]) -> dict[str, jax.Array]:
     """The row's state: uniform draws from [0, 1) of norm 1, ``(d,)``, or ``(topics, d)``.
 
-    The vector of a topic depends on its name, not on what other topics there are.
+    The vector of a topic depends on its name, not on the other topics.
 
     Example:
         >>> u = direction(jax.random.key(0), RMU(), {"hidden": 8})["direction"]
@@ -200,7 +203,7 @@ def _distance(hidden: jax.Array, mask: jax.Array, target: Any, batch: Batch, opt
 
 
 def answer_mask(batch: Batch, mask: jax.Array) -> jax.Array:
-    """Where the tokens of the answer are, ``(B, T)``: one behind the slots that predict them.
+    """The mask of the answer's tokens, ``(B, T)``: one behind the slots that predict them.
 
     Example:
         >>> batch = {"label_index": jnp.array([[1, 2, 0]]), "target_mask": jnp.array([[1, 1, 0]])}

@@ -47,17 +47,17 @@ _DPO_COMPAT = {
 
 def inverse_temperature(default: float) -> Any:
     """The field ``beta`` of a row's options."""
-    return option(default, "inverse temperature of the log-sigmoid.", above=0)
+    return option(default, "The inverse temperature of the log-sigmoid.", above=0)
 
 
 def margin(default: float) -> Any:
     """The field ``delta`` of a row's options."""
-    return option(default, "margin of SimNPO's loss, nats per token.")
+    return option(default, "The margin of SimNPO's loss in nats per token.")
 
 
 def pushes(default: float) -> Any:
     """The field ``push`` of a row's options."""
-    doc = "how many times SimNPO's loss is added on the forget side; 0: not at all."
+    doc = "SimNPO's loss is added so many times on the forget side; 0: it is not."
     return option(default, doc, low=0, wanted="0 or more")
 
 
@@ -102,7 +102,7 @@ class Pushed:
     delta: float = margin(-0.25)
     spare_end: int = option(
         0,
-        "labels at the end of an answer that are not pushed down (a full stop, the end of the "
+        "So many labels at the end of an answer are not pushed down (a full stop, the end of the "
         "turn): a model that unlearns them no longer stops.",
         low=0,
     )

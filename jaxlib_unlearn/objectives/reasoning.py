@@ -1,4 +1,4 @@
-r"""R2MU: what a reasoning model thinks of the facts is forgotten too, and how it reasons is kept.
+r"""R2MU: RMU for reasoning models; it also forgets traces and keeps the ability to reason.
 
 RMU (:mod:`~jaxlib_unlearn.objectives.misdirection`) with two more streams: ``traces``, what the
 original model thought of the texts to forget, and ``cot``, reasoning that has nothing to do with
@@ -54,17 +54,23 @@ class R2MU(Steered):
 
     name: str = named("r2mu")
     compat: str | None = forms(_COMPAT)
-    block: int = block_read(7, "the block whose output is moved.")
+    block: int = block_read(7, "The states behind this block are moved.")
     positions: Literal["answer", "all"] = option(
-        "all", "tokens that count: those of the answer, or all.", choices=("answer", "all")
+        "all",
+        "The tokens whose states are moved: those of the answer, or all.",
+        choices=("answer", "all"),
     )
     retain_weight: float = weight("retain", 1.2)
     trace_weight: float = option(
-        1.0, "factor of the traces' term; 0: no traces are read.", low=0, wanted="0 or more"
+        1.0,
+        "The traces' term has this coefficient; 0: no traces are read.",
+        low=0,
+        wanted="0 or more",
     )
     cot_weight: float = option(
         1.0,
-        "factor of the distance that reasoning to keep has moved; 0: none is read (R2MU-v0).",
+        "The distance that the states of reasoning to keep have moved has this coefficient; 0: no "
+        "such reasoning is read (R2MU-v0).",
         low=0,
         wanted="0 or more",
     )

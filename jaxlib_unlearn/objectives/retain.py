@@ -25,7 +25,7 @@ from jaxlib_unlearn.objectives.base import (
 from jaxlib_unlearn.objectives.context import LABELS, Batch, Context
 from jaxlib_unlearn.options import option
 
-# Forms of what rows have in common. They are names of a row's `compat` like its own ones.
+# The published forms that rows share. They are names of a row's `compat` like its own ones.
 MEAN_OF_MEANS = {
     "mean_of_means": Compat(
         "mean over the micro-batches of each one's own mean (transformers up to 4.45); the value "
@@ -64,14 +64,14 @@ def reference_kl(logits: jax.Array, reference_logits: jax.Array, targets: jax.Ar
 def at_every_slot(batch: Batch) -> Batch:
     """A batch of unpacked, right-padded rows in which every slot, padding too, is a label.
 
-    A padded slot reads its row at the position it lies at and is read by none: what a padding mask
-    on the keys makes of it. It is marked by segment id -1.
+    A padded slot sees its row up to its own position, and no slot sees it, as under a padding mask
+    on the keys. Segment id -1 marks it.
 
     Args:
-        batch: with ``tokens (B, T)``, ``positions``, ``segment_ids``.
+        batch: a batch with ``tokens (B, T)``, ``positions``, ``segment_ids``.
 
     Returns:
-        The batch with label columns ``(B, T)``; its targets mean nothing.
+        The batch with label columns ``(B, T)``; its targets have no meaning.
 
     Raises:
         ValueError: examples share rows of tokens.
@@ -163,7 +163,7 @@ def retains(default: str | None = None, **own: str) -> Any:
         own: kinds that the row computes itself, each with its phrase for ``--help``.
     """
     told = own | {name: kind.summary for name, kind in RETAIN.items()}
-    doc = "the loss on the retain side: " + ", ".join(f"{k} ({v})" for k, v in told.items()) + "."
+    doc = "The loss on the retain side: " + ", ".join(f"{k} ({v})" for k, v in told.items()) + "."
     if default is None:
         doc += " None means nll, or the kind that compat is a form of."
     return option(default, doc, choices=tuple(told), none="nll" if default is None else "")

@@ -52,9 +52,11 @@ class Smoothed(Sided):
     """Options of a row whose teacher is the frozen model with smoothed attention."""
 
     forget_weight: float = weight("forget", 0.1)
-    temperature: float = option(2.3, "attention temperature of the forget teacher.", above=0)
+    temperature: float = option(
+        2.3, "The forget teacher's attention scores are divided by it.", above=0
+    )
     layers: tuple[int, ...] | None = option(
-        None, "indices of the blocks that are smoothed; None: all.", none="all"
+        None, "The indices of the blocks that are smoothed; None: all.", none="all"
     )
 
     def __post_init__(self) -> None:
@@ -70,7 +72,8 @@ class ASU(Pushed, Smoothed):
     compat: str | None = forms(_COMPAT)
     contrast: float = option(
         0.0,
-        "how much further the teacher lowers what smoothing made less likely.",
+        "The teacher lowers the tokens that smoothing made less likely by so many times as much "
+        "again.",
         low=0,
         wanted="0 or more",
     )

@@ -239,7 +239,7 @@ def pages(seed: int, num_authors: int, num_holdout: int) -> dict[str, list[str]]
     """Prose about fictitious authors, a page each: two paragraphs of all their facts, shuffled.
 
     Args:
-        seed: of the data set.
+        seed: the seed of the data set.
         num_authors: authors of `forget` and `retain`; the last tenth (at least one) is forgotten.
         num_holdout: further authors that no model is trained on.
 

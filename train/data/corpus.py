@@ -31,47 +31,51 @@ class CorpusConfig:
 
     source: str = option(
         "packages",
-        "`packages` (Python files of installed packages, no download), `text` (your files, see "
-        "`path`) or `hub` (a data set of the Hugging Face Hub, streamed).",
+        "The documents: `packages` (Python files of installed packages, no download), `text` "
+        "(your files, see `path`) or `hub` (a data set of the Hugging Face Hub, streamed).",
         choices=("packages", "text", "hub"),
     )
     packages: tuple[str, ...] = option(
         ("transformers", "scipy", "pandas"),
-        "installed packages whose Python files are read as text; none is imported.",
+        "The Python files of these installed packages are read as text; none is imported.",
     )
     path: Path | None = option(
         None,
-        "of `text`: a .txt file (one document), a .jsonl or .parquet file (a document a row, "
-        "column `text`), or a folder of such files.",
+        "With `text`, the documents are here: a .txt file (one document), a .jsonl or .parquet "
+        "file (a document a row, column `text`), or a folder of such files.",
     )
-    repository: str = option("HuggingFaceFW/fineweb", "of `hub`: the data set's id.")
-    subset: str = option("sample-10BT", "of `hub`: the data set's configuration.")
+    repository: str = option("HuggingFaceFW/fineweb", "With `hub`, the data set has this id.")
+    subset: str = option("sample-10BT", "With `hub`, this configuration of the data set is read.")
     revision: str | None = option(
-        None, "of `hub`: commit, branch or tag; None: the newest. The run notes the commit."
+        None,
+        "With `hub`, this commit, branch or tag is read; None: the newest. The run notes the "
+        "commit.",
     )
     documents: int | None = option(
-        None, "read at most that many documents, from the first; None: all.", low=1
+        None, "At most so many documents are read, from the first; None: all.", low=1
     )
     validation: float = option(
         0.01,
-        "share of the documents that is held out: those whose sha256 is lowest.",
+        "This share of the documents is held out: those whose sha256 is lowest.",
         above=0,
         below=1,
         wanted="above 0 and below 1",
     )
     tokenizer: str = option(
         "train",
-        "`train` (a byte-level BPE tokenizer, trained on the training documents), or the folder or "
-        "Hub id of a model whose tokenizer is used.",
+        "The tokenizer: `train` (byte-level BPE, trained on the training documents), or the "
+        "folder or Hub id of a model that has one.",
     )
-    context: int = option(256, "tokens of a row, and the longest context of the model.", low=2)
+    context: int = option(
+        256, "A row has so many tokens, which is also the longest context of the model.", low=2
+    )
     cache: Path | None = option(
         None,
-        "local folder for tokenised corpora, which runs share; None: `corpora` beside the run "
-        "folder.",
+        "Tokenised corpora are kept in this local folder, which runs share; None: `corpora` "
+        "beside the run folder.",
     )
     digest: str | None = option(
-        None, "sha256 that the corpus must have; None: any. The run notes it in config.json."
+        None, "The corpus must have this sha256; None: any. The run notes it in config.json."
     )
 
 

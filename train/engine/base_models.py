@@ -109,7 +109,7 @@ def masking_pad_ids(model: Model) -> Model:
 
 
 def model_source(path: str) -> str | Path:
-    """What `models.load` reads for a `--model.path`: for `smollm2` the installed package's file.
+    """The place that `models.load` reads: of `smollm2` the file of the installed package.
 
     Raises:
         UserError: that package is not installed.

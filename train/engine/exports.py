@@ -28,7 +28,7 @@ def speaking(tokenizer: Any) -> Any:
         == encode_qa(alone, **probe, system_prompt=system)
         for system in (None, "Be brief.")
     )
-    # A tokenizer may tokenise text differently after a special token that is written out.
+    # A tokenizer may tokenise text differently after a special token written as text.
     return found if same else tokenizer
 
 
@@ -65,13 +65,13 @@ def export_model(
 
 
 def sealed(folder: Path, model: str, written: Any, write: Callable[[], None]) -> None:
-    """A folder that `write` writes, sealed, unless it is there already.
+    """Write and seal a folder, unless it is there already.
 
     Args:
-        folder: to write.
-        model: what the files are made from, in a line.
-        written: what else is in them, as JSON values.
-        write: writes the folder; every process calls it.
+        folder: the folder to write.
+        model: the model that the files are made from, in a line.
+        written: the other contents of the files, as JSON values.
+        write: a function that writes the folder; every process calls it.
     """
     made_from = f"{model} {digest(written)[:16]}"
 
@@ -102,10 +102,10 @@ def export_adapter(
 
     Args:
         trained: the adapters.
-        adapters: how they were made.
-        family: of the model that they belong to.
-        folder: to write.
-        base: path or Hub id of that model.
+        adapters: the options that they were made with.
+        family: the family of the model that they belong to.
+        folder: the folder to write.
+        base: the path or Hub id of that model.
         text: their card.
     """
     rank = adapters.rank or 1
@@ -122,7 +122,7 @@ def export_adapter(
 
 
 def base_of(path: str) -> str | None:
-    """What adapters name as their base: a folder or Hub id; None: not in a format they can name."""
+    """The base that adapters name: a folder or Hub id; None for a format that they cannot name."""
     if path.endswith(".gguf") or path == "smollm2":
         return None
     return str(Path(path).absolute()) if Path(path).exists() else path

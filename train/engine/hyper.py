@@ -95,13 +95,13 @@ def traced_step(
 
     Args:
         learner: the kind of model.
-        objective: the row.
-        options: its options; those in `hyper` are taken from there.
-        optimizer: how a step is taken; its learning rate is taken from `hyper`.
-        combine: how the gradients of the two sides become one.
+        objective: the row of the objective.
+        options: its options; `hyper` replaces those that it holds.
+        optimizer: the optimizer and its options; `hyper` gives its learning rate.
+        combine: the rule that makes one gradient of those of the two sides.
         axis: the mesh axis over which zeroth-order steps share their evaluations.
-        accumulate: micro-batches.
-        binding: how the trained tree and the frozen arrays form models.
+        accumulate: the number of micro-batches.
+        binding: the functions that form models of the trained tree and the frozen arrays.
     """
 
     def step(state: TrainState, hyper: Hyper, frozen: Any, batches: Batches):

@@ -35,11 +35,11 @@ class ImageModel(NamedTuple):
 
     @property
     def learner(self) -> ViTLearner:
-        """How it is trained."""
+        """The learner that trains it."""
         return ViTLearner(self.vit)
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on, as JSON values."""
+        """The inputs that its answers depend on, as JSON values."""
         return {"params": self.sha, "model": to_json(self.vit.config), "names": list(self.names)}
 
     def to_host(self) -> ImageModel:
@@ -127,9 +127,9 @@ def export_model(model: ImageModel, folder: Path, dtype: str, what: str) -> None
 
     Args:
         model: the model.
-        folder: to write.
-        dtype: of its tensors.
-        what: a sentence on where it comes from, for its card.
+        folder: the folder to write.
+        dtype: the dtype of its tensors.
+        what: a sentence on its origin, for its card.
     """
     text = cards.of_images(what, model.sha)
     config = dataclasses.replace(model.vit.config, dtype="float32")

@@ -16,7 +16,7 @@ from train.runtime.stages import VERSION
 
 _SAME = "the numbers do not depend on it (losses to 1e-6)"
 _WHERE = "says where a result goes or comes from; what is found there is checked by its digest"
-# Fields of the run's configuration (a prefix covers all fields below it) that are in no key.
+# Fields of the run's configuration that no key contains; a prefix covers all fields below it.
 WHY_NOT = {
     "preset": "a name: the options it stands for are in the keys",
     "smoke": "a name: the options it stands for are in the keys",
@@ -60,18 +60,18 @@ def stage_inputs(
 
     Args:
         start: sha256 of the parameters before the stage.
-        model: what its outputs depend on beside the parameters (`Learner.identity`).
+        model: the inputs beside the parameters that its outputs depend on (`Learner.identity`).
         streams: its streams; `identity()` covers the tokens of the examples, and with them prompts,
             truncation and templates.
-        objective: its resolved options.
-        optimizer: its options.
-        combine: how the gradients of the two sides become one.
-        steps: optimizer steps; the schedule depends on their number.
-        batch_size: rows of a stream in a global batch.
-        seed: the stage's own.
-        adapters: what is trained in place of the parameters, if anything.
-        select: leaves that are trained, if not all.
-        accumulate: number of micro-batches, for an objective whose value depends on it.
+        objective: the objective's resolved options.
+        optimizer: the optimizer's options.
+        combine: the rule that makes one gradient of those of the two sides.
+        steps: the number of optimizer steps, on which the schedule depends.
+        batch_size: the rows of a stream in a global batch.
+        seed: the stage's own seed.
+        adapters: the adapters that are trained in place of the parameters, if any.
+        select: the choice of the leaves that are trained, if not all are.
+        accumulate: the number of micro-batches, for an objective whose value depends on it.
     """
     inputs = {
         "version": VERSION,

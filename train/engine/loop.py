@@ -49,20 +49,22 @@ class Stage:
     """One training stage.
 
     Args:
-        name: `original`, `oracle`, `unlearned`.
-        steps: optimizer steps.
-        batches: step -> this process's rows of the batches by stream; a pure function of the step.
-        objective: what is minimised, with `options` as resolved from its configuration.
+        name: the name of the stage: `original`, `oracle`, `unlearned`.
+        steps: the number of optimizer steps.
+        batches: `step -> batches`: this process's rows by stream, a pure function of the step.
+        objective: the row whose loss is minimised, with `options` as resolved from its
+            configuration.
         optimizer: the optimizer and its options.
-        combine: how the gradients of the two sides become one.
-        accumulate: micro-batches per step.
-        watch: evaluations during training.
-        checkpoints: folder for this stage's checkpoints.
-        checkpoint_seconds: minimum time between two of them.
-        binding: makes models of the trained tree (`train.engine.trainable.Trainable`).
-        batch_size: rows of a global batch; None: `batches` makes all of them.
-        profile: folder for a trace of a few steps.
-        seed: of what the objective draws, and of the directions of zeroth-order steps.
+        combine: the rule that makes one gradient of those of the two sides.
+        accumulate: the number of micro-batches per step.
+        watch: the evaluations during training.
+        checkpoints: the folder for this stage's checkpoints.
+        checkpoint_seconds: the least time between two of them.
+        binding: the functions that form models of the trained tree
+            (`train.engine.trainable.Trainable`).
+        batch_size: the rows of a global batch; None: `batches` makes all of them.
+        profile: the folder for a trace of a few steps.
+        seed: the seed of the objective's draws and of the directions of zeroth-order steps.
         epoch_steps: the number of steps in which its first stream is read once; None: all of them.
         recording: the file of its coefficients, where `coefficients.replays(optimizer)`; None: none
             is written.
@@ -87,7 +89,7 @@ class Stage:
     epoch_steps: float | None = None
 
 
-PROFILED = 3  # steps in a trace, after two for compilation and warm-up
+PROFILED = 3  # traced steps, after two for compilation and warm-up
 
 
 @contextlib.contextmanager
@@ -95,7 +97,7 @@ def traced(folder: Path | None, first: int) -> Iterator[Callable[[int, Any], Non
     """Yield a function to call as `(step, state)` before each step; it traces a few of them.
 
     Args:
-        folder: where the trace goes; None: none is made.
+        folder: the folder of the trace; None: there is no trace.
         first: the first step of this process.
 
     Returns:
@@ -213,7 +215,7 @@ def run(
             good = max(checkpointing.steps_in(stage.checkpoints), default=None)
             where = "none was written yet" if good is None else f"{stage.checkpoints / str(good)}"
             first = "loss" if "loss" in odd else next(iter(odd))
-            # What was not finite, and beside it what may explain it.
+            # The terms that were not finite, and beside them the numbers that may explain them.
             shown = odd | {k: values[k] for k in ("loss", "grad_norm", "lr") if k in values}
             raise TrainingError(
                 f"{stage.name}: {first.replace('_', ' ')} is not finite at step {step} "

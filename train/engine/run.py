@@ -1,8 +1,8 @@
-"""What a program holds while it runs, and the two ways in which it makes results.
+"""The record of a running program, and the two ways in which it makes results.
 
 A `Run` is a record; functions do the work. `train` makes parameters by training, `compute` makes
-whatever is made otherwise: traces, merges, closed-form edits, attacks. Both are memoised: what was
-made from the same inputs is found, a killed run goes on, and nothing is made twice.
+all other results: traces, merges, closed-form edits, attacks. Both are memoised: a result made from
+the same inputs is found, a killed run continues, and nothing is made twice.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ class Clock:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that is held, and what every stage in it needs.
+    """A held run folder, and everything that its stages need.
 
     Args:
-        folder: where the first process keeps its files: the run folder, or its local mirror.
+        folder: the folder of the first process's files: the run folder, or its local mirror.
         mesh: the devices.
-        seed: everything random follows from it.
+        seed: the seed from which all randomness follows.
         tracker: the log of steps.
-        cache: folder that runs share, where results are found and put; None: there is none.
-        notes: what was noticed about the data and the model, for the report.
-        about: what else `run.json` says: the roles of the models, and how they are judged.
-        clock: minutes a phase; None: nobody asks.
+        cache: the folder that runs share, where results are found and stored; None: there is none.
+        notes: remarks about the data and the model, for the report.
+        about: further entries of `run.json`: the roles of the models, and how they are judged.
+        clock: the minutes of each phase; None: they are not measured.
     """
 
     folder: Path
@@ -85,7 +85,7 @@ class Run:
 
 @contextlib.contextmanager
 def phase(run: Run, name: str) -> Iterator[None]:
-    """A part of a run whose minutes `run.json` tells; behind it is a place to stop."""
+    """A part of a run whose minutes are in `run.json`; the run may be stopped after it."""
     since = time.monotonic()
     yield
     if run.clock is None:
@@ -128,27 +128,28 @@ def train(
     record: str | None = None,
     only: Sequence[str] = (),
 ) -> Model:
-    """A stage of training: found by the digest of what it is made from, or computed.
+    """A stage of training: found by the digest of its inputs, or computed.
 
     Args:
-        run: where it is made and stored.
-        name: of the stage, in logs and file names.
-        start: the model it starts from.
+        run: the run that makes and stores the result.
+        name: the name of the stage, in logs and file names.
+        start: the model that it starts from.
         objective: a row and its complete options (`objectives.resolve`).
-        streams: those that the row names.
-        recipe: how it is trained.
+        streams: the streams that the row names.
+        recipe: the steps, the optimizer and the other options of the training.
         reference: the frozen model that the row asks; None: `start`.
-        purpose: keys its randomness; None: the name. Stages of one purpose see the same batches.
+        purpose: the word that keys its randomness; None: the name. Stages of one purpose see the
+            same batches.
         watch: evaluations during training; they change nothing.
-        keep: called with the tree that was trained, before it becomes plain parameters. What it
-            writes is the run's own, so the stage is then not taken from the run's cache.
-        record: name of the file in the run folder that holds the coefficients of its steps, where
-            they are all that its updates need, and which then makes the stage the run's own; None:
-            `replay-NAME.zo`, with the stage's name, where the stage is not found.
-        only: parts of the tree that alone are stored, where no other is trained; (): all.
+        keep: a function of the trained tree that is called before it becomes plain parameters. The
+            files that it writes are the run's own, so the stage is not taken from the run's cache.
+        record: the name of the file in the run folder that holds the coefficients of its steps, for
+            optimizers whose updates need nothing else; it makes the stage the run's own. None: the
+            file is `replay-NAME.zo`, with the stage's name, where the stage is not found.
+        only: the parts of the tree that are stored, where no other is trained; (): all.
 
     Raises:
-        UserError: parts that do not go together.
+        UserError: some of the parts do not go together.
     """
     row, options = objective
     stage, adapters, mesh = recipe.stage, recipe.adapters, run.mesh
@@ -280,7 +281,7 @@ def edit(
     """A stage of a row that does not train: its `compute`, memoised as every other result.
 
     Args:
-        run: where it is made and stored.
+        run: the run that makes and stores the result.
         name: the name of the stage.
         original: the model that knows the facts; the result has its structure.
         objective: a row with `trains=False`, and its options.
@@ -302,7 +303,7 @@ def edit(
 
 @runtime_checkable
 class Held(Protocol):
-    """A model of any kind as runs hold it: how it is trained, its parameters, and their sha256."""
+    """A model of any kind as runs hold it: its learner, its parameters, and their sha256."""
 
     @property
     def learner(self) -> Any: ...
@@ -312,18 +313,18 @@ class Held(Protocol):
     def sha(self) -> str: ...
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on, as JSON values."""
+        """The inputs that its answers depend on, as JSON values."""
         ...
 
 
 class Work(NamedTuple):
-    """What a function of `compute` is handed beside its inputs.
+    """The things that a function of `compute` is given beside its inputs.
 
     Args:
-        folder: for files of its own on the way; it is removed when the result is stored.
+        folder: a folder for files that it needs on the way, removed when the result is stored.
         mesh: the devices.
-        key: of `jax.random`, for its randomness.
-        stop: to be called where the work may be interrupted.
+        key: a key of `jax.random` for its randomness.
+        stop: a function to call at points where the work may be interrupted.
     """
 
     folder: Path
@@ -343,26 +344,25 @@ def compute(
     purpose: str | None = None,
     **inputs: Any,
 ) -> Any:
-    """A result that no training makes: found by what it is made from, or computed.
+    """A result without training: found by the digest of its inputs, or computed.
 
-    The key is `kind`, `version`, the seed of `purpose` and the digests of `inputs`. Of a kind's
-    function a small result should be pinned by a test, which fails where it changes and `version`
-    does not.
+    The key is `kind`, `version`, the seed of `purpose` and the digests of `inputs`. A test should
+    pin a small result of each kind: it fails where the function changes and `version` does not.
 
     Args:
-        run: where it is made and stored.
-        name: of the result, in logs and file names.
-        make: a function of a module, `make(work, **inputs)`. What it depends on is in its inputs,
-            so no closure, partial or method is taken.
-        kind: what it does.
-        version: raised when the same inputs may give another result.
-        like: the result is parameters in the structure of this model's, of which a model is
-            returned; None: JSON values.
-        purpose: keys its randomness; None: the name.
+        run: the run that makes and stores the result.
+        name: the name of the result, in logs and file names.
+        make: a function of a module, `make(work, **inputs)`. All that it depends on is in its
+            inputs, so no closure, partial or method is taken.
+        kind: the kind of work, a word of the key.
+        version: the version of the function; raise it when the same inputs may give another result.
+        like: the model that gives the result's structure, where the result is parameters and a
+            model is returned; None: the result is JSON values.
+        purpose: the word that keys its randomness; None: the name.
         inputs: models, streams, rows, dataclasses and plain values.
 
     Raises:
-        TypeError: a `make` that is no function of a module, or an input that has no digest.
+        TypeError: `make` is no function of a module, or an input has no digest.
 
     Example:
         ``compute(run, "merged", merge, kind="merge", version=1, like=a, a=a, b=b, weight=0.5)``
@@ -405,10 +405,10 @@ def compute(
 
 
 def identity(value: Any, where: str = "input") -> Any:
-    """What a value is, in JSON: the same for the same, another for another.
+    """A JSON value that identifies a value: equal for equal values, different for different ones.
 
     Raises:
-        TypeError: nothing is known that tells it from others.
+        TypeError: the value is of a type that has no identity.
 
     Example:
         >>> identity({"rows": [{"question": "Who?"}], "weight": 0.5})

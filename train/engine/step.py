@@ -34,18 +34,18 @@ def whole(trainable: Any, frozen: Any, layer_map: Any = None) -> tuple[Any, Any]
 
 
 class Binding(NamedTuple):
-    """How the trained tree and the frozen arrays of a stage form models.
+    """The functions by which the trained tree and the frozen arrays of a stage form models.
 
     Args:
         bind: `(trainable, frozen, layer_map=None) -> (params, layer_map)`, the model that is
             trained, as a learner takes it. The `layer_map` passed in is one of the trainable tree's
             layers.
-        fork: `frozen -> params` of the frozen model, for rows that ask it in the step; None: none
-            does.
+        fork: `frozen -> params` of the frozen model, for rows that ask it in the step; None: no
+            row does.
         head: `frozen -> params` that unembed cached hidden states of the frozen model.
-        train_from: nothing below this block is trained.
-        key: equal for bindings that form the same models of the same trees; with None it equals no
-            other, and its programs serve one stage.
+        train_from: the first block that is trained.
+        key: a value that is equal for bindings that form the same models of the same trees. A
+            binding without one equals no other, and its programs serve one stage.
     """
 
     bind: Bind = whole
@@ -104,15 +104,15 @@ class Losses:
 
     Args:
         learner: the kind of model.
-        objective: the row.
+        objective: the row of the objective.
         options: its options.
         params: the trained tree.
         frozen: the stage's other arrays.
         batches: the batches by stream.
-        accumulate: number of micro-batches.
-        binding: how `params` and `frozen` form models.
+        accumulate: the number of micro-batches.
+        binding: the functions that form models of `params` and `frozen`.
         key: the key from which the row draws; None: it may not draw.
-        step: number of the step, for the same.
+        step: the number of the step, for the same.
         state: the row's state.
     """
 
@@ -189,7 +189,7 @@ class Losses:
             share = {n: jnp.maximum(own, 1e-9) * self._accumulate for n, (_, own) in terms.items()}
             sums = {name: total * self.weights[name] / share[name] for name, total in sums.items()}
         weighted = {name: (total, self.weights[name]) for name, total in sums.items()}
-        # Not the other side's: they would cost a forward pass for these metrics alone.
+        # Without the other side's: they would cost a forward pass for these metrics alone.
         mine = {n: total for n, total in sums.items() if side in (None, side_of(n))}
         return combine(weighted, self.weights, self._options, side), mine
 
@@ -433,7 +433,7 @@ def shaped(tree: Any, shardings: Any) -> Any:
 def compile_step(step: Callable[..., Any], shardings: TrainState, mesh: Any) -> Callable[..., Any]:
     """`jit` of a step with its layout fixed on both sides and the state's buffers donated.
 
-    The step takes a state, whatever else, and batches last.
+    The first argument of the step is the state, the last one the batches.
     """
     others = len(inspect.signature(step).parameters) - 2
     replicated = shardings.step

@@ -19,12 +19,12 @@ from train.runtime import residency, sharding
 
 
 class Trainable(NamedTuple):
-    """The trained tree of a stage, its frozen arrays, and how the two form a model.
+    """The trained tree of a stage, its frozen arrays, and the binding of the two.
 
     Args:
-        start: the trained tree at the start. Optimizers see nothing else.
-        frozen: arrays that a step reads and never writes: they are not donated.
-        binding: how the two form models.
+        start: the trained tree at the start; optimizers see nothing else.
+        frozen: the arrays that a step reads and never writes: they are not donated.
+        binding: the functions by which the two form models.
         view: `trainable -> params` for evaluation during training; needs no layer map.
         finish: `trainable -> params`, the plain parameters of the trained model.
     """
@@ -108,7 +108,7 @@ def _selected(
     start, rest = selection.split(params, chosen, functools.partial(_cut, mesh=mesh))
     whole = functools.partial(selection.bind, chosen=chosen, dtype=dtype)
     head = None
-    if needs_head(row):  # cached hidden states are unembedded by the frozen one
+    if needs_head(row):  # the frozen head unembeds cached hidden states
         head = {name: rest.get(name, {}) for name in head_of(params)}
         if any(path.split("/")[0] in head for path in chosen.outer):
             head = residency.to_device(head_of(params))
@@ -121,7 +121,7 @@ def _selected(
         chosen.train_from,
         (chosen, str(dtype), forked),
     )
-    if not forked:  # a copy of it is trained
+    if not forked:  # a copy of the frozen model is trained
         start = residency.to_host(start)
     frozen = {"rest": rest, "head": head, "start": start if forked else None}
     return Trainable(

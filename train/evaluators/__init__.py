@@ -48,7 +48,7 @@ EVALUATORS: dict[str, Evaluator] = {
         concept.ROW,
     )
 }
-# Those for questions that are thought about before they are answered.
+# The evaluators of questions that are thought about before they are answered.
 REASONING_QUESTIONS = ("reasoning",)
 
 

@@ -17,7 +17,7 @@ Log = Mapping[str, Any]
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 Named = TypeVar("Named", bound="Metric | Verdict | Picture | Definition")
 
-REFERENCE = "reference"  # target of a metric that should equal the reference model's
+REFERENCE = "reference"  # the target of a metric that should equal the reference model's
 ARROWS = {"up": "↑", "down": "↓", "oracle": "≈", "zero": "→0", "": ""}
 DIRECTIONS = {
     "up": "higher is better",
@@ -32,18 +32,18 @@ class Metric(NamedTuple):
     """A metric of `summary.json` and what a reader needs to know about it.
 
     Args:
-        name: key in `summary.json`; `{n}` in it stands for an integer (`leak_at_{n}`).
+        name: the key in `summary.json`; `{n}` in it stands for an integer (`leak_at_{n}`).
         label: its name in tables.
-        words: what it measures.
-        direction: which values are better: `up`, `down`, `near` (the target) or "" (none).
-        target: for `near`: a number, or `REFERENCE` for the value of the reference model.
+        words: a phrase that says what is measured.
+        direction: the better values: `up`, `down`, `near` (the target) or "" (none).
+        target: the target of `near`: a number, or `REFERENCE` for the value of the reference model.
         main: whether the short tables show it.
-        after: name of the metric that it follows in tables; "": the one before it in its row.
-        ends: of a family, the short tables show only the smallest and the largest n.
-        stands_for: name of the metric that it replaces where that one was not measured.
-        log10_of: name of the metric whose decimal logarithm it is.
-        compare: position in the comparison of runs, from 1; 0: not shown there.
-        family: of a member of a family, the name with `{n}`.
+        after: the name of the metric that it follows in tables; "": the one before it in its row.
+        ends: whether the short tables show only the smallest and the largest n of a family.
+        stands_for: the name of the metric that it replaces where that one was not measured.
+        log10_of: the name of the metric whose decimal logarithm it is.
+        compare: the position in the comparison of runs, from 1; 0: it is not shown there.
+        family: the name with `{n}` of the family to which a member belongs.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Metric(NamedTuple):
 
     @property
     def arrow(self) -> str:
-        """Which way is better, as a symbol.
+        """The direction of better values, as a symbol.
 
         Example:
             >>> [Metric("a", "A", "", "near", target).arrow for target in (REFERENCE, 0, 0.5)]
@@ -78,7 +78,7 @@ class Metric(NamedTuple):
 
     @property
     def aim(self) -> str:
-        """Which way is better, in words."""
+        """The direction of better values, in words."""
         return DIRECTIONS.get(self.better, f"close to {self.target} is better")
 
     def count_in(self, name: str) -> int | None:
@@ -117,13 +117,13 @@ class Scores(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What verdicts and pictures are computed from.
+    """The results from which verdicts and pictures are computed.
 
     Args:
-        summary: flat metrics by model.
-        logs: per-item logs by model.
-        roles: which model is which.
-        questions: number of questions behind forget quality (0: unknown).
+        summary: the flat metrics by model.
+        logs: the per-item logs by model.
+        roles: the roles of the models.
+        questions: the number of questions behind forget quality (0: unknown).
         steps: the lines of `metrics.jsonl` about the judged model.
     """
 
@@ -154,9 +154,9 @@ class Verdict(NamedTuple):
     """A question that the report answers in words.
 
     Args:
-        name: key of the verdict, for `after`.
-        find: gives the finding, or None to leave the question out.
-        after: name of the verdict that it follows.
+        name: the key of the verdict, for `after`.
+        find: a function that gives the finding, or None to leave the question out.
+        after: the name of the verdict that it follows.
     """
 
     name: str
@@ -168,13 +168,13 @@ class Picture(NamedTuple):
     """A picture of the report.
 
     Args:
-        name: of its file in the run folder.
-        title: heading above it.
-        draw: gives a Matplotlib figure, or None without enough data.
-        alt: gives the text alternative.
-        caption: text below it.
-        missing: text in its place where there is not enough data.
-        after: name of the picture that it follows.
+        name: the name of its file in the run folder.
+        title: the heading above it.
+        draw: a function that gives a Matplotlib figure, or None without enough data.
+        alt: a function that gives the text alternative.
+        caption: the text below it.
+        missing: the text in its place where there is not enough data.
+        after: the name of the picture that it follows.
     """
 
     name: str
@@ -187,7 +187,7 @@ class Picture(NamedTuple):
 
 
 class Definition(NamedTuple):
-    """How a metric is computed, for the end of the HTML report; `after` as in `Metric`."""
+    """The computation of a metric, for the end of the HTML report; `after` as in `Metric`."""
 
     name: str
     text: str
@@ -204,15 +204,15 @@ class Pair(NamedTuple):
 
 
 class Overlay(NamedTuple):
-    """What is looked at during training, drawn in one picture for all runs that are compared.
+    """A curve of the training, drawn in one picture for all runs that are compared.
 
     Args:
         name: its key in the lines of `metrics.jsonl`.
-        title: heading of the picture.
-        words: what the lines show, the first sentence of its caption.
-        x: label of the horizontal axis.
-        y: label of the vertical axis.
-        each: `(config, flat metrics of the judged model) ->` how far a step goes along x; None
+        title: the heading of the picture.
+        words: the first sentence of its caption, which says what the lines show.
+        x: the label of the horizontal axis.
+        y: the label of the vertical axis.
+        each: `(config, flat metrics of the judged model) ->` the length of a step along x; None
             where the run does not say.
         rises: whether higher is better.
     """
@@ -279,7 +279,7 @@ class EvaluationContext(Protocol):
 
 
 class OtherContext:
-    """The base of contexts of models that are no decoders: it refuses what decoders answer.
+    """The base of contexts of models that are no decoders: it refuses the requests of decoders.
 
     A subclass has `config`, `judge`, `log`, `found` and the requests of its own kind of model.
     """
@@ -313,16 +313,16 @@ class Evaluator(NamedTuple):
         metrics: its metrics in `summary.json`, in reading order.
         summarize: `(log, reference log) -> flat metrics`; None: the means of the entries that have
             the name of a metric.
-        derive: as `summarize`, for metrics that are not the mean of one entry; they come after the
-            metrics of all evaluators.
+        derive: the same as `summarize` for metrics that are not the mean of one entry; they come
+            after the metrics of all evaluators.
         compare: `(log, reference log) -> log` with its comparisons with the reference, which may be
             evaluated later than the model.
-        verdicts: questions that the report answers.
-        pictures: of the report.
-        pairs: the metrics that runs are compared by.
-        overlays: the curves that runs are compared by.
-        definitions: how its metrics are computed.
-        version: part of the key of cached logs; raise it when a value may change.
+        verdicts: the questions that the report answers.
+        pictures: the pictures of the report.
+        pairs: the metrics by which runs are compared.
+        overlays: the curves by which runs are compared.
+        definitions: the computations of its metrics, in words.
+        version: the version in the key of cached logs; raise it when a value may change.
         lead: the page's first sentences, for runs that are not about unlearning.
     """
 

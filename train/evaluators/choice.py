@@ -60,7 +60,7 @@ def prior_of(rows: Sequence[Any], scores: Sequence[Any]) -> Any:
 
 
 def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
-    """What was chosen for every row of every split."""
+    """The chosen option of every row of every split."""
     import numpy as np
 
     log: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A concept in a text-to-image model: is it still drawn, what brings it back, what was kept."""
+"""A concept in a text-to-image model: whether it is still drawn or brought back, and the others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ METRICS = (
 
 
 class Drawings(EvaluationContext, Protocol):
-    """What this evaluator may request beside what all may."""
+    """The requests of this evaluator beside those of all evaluators."""
 
     names: Sequence[str]
     concept: int | None
@@ -64,7 +64,7 @@ class Drawings(EvaluationContext, Protocol):
 
 
 def run(model: Any, rows: Rows, context: Any) -> dict[str, Any]:
-    """What every image shows."""
+    """The judged content of every image."""
     drawings: Drawings = context
     log: dict[str, Any] = {}
 

@@ -56,7 +56,7 @@ def learning_curves(name: str) -> Overlay:
     """A metric of the dev rows over forward passes, of several runs.
 
     Args:
-        name: of the metric on the test rows; that on the dev rows is `dev_NAME`.
+        name: the name of the metric on the test rows; on the dev rows it is `dev_NAME`.
     """
     return Overlay(
         f"dev_{name}",
@@ -73,7 +73,7 @@ def learning_curve(name: str) -> Picture:
     """The picture of a metric of the dev rows over forward passes.
 
     Args:
-        name: of the metric on the test rows; that on the dev rows is `dev_NAME`.
+        name: the name of the metric on the test rows; on the dev rows it is `dev_NAME`.
     """
 
     def draw(results: Results) -> Any:

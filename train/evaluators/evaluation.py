@@ -56,11 +56,11 @@ class Model(NamedTuple):
 
     @property
     def learner(self) -> DecoderLearner:
-        """How it is trained."""
+        """The learner that trains it."""
         return DecoderLearner(self.decoder)
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on, as JSON values: weights, shapes, tokenizer, prompt format."""
+        """The inputs of its answers, as JSON values: weights, shapes, tokenizer, prompt format."""
         words = self.tokenizer
         return {
             "params": self.sha,
@@ -237,7 +237,7 @@ def continue_prompts(
     label: str,
     *stops: int | None,
 ) -> Answers:
-    """What the model writes after each prompt, which ends before a token of `stops`."""
+    """The model's continuation of each prompt, which ends before a token of `stops`."""
     stop = tuple(token for token in stops if token is not None)
     with progress(label, len(prompts) * num_samples) as advance:
 
@@ -312,11 +312,14 @@ def judge_nll(
 
 @dataclass
 class ModelContext:
-    """What the evaluators of one model share, each result computed once; see `base.Context`."""
+    """The context that the evaluators of one model share, which computes each result once.
+
+    See `base.EvaluationContext`.
+    """
 
     model: Model
     rows: Rows
-    config: Any  # an `EvaluateConfig`, or what has its limits
+    config: Any  # an `EvaluateConfig`, or options with its limits
     system_prompt: str | None
     max_length: int
     mesh: Any
@@ -485,20 +488,20 @@ def evaluate_model(
 
     Args:
         model: the model to evaluate.
-        task: its `evaluation` splits and its `evaluators`.
-        config: sampling and batch sizes.
-        system_prompt: of the chat template.
-        max_length: longest example in tokens.
-        mesh: devices to run on.
-        seed: of the sampled answers.
-        name: shown in the progress bars.
-        judge: model whose NLL of the greedy forget answers is measured; None: left out.
+        task: the task, with its `evaluation` splits and its `evaluators`.
+        config: the options of sampling and the batch sizes.
+        system_prompt: the system prompt of the chat template.
+        max_length: the longest example in tokens.
+        mesh: the devices.
+        seed: the seed of the sampled answers.
+        name: the name in the progress bars.
+        judge: the model that measures the NLL of the greedy forget answers; None: it is left out.
 
     Returns:
         {entry: {"agg_value": ..., "value_by_index": {"0": {...}}}}.
 
     Raises:
-        ValueError: an unknown evaluator, or one that writes an entry of another.
+        ValueError: an evaluator is unknown, or writes an entry of another one.
     """
     if unknown := set(task.evaluators) - set(EVALUATORS):
         raise ValueError(f"unknown evaluators {sorted(unknown)}; known: {list(EVALUATORS)}")

@@ -1,4 +1,4 @@
-"""How numbers are read from JSON and formatted, the same everywhere."""
+"""Reading numbers from JSON and formatting them, the same everywhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MISSING = "–"
 
 
 def number(value: Any) -> float | None:
-    """A finite or infinite float; None for NaN and whatever is not a number."""
+    """A finite or infinite float; None for NaN and values that are no numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         return None
     return float(value)

@@ -7,17 +7,17 @@ from typing import NamedTuple
 from train.evaluators.base import Results, items_of
 from train.evaluators.numbers import format_number
 
-SMALLEST = 1e-300  # a probability below this is said to be smaller: it may have become 0
+SMALLEST = 1e-300  # a smaller probability is reported as smaller than this: it may be 0
 
 
 class Paired(NamedTuple):
-    """Items that both models were judged by.
+    """The items by which both models were judged.
 
     Args:
-        gained: those for which the judged model scores higher: of a share, those that it alone has
-            right.
-        lost: those for which the model before scores higher.
-        chance: probability of a difference as large, if both were equally good (a sign test).
+        gained: the number of items for which the judged model scores higher; of a share, of those
+            that it alone has right.
+        lost: the number of items for which the model before scores higher.
+        chance: the probability of a difference as large, if both were equally good (a sign test).
     """
 
     gained: int
@@ -25,14 +25,14 @@ class Paired(NamedTuple):
     chance: float
 
     def judged(self, better: tuple[str, str]) -> tuple[str, str]:
-        """State and answer of a verdict; `better`: those where more was gained, beyond chance."""
+        """The state and answer of a verdict; `better` are those of a gain beyond chance."""
         if self.chance >= 0.05:
             return "mixed", "not told apart from before"
         return ("bad", "it got worse") if self.lost > self.gained else better
 
     @property
     def p(self) -> str:
-        """What the sign test says."""
+        """The result of the sign test, in words."""
         p = f"= {format_number(self.chance)}" if self.chance > SMALLEST else f"< {SMALLEST:g}"
         return f"sign test, p {p}"
 
@@ -50,9 +50,9 @@ def paired(results: Results, name: str, key: str) -> Paired | None:
     """Count what was gained and lost.
 
     Args:
-        results: of a run.
-        name: of the metric.
-        key: of an item's score, higher where it is better; 1 or 0 for a share.
+        results: the results of a run.
+        name: the name of the metric.
+        key: the key of an item's score, higher where it is better; 1 or 0 for a share.
 
     Returns:
         None where no item was judged with both models.

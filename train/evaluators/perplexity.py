@@ -33,12 +33,12 @@ METRICS = (
 
 
 def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
-    """Nothing: there are no questions."""
+    """An empty log: there are no questions."""
     return {}
 
 
 def learnt(results: Results) -> Finding | None:
-    """Whether the model predicts held-out text, and how much worse than what it was trained on."""
+    """Whether the model predicts held-out text, and how much worse than its training text."""
     held, seen = results.scores("val_perplexity").judged, results.scores("train_perplexity").judged
     if held is None or seen is None:
         return None

@@ -39,7 +39,7 @@ FURTHER: tuple[dict[str, Any], ...] = (
     {"color": "#B0413E", "linestyle": (0, (1, 2.4)), "marker": "P"},
     {"color": "#007F5F", "linestyle": (0, (7, 2, 1, 2)), "marker": "X"},
 )
-# What has no role, in turn.
+# Styles of everything without a role, in turn.
 COLORS = ("#D55E00", "#0072B2", "#007F5F", "#A0287A", "#8C6D00", "#404040", "#5B3FA8", "#B0413E")
 MARKERS = ("o", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
@@ -137,7 +137,7 @@ def curves(
     Args:
         steps: the stage's lines of `metrics.jsonl`.
         reference: the reference model's flat metrics, drawn as the target level.
-        roles: which model is which.
+        roles: the roles of the models.
 
     Returns:
         The figure, or None when nothing was logged.
@@ -188,7 +188,7 @@ def losses(steps: Sequence[Mapping[str, Any]], label: str = "nats a token") -> F
 
     Args:
         steps: the stage's lines of `metrics.jsonl`, `loss` and `validation_loss` among them.
-        label: of the losses.
+        label: the label of the losses.
 
     Returns:
         The figure, or None when nothing was logged.
@@ -216,9 +216,9 @@ def over_forwards(
 
     Args:
         steps: the stage's lines of `metrics.jsonl`, with `dev_NAME` at some of them.
-        name: of the metric, `accuracy` or `f1`.
-        forwards: forward passes of a step, on average.
-        levels: the same of the test rows, by model.
+        name: the name of the metric, `accuracy` or `f1`.
+        forwards: the forward passes of a step, on average.
+        levels: the same metric of the test rows, by model.
 
     Returns:
         The figure, or None when nothing was logged.
@@ -253,9 +253,9 @@ def overlay(bands: Sequence[Band], x: str, y: str, rises: bool = False) -> Figur
     Bands are listed below the axes, the best last value first.
 
     Args:
-        bands: at least one.
-        x: label of the horizontal axis.
-        y: label of the vertical axis.
+        bands: the bands, at least one.
+        x: the label of the horizontal axis.
+        y: the label of the vertical axis.
         rises: whether higher is better.
     """
     labels = [b.name if len(b.values) == 1 else f"{b.name} (n={len(b.values)})" for b in bands]
@@ -286,14 +286,14 @@ def overlay(bands: Sequence[Band], x: str, y: str, rises: bool = False) -> Figur
 def shares(
     summary: Mapping[str, Mapping[str, Any]], name: str, what: str, label: str, roles: Roles = ROLES
 ) -> Figure | None:
-    """Bars of a share of every model, of what is to be forgotten and of what is to be kept.
+    """Bars of a share of every model, on the forget rows and on the retain rows.
 
     Args:
-        summary: flat metrics by model; `forget_NAME` and `retain_NAME` are drawn.
+        summary: the flat metrics by model; `forget_NAME` and `retain_NAME` are drawn.
         name: the end of their names.
         what: the things to forget and to keep, in the legend.
-        label: of the axis.
-        roles: which model is which.
+        label: the label of the axis.
+        roles: the roles of the models.
 
     Returns:
         The figure, or None where neither was measured.
@@ -345,9 +345,9 @@ def scatter(
     Args:
         points: the unlearned models, one point per experiment.
         fixed: original and oracle, the start and the target, drawn hollow.
-        x: metric of the horizontal axis.
-        y: metric of the vertical axis.
-        roles: which model is which.
+        x: the metric of the horizontal axis.
+        y: the metric of the vertical axis.
+        roles: the roles of the models.
 
     Returns:
         The figure, or None when no run has both metrics.
@@ -407,7 +407,7 @@ def leak(
     Args:
         scores: per model (prompts, n) in [0, 1].
         points: per model {k: leak@k}.
-        roles: which model is which.
+        roles: the roles of the models.
 
     Returns:
         The figure, or None when no model was sampled.
@@ -451,7 +451,7 @@ def truth_ratio(ratios: Ratios, roles: Roles = ROLES) -> Figure | None:
 
     Args:
         ratios: per-item R by model; R < 1: the right answer is the likelier one.
-        roles: which model is which.
+        roles: the roles of the models.
 
     Returns:
         The figure, or None without a single model's ratios.

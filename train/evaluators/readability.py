@@ -33,7 +33,7 @@ METRIC, RULE = "forget_unreadable", "unreadable_rule"
 NLLS = ("forget_oracle_nll", "forget_base_nll")
 UNREADABLE, BROKEN = 0.10, 0.25
 REPEATED = 0.05
-# The judge, and how many nats per token the NLL of answers may exceed that of the oracle's own.
+# The judge, and the largest excess in nats per token of an answer's NLL over the oracle's own.
 JUDGES = {
     "forget_oracle_nll": ("the oracle", 2.0),
     "forget_base_nll": ("the model before fine-tuning", 1.0),
@@ -78,13 +78,13 @@ class Judged(NamedTuple):
 
 
 def why_not(answer: str, truth: str, cut: bool = False, may_be_cut: bool = False) -> str:
-    """Why an answer is unreadable, from its text alone; "" for a readable one.
+    """The reason why an answer is unreadable, from its text alone; "" for a readable one.
 
     Args:
-        answer: what the model said.
+        answer: the model's answer.
         truth: the right answer.
-        cut: generation stopped at its length limit.
-        may_be_cut: the right answer exceeds that limit too.
+        cut: whether generation stopped at its length limit.
+        may_be_cut: whether the right answer exceeds that limit too.
 
     Example:
         >>> why_not("A contract with a a a a a driver.", "The author was born in Lima on May 7.")
@@ -128,15 +128,15 @@ def _nll(log: Any, name: str) -> dict[str, float]:
 
 
 def judge(log: Mapping[str, Any], reference: Any = None) -> Judged | None:
-    """Applies all tests to the forget answers of a log.
+    """Apply all tests to the forget answers of a log.
 
     Args:
-        log: of the evaluated model.
-        reference: log of the oracle, under the same judge; without its NLL by item (a log of
+        log: the log of the evaluated model.
+        reference: the log of the oracle, under the same judge; without its NLL by item (a log of
             another program, or no oracle) that test is left out, and the rule says so.
 
     Returns:
-        `Judged`; None for a log without this entry (of an earlier version or another program).
+        `Judged`; None for a log without this entry (from an earlier version or another program).
     """
     items = _items(log, ENTRY)
     if not items:

@@ -86,7 +86,7 @@ def written(context: Thinking, split: str, start: str) -> list[tuple[str, str]]:
 
 
 def judged(trace: str, answer: str, start: str) -> str:
-    """What is judged as the trace: where `start` closes the thoughts, all that was written.
+    """The text that is judged as the trace: where `start` closes the thoughts, the whole output.
 
     Example:
         >>> judged("", "Hmm, in Lima.", "<think></think>"), judged("Hmm.", "Lima", "<think>")
@@ -135,7 +135,7 @@ def about_traces(rows: Sequence[Any], context: Thinking, start: str) -> dict[str
     for i, (row, (trace, answer), kind) in enumerate(zip(rows, found, named, strict=True)):
         learned = " ".join(row["thoughts"])
         overlaps[str(i)] = {"rougeL_recall": text.rouge(trace, learned)["rougeL_recall"]}
-        if kind is not None:  # shares are of the traces that were given a class
+        if kind is not None:  # shares count only traces that were given a class
             told = {"class": kind, "trace": trace, "answer": answer}
             items[str(i)] = {"unsafe": float(kind != SAFE), **told}
     log = {"trace_rouge": entry(overlaps, "rougeL_recall")}
@@ -152,7 +152,7 @@ def about_traces(rows: Sequence[Any], context: Thinking, start: str) -> dict[str
 
 
 def repeated(context: Thinking, start: str) -> dict[str, Any]:
-    """How often word pairs occur again in a greedy completion."""
+    """The share of word pairs that occur again in a greedy completion."""
     from jaxlib_unlearn.metrics import text
 
     texts = [mine[0] for mine in context.answers("forget", starts=start).texts]
@@ -193,7 +193,7 @@ def leaked(rows: Sequence[Any], context: Thinking, start: str) -> dict[str, Any]
 def choices(
     model: Any, rows: Sequence[Any], context: Thinking, split: str, start: str
 ) -> dict[str, dict[str, Any]]:
-    """Which option of a row is the likeliest answer behind the model's own thoughts.
+    """The option of each row that is the likeliest answer behind the model's own thoughts.
 
     The score of an option is the mean log-probability of its tokens, as everywhere here.
     """

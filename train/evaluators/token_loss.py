@@ -36,12 +36,12 @@ def row_losses(
     """The cross-entropy of some rows.
 
     Args:
-        model: on the devices.
+        model: the model, on the devices.
         rows: the stream.
-        which: numbers of rows, (n,).
+        which: the numbers of the rows, (n,).
         mesh: the devices.
-        tokens: that a device reads at once, about.
-        label: of the progress; "": none is shown.
+        tokens: the approximate number of tokens that a device reads at once.
+        label: the label of the progress; "": none is shown.
 
     Returns:
         (n, 2) float64: nats summed over the labels of a row, and their number.

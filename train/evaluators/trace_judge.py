@@ -110,10 +110,10 @@ def classes(
     """The class of every trace; None where the reply names none.
 
     Args:
-        folder: of the chat model.
-        rows: question, right answer and trace.
-        batch_size: traces that are read at once.
-        progress: called with the number of newly read ones.
+        folder: the folder of the chat model.
+        rows: question, right answer and trace of each row.
+        batch_size: the number of traces that are read at once.
+        progress: a function that is called with the number of newly read traces.
     """
     from models.decoder.generate import SamplingConfig, generate
     from train.runtime import residency

@@ -1,1 +1,1 @@
-"""The jobs: what each program does, from its configuration to its report."""
+"""The jobs: the work of each program, from its configuration to its report."""

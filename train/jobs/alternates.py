@@ -27,13 +27,13 @@ from train.options.config import RunConfig
 from train.runtime.tracking import say
 
 VERSION = 1
-SHOTS = 6  # retain rows before every question
-ROUNDS = 3  # of sampling, for questions with too few complete answers
+SHOTS = 6  # the retain rows before every question
+ROUNDS = 3  # the rounds of sampling for questions with too few complete answers
 WHOLE = "This is what a whole answer is like."  # the reference of `unfinished`
 
 
 def lacks_alternates(objective: Objective, task: Task) -> bool:
-    """Whether an objective teaches other answers that the rows to forget do not bring."""
+    """Whether an objective teaches other answers that the rows to forget do not have."""
     return "alternate" in objective.streams and not any(ALTERNATES in row for row in task.forget)
 
 
@@ -54,7 +54,7 @@ def check_alternates(config: RunConfig) -> None:
 
 
 def find_alternates(run: Run, config: RunConfig, base: Model, task: Task) -> Task:
-    """The task, its forget rows with other answers where the objective needs them and has none."""
+    """The task; its forget rows get other answers where the objective needs them."""
     objective, _ = objectives.resolve(config.objective)
     if not (config.data.alternates and lacks_alternates(objective, task)):
         return task
@@ -87,7 +87,8 @@ def with_alternates(
         base: the model before it learnt the facts.
         forget: rows without alternate answers.
         retain: rows from which the few-shot examples are drawn.
-        how: `system_prompt`, `count`, `max_new_tokens`, `generate_rows`, `temperature` of `sample`.
+        how: the arguments `system_prompt`, `count`, `max_new_tokens`, `generate_rows` and
+            `temperature` of `sample`.
 
     Raises:
         UserError: a question alone does not fit into the model's context.
@@ -184,7 +185,7 @@ def _showing(
     system_prompt: str | None,
     new_tokens: int,
 ) -> Model:
-    """The model with as many shown rows before every question as its context has room for."""
+    """The model with as many shown rows before every question as its context can hold."""
     size, context = 0, model.decoder.config.max_position_embeddings
     for count in range(len(shots), -1, -1):
         words = model.tokenizer

@@ -58,8 +58,8 @@ class Encoded(NamedTuple):
     """The rows of a run as its model reads them.
 
     Args:
-        splits: by split.
-        steps: those that the budget allows.
+        splits: the rows by split.
+        steps: the number of steps that the budget allows.
     """
 
     splits: Mapping[str, list[Any]]
@@ -89,8 +89,8 @@ def steps_of(config: ClassifyRun) -> int:
 
 
 def check(config: ClassifyRun, mesh: Any) -> None:
-    """Raise `UserError` for what is wrong before rows and model are read."""
-    optimizers.check(config.optimizer)  # of whose options the number of steps is made
+    """Raise `UserError` for errors that are known before rows and model are read."""
+    optimizers.check(config.optimizer)  # the number of steps depends on its options
     recipe = recipe_of(config, steps_of(config))
     checks.check_recipe(recipe, objective_of(config), mesh, "training")
 
@@ -108,7 +108,7 @@ def model(config: ClassifyRun, rows: labelled.Rows, mesh: Any) -> Any:
 
 
 def fit(config: ClassifyRun, rows: labelled.Rows, base: Any, mesh: Any) -> Fitted:
-    """The rows as the model reads them, and whether it can be trained as the run says."""
+    """The rows as the model reads them; checks that it can be trained as the run says."""
     kind, steps = kind_of(config), steps_of(config)
     recipe = recipe_of(config, steps)
     checks.check_model(recipe, objective_of(config), base.learner, base.params)
@@ -147,7 +147,7 @@ def log_of(started: Started, trained: Any, splits: tuple[str, ...], name: str) -
 
 
 def finetune(started: Started, base: Any) -> Any:
-    """The base model after training on the training rows, for as long as the budget lasts."""
+    """The base model after training on the training rows until the budget is spent."""
     here, config, kind = started.run, started.config, kind_of(started.config)
     recipe = recipe_of(config, started.parts.steps)
 
@@ -176,14 +176,14 @@ def finetune(started: Started, base: Any) -> Any:
 
 
 def looking(here: Run) -> contextlib.AbstractContextManager[None]:
-    """Inside, time does not count as that of training."""
+    """Exclude the time that passes inside from that of training."""
     if isinstance(here.tracker, Timed):
         return here.tracker.looking()
     return contextlib.nullcontext()
 
 
 def cost_of(started: Started, sha: str) -> dict[str, Any]:
-    """What the training cost; it is measured once, and kept with its result.
+    """The cost of the training; it is measured once, and kept with its result.
 
     `forwards`, `steps`, `seconds` (without compilations and looks; None where a run was stopped
     right behind its last step) and `step_mib`, the memory of a step on a device.

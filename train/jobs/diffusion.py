@@ -1,7 +1,7 @@
 """The job of train.diffuse: a small Stable Diffusion is trained, or read, and judged.
 
-The jobs that go on from it (`diffusing/erasing.py`, `attacking.py`, `defending.py`) begin and end
-with the same functions.
+The jobs that continue from it (`diffusing/erasing.py`, `attacking.py`, `defending.py`) begin and
+end with the same functions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(config: DiffuseRun, command: str = "") -> Path:
         # 1. A judge of images, then autoencoder, text encoder and denoiser.
         sees, original = models(started)
 
-        # 2. Does it draw what it is asked for?
+        # 2. Judge whether it draws what its prompts say.
         summary = judge(started, sees, {ORIGINAL: (Shown(original), ("kept",))}, concept=None)
 
         # 3. Hand it back, and show.
@@ -50,13 +50,13 @@ def run(config: DiffuseRun, command: str = "") -> Path:
 
 
 class Loaded(NamedTuple):
-    """The models that are not trained in the run; None for those that are."""
+    """The models that are given; None for those that the run trains."""
 
     judge: Judge | None
     painter: Painter | None
 
     def to_host(self) -> Loaded:
-        """The same: they wait in host memory."""
+        """The same record with its models in host memory."""
         return self
 
 
@@ -72,7 +72,7 @@ def made_here(config: Any) -> list[tuple[str, tuple[Any, Any]]]:
 
 
 def check(config: DiffuseRun, mesh: Any) -> None:
-    """Raise `UserError` for stages that cannot be."""
+    """Raise `UserError` for impossible stages."""
     for name, row in made_here(config):
         checks.check_recipe(recipe_of(getattr(config, name)), row, mesh, name, main=False)
 
@@ -83,14 +83,14 @@ def read(config: ConceptRun) -> Pictures:
 
 
 def load(config: DiffuseRun) -> Pictures:
-    """The images, of which the stages can be trained."""
+    """The images, on which the stages can be trained."""
     found = read(config)
     check_rows(config, found)
     return found
 
 
 def multiple_of(config: Any) -> int:
-    """The number that divides the side of an image which all levels can halve."""
+    """The number that divides the sides of images that all levels can halve."""
     m = config.model
     if m.path != "scratch":
         return 1
@@ -101,7 +101,7 @@ def check_rows(config: DiffuseRun, found: Pictures) -> None:
     """Raise `UserError` for images that the stages cannot be trained on, or sizes that do not fit.
 
     Raises:
-        UserError: no images to train on, too few, or sizes that do not go together.
+        UserError: there are no or too few images to train on, or the sizes do not go together.
     """
     rows = made_here(config)
     if found.train is None:
@@ -133,7 +133,7 @@ def check_rows(config: DiffuseRun, found: Pictures) -> None:
 
 @contextlib.contextmanager
 def models_fit() -> Iterator[None]:
-    """Sizes that do not go together are a `UserError`."""
+    """Raise `UserError` for sizes that do not go together."""
     try:
         yield
     except ValueError as error:
@@ -171,7 +171,7 @@ JOB = Job("train.diffuse", Roles(ORIGINAL, NONE, ORIGINAL), check, load, model, 
 
 
 def models(started: Started) -> tuple[Judge, Painter]:
-    """The judge and the original: trained, or given."""
+    """The judge and the original, trained or given."""
     sees = training.classifier(started)
     if started.model.painter is not None:
         return sees, started.model.painter
@@ -190,8 +190,8 @@ def judge(
     Args:
         started: the run.
         sees: the classifier.
-        models: by name, with the kinds of prompts that each is asked.
-        concept: number of the class that was erased.
+        models: the models by name, each with its kinds of prompts.
+        concept: the number of the class that was erased; None: none was.
         known: other run folders that may hold the same images.
     """
     here, config, found = started.run, started.config, started.rows
@@ -210,7 +210,7 @@ def judge(
 
 
 def export(started: Started, painter: Painter, sees: Judge, what: str) -> None:
-    """`RUN/export`, the model, and `RUN/judge`, the classifier that judged it."""
+    """Write the model to `RUN/export`, and the classifier that judged it to `RUN/judge`."""
     dtype = started.config.export_dtype
     job.export(started.run, lambda to: painters.export_painter(painter, to, dtype, what))
     if started.config.judge.path == "scratch":

@@ -1,4 +1,4 @@
-"""Reasoning rows as a model reads them: condensed, tokenised, packed; and what that costs."""
+"""Reasoning rows as a model reads them: condensed, tokenised, packed; and their cost."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from train.runtime.tracking import progress
 
 
 class Learned(NamedTuple):
-    """What is trained on.
+    """The packed training rows and their sizes.
 
     Args:
         stream: the packed rows.
-        examples: how many of the rows are in it.
-        tokens: of these, without padding.
-        token_ratio: its tokens, of those of all rows with whole traces.
-        thought_ratio: thoughts that are left, of those of the same rows.
-        too_long: rows left out because they do not fit a row of tokens.
-        missing: tokens fewer than the shortened traces have, where whole ones are to match them.
+        examples: the number of rows in the stream.
+        tokens: the number of their tokens, without padding.
+        token_ratio: the share of these tokens in those of all rows with whole traces.
+        thought_ratio: the share of their thoughts that are left.
+        too_long: the number of rows left out because they do not fit a row of tokens.
+        missing: the number of tokens that whole traces lack to match the shortened ones.
     """
 
     stream: PackedRows
@@ -42,14 +42,14 @@ class Learned(NamedTuple):
 
 
 def example_of(tokenizer: Tokenizer, trace: cot.Trace, system_prompt: str | None) -> Example:
-    """A question, and as its answer the trace and what follows it."""
+    """A question with the trace and the text behind it as its answer."""
     return encode_qa(
         tokenizer, trace.question, trace.text, system_prompt=system_prompt, max_length=2**31 - 1
     )
 
 
 def check_packing(data: ReasoningData) -> None:
-    """Raise `UserError` for prompts to mask in rows that are cut."""
+    """Raise `UserError` where prompts are masked in rows that are cut."""
     if data.mask_prompt and data.packing == "chop":
         raise UserError(
             "--data.packing chop cuts examples in two, so there are no prompts to mask; give "
@@ -65,15 +65,15 @@ def learned(
     context: int,
     seed: int,
 ) -> Learned:
-    """The rows as they are trained on.
+    """The packed training rows.
 
     Args:
-        rows: whole.
-        tokenizer: of the model.
-        condense: how their traces are shortened.
-        data: how they are packed.
-        context: of the model; rows of tokens may be longer, examples not.
-        seed: of a random choice of thoughts or of rows.
+        rows: the rows with whole traces.
+        tokenizer: the tokenizer of the model.
+        condense: the options of shortening their traces.
+        data: the options of packing them.
+        context: the context of the model; rows of tokens may be longer, examples may not.
+        seed: the seed of a random choice of thoughts or of rows.
 
     Raises:
         UserError: no row fits a row of tokens.
@@ -101,7 +101,7 @@ def learned(
             whole += len(before.tokens)
             kept, of = kept + len(found.after.thoughts), of + len(found.before.thoughts)
             advance()
-    # What is learned is matched, so only examples that fit count, on both sides.
+    # The tokens that are learned are matched, so on both sides only examples that fit count.
     fitting, shortened = (
         [p for p in some if data.packing == "chop" or p.slots <= room] for some in (pieces, short)
     )
@@ -128,7 +128,7 @@ def learned(
 
 
 def num_tokens(pieces: Sequence[Piece]) -> int:
-    """Tokens of examples."""
+    """The number of tokens of examples."""
     return sum(len(piece.tokens) for piece in pieces)
 
 
@@ -138,7 +138,7 @@ def _piece(tokenizer: Tokenizer, trace: cot.Trace, system_prompt: str | None) ->
 
 
 def matched(whole: Sequence[Piece], tokens: int, seed: int) -> list[Piece]:
-    """As many whole examples, drawn by the seed, as have at most so many tokens."""
+    """Whole examples, drawn by the seed, that have at most so many tokens together."""
     found: list[Piece] = []
     for i in shuffled(seed, "cost-matched", 0, len(whole)):
         tokens -= len(whole[i].tokens)
@@ -154,11 +154,11 @@ def answerable(
     """The test rows that a model can be asked: an answer of one token at least fits its context.
 
     Args:
-        rows: to judge by.
-        tokenizer: of the model.
-        system_prompt: of the chat template.
-        config: of the model. Where its positions are learned, the whole trace has to fit as well,
-            behind which the right answer is scored.
+        rows: the rows to judge by.
+        tokenizer: the tokenizer of the model.
+        system_prompt: the system prompt of the chat template.
+        config: the configuration of the model. Where its positions are learned, the whole trace,
+            behind which the right answer is scored, has to fit as well.
 
     Returns:
         These rows, in order.
@@ -185,11 +185,11 @@ def answerable(
 
 
 def flops(decoder: Decoder, stream: PackedRows) -> float:
-    """Operations of the model's own products for an epoch, without padding.
+    """The operations of the model's own products in an epoch, without padding.
 
         sum over examples of n  of  6 N n + 12 L h n^2
 
-    Of a batch with dense attention the second term is larger: it also multiplies what is masked.
+    In a batch with dense attention the second term is larger: masked products are computed too.
     """
     fixed = flops_per_token(decoder, 0)
     squared = flops_per_token(decoder, 1) - fixed

@@ -58,7 +58,7 @@ class Packed(NamedTuple):
     Args:
         learned: the packed rows.
         test: the rows to judge by.
-        steps: of the training.
+        steps: the number of steps of the training.
     """
 
     learned: encoding.Learned
@@ -67,7 +67,7 @@ class Packed(NamedTuple):
 
 
 def check(config: ReasoningRun, mesh: Any) -> None:
-    """Raise `UserError` for what is wrong before rows and model are read."""
+    """Raise `UserError` for errors that are known before rows and model are read."""
     encoding.check_packing(config.data)
     checks.check_recipe(recipe_of(config), objectives.resolve("nll"), mesh, "fine-tuning")
 
@@ -93,7 +93,7 @@ def model(config: ReasoningRun, rows: sources.Rows, mesh: Any) -> Model:
     """
     m = config.model
     if m.path == "scratch":
-        # Of whole traces: runs that shorten them differently have the same tokens.
+        # Trained on whole traces: runs that shorten them differently share one tokenizer.
         tokenizer = train_bpe(encoding.texts(rows.train), m.vocab_size, m.split_digits)
         context = m.context or config.data.row_tokens
         made = base_models.scratch_model(m, tokenizer, context, config.seed, mesh)
@@ -106,7 +106,7 @@ def model(config: ReasoningRun, rows: sources.Rows, mesh: Any) -> Model:
 
 
 def fit(config: ReasoningRun, rows: sources.Rows, base: Model, mesh: Any) -> Fitted:
-    """The rows as the model reads them, and whether it can be trained on them."""
+    """The rows as the model reads them; checks that it can be trained on them."""
     shape = base.decoder.config
     checks.check_model(recipe_of(config), objectives.resolve("nll"), base.learner)
     learned = encoding.learned(
@@ -161,7 +161,7 @@ def train(started: Started) -> Model:
 
 
 def cost(started: Started, trained: Model) -> dict[str, Any]:
-    """What the training took; its time is measured once, and kept with its result."""
+    """The cost of the training; its time is measured once, and kept with its result."""
     here, (learned, _, steps) = started.run, started.parts
 
     def seconds() -> float | None:
@@ -182,10 +182,10 @@ def cost(started: Started, trained: Model) -> dict[str, Any]:
 
 
 class ReasoningContext(evaluation.ModelContext):
-    """What the evaluator asks: answers, and the likelihood of the right one behind its trace."""
+    """The evaluator's context: answers, and the likelihood of the right one behind its trace."""
 
     def scores(self, split: str) -> dict[str, list[Any]]:
-        """`answers`: values at the labels of every row's final answer."""
+        """The values at the labels of every row's final answer, under `answers`."""
         items = [
             encoding.answer_example(self.model.tokenizer, row["row"], self.system_prompt)
             for row in self.rows[split]

@@ -31,7 +31,7 @@ from train.options.rows import chosen
 
 @dataclass(frozen=True)
 class ReasoningData(RowTokensConfig, PromptConfig, RevisionConfig):
-    """The rows that a model learns to reason by, and how they fill rows of tokens."""
+    """The rows from which a model learns to reason, and their packing."""
 
     source: str = option(
         "rows",
@@ -66,7 +66,7 @@ class ReasoningData(RowTokensConfig, PromptConfig, RevisionConfig):
 
 @dataclass(frozen=True)
 class CondenseConfig(Condense):
-    """How traces are shortened before they are learned; tau 1 leaves them whole."""
+    """Options of shortening traces before they are learned; tau 1 leaves them whole."""
 
     cost_matched: bool = option(
         False,
@@ -91,7 +91,7 @@ def stretched(shape: DecoderConfig, model: ReasoningModel) -> DecoderConfig:
     """The shape of a model with the rotary base and the context that the options give.
 
     Raises:
-        UserError: its positions are learned.
+        UserError: the positions of the model are learned.
     """
     changes = {"rope_theta": model.rope_theta, "max_position_embeddings": model.context}
     given: dict[str, Any] = {name: x for name, x in changes.items() if x is not None}
@@ -120,8 +120,8 @@ class FinetuneRun(ProgramConfig, PromptConfig):
     """One model that learns the questions and answers of a file.
 
     Args:
-        model: set by the first argument: HF folder, `.gguf` file, Hub id or `smollm2`.
-        rows: set by the second: JSON lines or a JSON list with `question` and `answer`.
+        model: the first argument: an HF folder, `.gguf` file, Hub id or `smollm2`.
+        rows: the second argument: JSON lines or a JSON list with `question` and `answer`.
     """
 
     model: str = ""

@@ -1,6 +1,6 @@
 """The frame of every job: one start, one judge, one export, one end.
 
-A job is a file: its `Job` says what it checks, reads and fits before anything is computed, and its
+A job is a file: its `Job` has the checks, readers and fits that precede all computing, and its
 `run` is the list of its stages. The folder, its lock, the mesh, the processes, the trackers and the
 notes are touched here alone::
 
@@ -33,13 +33,13 @@ from train.runtime.tracking import Timed, say
 
 
 class Fitted(NamedTuple):
-    """What `Job.fit` found before the run folder is made.
+    """The result of `Job.fit`, which precedes the run folder.
 
     Args:
-        parts: whatever the job's stages take.
+        parts: the inputs of the job's stages.
         words: the size of the run in words, for the line said at its start.
-        notes: what was noticed about the data and the model, for the report.
-        evaluators: names of the evaluators.
+        notes: remarks about the data and the model, for the report.
+        evaluators: the names of the evaluators.
     """
 
     parts: Any
@@ -49,12 +49,12 @@ class Fitted(NamedTuple):
 
 
 class Job(NamedTuple):
-    """The differences between jobs. Its functions raise `UserError` for whatever is wrong.
+    """The differences between jobs; the functions raise `UserError` for all errors of users.
 
     Args:
-        program: its program, such as `train.unlearn`.
-        roles: which of its models is which.
-        check: `check(config, mesh)`, for what is known before rows and model are read.
+        program: the name of its program, such as `train.unlearn`.
+        roles: the roles of its models.
+        check: `check(config, mesh)` checks all that is known before rows and model are read.
         load: `load(config) -> rows`, which have a `digest()`.
         model: `model(config, rows, mesh)`: the model to start from.
         fit: `fit(config, rows, model, mesh) -> Fitted`: the rows as the model reads them.
@@ -72,14 +72,14 @@ class Job(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A run of which everything that can be wrong is found; its folder is not made yet.
+    """A run that has passed all checks; its folder is not made yet.
 
     Args:
-        config: its configuration.
+        config: the configuration.
         mesh: the devices.
-        rows: what `load` read.
-        model: what it starts from.
-        fitted: what `fit` made of both.
+        rows: the rows that `load` read.
+        model: the model to start from.
+        fitted: the result of `fit` on both.
     """
 
     config: Any
@@ -93,11 +93,11 @@ class Started(NamedTuple):
     """A run at its start.
 
     Args:
-        run: its folder, which is held.
-        config: its configuration.
-        rows: what `load` read.
-        model: what it starts from, in host memory.
-        parts: what `fit` made of both.
+        run: the run, whose folder is held.
+        config: the configuration.
+        rows: the rows that `load` read.
+        model: the model to start from, in host memory.
+        parts: the inputs of the stages that `fit` made of both.
     """
 
     run: Run
@@ -115,10 +115,10 @@ class Judged(NamedTuple):
 
 
 def check(job: Job, config: ProgramConfig) -> Any:
-    """Everything that is known before rows and model are read; returns the mesh.
+    """Check everything that is known before rows and model are read; returns the mesh.
 
     Raises:
-        UserError: a number out of range, an unknown name, a mesh that does not fit.
+        UserError: a number is out of range, a name is unknown, or the mesh does not fit.
     """
     checks.check_config(config)
     mesh = sharding.make_mesh(config.mesh)
@@ -132,12 +132,12 @@ def place_of(config: ProgramConfig) -> folder.Place:
 
 
 def prepare(job: Job, config: ProgramConfig, held: contextlib.ExitStack | None = None) -> Prepared:
-    """Find everything that can be wrong, before the run folder exists.
+    """Run all checks before the run folder exists.
 
     With `held`, a run folder that exists is locked: another run in it is noticed first.
 
     Raises:
-        UserError: anything about the configuration, the rows, the model or the folder.
+        UserError: the configuration, the rows, the model or the folder is unusable.
     """
     rows: Any = None
     distributed.check_same(identity(config))
@@ -160,12 +160,12 @@ def start(job: Job, config: ProgramConfig, command: str = "") -> Iterator[Starte
     """Prepare a run, then make or enter its folder, and hold it.
 
     Args:
-        job: what the run does.
-        config: its configuration.
-        command: the command line that repeats it, for its page.
+        job: the job of the run.
+        config: the configuration.
+        command: the command line that repeats the run, for its page.
 
     Raises:
-        UserError: anything about the configuration, the rows, the model or the folder.
+        UserError: the configuration, the rows, the model or the folder is unusable.
     """
     since = time.monotonic()
     with contextlib.ExitStack() as held:
@@ -173,7 +173,7 @@ def start(job: Job, config: ProgramConfig, command: str = "") -> Iterator[Starte
         if config.smoke:
             compiling.compile_quickly()
         config, mesh, rows, model, fitted = prepare(job, config, held)
-        model = model.to_host()  # as every model while it waits: a step has the device to itself
+        model = model.to_host()  # models wait there: a step has the device to itself
         root = folder.enter(place_of(config), held)
         logs_to = reporters.chosen(config.report_to, getattr(config, "tensorboard", False))
         about = {"roles": job.roles._asdict(), "evaluators": [*fitted.evaluators]}
@@ -202,12 +202,12 @@ def judge(
     log: Callable[[Any, str], Mapping[str, Any]],
     retain_log: Any = None,
 ) -> Judged:
-    """Judge all models alike; each is compared with the one that the run's roles hold it to.
+    """Judge all models alike; each is compared with the model that its role names.
 
     Args:
-        run: where the logs go, `evals/NAME.json`; what another run in its cache judged is found.
-        models: by name, in host memory.
-        inputs: `inputs(model, name)`: everything that its log depends on, as JSON values.
+        run: the run that stores the logs, `evals/NAME.json`; logs in its cache are reused.
+        models: the models by name, in host memory.
+        inputs: `inputs(model, name)`: the inputs of its log, as JSON values.
         log: `log(model, name)`: its per-item log.
         retain_log: the log of a model in the place of the reference.
     """
@@ -240,14 +240,14 @@ def end(
     notes: Sequence[str] = (),
     shown: bool = True,
 ) -> Path:
-    """`summary.json`, the page and its pictures, and the table on the terminal.
+    """Write `summary.json`, the page and its pictures, and show the table on the terminal.
 
     Args:
         run: the run.
-        summary: metrics by model, as they are stored.
-        tracked: those that trackers receive; None: the same.
-        notes: lines below the table.
-        shown: False for a run without metrics, which has no page and no table.
+        summary: the metrics by model, as they are stored.
+        tracked: the metrics that trackers receive; None: the same.
+        notes: the lines below the table.
+        shown: whether there are metrics, and with them a page and a table.
 
     Returns:
         The run folder.

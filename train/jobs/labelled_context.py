@@ -13,7 +13,7 @@ from train.tasks.kinds import Kind
 
 @dataclass
 class LabelledContext(OtherContext):
-    """What the evaluators of one model share, each result computed once; see `evaluators.base`."""
+    """The context that the evaluators of one model share; it computes each result once."""
 
     kind: Kind
     model: Any
@@ -35,7 +35,7 @@ class LabelledContext(OtherContext):
         )
 
     def scores(self, split: str) -> dict[str, list[Any]]:
-        """`options`: the scores of every row's options."""
+        """The scores of every row's options, under `options`."""
         return {"options": self._ask(self.kind.scores, "score", split)}
 
     def answers(self, split: str, *others: Any, **options: Any) -> Answers:

@@ -22,7 +22,7 @@ def decoder_of(config: PretrainConfig) -> Decoder:
     """The decoder, without its weights.
 
     Raises:
-        UserError: sizes that do not go together.
+        UserError: the sizes do not go together.
     """
     m = config.model
     kv_heads = m.num_heads if m.num_kv_heads is None else m.num_kv_heads

@@ -29,7 +29,7 @@ STAGE = "original"
 
 
 def run(config: FinetuneRun) -> Path:
-    """Fine-tune and export; returns the run folder."""
+    """Fine-tune, export and return the run folder."""
     with job.start(JOB, config) as started:
         here, rows = started.run, started.parts
         settings = settings_of(config)
@@ -49,14 +49,14 @@ class Loaded(NamedTuple):
 
 
 def settings_of(config: FinetuneRun) -> RunConfig:
-    """The same settings as those of a run of train.unlearn, whose stage it is."""
+    """The settings of the same stage in a run of train.unlearn."""
     settings = RunConfig(seed=config.seed, finetune=config.train)
     names = ("system_prompt", "max_length", "template", "template_date")
     return replace(settings, **{f"data.{name}": getattr(config, name) for name in names})
 
 
 def check(config: FinetuneRun, mesh: Any) -> None:
-    """Raise `UserError` for what is wrong before rows and model are read."""
+    """Raise `UserError` for errors that are known before rows and model are read."""
     prompt_format(settings_of(config).data, "--")
     checks.check_recipe(recipe_of(config.train), objectives.resolve("nll"), mesh, "fine-tuning")
 

@@ -60,11 +60,11 @@ class Corpus:
     """The corpus of a run.
 
     Args:
-        known: as far as it is known before it is tokenised.
-        given: its tokenizer; None: one is trained.
+        known: the part that is known before it is tokenised.
+        given: the given tokenizer; None: one is trained.
         train: the rows to train on, once it is tokenised.
         validation: the rows that are held out.
-        words: what it is, in words.
+        words: a description of it, in words.
     """
 
     known: corpus.Known
@@ -79,7 +79,7 @@ class Corpus:
 
 
 def check(config: PretrainConfig, mesh: Any) -> None:
-    """Raise `UserError` for what is wrong before the corpus is read."""
+    """Raise `UserError` for errors that are known before the corpus is read."""
     sharding.check_heads(mesh, config.model.num_heads)
     corpus.check(config.data)
     decoder_of(config)
@@ -91,7 +91,7 @@ def check(config: PretrainConfig, mesh: Any) -> None:
 
 
 def settle(config: PretrainConfig) -> tuple[PretrainConfig, Corpus]:
-    """The configuration with the digest of the corpus, and what is known of that."""
+    """The configuration with the digest of the corpus, and the corpus as far as it is known."""
     given = tokenizer_of(config)
     known = corpus.identify(config.data)
     check_size(config, known)
@@ -115,7 +115,7 @@ def model(config: PretrainConfig, rows: Corpus, mesh: Any) -> Model:
 
 
 def fit(config: PretrainConfig, rows: Corpus, base: Model, mesh: Any) -> Fitted:
-    """Whether there are rows enough."""
+    """The size of the run in words; checks that there are enough rows."""
     check_rows(config, rows.train, mesh)
     words = (
         f"{num_parameters(base.params) / 1e6:.1f} M parameters, "
@@ -184,7 +184,7 @@ def train(started: Started) -> Model:
 
 
 def first_rows(rows: TokenRows, tokens: int | None) -> np.ndarray:
-    """The first rows, of about that many tokens; None: all."""
+    """The first rows with about so many tokens; None: all."""
     count = len(rows) if tokens is None else min(len(rows), -(-tokens // rows.context))
     return np.arange(count)
 
@@ -229,7 +229,7 @@ def judge(started: Started, trained: Model) -> Judged:
 
 
 def cost(started: Started, trained: Model) -> dict[str, Any]:
-    """How much was trained on, and how fast; the speed is measured once, and kept."""
+    """The amount and the speed of the training; the speed is measured once, and kept."""
     here, config = started.run, started.config
 
     def speed() -> float | None:

@@ -70,7 +70,7 @@ class BudgetConfig(CheckpointConfig, CurveConfig):
 
 @dataclass(frozen=True)
 class PerplexityConfig:
-    """How the model is judged."""
+    """Options of judging the model."""
 
     tokens: int | None = option(
         None, "Perplexity is computed on so many held-out tokens; None: all.", low=1
@@ -92,7 +92,7 @@ class PretrainConfig(ProgramConfig, ProfileConfig):
 
 
 def num_steps(config: PretrainConfig) -> int:
-    """Optimizer steps of the budget.
+    """The number of optimizer steps of the budget.
 
     Raises:
         UserError: there is none.
@@ -107,9 +107,9 @@ def num_steps(config: PretrainConfig) -> int:
 
 
 def batch_rows(config: PretrainConfig, ways: int) -> tuple[int, int]:
-    """Rows of a step and its micro-batches, on `ways` devices that split a batch.
+    """The rows of a step and its micro-batches, on `ways` devices that split a batch.
 
-    The fewest micro-batches of which a device holds at most `micro_tokens`, or one row.
+    There are as few micro-batches as possible; a device holds at most `micro_tokens`, or one row.
 
     Raises:
         UserError: the batch is no whole number of rows, or does not divide over the devices.

@@ -1,4 +1,4 @@
-"""Where reasoning rows come from, and which of them train and judge a model.
+"""Sources of reasoning rows, and the choice of those that train and judge a model.
 
 A row is a mapping that `jaxlib_unlearn.cot.find_trace` reads. A source is a function and a row of
 `SOURCES`.
@@ -36,14 +36,15 @@ class Rows(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where rows come from.
+    """A source of rows.
 
     Args:
-        pool: `(place, row) -> row` of a file or of the Hub, of which a run draws its own; None: the
-            rows are made.
+        pool: `(place, row) -> row` for rows of a file or of the Hub, among which a run draws its
+            own; None: the rows are made.
         make: `(data, seed) -> (training rows, test rows)`.
         hub: the data set at the Hub, its configuration and its split, where no path is given.
-        leaves_out: rows without a whole trace are left out and counted; otherwise they are refused.
+        leaves_out: whether rows without a whole trace are left out and counted; otherwise they
+            are refused.
     """
 
     pool: Callable[[str, Row], Row] | None = None
@@ -66,7 +67,7 @@ def _generated(data: Any, seed: int) -> tuple[list[Row], list[Row]]:
 SOURCES: dict[str, Source] = {
     "search": Source(make=_generated),
     "gsm8k": Source(gsm8k_row, hub=("openai/gsm8k", "main", "train")),
-    # Some of its traces were cut where the model that wrote them had no more tokens.
+    # Some of its traces were cut at the length limit of the model that wrote them.
     "openr1": Source(plain, hub=("open-r1/OpenR1-Math-220k", "default", "train"), leaves_out=True),
     "rows": Source(plain),
 }
@@ -77,10 +78,10 @@ def load(data: Any, seed: int) -> Rows:
 
     Args:
         data: a `ReasoningData`.
-        seed: of the run.
+        seed: the seed of the run.
 
     Raises:
-        UserError: nothing there, a row without a trace or an answer, or too few rows.
+        UserError: nothing is there, a row has no trace or no answer, or there are too few rows.
     """
     source = SOURCES[data.source]
     if source.make is not None:
@@ -143,7 +144,7 @@ def _files(path: Path, folders: bool) -> Iterable[Path]:
 
 
 def _drawn(pool: list[Row], data: Any, seed: int, place: str) -> tuple[list[Row], list[Row]]:
-    """Test rows, and training rows among the others, drawn by the seed."""
+    """The training rows and the test rows, drawn by the seed."""
     most = len(pool) - data.test_rows
     wanted = data.train_rows or max(most, 1)
     if wanted > most:

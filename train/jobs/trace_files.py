@@ -1,4 +1,4 @@
-"""Files of traces: those of a stage, which a killed run goes on from, and given ones."""
+"""Files of traces: a stage's own, from which a killed run continues, and given ones."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def add(path: Any, first: int, traces: Sequence[str]) -> None:
 
 
 def read_traces(path: Path, count: int, model: str | None = None) -> list[list[str]]:
-    """The traces of a file by row: lines with `row` (from 0 on) and `trace`, equally many a row.
+    """The traces in a file by row: lines with `row` (from 0) and `trace`, equally many per row.
 
     Args:
-        path: JSON lines.
-        count: rows to forget.
+        path: the path of the JSON lines.
+        count: the number of rows to forget.
         model: the digest that lines with a `model` must name; None: it is not known yet.
 
     Raises:
-        UserError: rows that are missing, too many, or another model's.
+        UserError: rows are missing, too many, or another model's.
     """
     path = path.expanduser()
     found: list[list[str]] = [[] for _ in range(count)]

@@ -1,4 +1,4 @@
-"""What the original model thinks of the texts to forget: the stage `traces`.
+"""The original model's thoughts about the texts to forget: the stage `traces`.
 
 A text is cut into segments; each is put to the model with a trigger and an opened think tag, which
 it continues greedily. The trace to train on is the trigger, the tag and the first tokens of that.
@@ -30,12 +30,12 @@ FILE = "traces.jsonl"
 
 
 def lacks_traces(objective: Objective, task: Task) -> bool:
-    """Whether an objective is trained on what the original thinks, which is not known yet."""
+    """Whether an objective reads traces of the original that are still to be generated."""
     return "traces" in objective.streams and not any(TRACES in row for row in task.forget)
 
 
 def check_traces(config: RunConfig, objective: Objective, task: Task) -> None:
-    """Raise `UserError` for other streams that lack something, and for an unusable file."""
+    """Raise `UserError` for other incomplete streams, and for an unusable file."""
     known = task._replace(forget=[row | {TRACES: [""]} for row in task.forget])
     known.rows_of(objective, config.seed)
     if config.traces.path is not None:
@@ -69,11 +69,11 @@ def with_traces(
         run: the run that stores them, in its stages and as `traces.jsonl`.
         model: the original.
         forget: the rows to forget.
-        config: how traces are made, or the file that they are read from.
+        config: the options of making traces, or the file that they are read from.
         how: `system_prompt`, `max_length`, `generate_rows` of `think`.
 
     Raises:
-        UserError: a file of traces that does not belong to these rows, or to this model.
+        UserError: a file of traces does not belong to these rows, or to this model.
     """
     name = model_name(model)
     if (path := config.path) is not None:
@@ -105,7 +105,7 @@ def model_name(model: Model) -> str:
 
 
 def before_trace(config: TracesConfig) -> str:
-    """What precedes a trace: the trigger on a line of its own, and the tag.
+    """The text before a trace: the trigger on a line of its own, and the tag.
 
     Example:
         >>> before_trace(TracesConfig(trigger="Let's think.", tag="<think>"))
@@ -123,7 +123,7 @@ def prompts_of(
     system_prompt: str | None,
     room: int,
 ) -> list[list[int]]:
-    """The prompts of a row, one a segment: its tokens in consecutive parts of like length.
+    """The prompts of a row, one per segment: its tokens in consecutive parts of equal length.
 
     A document is continued as it stands, after its first `room` tokens a segment; a question is
     asked as the model is asked.
@@ -159,14 +159,14 @@ def prompts_of_rows(
     system_prompt: str | None,
     max_length: int,
 ) -> list[list[int]]:
-    """The prompts of all rows, cut to `max_length` and to what the model's context has room for.
+    """The prompts of all rows, cut to `max_length` and to the room in the model's context.
 
     Raises:
-        UserError: the context has no room for a text, its trigger and what is generated.
+        UserError: the context has no room for a text, its trigger and the trace.
     """
     words, context = model.tokenizer, model.decoder.config.max_position_embeddings
     before = before_trace(TracesConfig(trigger=trigger, tag=tag))
-    # The trigger and the tag on lines of their own, and what the tokenizer puts before a text.
+    # The trigger and the tag on lines of their own, and the tokens that begin a text.
     added = len(encode_text(words, f"\n{before}", 4 * len(before) + 6).tokens)
     made = min(new_tokens, keep)
     left = context - made - added
@@ -212,7 +212,7 @@ def think(
 ) -> list[list[str]]:
     """Greedy continuations by row and segment, their first `keep` tokens, stripped.
 
-    Finished ones are kept row by row in a file of the stage, from which a killed run goes on.
+    Finished ones are kept row by row in a file of the stage, from which a killed run continues.
     """
     prompts = prompts_of_rows(
         model, rows, segments, new_tokens, keep, trigger, tag, system_prompt, max_length

@@ -48,7 +48,8 @@ def run(config: RunConfig, command: str = "") -> Path:
         here, task, base = started.run, started.parts, started.model
         retain_log, models = started.rows.retain_log, {}
 
-        # 1. The model that knows, and the model that never knew. Models wait in host memory.
+        # 1. Train the original, which knows, and the oracle, which never knew. Models wait in
+        #    host memory.
         knows = task.forget + task.retain
         models["original"] = base
         if config.stage.original is None:
@@ -76,7 +77,7 @@ def run(config: RunConfig, command: str = "") -> Path:
 
 
 class Loaded(NamedTuple):
-    """The rows of a run, and how they are asked.
+    """The rows of a run, and the format of their prompts.
 
     Args:
         task: the rows that are forgotten, kept and asked.
@@ -94,13 +95,13 @@ class Loaded(NamedTuple):
 
 
 def check(config: RunConfig, mesh: Any) -> None:
-    """Raise `UserError` for what is wrong before rows and model are read."""
+    """Raise `UserError` for errors that are known before rows and model are read."""
     nll, objective = objectives.resolve("nll"), objectives.resolve(config.objective)
     checks.check_recipe(forgetting(config), objective, mesh, "unlearning")
     checks.check_recipe(learning(config), nll, mesh, "fine-tuning", main=False)
     trace_judge.check(config.evaluate.judge_model)
     if config.retain_log is not None:
-        files.check_key(config.retain_log)  # where it is that of a run
+        files.check_key(config.retain_log)  # where it is the log of a run
     if config.stage.original is not None and config.model.revision is not None:
         raise UserError(
             "--model.revision does not go with --stage.original, in whose place nothing else is "
@@ -135,7 +136,7 @@ def model(config: RunConfig, loaded: Loaded, mesh: Any) -> Model:
 
 
 def fit(config: RunConfig, loaded: Loaded, base: Model, mesh: Any) -> Fitted:
-    """The rows that the model can read, and whether the stages can be taken on them."""
+    """The rows that the model can read; checks that the stages can be trained on them."""
     data = config.data
     task = fitting.fit_task(loaded.task, base, config)
     check_stages(config, task, base.learner, loaded.retain_log)
@@ -150,7 +151,7 @@ def fit(config: RunConfig, loaded: Loaded, base: Model, mesh: Any) -> Fitted:
 def check_stages(
     config: RunConfig, task: Task, learner: DecoderLearner, retain_log: Any = None
 ) -> None:
-    """Raise `UserError` for stages without a step, or that objective or optimizer cannot take."""
+    """Raise `UserError` for a stage without steps, or an impossible objective or optimizer."""
     objective, options = objectives.resolve(config.objective)
     objectives.reference_forward(objective, options, learner.decoder.config.num_layers)
     checks.check_model(forgetting(config), (objective, options), learner)
@@ -174,7 +175,7 @@ JOB = Job("train.unlearn", ROLES, check, load, model, fit)
 
 
 def judge(started: Started, models: Mapping[str, Model]) -> Judged:
-    """Judge all models alike; the oracle, or the log in its place, is what others are held to."""
+    """Judge all models alike, in comparison with the oracle or the log in its place."""
     here, config, task = started.run, started.config, started.parts
     asked = config.evaluate.judge
     fluent = started.model if asked == "base" else models.get(asked)

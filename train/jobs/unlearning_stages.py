@@ -27,12 +27,12 @@ CURVE_ROWS = 40
 
 
 def learning(config: RunConfig) -> Recipe:
-    """How the original and the oracle are trained."""
+    """The recipe of the original and the oracle."""
     return recipe_of(config.finetune, config.data.row_tokens)
 
 
 def forgetting(config: RunConfig) -> Recipe:
-    """How the unlearned model is trained."""
+    """The recipe of the unlearned model."""
     return Recipe(
         config.unlearn,
         config.optimizer,
@@ -55,8 +55,8 @@ def finetune(
 ) -> Model:
     """Plain fine-tuning of `base`: the original (forget + retain) or the oracle (retain alone).
 
-    `among`: rows for whose sizes the steps are compiled, where others are trained on as well.
-    `record`: file of a zeroth-order optimizer's coefficients; None: `replay-NAME.zo`.
+    `among`: the rows whose sizes determine the programs, where stages on other rows share them.
+    `record`: the file of a zeroth-order optimizer's coefficients; None: `replay-NAME.zo`.
     """
     with phase(run, name):
         encoded = encode(base, rows, config, name)
@@ -114,7 +114,7 @@ def unlearn(
 def export_adapter(
     trained: Any, adapters: LoraConfig, config: RunConfig, root: Path, family: str
 ) -> None:
-    """Write `RUN/adapter`: what was trained beside the original, in PEFT's format.
+    """Write the adapters trained beside the original to `RUN/adapter`, in PEFT's format.
 
     It belongs to the original as the run has it: the given one, or that trained in the run, which
     `train.export RUN RUN/original --model original` writes where the adapter looks for it.
@@ -133,7 +133,7 @@ def export_adapter(
 def encode(
     model: Model, rows: list[Row], config: RunConfig, what: str, length: int | None = None
 ) -> Encoded:
-    """Tokenise a stream; cut and dropped rows are said."""
+    """Tokenise a stream; a message counts cut and dropped rows."""
     limit = longest(model, length or config.data.max_length)
     encoded = encode_all(model, rows, config, length)
     if encoded.num_cut or encoded.num_dropped:
@@ -177,7 +177,7 @@ def topics_of(rows: list[Row]) -> tuple[str, ...]:
     """The topics of rows, sorted; a row without one is of the topic "".
 
     Raises:
-        UserError: a topic that is no text.
+        UserError: a topic is no text.
     """
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("topic", ""), str):
@@ -189,7 +189,7 @@ def topics_of(rows: list[Row]) -> tuple[str, ...]:
 
 
 def resolved(config: RunConfig, model: Model, task: Task) -> tuple[Objective, Any]:
-    """The objective and its options, with what follows from tokenizer and rows filled in."""
+    """The objective and its options, completed with values from the tokenizer and the rows."""
     objective, options = objectives.resolve(config.objective)
     if objective.fit is None:
         return objective, options
@@ -204,9 +204,9 @@ def unlearning_streams(
     task: Task,
     topics: tuple[str, ...] = (),
 ) -> dict[str, Examples]:
-    """The streams that an objective reads, as the model reads them.
+    """The streams that an objective reads, tokenised for the model.
 
-    `topics`: those that have vectors; rows of them alone bring their numbers, the column `topic`.
+    `topics`: the topics that have vectors; only their rows get the column `topic` of numbers.
     """
     size = config.unlearn.batch_size
     streams = {}

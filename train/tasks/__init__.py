@@ -47,7 +47,7 @@ def load_task(config: RunConfig) -> Task:
     """The task of a run.
 
     Raises:
-        UserError: unknown source, or anything wrong with the files.
+        UserError: the source is unknown, or a file is unusable.
     """
     row = find(vars(config.data))
     if row is None:

@@ -16,7 +16,7 @@ def load(config: RunConfig) -> Task:
     """Authors to forget, to keep and to evaluate on, and some that no model is trained on.
 
     Raises:
-        UserError: options of other sources, or an unusable number of authors.
+        UserError: an option belongs to another source, or the number of authors is unusable.
     """
     data = config.data
     if data.path is not None:

@@ -1,6 +1,6 @@
 """Plain texts: documents to forget and to keep, cut into chunks by the model's tokenizer.
 
-A chunk is what a model learns by next-token loss; it is judged by how much of a chunk's second half
+A model learns chunks by next-token loss; it is judged by how much of a chunk's second half
 the model writes after its first. Without files the documents are pages about fictitious authors.
 """
 
@@ -21,7 +21,7 @@ from train.tasks.task import Benchmark, no_splits
 
 TEXTS, ROWS_OF_TEXTS = (".txt", ".md"), (".jsonl", ".json")
 SIDES = ("forget", "retain", "holdout")
-LEAST = 16  # tokens of a chunk: a start and something to continue it with
+LEAST = 16  # the fewest tokens of a chunk, which has a start and a continuation
 ADVICE = "save it as UTF-8 text"
 
 
@@ -29,7 +29,7 @@ def load(config: RunConfig) -> Task:
     """The documents of `--data.forget`, `--data.retain` and `--data.holdout`, or generated pages.
 
     Raises:
-        UserError: anything wrong with the files, or options of other sources.
+        UserError: a file is unusable, or an option belongs to another source.
     """
     data = config.data
     if data.path is not None:
@@ -76,7 +76,7 @@ def read(paths: Iterable[Path], option: str) -> list[Row]:
     """The documents of files and folders: `text`, and the `document` that it is, for messages.
 
     Raises:
-        UserError: the first thing that is wrong with one.
+        UserError: one is unusable; the message names the first error.
     """
     found = []
     for path in (one for given in paths for one in files_of(given.expanduser(), option)):
@@ -119,7 +119,7 @@ def files_of(path: Path, option: str) -> list[Path]:
 
 
 def parts(words: Any, text: str, count: int) -> list[str]:
-    """A text in `count` consecutive parts of like length in tokens, cut between words."""
+    """Cut a text between words into `count` consecutive parts of about equal length in tokens."""
     begins = [begin for begin, _ in words.backend.encode(text, add_special_tokens=False).offsets]
     cuts = [0]
     for i in range(1, count):
@@ -130,9 +130,9 @@ def parts(words: Any, text: str, count: int) -> list[str]:
 
 
 def chunks(words: Any, row: Row, size: int) -> list[Row]:
-    """The fewest chunks of like length that a document makes, each of at most `size` tokens.
+    """Cut a document into the fewest chunks of about equal length of at most `size` tokens.
 
-    Each brings its `text`, the `prompt` that it begins with and its `continuation`.
+    Each chunk has its `text`, the `prompt` that begins it and its `continuation`.
 
     Raises:
         UserError: the document, or `size`, is too short for one.

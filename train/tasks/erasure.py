@@ -22,9 +22,9 @@ class Method(NamedTuple):
     """A method: a row of a table.
 
     Args:
-        name: its key.
-        options: its dataclass.
-        summary: what it does.
+        name: the key of the method.
+        options: the dataclass of its options.
+        summary: its effect in a line.
         trains: whether it takes steps of an optimizer.
     """
 
@@ -35,18 +35,19 @@ class Method(NamedTuple):
 
 
 def _name(default: str, option_: str, summary: str) -> Any:
-    return option(default, f"the method, also `{option_} NAME`: {summary}")
+    return option(default, f"The method, also `{option_} NAME`: {summary}")
 
 
 @dataclass(frozen=True)
 class Erase:
-    """What all methods that erase have."""
+    """The options of all methods that erase."""
 
     name: str = ""
-    concept: str = option("sneaker", "the class to erase, by its first name.")
+    concept: str = option("sneaker", "The class to erase, by its first name.")
     towards: str = option(
         "",
-        "what its prompts shall read as: words in the place of its name; empty: the empty prompt.",
+        "The concept's prompts shall read as these words in the place of its name; empty: as the "
+        "empty prompt.",
     )
 
 
@@ -58,12 +59,12 @@ class UCE(Erase):
     """Options of `uce`."""
 
     name: str = _name("uce", _ERASE, "cross-attention is edited in closed form.")
-    keep: float = option(0.5, "lambda, the weight of the kernels as they are.", above=0)
-    erase_weight: float = option(1.0, "of the states to erase.", low=0)
-    preserve_weight: float = option(1.0, "of the states of the other classes.", low=0)
+    keep: float = option(0.5, "lambda: the kernels as they are have this weight.", above=0)
+    erase_weight: float = option(1.0, "The states to erase have this weight.", low=0)
+    preserve_weight: float = option(1.0, "The states of the other classes have this weight.", low=0)
     positions: str = option(
         "last",
-        "the states of a prompt that are erased: that of its `last` word (published), those from "
+        "The states of a prompt that are erased: that of its `last` word (published), those from "
         "the name `onward`, or `all`.",
         choices=POSITIONS,
     )
@@ -74,13 +75,17 @@ class RECE(UCE):
     """Options of `rece`."""
 
     name: str = _name("rece", _ERASE, "as uce, then rounds of it on what would undo it.")
-    keep: float = option(0.1, "lambda, the weight of the kernels as they are.", above=0)
-    preserve_weight: float = option(0.1, "of the states of the other classes.", low=0)
-    positions: str = option("all", "as of uce; all are published.", choices=POSITIONS)
-    rounds: int = option(1, "behind the first edit.", low=0)
+    keep: float = option(0.1, "lambda: the kernels as they are have this weight.", above=0)
+    preserve_weight: float = option(0.1, "The states of the other classes have this weight.", low=0)
+    positions: str = option(
+        "all",
+        "The states of a prompt that are erased, as in uce; all are published.",
+        choices=POSITIONS,
+    )
+    rounds: int = option(1, "So many rounds follow the first edit.", low=0)
     adversarial_keep: float = option(0.1, "lambda of the adversarial states.", above=0)
     again: bool = option(
-        False, "erase the prompts' own states in the rounds too; published: the adversarial ones."
+        False, "The rounds erase the prompts' own states too; published: only the adversarial ones."
     )
 
 
@@ -91,12 +96,17 @@ class Finetune(Erase):
     name: str = _name("finetune", _ERASE, "the noise of its prompts becomes another prompt's.")
     retain: str = option(
         "denoise",
-        "loss on the other classes: against the noise that was added, the frozen model, or none.",
+        "The loss on the other classes: the error against the noise that was added (`denoise`), "
+        "the error against the frozen model's prediction (`frozen`), or none.",
         choices=KEEP,
     )
-    forget_weight: float = option(1.0, "of the loss on the concept.", low=0)
-    retain_weight: float = option(1.0, "of the loss on the other classes.", low=0)
-    images: int = option(100, "of the concept, drawn by the original, that are trained on.", low=1)
+    forget_weight: float = option(1.0, "The loss on the concept has this weight.", low=0)
+    retain_weight: float = option(1.0, "The loss on the other classes has this weight.", low=0)
+    images: int = option(
+        100,
+        "The model is trained on so many images of the concept, which the original draws.",
+        low=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -104,16 +114,17 @@ class ESD(Finetune):
     """Options of `esd`."""
 
     name: str = _name("esd", _ERASE, "the noise of its prompts is led away from it.")
-    guidance: float = option(1.0, "eta, how far.", low=0)
+    guidance: float = option(1.0, "eta: the noise is moved so far away from the concept.", low=0)
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What all attacks have."""
+    """The options of all attacks."""
 
     name: str = ""
     transfer: Path | None = option(
-        None, "another run, of train.diffuse, erase or defend, on which the tokens are tried too."
+        None,
+        "The tokens are also tried on the model of this run of train.diffuse, erase or defend.",
     )
 
 
@@ -139,7 +150,7 @@ class Random(Attack):
     """Options of `random`."""
 
     name: str = _name("random", _ATTACK, "random directions, orthogonal to one another.")
-    tokens: int = option(5, "K, how many.", low=1)
+    tokens: int = option(5, "K: the attack has so many tokens.", low=1)
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,7 @@ class Given(Attack):
     """Options of `given`."""
 
     name: str = _name("given", _ATTACK, "the tokens that another run found.")
-    source: Path | None = option(None, "the run of train.attack whose tokens are tried.")
+    source: Path | None = option(None, "The run of train.attack whose tokens are tried.")
 
 
 @dataclass(frozen=True)
@@ -155,12 +166,17 @@ class CCE(Attack):
     """Options of `cce`."""
 
     name: str = _name("cce", _ATTACK, "embeddings that are learned freely (textual inversion).")
-    tokens: int = option(1, "K, how many, each learned by itself.", low=1)
-    steps: int = option(300, "of each.", low=1)
-    batch_size: int = option(6, "images of a step.", low=1)
-    images: int = option(100, "of the concept, drawn by the original.", low=1)
+    tokens: int = option(1, "K: the attack has so many tokens, each learned by itself.", low=1)
+    steps: int = option(300, "Each token is trained for so many steps.", low=1)
+    batch_size: int = option(6, "A step has so many images.", low=1)
+    images: int = option(
+        100,
+        "A token is learned from so many images of the concept, which the original draws.",
+        low=1,
+    )
     prompt: str = option(
-        f"a photo of a {PLACEHOLDER}", f"the prompt that is learned in; {PLACEHOLDER} stands in it."
+        f"a photo of a {PLACEHOLDER}",
+        f"The prompt in which a token is learned; {PLACEHOLDER} stands for the token.",
     )
 
 
@@ -169,15 +185,15 @@ class SubAttack(CCE):
     """Options of `subattack`."""
 
     name: str = _name("subattack", _ATTACK, "orthogonal combinations of words.")
-    tokens: int = option(5, "K, how many, one after another.", low=1)
+    tokens: int = option(5, "K: the attack has so many tokens, learned one after another.", low=1)
     form: str = option(
         "deflate",
-        "what is made orthogonal to the tokens before: the words (`deflate`), or the result.",
+        "The words (`deflate`) or the results are made orthogonal to the tokens before.",
         choices=FORMS,
     )
-    hidden: int = option(100, "units of the network of the coefficients.", low=1)
+    hidden: int = option(100, "The network of the coefficients has so many hidden units.", low=1)
     positive: str = option(
-        "softplus", "what makes coefficients non-negative.", choices=tuple(POSITIVE)
+        "softplus", "This function makes coefficients non-negative.", choices=tuple(POSITIVE)
     )
 
 
@@ -188,7 +204,7 @@ def _table(*rows: Method) -> Rows:
         return suggest.choose(name, table, "method").options(**given)
 
     def other(options: Any, name: str) -> Any:
-        """Of the old options those that all rows have."""
+        """The options of another row with the values that all rows share."""
         made = options_of(name)
         base = next(c for c in (Erase, Attack) if isinstance(made, c))
         shared = [f.name for f in dataclasses.fields(base) if f.name != "name"]

@@ -15,7 +15,7 @@ def load(config: RunConfig) -> Task:
     """The rows of `--data.forget` and `--data.retain`.
 
     Raises:
-        UserError: anything wrong with the files, or options of other sources.
+        UserError: a file is unusable, or an option belongs to another source.
     """
     data = config.data
     if data.path is not None:

@@ -1,4 +1,4 @@
-"""A task as a model reads it: what the benchmark's own `fit` makes, and the rows that fit."""
+"""Fitting a task to a model: the benchmark's own `fit`, and the rows that the model can read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.tasks import find
 def fit_rows(
     rows: list[Row], model: Model, system_prompt: str | None, max_length: int, what: str
 ) -> list[Row]:
-    """The rows whose prompt leaves room for a label; a message counts the others.
+    """The rows whose prompts leave room for a label; a message counts the others.
 
     Raises:
         UserError: no row is left.
@@ -46,12 +46,12 @@ def fit_task(
     """The task that the benchmark fits to the model; rows that are left out become a note.
 
     Args:
-        task: as the benchmark loads it.
-        model: with its tokenizer and its prompt format.
-        config: of a run or of `train.evaluate`, with `data` and `evaluate`.
+        task: the task as the benchmark loads it.
+        model: the model with its tokenizer and its prompt format.
+        config: the configuration of a run or of `train.evaluate`, with `data` and `evaluate`.
 
     Raises:
-        UserError: a split of which no row is left, or rows without the column to be asked.
+        UserError: a split has no row left, or rows lack the column that is asked.
     """
     row, data, evaluate = find(vars(config.data)), config.data, config.evaluate
     if row is not None and row.fit is not None:

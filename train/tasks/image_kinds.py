@@ -51,8 +51,8 @@ def load(config: Any, rows: Any, mesh: Any) -> ImageModel:
     """The vision transformer at `--model.path`, or one with random weights for these images.
 
     Raises:
-        UserError: it cannot be read, images that patches do not divide, or adapters beside a head
-            of zeros.
+        UserError: it cannot be read, patches do not divide the images, or adapters are given with
+            a head of zeros.
     """
     names = rows.train[0]["options"].words
     m, start = config.model, config.start
@@ -99,7 +99,7 @@ def _random(config: Any, rows: Any, names: tuple[str, ...], mesh: Any) -> ImageM
 
 
 def encode(model: ImageModel, rows: Rows, data: Any, where: str) -> list[tuple[np.ndarray, int]]:
-    """Images, which the model can read, with the numbers of their classes."""
+    """Images that the model can read, with the numbers of their classes."""
     shape = model.vit.config.image_shape
     for number, row in enumerate(rows, 1):
         check_image(row["image"].pixels, shape, data.resize, f"{where}, row {number}")
@@ -159,7 +159,7 @@ def begin(config: Any, run: Any, rows: Any, encoded: Any, model: ImageModel) -> 
     stage = TrainConfig(steps=start.steps, batch_size=start.batch_size, optimizer=optimizer)
     row = objectives.resolve(OBJECTIVE, objectives.LEARNING)
     streams = {"train": stream(model, seen["train"], start.batch_size)}
-    untrained: Any = model  # `train` takes what has a learner
+    untrained: Any = model  # `train` takes any model with a learner
     recipe = Recipe(stage, optimizer)
     trained: Any = train(run, "start", untrained, row, streams, recipe)
 
@@ -183,7 +183,7 @@ def begin(config: Any, run: Any, rows: Any, encoded: Any, model: ImageModel) -> 
 
 
 def export(model: ImageModel, folder: Path, dtype: str, what: str) -> None:
-    """An HF folder."""
+    """Write the model as an HF folder."""
     image_models.export_model(model, folder, dtype, what)
 
 

@@ -15,17 +15,17 @@ from train.data.labelled import Pools, Record
 from train.tasks import image_kinds
 from train.tasks.labelled import Labelled, Row
 
-# Where Debian's package dataset-fashion-mnist puts it.
+# The folder of Debian's package dataset-fashion-mnist.
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 CLOTHES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker"),
     *("Bag", "Ankle boot"),
 )
-TESTED = 360  # of the digits, the last ones
+TESTED = 360  # the number of digits, the last ones, to test on
 
 
 def as_it_is(record: Record) -> Row:
-    """A record is a row."""
+    """The row of a record, which is the record."""
     return dict(record)
 
 
@@ -35,7 +35,7 @@ def read_fashion(data: Any) -> Pools:
     The pieces of clothing have their names in Debian's package alone.
 
     Raises:
-        UserError: none of them is there, or files that cannot be read.
+        UserError: none of them is there, or the files cannot be read.
     """
     if data.path is not None and data.path.expanduser() != FASHION:
         return read_own(data)  # of unknown classes, also where there are ten

@@ -1,7 +1,7 @@
-"""What a kind of model and of rows is to `train.classify`.
+"""The row of a kind of model and of rows that `train.classify` trains.
 
 The program knows a kind by its row, by the learner of its model, and by nothing else. Another kind
-of model is a file with one more row: what reads its weights, a stream of its rows, and the
+of model is a file with one more row: a reader of its weights, a stream of its rows, and the
 objective and the evaluators, by name, that go with them.
 """
 
@@ -22,22 +22,22 @@ class Kind(NamedTuple):
     """A kind of model with a kind of rows.
 
     Args:
-        objective: name of what the rows are learned by, of `objectives.LEARNING`.
-        evaluators: names of the evaluators.
-        check: `check(config)`: whether there is a model at `--model.path`; nothing is read.
+        objective: the name of the objective that learns the rows, in `objectives.LEARNING`.
+        evaluators: the names of the evaluators.
+        check: `check(config)` raises where no model is at `--model.path`; nothing is read.
         load: `load(config, rows, mesh)`: the model; notes about it go to those of the rows.
         encode: `encode(model, rows, data, where)`: the rows as the model reads them.
-        stream: `stream(model, encoded, batch_size)`: those to train on.
-        export: `export(model, folder, dtype, what)`; `what` is a sentence on where it comes from.
-        scores: `scores(model, encoded, mesh, evaluate, label)`: of every row, its options' scores.
-        answers: the same of generated texts; each None where evaluators do not ask for it.
+        stream: `stream(model, encoded, batch_size)`: the stream of training rows.
+        export: `export(model, folder, dtype, what)`; `what` is a sentence on its origin.
+        scores: `scores(model, encoded, mesh, evaluate, label)`: the option scores of every row.
+        answers: the same for generated texts; either is None where no evaluator asks for it.
         export_adapter: `export_adapter(trained, adapters, model, config, root, task)`: adapters
-            that were trained in the place of the model; None: the exported model has them in it.
-        begin: `begin(config, run, rows, encoded, model)`: the model to start from, where more is
-            done for it than to load it: it is trained in the run.
+            that were trained in the place of the model; None: the exported model includes them.
+        begin: `begin(config, run, rows, encoded, model)`: the model to start from, where the run
+            trains it as well; None: it is only loaded.
         like: `like(length, options)`: a stream of one row of so many tokens and options, as a plan
-            takes it in the place of data; None: not planned.
-        cache_version: raised when a score or an answer may change.
+            takes it in the place of data; None: the kind cannot be planned.
+        cache_version: the version of scores and answers; raise it when one may change.
     """
 
     objective: str

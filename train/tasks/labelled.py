@@ -1,4 +1,4 @@
-"""Tasks of labelled rows: what is read, how a record becomes a row, and which rows are for what."""
+"""Tasks of labelled rows: reading records, making rows of them, and splitting these."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Labelled(NamedTuple):
     """A task of `train.classify`.
 
     Args:
-        name: as given to `--task`.
+        name: the name of the task in `--task`.
         summary: a line for `--list`.
-        kind: of the model and of the rows.
-        read: `read(data)`: its records; `data` is the run's `--data.*`.
+        kind: the kind of the model and of the rows.
+        read: `read(data)`: the records; `data` is the run's `--data.*`.
         row: `row(record)`: a row, for text with `prompt`, `options` and `gold`.
-        dev_rows: rows drawn from the training pool for evaluations during training.
+        dev_rows: the number of rows of the training pool that evaluate the model during training.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Labelled(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of a run by split, and notes on where they come from."""
+    """The rows of a run by split, and notes on their origin."""
 
     train: list[Row]
     dev: list[Row]
@@ -48,9 +48,9 @@ class Rows(NamedTuple):
 
     @property
     def majority_accuracy(self) -> float | None:
-        """Accuracy on the test rows of the label that most training rows have.
+        """The test accuracy of always choosing the most frequent label of the training rows.
 
-        None where rows have no labels to count.
+        None where rows have no labels.
         """
         if not all("gold" in row for row in self.train):
             return None
@@ -60,12 +60,12 @@ class Rows(NamedTuple):
 
 
 def read_from(columns: Columns, repo: str, config: str | None) -> Callable[[Any], Pools]:
-    """`read` of a task with a data set on the Hub: `--data.path` where it is given, else that.
+    """The `read` of a task with a data set on the Hub, which `--data.path` replaces.
 
     Args:
-        columns: that records must have, each with the names that it may have in files.
-        repo: Hub id.
-        config: its configuration.
+        columns: the columns of records, each with the names that it may have in files.
+        repo: the Hub id of the data set.
+        config: the configuration of the data set.
     """
 
     def read(data: Any) -> Pools:
@@ -80,7 +80,7 @@ def load(task: Labelled, data: Any, seed: int) -> Rows:
     """The rows of a task.
 
     Raises:
-        UserError: nothing to read, a missing column, a label outside the options, too few rows.
+        UserError: nothing is there, a column is missing, a label is no option, or rows are few.
     """
     pools = task.read(data)
     made = Pools(
@@ -97,10 +97,10 @@ def load(task: Labelled, data: Any, seed: int) -> Rows:
 
 
 def made_rows(row: Callable[[Record], Row], records: Iterable[Record], place: str) -> list[Row]:
-    """Records as rows.
+    """The rows made of records.
 
     Raises:
-        UserError: a record that gives none, by its number.
+        UserError: a record gives no row; the message has its number.
     """
     found = []
     for number, record in enumerate(records, 1):

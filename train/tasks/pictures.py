@@ -1,4 +1,4 @@
-"""The images of a run, with their classes, their captions, and what is measured in them."""
+"""The images of a run with their classes, captions and measured attributes."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Pictures(NamedTuple):
     """The images of a run.
 
     Args:
-        train: to train on; None: the run has no images of its own.
-        test: to judge by, of the same size.
+        train: the images to train on; None: the run has no images of its own.
+        test: the images to judge by, of the same size.
         nouns: the classes in words.
-        borders: of what is measured, as `captions.thirds` gives them; None without images.
-        place: where they come from.
+        borders: the borders of attributes that `captions.thirds` gives; None without images.
+        place: the place that they come from.
     """
 
     train: Part | None
@@ -48,7 +48,7 @@ class Pictures(NamedTuple):
     place: str
 
     def digest(self) -> str:
-        """sha256 of images and classes."""
+        """The sha256 of images and classes."""
         made = hashlib.sha256(repr(self.nouns).encode())
         for part in (self.train, self.test):
             for array in part or ():
@@ -64,7 +64,7 @@ class Pictures(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the classes are called."""
+        """The names of the classes."""
         return tuple(noun.names[0] for noun in self.nouns)
 
     def class_of(self, concept: str) -> int:
@@ -90,7 +90,7 @@ def load(config: Any, multiple: int) -> Pictures:
     """The images of `--data.*`, with a black border so that `multiple` divides their sides.
 
     Raises:
-        UserError: none are there, they cannot be read, or they are not of the classes of the
+        UserError: there are none, they cannot be read, or their classes are not those of the
             source.
     """
     nouns = NOUNS[config.source]
@@ -115,7 +115,7 @@ def load(config: Any, multiple: int) -> Pictures:
 
 
 def _read(config: Any) -> tuple[Images | None, str]:
-    """The images as they are stored, and where."""
+    """The images as they are stored, and their place."""
     if config.path is not None:
         found = read_images(config.path)
         return _ordered(found, config), config.path.name
@@ -155,7 +155,7 @@ def _ordered(found: Images, config: Any) -> Images:
 
 
 def _both(found: Images, place: str) -> tuple[Labels, Labels]:
-    """Images to train on and others; where there are none, every fifth one of each class."""
+    """The images to train on and to test on; without own test images every fifth of a class."""
     if found.held_out is not None:
         return found.train, found.held_out
     images, labels = found.train
@@ -173,7 +173,7 @@ def _both(found: Images, place: str) -> tuple[Labels, Labels]:
 
 
 def _padded(images: Sequence[np.ndarray] | np.ndarray, multiple: int, place: str) -> np.ndarray:
-    """uint8 `(N, H, W, C)`, square, `multiple` divides the side."""
+    """Square images, uint8 `(N, H, W, C)`, with sides that `multiple` divides."""
     images = np.stack(list(images))
     height, width = images.shape[1:3]
     if height != width:

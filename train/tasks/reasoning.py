@@ -40,7 +40,7 @@ def load_authors(config: RunConfig) -> Task:
     """Generated authors, one in five of whom is forgotten, and arithmetic.
 
     Raises:
-        UserError: options of other sources, or an unusable number of authors.
+        UserError: an option belongs to another source, or the number of authors is unusable.
     """
     data = config.data
     if data.path is not None or data.reasoning is not None:
@@ -74,7 +74,7 @@ def load_tofu(config: RunConfig) -> Task:
     """TOFU's splits with thoughts, mixed with rows of GSM8K.
 
     Raises:
-        UserError: anything wrong with the files, or no file of reasoning.
+        UserError: a file is unusable, or there is no file of reasoning.
     """
     data = config.data
     if data.reasoning is None:
@@ -105,7 +105,7 @@ def load_files(config: RunConfig) -> Task:
     A tenth of those (at most 40) is asked and not trained on.
 
     Raises:
-        UserError: no folder, or anything wrong with the files.
+        UserError: there is no folder, or a file is unusable.
     """
     data = config.data
     if data.path is None:
@@ -190,7 +190,7 @@ def bare_rows(rows: list[Row]) -> list[Row]:
     return [thoughts.bare(row) for row in rows if not thoughts.is_reasoning(row)]
 
 
-# A fact is forgotten and kept as a question with its answer alone; the thoughts have own streams.
+# Facts are forgotten and kept as questions with answers only; thoughts have their own streams.
 REASONING_STREAMS: Mapping[str, Rows] = {
     "forget": lambda task, seed: bare_rows(task.forget),
     "retain": lambda task, seed: bare_rows(task.retain),
@@ -198,8 +198,8 @@ REASONING_STREAMS: Mapping[str, Rows] = {
     "cot": cot_rows,
     **{name: STREAMS[name] for name in ("idk", "train")},
 }
-# A small model that has only seen thoughts behind their questions does not carry over what it is
-# taught about thoughts alone, as the published runs of large models do.
+# A small model that has seen thoughts only behind their questions does not transfer to them
+# the training on thoughts alone that suffices for the large models of the published runs.
 AUTHORS_STREAMS: Mapping[str, Rows] = {
     **REASONING_STREAMS,
     "traces": Paired(asked_traces, "forget"),

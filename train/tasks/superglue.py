@@ -84,7 +84,7 @@ def wic(record: Record) -> Row:
 
 
 def copa(record: Record) -> Row:
-    """Which of two sentences is the cause, or the effect, of a premise."""
+    """The choice of two sentences that is the cause, or the effect, of a premise."""
     premise = text(record["premise"], "premise").removesuffix(".")
     kind = text(record["question"], "question")
     links = {"effect": " so", "cause": " because"}
@@ -106,7 +106,7 @@ def own(record: Record) -> Row:
     """A row as it is: `gold` is the number of the right option, or its text.
 
     Raises:
-        ValueError: a column that holds something else.
+        ValueError: a column holds something else.
     """
     prompt, options, gold = (record[name] for name in ("prompt", "options", "gold"))
     text(prompt, "prompt")

@@ -1,4 +1,4 @@
-"""What benchmarks share: a task's rows, the streams made from them, and the prompt format."""
+"""The parts that benchmarks share: a task's rows, its streams, and the prompt format."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Benchmark(NamedTuple):
     """A row of the table in `train/tasks/__init__.py`; one file each.
 
     Args:
-        name: for `--data.source`.
-        load: reads or makes the rows of a run's configuration.
-        evaluators: names of the evaluators of its models.
-        streams: what an objective may be trained on, `(task, seed) -> rows` by name.
-        options: fields of `DataConfig` that select it when one of them is set; a benchmark that
+        name: the name in `--data.source`.
+        load: a function that reads or makes the rows of a run's configuration.
+        evaluators: the names of the evaluators of its models.
+        streams: the streams that objectives may read, `(task, seed) -> rows` by name.
+        options: the fields of `DataConfig` that select it when one is set; a benchmark that
             lists any cannot be selected by its name.
-        hub: Hub id of the data set that it reads where no `--data.path` is given.
+        hub: the Hub id of the data set that it reads where no `--data.path` is given.
         fit: `(task, model, config) -> task` once the model is read, for rows and lengths of streams
             that need its tokenizer; `config` has `data` and `evaluate`.
-        reads: those fields of `options` of another benchmark that it reads itself.
+        reads: the fields in the `options` of another benchmark that it reads itself.
     """
 
     name: str
@@ -43,7 +43,7 @@ def prompt_format(data: DataConfig, prefix: str = "--data.") -> PromptFormat:
     """The prompt format of a run; errors name options with `prefix`.
 
     Raises:
-        UserError: an unknown template, a malformed date, or an unusable file.
+        UserError: the template is unknown, the date is malformed, or the file is unusable.
     """
     suggest.check_choice(f"{prefix}template", data.template, ("auto", *TAGS))
     try:

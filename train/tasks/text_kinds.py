@@ -44,7 +44,7 @@ def load_decoder(config: Any, rows: Any, mesh: Any) -> Model:
 
 
 def encode_prompts(model: Model, rows: Rows, data: Any, where: str) -> list[Choice]:
-    """Prompts with options as tokens; cut prompts are said."""
+    """Prompts with options as tokens; a message counts those that were cut."""
     limit = longest(model, data.max_length)
     found, num_cut = encode_choices(model.tokenizer, rows, limit, where)
     if num_cut:
@@ -71,14 +71,14 @@ def score_options(
 
 
 def choices_like(length: int, options: int) -> Choices:
-    """One prompt with options of a token, `length` tokens with one of them."""
+    """One prompt with options of one token, of `length` tokens including one option."""
     prompt = [0] * (length - 1)
     group = pack([Example([*prompt, option], length - 1) for option in range(options)])
     return choice_stream([Choice(group, options, 0)], 0)
 
 
 def answers_like(length: int, options: int) -> Examples:
-    """One prompt with an answer of the longest length, `length` tokens together."""
+    """One prompt with an answer of the greatest length, `length` tokens together."""
     del options
     prompt = max(1, length - LONGEST_ANSWER)
     return make_stream([Example([0] * length, prompt)], 0, batch_size=1)
@@ -88,19 +88,19 @@ class Asked(NamedTuple):
     """A prompt and its answer as tokens.
 
     Args:
-        example: to train on.
-        prompt: what is asked; its end, where it leaves no room for an answer.
+        example: the example to train on.
+        prompt: the prompt to answer; only its end, where the whole leaves no room for an answer.
     """
 
     example: Example
     prompt: list[int]
 
 
-LONGEST_ANSWER = 50  # tokens of a greedy answer, as published
+LONGEST_ANSWER = 50  # the most tokens of a greedy answer, as published
 
 
 def encode_answers(model: Model, rows: Rows, data: Any, where: str) -> list[Asked]:
-    """Prompts with their first answers as tokens; cut prompts are said."""
+    """Prompts with their first answers as tokens; a message counts those that were cut."""
     limit, tokenizer = longest(model, data.max_length), model.tokenizer
     found, num_cut = [], 0
     for number, row in enumerate(rows, 1):
@@ -156,7 +156,7 @@ def answer_prompts(
 
 
 def export_decoder(model: Model, folder: Path, dtype: str, what: str) -> None:
-    """An HF folder."""
+    """Write the model as an HF folder."""
     text = cards.plain(what, model.sha, chat=False)
     exports.export_model(model, folder, dtype, text, speaks=False)
 
@@ -164,7 +164,7 @@ def export_decoder(model: Model, folder: Path, dtype: str, what: str) -> None:
 def export_adapter(
     trained: Any, adapters: Any, model: Model, config: Any, root: Path, task: str
 ) -> None:
-    """`RUN/adapter`: what was trained beside the model at `--model.path`, in PEFT's format."""
+    """Write the adapters of the model at `--model.path` to `RUN/adapter`, in PEFT's format."""
     home = remote.home(root)
     known = exports.base_of(config.path)
     base = str(home / "base") if known is None else known

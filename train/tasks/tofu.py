@@ -13,7 +13,7 @@ def load(config: RunConfig) -> Task:
     """The splits of TOFU that a run names.
 
     Raises:
-        UserError: anything wrong with the files.
+        UserError: a file is unusable.
     """
     data = config.data
     judged = data.retain_rows if data.judged_retain_rows is None else data.judged_retain_rows

@@ -16,7 +16,7 @@ class Source(NamedTuple):
 
     Args:
         check: `check(path, revision)`: whether there is one; nothing is read.
-        load: `load(model, made, mesh)`: that at `--model.path`, for the replay of a file.
+        load: `load(model, made, mesh)`: the model at `--model.path`, for the replay of a file.
         export: `export(model, folder, dtype)`.
     """
 

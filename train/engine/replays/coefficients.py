@@ -35,7 +35,7 @@ from train.options.optimizers import OPTIMIZERS, Options, transformation
 from train.runtime.compiling import compiled
 from train.runtime.sharding import batch_sharding
 
-NOTHING: Any = None  # in the place of a gradient
+NOTHING: Any = None  # takes the place of a gradient
 
 
 def seed_of_draws(seed: int) -> int:
@@ -49,14 +49,14 @@ def seed_of_draws(seed: int) -> int:
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation gives.
+    """The results of an evaluation.
 
     Args:
-        coeffs: `(q,)` float32, of the step's directions.
+        coeffs: `(q,)` float32, the coefficients of the step's directions.
         value: () the loss.
         step: () int32, the number of the next step.
         objective: the objective's state after the step.
-        metrics: numbers for the log.
+        metrics: the numbers for the log.
     """
 
     coeffs: jax.Array
@@ -124,7 +124,7 @@ def make_evaluate(
         metrics = losses.look(state.params)
         extra = value_functions(learner, losses, metrics)
         with jax.named_scope(OPTIMIZER_SCOPE):
-            # The update is not asked for, so the compiler leaves it out.
+            # The update is not used here, so the compiler leaves it out.
             _, after = tx.update(NOTHING, state.opt_state, state.params, **extra)
         found = state_of(after).coeffs
         memory = advanced(

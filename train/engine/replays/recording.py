@@ -22,7 +22,7 @@ from train.runtime.tracking import say
 
 
 class Recording(NamedTuple):
-    """Where a stage writes its coefficients, and what their header says of it."""
+    """The path of a stage's coefficients, and the header of that file."""
 
     path: Path
     header: Mapping[str, Any]
@@ -43,16 +43,16 @@ def recording(
     """The file of a stage.
 
     Args:
-        path: of the file.
-        name: of the stage.
-        base: sha256 of the parameters that it starts from.
+        path: the path of the file.
+        name: the name of the stage.
+        base: the sha256 of the parameters that it starts from.
         trained: the tree that it trains.
-        optimizer: its options.
-        steps: of the stage.
-        adapters: low-rank adapters in the place of the parameters.
-        select: leaves that are trained, if not all.
-        seed: of the run; adapters are drawn from it.
-        classes: the names of those that the model tells apart, if it has any.
+        optimizer: the optimizer's options.
+        steps: the number of its steps.
+        adapters: the adapters that are trained in place of the parameters, if any.
+        select: the choice of the leaves that are trained, if not all are.
+        seed: the seed of the run, from which adapters are drawn.
+        classes: the names of the classes that the model tells apart, if it has any.
     """
     header: dict[str, Any] = {"stage": name, "base_sha256": base, "steps": steps}
     if adapters is not None and adapters.rank is not None:
@@ -66,7 +66,7 @@ def recording(
 
 
 def surroundings() -> dict[str, Any]:
-    """What the bits of a step depend on beside its numbers."""
+    """The surroundings on which the bits of a step depend beside its numbers."""
     partitionable = getattr(jax.config, "jax_threefry_partitionable", True)
     return {
         "generator": f"threefry2x32{'' if partitionable else ', not partitionable'}",
@@ -80,11 +80,11 @@ class Recorder:
     """Writes the file of a stage; each process calls it, the first one writes.
 
     Args:
-        recording: where, and what the header says.
-        queries: coefficients a step.
-        seed: of the optimizer's draws.
-        start: the step that the stage continues at.
-        kept: what `checkpoint` returned for the checkpoint that it continues from.
+        recording: the path and the header of the file.
+        queries: the number of coefficients per step.
+        seed: the seed of the optimizer's draws.
+        start: the step at which the stage continues.
+        kept: the value of `checkpoint` for the checkpoint from which it continues.
     """
 
     def __init__(

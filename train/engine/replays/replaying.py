@@ -25,16 +25,16 @@ from train.runtime import checkpointing, digests, distributed, residency, shardi
 from train.runtime.tracking import progress, say
 
 SAVE_SECONDS = 120.0
-LAST_BITS = 1e-6  # what other platforms and versions change, as a share of the norm
+LAST_BITS = 1e-6  # the change by other platforms and versions, as a share of the norm
 
 
 class Checked(NamedTuple):
-    """How a replay compares with the run.
+    """The comparison of a replay with the run.
 
     Args:
-        apart: how far they are apart by norm, at the worst milestone; 0.0 also of parameters that
-            differ by less than float32 sketches tell.
-        milestones: how many were compared.
+        apart: the distance of the parameters by norm at the worst milestone; 0.0 also where they
+            differ by less than float32 sketches can tell.
+        milestones: the number of milestones that were compared.
         bitwise: whether the parameters are bit by bit equal at all of them; False where none was
             compared.
     """
@@ -87,7 +87,7 @@ def check_generator(made: Replay, path: Path) -> None:
 
 
 def trained_of(made: Replay, base: Model, mesh: Any) -> Trainable:
-    """What the stage trained: all parameters, adapters beside them, or leaves by name and block.
+    """The tree that the stage trained: all parameters, adapters, or leaves by name and block.
 
     Raises:
         UserError: the model does not have these leaves.
@@ -122,14 +122,14 @@ def trained_of(made: Replay, base: Model, mesh: Any) -> Trainable:
 def differs(
     made: Replay, mark: Milestone, before: int, found: float, tolerance: float | None
 ) -> UserError:
-    """The error for parameters that are not those of the run.
+    """The error for parameters that differ from those of the run.
 
     Args:
         made: the file.
         mark: the first milestone whose parameters differ.
         before: the step of the milestone before it, which passed; 0: the start.
-        found: how far they are apart by norm.
-        tolerance: how far they might be; None: not in a bit.
+        found: the distance of the parameters by norm.
+        tolerance: the largest distance that passes; None: no bit may differ.
     """
     here, there = surroundings(), made.header
     same = all(there.get(name) == here[name] for name in ("jax", "platform", "made_by"))
@@ -168,14 +168,14 @@ def replay(
 
     Args:
         made: the file.
-        optimizer: that of its header.
+        optimizer: the optimizer of its header.
         start: the trained tree at the start.
-        rules: how it lies on a mesh.
+        rules: the rules by which it is laid out on a mesh.
         mesh: the devices.
-        tolerance: how far parameters may be apart by norm; None: not in a bit.
-        checkpoints: folder to continue from; None: nothing is written.
-        seconds: least time between two checkpoints.
-        steps: how many steps to take; None: all.
+        tolerance: the largest distance by norm that passes; None: no bit may differ.
+        checkpoints: the folder of checkpoints to continue from; None: nothing is written.
+        seconds: the least time between two checkpoints.
+        steps: the number of steps to take; None: all.
 
     Raises:
         UserError: a milestone differs.
@@ -209,7 +209,7 @@ def replay(
             first, now = found
             last = checkpoints / str(first)
             manifest = distributed.of_first(lambda: checkpointing.read_manifest(last)) or {}
-            # Earlier versions did not say: with a tolerance, nobody knows.
+            # Checkpoints of earlier versions lack it: with a tolerance, equality is not known.
             worst, bitwise = manifest.get("checked", (0.0, tolerance is None))
             say(f"continuing at step {first} of {end}")
     marks = {mark.step: mark for mark in made.milestones if mark.step <= end}

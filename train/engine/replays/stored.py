@@ -8,7 +8,7 @@ block      of 500 steps, the last one of what is left: the coefficients of its s
 =========  =======================================================================================
 
 Hence 4 q bytes a step and 52 bytes a milestone. Every byte is covered, and as no two single-bit
-errors change a CRC-32 alike, a flipped bit is found where it is, to the step.
+errors change a CRC-32 alike, a flipped bit is located to the step.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SHA, SKETCH, CRC = 32, 16, 4
 TRAILER = SHA + SKETCH + CRC
 FLOATS = np.dtype("<f4")
 _SEAL = ', "crc32": "'
-_LONGEST = 2**24  # of a header
+_LONGEST = 2**24  # the longest header that is read
 _POLYNOMIAL = 0xEDB88320
-# What a header must hold, and of which type.
+# The entries that a header must hold, and their types.
 ENTRIES = {
     "base_sha256": str,
     "leaves": dict,
@@ -96,13 +96,13 @@ def continued(crc: int, data: bytes, step: int, width: int) -> tuple[int, bytes]
     The CRCs that end blocks are checked, not summed: with them every sum would be the same.
 
     Args:
-        crc: of the header line.
-        data: what follows it.
-        step: number of steps in `data`, each milestone among them or at their end included.
-        width: bytes of a step.
+        crc: the CRC of the header line.
+        data: the bytes that follow it.
+        step: the number of steps in `data`, each milestone among them or at their end included.
+        width: the bytes of a step.
 
     Returns:
-        The CRC, and what `data` holds too much.
+        The CRC, and the bytes that `data` has too many.
 
     Raises:
         ValueError: a block does not match its CRC, or there is too little.
@@ -189,15 +189,16 @@ def _steps_in(size: int, width: int) -> int:
 
 
 def _flipped(block: bytes, difference: int) -> int | None:
-    """The byte of a block in which one bit flipped; its length: of its CRC; None: more than a bit.
+    """The byte of a block in which one bit flipped; its length: in the CRC; None: several bits did.
 
     Args:
-        block: without its CRC.
-        difference: of the CRC found and the CRC stored.
+        block: the block without its CRC.
+        difference: the exclusive or of the CRC found and the CRC stored.
     """
     if difference & (difference - 1) == 0:
         return len(block)
-    # What a flipped bit changes: the last one the polynomial, each earlier one that, shifted on.
+    # The difference that each bit makes: the polynomial for the last one, shifted on for earlier
+    # ones.
     change = _POLYNOMIAL
     for bit in range(8 * len(block)):
         if change == difference:
@@ -207,7 +208,7 @@ def _flipped(block: bytes, difference: int) -> int | None:
 
 
 def _where(at: int | None, first: int, end: int, width: int) -> str:
-    """What is damaged, in a block of the steps from `first` to before `end`, counted from 0."""
+    """The damage in a block of the steps from `first` to before `end`, counted from 0."""
     coeffs = (end - first) * width
     if at is None:
         return f"the block of steps {first} to {end} is damaged"

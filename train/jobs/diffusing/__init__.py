@@ -1,1 +1,1 @@
-"""What the programs about text-to-image models share: diffuse, erase, attack and defend."""
+"""The modules that the text-to-image programs share: diffuse, erase, attack and defend."""

@@ -22,11 +22,11 @@ from train.runtime import distributed, files
 from train.runtime.stages import write_atomic
 
 FILE, TENSORS = "attack.json", "tokens.safetensors"
-SHARE = 50  # words whose part in a token is told
+SHARE = 50  # words whose part in a token is reported
 
 
 def vocabulary_of(source: Source) -> str:
-    """sha256 of a run's vocabulary, which tokens belong to."""
+    """The sha256 of the vocabulary of a run, to which tokens belong."""
     return files.sha256(source.folder / "export" / "tokenizer" / "vocab.json")
 
 
@@ -52,13 +52,13 @@ def embeddings_sha(original: Painter) -> str:
 
 
 def check_embeddings(embeddings: str | None, original: Painter, what: str, where: str) -> None:
-    """Raise `UserError` where the same words have other embeddings than tokens are made of.
+    """Raise `UserError` where the words have other embeddings than those that made the tokens.
 
     Args:
         embeddings: `embeddings_sha` of the model that the tokens are for; None: not known.
-        original: the model, before a concept was erased, with which they are to be used.
-        what: the tokens, for the message.
-        where: that model, for the message.
+        original: the model to use them with, before a concept was erased.
+        what: the name of the tokens, for the message.
+        where: the name of that model, for the message.
     """
     if embeddings is not None and embeddings != embeddings_sha(original):
         raise UserError(
@@ -68,7 +68,7 @@ def check_embeddings(embeddings: str | None, original: Painter, what: str, where
 
 
 def write(started: Started, source: Source, original: Painter, found: Tokens | None) -> None:
-    """`attack.json` and `tokens.safetensors`."""
+    """Write `attack.json` and `tokens.safetensors`."""
     from safetensors.numpy import save
 
     folder, config = started.run.folder, started.config
@@ -104,11 +104,11 @@ class Stored(NamedTuple):
     """The tokens of a finished attack.
 
     Args:
-        folder: of its run.
-        tokens: `(K, d)` and their words.
-        vocabulary: sha256 of the vocabulary that they belong to.
-        embeddings: that of its embeddings; None: the attack was stored before these were.
-        concept: that they bring back.
+        folder: the folder of its run.
+        tokens: the tokens, `(K, d)`, and their words.
+        vocabulary: the sha256 of the vocabulary to which they belong.
+        embeddings: the sha256 of its embeddings; None: an older attack did not store it.
+        concept: the concept that they bring back.
     """
 
     folder: Path
@@ -158,7 +158,7 @@ def read_for(source: Source, folder: Path | None, option: str) -> Stored:
     """The tokens of a finished attack, for the model of a run.
 
     Raises:
-        UserError: there are none, or they bring back another concept, or are of another vocabulary.
+        UserError: there are none, or their concept or their vocabulary is another one.
     """
     found = read(folder, option)
     if found.concept != source.concept:

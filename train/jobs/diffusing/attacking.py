@@ -39,10 +39,10 @@ def run(config: AttackRun, command: str = "") -> Path:
         command: the command line that repeats the run, for its page.
     """
     with job.start(JOB, config, command) as started:
-        # 1. The model that is attacked, and the original, whose images show what to look for.
+        # 1. The model that is attacked, and the original, whose images show the concept.
         aim = started.model
 
-        # 2. Tokens with which the model sees the noise in these images best.
+        # 2. Search the tokens with which the model predicts the noise in these images best.
         made = token_search.tokens(started, aim)
         attack_files.write(started, aim.source, aim.original, made)
 
@@ -61,7 +61,7 @@ def source_of(config: AttackRun) -> Source:
 
 
 def check(config: AttackRun, mesh: Any) -> None:
-    """Raise `UserError` for a run that cannot be attacked, or an attack that cannot be."""
+    """Raise `UserError` for a run that cannot be attacked, or an impossible attack."""
     source, attack = source_of(config), config.attack
     width = width_of(source)
     count = getattr(attack, "tokens", 0)
@@ -83,7 +83,7 @@ def check(config: AttackRun, mesh: Any) -> None:
 
 
 def load(config: AttackRun) -> Pictures:
-    """The images, among which is what was erased."""
+    """The images, which must contain the erased class."""
     found = diffusion.read(config)
     concept = source_of(config).concept
     assert concept is not None
@@ -92,14 +92,14 @@ def load(config: AttackRun) -> Pictures:
 
 
 def width_of(source: Source) -> int:
-    """Entries of a token embedding of a run's model."""
+    """The number of entries of a token embedding in the model of a run."""
     path = source.folder / "export" / "text_encoder" / "config.json"
     with reading(path, "run the command of its run again", "does not read"):
         return int(json.loads(path.read_text(encoding="utf-8"))["hidden_size"])
 
 
 def model(config: AttackRun, found: Pictures, mesh: Any) -> Target:
-    """The model of the run that is attacked, and what belongs to it."""
+    """The model of the run that is attacked, with its original and its judge."""
     source = source_of(config)
     original = stored.original_of(source, mesh)
     assert source.concept is not None
@@ -123,9 +123,9 @@ JOB = Job("train.attack", Roles("original", NONE, "attacked"), check, load, mode
 
 
 def shown(started: Started, aim: Target, found: Tokens | None) -> dict[str, tuple[Shown, Any]]:
-    """The models to judge, and the kinds of prompts that each is asked.
+    """The models to judge, and the kinds of prompts for each.
 
-    The attacked model is asked the same prompts with each token in the place of the name.
+    The attacked model gets the same prompts with each token in the place of the name.
     """
     attack = started.config.attack.name
     kinds = ("explicit", "names", "kept")

@@ -25,12 +25,13 @@ def batched(
     """The results of all rows, on the host.
 
     Args:
-        count: N, of rows in all.
-        rows: of a batch, rounded up to what the mesh divides; the last one repeats its rows.
+        count: N, the number of rows.
+        rows: the rows of a batch, rounded up so that the mesh divides them; the last batch
+            repeats its rows.
         mesh: the devices.
-        label: of the progress.
-        read: numbers of rows -> their columns.
-        compute: a batch on the devices -> a tree of arrays with a result for each row.
+        label: the label of the progress.
+        read: `numbers of rows -> their columns`.
+        compute: `a batch on the devices -> a tree of arrays` with a result for each row.
 
     Returns:
         The tree, with NumPy arrays of N results.

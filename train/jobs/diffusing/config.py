@@ -31,20 +31,20 @@ class ImagesConfig:
 
     source: str = option(
         "fashion",
-        "`fashion` (Fashion-MNIST), `digits` (scikit-learn's), `shapes` (drawn ones with the names "
-        "of clothes) or `objects` (ten classes of ImageNet).",
+        "The images: `fashion` (Fashion-MNIST), `digits` (scikit-learn's), `shapes` (drawn ones "
+        "with the names of clothes) or `objects` (ten classes of ImageNet).",
         choices=SOURCES,
     )
     path: Path | None = option(
         None,
-        "a folder of IDX files, of `train` and `test` with a folder of PNG files for each class, "
-        "or a `.npz` file; None: Debian's dataset-fashion-mnist.",
+        "A folder of IDX files, a folder with `train` and `test` that each have a folder of PNG "
+        "files for each class, or a `.npz` file; None: Debian's dataset-fashion-mnist.",
     )
     train_rows: int | None = option(
-        None, "the first so many images are trained on; None: all.", low=1
+        None, "The model is trained on the first so many images; None: all.", low=1
     )
     test_rows: int | None = option(
-        None, "the first so many of the others are tested on; None: all.", low=2
+        None, "The model is tested on the first so many of the others; None: all.", low=2
     )
 
 
@@ -53,24 +53,34 @@ class ModelConfig(ComputeConfig):
     """The text-to-image model: its sizes where it is trained from random weights."""
 
     path: str = option(
-        "scratch", "a Stable Diffusion folder as diffusers writes it, or `scratch` (trained here)."
+        "scratch", "A Stable Diffusion folder as diffusers writes it, or `scratch` (trained here)."
     )
-    hidden_size: int = option(64, "width of the text encoder.", low=1)
-    num_layers: int = option(2, "its blocks.", low=1)
-    num_heads: int = option(4, "attention heads, of the text encoder and the denoiser.", low=1)
-    length: int = option(24, "tokens of a prompt, with the first and the end token.", low=3)
-    unet_channels: tuple[int, ...] = option((64, 128), "channels of the denoiser by level.")
+    hidden_size: int = option(
+        64, "The hidden states of the text encoder have so many entries.", low=1
+    )
+    num_layers: int = option(2, "The text encoder has so many blocks.", low=1)
+    num_heads: int = option(
+        4, "The text encoder and the denoiser have so many attention heads.", low=1
+    )
+    length: int = option(
+        24, "A prompt has so many tokens, including the first and the end token.", low=3
+    )
+    unet_channels: tuple[int, ...] = option(
+        (64, 128), "The levels of the denoiser have so many channels."
+    )
     vae_channels: tuple[int, ...] = option(
-        (16, 32, 32), "channels of the autoencoder by level; each but the first halves the image."
+        (16, 32, 32),
+        "The levels of the autoencoder have so many channels; each level but the first halves the "
+        "image.",
     )
-    latent_channels: int = option(4, "channels of its latents.", low=1)
-    layers_per_block: int = option(1, "residual blocks of a level, of both.", low=1)
-    norm_groups: int = option(8, "groups of a group norm, of both.", low=1)
+    latent_channels: int = option(4, "The latents of the autoencoder have so many channels.", low=1)
+    layers_per_block: int = option(1, "A level of either model has so many residual blocks.", low=1)
+    norm_groups: int = option(8, "A group norm of either model has so many groups.", low=1)
     kl_weight: float = option(
-        1e-4, "factor of the latents' divergence from a standard normal.", low=0
+        1e-4, "The latents' divergence from a standard normal has this factor.", low=0
     )
     dropout: float = option(
-        0.1, "share of prompts that are dropped in training, for guidance.", low=0, below=1
+        0.1, "This share of the prompts is dropped in training, for guidance.", low=0, below=1
     )
     remat: str = again(ComputeConfig, "remat", "none")
 
@@ -81,32 +91,42 @@ class JudgeConfig:
 
     path: str = option(
         "scratch",
-        "an HF folder of an image classifier that knows the classes by name, or `scratch`.",
+        "An HF folder of an image classifier that knows the classes by name, or `scratch` "
+        "(trained here).",
     )
     least: float = option(
-        0.88, "held-out accuracy below which the run stops; --smoke: no bound.", low=0, high=1
+        0.88,
+        "The run stops when the held-out accuracy is below this; --smoke: no bound.",
+        low=0,
+        high=1,
     )
-    channels: tuple[int, ...] = option((32, 64), "channels by level.")
-    features: int = option(128, "units whose values are compared in Fréchet distances.", low=1)
+    channels: tuple[int, ...] = option(
+        (32, 64), "The levels of the classifier have so many channels."
+    )
+    features: int = option(128, "Fréchet distances compare the values of so many units.", low=1)
 
 
 @dataclass(frozen=True)
 class DrawConfig:
-    """How images are drawn to judge a model."""
+    """The options of drawing images to judge a model."""
 
-    images: int = option(20, "drawn for each kind of prompt and each class.", low=2)
-    steps: int = option(25, "of the sampler.", low=1)
-    sampler: str = option("ddim", "of the model.", choices=tuple(SAMPLERS))
-    guidance: float = option(
-        5.0, "w: how far predictions go from the empty prompt's towards the prompt's.", low=0
+    images: int = option(
+        20, "So many images are drawn for each kind of prompt and each class.", low=2
     )
-    rows: int = option(64, "images drawn at once.", low=1)
-    shown: int = option(6, "images of each kind on the page.", low=0)
+    steps: int = option(25, "The sampler takes so many steps.", low=1)
+    sampler: str = option("ddim", "The sampler that draws the images.", choices=tuple(SAMPLERS))
+    guidance: float = option(
+        5.0,
+        "w: predictions move so many times the way from the empty prompt's to the prompt's.",
+        low=0,
+    )
+    rows: int = option(64, "So many images are drawn at once.", low=1)
+    shown: int = option(6, "The page shows so many images of each kind.", low=0)
 
 
 @dataclass(frozen=True)
 class ConceptRun(ProgramConfig):
-    """What the runs of all four programs have."""
+    """The options that the runs of all four programs have."""
 
     data: ImagesConfig = ImagesConfig()
     model: ModelConfig = ModelConfig()
@@ -116,7 +136,7 @@ class ConceptRun(ProgramConfig):
 
 @dataclass(frozen=True)
 class DiffuseRun(ConceptRun):
-    """A text-to-image model that is trained: its judge, its autoencoder, itself."""
+    """The training of a text-to-image model with its judge and its autoencoder."""
 
     classifier: TrainConfig = TrainConfig(
         epochs=2, batch_size=64, optimizer=AdamW(learning_rate=1e-3)
@@ -134,7 +154,7 @@ class EraseRun(DiffuseRun, CombineConfig):
     """A concept that is erased from a text-to-image model.
 
     Args:
-        run: of train.diffuse, whose models are taken; None: they are made here.
+        run: the run of train.diffuse whose models are taken; None: they are made here.
     """
 
     run: Path | None = None
@@ -147,7 +167,7 @@ class EraseRun(DiffuseRun, CombineConfig):
 
     @property
     def title(self) -> str:
-        """What its run folder is called, but for the seed."""
+        """The name of its run folder without the seed."""
         return f"{self.preset}-{self.erase.name}-{self.erase.concept.replace(' ', '-')}"
 
 
@@ -156,7 +176,7 @@ class AttackRun(ConceptRun):
     """An attack on a model from which a concept was erased.
 
     Args:
-        run: of train.erase (or of train.defend).
+        run: the run of train.erase (or of train.defend) that is attacked.
     """
 
     run: Path | None = None
@@ -168,24 +188,24 @@ class AttackRun(ConceptRun):
 
     @property
     def title(self) -> str:
-        """What its run folder is called, but for the seed."""
+        """The name of its run folder without the seed."""
         return f"{_without_seed(self.run)}-{self.attack.name}"
 
 
 @dataclass(frozen=True)
 class DefendConfig:
-    """SubDefense."""
+    """Options of SubDefense."""
 
     where: str = option(
         "lookup",
-        "`lookup`: every embedding that enters the text encoder is projected; `table`: the "
-        "vocabulary alone, which an embedding of no word passes by.",
+        "`lookup`: every embedding that enters the text encoder is projected; `table`: only the "
+        "vocabulary is, which does not stop an embedding that is no word's.",
         choices=("lookup", "table"),
     )
-    tokens: int | None = option(None, "K: the first so many tokens; None: all.", low=1)
-    skip_special: bool = option(
-        False, "leave the first, the end and the padding token as they are."
+    tokens: int | None = option(
+        None, "K: the first so many tokens of the attack are used; None: all.", low=1
     )
+    skip_special: bool = option(False, "The first, the end and the padding token stay as they are.")
 
 
 @dataclass(frozen=True)
@@ -203,7 +223,7 @@ class DefendRun(ConceptRun):
 
     @property
     def title(self) -> str:
-        """What its run folder is called, but for the seed."""
+        """The name of its run folder without the seed."""
         return f"{_without_seed(self.run)}-defended"
 
 

@@ -33,11 +33,11 @@ class Target(NamedTuple):
     """The model that is defended, and the models beside it.
 
     Args:
-        source: its run.
+        source: the run of the defended model.
         original: the model before anything was erased.
-        model: its model.
+        model: the model of that run.
         judge: the classifier.
-        concept: number of the class that was erased.
+        concept: the number of the class that was erased.
         attack: the tokens that were found for it.
     """
 
@@ -49,7 +49,7 @@ class Target(NamedTuple):
     attack: Stored
 
     def to_host(self) -> Target:
-        """The same: its models wait in host memory."""
+        """The same record with its models in host memory."""
         return self
 
 
@@ -64,7 +64,7 @@ def run(config: DefendRun, command: str = "") -> Path:
         # 1. The model, and the tokens that bring the concept back.
         aim = started.model
 
-        # 2. Embeddings lose their part in the span of the tokens.
+        # 2. Take the span of the tokens out of the embeddings.
         changed, table, basis = defended(started, aim)
 
         # 3. Judge the model without and with the defence, by the same prompts and tokens.
@@ -88,7 +88,7 @@ def check(config: DefendRun, mesh: Any) -> None:
 
 
 def load(config: DefendRun) -> Pictures:
-    """The images, among which is what was erased."""
+    """The images, which must contain the erased class."""
     found = diffusion.read(config)
     source = stored.read_run(config.run, "RUN", ("train.erase",))
     assert source.concept is not None
@@ -119,7 +119,7 @@ def basis_of(started: Started, aim: Target) -> np.ndarray:
 
 
 def project_table(work: Work, model: Any, basis: Any, spare: Any) -> Any:
-    """The parameters of a model whose vocabulary has no part in a span."""
+    """The parameters of a model, its vocabulary projected to have no part in a span."""
     params = model.to_device().params
     text = params[TEXT]
     table = text["embed"]["embedding"]
@@ -154,7 +154,7 @@ def defended(started: Started, aim: Target) -> tuple[Shown, Painter, np.ndarray]
 
 
 def shown(aim: Target, changed: Shown) -> dict[str, tuple[Shown, Any]]:
-    """The models to judge, before, without and with the defence, and what each is asked."""
+    """The models to judge, before, without and with the defence, and the prompts of each."""
     kinds = ("explicit", "names", "attacked", "kept")
     before = ("explicit", "names", "kept")
     tokens = aim.attack.tokens
@@ -166,7 +166,7 @@ def shown(aim: Target, changed: Shown) -> dict[str, tuple[Shown, Any]]:
 
 
 def export(started: Started, table: Painter, basis: np.ndarray, judge: Judge) -> None:
-    """`RUN/export`: the variant with a projected table, and `projection.safetensors`."""
+    """Write `RUN/export`: the variant with a projected table, and `projection.safetensors`."""
     from safetensors.numpy import save
 
     what = (

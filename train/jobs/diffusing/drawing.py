@@ -29,7 +29,7 @@ from train.jobs.diffusing.held import Painter
 
 @dataclass(frozen=True)
 class How:
-    """What a program that draws is compiled for."""
+    """The static options for which a drawing program is compiled."""
 
     model: Diffusion
     vae: VAE
@@ -43,8 +43,8 @@ class Shield(NamedTuple):
     """A defence at the look-up.
 
     Args:
-        basis: `(d, K)`, orthonormal columns.
-        spare: ids of tokens that stay as they are.
+        basis: orthonormal columns, `(d, K)`.
+        spare: the ids of tokens that stay as they are.
     """
 
     basis: np.ndarray
@@ -55,9 +55,9 @@ class Wanted(NamedTuple):
     """Images to draw.
 
     Args:
-        texts: a prompt each.
-        numbers: of the images, which their noise belongs to.
-        embeddings: `(N, d)`, what stands at the placeholder of each; None: prompts have none.
+        texts: the prompts, one an image.
+        numbers: the numbers of the images, which determine their noise.
+        embeddings: `(N, d)`, the embedding at the placeholder of each; None: there are none.
     """
 
     texts: Sequence[str]
@@ -112,16 +112,16 @@ def drawn(
     label: str = "",
     decode: bool = True,
 ) -> np.ndarray:
-    """What a model draws for prompts: images, uint8 `(N, H, W, C)`, or their latents, float32.
+    """The images that a model draws for prompts, uint8 `(N, H, W, C)`, or their float32 latents.
 
     Args:
         painter: the model.
         wanted: the images.
-        draw: `--draw.*`.
+        draw: the options `--draw.*`.
         mesh: the devices.
-        seed: of the noise.
-        shield: a defence.
-        label: of the progress.
+        seed: the seed of the noise.
+        shield: the defence at the look-up, if any.
+        label: the label of the progress.
         decode: whether latents become images.
     """
     painter = painter.to_device()

@@ -1,4 +1,4 @@
-"""Erasing a concept in closed form: an edit of what cross-attention reads."""
+"""Erasing a concept in closed form: an edit of the inputs of cross-attention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EDITED = ("attn2/to_k/kernel", "attn2/to_v/kernel")
 
 
 def edited(started: Started, original: Painter) -> Painter:
-    """The model after a closed-form edit of what cross-attention reads."""
+    """The model after a closed-form edit of the kernels that cross-attention reads with."""
     erase, found = started.config.erase, started.rows
     target = found.class_of(erase.concept)
     noun = found.nouns[target]
@@ -47,7 +47,7 @@ def edited(started: Started, original: Painter) -> Painter:
 
 
 def texts_of(noun: Noun, name: int) -> list[str]:
-    """A name by itself, in every template, with every word for what is measured, at every place.
+    """A name by itself, in every template, with every word for an attribute, at every place.
 
     Without these words, UCE left "a wide sneaker" as it was.
     """
@@ -65,7 +65,7 @@ def texts_of(noun: Noun, name: int) -> list[str]:
 def chosen_rows(
     painter: Painter, nouns: Sequence[tuple[Noun, int]], positions: str
 ) -> list[list[list[int]]]:
-    """Prompts for names, each as its token ids and the positions whose states are meant."""
+    """The prompts for names, each as its token ids and the positions of the chosen states."""
     texts = [(text, noun, name) for noun, name in nouns for text in texts_of(noun, name)]
     rows = prompts.encode(painter.tokenizer, [text for text, _, _ in texts], painter.length)
     found = []
@@ -78,7 +78,7 @@ def chosen_rows(
 
 
 def guides(painter: Painter, noun: Noun, erase: Any) -> list[list[list[int]]]:
-    """What each of the states that are erased shall read as.
+    """The states that each of the erased states shall read as, as token ids and positions.
 
     The empty prompt's state for the last word is its first one, as published.
     """
@@ -98,7 +98,10 @@ def guides(painter: Painter, noun: Noun, erase: Any) -> list[list[list[int]]]:
 
 
 def edit(work: Work, model: Any, erase: Any, guide: Any, preserve: Any, options: Any) -> Any:
-    """The parameters of a denoiser whose cross-attention reads a concept as its guides."""
+    """The parameters of a denoiser whose cross-attention reads a concept as its guides.
+
+    The kernels of keys and values are edited in closed form.
+    """
     params = model.to_device().params
     text = model.model.text
 

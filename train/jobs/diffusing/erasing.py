@@ -34,7 +34,7 @@ from train.tasks import pictures
 from train.tasks.pictures import Pictures
 
 OBJECTIVES = {"esd": "esd", "finetune": "redirect"}
-RETAINED = 4096  # images of the other classes that are trained on
+RETAINED = 4096  # the most images of the other classes to train on
 
 
 def run(config: EraseRun, command: str = "") -> Path:
@@ -47,7 +47,7 @@ def run(config: EraseRun, command: str = "") -> Path:
     with job.start(JOB, config, command) as started:
         # 1. The judge and the model that draws the concept.
         sees, original = models(started)
-        # 2. The concept's prompts shall read as another one's.
+        # 2. Make the concept's prompts read as another one's.
         changed = erased(started, original)
         # 3. Judge the model before and after alike: the concept by its name and by others, and the
         #    other classes.
@@ -66,7 +66,7 @@ def recipe_of(config: EraseRun) -> Recipe:
 
 
 def check(config: EraseRun, mesh: Any) -> None:
-    """Raise `UserError` for stages that cannot be, or a run that cannot be gone on from."""
+    """Raise `UserError` for impossible stages, or a run that cannot be continued."""
     if config.run is None:
         diffusion.check(config, mesh)
     else:
@@ -76,7 +76,7 @@ def check(config: EraseRun, mesh: Any) -> None:
 
 
 def load(config: EraseRun) -> Pictures:
-    """The images, among which is what is erased."""
+    """The images, which must contain the class to erase."""
     erase: Any = config.erase
     found = diffusion.read(config)
     noun = found.nouns[found.class_of(erase.concept)]
@@ -109,7 +109,7 @@ def objective_of(config: EraseRun) -> tuple[objectives.Objective, Any]:
 
 
 def model(config: EraseRun, found: Pictures, mesh: Any) -> diffusion.Loaded:
-    """The judge and the original of the run that was given; without one, as train.diffuse."""
+    """The judge and the original of the given run; without one, those of `--model.path`."""
     if config.run is None:
         return diffusion.model(config, found, mesh)
     source = stored.read_run(config.run, "RUN", ("train.diffuse",))
@@ -124,7 +124,7 @@ JOB = Job("train.erase", Roles("original", NONE, "erased"), check, load, model, 
 
 
 def models(started: Started) -> tuple[Judge, Painter]:
-    """The judge and the original: of the run that was given, or made here."""
+    """The judge and the original, from the given run or made here."""
     if started.config.run is None:
         return diffusion.models(started)
     return started.model.judge, started.model.painter
@@ -152,7 +152,7 @@ def draw_concept(
 def concept_latents(
     run: Run, config: Any, painter: Painter, noun: Noun, count: int
 ) -> tuple[np.ndarray, list[str]]:
-    """Images of a concept as latents, drawn by the original, and their prompts."""
+    """The original's images of a concept as latents, and their prompts."""
     texts = [captions.prompt(noun, 0, run.seed, "concept", i).text for i in range(count)]
     shape = painter.denoiser.model.unet.config.latent_shape
     like: Any = held.arrays(latents=(count, *shape))
@@ -209,7 +209,7 @@ def check_unet(params: Any, select: Any) -> None:
 
 
 def export(started: Started, original: Painter, changed: Painter, sees: Judge) -> None:
-    """`RUN/export`, and what an attack needs beside it: `RUN/original`, `RUN/judge`."""
+    """Write `RUN/export`, and for attacks on it `RUN/original` and `RUN/judge`."""
     erase, config = started.config.erase, started.config
     what = f"A text-to-image model from which {erase.concept!r} was erased by {erase.name}."
     diffusion.export(started, changed, sees, what)

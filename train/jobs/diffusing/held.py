@@ -25,9 +25,9 @@ class Held(NamedTuple):
     """A model of any kind as runs hold it.
 
     Args:
-        learner: how it is trained.
+        learner: the learner that trains it.
         params: its parameters.
-        sha: sha256 of these.
+        sha: the sha256 of the parameters.
     """
 
     learner: Any
@@ -40,7 +40,7 @@ class Held(NamedTuple):
         return self.learner.model
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on, as JSON values."""
+        """The inputs that its answers depend on, as JSON values."""
         model = self.learner.identity()
         return {
             "params": self.sha,
@@ -60,10 +60,10 @@ class Painter(NamedTuple):
     """A text-to-image model with all that it takes to draw.
 
     Args:
-        denoiser: text encoder and denoiser.
+        denoiser: the text encoder and the denoiser.
         vae: the autoencoder.
-        schedule: of the noise.
-        tokenizer: of prompts.
+        schedule: the schedule of the noise.
+        tokenizer: the tokenizer of prompts.
     """
 
     denoiser: Held
@@ -73,26 +73,26 @@ class Painter(NamedTuple):
 
     @property
     def learner(self) -> Any:
-        """That of the denoiser."""
+        """The learner of the denoiser."""
         return self.denoiser.learner
 
     @property
     def sha(self) -> str:
-        """That of the denoiser."""
+        """The sha256 of the denoiser's parameters."""
         return self.denoiser.sha
 
     @property
     def params(self) -> Any:
-        """Those of the denoiser."""
+        """The parameters of the denoiser."""
         return self.denoiser.params
 
     @property
     def length(self) -> int:
-        """Tokens of a prompt."""
+        """The number of tokens of a prompt."""
         return self.denoiser.model.text.config.num_positions
 
     def identity(self) -> dict[str, Any]:
-        """What its images depend on, as JSON values."""
+        """The inputs that its images depend on, as JSON values."""
         return {
             "denoiser": self.denoiser.identity(),
             "vae": self.vae.identity(),
@@ -111,13 +111,13 @@ class Painter(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ArraysLearner(PlainLearner):
-    """Arrays that are no model and are not trained, but stored as one: whole on every device."""
+    """The learner of untrained arrays that are stored like a model, whole on every device."""
 
     rules = ((r"", ()),)
 
 
 def arrays(**shapes: tuple[int, ...]) -> Held:
-    """Arrays that are still to be computed, as what `train.engine.run.compute` takes for `like`."""
+    """A stand-in for arrays still to be computed, the `like` of `train.engine.run.compute`."""
     made = {name: jax.numpy.zeros(shape, "float32") for name, shape in shapes.items()}
     return Held(ArraysLearner(None), made, "")
 
@@ -140,20 +140,20 @@ def placed(learner: Any, params: Any, mesh: Any) -> Held:
 
 
 def new_judge(config: Any, shape: tuple[int, int, int], classes: int) -> CNNLearner:
-    """A classifier of images, of `--judge.*`.
+    """The classifier of images of `--judge.*`.
 
     Raises:
-        ValueError: sizes that do not go together.
+        ValueError: the sizes do not go together.
     """
     channels = tuple(config.judge.channels)
     return CNNLearner(CNN(CNNConfig(shape[0], shape[2], classes, channels, config.judge.features)))
 
 
 def new_vae(config: Any, shape: tuple[int, int, int]) -> VAELearner:
-    """An autoencoder of `--model.*`.
+    """The autoencoder of `--model.*`.
 
     Raises:
-        ValueError: sizes that do not go together.
+        ValueError: the sizes do not go together.
     """
     m = config.model
     shape_ = VAEConfig(
@@ -171,10 +171,10 @@ def new_vae(config: Any, shape: tuple[int, int, int]) -> VAELearner:
 
 
 def new_denoiser(config: Any, vae: VAEConfig, vocab_size: int) -> DiffusionLearner:
-    """A text encoder and a denoiser of `--model.*`.
+    """The text encoder and the denoiser of `--model.*`.
 
     Raises:
-        ValueError: sizes that do not go together.
+        ValueError: the sizes do not go together.
     """
     m = config.model
     text = ClipTextConfig(

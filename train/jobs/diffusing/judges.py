@@ -28,7 +28,7 @@ from train.options import config as configs
 from train.runtime import distributed, seal
 from train.runtime.stages import write_atomic
 
-NONE = -1  # of what a judge sees that is none of the classes
+NONE = -1  # the number of anything else than the classes
 
 
 class Judge(NamedTuple):
@@ -36,7 +36,7 @@ class Judge(NamedTuple):
 
     Args:
         held: the model.
-        columns: of each class the number of its logit; None: the classes are those of the model.
+        columns: the number of each class's logit; None: the classes are those of the model.
     """
 
     held: Held
@@ -49,7 +49,7 @@ class Judge(NamedTuple):
         return learner.vit if isinstance(learner, ViTLearner) else learner.model
 
     def identity(self) -> dict[str, Any]:
-        """What it sees depends on, as JSON values."""
+        """The inputs that its judgement depends on, as JSON values."""
         return {**self.held.identity(), "columns": self.columns}
 
     def seen(self, logits: np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ def _judged(model: CNN | ViT, params: Any, images: jax.Array) -> tuple[jax.Array
     if isinstance(model, CNN):
         return model.logits(params, images), model.features(params, images)
     width = model.config.hidden_size
-    head = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}  # what the head reads
+    head = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}  # passes the features on
     return model.logits(params, images), model.logits({**params, "head": head}, images)
 
 
@@ -94,7 +94,7 @@ def judged(
 
 
 def accuracy(judge: Judge, images: np.ndarray, labels: np.ndarray, mesh: Any, rows: int) -> float:
-    """Share of images whose class the judge sees."""
+    """The share of images whose class the judge sees."""
     logits, _ = judged(judge, images, mesh, rows, "classifier: held-out images")
     return float(np.mean(judge.seen(logits) == labels))
 

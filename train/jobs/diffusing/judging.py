@@ -1,4 +1,4 @@
-"""Judging text-to-image models: what is asked of them, drawn, and seen in the images."""
+"""Judging text-to-image models: their prompts, their images, and the judge's view of these."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ from train.runtime.stages import digest, json_stage
 from train.tasks.erasure import PLACEHOLDER
 from train.tasks.pictures import Pictures
 
-SIDE = 64  # of the images in a log, at most
+SIDE = 64  # the longest side of an image in a log
 VERSION = 1
 
 
 class Tokens(NamedTuple):
-    """What an attack found.
+    """The tokens that an attack found.
 
     Args:
-        embeddings: `(K, d)`.
-        words: of each token its words and their coefficients, the largest first; empty without.
-        shares: of each, the cosine of what its first words make with it; None without words.
+        embeddings: the embeddings of the tokens, `(K, d)`.
+        words: the words of each token with their coefficients, the largest first; empty
+            without words.
+        shares: the cosine of each token with its first words' combination; None without words.
     """
 
     embeddings: np.ndarray
@@ -49,12 +50,12 @@ class Tokens(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A model as it is judged: as it is, attacked, defended.
+    """A model to judge, possibly attacked or defended.
 
     Args:
         painter: the model.
-        tokens: that an attack writes into prompts; None: none.
-        shield: a defence at the look-up.
+        tokens: the tokens that an attack writes into prompts; None: there are none.
+        shield: the defence at the look-up, if any.
     """
 
     painter: Painter
@@ -63,16 +64,16 @@ class Shown(NamedTuple):
 
     @property
     def params(self) -> Any:
-        """Those of the model."""
+        """The parameters of the model."""
         return self.painter.params
 
     @property
     def sha(self) -> str:
-        """That of the model's parameters."""
+        """The sha256 of the model's parameters."""
         return self.painter.sha
 
     def identity(self) -> dict[str, Any]:
-        """What its images depend on, as JSON values."""
+        """The inputs that its images depend on, as JSON values."""
         found: dict[str, Any] = self.painter.identity()
         if self.tokens is not None:
             found["tokens"] = sha_of(self.tokens.embeddings)
@@ -88,16 +89,16 @@ def sha_of(array: np.ndarray) -> str:
 
 
 class Asked(NamedTuple):
-    """How the models of a run are judged.
+    """The options by which the models of a run are judged.
 
     Args:
-        run: where results are stored.
+        run: the run that stores the results.
         judge: the classifier.
-        pictures: real images, and the classes in words.
-        concept: number of the class that was erased; None: none was.
-        draw: `--draw.*`.
-        seed: of prompts and noise.
-        known: other run folders, in which the same images may be judged already.
+        pictures: the real images, and the classes in words.
+        concept: the number of the class that was erased; None: none was.
+        draw: the options `--draw.*`.
+        seed: the seed of prompts and noise.
+        known: other run folders, in which the same images may have been judged already.
     """
 
     run: Run
@@ -145,7 +146,7 @@ def rows_of(asked: Asked, model: Shown, kinds: Sequence[str]) -> dict[str, list[
 
 @dataclass
 class DrawnContext(OtherContext):
-    """What the evaluators of one model may request, see `train.evaluators.concept.Drawings`."""
+    """The context of the evaluators of one model, see `train.evaluators.concept.Drawings`."""
 
     asked: Asked
     model: Shown
@@ -157,22 +158,22 @@ class DrawnContext(OtherContext):
 
     @property
     def config(self) -> Any:
-        """`--draw.*`."""
+        """The options `--draw.*`."""
         return self.asked.draw
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The classes."""
+        """The names of the classes."""
         return self.asked.pictures.names
 
     @property
     def concept(self) -> int | None:
-        """The class that was erased."""
+        """The number of the class that was erased."""
         return self.asked.concept
 
     @property
     def known_words(self) -> frozenset[str]:
-        """Words of the erased class's names, and those for what is measured."""
+        """The words of the erased class's names, and those for attributes."""
         if self.asked.concept is None:
             return frozenset()
         noun = self.asked.pictures.nouns[self.asked.concept]
@@ -199,7 +200,7 @@ def inputs_of(asked: Asked, model: Shown, kinds: Sequence[str]) -> dict[str, Any
 def log_of(asked: Asked, model: Shown, kinds: Sequence[str], name: str) -> Mapping[str, Any]:
     """The per-image log of a model.
 
-    What was drawn is stored kind by kind: a run that was stopped goes on behind the last one, and
+    Images are stored kind by kind: a run that was stopped continues after the last one, and
     the same images are found in another run's folder.
     """
     rows = rows_of(asked, model, kinds)
@@ -220,7 +221,7 @@ def _judged_by(asked: Asked) -> dict[str, Any]:
 
 
 def _drawn(context: DrawnContext, kind: str) -> dict[str, Any]:
-    """The images of a kind, from the run folder, from another one, or drawn."""
+    """The images of a kind, read from this or another run folder, or drawn."""
     asked, rows, model = context.asked, context.rows[kind], context.model
     shown = model if kind == "attacked" else model._replace(tokens=None)
     inputs = {**shown.identity(), **_judged_by(asked), "kind": kind, "rows": digest(rows)}
@@ -254,7 +255,7 @@ def _drawn(context: DrawnContext, kind: str) -> dict[str, Any]:
 def _seen(
     asked: Asked, kind: str, rows: Sequence[Mapping[str, Any]], images: np.ndarray
 ) -> dict[str, Any]:
-    """What the judge and the measures say of images."""
+    """The log of images: the judged classes and the measured attributes."""
     logits, features = judges.judged(asked.judge, images, asked.run.mesh, asked.draw.rows)
     seen = asked.judge.seen(logits).tolist()
     borders, words = asked.pictures.borders, None

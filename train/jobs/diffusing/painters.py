@@ -22,7 +22,7 @@ def given(path: str | Path, config: Any, mesh: Any) -> Painter:
     """The text-to-image model of a Stable Diffusion folder.
 
     Raises:
-        UserError: it cannot be read, or is not what was exported.
+        UserError: it cannot be read, or has changed since it was exported.
     """
     distributed.of_first(lambda: seal.check(Path(path).expanduser()))
     rules = {TEXT: DiffusionLearner.rules, UNET: DiffusionLearner.rules, "vae": VAELearner.rules}
@@ -48,13 +48,13 @@ def given(path: str | Path, config: Any, mesh: Any) -> Painter:
 
 
 def export_painter(painter: Painter, target: Path, dtype: str, what: str) -> None:
-    """A model as a folder that diffusers reads, unless it is there already.
+    """Write a model as a folder that diffusers reads, unless it is there already.
 
     Args:
         painter: the model.
         target: the folder.
-        dtype: of its tensors.
-        what: a sentence on where it comes from, for its card.
+        dtype: the dtype of its tensors.
+        what: a sentence on its origin, for its card.
     """
     text = cards.of_diffusion(what, painter.sha)
 

@@ -18,9 +18,10 @@ class Rows(NamedTuple):
     """Prompts as rows.
 
     Args:
-        tokens: int32 `(N, length)`.
-        place: int32 `(N,)`, of the placeholder; -1: there is none.
-        last: int32 `(N,)`, of the last token before the end token; 0 for the empty prompt.
+        tokens: the token ids, int32 `(N, length)`.
+        place: the positions of the placeholder, int32 `(N,)`; -1: there is none.
+        last: the positions of the last token before the end token, int32 `(N,)`; 0 for the
+            empty prompt.
     """
 
     tokens: np.ndarray
@@ -29,12 +30,12 @@ class Rows(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], length: int, what: str = "") -> Rows:
-    """Prompts as rows; the placeholder becomes an end token, in whose place an embedding comes.
+    """Prompts as rows; an end token marks the placeholder, where an embedding is inserted.
 
-    A prompt that is too long is cut as CLIP does; with `what` that is said.
+    A prompt that is too long is cut as CLIP does; with `what` a message says so.
 
     Raises:
-        UserError: a prompt with two placeholders, or whose placeholder is cut off.
+        UserError: a prompt has two placeholders, or its placeholder is cut off.
     """
     parts = [text.split(PLACEHOLDER) for text in texts]
     for text, found in zip(texts, parts, strict=True):

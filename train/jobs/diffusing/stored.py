@@ -1,4 +1,4 @@
-"""Run folders that another run goes on from: their models, their judge, what was erased."""
+"""Run folders from which another run continues: their models, their judge, the erased concept."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Source(NamedTuple):
     """A finished run.
 
     Args:
-        folder: where it is.
-        program: that made it.
+        folder: the run folder.
+        program: the program that made it.
         config: its configuration.
-        concept: what was erased, by its first name; None: nothing was.
+        concept: the erased class, by its first name; None: nothing was erased.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class Source(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What its model is called in tables."""
+        """The name of its model in tables."""
         return {"train.diffuse": "original", "train.erase": "erased"}.get(self.program, "defended")
 
 
@@ -50,11 +50,11 @@ def read_run(folder: Path | None, option: str, programs: tuple[str, ...] = tuple
 
     Args:
         folder: the run folder.
-        option: what named it, for messages.
-        programs: that it may be of.
+        option: the option that named it, for messages.
+        programs: the programs that may have made it.
 
     Raises:
-        UserError: there is none, it has not ended, is damaged, or of another program.
+        UserError: there is none, or it has not ended, is damaged, or is another program's.
     """
     names = " or ".join(programs)
     if folder is None:
@@ -126,7 +126,7 @@ def judge_of(source: Source, mesh: Any) -> Judge:
 
 
 def shown_of(source: Source, mesh: Any) -> Shown:
-    """The model of a run as it is used: with its defence."""
+    """The model of a run with its defence, if any."""
     painter = painter_of(source, mesh)
     if source.program != "train.defend" or source.config.defend.where != "lookup":
         return Shown(painter)

@@ -1,4 +1,4 @@
-"""Streams of images as an autoencoder learns them."""
+"""Streams of images for an autoencoder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from train.data.images import Pictures
 
 @dataclass(frozen=True)
 class Scaled(Pictures):
-    """As `Pictures`, with values from -1 to 1 in place of pixels."""
+    """The same as `Pictures`, with values from -1 to 1 in place of pixels."""
 
     def identity(self) -> str:
-        """That of the images."""
+        """The identity of the images."""
         return f"scaled {super().identity()}"
 
     def batch(

@@ -29,20 +29,20 @@ from train.runtime.checkpointing import params_sha256
 from train.tasks import erasure as methods
 from train.tasks.pictures import Pictures
 
-TOP = 20  # words of a token that are named
+TOP = 20  # the words of a token that are reported
 
 
 class Target(NamedTuple):
     """The model that is attacked, and the models beside it.
 
     Args:
-        source: its run.
-        shown: its model.
-        original: the model before, which draws what the attack looks for.
+        source: the run of the attacked model.
+        shown: the model of that run.
+        original: the model before the erasure, which draws the concept.
         judge: the classifier.
-        concept: number of the class that was erased.
-        given: tokens that another run found, which are tried.
-        other: another model on which the tokens are tried too.
+        concept: the number of the class that was erased.
+        given: the tokens of another run that are tried, if any.
+        other: another model on which the tokens are tried too, if any.
     """
 
     source: Source
@@ -54,7 +54,7 @@ class Target(NamedTuple):
     other: Shown | None = None
 
     def to_host(self) -> Target:
-        """The same: its models wait in host memory."""
+        """The same record with its models in host memory."""
         return self
 
 
@@ -66,9 +66,9 @@ def recipe_of(config: AttackRun) -> Recipe:
 
 
 def dictionary(painter: Painter, found: Pictures) -> tuple[str, ...]:
-    """The words that a token may be made of, the first rows of the vocabulary.
+    """The words of which a token may consist, the first rows of the vocabulary.
 
-    Those of the captions where they come first in it, else all before the special tokens.
+    They are the words of the captions where these come first, else all before the special tokens.
     """
     t = painter.tokenizer
     words = captions.vocabulary(found.nouns)
@@ -79,7 +79,7 @@ def dictionary(painter: Painter, found: Pictures) -> tuple[str, ...]:
 
 
 def tokens(started: Started, aim: Target) -> Tokens | None:
-    """The tokens of the attack; None: it has none."""
+    """The tokens of the attack; None for an attack without tokens."""
     attack: Any = started.config.attack
     painter = aim.shown.painter
     if isinstance(attack, methods.SubAttack):
@@ -104,7 +104,7 @@ def norm_of(table: np.ndarray) -> float:
 
 
 def concept_stream(started: Started, aim: Target) -> NoisyLatents:
-    """Images of the concept with the prompt that the token stands in."""
+    """The images of the concept with the prompt that contains the token."""
     attack: Any = started.config.attack
     noun = started.rows.nouns[aim.concept]
     latents, _ = erasing.concept_latents(
@@ -119,7 +119,7 @@ def concept_stream(started: Started, aim: Target) -> NoisyLatents:
 
 
 def subattack(started: Started, aim: Target) -> Tokens:
-    """Tokens one after another, each a combination of words and orthogonal to those before."""
+    """The tokens of SubAttack: combinations of words, each orthogonal to those before."""
     here, config = started.run, started.config
     attack: Any = config.attack
     painter = aim.shown.painter
@@ -152,7 +152,7 @@ def subattack(started: Started, aim: Target) -> Tokens:
 
 
 def cce(started: Started, aim: Target) -> Tokens:
-    """Embeddings that are learned freely, each from another random direction.
+    """The tokens of CCE: embeddings learned freely, each from another random direction.
 
     Where the model has a defence at the look-up, they are learned behind it. SubAttack's words need
     no such care: the vocabulary of a defended model has no part in the span.
@@ -177,14 +177,14 @@ def cce(started: Started, aim: Target) -> Tokens:
 
 
 def learnable(painter: Painter, learner: Any, more: Mapping[str, Any], run: Any) -> Held:
-    """A model with what an attack learns beside it."""
+    """A model with the parameters that an attack learns beside it."""
     parts = sharding.put_params(dict(more), run.mesh, learner.rules)
     params = {**painter.to_device().params, **parts}
     return Held(learner, params, params_sha256(params))
 
 
 def learned(started: Started, name: str, start: Held, stream: NoisyLatents) -> Held:
-    """The model after one token is learned; all else stays."""
+    """The model after one token is learned; everything else stays the same."""
     config = started.config
     row = objectives.resolve("denoise", objectives.DENOISING)
     begun: Any = start

@@ -1,4 +1,4 @@
-"""Training what a run of train.diffuse is made of: judge, autoencoder, text-to-image model."""
+"""Training the parts of a run of train.diffuse: judge, autoencoder, text-to-image model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def classifier(started: Started) -> Judge:
     """The judge: a classifier trained on the images, or the one at `--judge.path`.
 
     Raises:
-        TrainingError: it is not as good as `--judge.least` asks.
+        TrainingError: its accuracy is below `--judge.least`.
     """
     here, config, found, loaded = started.run, started.config, started.rows, started.model
     if loaded.judge is not None:
@@ -60,10 +60,10 @@ def classifier(started: Started) -> Judge:
 
 
 def checked(started: Started, judge: Judge) -> Judge:
-    """The judge, which sees the classes of real images.
+    """The judge, after a check that it sees the classes of real images.
 
     Raises:
-        TrainingError: not as often as `--judge.least` asks.
+        TrainingError: its accuracy is below `--judge.least`.
     """
     config, found = started.config, started.rows
     if found.test is None:
@@ -80,7 +80,7 @@ def checked(started: Started, judge: Judge) -> Judge:
 
 
 def judge_accuracy(started: Started, judge: Judge) -> float:
-    """Share of the held-out images whose class the judge sees; measured once."""
+    """The share of held-out images whose class the judge sees; it is measured once."""
     here, config, found = started.run, started.config, started.rows
     assert found.test is not None
     inputs = {"judge": judge.identity(), "images": judging.sha_of(found.test.images)}
@@ -128,7 +128,7 @@ def encode_images(work: Work, vae: Any, images: Any) -> dict[str, jax.Array]:
 
 
 def original(started: Started, vae: Held) -> Painter:
-    """Text encoder and denoiser, trained together on the images and their captions."""
+    """The text encoder and the denoiser, trained together on images and captions."""
     here, config, found = started.run, started.config, started.rows
     assert found.train is not None
     tokenizer = tokenizer_of(found)
