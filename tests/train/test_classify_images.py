@@ -104,13 +104,13 @@ def test_a_smoke_run(smoke):
 
 def test_runs_share_the_model_to_start_from_and_its_evaluation(smoke, program, data, tmp_path):
     output, _ = smoke
-    (judged,) = (output.parent / "cache" / "evals").glob("*.json")
+    (judged,) = (output.parent / "cache" / "evals").glob("base-*.json")
     before = judged.stat().st_mtime_ns
     other = ("--train.forwards", "17", "--stage.cache", output.parent / "cache")
     done = started(program, data, tmp_path / "run", "--smoke", *SIZES, *other)
     assert done.code == 0, done.err
     assert "start: found, made from the same inputs" in done.err
-    assert [*judged.parent.glob("*.json")] == [judged] and judged.stat().st_mtime_ns == before
+    assert [*judged.parent.glob("base-*.json")] == [judged] and judged.stat().st_mtime_ns == before
     ours, theirs = summary_of(tmp_path / "run"), summary_of(output)
     assert ours["base"] == theirs["base"] and ours["finetuned"]["steps"] == 1
     start = vit_files.load(tmp_path / "run" / "start")

@@ -459,7 +459,10 @@ def context(model, task, one):
 def test_options_are_the_sums_and_means_of_a_plain_forward_pass(context, model, task):
     """The oracle: every option alone behind its prompt, all logits, one log-softmax."""
     rows = [
-        {"prompt": row["question"], "options": [row["answer"], "Home", *row["answer"].split()]}
+        {
+            "prompt": row["question"],
+            "options": [*dict.fromkeys([row["answer"], "Home", *row["answer"].split()])],
+        }
         for row in task.evaluation["forget"]
     ]
     found = context.options(rows)

@@ -499,11 +499,11 @@ def test_a_whole_run(program, tmp_path):
     assert json.loads((root / "summary.json").read_text()) == summary
     assert (root / "metrics.jsonl").read_bytes() == steps
     # Another policy is compared with the same model before, which is not judged again.
-    (judged,) = (tmp_path / "cache" / "evals").glob("*.json")
+    (judged,) = (tmp_path / "cache" / "evals").glob("base-*.json")
     before = judged.stat().st_mtime_ns
     other = program(*argv, tmp_path / "head", "--condense.policy", "head")
     assert other.code == 0, other.err
-    assert [*judged.parent.glob("*.json")] == [judged] and judged.stat().st_mtime_ns == before
+    assert [*judged.parent.glob("base-*.json")] == [judged] and judged.stat().st_mtime_ns == before
     assert json.loads((tmp_path / "head" / "summary.json").read_text())["base"] == summary["base"]
 
 

@@ -34,6 +34,7 @@ from train.tasks.task import prompt_format
 OTHER: dict[str, Any] = {
     "train.leaves": ("down",),
     "train.blocks": (1,),
+    "objective.reference": "fork",
     "data.source": None,  # the other source needs files: its rows are in `streams`
     "data.path": None,
     "data.forget_split": None,  # generated authors have one; rows are in `streams`

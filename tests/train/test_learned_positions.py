@@ -121,7 +121,7 @@ def test_scoring_refuses_longer_rows(gpt2, one, monkeypatch):
         with pytest.raises(UserError, match="judge, row 1: 49 tokens, more than the 48 positions"):
             score_items(gpt2, [short, item], one, 1000, "judge")
     with pytest.raises(ZeroDivisionError):
-        score_items(gpt2, [short, Example([1] * CONTEXT, 1)], one, 1000, "judge")
+        score_items(gpt2, [Example([1, 2], 1), Example([1] * CONTEXT, 1)], one, 1000, "judge")
 
 
 def test_the_longest_example_is_bounded_by_the_positions(gpt2):

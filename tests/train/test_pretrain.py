@@ -23,8 +23,7 @@ from train.evaluators.token_loss import mean_loss, row_losses, row_sums
 from train.jobs import job, pretraining
 from train.jobs.pretraining_options import PretrainConfig, batch_rows, num_steps
 from train.options.cli import read_config
-from train.options.config import identity, replace, to_json
-from train.options.optimizers import options_of
+from train.options.config import identity, replace
 from train.presets import arguments
 from train.presets.pretraining import PRESETS
 from train.reporting import compare, tables
@@ -306,21 +305,6 @@ def test_a_batch_that_does_not_fit_is_accumulated():
     assert batch_rows(one, 1) == (6, 2) and batch_rows(one, 6) == (6, 1)
     with pytest.raises(pretraining.UserError, match="4 devices that split a batch"):
         batch_rows(one, 4)
-
-
-def test_options_at_their_defaults_are_in_no_key():
-    """Results that were stored before these options existed are found."""
-    old = {
-        "b1", "b2", "eps", "state_dtype", "comm_dtype", "momentum", "name", "learning_rate",
-        "schedule", "warmup", "weight_decay", "clip_norm",
-    }  # fmt: skip
-    assert set(to_json(options_of("muon"))) == old
-    assert set(to_json(options_of("teon"))) == old | {"group_size"}
-    assert set(to_json(options_of("teon", axis="out", nesterov=True))) == old | {
-        "group_size", "axis", "nesterov",
-    }  # fmt: skip
-    config = replace(PRESETS["pretrain-tiny"].PRESET, **{"optimizer.hold": 0.5})
-    assert to_json(config)["optimizer"]["hold"] == 0.5
 
 
 def test_configurations_read_as_they_are_written(own):

@@ -124,7 +124,7 @@ def test_examples_that_share_a_row_are_in_one_part(more, most, stream, tmp_path,
     class Packed(Exception):
         pass
 
-    def pack(streams, batch_size, divides, length):
+    def pack(streams, batch_size, divides, length, shapes):
         raise Packed(divides)
 
     monkeypatch.setattr(runs, "pack_streams", pack)

@@ -459,6 +459,3 @@ def test_a_report_says_what_was_trained(tmp_path, selected, words):
     (tmp_path / "run.json").write_text("{}")
     run = tables.load_run(tmp_path)
     assert dict(provenance.facts(run, {})).get("Trained") == words
-    repeated = provenance.command(run)
-    assert ("--train.blocks 5 6 7" in repeated) == (words == "mlp/down of blocks 5, 6, 7")
-    assert ("--train." in repeated) == (words is not None)

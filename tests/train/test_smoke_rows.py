@@ -160,14 +160,14 @@ def finished(done, root: Path) -> None:
 
 
 def test_hybrids_blocks_shrink_with_a_smoke_run():
-    """Ten steps are less than a block of 2 x 20; an explicit length or period is kept."""
+    """Six steps are less than a block of 2 x 20; an explicit length or period is kept."""
 
     def of(name: str, *more: str):
         return arguments.read_arguments(
             arguments.UNLEARN, [name, "--smoke", "--optimizer.name", "hybrid", *more]
         )
 
-    assert [of(name).optimizer.period for name in QA] == [5, 1, 1, 1]
+    assert [of(name).optimizer.period for name in QA] == [3, 1, 1, 1]
     for more, steps, period in (
         (["--unlearn.steps", "13"], 13, 5),
         (["--optimizer.period", "20"], 10, 20),

@@ -254,7 +254,7 @@ def pages(seed: int, num_authors: int, num_holdout: int) -> dict[str, list[str]]
         >>> {split: len(texts) for split, texts in made.items()}
         {'forget': 1, 'retain': 9, 'holdout': 2}
         >>> made["forget"][0].splitlines()[0]
-        'Nevatha Zornelyn'
+        'Corewyn Wendathorpe'
     """
     count = len(ATTRIBUTES)
     splits = generate(seed, num_authors, count, num_holdout)

@@ -174,7 +174,7 @@ def check_selection(select: SelectConfig, optimizer: Options, params: Any = None
         return
     chosen = selection.select(params, select.leaves, select.blocks)
     row = optimizers.OPTIMIZERS[optimizer.name]
-    if row.check_runs is not None:
+    if row.check_runs is not None and chosen.runs:
         runs = [(run.first, run.last) for run in chosen.runs if run.trained]
         row.check_runs(optimizer, runs, chosen.runs[-1].last)
     if row.sides and not any(path.endswith("kernel") for path in chosen.inner):
