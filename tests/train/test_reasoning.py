@@ -400,7 +400,7 @@ class Written:
         self.texts = list(texts)
 
     def answers(self, split, column="question", sampling=None, num_samples=1, starts=""):
-        assert start == self.config.think_start
+        assert starts == self.config.think_start
         return Answers([[text] * num_samples for text in self.texts], [])
 
 

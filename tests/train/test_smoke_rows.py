@@ -169,8 +169,8 @@ def test_hybrids_blocks_shrink_with_a_smoke_run():
 
     assert [of(name).optimizer.period for name in QA] == [3, 1, 1, 1]
     for more, steps, period in (
-        (["--unlearn.steps", "13"], 13, 5),
-        (["--optimizer.period", "20"], 10, 20),
+        (["--unlearn.steps", "13"], 13, 3),
+        (["--optimizer.period", "20"], 6, 20),
     ):
         config = of("quickstart", *more)
         assert (config.unlearn.steps, config.optimizer.period) == (steps, period)
