@@ -32,7 +32,7 @@ passes them on.
 import inspect
 import types
 
-from jaxlib_unlearn.optim import combine, hybrid, matrices, orthogonalize, sharpness, sign, wrappers
+from jaxlib_unlearn.optim import matrices, orthogonalize
 from jaxlib_unlearn.optim.combine import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.first_moments import keep_first_moments
 from jaxlib_unlearn.optim.hybrid import alternate, ends_on_zeroth_order, round_to_zeroth_order
@@ -42,15 +42,15 @@ from jaxlib_unlearn.optim.sign import (
     scale_by_sign_momentum,
     sign_momentum,
 )
-from jaxlib_unlearn.optim.sophia import SOPHIA_STATIC_ARGS, scale_by_sophia, sophia
-from jaxlib_unlearn.optim.spectral.muon import MUON_STATIC_ARGS, MuonState, muon, scale_by_muon
+from jaxlib_unlearn.optim.signatures import static_args
+from jaxlib_unlearn.optim.sophia import scale_by_sophia, sophia
+from jaxlib_unlearn.optim.spectral.muon import MuonState, muon, scale_by_muon
 from jaxlib_unlearn.optim.spectral.post import Post, normuon
-from jaxlib_unlearn.optim.spectral.sift import SIFT_STATIC_ARGS, scale_by_sift, sift
+from jaxlib_unlearn.optim.spectral.sift import scale_by_sift, sift
 from jaxlib_unlearn.optim.spectral.sift_direction import SiftState
 from jaxlib_unlearn.optim.spectral.splitting import Split
-from jaxlib_unlearn.optim.spectral.teon import TEON_STATIC_ARGS, scale_by_teon, teon
+from jaxlib_unlearn.optim.spectral.teon import scale_by_teon, teon
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
-from jaxlib_unlearn.optim.zeroth_order import methods
 from jaxlib_unlearn.optim.zeroth_order.bare import (
     scale_by_fzoo,
     scale_by_hizoo,
@@ -74,58 +74,7 @@ from jaxlib_unlearn.optim.zeroth_order.methods import (
     subspace_mezo,
     subzero,
 )
-from jaxlib_unlearn.optim.zeroth_order.zo_muon import ZO_MUON_STATIC_ARGS, scale_by_zo_muon, zo_muon
-
-STATIC_ARGS: dict[str, tuple[str, ...]] = {
-    "accumulate": wrappers.ACCUMULATE_STATIC_ARGS,
-    "alternate": hybrid.ALTERNATE_STATIC_ARGS,
-    "blur": combine.BLUR_STATIC_ARGS,
-    "clip_streams": wrappers.CLIP_STREAMS_STATIC_ARGS,
-    "finite": wrappers.FINITE_STATIC_ARGS,
-    "fzoo": methods.FZOO_STATIC_ARGS,
-    "hizoo": methods.HIZOO_STATIC_ARGS,
-    "lozo": methods.LOZO_STATIC_ARGS,
-    "mezo": methods.MEZO_STATIC_ARGS,
-    "muon": MUON_STATIC_ARGS,
-    "pcgrad": combine.PCGRAD_STATIC_ARGS,
-    "quantize_updates": sign.QUANTIZE_UPDATES_STATIC_ARGS,
-    "rada_zo": methods.RADA_ZO_STATIC_ARGS,
-    "randomised_smoothing": sharpness.RANDOMISED_SMOOTHING_STATIC_ARGS,
-    "rowwise": methods.ROWWISE_STATIC_ARGS,
-    "sam": sharpness.SAM_STATIC_ARGS,
-    "sift": SIFT_STATIC_ARGS,
-    "sign_momentum": sign.SIGN_MOMENTUM_STATIC_ARGS,
-    "sophia": SOPHIA_STATIC_ARGS,
-    "sparse_mezo": methods.SPARSE_MEZO_STATIC_ARGS,
-    "subspace_mezo": methods.SUBSPACE_MEZO_STATIC_ARGS,
-    "subzero": methods.SUBZERO_STATIC_ARGS,
-    "teon": TEON_STATIC_ARGS,
-    "weighted_sum": combine.WEIGHTED_SUM_STATIC_ARGS,
-    "zo_muon": ZO_MUON_STATIC_ARGS,
-}
-"""What ``optax.inject_hyperparams(factory, static_args=STATIC_ARGS[name])`` must not trace."""
-
-for _bare in (
-    scale_by_fzoo,
-    scale_by_hizoo,
-    scale_by_lozo,
-    scale_by_mezo,
-    scale_by_muon,
-    scale_by_rada_zo,
-    scale_by_rowwise,
-    scale_by_sift,
-    scale_by_sign_momentum,
-    scale_by_sophia,
-    scale_by_sparse_mezo,
-    scale_by_subspace_mezo,
-    scale_by_subzero,
-    scale_by_teon,
-    scale_by_zo_muon,
-):
-    _own = inspect.signature(_bare).parameters
-    STATIC_ARGS[_bare.__name__] = tuple(
-        name for name in STATIC_ARGS[_bare.__name__.removeprefix("scale_by_")] if name in _own
-    )
+from jaxlib_unlearn.optim.zeroth_order.zo_muon import scale_by_zo_muon, zo_muon
 
 __all__ = [
     "STATIC_ARGS",
@@ -181,6 +130,13 @@ __all__ = [
     "weighted_sum",
     "zo_muon",
 ]
+
+STATIC_ARGS: dict[str, tuple[str, ...]] = {
+    name: static_args(function)
+    for name in __all__
+    if inspect.isfunction(function := globals().get(name))
+}
+"""What ``optax.inject_hyperparams(factory, static_args=STATIC_ARGS[name])`` must not trace."""
 
 
 def __dir__() -> list[str]:

@@ -26,13 +26,6 @@ from jaxlib_unlearn.optim.passing import passing_by
 
 Scalar = jax.typing.ArrayLike
 
-BLUR_STATIC_ARGS = ("lower", "scope")
-"""``static_args`` for ``optax.inject_hyperparams(blur, static_args=...)``."""
-PCGRAD_STATIC_ARGS = ("scope",)
-"""``static_args`` for ``optax.inject_hyperparams(pcgrad, static_args=...)``."""
-WEIGHTED_SUM_STATIC_ARGS = ()
-"""``static_args`` for ``optax.inject_hyperparams(weighted_sum, static_args=...)``."""
-
 
 class BlurStats(NamedTuple):
     """Statistics of the last step; () float32 each (float64 for float64 gradients).

@@ -9,9 +9,6 @@ import optax
 from jaxlib_unlearn.optim.arrays import concrete, explicit_sharding
 from jaxlib_unlearn.optim.passing import passing_by
 
-ALTERNATE_STATIC_ARGS = ("first_order", "zeroth_order", "period")
-"""``static_args`` for ``optax.inject_hyperparams(alternate, static_args=...)``."""
-
 
 class AlternateState(NamedTuple):
     """State of both optimizers: each advances in its own blocks only and waits in the others."""

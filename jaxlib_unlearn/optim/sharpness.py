@@ -25,10 +25,6 @@ from jaxlib_unlearn.optim.passing import passing_by
 
 GradFunction = Callable[[Any], Any]
 
-SAM_STATIC_ARGS = ()
-"""``static_args`` for ``optax.inject_hyperparams(sam, static_args=...)``."""
-RANDOMISED_SMOOTHING_STATIC_ARGS = ("num_samples", "seed")
-"""``static_args`` for ``optax.inject_hyperparams(randomised_smoothing, static_args=...)``."""
 
 _PURPOSE = zlib.crc32(b"randomised_smoothing")  # no other method draws the same noise
 

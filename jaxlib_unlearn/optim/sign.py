@@ -1,6 +1,6 @@
 """Low-grade updates: the sign of the momentum, and directions rounded to a few bits."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,7 @@ from jaxlib_unlearn.optim.first_moments import widen
 from jaxlib_unlearn.optim.matrices import path_str
 from jaxlib_unlearn.optim.passing import passing_by
 from jaxlib_unlearn.optim.rules import stack_depth
-
-SIGN_MOMENTUM_STATIC_ARGS = ("mask", "mu_dtype")
-"""``static_args`` for ``optax.inject_hyperparams(sign_momentum, static_args=...)``."""
-QUANTIZE_UPDATES_STATIC_ARGS = ("bits",)
-"""``static_args`` for ``optax.inject_hyperparams(quantize_updates, static_args=...)``."""
+from jaxlib_unlearn.optim.signatures import Allowed, Decay
 
 
 class SignMomentumState(NamedTuple):
@@ -77,10 +73,10 @@ def scale_by_sign_momentum(
 def sign_momentum(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta: jax.typing.ArrayLike = 0.9,
+    beta: Decay = 0.9,
     weight_decay: float | jax.Array = 0.0,
     mask: Any = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Signum, which is signAdam: every coordinate moves by the learning rate.
 

@@ -1,13 +1,107 @@
-"""Factories that pass options on, with all of them in their signatures."""
+"""Signatures as declarations: what may be set, in which range, what is static, what it means.
+
+The signature of an optimizer and the "Args" of its docstring are the only declaration of its
+options. ``Annotated[type, Allowed(...)]`` marks an argument that a command line may set.
+"""
 
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
+
+import jax
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Allowed(NamedTuple):
+    """The values of an argument that a command line may set; the bounds are those of ``option``.
+
+    Args:
+        low: the lowest value.
+        high: the highest value.
+        above: values are greater than this.
+        below: values are less than this.
+        wanted: what is allowed, for messages; "": derived from the bounds.
+        choices: the allowed words.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    wanted: str = ""
+    choices: tuple[str, ...] = ()
+
+
+# With decay 1 a mean never takes up a gradient, and its bias correction divides by 0.
+DECAY = Allowed(low=0, below=1)
+AT_LEAST_ONE = Allowed(low=1)
+POSITIVE = Allowed(above=0, wanted="positive")
+# Adam divides 0 by it where a gradient has always been 0.
+DIVISOR = Allowed(low=1e-30)
+
+Decay = Annotated[jax.typing.ArrayLike, DECAY]
+Count = Annotated[int, AT_LEAST_ONE]
+Step = Annotated[jax.typing.ArrayLike, Allowed(low=1e-12)]
+
+
+def allowed(parameter: inspect.Parameter) -> Allowed | None:
+    """The allowed values of an argument; None for one that no command line sets.
+
+    Example:
+        >>> def toy(rate, *, rank: Count = 8, seed: int = 0): ...
+        >>> [allowed(p) is not None for p in inspect.signature(toy).parameters.values()]
+        [False, True, False]
+    """
+    found = getattr(parameter.annotation, "__metadata__", ())
+    return next((each for each in found if isinstance(each, Allowed)), None)
+
+
+def plain_type(parameter: inspect.Parameter) -> Any:
+    """The annotation of an argument without its ``Allowed``."""
+    marked = allowed(parameter) is not None
+    return parameter.annotation.__origin__ if marked else parameter.annotation
+
+
+def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments that ``optax.inject_hyperparams`` must not trace: those that are no arrays.
+
+    Example:
+        >>> def toy(rate: jax.Array | float, *, rank: Count = 8, beta: Decay = 0.9): ...
+        >>> static_args(toy)
+        ('rank',)
+    """
+    return tuple(
+        name
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if jax.Array not in typing.get_args(plain_type(parameter))
+    )
+
+
+def described(factory: Callable[..., Any]) -> dict[str, str]:
+    """The text of every argument, from "Args" of the docstring; "see :func:`x`" is followed.
+
+    Example:
+        >>> described(described)
+        {'factory': 'a function with a docstring.'}
+
+    Args:
+        factory: a function with a docstring.
+    """
+    block = (inspect.getdoc(factory) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    texts = {}
+    for names, text in re.findall(r"^    (\w[\w,\s]*):\s(.*(?:\n {8}.*)*)", block, re.M):
+        elsewhere = re.match(r"see :func:`(\w+)`", text.strip())
+        for name in re.split(r",\s+", names):
+            texts[name] = " ".join(text.split())
+            if elsewhere:
+                other = inspect.unwrap(factory).__globals__.get(elsewhere[1])
+                texts[name] = described(other)[name] if other else texts[name]
+    return {name: re.sub(r":func:|`(?=`)|(?<=`)`", "", text) for name, text in texts.items()}
 
 
 def spelled_out(

@@ -12,7 +12,7 @@ correction. SOUL's code averages the same gradient into the momentum twice per s
 average with b1^2. "soul" is the default: the published numbers come from it.
 """
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,7 @@ import optax
 
 from jaxlib_unlearn.optim.first_moments import widen
 from jaxlib_unlearn.optim.passing import passing_by
-
-SOPHIA_STATIC_ARGS = ("form", "mask", "mu_dtype")
-"""``static_args`` for ``optax.inject_hyperparams(sophia, static_args=...)``."""
+from jaxlib_unlearn.optim.signatures import Allowed, Decay
 
 
 class SophiaState(NamedTuple):
@@ -115,15 +113,15 @@ def scale_by_sophia(
 def sophia(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.95,
+    b1: Decay = 0.9,
+    b2: Decay = 0.95,
     rho: jax.typing.ArrayLike = 0.04,
     form: str = "soul",
     batch_scale: jax.typing.ArrayLike = 5120.0,
     eps: jax.typing.ArrayLike = 1e-15,
     weight_decay: float | jax.Array = 0.0,
     mask: Any = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sophia-G with decoupled weight decay, as SOUL uses it for unlearning.
 

@@ -20,13 +20,6 @@ from jaxlib_unlearn.optim.arrays import concrete
 from jaxlib_unlearn.optim.combine import check_streams, remember
 from jaxlib_unlearn.optim.passing import passing_by
 
-ACCUMULATE_STATIC_ARGS = ("tx", "k", "num_constraints", "dtype")
-"""``static_args`` for ``optax.inject_hyperparams(accumulate, static_args=...)``."""
-FINITE_STATIC_ARGS = ("tx", "max_consecutive_errors")
-"""``static_args`` for ``optax.inject_hyperparams(finite, static_args=...)``."""
-CLIP_STREAMS_STATIC_ARGS = ("inner", "norm")
-"""``static_args`` for ``optax.inject_hyperparams(clip_streams, static_args=...)``."""
-
 
 class AccumulateState(NamedTuple):
     """Sums over the calls since the last step.

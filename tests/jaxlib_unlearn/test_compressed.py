@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_unlearn.optim import sign
+from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.sign import (
     quantize_updates,
     scale_by_sign_momentum,
@@ -181,13 +181,13 @@ def test_one_compilation_and_extra_arguments(tx):
 
 def test_hyperparameters_may_be_traced():
     params, grads = random_tree(0), [random_tree(i) for i in range(1, 4)]
-    make = optax.inject_hyperparams(sign_momentum, static_args=sign.SIGN_MOMENTUM_STATIC_ARGS)
+    make = optax.inject_hyperparams(sign_momentum, static_args=optim.STATIC_ARGS["sign_momentum"])
     tx = make(learning_rate=optax.constant_schedule(0.01), beta=0.8, weight_decay=0.1)
     fixed = sign_momentum(0.01, beta=0.8, weight_decay=0.1)
     for a, b in zip(run(tx, params, grads), run(fixed, params, grads), strict=True):
         assert_trees_close(a, b, rtol=1e-6)
     quantize = optax.inject_hyperparams(
-        quantize_updates, static_args=sign.QUANTIZE_UPDATES_STATIC_ARGS
+        quantize_updates, static_args=optim.STATIC_ARGS["quantize_updates"]
     )(bits=3)
     got, _ = quantize.update(params, quantize.init(params))
     assert_trees_close(got, quantize_updates(3).update(params, optax.EmptyState())[0])

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.hybrid import (
-    ALTERNATE_STATIC_ARGS,
     alternate,
     ends_on_zeroth_order,
     round_to_zeroth_order,
@@ -295,7 +295,7 @@ def test_one_compilation_dtypes_and_shapes(dtype):
 def test_injected_learning_rates():
     inject = optax.inject_hyperparams
     first = inject(optax.sgd)(learning_rate=0.1)
-    tx = inject(alternate, static_args=ALTERNATE_STATIC_ARGS)(
+    tx = inject(alternate, static_args=optim.STATIC_ARGS["alternate"])(
         first_order=first, zeroth_order=toy_zeroth_order(), period=1
     )
     got = run(tx, start(), 4)

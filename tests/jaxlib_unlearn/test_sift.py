@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.orthogonalize import newton_schulz, svd
 from jaxlib_unlearn.optim.spectral import fusion
 from jaxlib_unlearn.optim.spectral.muon import muon, scale_by_muon
-from jaxlib_unlearn.optim.spectral.sift import SIFT_STATIC_ARGS, scale_by_sift, sift
+from jaxlib_unlearn.optim.spectral.sift import scale_by_sift, sift
 
 FORGET = np.array([[2, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]], float)
 RETAIN = np.array([[-1, 1, 0, 0], [2, 0, 0, 1], [0, 0, -2, 0], [0, 1, 0, 1]], float)
@@ -596,7 +597,9 @@ def test_half_precision_is_close_to_float32():
 
 def test_hyperparameters_may_be_traced():
     f = jnp.asarray(FORGET, jnp.float32)
-    tx = optax.inject_hyperparams(sift, static_args=SIFT_STATIC_ARGS)(0.1, rank=2, threshold=0.5)
+    tx = optax.inject_hyperparams(sift, static_args=optim.STATIC_ARGS["sift"])(
+        0.1, rank=2, threshold=0.5
+    )
     plain = sift(0.1, rank=2, threshold=0.5)
     g = jnp.asarray(RETAIN, jnp.float32)
     got, state = jax.jit(tx.update)(f, tx.init(f), f, constraint_grads=g)

@@ -25,9 +25,9 @@ PASSED_ON = {
 @pytest.mark.parametrize("name", PASSED_ON)
 def test_type_checkers_read_what_the_source_declares(name):
     options, source = PASSED_ON[name]
-    declared = inspect.signature(source).parameters
+    declared = typing.get_type_hints(source)
     types = typing.get_type_hints(options)
-    assert types and types == {name: declared[name].annotation for name in types}
+    assert types and types == {name: declared[name] for name in types}
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_unlearn.optim import sharpness
+from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.combine import blur, blur_combine
 from jaxlib_unlearn.optim.sharpness import (
     randomised_smoothing,
@@ -205,10 +205,10 @@ def test_one_compilation_and_extra_arguments(tx):
 def test_hyperparameters_may_be_traced():
     params = random_tree(0)
     for make, static, options in (
-        (sam, sharpness.SAM_STATIC_ARGS, {"rho": 0.2}),
+        (sam, optim.STATIC_ARGS["sam"], {"rho": 0.2}),
         (
             randomised_smoothing,
-            sharpness.RANDOMISED_SMOOTHING_STATIC_ARGS,
+            optim.STATIC_ARGS["randomised_smoothing"],
             {"sigma": 0.2, "num_samples": 2, "seed": 3},
         ),
     ):

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.sophia import (
-    SOPHIA_STATIC_ARGS,
     SophiaState,
     scale_by_sophia,
     sophia,
@@ -149,7 +149,7 @@ def test_one_compilation_and_extra_arguments(form):
 
 def test_hyperparameters_may_be_traced():
     params, grads = random_tree(0), [random_tree(i) for i in range(1, 4)]
-    make = optax.inject_hyperparams(sophia, static_args=SOPHIA_STATIC_ARGS)
+    make = optax.inject_hyperparams(sophia, static_args=optim.STATIC_ARGS["sophia"])
     tx = make(learning_rate=0.01, b1=0.8, rho=0.1, weight_decay=0.1, form="paper")
     fixed = sophia(0.01, b1=0.8, rho=0.1, weight_decay=0.1, form="paper")
     for a, b in zip(run(tx, params, grads), run(fixed, params, grads), strict=True):

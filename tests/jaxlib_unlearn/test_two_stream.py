@@ -8,14 +8,15 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim import combine as combiners
 from jaxlib_unlearn.optim.combine import blur, blur_combine, pcgrad, weighted_sum
 
 SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
 COMBINERS = {
-    "blur": (blur, combiners.BLUR_STATIC_ARGS, {"gamma": 0.5, "constraint_weight": 2.0}),
-    "pcgrad": (pcgrad, combiners.PCGRAD_STATIC_ARGS, {"constraint_weight": 2.0}),
-    "weighted_sum": (weighted_sum, combiners.WEIGHTED_SUM_STATIC_ARGS, {"weight": 2.0}),
+    "blur": (blur, optim.STATIC_ARGS["blur"], {"gamma": 0.5, "constraint_weight": 2.0}),
+    "pcgrad": (pcgrad, optim.STATIC_ARGS["pcgrad"], {"constraint_weight": 2.0}),
+    "weighted_sum": (weighted_sum, optim.STATIC_ARGS["weighted_sum"], {"weight": 2.0}),
 }
 
 

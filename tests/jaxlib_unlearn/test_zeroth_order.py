@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.zeroth_order import methods, perturbations
 from jaxlib_unlearn.optim.zeroth_order.directions import (
     Draws,
@@ -323,7 +324,7 @@ def test_replay_from_the_coefficients_and_restart_in_the_middle():
 def test_hyperparameters_can_be_injected_and_scheduled():
     params = tree()
     plain = methods.mezo(0.1, eps=1e-2)
-    injected = optax.inject_hyperparams(methods.mezo, static_args=methods.MEZO_STATIC_ARGS)(
+    injected = optax.inject_hyperparams(methods.mezo, static_args=optim.STATIC_ARGS["mezo"])(
         lambda count: 0.1 / (1 + count), eps=1e-2
     )
     scheduled = methods.mezo(lambda count: 0.1 / (1 + count), eps=1e-2)

@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim import orthogonalize
 from jaxlib_unlearn.optim.zeroth_order.leaves import layout_of
 from jaxlib_unlearn.optim.zeroth_order.methods import subspace_mezo
 from jaxlib_unlearn.optim.zeroth_order.perturbations import QUERY, draw_core, subspace
-from jaxlib_unlearn.optim.zeroth_order.zo_muon import ZO_MUON_STATIC_ARGS, scale_by_zo_muon, zo_muon
+from jaxlib_unlearn.optim.zeroth_order.zo_muon import scale_by_zo_muon, zo_muon
 
 A, B, C = 3.4445, -4.7750, 2.0315
 
@@ -209,7 +210,7 @@ def test_a_refresh_step_keeps_the_whole_signal():
 
 def test_hyperparameters_can_be_injected():
     params = {"w": tree()["tall"]}
-    tx = optax.inject_hyperparams(zo_muon, static_args=ZO_MUON_STATIC_ARGS)(
+    tx = optax.inject_hyperparams(zo_muon, static_args=optim.STATIC_ARGS["zo_muon"])(
         0.1, rank=2, orthogonalize=orthogonalize.svd()
     )
     plain = zo_muon(0.1, rank=2, orthogonalize=orthogonalize.svd())

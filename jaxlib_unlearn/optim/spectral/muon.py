@@ -29,7 +29,7 @@ Coming from ``optax.contrib.muon`` (its own spellings raise a TypeError that say
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from jaxlib_unlearn.optim.first_moments import widen
 from jaxlib_unlearn.optim.matrices import MatrixAxes, Specs, every_matrix, resolve
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.passing import passing_by
+from jaxlib_unlearn.optim.signatures import DIVISOR, POSITIVE, Allowed, Decay
 from jaxlib_unlearn.optim.spectral.direction import (
     SHAPE_SCALES,
     Meet,
@@ -53,21 +54,7 @@ from jaxlib_unlearn.optim.spectral.splitting import Splits
 from jaxlib_unlearn.optim.spellings import with_optax_spellings
 
 Resolver = Callable[[Any], list[MatrixAxes | None]]
-
-MUON_STATIC_ARGS = (
-    "nesterov",
-    "momentum",
-    "orthogonalize",
-    "shape_scale",
-    "matrices",
-    "weight_decay_mask",
-    "layout",
-    "mu_dtype",
-    "comm_dtype",
-    "split",
-    "post",
-)
-"""``static_args`` for ``optax.inject_hyperparams(muon, static_args=...)``."""
+SHAPES = Allowed(choices=tuple(SHAPE_SCALES))
 
 
 class MuonState(NamedTuple):
@@ -155,24 +142,24 @@ def scale_by_muon(
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta: jax.typing.ArrayLike = 0.95,
-    nesterov: bool = True,
+    beta: Decay = 0.95,
+    nesterov: Annotated[bool, Allowed()] = True,
     momentum: str = "ema",
-    orthogonalize: Orthogonalizer | str | None = None,
-    shape_scale: str = "width",
+    orthogonalize: Annotated[Orthogonalizer | str | None, Allowed()] = None,
+    shape_scale: Annotated[str, SHAPES] = "width",
     weight_decay: float | jax.Array = 0.0,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_b1: jax.typing.ArrayLike = 0.9,
-    adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_eps: jax.typing.ArrayLike = 1e-8,
+    adam_learning_rate: Annotated[optax.ScalarOrSchedule | None, POSITIVE] = None,
+    adam_b1: Decay = 0.9,
+    adam_b2: Decay = 0.999,
+    adam_eps: Annotated[jax.typing.ArrayLike, DIVISOR] = 1e-8,
     adam_weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: DecayMask = None,
     matrices: Specs = None,
     layout: str = "in_out",
     split: Splits | None = None,
     post: Post | None = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    comm_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
+    comm_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon for the hidden matrices, AdamW for everything else.
 

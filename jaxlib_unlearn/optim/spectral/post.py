@@ -1,12 +1,13 @@
 r"""A hook between the polar step and the shape factor, and NorMuon, which uses it."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlib_unlearn.optim.matrices import MatrixAxes
+from jaxlib_unlearn.optim.signatures import DECAY
 
 
 class Post(NamedTuple):
@@ -21,7 +22,7 @@ class Post(NamedTuple):
     update: Callable[[jax.Array, MatrixAxes, Any], tuple[jax.Array, Any]]
 
 
-def normuon(beta2: float = 0.95, eps: float = 1e-10) -> Post:
+def normuon(beta2: Annotated[float, DECAY] = 0.95, eps: float = 1e-10) -> Post:
     r"""NorMuon: every output neuron moves by the same RMS; the matrix's norm is unchanged.
 
     .. math::

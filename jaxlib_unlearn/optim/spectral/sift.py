@@ -29,13 +29,13 @@ Worth knowing before use:
   those in the momenta's own dtype, without what that cannot resolve.)
 """
 
-from typing import Unpack
+from typing import Annotated, Unpack
 
 import jax
 import optax
 
 from jaxlib_unlearn.optim.matrices import Specs, every_matrix, resolve
-from jaxlib_unlearn.optim.signatures import spelled_out
+from jaxlib_unlearn.optim.signatures import DIVISOR, Allowed, Decay, spelled_out
 from jaxlib_unlearn.optim.spectral.rest import AdamWRest, DecayMask, with_adamw
 from jaxlib_unlearn.optim.spectral.sift_direction import (
     SiftOptions,
@@ -44,29 +44,6 @@ from jaxlib_unlearn.optim.spectral.sift_direction import (
     with_constraints,
 )
 from jaxlib_unlearn.optim.spellings import with_optax_spellings
-
-SIFT_STATIC_ARGS = (
-    "nesterov",
-    "rank",
-    "rank_cap",
-    "spatial_mask",
-    "step_gate",
-    "msign",
-    "bases",
-    "passes",
-    "first_passes",
-    "oversample",
-    "match_norm",
-    "orthogonalize",
-    "shape_scale",
-    "num_constraints",
-    "seed",
-    "mu_dtype",
-    "matrices",
-    "weight_decay_mask",
-    "layout",
-)
-"""``static_args`` for ``optax.inject_hyperparams(sift, static_args=...)``."""
 
 
 @with_optax_spellings
@@ -166,14 +143,14 @@ def sift(
     seed: int = 0,
     weight_decay: float | jax.Array = 0.0,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_b1: jax.typing.ArrayLike = 0.9,
-    adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_eps: jax.typing.ArrayLike = 1e-8,
+    adam_b1: Decay = 0.9,
+    adam_b2: Decay = 0.999,
+    adam_eps: Annotated[jax.typing.ArrayLike, DIVISOR] = 1e-8,
     adam_weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: DecayMask = None,
     matrices: Specs = None,
     layout: str = "in_out",
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
     **options: Unpack[SiftOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SIFT for the hidden matrices, AdamW on the sum of the gradients for everything else.

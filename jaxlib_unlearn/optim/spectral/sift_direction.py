@@ -6,7 +6,7 @@
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import optax
 from jaxlib_unlearn.optim.combine import check_streams, check_unspent
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.passing import passing_by
+from jaxlib_unlearn.optim.signatures import Allowed, Count, Decay
 from jaxlib_unlearn.optim.spectral.buckets import map_matrices, map_stacks
 from jaxlib_unlearn.optim.spectral.direction import SHAPE_SCALES
 from jaxlib_unlearn.optim.spectral.fusion import BASES, MSIGNS, Method, matrix_function
@@ -62,16 +63,16 @@ class SiftOptions(TypedDict, total=False):
 def sift_direction(
     find_axes: Resolver,
     *,
-    beta: jax.typing.ArrayLike = 0.95,
+    beta: Decay = 0.95,
     nesterov: bool = True,
-    rank: int = 256,
+    rank: Count = 256,
     rank_cap: bool = True,
-    threshold: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 0.0,
+    threshold: Annotated[jax.typing.ArrayLike | Callable[[jax.Array], Any], Allowed()] = 0.0,
     spatial_mask: Any = None,
     step_gate: Callable[[jax.Array], Any] | Sequence[int] | None = None,
     msign: str = "gram",
     tol: jax.typing.ArrayLike = 1e-14,
-    bases: str = "svd",
+    bases: Annotated[str, Allowed(choices=BASES)] = "svd",
     passes: int = 2,
     first_passes: int = 8,
     oversample: int = 8,

@@ -14,6 +14,7 @@ that view is the shared one.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ import optax
 from jaxlib_unlearn.optim.matrices import Specs, every_matrix, resolve
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.passing import passing_by
+from jaxlib_unlearn.optim.signatures import DIVISOR, POSITIVE, Allowed, Count, Decay
 from jaxlib_unlearn.optim.spectral.buckets import map_stacks
 from jaxlib_unlearn.optim.spectral.direction import Meet
 from jaxlib_unlearn.optim.spectral.groups import (
@@ -32,30 +34,12 @@ from jaxlib_unlearn.optim.spectral.groups import (
     check_groups,
     runs_of,
 )
-from jaxlib_unlearn.optim.spectral.muon import scale_by_momentum
+from jaxlib_unlearn.optim.spectral.muon import SHAPES, scale_by_momentum
 from jaxlib_unlearn.optim.spectral.plan import Part
 from jaxlib_unlearn.optim.spectral.post import Post
 from jaxlib_unlearn.optim.spectral.rest import AdamWRest, DecayMask, with_adamw
 from jaxlib_unlearn.optim.spectral.splitting import Splits
 from jaxlib_unlearn.optim.spellings import with_optax_spellings
-
-TEON_STATIC_ARGS = (
-    "group_size",
-    "axis",
-    "groups",
-    "nesterov",
-    "momentum",
-    "orthogonalize",
-    "shape_scale",
-    "matrices",
-    "weight_decay_mask",
-    "layout",
-    "mu_dtype",
-    "comm_dtype",
-    "split",
-    "post",
-)
-"""``static_args`` for ``optax.inject_hyperparams(teon, static_args=...)``."""
 
 
 @with_optax_spellings
@@ -147,27 +131,27 @@ def scale_by_teon(
 def teon(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    group_size: int = 2,
-    axis: str = "in",
-    groups: Groups = ATTENTION,
-    beta: jax.typing.ArrayLike = 0.95,
-    nesterov: bool = False,
+    group_size: Count = 2,
+    axis: Annotated[str, Allowed(choices=("in", "out"))] = "in",
+    groups: Annotated[Groups, Allowed()] = ATTENTION,
+    beta: Decay = 0.95,
+    nesterov: Annotated[bool, Allowed()] = False,
     momentum: str = "ema",
-    orthogonalize: Orthogonalizer | str | None = None,
-    shape_scale: str = "spectral",
+    orthogonalize: Annotated[Orthogonalizer | str | None, Allowed()] = None,
+    shape_scale: Annotated[str, SHAPES] = "spectral",
     weight_decay: float | jax.Array = 0.0,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_b1: jax.typing.ArrayLike = 0.9,
-    adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_eps: jax.typing.ArrayLike = 1e-8,
+    adam_learning_rate: Annotated[optax.ScalarOrSchedule | None, POSITIVE] = None,
+    adam_b1: Decay = 0.9,
+    adam_b2: Decay = 0.999,
+    adam_eps: Annotated[jax.typing.ArrayLike, DIVISOR] = 1e-8,
     adam_weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: DecayMask = None,
     matrices: Specs = None,
     layout: str = "in_out",
     split: Splits | None = None,
     post: Post | None = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    comm_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
+    comm_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""TEON for query, key and value projections, Muon for the other matrices, AdamW for the rest.
 

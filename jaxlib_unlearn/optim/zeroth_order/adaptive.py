@@ -1,13 +1,14 @@
 """Zeroth-order methods that keep arrays as large as the parameters: HiZOO and R-AdaZO."""
 
-from typing import Unpack
+from typing import Annotated, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_unlearn.optim.signatures import Allowed
 from jaxlib_unlearn.optim.zeroth_order import perturbations
-from jaxlib_unlearn.optim.zeroth_order.engine import COMMON_STATIC_ARGS, zeroth_order
+from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
 from jaxlib_unlearn.optim.zeroth_order.options import (
     CentralOptions,
     ZOOptions,
@@ -15,15 +16,12 @@ from jaxlib_unlearn.optim.zeroth_order.options import (
 )
 from jaxlib_unlearn.optim.zeroth_order.steps import Rule
 
-HIZOO_STATIC_ARGS = tuple(name for name in COMMON_STATIC_ARGS if name != "estimator")
-RADA_ZO_STATIC_ARGS = ("directions", "bias_correction", *COMMON_STATIC_ARGS)
-
 
 @zeroth_order_method
 def hizoo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    smoothing: jax.typing.ArrayLike = 1e-8,
+    smoothing: Annotated[jax.typing.ArrayLike, Allowed(low=0, high=1)] = 1e-8,
     **options: Unpack[CentralOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""HiZOO: directions scaled by a diagonal curvature estimated from the same values.

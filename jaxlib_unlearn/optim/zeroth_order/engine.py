@@ -17,7 +17,7 @@ the entries of a 2048 x 2048 matrix change at all): keep float32 master weights.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ import optax
 from jaxlib_unlearn.optim.arrays import concrete
 from jaxlib_unlearn.optim.matrices import Specs
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer
+from jaxlib_unlearn.optim.signatures import AT_LEAST_ONE, Count, Step
 from jaxlib_unlearn.optim.zeroth_order import perturbations
 from jaxlib_unlearn.optim.zeroth_order.directions import (
     Draws,
@@ -40,17 +41,6 @@ from jaxlib_unlearn.optim.zeroth_order.parts import Part
 from jaxlib_unlearn.optim.zeroth_order.perturbations import Factored, Family, Perturbed, wide
 from jaxlib_unlearn.optim.zeroth_order.steps import Rule, steps
 from jaxlib_unlearn.optim.zeroth_order.whole import whole
-
-COMMON_STATIC_ARGS = (
-    "num_queries",
-    "estimator",
-    "seed",
-    "query_batch",
-    "query_axis",
-    "trainable",
-    "rng_impl",
-)
-"""What ``optax.inject_hyperparams`` must not trace in any of the methods."""
 
 
 class ZOState(NamedTuple):
@@ -78,8 +68,8 @@ def zeroth_order(
     learning_rate: optax.ScalarOrSchedule | None,
     family: Family,
     *,
-    num_queries: int = 1,
-    eps: jax.typing.ArrayLike = 1e-3,
+    num_queries: Count = 1,
+    eps: Step = 1e-3,
     estimator: str = "central",
     refresh_every: int = 100,
     rule: Rule | None = None,
@@ -88,7 +78,7 @@ def zeroth_order(
     aux_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
     seed: int = 0,
-    query_batch: int | None = None,
+    query_batch: Annotated[int | None, AT_LEAST_ONE] = None,
     query_axis: str | None = None,
     trainable: Trainable | None = None,
     matrices: Specs = None,

@@ -24,21 +24,20 @@ Compare methods at equal evaluations, not at equal steps. Their bare directions 
 ``scale_by_zeroth_order(family, ...)``.
 """
 
-from typing import Unpack
+from typing import Annotated, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlib_unlearn.optim.signatures import Allowed, Count, Step
 from jaxlib_unlearn.optim.zeroth_order import perturbations
 from jaxlib_unlearn.optim.zeroth_order.adaptive import (
-    HIZOO_STATIC_ARGS,
-    RADA_ZO_STATIC_ARGS,
     adaptive_rule,
     hizoo,
     rada_zo,
 )
-from jaxlib_unlearn.optim.zeroth_order.engine import COMMON_STATIC_ARGS, zeroth_order
+from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
 from jaxlib_unlearn.optim.zeroth_order.options import (
     CentralOptions,
     DrawOptions,
@@ -47,15 +46,6 @@ from jaxlib_unlearn.optim.zeroth_order.options import (
 )
 
 __all__ = [
-    "FZOO_STATIC_ARGS",
-    "HIZOO_STATIC_ARGS",
-    "LOZO_STATIC_ARGS",
-    "MEZO_STATIC_ARGS",
-    "RADA_ZO_STATIC_ARGS",
-    "ROWWISE_STATIC_ARGS",
-    "SPARSE_MEZO_STATIC_ARGS",
-    "SUBSPACE_MEZO_STATIC_ARGS",
-    "SUBZERO_STATIC_ARGS",
     "adaptive_rule",
     "fzoo",
     "hizoo",
@@ -67,15 +57,6 @@ __all__ = [
     "subspace_mezo",
     "subzero",
 ]
-
-MEZO_STATIC_ARGS = COMMON_STATIC_ARGS
-"""``static_args`` for ``optax.inject_hyperparams(mezo, static_args=...)``; the others alike."""
-SPARSE_MEZO_STATIC_ARGS = ("keep", "mask", *COMMON_STATIC_ARGS)
-LOZO_STATIC_ARGS = ("rank", "refresh_every", "divide_vectors", *COMMON_STATIC_ARGS)
-SUBZERO_STATIC_ARGS = ("rank", "refresh_every", *COMMON_STATIC_ARGS)
-SUBSPACE_MEZO_STATIC_ARGS = ("rank", "refresh_every", *COMMON_STATIC_ARGS)
-FZOO_STATIC_ARGS = HIZOO_STATIC_ARGS
-ROWWISE_STATIC_ARGS = ("rank", *HIZOO_STATIC_ARGS)
 
 
 @zeroth_order_method
@@ -102,8 +83,8 @@ def mezo(
 def sparse_mezo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    keep: float = 0.8,
-    mask: str = "step",
+    keep: Annotated[float, Allowed(above=0, high=1, wanted="in (0, 1]")] = 0.8,
+    mask: Annotated[str, Allowed(choices=("step", "static"))] = "step",
     **options: Unpack[ZOOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""MeZO with a random mask on its directions.
@@ -129,8 +110,8 @@ def sparse_mezo(
 def lozo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: int = 4,
-    refresh_every: int = 100,
+    rank: Count = 4,
+    refresh_every: Count = 100,
     divide_vectors: bool = False,
     **options: Unpack[ZOOptions],
 ) -> optax.GradientTransformationExtraArgs:
@@ -163,8 +144,8 @@ def lozo(
 def subzero(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: int = 48,
-    refresh_every: int = 1000,
+    rank: Count = 48,
+    refresh_every: Count = 1000,
     **options: Unpack[ZOOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SubZero: directions between two orthonormal bases that are kept for some steps.
@@ -190,9 +171,9 @@ def subzero(
 def subspace_mezo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: int = 64,
-    refresh_every: int = 100,
-    aux_learning_rate: optax.ScalarOrSchedule | None = 1e-7,
+    rank: Count = 64,
+    refresh_every: Count = 100,
+    aux_learning_rate: Annotated[optax.ScalarOrSchedule | None, Allowed(low=0)] = 1e-7,
     **options: Unpack[ZOOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""MeZO inside a random subspace on the output side of every matrix.
@@ -224,8 +205,8 @@ def subspace_mezo(
 def fzoo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    num_queries: int = 8,
-    eps: jax.typing.ArrayLike = 1e-3,
+    num_queries: Annotated[int, Allowed(low=2)] = 8,
+    eps: Step = 1e-3,
     weight_decay: jax.typing.ArrayLike = 0.0,
     **options: Unpack[DrawOptions],
 ) -> optax.GradientTransformationExtraArgs:
@@ -272,7 +253,7 @@ def fzoo(
 def rowwise(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: int = 1,
+    rank: Count = 1,
     **options: Unpack[CentralOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Row-wise directions (EGGROLL): every row of the batch tries out a direction of its own.

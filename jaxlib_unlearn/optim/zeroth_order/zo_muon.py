@@ -5,7 +5,7 @@ refresh, before any query (the code draws another one per query on refresh steps
 of the signal there).
 """
 
-from typing import Unpack
+from typing import Annotated, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,28 +13,11 @@ import optax
 
 from jaxlib_unlearn.optim.matrices import Specs
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
-from jaxlib_unlearn.optim.signatures import spelled_out
+from jaxlib_unlearn.optim.signatures import Allowed, Count, Step, spelled_out
 from jaxlib_unlearn.optim.spellings import with_optax_spellings
 from jaxlib_unlearn.optim.zeroth_order.engine import zeroth_order
 from jaxlib_unlearn.optim.zeroth_order.options import DrawOptions
 from jaxlib_unlearn.optim.zeroth_order.perturbations import subspace
-
-ZO_MUON_STATIC_ARGS = (
-    "num_queries",
-    "rank",
-    "refresh_every",
-    "estimator",
-    "orthogonalize",
-    "seed",
-    "query_batch",
-    "query_axis",
-    "trainable",
-    "matrices",
-    "layout",
-    "factored",
-    "rng_impl",
-)
-"""``static_args`` for ``optax.inject_hyperparams(zo_muon, static_args=...)``."""
 
 
 class _Options(DrawOptions, total=False):
@@ -89,13 +72,13 @@ def scale_by_zo_muon(
 def zo_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    num_queries: int = 4,
-    rank: int = 64,
-    eps: jax.typing.ArrayLike = 1e-3,
-    refresh_every: int = 100,
+    num_queries: Count = 4,
+    rank: Count = 64,
+    eps: Step = 1e-3,
+    refresh_every: Count = 100,
     estimator: str = "forward",
-    orthogonalize: Orthogonalizer | str | None = None,
-    aux_learning_rate: optax.ScalarOrSchedule | None = 1e-7,
+    orthogonalize: Annotated[Orthogonalizer | str | None, Allowed()] = None,
+    aux_learning_rate: Annotated[optax.ScalarOrSchedule | None, Allowed(low=0)] = 1e-7,
     weight_decay: jax.typing.ArrayLike = 0.0,
     **options: Unpack[_Options],
 ) -> optax.GradientTransformationExtraArgs:
