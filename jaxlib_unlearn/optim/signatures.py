@@ -77,7 +77,7 @@ def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     """
     return tuple(
         name
-        for name, parameter in inspect.signature(factory).parameters.items()
+        for name, parameter in inspect.signature(factory, eval_str=True).parameters.items()
         if jax.Array not in typing.get_args(plain_type(parameter))
     )
 

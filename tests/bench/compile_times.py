@@ -20,8 +20,8 @@ from optimizers import tree
 from timing import machine
 
 from jaxlib_unlearn.optim.spectral.sift import sift
+from train.options import optimizers
 from train.options.config import replace
-from train.options.optimizer_options import Sift
 from train.planning import programs
 from train.presets import quickstart
 from train.runtime import sharding
@@ -42,7 +42,7 @@ def update() -> Any:
 
 def whole_step() -> Any:
     """The quickstart's step with SIFT, lowered."""
-    config = replace(quickstart.PRESET, optimizer=Sift(learning_rate=1e-3))
+    config = replace(quickstart.PRESET, optimizer=optimizers.options_of("sift", learning_rate=1e-3))
     mesh = sharding.make_mesh(config.mesh)
     decoder = programs.decoder_of(config)
     made = programs.train_program(config, decoder, mesh, LENGTH, LABELS)

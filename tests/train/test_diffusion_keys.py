@@ -20,8 +20,8 @@ from train.jobs.diffusing import defending, erasing, held, judging, token_search
 from train.jobs.diffusing.config import AttackRun, DefendConfig, DiffuseRun, EraseRun
 from train.jobs.diffusing.judging import Asked, Shown, Tokens
 from train.jobs.job import Started
+from train.options import optimizers
 from train.options.config import identity, replace
-from train.options.optimizer_options import AdamW
 from train.presets.arguments import read_arguments
 from train.runtime import sharding
 from train.runtime.stages import digest
@@ -261,7 +261,7 @@ def test_folders_of_before_are_still_the_runs_that_they_were():
 def test_every_field_of_an_erasure_is_in_a_key(name):
     row = ERASING.table[name]
     few = {"images": 6} if row.trains else {}
-    adam = AdamW(learning_rate=1e-4, schedule="constant")
+    adam = optimizers.options_of("adamw", learning_rate=1e-4, schedule="constant")
     start = as_run(EraseRun, erase=row.options(**few), optimizer=adam)
     start = replace(start, **{"unlearn.steps": 4, "unlearn.batch_size": 4})
     mine = ("erase.", *(("unlearn.", "train.", "combine") if row.trains else ()))

@@ -6,7 +6,7 @@ import pytest
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.spectral.groups import picker
-from train.options.optimizer_rows import _groups
+from train.options.optimizer_rows import GROUPS
 from train.options.optimizers import build, options_of, schedule_numbers, schedule_of
 
 LEAVES = {
@@ -66,7 +66,7 @@ def test_rows_are_the_library(name, given, make, words):
 def test_groups_are_projections():
     paths = [f"layers/{p}/kernel" for p in "attn/q attn/k attn/v attn/o mlp/gate mlp/up".split()]
     for word, count in (("qkv", 3), ("qkvo", 4), ("all", 6)):
-        picked = picker(_groups(options_of("teon", groups=word)))
+        picked = picker(GROUPS.value(word))
         assert [path for path in paths if picked(path)] == paths[:count]
 
 

@@ -1,17 +1,14 @@
 """A new evaluator, benchmark or optimizer is one row; model roles are data of the run."""
 
-import dataclasses
 import json
+from typing import Annotated
 
 import optax
 import pytest
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives.base import (
-    named,
-)
-from jaxlib_unlearn.options import option
+from jaxlib_unlearn.optim.signatures import Allowed, Step
 from train import tasks
 from train.data.task import Task
 from train.engine import base_models
@@ -22,8 +19,7 @@ from train.evaluators.evaluation import Answers, Model
 from train.jobs import job, unlearning, unlearning_stages
 from train.options import choices, optimizers
 from train.options.config import DataConfig, EvaluateConfig, RunConfig, replace
-from train.options.optimizer_options import Options as OptimizerOptions
-from train.options.optimizer_rows import Optimizer
+from train.options.optimizer_options import Optimizer
 from train.options.roles import Roles
 from train.presets import arguments
 from train.reporting import compare, page, tables
@@ -206,20 +202,25 @@ def test_roles_are_data_of_the_run(tmp_path):
 # A complete new optimizer.
 
 
-@dataclasses.dataclass(frozen=True)
-class Clipped(OptimizerOptions):
-    """Options of the toy optimizer."""
+def clipped(
+    learning_rate,
+    *,
+    limit: Annotated[float, Allowed(above=0)] = 0.5,
+    eps: Step = 1.0,
+    weight_decay: float = 0.0,
+):
+    """Gradient descent with clipped elements.
 
-    name: str = named("clipped")
-    limit: float = option(0.5, "largest element of a direction.", above=0)
+    Args:
+        limit: The largest element of a direction.
+        eps: The unit of `limit`.
+    """
+    assert weight_decay == 0.0
+    return optax.chain(optax.clip(limit * eps), optax.scale_by_learning_rate(learning_rate))
 
 
 CLIPPED = Optimizer(
-    "clipped",
-    Clipped,
-    lambda c, schedule: optax.chain(optax.clip(c.limit), optax.scale_by_learning_rate(schedule)),
-    "joint",
-    "gradient descent with clipped elements",
+    "clipped", clipped, "joint", "gradient descent with clipped elements", spelled={"eps": "unit"}
 )
 
 
@@ -237,7 +238,7 @@ def test_methods_are_on_the_command_line(methods):
     assert found.optimizer.limit == 0.25
     for options, words in (
         ("--optimizer.limit -1", "limit is -1.0; it must be greater than 0"),
-        ("--optimizer.momentum 0.5", "clipped does not read it; its own are limit"),
+        ("--optimizer.momentum 0.5", "clipped does not read it; its own are limit, unit"),
     ):
         with pytest.raises(UserError, match=words):
             job.check(

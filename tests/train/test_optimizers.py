@@ -14,8 +14,8 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.objectives import options_of as objective_of
 from models.decoder.model import Decoder, DecoderConfig
 from train.options.checks import check_blocks
+from train.options.optimizer_factories import decay_mask
 from train.options.optimizer_options import Options
-from train.options.optimizer_rows import decay_mask
 from train.options.optimizers import (
     COMBINERS,
     OPTIMIZERS,

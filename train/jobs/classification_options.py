@@ -20,7 +20,6 @@ from train.options.config import (
     TrainConfig,
     again,
 )
-from train.options.optimizer_options import ZOMuon
 from train.options.recipe import Recipe
 from train.options.rows import chosen
 from train.tasks import images, reading, superglue
@@ -124,7 +123,9 @@ class ClassifyRun(ProgramConfig):
     model: ClassifyModel = ClassifyModel()
     start: StartConfig = StartConfig()
     train: ClassifyTrain = ClassifyTrain()
-    optimizer: optimizers.Options = chosen(optimizers.ROWS, ZOMuon(schedule="constant", warmup=0.0))
+    optimizer: optimizers.Options = chosen(
+        optimizers.ROWS, optimizers.options_of("zo-muon", schedule="constant", warmup=0.0)
+    )
     lora: LoraConfig = LoraConfig()
     evaluate: ScoringConfig = ScoringConfig()
 

@@ -24,7 +24,6 @@ from train.options.config import (
     TrainConfig,
     again,
 )
-from train.options.optimizer_options import AdamW
 from train.options.recipe import Recipe
 from train.options.rows import chosen
 
@@ -111,7 +110,9 @@ class ReasoningRun(ProgramConfig):
     condense: CondenseConfig = CondenseConfig()
     model: ReasoningModel = ReasoningModel()
     train: LengthConfig = LengthConfig()
-    optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW(learning_rate=5e-5))
+    optimizer: optimizers.Options = chosen(
+        optimizers.ROWS, optimizers.options_of("adamw", learning_rate=5e-5)
+    )
     evaluate: AnswersConfig = AnswersConfig(max_new_tokens=512)
 
 
@@ -128,7 +129,9 @@ class FinetuneRun(ProgramConfig, PromptConfig):
     rows: str = ""
     output: Path | None = again(ProgramConfig, "output", Path("runs/finetune"))
     max_length: int = option(512, "An example has at most so many tokens.", low=2)
-    train: TrainConfig = TrainConfig(epochs=5, optimizer=AdamW(learning_rate=1e-5))
+    train: TrainConfig = TrainConfig(
+        epochs=5, optimizer=optimizers.options_of("adamw", learning_rate=1e-5)
+    )
 
 
 def recipe_of(config: ReasoningRun) -> Recipe:

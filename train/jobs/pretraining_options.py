@@ -19,7 +19,6 @@ from train.options.config import (
     TrainConfig,
     again,
 )
-from train.options.optimizer_options import AdamW
 from train.options.recipe import Recipe
 from train.options.rows import chosen
 
@@ -87,7 +86,9 @@ class PretrainConfig(ProgramConfig, ProfileConfig):
     data: CorpusConfig = CorpusConfig()
     model: NewModelConfig = NewModelConfig()
     train: BudgetConfig = BudgetConfig()
-    optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW(learning_rate=1e-3))
+    optimizer: optimizers.Options = chosen(
+        optimizers.ROWS, optimizers.options_of("adamw", learning_rate=1e-3)
+    )
     evaluate: PerplexityConfig = PerplexityConfig()
 
 

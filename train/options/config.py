@@ -21,7 +21,6 @@ from models.decoder.model import REMAT
 from models.files.weights import DTYPES
 from models.text.prompts import DATE
 from train.options import optimizers
-from train.options.optimizer_options import AdamW
 from train.options.roles import ROLES
 from train.options.rows import Rows, chosen, rows_of
 from train.runtime import reporters
@@ -248,7 +247,7 @@ class TrainConfig(LengthConfig, CurveConfig):
     """One training stage."""
 
     epochs: float = again(LengthConfig, "epochs", 10.0)
-    optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW())
+    optimizer: optimizers.Options = chosen(optimizers.ROWS, optimizers.options_of("adamw"))
 
 
 @dataclass(frozen=True)
@@ -518,7 +517,7 @@ class RunConfig(ProgramConfig, ProfileConfig, CombineConfig):
     finetune: TrainConfig = TrainConfig()
     unlearn: UnlearnConfig = UnlearnConfig()
     objective: objectives.Options = chosen(OBJECTIVE, objectives.options_of("graddiff"))
-    optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW())
+    optimizer: optimizers.Options = chosen(optimizers.ROWS, optimizers.options_of("adamw"))
     lora: LoraConfig = LoraConfig()
     train: SelectConfig = SelectConfig()
     traces: TracesConfig = TracesConfig()

@@ -1,394 +1,304 @@
-"""The options of the optimizers, one dataclass per row of `optimizer_rows`.
+"""A row of the optimizers' table: its options and its transformation derive from its factory.
 
-A field means the same in every row that has it.
+A factory marks the arguments that a command line may set (`jaxlib_unlearn.optim.signatures`). Its
+signature gives their defaults and ranges, its docstring their texts.
+
+A row's `needs` is `joint`, one gradient of the weighted sum of the objective's terms; `split`, the
+gradients of its forget and of its retain side; `value`, the loss as a function and no gradient;
+`lazy`, both as functions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from jaxlib_unlearn.optim.spectral.fusion import BASES
+import optax
+
+from jaxlib_unlearn.optim import signatures
 from jaxlib_unlearn.options import option
 
-DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("constant", "linear", "cosine", "hold")
-SHAPE_SCALES = ("match_rms", "spectral", "width", "unit")
-# By the word of `--optimizer.orthogonalize`: the argument of `optim.muon`. "You" is published with
-# 6 rows, of which code that takes 5 steps uses the first 5.
-ORTHOGONALIZERS = {
-    "jordan": "jordan",
-    "you": "you6",
-    "polar_express": "polar_express",
-    "svd": "svd",
-}
-# By the word of `--optimizer.groups`: the last parts of the names of a decoder's projections.
-GROUPS = {
-    "qkv": ("q", "k", "v"),
-    "qkvo": ("q", "k", "v", "o"),
-    "all": ("q", "k", "v", "o", "gate", "up", "down"),
-}
 
 
-def named(name: str) -> Any:
-    """The field `name` of a row's options."""
-    return option(name, "the optimizer; --list says what each of them does.")
+def _named(name: str) -> Any:
+    return option(name, "The optimizer; --list says what each of them does.")
 
 
-def rate(default: float) -> Any:
-    """The field `learning_rate` of a row's options: where it starts when a preset says nothing."""
-    doc = (
-        "peak, also of the leaves that AdamW trains beside muon, normuon and teon, unless "
-        "`adam_learning_rate` is given."
+def _rate(default: float) -> Any:
+    return option(
+        default,
+        "The peak of the learning rate. Leaves that AdamW trains beside muon, normuon and teon "
+        "follow it too, unless `adam_learning_rate` is given.",
+        above=0,
+        wanted="positive",
     )
-    return option(default, doc, above=0, wanted="positive")
-
-
-def decay(default: float, doc: str) -> Any:
-    """A field for a decay rate in [0, 1).
-
-    With decay 1 a mean never takes up a gradient, and its bias correction divides by 0.
-    """
-    return option(default, doc, low=0, below=1)
-
-
-def state_dtype() -> Any:
-    """The field `state_dtype` of a row's options.
-
-    A step changes a first moment by 5 to 10 %, and bfloat16 resolves 0.4 % (with a decay of 0.99 it
-    would stay up to a fifth below a steady gradient). Second moments stay float32: with b2 0.999
-    one in bfloat16 would never fall, as a change of 0.1 % is rounded away.
-    """
-    doc = "of first moments and momenta: float32, or bfloat16 for half their memory."
-    return option("float32", doc, choices=DTYPES)
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options that all optimizers share; those of a row are a subclass."""
+    """The options that all optimizers share; the options of a row are a subclass."""
 
-    name: str = named("")
-    learning_rate: float = rate(1e-5)
+    name: str = _named("")
+    learning_rate: float = _rate(1e-5)
     schedule: str = option(
         "linear",
-        "of the learning rate; linear and cosine decay to 0, hold is constant for a share of the "
-        "steps and then falls in a line to a floor.",
+        "The form of the learning rate: linear and cosine decay to 0, hold is constant for a share "
+        "of the steps and then falls in a line to a floor.",
         choices=SCHEDULES,
     )
-    warmup: float = option(0.1, "fraction of the steps of linear warm-up.", low=0, high=1)
+    warmup: float = option(0.1, "The fraction of the steps of linear warm-up.", low=0, high=1)
     weight_decay: float = option(
         0.0,
-        "decoupled; not on norms and biases (muon, normuon, teon, sift: on matrices alone).",
+        "Decoupled weight decay, not of norms and biases (muon, normuon, teon, sift: of matrices "
+        "alone).",
         low=0,
     )
     clip_norm: float | None = option(
-        None, "clip the global gradient norm; None: no clipping.", low=0
+        None, "The bound of the global gradient norm; None: no clipping.", low=0
     )
     hold: float = option(
         0.4,
-        "of schedule hold: share of the steps after the warm-up before the rate falls.",
+        "The share of the steps after the warm-up before the rate of schedule hold falls.",
         low=0,
         below=1,
     )
-    floor: float = option(0.1, "of schedule hold: share of the peak where it ends.", low=0, high=1)
+    floor: float = option(0.1, "The share of the peak at which schedule hold ends.", low=0, high=1)
 
 
-@dataclass(frozen=True)
-class Adam:
-    """Options of the rows that use AdamW for all parameters or for some."""
-
-    b1: float = decay(0.9, "first-moment decay of AdamW.")
-    b2: float = decay(0.999, "second-moment decay of AdamW.")
-    # Adam divides 0 by it where a gradient has always been 0.
-    eps: float = option(1e-8, "AdamW's epsilon.", low=1e-30)
-    state_dtype: str = state_dtype()
+SHARED = tuple(field.name for field in dataclasses.fields(Options))
 
 
-@dataclass(frozen=True)
-class Momentum:
-    """Options of the rows that orthogonalise a momentum."""
+class Words(NamedTuple):
+    """An option whose words stand for values of an argument.
 
-    momentum: float = decay(0.95, "momentum of the matrices.")
+    Args:
+        default: The word that is used when none is given.
+        values: The value of the argument by the word.
+        doc: The text of `--help`; "": the text of the argument.
+    """
+
+    default: str | None
+    values: Mapping[str, Any]
+    doc: str = ""
+
+    def value(self, word: str | None) -> Any:
+        """The value of the argument; None for no word."""
+        return None if word is None else self.values[word]
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """Options of Muon and its kin: how a direction is made and scaled."""
+# Options by the arguments that they set in every row, where the names differ.
+SPELLED = {
+    "adam_b1": "b1", "adam_b2": "b2", "adam_eps": "eps", "mu_dtype": "state_dtype",
+    "num_queries": "queries", "refresh_every": "refresh", "aux_learning_rate": "vector_rate",
+}  # fmt: skip
+# These rates are peaks, and follow the schedule of the learning rate.
+PEAKS = ("adam_learning_rate", "zo_learning_rate")
+# A step changes a first moment by 5 to 10 %, and bfloat16 resolves 0.4 % (with a decay of 0.99 it
+# would stay up to a fifth below a steady gradient). Second moments stay float32: with b2 0.999 one
+# in bfloat16 would never fall, as a change of 0.1 % is rounded away.
+STATE = Words(
+    "float32",
+    {"float32": "float32", "bfloat16": "bfloat16"},
+    "The dtype of first moments and momenta: float32, or bfloat16 for half their memory.",
+)
+SENT = Words(
+    "float32",
+    {"float32": None, "bfloat16": "bfloat16"},
+    "The dtype to which matrices are rounded when they are sent to the devices that orthogonalise "
+    "them, and directions on the way back: float32, or bfloat16 for half the bytes and temporary "
+    "memory of those collectives. It applies on one device too, so that results do not depend on "
+    "the number of devices.",
+)
 
-    adam_learning_rate: float | None = option(
-        None,
-        "peak for AdamW's leaves; None: `learning_rate`.",
-        above=0,
-        wanted="positive",
+
+def own_fields(
+    factory: Callable[..., Any],
+    spelled: Mapping[str, str],
+    words: Mapping[str, Words],
+    defaults: Mapping[str, Any],
+    docs: Mapping[str, str],
+) -> dict[str, tuple[str, Any, Any]]:
+    """The options of a factory: name, type and field, by the argument that each of them sets.
+
+    Args:
+        factory: A function with marked arguments.
+        spelled: The names of options, by arguments with another name.
+        words: Arguments that are given as words.
+        defaults: Defaults that are not the factory's, by option.
+        docs: Texts that are not the factory's, by option.
+
+    Example:
+        >>> from jaxlib_unlearn import optim
+        >>> for found in own_fields(optim.normuon, {"beta2": "decay"}, {}, {}, {}).values():
+        ...     print(*found[:2], found[2].default)
+        decay <class 'float'> 0.95
+    """
+    found, texts = {}, signatures.described(factory)
+    for name, parameter in inspect.signature(factory, eval_str=True).parameters.items():
+        allowed = signatures.allowed(parameter)
+        if allowed is None:
+            continue
+        chosen, given = spelled.get(name, name), words.get(name)
+        default = defaults.get(chosen, parameter.default)
+        kind, ranges = _kind(signatures.plain_type(parameter)), allowed._asdict()
+        if given is not None:
+            kind, default = str, given.default
+            ranges = {"choices": tuple(given.values)}
+        text = docs.get(chosen) or (given.doc if given else "") or texts[name]
+        kind = kind | None if default is None else kind
+        found[name] = (chosen, kind, option(default, text, **ranges))
+    return found
+
+
+def _kind(annotation: Any) -> type:
+    """The type of the words of a command line that set an argument of this type."""
+    kinds = (annotation, *typing.get_args(annotation))
+    if float in kinds:  # an array or a number: a number
+        return float
+    return next(kind for kind in (bool, int, str) if kind in kinds)
+
+
+def options_type(
+    name: str, own: Mapping[str, tuple[str, Any, Any]], rate: float | None
+) -> type[Options]:
+    """The dataclass of a row's options: the shared ones, then its own.
+
+    Args:
+        name: The name of the row.
+        own: Its own options, from `own_fields`.
+        rate: The learning rate to start from; None: that of `Options`.
+    """
+    shared = [("name", str, _named(name))]
+    if rate is not None:
+        shared.append(("learning_rate", float, _rate(rate)))
+    title = name.title().replace("-", "")
+    made = dataclasses.make_dataclass(
+        title, [*shared, *own.values()], bases=(Options,), frozen=True
     )
-    shape_scale: str = option(
-        "match_rms",
-        "factor of a matrix: match_rms, 0.2 sqrt(max(in, out)) (a rate for both parts), spectral, "
-        "sqrt(out / in), width, sqrt(max(1, out / in)), or unit, 1.",
-        choices=SHAPE_SCALES,
-    )
-    orthogonalize: str | None = option(
-        None,
-        "how a momentum is orthogonalised: jordan (Newton-Schulz, 5 steps), you (6), polar_express "
-        "(5) or svd (exact); None: polar_express in teon, jordan in the others.",
-        choices=tuple(ORTHOGONALIZERS),
-    )
+    made.__module__, made.__doc__ = __name__, f"The options of `{name}`."
+    return made
 
 
 @dataclass(frozen=True)
-class Sent:
-    """Options of the rows that send matrices to the devices that orthogonalise them."""
-
-    comm_dtype: str = option(
-        "float32",
-        "dtype to which matrices are rounded when they are sent to the devices that orthogonalise "
-        "them, and directions on the way back: float32, or bfloat16 for half the bytes and "
-        "temporary memory of those collectives. It applies on one device too, so that results do "
-        "not depend on the number of devices.",
-        choices=DTYPES,
-    )
-
-
-def queries(default: int) -> Any:
-    """The field `queries` of a zeroth-order row's options."""
-    return option(default, "perturbations of a zeroth-order step.", low=1)
-
-
-def perturbation() -> Any:
-    """The field `perturbation` of a zeroth-order row's options."""
-    return option(1e-3, "size of a perturbation.", low=1e-12)
-
-
-def vector_rate() -> Any:
-    """The field `vector_rate` of a zeroth-order row's options."""
-    return option(1e-7, "learning rate of norms and biases, constant.", low=0)
-
-
-def query_batch() -> Any:
-    """The field `query_batch` of a zeroth-order row's options."""
-    doc = (
-        "evaluations at a time: activations grow with it, and low-rank directions share the "
-        "products with the weights; None: one."
-    )
-    return option(None, doc, low=1)
-
-
-@dataclass(frozen=True)
-class AdamW(Adam, Options):
-    """Options of `adamw`."""
-
-    name: str = named("adamw")
-
-
-@dataclass(frozen=True)
-class Muon(Adam, Sent, Momentum, Scaled, Options):
-    """Options of `muon`."""
-
-    name: str = named("muon")
-    nesterov: bool = option(True, "look one step ahead.")
-
-
-@dataclass(frozen=True)
-class NorMuon(Muon):
-    """Options of `normuon`."""
-
-    name: str = named("normuon")
-    second_momentum: float = decay(0.95, "decay of the mean square of every output neuron.")
-
-
-@dataclass(frozen=True)
-class OptaxMuon(Momentum, Options):
-    """Options of `optax-muon`."""
-
-    name: str = named("optax-muon")
-    b1: float = decay(0.9, "first-moment decay of AdamW.")
-    b2: float = decay(0.999, "second-moment decay of AdamW.")
-    eps: float = option(1e-8, "AdamW's epsilon.", low=1e-30)
-
-
-@dataclass(frozen=True)
-class Teon(Adam, Sent, Momentum, Scaled, Options):
-    """Options of `teon`."""
-
-    name: str = named("teon")
-    group_size: int = option(2, "consecutive blocks that are orthogonalised together.", low=1)
-    nesterov: bool = option(False, "look one step ahead.")
-    axis: str = option(
-        "in",
-        "axis along which the matrices of a group are joined: in (the paper's mode-1) or out.",
-        choices=("in", "out"),
-    )
-    groups: str = option(
-        "qkv",
-        "projections that are grouped: qkv, qkvo (those of attention) or all (the MLP's too).",
-        choices=tuple(GROUPS),
-    )
-
-
-@dataclass(frozen=True)
-class Sift(Adam, Momentum, Options):
-    """Options of `sift`."""
-
-    name: str = named("sift")
-    rank: int = option(256, "rank of the bases; at most half the matrix.", low=1)
-    bases: str = option(
-        "subspace",
-        "how the bases are found: by iteration from the last step's, or exactly.",
-        choices=BASES,
-    )
-    threshold: float = option(
-        0.0, "a matrix takes the fused step where the cosine of its momenta is lower."
-    )
-
-
-@dataclass(frozen=True)
-class Sophia(Options):
-    """Options of `sophia`."""
-
-    name: str = named("sophia")
-    b1: float = decay(0.9, "first-moment decay.")
-    b2: float = decay(0.999, "second-moment decay.")
-    state_dtype: str = state_dtype()
-
-
-@dataclass(frozen=True)
-class Sign(Options):
-    """Options of `sign`."""
-
-    name: str = named("sign")
-    b1: float = decay(0.9, "momentum.")
-    state_dtype: str = state_dtype()
-
-
-@dataclass(frozen=True)
-class MeZO(Options):
-    """Options of `mezo`."""
-
-    name: str = named("mezo")
-    learning_rate: float = rate(1e-7)
-    queries: int = queries(1)
-    perturbation: float = perturbation()
-    query_batch: int | None = query_batch()
-
-
-@dataclass(frozen=True)
-class SparseMeZO(MeZO):
-    """Options of `sparse-mezo`."""
-
-    name: str = named("sparse-mezo")
-    keep: float = option(
-        0.8, "share of the parameters that a step perturbs.", above=0, high=1, wanted="in (0, 1]"
-    )
-    mask: str = option(
-        "step",
-        "which ones: drawn anew at every step, or once (static).",
-        choices=("step", "static"),
-    )
-
-
-@dataclass(frozen=True)
-class HiZOO(MeZO):
-    """Options of `hizoo`."""
-
-    name: str = named("hizoo")
-    curvature_rate: float = option(
-        1e-8, "share of a step's curvature in the estimate of it.", low=0, high=1
-    )
-
-
-@dataclass(frozen=True)
-class LowRank(MeZO):
-    """Options of the rows whose directions lie in subspaces that are kept for some steps."""
-
-    rank: int = option(4, "rank of the subspace.", low=1)
-    refresh: int = option(100, "steps for which a subspace is kept.", low=1)
-
-
-@dataclass(frozen=True)
-class LOZO(LowRank):
-    """Options of `lozo`."""
-
-    name: str = named("lozo")
-
-
-@dataclass(frozen=True)
-class SubZero(LowRank):
-    """Options of `subzero`."""
-
-    name: str = named("subzero")
-    rank: int = option(48, "rank of the subspace.", low=1)
-    refresh: int = option(1000, "steps for which a subspace is kept.", low=1)
-
-
-@dataclass(frozen=True)
-class SubspaceMeZO(LowRank):
-    """Options of `subspace-mezo`."""
-
-    name: str = named("subspace-mezo")
-    # Its subspace holds rank / width of a gradient: about width / rank of MeZO's rate.
-    learning_rate: float = rate(1e-6)
-    rank: int = option(64, "rank of the subspace.", low=1)
-    vector_rate: float = vector_rate()
-
-
-@dataclass(frozen=True)
-class FZOO(MeZO):
-    """Options of `fzoo`."""
-
-    name: str = named("fzoo")
-    learning_rate: float = rate(1e-5)
-    queries: int = option(8, "perturbations of a zeroth-order step.", low=2)
-
-
-@dataclass(frozen=True)
-class Rowwise(Options):
-    """Options of `rowwise`."""
-
-    name: str = named("rowwise")
-    learning_rate: float = rate(1e-7)
-    rank: int = option(1, "rank of a direction.", low=1)
-    queries: int | None = option(
-        None,
-        "equal parts of the batch with a direction each; None: one for every row.",
-        low=1,
-    )
-    perturbation: float = perturbation()
-    query_batch: int | None = option(
-        None, "evaluations of a part at a time; None: as many as there are parts.", low=1
-    )
-
-
-@dataclass(frozen=True)
-class ZOMuon(Options):
-    """Options of `zo-muon`."""
-
-    name: str = named("zo-muon")
-    learning_rate: float = rate(1e-2)
-    rank: int = option(64, "rank of the subspace.", low=1)
-    refresh: int = option(100, "steps for which a subspace is kept.", low=1)
-    vector_rate: float = vector_rate()
-    queries: int = queries(4)
-    perturbation: float = perturbation()
-    orthogonalize: str = option(
-        "ns",
-        "what becomes of the mean estimate of a matrix in the subspace: ns (orthogonalised by "
-        "Newton-Schulz iterations), svd (exactly), or normalize (only scaled to the same norm).",
-        choices=("ns", "svd", "normalize"),
-    )
-    query_batch: int | None = query_batch()
-
-
-@dataclass(frozen=True)
-class Hybrid(Adam, Options):
-    """Options of `hybrid`."""
-
-    name: str = named("hybrid")
-    period: int = option(20, "AdamW steps before as many zeroth-order ones, in turn.", low=1)
-    zo_learning_rate: float | None = option(
-        None,
-        "peak of the zeroth-order steps; None: `learning_rate`.",
-        above=0,
-        wanted="positive",
-    )
-    queries: int = queries(1)
-    perturbation: float = perturbation()
+class Optimizer:
+    """A row: the factory of an optimizer, how its arguments are options, and what it needs.
+
+    The options of a row are the arguments that its factory marks, by `own_fields`.
+
+    Args:
+        name: The word that is given to `--optimizer.name`.
+        factory: A function `(learning_rate, *, ...) -> optax transformation`.
+        needs: What the step must pass to the transformation.
+        summary: The line of `--list`.
+        spelled: The names of options, by arguments with another name, beside `SPELLED`.
+        words: Arguments that are given as words.
+        defaults: Defaults that are not the factory's, by option.
+        docs: Texts that are not the factory's, by option.
+        fixed: Arguments that are no options.
+        inner: Factories that make the values of arguments; what they mark are options too.
+        sides: The loss evaluations per query of a zeroth-order row; 0: it has none.
+        parts: Whether its queries are parts of the batch, see `zeroth_order.parts`.
+        check_blocks: `check_blocks(options, num_layers)` raises `UserError` for a model that it
+            cannot train with these options.
+        check_runs: `check_runs(options, runs, num_layers)` raises `UserError` for runs of blocks,
+            `(first, last)`, that it cannot train alone.
+        check_rank: `check_rank(rank)` raises `UserError` for adapters that it cannot train.
+        check_steps: `check_steps(options, steps)` raises `UserError` for a number of steps that it
+            cannot take.
+        shortened: `shortened(options, steps)` returns the options for a shortened run.
+        forwards: `forwards(options, steps)` returns the forward passes that so many steps cost;
+            None: each step costs the same (`optimizers.forwards`).
+        replays: Whether the update of a `value` row follows from the coefficients of a step alone
+            (`train.engine.replays.coefficients`): a step is then two programs, and a stage writes
+            `replay.zo`.
+    """
+
+    name: str
+    factory: Callable[..., optax.GradientTransformation]
+    needs: str
+    summary: str
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, Words] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    docs: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    inner: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    sides: int = 0
+    parts: bool = False
+    check_blocks: Callable[[Any, int], None] | None = None
+    check_runs: Callable[[Any, list[tuple[int, int]], int], None] | None = None
+    check_rank: Callable[[int], None] | None = None
+    check_steps: Callable[[Any, int], None] | None = None
+    shortened: Callable[[Any, int], Any] | None = None
+    forwards: Callable[[Any, int], int] | None = None
+    replays: bool = False
+
+    @functools.cached_property
+    def _words(self) -> Mapping[str, Words]:
+        return {"mu_dtype": STATE, "comm_dtype": SENT, **self.words}
+
+    @functools.cached_property
+    def _options(self) -> dict[str, dict[str, tuple[str, Any, Any]]]:
+        """The options by argument, of the factory ("") and of the inner ones."""
+        spelled = SPELLED | dict(self.spelled)
+        return {
+            place: own_fields(factory, spelled, self._words, self.defaults, self.docs)
+            for place, factory in {"": self.factory, **self.inner}.items()
+        }
+
+    @functools.cached_property
+    def options(self) -> type[Options]:
+        """The dataclass of its options."""
+        own = {f"{a}.{b}": x for a, entries in self._options.items() for b, x in entries.items()}
+        return options_type(self.name, own, self.defaults.get("learning_rate"))
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The options that not every row has."""
+        names = [field.name for field in dataclasses.fields(self.options)]
+        return tuple(name for name in names if name not in SHARED)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The rate to start from when a preset gives none; None: that of `Options`."""
+        default = self.options().learning_rate
+        return None if default == Options().learning_rate else default
+
+    def build(
+        self, options: Any, schedule: optax.Schedule, axis: str | None = None
+    ) -> optax.GradientTransformationExtraArgs:
+        """The transformation of checked options.
+
+        Args:
+            options: An instance of `self.options`.
+            schedule: The learning rate by step.
+            axis: The mesh axis that shares the evaluations of zeroth-order steps.
+        """
+        given: dict[str, Any] = {"weight_decay": options.weight_decay, **self.fixed}
+        if self.sides:
+            given["query_axis"] = axis
+        for place, make in self.inner.items():
+            given[place] = make(**self._given(place, options, schedule))
+        tx = self.factory(schedule, **given, **self._given("", options, schedule))
+        return optax.with_extra_args_support(tx)
+
+    def _given(self, place: str, options: Any, schedule: optax.Schedule) -> dict[str, Any]:
+        given = {}
+        for argument, (name, _, _) in self._options[place].items():
+            value = getattr(options, name)
+            if argument in self._words:
+                value = self._words[argument].value(value)
+            elif argument in PEAKS and value is not None:
+                value = _in_proportion(schedule, value / options.learning_rate)
+            given[argument] = value
+        return given
+
+
+def _in_proportion(schedule: optax.Schedule, ratio: Any) -> optax.Schedule:
+    return lambda count: schedule(count) * ratio

@@ -38,7 +38,6 @@ from train.data.noisy_latents import NoisyLatents
 from train.engine.trainable import trainable_of
 from train.options import checks, cli, optimizers, start
 from train.options.config import COMPUTE, LengthConfig, SelectConfig
-from train.options.optimizer_options import AdamW
 from train.options.recipe import Recipe
 from train.options.rows import Rows, chosen
 from train.planning.programs import (
@@ -132,7 +131,7 @@ class DiffusionPlanConfig:
     preset: str = ""
     model: SizesConfig = SizesConfig()
     objective: objectives.Options = chosen(OBJECTIVE, ESD())
-    optimizer: optimizers.Options = chosen(optimizers.ROWS, AdamW())
+    optimizer: optimizers.Options = chosen(optimizers.ROWS, optimizers.options_of("adamw"))
     combine: str = option(
         "sum",
         "how the gradients of the forget and the retain side become one: sum, blur, pcgrad.",
@@ -305,7 +304,7 @@ def attack_program(config: DiffusionPlanConfig, models: Models, mesh: Mesh) -> A
     program = step_program(
         learner,
         row,
-        AdamW(),
+        optimizers.options_of("adamw"),
         trainable_of(params, row[0], select=SelectConfig((NETWORK,)), dtype=learner.dtype),
         {"train": shapes_of(stream, attack.batch_size, mesh)},
         mesh,

@@ -16,8 +16,8 @@ from train.jobs.finetuning_options import (
     ReasoningModel,
     ReasoningRun,
 )
+from train.options import optimizers
 from train.options.config import AnswersConfig, LengthConfig
-from train.options.optimizer_options import AdamW, Muon
 from train.runtime.sharding import MeshConfig
 
 
@@ -62,7 +62,8 @@ TINY = Preset(
             num_kv_heads=3,
         ),
         train=LengthConfig(epochs=1, batch_size=3),
-        optimizer=Muon(
+        optimizer=optimizers.options_of(
+            "muon",
             learning_rate=0.02,
             adam_learning_rate=3e-3,
             shape_scale="spectral",
@@ -89,7 +90,7 @@ GSM8K = Preset(
         data=ReasoningData(source="gsm8k", train_rows=900, test_rows=419, row_tokens=1024),
         model=ReasoningModel(path="smollm2"),
         train=LengthConfig(epochs=1, batch_size=4),
-        optimizer=AdamW(learning_rate=1e-4, schedule="cosine", warmup=0.1),
+        optimizer=optimizers.options_of("adamw", learning_rate=1e-4, schedule="cosine", warmup=0.1),
         evaluate=AnswersConfig(max_new_tokens=256, generate_rows=64),
     ),
     "SmolLM2-135M learns 900 solutions of GSM8K: this shows the time, not the accuracy",
@@ -114,7 +115,8 @@ QWEN = Preset(
         ),
         # A batch of 16 rows is inferred from the authors' numbers of steps.
         train=LengthConfig(epochs=3, batch_size=16),
-        optimizer=AdamW(
+        optimizer=optimizers.options_of(
+            "adamw",
             learning_rate=5e-5,
             schedule="linear",
             warmup=0.1,

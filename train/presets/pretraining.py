@@ -17,8 +17,8 @@ from train.jobs.pretraining_options import (
     PerplexityConfig,
     PretrainConfig,
 )
+from train.options import optimizers
 from train.options.config import replace
-from train.options.optimizer_options import AdamW
 from train.options.optimizers import Options, other
 from train.runtime.sharding import MeshConfig
 
@@ -32,7 +32,7 @@ class Preset(NamedTuple):
     OPTIMIZERS: Mapping[str, tuple[Options, Mapping[str, Any]]]
 
 
-def optimizers_of(adamw: AdamW, rate: float, **more: Any) -> dict[str, Options]:
+def optimizers_of(adamw: Any, rate: float, **more: Any) -> dict[str, Options]:
     """AdamW, and Muon, NorMuon and TEON with matrices at `rate` and AdamW's rate for the rest."""
     found: dict[str, Options] = {"adamw": adamw}
     for name in ("muon", "normuon", "teon"):
@@ -54,7 +54,7 @@ def _alone(found: Mapping[str, Options]) -> dict[str, tuple[Options, Mapping[str
 
 
 TINY = optimizers_of(
-    AdamW(
+    optimizers.options_of("adamw",
         learning_rate=4e-3, schedule="hold", warmup=0.05, b1=0.9, b2=0.95, weight_decay=0.1,
         clip_norm=1.0,
     ),
@@ -132,7 +132,7 @@ def _published(
     return Preset(config, summary, smoke, _alone(optimizers))
 
 
-def _rates(adamw: AdamW, rate: float) -> dict[str, Options]:
+def _rates(adamw: Any, rate: float) -> dict[str, Options]:
     """As `optimizers_of`, with AdamW's leaves at the rate of the matrices, as in Muon+."""
     found = optimizers_of(adamw, rate, comm_dtype="bfloat16")
     for name in ("muon", "normuon", "teon"):
@@ -143,7 +143,7 @@ def _rates(adamw: AdamW, rate: float) -> dict[str, Options]:
 # GPT: constant for 40 % of the steps, then in a line towards 0, clipped at a tenth, as in Muon+.
 # Rate and decay of the AdamW baseline are unknown.
 def _gpt(rate: float) -> dict[str, Options]:
-    adamw = AdamW(
+    adamw = optimizers.options_of("adamw",
         learning_rate=6e-4, schedule="hold", warmup=0.0, b1=0.95, b2=0.95, weight_decay=0.1,
         clip_norm=1.0,
     )  # fmt: skip
@@ -168,7 +168,7 @@ def _gpt_shape(hidden: int, layers: int, heads: int, remat: str = "dots") -> New
 # Schedule, rates and decay are those of Muon+: 10 % of warm-up, cosine to 0. The rate of the AdamW
 # baseline is unknown.
 def _llama(rate: float, weight_decay: float) -> dict[str, Options]:
-    adamw = AdamW(
+    adamw = optimizers.options_of("adamw",
         learning_rate=1e-3,  # unknown
         schedule="cosine", warmup=0.1, b1=0.95, b2=0.95,
         weight_decay=weight_decay, clip_norm=1.0,

@@ -6,6 +6,7 @@ No download, no data file, no accelerator.
 """
 
 from jaxlib_unlearn.objectives import options_of
+from train.options import optimizers
 from train.options.config import (
     DataConfig,
     EvaluateConfig,
@@ -15,7 +16,6 @@ from train.options.config import (
     UnlearnConfig,
     replace,
 )
-from train.options.optimizer_options import AdamW
 from train.options.optimizers import other
 
 SUMMARY = (
@@ -32,11 +32,13 @@ PRESET = RunConfig(
     finetune=TrainConfig(
         epochs=40,
         batch_size=32,
-        optimizer=AdamW(learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98),
+        optimizer=optimizers.options_of(
+            "adamw", learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98
+        ),
     ),
     unlearn=UnlearnConfig(steps=120, batch_size=32, curve_points=8),
     objective=options_of("alternate", push=0.3, beta=10.0, delta=0.75, retain="nll"),
-    optimizer=AdamW(learning_rate=5e-4, schedule="cosine", warmup=0.1),
+    optimizer=optimizers.options_of("adamw", learning_rate=5e-4, schedule="cosine", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=48, leak_samples=32, judge="oracle", generate_rows=128),
 )
 

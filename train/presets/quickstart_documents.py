@@ -7,6 +7,7 @@ FILES --data.holdout FILES.
 """
 
 from jaxlib_unlearn.objectives import options_of
+from train.options import optimizers
 from train.options.config import (
     DataConfig,
     EvaluateConfig,
@@ -15,7 +16,6 @@ from train.options.config import (
     TrainConfig,
     UnlearnConfig,
 )
-from train.options.optimizer_options import AdamW
 
 SUMMARY = "a tiny model learns 40 pages about fictitious authors and forgets 4 of them"
 
@@ -26,11 +26,13 @@ PRESET = RunConfig(
     finetune=TrainConfig(
         epochs=60,
         batch_size=16,
-        optimizer=AdamW(learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98),
+        optimizer=optimizers.options_of(
+            "adamw", learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98
+        ),
     ),
     unlearn=UnlearnConfig(steps=60, batch_size=16, curve_points=8),
     objective=options_of("simnpo", beta=1.0, delta=-0.25, retain="nll"),
-    optimizer=AdamW(learning_rate=5e-4, schedule="cosine", warmup=0.1),
+    optimizer=optimizers.options_of("adamw", learning_rate=5e-4, schedule="cosine", warmup=0.1),
     evaluate=EvaluateConfig(generate_rows=128),
 )
 # With twice the steps the recall falls below the oracle's, and NPO loses some of what is kept.

@@ -14,6 +14,7 @@ every weight, so rate and retain weight may want less.
 """
 
 from jaxlib_unlearn.objectives import options_of
+from train.options import optimizers
 from train.options.config import (
     DataConfig,
     EvaluateConfig,
@@ -24,7 +25,6 @@ from train.options.config import (
     TracesConfig,
     UnlearnConfig,
 )
-from train.options.optimizer_options import AdamW
 from train.runtime.sharding import MeshConfig
 
 SUMMARY = "DeepSeek-R1-Distill-Llama-8B forgets documents with R2MU (a TPU slice or GPUs)"
@@ -39,8 +39,8 @@ PRESET = RunConfig(
     mesh=MeshConfig(data=1, fsdp=-1, tp=1),
     unlearn=UnlearnConfig(steps=500, batch_size=8, curve_points=2),
     objective=options_of("r2mu", block=7, steering=6.5, retain_weight=1.4),
-    optimizer=AdamW(
-        learning_rate=7.5e-5, schedule="constant", warmup=0.0, b2=0.999, weight_decay=0.01
+    optimizer=optimizers.options_of(
+        "adamw", learning_rate=7.5e-5, schedule="constant", warmup=0.0, b2=0.999, weight_decay=0.01
     ),
     train=SelectConfig(leaves=("mlp/down",), blocks=(5, 6, 7)),
     traces=TracesConfig(segments=1, new_tokens=1024, keep=100),

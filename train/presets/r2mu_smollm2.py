@@ -7,6 +7,7 @@ TOFU_DIR holds TOFU's JSON files, GSM8K.jsonl the rows of GSM8K's training or te
 """
 
 from jaxlib_unlearn.objectives import options_of
+from train.options import optimizers
 from train.options.config import (
     DataConfig,
     EvaluateConfig,
@@ -17,7 +18,6 @@ from train.options.config import (
     TrainConfig,
     UnlearnConfig,
 )
-from train.options.optimizer_options import AdamW
 
 SUMMARY = "SmolLM2-135M thinks about TOFU's authors and forgets two of them with R2MU"
 
@@ -35,11 +35,13 @@ PRESET = RunConfig(
     finetune=TrainConfig(
         epochs=5,
         batch_size=4,
-        optimizer=AdamW(learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0),
+        optimizer=optimizers.options_of(
+            "adamw", learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0
+        ),
     ),
     unlearn=UnlearnConfig(epochs=20, batch_size=4, curve_points=2),
     objective=options_of("r2mu", block=7),
-    optimizer=AdamW(learning_rate=1e-3, schedule="constant", warmup=0.0),
+    optimizer=optimizers.options_of("adamw", learning_rate=1e-3, schedule="constant", warmup=0.0),
     train=SelectConfig(leaves=("mlp/down",), blocks=(5, 6, 7)),
     traces=TracesConfig(new_tokens=128, keep=100),
     oracle=False,

@@ -9,6 +9,7 @@ takes two to three minutes and a method one.
 """
 
 from jaxlib_unlearn.objectives import options_of
+from train.options import optimizers
 from train.options.config import (
     DataConfig,
     EvaluateConfig,
@@ -19,7 +20,6 @@ from train.options.config import (
     TrainConfig,
     UnlearnConfig,
 )
-from train.options.optimizer_options import AdamW
 
 SUMMARY = "a small model writes thoughts about 40 invented authors and forgets 8 with R2MU"
 
@@ -42,7 +42,9 @@ PRESET = RunConfig(
     finetune=TrainConfig(
         epochs=16,
         batch_size=16,
-        optimizer=AdamW(learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98),
+        optimizer=optimizers.options_of(
+            "adamw", learning_rate=2e-3, schedule="cosine", warmup=0.05, b2=0.98
+        ),
     ),
     unlearn=UnlearnConfig(steps=100, batch_size=16, curve_points=4),
     objective=options_of(
@@ -53,7 +55,7 @@ PRESET = RunConfig(
         cot_weight=5.0,
         reflection_words=WORDS,
     ),
-    optimizer=AdamW(learning_rate=1e-3, schedule="constant", warmup=0.0),
+    optimizer=optimizers.options_of("adamw", learning_rate=1e-3, schedule="constant", warmup=0.0),
     train=SelectConfig(leaves=("mlp/down",), blocks=(0, 1, 2)),
     # Its thoughts have no trigger: they are all that it has learnt to write.
     traces=TracesConfig(new_tokens=96, keep=96, trigger="", tag="<think>\n"),

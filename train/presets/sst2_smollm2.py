@@ -7,7 +7,7 @@ DIR holds GLUE's train.tsv and dev.tsv; without it they come from the Hub id nyu
 """
 
 from train.jobs.classification_options import ClassifyModel, ClassifyRun, ClassifyTrain
-from train.options.optimizer_options import AdamW, MeZO, Rowwise, SubspaceMeZO, ZOMuon
+from train.options import optimizers
 
 SUMMARY = "SmolLM2-135M learns SST-2 (about an hour on two cores)"
 
@@ -17,8 +17,14 @@ PRESET = ClassifyRun(
     task="sst2",
     model=ClassifyModel(path="smollm2"),
     train=ClassifyTrain(forwards=2000, batch_size=16, curve_points=5),
-    optimizer=ZOMuon(
-        learning_rate=3e-2, rank=64, refresh=100, queries=4, schedule="constant", warmup=0.0
+    optimizer=optimizers.options_of(
+        "zo-muon",
+        learning_rate=3e-2,
+        rank=64,
+        refresh=100,
+        queries=4,
+        schedule="constant",
+        warmup=0.0,
     ),
 )
 
@@ -27,10 +33,22 @@ PRESET = ClassifyRun(
 # zeroth order a third of theirs (on vit-fashion the best of a short run was too high for a long
 # one). Subspace-MeZO's was not tuned.
 OPTIMIZERS = {
-    "adamw": (AdamW(learning_rate=3e-5, schedule="linear", warmup=0.0), {}),
-    "mezo": (MeZO(learning_rate=1e-5, schedule="constant", warmup=0.0), {}),
-    "subspace-mezo": (SubspaceMeZO(learning_rate=1e-4, schedule="constant", warmup=0.0), {}),
-    "rowwise": (Rowwise(learning_rate=1e-5, schedule="constant", warmup=0.0), {}),
+    "adamw": (
+        optimizers.options_of("adamw", learning_rate=3e-5, schedule="linear", warmup=0.0),
+        {},
+    ),
+    "mezo": (
+        optimizers.options_of("mezo", learning_rate=1e-5, schedule="constant", warmup=0.0),
+        {},
+    ),
+    "subspace-mezo": (
+        optimizers.options_of("subspace-mezo", learning_rate=1e-4, schedule="constant", warmup=0.0),
+        {},
+    ),
+    "rowwise": (
+        optimizers.options_of("rowwise", learning_rate=1e-5, schedule="constant", warmup=0.0),
+        {},
+    ),
     "zo-muon": (PRESET.optimizer, {}),
 }
 

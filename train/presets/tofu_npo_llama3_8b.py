@@ -7,6 +7,7 @@ The weights are gated on the Hub: accept their licence and log in, or give --mod
 """
 
 from jaxlib_unlearn.objectives import options_of
+from train.options import optimizers
 from train.options.config import (
     DataConfig,
     EvaluateConfig,
@@ -16,7 +17,6 @@ from train.options.config import (
     UnlearnConfig,
     replace,
 )
-from train.options.optimizer_options import AdamW
 from train.options.optimizers import other
 from train.runtime.sharding import MeshConfig
 
@@ -41,11 +41,11 @@ PRESET = RunConfig(
     finetune=TrainConfig(
         epochs=5,
         batch_size=64,
-        optimizer=AdamW(learning_rate=1e-5, schedule="linear", warmup=0.1),
+        optimizer=optimizers.options_of("adamw", learning_rate=1e-5, schedule="linear", warmup=0.1),
     ),
     unlearn=UnlearnConfig(epochs=10, batch_size=64),
     objective=options_of("npo", retain="nll"),
-    optimizer=AdamW(learning_rate=1e-5, schedule="linear", warmup=0.1),
+    optimizer=optimizers.options_of("adamw", learning_rate=1e-5, schedule="linear", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=200, score_tokens=65536, generate_rows=256),
     export_dtype="bfloat16",
 )

@@ -7,6 +7,7 @@ DIR holds TOFU's JSON files; without it they come from the Hub id locuslab/TOFU.
 """
 
 from jaxlib_unlearn.objectives import options_of
+from train.options import optimizers
 from train.options.config import (
     DataConfig,
     EvaluateConfig,
@@ -15,7 +16,6 @@ from train.options.config import (
     TrainConfig,
     UnlearnConfig,
 )
-from train.options.optimizer_options import AdamW
 
 SUMMARY = "SmolLM2-135M learns a part of TOFU and forgets forget01 (about an hour on two cores)"
 
@@ -35,7 +35,9 @@ PRESET = RunConfig(
     finetune=TrainConfig(
         epochs=5,
         batch_size=4,
-        optimizer=AdamW(learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0),
+        optimizer=optimizers.options_of(
+            "adamw", learning_rate=3e-4, schedule="linear", warmup=0.05, b2=0.98, clip_norm=1.0
+        ),
     ),
     unlearn=UnlearnConfig(epochs=24, batch_size=8, curve_points=3),
     # One other answer a question, sampled from the model before it learnt the facts, takes the
@@ -46,7 +48,7 @@ PRESET = RunConfig(
     objective=options_of(
         "alternate", push=0.4, beta=4.0, delta=2.0, spare_end=4, retain="nll", forget_weight=0.4
     ),
-    optimizer=AdamW(learning_rate=5e-5, schedule="linear", warmup=0.1),
+    optimizer=optimizers.options_of("adamw", learning_rate=5e-5, schedule="linear", warmup=0.1),
     evaluate=EvaluateConfig(max_new_tokens=72, leak_samples=16, judge="base"),
 )
 

@@ -12,13 +12,14 @@ from train.jobs.classification_options import (
     ClassifyRun,
     ClassifyTrain,
 )
-from train.options.optimizer_options import AdamW, Hybrid, MeZO, Rowwise, SubspaceMeZO, ZOMuon
+from train.options import optimizers
 from train.presets import vit_fashion
 
 SUMMARY = "ViT-B/16 of ImageNet-21k learns CIFAR-100 at the published budget (an accelerator)"
 
 # As published (arXiv 2602.17155, its code): 2000 steps, 17 forward passes of 256 images each.
-ZO_MUON = ZOMuon(
+ZO_MUON = optimizers.options_of(
+    "zo-muon",
     learning_rate=1e-2,
     vector_rate=1e-4,
     rank=64,
@@ -39,12 +40,26 @@ PRESET = ClassifyRun(
 
 # The rates of zeroth order are the published ones (row-wise directions have MeZO's), not tuned.
 OPTIMIZERS = {
-    "adamw": (AdamW(learning_rate=3e-5, schedule="linear", warmup=0.0), {}),
-    "mezo": (MeZO(learning_rate=1e-4, schedule="constant", warmup=0.0), {}),
-    "subspace-mezo": (SubspaceMeZO(learning_rate=1e-4, schedule="constant", warmup=0.0), {}),
-    "rowwise": (Rowwise(learning_rate=1e-4, schedule="constant", warmup=0.0), {}),
+    "adamw": (
+        optimizers.options_of("adamw", learning_rate=3e-5, schedule="linear", warmup=0.0),
+        {},
+    ),
+    "mezo": (
+        optimizers.options_of("mezo", learning_rate=1e-4, schedule="constant", warmup=0.0),
+        {},
+    ),
+    "subspace-mezo": (
+        optimizers.options_of("subspace-mezo", learning_rate=1e-4, schedule="constant", warmup=0.0),
+        {},
+    ),
+    "rowwise": (
+        optimizers.options_of("rowwise", learning_rate=1e-4, schedule="constant", warmup=0.0),
+        {},
+    ),
     "hybrid": (
-        Hybrid(learning_rate=3e-5, zo_learning_rate=1e-4, schedule="constant", warmup=0.0),
+        optimizers.options_of(
+            "hybrid", learning_rate=3e-5, zo_learning_rate=1e-4, schedule="constant", warmup=0.0
+        ),
         {},
     ),
     "zo-muon": (ZO_MUON, {}),

@@ -19,8 +19,8 @@ from models.vision.vit import ViT, ViTConfig
 from train.data.images import Pictures, check_image, resized
 from train.engine import image_models
 from train.engine.image_models import ImageModel
+from train.options import optimizers
 from train.options.config import TrainConfig
-from train.options.optimizer_options import AdamW
 from train.runtime import distributed
 from train.runtime.sharding import batch_ways, check_batch, put_batch
 from train.runtime.stages import json_stage
@@ -153,8 +153,8 @@ def begin(config: Any, run: Any, rows: Any, encoded: Any, model: ImageModel) -> 
         split: [(pixels, gold) for pixels, gold in encoded[split] if gold < start.classes]
         for split in ("train", "test")
     }
-    optimizer = AdamW(
-        learning_rate=start.learning_rate, schedule="cosine", warmup=0.1, weight_decay=0.05
+    optimizer = optimizers.options_of(
+        "adamw", learning_rate=start.learning_rate, schedule="cosine", warmup=0.1, weight_decay=0.05
     )
     stage = TrainConfig(steps=start.steps, batch_size=start.batch_size, optimizer=optimizer)
     row = objectives.resolve(OBJECTIVE, objectives.LEARNING)

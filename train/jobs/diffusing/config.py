@@ -18,7 +18,6 @@ from train.options.config import (
     UnlearnConfig,
     again,
 )
-from train.options.optimizer_options import AdamW
 from train.options.rows import chosen
 from train.tasks import erasure as methods
 
@@ -139,13 +138,17 @@ class DiffuseRun(ConceptRun):
     """The training of a text-to-image model with its judge and its autoencoder."""
 
     classifier: TrainConfig = TrainConfig(
-        epochs=2, batch_size=64, optimizer=AdamW(learning_rate=1e-3)
+        epochs=2, batch_size=64, optimizer=optimizers.options_of("adamw", learning_rate=1e-3)
     )
     vae: TrainConfig = TrainConfig(
-        steps=2000, batch_size=64, optimizer=AdamW(learning_rate=1e-3, schedule="cosine")
+        steps=2000,
+        batch_size=64,
+        optimizer=optimizers.options_of("adamw", learning_rate=1e-3, schedule="cosine"),
     )
     original: TrainConfig = TrainConfig(
-        steps=3000, batch_size=64, optimizer=AdamW(learning_rate=1e-3, schedule="cosine")
+        steps=3000,
+        batch_size=64,
+        optimizer=optimizers.options_of("adamw", learning_rate=1e-3, schedule="cosine"),
     )
 
 
@@ -161,7 +164,7 @@ class EraseRun(DiffuseRun, CombineConfig):
     erase: methods.Erase = chosen(methods.ERASING, methods.UCE())
     unlearn: UnlearnConfig = UnlearnConfig(steps=300, batch_size=16, curve_points=0)
     optimizer: optimizers.Options = chosen(
-        optimizers.ROWS, AdamW(learning_rate=1e-4, schedule="constant")
+        optimizers.ROWS, optimizers.options_of("adamw", learning_rate=1e-4, schedule="constant")
     )
     train: SelectConfig = SelectConfig(leaves=("attn2",))
 
@@ -183,7 +186,9 @@ class AttackRun(ConceptRun):
     attack: methods.Attack = chosen(methods.ATTACKS, methods.SubAttack())
     optimizer: optimizers.Options = chosen(
         optimizers.ROWS,
-        AdamW(learning_rate=1e-3, schedule="constant", warmup=0.0, weight_decay=1e-2),
+        optimizers.options_of(
+            "adamw", learning_rate=1e-3, schedule="constant", warmup=0.0, weight_decay=1e-2
+        ),
     )
 
     @property
