@@ -146,7 +146,8 @@ def own_fields(
             continue
         chosen, given = spelled.get(name, name), words.get(name)
         default = defaults.get(chosen, parameter.default)
-        kind, ranges = _kind(signatures.plain_type(parameter)), allowed._asdict()
+        kind = _kind(signatures.plain_type(parameter))
+        ranges: dict[str, Any] = allowed._asdict()
         if given is not None:
             kind, default = str, given.default
             ranges = {"choices": tuple(given.values)}
@@ -174,7 +175,7 @@ def options_type(
         own: Its own options, from `own_fields`.
         rate: The learning rate to start from; None: that of `Options`.
     """
-    shared = [("name", str, _named(name))]
+    shared: list[Any] = [("name", str, _named(name))]
     if rate is not None:
         shared.append(("learning_rate", float, _rate(rate)))
     title = name.title().replace("-", "")

@@ -120,6 +120,11 @@ ZEROTH: dict[str, Any] = {
     "defaults": {"learning_rate": 1e-7},
 }
 
+
+def _like(family: dict[str, Any], **other: Any) -> dict[str, Any]:
+    return family | other
+
+
 OPTIMIZERS: dict[str, Optimizer] = {
     row.name: row
     for row in (
@@ -137,7 +142,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "joint",
             "Muon whose output neurons move alike",
             inner={"post": optim.normuon},
-            **MATRICES | {"spelled": {"beta": "momentum", "beta2": "second_momentum"}},
+            **_like(MATRICES, spelled={"beta": "momentum", "beta2": "second_momentum"}),
         ),
         Optimizer(
             "optax-muon",
@@ -154,7 +159,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             check_blocks=_blocks_of_teon,
             check_runs=_runs_of_teon,
             check_rank=_no_adapters_for_teon,
-            **MATRICES | {"words": {"orthogonalize": ORTHOGONALIZERS, "groups": GROUPS}},
+            **_like(MATRICES, words={"orthogonalize": ORTHOGONALIZERS, "groups": GROUPS}),
         ),
         Optimizer(
             "sift",
@@ -201,7 +206,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             optim.hizoo,
             summary="zeroth order, perturbations scaled by a diagonal curvature",
             forwards=lambda options, steps: (2 * options.queries + 1) * steps,
-            **ZEROTH | {"spelled": {"eps": "perturbation", "smoothing": "curvature_rate"}},
+            **_like(ZEROTH, spelled={"eps": "perturbation", "smoothing": "curvature_rate"}),
         ),
         Optimizer(
             "lozo",
@@ -223,7 +228,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             summary="zeroth order in a subspace: zo-muon without its orthogonalisation",
             replays=True,
             # Its subspace holds rank / width of a gradient: about width / rank of MeZO's rate.
-            **ZEROTH | {"defaults": {"learning_rate": 1e-6}},
+            **_like(ZEROTH, defaults={"learning_rate": 1e-6}),
         ),
         Optimizer(
             "zo-muon",
@@ -231,14 +236,14 @@ OPTIMIZERS: dict[str, Optimizer] = {
             summary="zeroth order in a subspace, orthogonalised",
             words={"orthogonalize": CORES},
             replays=True,
-            **ZEROTH | {"sides": 1, "defaults": {"learning_rate": 1e-2}},
+            **_like(ZEROTH, sides=1, defaults={"learning_rate": 1e-2}),
         ),
         Optimizer(
             "fzoo",
             optim.fzoo,
             summary="zeroth order, random signs, steps over the deviation of the losses",
             replays=True,
-            **ZEROTH | {"sides": 1, "defaults": {"learning_rate": 1e-5}},
+            **_like(ZEROTH, sides=1, defaults={"learning_rate": 1e-5}),
         ),
         Optimizer(
             "rowwise",
@@ -248,7 +253,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             parts=True,
             forwards=lambda options, steps: 2 * steps,
             replays=True,
-            **ZEROTH | {"defaults": {"learning_rate": 1e-7, "queries": None}},
+            **_like(ZEROTH, defaults={"learning_rate": 1e-7, "queries": None}),
         ),
         Optimizer(
             "hybrid",
