@@ -114,7 +114,10 @@ def hybrid(
     """
 
     def at(phase: int, rate: Any) -> optax.Schedule:
-        return lambda count: rate((2 * (count // period) + phase) * period + count % period)
+        def follow(count: Any) -> Any:
+            return rate((2 * (count // period) + phase) * period + count % period)
+
+        return follow
 
     first = adamw(
         at(0, learning_rate), b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype, weight_decay=weight_decay
