@@ -281,6 +281,8 @@ class Optimizer:
             schedule: The learning rate by step.
             axis: The mesh axis that shares the evaluations of zeroth-order steps.
         """
+        if self.parts and options.queries is None:
+            raise ValueError("queries is None: `optimizers.over_rows` sets it to a batch's rows")
         given: dict[str, Any] = {"weight_decay": options.weight_decay, **self.fixed}
         if self.sides:
             given["query_axis"] = axis
