@@ -19,7 +19,7 @@ def concrete(*trees: Any) -> bool:
     created at every step would be compiled at every step.
 
     Args:
-        trees: any pytrees.
+        trees: Any pytrees.
 
     Returns:
         False if an array is being traced.
@@ -36,7 +36,7 @@ def explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
     """The sharding in an array's type, or None where the axes of its mesh are not Explicit.
 
     Args:
-        x: an array.
+        x: An array.
 
     Returns:
         What ``jax.sharding.reshard`` and ``out_sharding=`` take.
@@ -55,7 +55,7 @@ def adjoint(x: jax.Array) -> jax.Array:
     """The conjugate transpose of the last two axes.
 
     Args:
-        x: ``(..., r, c)``.
+        x: The matrices, ``(..., r, c)``.
 
     Returns:
         ``(..., c, r)``.
@@ -72,7 +72,7 @@ def scale_to_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Matrices divided by their largest entry, in float32 or wider, and that entry.
 
     Args:
-        x: ``(..., r, c)``.
+        x: The matrices, ``(..., r, c)``.
 
     Returns:
         ``(..., r, c)`` and ``(..., 1, 1)``; a zero matrix is divided by one.
@@ -101,7 +101,8 @@ def matrix_by_matrix(
     either mode, are those of ``fn`` in a plain loop (of ``elsewhere`` off CPUs).
 
     Args:
-        fn: takes ``(..., r, c)`` and returns a tree of arrays with the same leading axes.
+        fn: A function that takes ``(..., r, c)`` and returns a tree of arrays with the same leading
+            axes.
         elsewhere: The function that is called on other devices; None for ``fn``.
 
     Returns:
@@ -156,7 +157,7 @@ def cholesky_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     columns stay zero, dependent ones come out shorter than one.
 
     Args:
-        x: ``(..., r, c)`` with r >= c.
+        x: The matrices, ``(..., r, c)`` with r >= c.
 
     Returns:
         ``(..., r, c)`` and the upper triangular ``(..., c, c)``, its diagonal positive.
@@ -202,9 +203,9 @@ def polar_factor(x: jax.Array, tolerance: jax.typing.ArrayLike) -> jax.Array:
     derivatives of single vectors do not).
 
     Args:
-        x: ``(..., r, c)``, float32 or wider.
-        tolerance: tau, a number or ``(...)``; negative to keep directions of singular value zero,
-            which are arbitrary.
+        x: The matrices, ``(..., r, c)``, float32 or wider.
+        tolerance: The bound tau, a number or ``(...)``; a negative one keeps the directions of
+            singular value zero, which are arbitrary.
 
     Returns:
         ``(..., r, c)``.

@@ -40,7 +40,7 @@ def counts_blocks(path: Any, axes: MatrixAxes, rank: int) -> bool:
     Args:
         path: The path of the leaf.
         axes: The axes of the leaf as a stack of matrices.
-        rank: its number of axes.
+        rank: The number of axes of the leaf.
 
     Returns:
         Whether it does.
@@ -87,8 +87,8 @@ def layers_of(
     """:func:`layer_of` for the matrices of a tree.
 
     Args:
-        leaves: path, whether the first axis counts blocks, and what has to be equal for two leaves
-            to be the same projection (their shape).
+        leaves: The path of every leaf, whether its first axis counts blocks, and a value (its
+            shape) that is equal for two leaves of the same projection.
 
     Returns:
         One entry per leaf. Where names are numbered from the second one on, as haiku's are

@@ -16,12 +16,13 @@ class Table(NamedTuple):
     """Coefficients of an iteration and the normaliser they were made for.
 
     Args:
-        rows: one ``(a, b, c)`` per step.
-        margin: the input is divided by ``margin`` times its Frobenius norm.
-        tail: the row to repeat after the last one, or None if the length is fixed.
-        steps: how many steps the table is published for.
-        preconditioner: "frobenius" or "aol" (rows scaled by inverse roots of the Gram's row sums).
-        narrow: whether 16-bit products are safe; if not, they are done in float32.
+        rows: The coefficients ``(a, b, c)`` of every step.
+        margin: The factor of the Frobenius norm by which the input is divided.
+        tail: The row that is repeated after the last one, or None if the length is fixed.
+        steps: The number of steps that the table is published for.
+        preconditioner: The word "frobenius" or "aol" (rows scaled by inverse roots of the Gram's
+            row sums).
+        narrow: True if 16-bit products are safe; otherwise products are computed in float32.
     """
 
     rows: tuple[Row, ...]
@@ -127,8 +128,8 @@ def rows_of(
     """A table and its coefficients, one row per step.
 
     Args:
-        coeffs: a name in ``TABLES``, one row ``(a, b, c)`` to repeat, or rows.
-        steps: number of steps; None for the number the table was published for.
+        coeffs: The name of a table in ``TABLES``, one row ``(a, b, c)`` to repeat, or rows.
+        steps: The number of steps; None for the number the table was published for.
 
     Returns:
         The table and as many rows as steps.

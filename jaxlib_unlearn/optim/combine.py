@@ -68,12 +68,15 @@ def blur(
     preserves neither this identity nor the scale: only the ratio of gamma to 1 matters then.
 
     Args:
-        gamma: rate of descent along the lower gradient.
-        lower: which gradient has priority: "primary" (BLUR) or "constraint" (roles swapped).
-        constraint_weight: alpha, multiplies the constraint gradient first; BLUR-RMU is alpha = 800
-            with gamma = 1, the same direction as alpha = 1 with gamma = 1 / alpha.
-        eps: the lower gradient counts as zero where its squared norm is at most this.
-        scope: "global", one inner product over all leaves, as published; "per_leaf", ours.
+        gamma: The rate of descent along the lower gradient.
+        lower: The gradient that has priority: "primary" (BLUR) or "constraint" (roles swapped).
+        constraint_weight: The factor alpha by which the constraint gradient is multiplied first;
+            BLUR-RMU is alpha = 800 with gamma = 1, the same direction as alpha = 1 with gamma = 1 /
+            alpha.
+        eps: The bound of the lower gradient's squared norm: at or below it the gradient counts as
+            zero.
+        scope: The extent of an inner product: "global", all leaves, as published; "per_leaf", each
+            leaf by itself, which is ours.
 
     Returns:
         A transformation whose state is the last :class:`BlurStats`.
@@ -132,13 +135,14 @@ def blur_combine(
     """The direction of :func:`blur` as a function of two trees.
 
     Args:
-        primary: a tree of gradients.
-        constraint: another one, same structure and shapes.
-        gamma: rate of descent along the lower gradient.
-        lower: "primary" or "constraint".
-        constraint_weight: multiplies ``constraint`` first.
-        eps: at or below this the lower gradient's squared norm counts as zero.
-        scope: "global" or "per_leaf".
+        primary: The primary gradient, a tree.
+        constraint: The constraint gradient, a tree of the same structure and shapes.
+        gamma: The rate of descent along the lower gradient.
+        lower: The gradient that has priority, "primary" or "constraint".
+        constraint_weight: The factor by which ``constraint`` is multiplied first.
+        eps: The bound of the lower gradient's squared norm: at or below it the gradient counts as
+            zero.
+        scope: The extent of an inner product, "global" or "per_leaf".
 
     Returns:
         The direction, with the structure and dtypes of ``primary``, and :class:`BlurStats`.
@@ -197,8 +201,9 @@ def pcgrad(
     gradients the random order of the paper makes no difference.)
 
     Args:
-        constraint_weight: multiplies the constraint gradient first.
-        scope: "global", one inner product over all leaves; "per_leaf", one for every leaf.
+        constraint_weight: The factor by which the constraint gradient is multiplied first.
+        scope: The extent of an inner product: "global", all leaves; "per_leaf", each leaf by
+            itself.
 
     Returns:
         A transformation whose state is the last :class:`PcgradStats`.
@@ -252,7 +257,7 @@ def weighted_sum(weight: Scalar = 1.0) -> optax.GradientTransformationExtraArgs:
         u = g_p + w g_c
 
     Args:
-        weight: w.
+        weight: The factor w of the constraint gradient.
 
     Returns:
         A transformation without state.
@@ -291,8 +296,8 @@ def check_streams(primary: Any, constraint: Any) -> None:
     """Raises unless the constraint gradient is a tree like the primary one.
 
     Args:
-        primary: a tree of arrays.
-        constraint: another one.
+        primary: The primary gradient, a tree of arrays.
+        constraint: The constraint gradient.
 
     Raises:
         ValueError: no constraint gradient, different structures, or a leaf of another shape (named
@@ -336,9 +341,9 @@ def remember(direction: Any, constraint: Any, why: str) -> None:
     gradients would count the second again, or use it unclipped: :func:`check_unspent` raises there.
 
     Args:
-        direction: what the link returns, a tree.
-        constraint: the constraint gradient it was given, or a tuple of them.
-        why: the reason, for the message.
+        direction: The direction that the link returns, a tree.
+        constraint: The constraint gradient that the link was given, or a tuple of them.
+        why: The reason, for the message.
 
     Example:
         >>> import jax.numpy as jnp
@@ -365,8 +370,8 @@ def check_unspent(primary: Any, constraint: Any) -> None:
     """Raises if the primary gradient comes from a link that used the same constraint gradient.
 
     Args:
-        primary: a tree of gradients.
-        constraint: the constraint gradient, or a tuple of them.
+        primary: The primary gradient, a tree.
+        constraint: The constraint gradient, or a tuple of them.
 
     Raises:
         ValueError: :func:`remember` was called for the two.
@@ -386,7 +391,7 @@ def dot_dtype(tree: Any) -> jnp.dtype:
     """The dtype for inner products over a tree: float32, or float64 if a leaf is that wide.
 
     Args:
-        tree: arrays or ``jax.ShapeDtypeStruct``; complex leaves count by their real part.
+        tree: A tree of arrays or ``jax.ShapeDtypeStruct``; complex leaves count by their real part.
 
     Returns:
         A real dtype.

@@ -30,10 +30,11 @@ def normal(
     """Standard normal numbers: what ``jax.random.normal`` returns for the same arguments.
 
     Args:
-        key: a typed key. Generators other than threefry are left to JAX.
-        shape: of the result.
-        dtype: of the result. Dtypes other than float32 are left to JAX.
-        out_sharding: as in ``jax.random.normal``, on meshes with Explicit axes.
+        key: A typed key. Generators other than threefry are left to JAX.
+        shape: The shape of the result.
+        dtype: The dtype of the result. Dtypes other than float32 are left to JAX.
+        out_sharding: The sharding of the result on meshes with Explicit axes, as in
+            ``jax.random.normal``.
 
     Returns:
         An array of that shape.
@@ -67,10 +68,10 @@ def drawn_once(draw: Callable[[], jax.Array], key: jax.Array) -> jax.Array:
     XLA fuses; what stays is a loop of one round whose number of rounds it does not know.
 
     Args:
-        draw: draws numbers.
-        key: any typed key that is an argument of the program, and not batched where ``draw`` is
-            under ``vmap``; its value has no influence. Where it is not traced, numbers are drawn
-            as without this function.
+        draw: A function that draws numbers.
+        key: Any typed key that is an argument of the program, and not batched where ``draw`` is
+            under ``vmap``; its value has no influence. If it is not traced, numbers are drawn as
+            without this function.
 
     Returns:
         ``draw()``, up to the last bit, in which fused loops may differ.
@@ -123,9 +124,9 @@ def threefry(key: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.A
     """Threefry-2x32 with 20 rounds, applied to pairs of words.
 
     Args:
-        key: ``(2,)`` uint32.
-        first: uint32 words.
-        second: uint32 words, the same shape.
+        key: The key, ``(2,)`` uint32.
+        first: The first words of the pairs, uint32.
+        second: The second words of the pairs, uint32, of the same shape.
 
     Returns:
         Two arrays of that shape.

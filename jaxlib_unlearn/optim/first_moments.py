@@ -19,8 +19,8 @@ def widen(moments: Any, gradients: Any) -> Any:
     """Moments in the wider dtype of moment and gradient.
 
     Args:
-        moments: a tree.
-        gradients: a tree of the same structure.
+        moments: A tree of moments.
+        gradients: A tree of gradients of the same structure.
 
     Returns:
         The moments.
@@ -48,8 +48,8 @@ def keep_first_moments(
     step changes them by less than bfloat16 resolves (0.001 of them at b2 = 0.999).
 
     Args:
-        tx: any transformation with its moments in NamedTuple fields ``mu``, e.g. ``optax.adamw``.
-        dtype: e.g. ``jnp.bfloat16``; None returns ``tx`` unchanged.
+        tx: Any transformation with its moments in NamedTuple fields ``mu``, e.g. ``optax.adamw``.
+        dtype: The dtype of the first moments, e.g. ``jnp.bfloat16``; None returns ``tx`` unchanged.
 
     Returns:
         A transformation with the state of ``tx``; its updates have the gradients' dtypes.

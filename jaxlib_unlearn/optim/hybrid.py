@@ -40,11 +40,11 @@ def alternate(
     sum of the two.
 
     Args:
-        first_order: a whole optimizer (with its learning rate), e.g. ``optax.adamw(1e-5)``.
-        zeroth_order: another one that takes ``value_fn``.
-        period: N, static. The paper found the result insensitive to it and used 20 and 20. Round
-            the number of steps with :func:`round_to_zeroth_order`: the robustness comes from ending
-            on zeroth order.
+        first_order: A whole optimizer (with its learning rate), e.g. ``optax.adamw(1e-5)``.
+        zeroth_order: Another optimizer, which takes ``value_fn``.
+        period: The length N of a block in steps, static. The paper found the result insensitive to
+            it and used 20 for both kinds. Round the number of steps with
+            :func:`round_to_zeroth_order`: the robustness comes from ending on zeroth order.
 
     Returns:
         A transformation whose state is an :class:`AlternateState`; updates have the parameters'
@@ -125,8 +125,8 @@ def ends_on_zeroth_order(steps: int, period: int = 20) -> bool:
     """Whether a run of that many steps of :func:`alternate` ends with a whole zeroth-order block.
 
     Args:
-        steps: number of steps.
-        period: length of a block.
+        steps: The number of steps of the run.
+        period: The length of a block in steps.
 
     Returns:
         True for positive multiples of ``2 * period``.
@@ -146,8 +146,8 @@ def round_to_zeroth_order(steps: int, period: int = 20) -> int:
     """The smallest number of steps, at least those asked for, that ends on zeroth order.
 
     Args:
-        steps: number of steps asked for.
-        period: length of a block.
+        steps: The number of steps asked for.
+        period: The length of a block in steps.
 
     Returns:
         A positive multiple of ``2 * period``.
@@ -167,8 +167,8 @@ def zeroth_order_steps(steps: int, period: int = 20) -> int:
     """How many of the first ``steps`` steps of :func:`alternate` are zeroth-order ones.
 
     Args:
-        steps: number of steps.
-        period: length of a block.
+        steps: The number of steps to count in.
+        period: The length of a block in steps.
 
     Returns:
         What a schedule inside the zeroth-order part counts to; the rest are first-order.

@@ -58,9 +58,10 @@ def matrix_axes(path: Any, leaf: Any, *, layout: str = "in_out") -> MatrixAxes |
 
     Args:
         path: The path of the leaf, text or a key path.
-        leaf: an array or anything with a ``shape``.
-        layout: "in_out" for kernels ``(..., in, out)``; "out_in" for ``(..., out, in)`` (equinox,
-            torch). DenseGeneral kernels are recognised in the first layout only.
+        leaf: An array or anything with a ``shape``.
+        layout: The order of a kernel's axes: "in_out" for ``(..., in, out)``; "out_in" for
+            ``(..., out, in)`` (equinox, torch). DenseGeneral kernels are recognised in the first
+            layout only.
 
     Returns:
         The axes, or None.
@@ -85,7 +86,7 @@ def trailing_axes(path: Any, leaf: Any) -> MatrixAxes | None:
 
     Args:
         path: The path of the leaf.
-        leaf: anything with a ``shape``.
+        leaf: Anything with a ``shape``.
 
     Returns:
         The axes, or None for rank 0 and 1.
@@ -113,7 +114,7 @@ def every_matrix(tree: Any) -> list[MatrixAxes | None]:
     """:func:`trailing_axes` of every leaf of a tree.
 
     Args:
-        tree: parameters, gradients or shapes.
+        tree: Parameters, gradients or shapes.
 
     Returns:
         One entry per leaf: the axes, or None.
@@ -139,13 +140,14 @@ def resolve(tree: Any, matrices: Specs = None, layout: str = "in_out") -> list[M
     """Axes of every leaf of a tree, in the order of ``jax.tree.leaves``.
 
     Args:
-        tree: parameters, gradients or shapes.
-        matrices: None for the rules of :func:`matrix_axes`; "all_2d" for these and, where the name
-            of a leaf says nothing, two axes for a matrix (``wq``, ``theta``); else a tree (or a
-            prefix of one) of ``optax.contrib.MuonDimensionNumbers``, None for AdamW, and "rules" or
-            "all_2d" where these should decide, or a function of the tree that returns one:
-            ``{"encoder": "rules", "classifier": None}``.
-        layout: as in :func:`matrix_axes`; ``MuonDimensionNumbers`` do not depend on it.
+        tree: Parameters, gradients or shapes.
+        matrices: The choice of matrices: None for the rules of :func:`matrix_axes`; "all_2d" for
+            the rules, with two axes as a matrix if the name of a leaf says nothing (``wq``,
+            ``theta``); or a tree (or a prefix of one) of ``optax.contrib.MuonDimensionNumbers``, of
+            None for AdamW, and of the words "rules" and "all_2d" for leaves that these decide; or a
+            function of the tree that returns one: ``{"encoder": "rules", "classifier": None}``.
+        layout: The order of a kernel's axes, as in :func:`matrix_axes`; ``MuonDimensionNumbers`` do
+            not depend on it.
 
     Returns:
         One entry per leaf: the axes, or None.
@@ -227,9 +229,9 @@ def labels(params: Any, *, matrices: Specs = None, layout: str = "in_out") -> An
     """The word "muon" or "adamw" for every leaf, ready for ``optax.partition``.
 
     Args:
-        params: parameters (arrays or shapes).
-        matrices: as in :func:`resolve`.
-        layout: as in :func:`matrix_axes`.
+        params: The parameters (arrays or shapes).
+        matrices: The choice of matrices, as in :func:`resolve`.
+        layout: The order of a kernel's axes, as in :func:`matrix_axes`.
 
     Returns:
         A tree of the same structure.
@@ -257,13 +259,13 @@ def describe(
     """A table of leaf, shape, optimizer and rule, for a person to check before a run.
 
     Args:
-        params: parameters (arrays or shapes).
-        tx: an Optax transformation: adds what it actually stores for each leaf, read from the
-            shapes of its state (nothing is computed), and their bytes; for ``optim.teon`` also
-            which blocks each leaf is grouped with, among the leaves that it is given: a frozen or
-            masked leaf leaves the rest of its group ungrouped.
-        matrices: as in :func:`resolve`.
-        layout: as in :func:`matrix_axes`.
+        params: The parameters (arrays or shapes).
+        tx: An Optax transformation. The table then shows the state that it stores for each leaf,
+            read from shapes (nothing is computed), and the bytes of that state; for ``optim.teon``
+            also the blocks that each leaf is grouped with, among the leaves that it is given: a
+            frozen or masked leaf leaves the rest of its group ungrouped.
+        matrices: The choice of matrices, as in :func:`resolve`.
+        layout: The order of a kernel's axes, as in :func:`matrix_axes`.
 
     Returns:
         One line per leaf. Leaves that no rule places say so instead of raising.
@@ -320,7 +322,7 @@ def note(path: str, text: str) -> None:
 
     Args:
         path: The path of the leaf.
-        text: a few words.
+        text: A few words.
 
     Example:
         >>> note("layers/0/q/kernel", "blocks 0+1")

@@ -18,7 +18,7 @@ def once(fn: Callable[P, R]) -> Callable[P, R]:
     module with a list among its static fields) are computed anew.
 
     Args:
-        fn: a function of positional arguments. Its results must not be changed by callers.
+        fn: A function of positional arguments. Its results must not be changed by callers.
 
     Returns:
         A function with the same arguments and results.
@@ -45,7 +45,7 @@ def outline(tree: Any) -> tuple[Any, tuple[tuple[int, ...], ...]]:
     """The structure of a tree and the shapes of its leaves: what :func:`once` can be asked about.
 
     Args:
-        tree: arrays or shapes.
+        tree: A tree of arrays or shapes.
 
     Returns:
         The structure and one shape a leaf.

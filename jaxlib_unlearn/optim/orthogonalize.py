@@ -50,12 +50,13 @@ def newton_schulz(
     nor huge gradients are lost and no epsilon is needed; zeros stay zeros.
 
     Args:
-        coeffs: a name in ``TABLES``, one row ``(a, b, c)`` to repeat, or rows. Rows given as
-            numbers are used after a plain Frobenius normaliser, and their number is the number of
-            steps.
-        steps: number of steps; None for the number the table was published for (5 for "jordan").
-            Tables without a repeatable last row have one length only.
-        dtype: dtype of the matrix products (``jnp.bfloat16`` halves memory); None for the input's.
+        coeffs: The name of a table in ``TABLES``, one row ``(a, b, c)`` to repeat, or rows. Rows
+            given as numbers are used after a plain Frobenius normaliser, and their number is the
+            number of steps.
+        steps: The number of steps; None for the number the table was published for (5 for
+            "jordan"). Tables without a repeatable last row have one length only.
+        dtype: The dtype of the matrix products (``jnp.bfloat16`` halves memory); None for the
+            input's.
 
     Returns:
         A function ``(..., r, c) -> (..., r, c)`` that keeps the input's dtype.
@@ -88,8 +89,8 @@ def polar_express(steps: int = 5, dtype: jax.typing.DTypeLike | None = None) -> 
         (a_t, b_t, c_t) = \arg\min \max_{\sigma \in [\ell_t, u_t]} |1 - p(\sigma)|
 
     Args:
-        steps: number of steps, any positive number (rows after the seventh are the limit).
-        dtype: dtype of the matrix products; None keeps the input's.
+        steps: The number of steps, any positive number (rows after the seventh are the limit).
+        dtype: The dtype of the matrix products; None for the input's.
 
     Returns:
         A function ``(..., r, c) -> (..., r, c)``.
@@ -126,11 +127,12 @@ def gram_newton_schulz(
     ``c >= 2 r`` on. Square matrices take the plain iteration.
 
     Args:
-        coeffs: as in :func:`newton_schulz`; a table with the "aol" preconditioner is refused.
-        steps: as in :func:`newton_schulz`.
-        restarts: indices (from 0) of the steps that begin from the current X.
-        dtype: dtype of the products. float16 is safer than bfloat16 here: the Gram matrix squares
-            the rounding error.
+        coeffs: The coefficients, as in :func:`newton_schulz`; a table with the "aol" preconditioner
+            is refused.
+        steps: The number of steps, as in :func:`newton_schulz`.
+        restarts: The indices (from 0) of the steps that begin from the current X.
+        dtype: The dtype of the products. float16 is safer than bfloat16 here: the Gram matrix
+            squares the rounding error.
 
     Returns:
         A function ``(..., r, c) -> (..., r, c)``.
@@ -181,10 +183,10 @@ def by_name(given: Orthogonalizer | str | None, default: str = "newton_schulz") 
     """The function that an argument ``orthogonalize=`` stands for.
 
     Args:
-        given: a function ``(..., r, c) -> (..., r, c)``; or a name: "newton_schulz",
+        given: A function ``(..., r, c) -> (..., r, c)``; or a name: "newton_schulz",
             "polar_express", "gram_newton_schulz" or "svd" for these functions with their defaults,
-            or a table of ``TABLES`` for :func:`newton_schulz` with it; or None.
-        default: the name that None stands for.
+            or the name of a table in ``TABLES`` for :func:`newton_schulz` with that table; or None.
+        default: The name that None stands for.
 
     Returns:
         The function; for a name always the same object, so that nothing compiles twice.
@@ -257,8 +259,8 @@ def symmetric_product(left: jax.Array, right: jax.Array) -> jax.Array:
     in n blocks of rows, each one product with the columns up to its own: (n + 1) / 2n of the work.
 
     Args:
-        left: ``(..., r, k)``.
-        right: ``(..., k, r)``.
+        left: The left factors, ``(..., r, k)``.
+        right: The right factors, ``(..., k, r)``.
 
     Returns:
         ``(..., r, r)``, exactly Hermitian outside the diagonal blocks.

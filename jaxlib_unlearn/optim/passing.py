@@ -24,7 +24,7 @@ def passing_by(
     ``jax.grad(..., allow_int=True)`` gives for integers, and where there are no updates.
 
     Args:
-        tx: any transformation.
+        tx: Any transformation.
 
     Returns:
         A transformation with the state of ``tx``; ``tx`` itself on trees without such leaves.

@@ -33,9 +33,9 @@ class MatrixAxes(NamedTuple):
     """A leaf as a stack of matrices: ``x.transpose(stack + fan_in + fan_out)``, then reshape.
 
     Args:
-        stack: axes that count matrices.
-        fan_in: axes that together are the input (reduction) dimension.
-        fan_out: axes that together are the output dimension.
+        stack: The axes that count matrices.
+        fan_in: The axes that together are the input (reduction) dimension.
+        fan_out: The axes that together are the output dimension.
     """
 
     stack: tuple[int, ...]
@@ -92,7 +92,7 @@ def path_str(path: Any) -> str:
     """A path as text, e.g. ``layers/attn/q/kernel``; ``nnx.State``'s ending ``/value`` is dropped.
 
     Args:
-        path: a key path of ``jax.tree_util``, or text already.
+        path: A key path of ``jax.tree_util``, or text already.
 
     Returns:
         The components joined by "/".
@@ -112,9 +112,9 @@ def place(
 
     Args:
         text: The path of the leaf.
-        shape: its shape.
-        layout: "in_out" or "out_in".
-        all_2d: treat two axes (after those of stacks) as a matrix where the name says nothing.
+        shape: The shape of the leaf.
+        layout: The order of a kernel's axes, "in_out" or "out_in".
+        all_2d: True to treat two axes (after those of stacks) as a matrix if the name says nothing.
 
     Returns:
         The axes and the rule in words.
@@ -199,8 +199,8 @@ def place_all(
 
     Args:
         leaves: The path and the shape of every leaf.
-        layout: as in :func:`place`.
-        all_2d: as in :func:`place`, one entry per leaf.
+        layout: The order of a kernel's axes, as in :func:`place`.
+        all_2d: One value of the argument of :func:`place` for every leaf.
 
     Returns:
         For every leaf what :func:`place` returns, or the error that it raises. Stacked matrices of

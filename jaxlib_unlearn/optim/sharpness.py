@@ -56,10 +56,10 @@ def sam_gradient(
     gradient.
 
     Args:
-        grad_fn: ``params -> tree`` like ``params``.
-        params: where.
-        rho: the distance; 0 gives the plain gradient.
-        ascent: a, if known already (it saves a call of ``grad_fn``).
+        grad_fn: The gradient of the loss, ``params -> tree`` like ``params``.
+        params: The parameters theta.
+        rho: The distance; 0 gives the plain gradient.
+        ascent: The gradient a, if it is known already (this saves a call of ``grad_fn``).
 
     Returns:
         What ``grad_fn`` returns.
@@ -88,8 +88,8 @@ def sam(rho: jax.typing.ArrayLike = 0.05) -> optax.GradientTransformationExtraAr
     ``grad_fn`` must use the batch that ``updates`` was computed on.
 
     Args:
-        rho: the distance in parameter space, one global 2-norm. The default is Foret's;
-            unlearning on MUSE and WMDP used 0.01.
+        rho: The distance in parameter space, one global 2-norm. The default is Foret's; unlearning
+            on MUSE and WMDP used 0.01.
 
     Returns:
         A transformation whose state is a :class:`SamState`.
@@ -145,12 +145,12 @@ def smoothed_gradient(
     leaf), so it does not depend on the other leaves, on the mesh or on JAX's default generator.
 
     Args:
-        grad_fn: ``params -> tree`` like ``params``.
-        params: where.
-        sigma: standard deviation of the perturbation; 0 gives the plain gradient.
-        num_samples: n, static.
-        seed: uint32.
-        count: the step, int32.
+        grad_fn: The gradient of the loss, ``params -> tree`` like ``params``.
+        params: The parameters theta.
+        sigma: The standard deviation of the perturbation; 0 gives the plain gradient.
+        num_samples: The number n of random points, static.
+        seed: The seed of the noise, uint32.
+        count: The number of the step, int32.
 
     Returns:
         A tree with the dtypes of what ``grad_fn`` returns.
@@ -209,9 +209,9 @@ def randomised_smoothing(
     dtypes are used.
 
     Args:
-        sigma: standard deviation of the perturbation (WMDP: 1e-4).
-        num_samples: n, static.
-        seed: of the noise, uint32; kept in the state.
+        sigma: The standard deviation of the perturbation (WMDP: 1e-4).
+        num_samples: The number n of random points, static.
+        seed: The seed of the noise, uint32; it is kept in the state.
 
     Returns:
         A transformation whose state is a :class:`RandomisedSmoothingState`.

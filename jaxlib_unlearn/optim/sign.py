@@ -33,8 +33,8 @@ def scale_by_sign_momentum(
     the same average by something positive), without its second moment.
 
     Args:
-        beta: decay of the average, in [0, 1); 0 is signSGD.
-        mu_dtype: dtype of the momentum; None for the parameters'.
+        beta: The decay of the average, in [0, 1); 0 is signSGD.
+        mu_dtype: The dtype of the momentum; None for the parameters'.
 
     Returns:
         A transformation whose state is a :class:`SignMomentumState`.
@@ -86,11 +86,11 @@ def sign_momentum(
     Adam's learning rate is a good first guess, SGD's is far too large.
 
     Args:
-        learning_rate: eta, a number or a schedule.
-        beta: decay of the momentum; 0 is signSGD.
-        weight_decay: lambda.
-        mask: what decays, as in ``optax.add_decayed_weights``; None for everything.
-        mu_dtype: dtype of the momentum; None for the parameters'.
+        learning_rate: The learning rate eta, a number or a schedule.
+        beta: The decay of the momentum; 0 is signSGD.
+        weight_decay: The decoupled weight decay lambda.
+        mask: The leaves that decay, as in ``optax.add_decayed_weights``; None for all leaves.
+        mu_dtype: The dtype of the momentum; None for the parameters'.
 
     Returns:
         A transformation.
@@ -130,7 +130,7 @@ def quantize_updates(bits: int) -> optax.GradientTransformationExtraArgs:
     imaginary parts.
 
     Args:
-        bits: N, static, 1 to 53.
+        bits: The number N of bits, static, 1 to 53.
 
     Returns:
         A transformation without state. With more than one bit a tensor that is not finite becomes

@@ -51,13 +51,14 @@ def scale_by_sophia(
     Every coordinate lies in [-1, 1]; where h is far below \|m\| it is the sign.
 
     Args:
-        b1: decay of the momentum (SOUL: 0.9).
-        b2: decay of the curvature (SOUL: 0.95).
-        rho: the larger, the more coordinates are not clipped (SOUL: 0.04).
-        form: "soul" or "paper", see the module's table.
-        batch_scale: bs, the constant of SOUL's code; with 1, ``rho`` is the paper's gamma.
-        eps: floor of the denominator. SOUL's value: small, as h holds *squared* gradients.
-        mu_dtype: dtype of the momentum; None for the parameters'. The curvature is float32 or
+        b1: The decay of the momentum (SOUL: 0.9).
+        b2: The decay of the curvature (SOUL: 0.95).
+        rho: The factor of the curvature: the larger it is, the more coordinates are not clipped
+            (SOUL: 0.04).
+        form: The form of momentum and direction, "soul" or "paper": see the module's table.
+        batch_scale: The factor bs, a constant of SOUL's code; with 1, ``rho`` is the paper's gamma.
+        eps: The floor of the denominator. SOUL's value is small, as h holds *squared* gradients.
+        mu_dtype: The dtype of the momentum; None for the parameters'. The curvature is float32 or
             wider: squares of small gradients vanish in 16 bits.
 
     Returns:
@@ -132,16 +133,17 @@ def sophia(
     (decay aside).
 
     Args:
-        learning_rate: eta, a number or a schedule (SOUL on TOFU: 5e-6 or 1e-5).
-        b1: decay of the momentum.
-        b2: decay of the curvature.
+        learning_rate: The learning rate eta, a number or a schedule (SOUL on TOFU: 5e-6 or 1e-5).
+        b1: The decay of the momentum.
+        b2: The decay of the curvature.
         rho: see :func:`scale_by_sophia`.
-        form: "soul" or "paper".
+        form: The form of momentum and direction, "soul" or "paper".
         batch_scale: see :func:`scale_by_sophia`.
-        eps: floor of the denominator.
-        weight_decay: lambda (SOUL on TOFU: 0.1, but not on biases and norms).
-        mask: what decays, as in ``optax.add_decayed_weights``; None for everything.
-        mu_dtype: dtype of the momentum; None for the parameters'.
+        eps: The floor of the denominator.
+        weight_decay: The decoupled weight decay lambda (SOUL on TOFU: 0.1, but not on biases and
+            norms).
+        mask: The leaves that decay, as in ``optax.add_decayed_weights``; None for all leaves.
+        mu_dtype: The dtype of the momentum; None for the parameters'.
 
     Returns:
         A transformation.

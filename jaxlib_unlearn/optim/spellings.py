@@ -52,7 +52,7 @@ def with_optax_spellings(factory: Callable[P, R]) -> Callable[P, R]:
     Its signature stays what it is, for ``optax.inject_hyperparams`` and for readers.
 
     Args:
-        factory: of a transformation.
+        factory: A factory of a transformation.
 
     Returns:
         The factory, which raises a TypeError for the names in ``OURS`` that it does not have.

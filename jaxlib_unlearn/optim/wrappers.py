@@ -69,12 +69,12 @@ def accumulate(
     ``tx`` at the k-th call, with that call's value.
 
     Args:
-        tx: the transformation that takes the step, with one gradient or several.
-        k: calls per step, static.
-        num_constraints: trees in ``constraint_grads``: 1, a tree like the parameters; more, a tuple
-            of them; 0 saves the memory where ``tx`` takes one gradient. (With 1 and no
-            ``constraint_grads`` at ``update``, ``tx`` gets none.)
-        dtype: of the sums; None for float32, or wider where the parameters are.
+        tx: The transformation that takes the step, with one gradient or several.
+        k: The number of calls per step, static.
+        num_constraints: The number of trees in ``constraint_grads``: with 1 it is a tree like the
+            parameters, with more a tuple of them; 0 saves the memory if ``tx`` takes one gradient.
+            (With 1 and no ``constraint_grads`` at ``update``, ``tx`` gets none.)
+        dtype: The dtype of the sums; None for float32, or wider if the parameters are.
 
     Returns:
         A transformation whose state is an :class:`AccumulateState`.
@@ -168,9 +168,10 @@ def finite(
     error.
 
     Args:
-        tx: the transformation that takes the step, with one gradient or several, or ``value_fn``.
-        max_consecutive_errors: after so many skipped in a row the next is let through, so that the
-            run fails visibly (as in ``optax.apply_if_finite``); None: never.
+        tx: The transformation that takes the step, with one gradient or several, or ``value_fn``.
+        max_consecutive_errors: The number of steps in a row that may be skipped; the next one is
+            let through, so that the run fails visibly (as in ``optax.apply_if_finite``); None: no
+            limit.
 
     Returns:
         A transformation whose state is a :class:`FiniteState`: log ``total_notfinite``.
@@ -250,9 +251,9 @@ def clip_streams(
     gradient; a next link of ours that takes two raises.
 
     Args:
-        max_norm: tau.
-        inner: the transformation that receives the clipped gradients, or None.
-        norm: "sum" or "joint".
+        max_norm: The bound tau of the norm.
+        inner: The transformation that receives the clipped gradients, or None.
+        norm: The norm n that is bounded, "sum" or "joint".
 
     Returns:
         A transformation whose state is a :class:`ClipStreamsState`. Without ``constraint_grads``

@@ -44,12 +44,13 @@ def map_matrices(
     """Applies a function of matrices to every matrix of every leaf, in buckets.
 
     Args:
-        fn: ``(n, r, c) -> (n, r, c)`` with r <= c, each matrix on its own and equivariant under
-            the (conjugate) transpose. Pass the same object at every call, or eager calls recompile.
-        leaves: arrays of rank >= 2.
+        fn: A function ``(n, r, c) -> (n, r, c)`` with r <= c that treats each matrix on its own and
+            is equivariant under the (conjugate) transpose. Pass the same object at every call, or
+            eager calls recompile.
+        leaves: Arrays of rank >= 2.
         axes: The axes of every leaf as a stack of matrices.
-        roles: one word per leaf; leaves with different words never share a bucket. It matters where
-            types do not show shardings (Auto axes): see ``matrices.sharding_role``.
+        roles: One word per leaf; leaves with different words never share a bucket. The words matter
+            if types do not show shardings (Auto axes): see ``matrices.sharding_role``.
 
     Returns:
         Arrays like ``leaves``: same shapes, dtypes and shardings.
@@ -77,16 +78,16 @@ def map_stacks(
     """The general form: several arrays per leaf, groups of neighbours, extra arrays per matrix.
 
     Args:
-        fns: one function per leaf; leaves with different functions never share a bucket. It is
+        fns: One function per leaf; leaves with different functions never share a bucket. It is
             called as ``fn(*stacks)`` with one ``(n, r, c)`` per stream and returns ``(n, r, c)``;
-            with ``extras`` as ``fn(*stacks, extra)``, and returns ``((n, r, c), aux)``.
-        streams: for every leaf a tuple of arrays, all of one shape, dtype and sharding (a gradient
-            and another one, say); every leaf has the same number of them.
+            with ``extras`` it is called as ``fn(*stacks, extra)`` and returns ``((n, r, c), aux)``.
+        streams: A tuple of arrays for every leaf, all of one shape, dtype and sharding (two
+            gradients, for example); every leaf has the same number of them.
         axes: The axes of every leaf as a stack of matrices.
-        roles: as in :func:`map_matrices`.
-        together: for every leaf, how many consecutive matrices of its stack must go into one call
-            (its number of matrices is a multiple of it); 1 if absent.
-        extras: for every leaf a tree of arrays ``(n, ...)``, one entry per matrix, replicated.
+        roles: One word per leaf, as in :func:`map_matrices`.
+        together: The number of consecutive matrices of a leaf's stack that must go into one call,
+            for every leaf (the number of its matrices is a multiple); 1 if absent.
+        extras: A tree of arrays ``(n, ...)`` for every leaf, one entry per matrix, replicated.
 
     Returns:
         The results, arrays like the first stream, and for every leaf the tree of ``aux`` arrays

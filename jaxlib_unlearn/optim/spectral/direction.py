@@ -45,7 +45,7 @@ def alone(
     """Every matrix on its own: Muon.
 
     Args:
-        orthogonalize: ``(n, r, c) -> (n, r, c)``.
+        orthogonalize: The orthogonaliser, ``(n, r, c) -> (n, r, c)``.
         parts: The description of every array.
         arrays: The matrices to orthogonalise, one array a part.
 
@@ -78,16 +78,16 @@ def orthogonalize_tree(
     """Orthogonalises the matrices of a tree in buckets and scales them by their shape.
 
     Args:
-        orthogonalize: ``(n, r, c) -> (n, r, c)``.
-        tree: arrays.
-        axes: one entry per leaf; leaves with None are passed on as they are.
-        factor: ``(in, out) ->`` the number to multiply by.
-        split: leaves to cut first, by path.
+        orthogonalize: The orthogonaliser, ``(n, r, c) -> (n, r, c)``.
+        tree: A tree of arrays.
+        axes: The axes of every leaf; leaves with None are passed on as they are.
+        factor: The factor of a direction, a function ``(in, out) -> number``.
+        split: The leaves to cut first, by path.
         post: The step that follows the orthogonalisation, applied to every part.
         post_state: The state of that step, from :func:`init_post`.
         meet: The function that hands parts to the orthogonaliser.
-        comm_dtype: what real matrices and their directions are rounded to on the way to the
-            orthogonaliser, which then works in float32, and back; None: nothing is rounded.
+        comm_dtype: The dtype to which real matrices and their directions are rounded on the way to
+            the orthogonaliser, which then works in float32, and back; None: nothing is rounded.
 
     Returns:
         A tree like ``tree`` and the new ``post_state``.

@@ -33,10 +33,10 @@ def fuse(
         O = \mathrm{msign}([U_1 \dots U_S])\, \mathrm{msign}([V_1 \dots V_S])^H
 
     Args:
-        u: left vectors ``(..., S, r, k)``, float32 or wider.
-        v: right vectors ``(..., S, c, k)``, column i with column i of u.
-        msign: "gram", "ns" or "svd", see :func:`scale_by_sift`.
-        tol: for "gram", a number or ``(...)``.
+        u: The left vectors ``(..., S, r, k)``, float32 or wider.
+        v: The right vectors ``(..., S, c, k)``; column i belongs to column i of u.
+        msign: The method, "gram", "ns" or "svd": see :func:`scale_by_sift`.
+        tol: The bound of eigenvalues that "gram" drops, a number or ``(...)``.
 
     Returns:
         ``(..., r, c)`` with S k singular values 1 (fewer where directions were dropped).
@@ -134,7 +134,7 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
 
     Args:
         method: The settings of the fused update.
-        always: every matrix is fused at every step: no test, one batch.
+        always: True to fuse every matrix at every step: no test, one batch.
 
     Returns:
         For ``buckets.map_stacks``: takes one ``(n, r, c)`` per stream and a dict of ``limit`` (n,),
@@ -268,7 +268,7 @@ def smallest_cosine(streams: Sequence[jax.Array]) -> jax.Array:
         \min_{i < j} \frac{\mathrm{Re} \langle M_i, M_j \rangle_F}{\|M_i\|_F \|M_j\|_F}
 
     Args:
-        streams: two or more ``(n, r, c)``.
+        streams: Two or more arrays ``(n, r, c)``.
 
     Returns:
         ``(n,)`` in [-1, 1], float32 or wider; 1 if either matrix is zero.

@@ -38,7 +38,7 @@ class Run(NamedTuple):
     """Blocks that go to a bucket in one array.
 
     Args:
-        members: one range of a part; or one block of each of several parts, which are stacked.
+        members: A single range of a part; or one block of each of several parts, which are stacked.
         together: The number of neighbouring matrices in a group; 1 if none are grouped.
         axes: The axes of the array as a stack in which the matrices of a group are neighbours.
         tall: True if a matrix has more inputs than outputs.
@@ -63,7 +63,7 @@ def rows_of(parts: Sequence[Part], picked: Callable[[str], bool]) -> tuple[Rows,
     """The blocks of every projection, and the parts that belong to none.
 
     Args:
-        parts: all matrices.
+        parts: The parts of all matrices.
         picked: A predicate on the path of a leaf: True if it is to be grouped.
 
     Returns:
@@ -96,8 +96,8 @@ def runs_of(parts: Sequence[Part], size: int, groups: Groups) -> tuple[Run, ...]
     """The runs of blocks that go to a bucket together, planned once for the same parts.
 
     Args:
-        parts: all matrices.
-        size: blocks of a group.
+        parts: The parts of all matrices.
+        size: The number of blocks in a group.
         groups: The leaves to group: a pattern, a predicate, or None for all.
 
     Returns:
@@ -171,8 +171,8 @@ def check_groups(parts: Sequence[Part], size: int, groups: Groups) -> None:
     """Raises where nothing is grouped; notes for ``matrices.describe`` what is.
 
     Args:
-        parts: all that TEON is given.
-        size: blocks of a group; with 1, or no parts, nothing is checked.
+        parts: The parts of all matrices that TEON is given.
+        size: The number of blocks in a group; with 1, or no parts, nothing is checked.
         groups: The leaves to group: a pattern, a predicate, or None for all.
 
     Raises:

@@ -21,11 +21,12 @@ class Candidates(NamedTuple):
 
     Args:
         path: The path of the leaf, as text.
-        role: Its sharding role on a mesh, from ``matrices.sharding_role``.
+        role: The sharding role of the leaf on a mesh, from ``matrices.sharding_role``.
         axes: The axes of the leaf as a stack of matrices; None if it holds none.
-        stack: sizes of the axes that count matrices.
-        sides: inputs and outputs of one matrix; (0, 0) without matrices.
-        allowed: ``(n,)`` bool, one entry per matrix; None if none may be fused.
+        stack: The sizes of the axes that count matrices.
+        sides: The numbers of inputs and outputs of one matrix; (0, 0) without matrices.
+        allowed: The bool ``(n,)`` that says of every matrix whether it may be fused; None if none
+            may.
     """
 
     path: str
@@ -42,10 +43,11 @@ def find_candidates(
     """The matrices of every leaf of a tree, and which of them a mask allows to be fused.
 
     Args:
-        tree: arrays or shapes.
-        axes: one entry per leaf, as from ``matrices.resolve``.
-        spatial_mask: None for all; a function of the path's text; or a tree (prefixes allowed).
-            Per leaf it gives a bool, or an array of bools shaped like the leaf's stack axes.
+        tree: A tree of arrays or shapes.
+        axes: The axes of every leaf, as from ``matrices.resolve``.
+        spatial_mask: The mask: None for all; a function of the path's text; or a tree (prefixes
+            allowed). For each leaf it gives a bool, or an array of bools shaped like the leaf's
+            stack axes.
 
     Returns:
         One entry per leaf.
@@ -98,9 +100,9 @@ def limit_at(
     """The cosine below which matrices are fused at a step.
 
     Args:
-        count: () int32, steps before this one.
-        threshold: a number or a schedule of the count.
-        step_gate: None, a function of the count, or the counts at which to fuse.
+        count: The number of steps before this one, () int32.
+        threshold: A number or a schedule of the count.
+        step_gate: The gate: None, a function of the count, or the counts at which to fuse.
 
     Returns:
         A scalar; ``-inf`` where the gate is closed.

@@ -89,21 +89,22 @@ def scale_by_muon(
     0 and 1 get :math:`u_t` itself (:math:`m_t / (1 - \beta^t)` without Nesterov).
 
     Args:
-        beta: decay of the momentum, in [0, 1).
-        nesterov: look one step ahead (see the module's table).
-        orthogonalize: ``(n, r, c) -> (n, r, c)``, or a name: "svd", "polar_express",
-            "gram_newton_schulz", or of a table of ``optim.orthogonalize``; default Newton-Schulz
-            with Jordan's coefficients and 5 steps, in the dtype of gradient and momentum.
-        momentum: "ema" or "heavy_ball" (see the module's table).
-        shape_scale: the factor s of a matrix: "unit" 1, "width" sqrt(max(1, out / in)),
-            "spectral" sqrt(out / in), "match_rms" 0.2 sqrt(max(in, out)).
-        split: leaves that hold several matrices each (heads, fused q/k/v): see
+        beta: The decay of the momentum, in [0, 1).
+        nesterov: The direction looks one step ahead of the momentum (see the module's table).
+        orthogonalize: The orthogonaliser: a function ``(n, r, c) -> (n, r, c)``, or a name: "svd",
+            "polar_express", "gram_newton_schulz", or the name of a table of
+            ``optim.orthogonalize``. The default is Newton-Schulz with Jordan's coefficients and 5
+            steps, in the dtype of gradient and momentum.
+        momentum: The form of the momentum, "ema" or "heavy_ball" (see the module's table).
+        shape_scale: The factor s of a matrix: "unit" 1, "width" sqrt(max(1, out / in)), "spectral"
+            sqrt(out / in), "match_rms" 0.2 sqrt(max(in, out)).
+        split: The leaves that hold several matrices each (heads, fused q/k/v): see
             ``spectral.splitting``.
-        post: a step between orthogonalisation and scaling: see ``spectral.post`` (NorMuon).
-        mu_dtype: dtype of the momentum; None for the parameters'.
-        comm_dtype: what matrices and directions are rounded to when they are sent between devices
-            (and on one device as well); the orthogonaliser then works in float32. bfloat16 halves
-            those bytes. None: they are sent as they are.
+        post: A step between orthogonalisation and scaling: see ``spectral.post`` (NorMuon).
+        mu_dtype: The dtype of the momentum; None for the parameters'.
+        comm_dtype: The dtype to which matrices and directions are rounded when they are sent
+            between devices (and on one device as well); the orthogonaliser then works in float32.
+            bfloat16 halves those bytes. None: they are sent as they are.
 
     Returns:
         A transformation whose state is a :class:`MuonState`.
@@ -172,32 +173,34 @@ def muon(
 
     Args:
         learning_rate: The learning rate eta of the matrices, a number or a schedule.
-        beta: decay of the momentum.
-        nesterov: look one step ahead.
-        momentum: "ema" or "heavy_ball".
+        beta: The decay of the momentum.
+        nesterov: The direction looks one step ahead of the momentum (Nesterov).
+        momentum: The form of the momentum, "ema" or "heavy_ball".
         orthogonalize: see :func:`scale_by_muon`.
-        shape_scale: "width", "spectral", "match_rms" (one learning rate then fits both parts) or
-            "unit"; out and in are those of the flattened matrix.
-        weight_decay: lambda, multiplied by eta but not by s.
+        shape_scale: The factor s of a matrix: "width", "spectral", "match_rms" (one learning rate
+            then fits both parts) or "unit"; out and in are the sizes of the flattened matrix.
+        weight_decay: The decoupled weight decay lambda of the matrices, multiplied by eta but not
+            by s.
         adam_learning_rate: The rate of the other leaves; None for ``learning_rate``, which is far
             too large unless ``shape_scale="match_rms"``.
         adam_b1: The decay of AdamW's first moment.
         adam_b2: The decay of AdamW's second moment.
-        adam_eps: AdamW's epsilon.
-        adam_weight_decay: AdamW's decoupled decay.
+        adam_eps: The epsilon of AdamW.
+        adam_weight_decay: The decoupled weight decay of AdamW.
         weight_decay_mask: The leaves that decay, matrices and others: a tree of bools like the
             parameters (or a prefix of one) or a function of the parameters that returns it, as in
             ``optax.add_decayed_weights``; None for everything.
-        matrices: which leaves are matrices: None for the rules of ``optim.matrices``; "all_2d" for
-            these and two axes where a name says nothing (``wq``, ``theta``); or a tree (prefixes
-            allowed) or function of ``optax.contrib.MuonDimensionNumbers``, None for AdamW's, and
-            "rules" or "all_2d" where these should decide.
-        layout: "in_out" or "out_in", for the rules.
-        split: leaves that hold several matrices each, by path: ``{"attn/q/": 9}`` for nine heads,
-            ``{"c_attn": (768, 768, 768)}`` for fused q, k, v, ``{"attn/o/": Split(9, "in")}``.
-            Shape factors are those of the blocks.
-        post: a step between orthogonalisation and scaling, e.g. ``optim.normuon()``.
-        mu_dtype: dtype of the momenta; None for the parameters'.
+        matrices: The choice of matrices: None for the rules of ``optim.matrices``; "all_2d" for the
+            rules, with two axes as a matrix if a name says nothing (``wq``, ``theta``); or a tree
+            (prefixes allowed) of ``optax.contrib.MuonDimensionNumbers``, of None for AdamW's
+            leaves, and of the words "rules" and "all_2d" for leaves that these decide; or a
+            function that returns one.
+        layout: The order of a kernel's axes, "in_out" or "out_in", for the rules.
+        split: The leaves that hold several matrices each, by path: ``{"attn/q/": 9}`` for nine
+            heads, ``{"c_attn": (768, 768, 768)}`` for fused q, k, v,
+            ``{"attn/o/": Split(9, "in")}``. Shape factors belong to the blocks.
+        post: A step between orthogonalisation and scaling, e.g. ``optim.normuon()``.
+        mu_dtype: The dtype of the momenta; None for the parameters'.
         comm_dtype: see :func:`scale_by_muon`.
 
     Returns:
@@ -310,12 +313,12 @@ def update_momentum(
     """One step of the momentum, and what is to be orthogonalised (see the module's table).
 
     Args:
-        updates: gradients, a tree.
-        mu: the momentum before the step, same structure.
-        beta: decay.
-        count: () int32, the number of this step, from 1.
-        nesterov: look one step ahead.
-        momentum: "ema" or "heavy_ball".
+        updates: The gradients, a tree.
+        mu: The momentum before the step, of the same structure.
+        beta: The decay of the momentum.
+        count: The number of this step, from 1, () int32.
+        nesterov: True to look one step ahead of the momentum.
+        momentum: The form of the momentum, "ema" or "heavy_ball".
 
     Returns:
         The momentum after the step and the mixture, both in the wider dtype of gradient and

@@ -59,9 +59,9 @@ def plan_of(tree: Any, axes: Sequence[MatrixAxes | None], split: Splits | None =
     """The plan of a tree.
 
     Args:
-        tree: arrays or shapes.
-        axes: one entry per leaf; None for a leaf without matrices.
-        split: leaves to cut, by path.
+        tree: A tree of arrays or shapes.
+        axes: The axes of every leaf; None for a leaf without matrices.
+        split: The leaves to cut, by path.
 
     Returns:
         The plan, the same object for trees of one structure and the same shapes.

@@ -14,8 +14,9 @@ class Post(NamedTuple):
     """A step between orthogonalisation and scaling, for ``muon(post=...)`` and ``teon(post=...)``.
 
     Args:
-        init: ``(leaf, axes) -> state`` for a leaf of matrices (an array or its shape).
-        update: ``(direction, axes, state) -> (direction, state)``; same shape and dtype out.
+        init: A function ``(leaf, axes) -> state`` for a leaf of matrices (an array or its shape).
+        update: A function ``(direction, axes, state) -> (direction, state)``; it keeps shape and
+            dtype.
     """
 
     init: Callable[[Any, MatrixAxes], Any]
@@ -34,8 +35,8 @@ def normuon(beta2: Annotated[float, DECAY] = 0.95, eps: float = 1e-10) -> Post:
     last line removes any common factor. The state is one number per output neuron.
 
     Args:
-        beta2: decay of the second moment, in [0, 1).
-        eps: added to the root.
+        beta2: The decay of the second moment, in [0, 1).
+        eps: The number epsilon that is added to the root.
 
     Returns:
         A :class:`Post`.

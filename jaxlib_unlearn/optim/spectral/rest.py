@@ -22,12 +22,12 @@ class AdamWRest:
     """The AdamW of the other leaves, from the ``adam_*`` arguments of ``optim.muon`` and its kin.
 
     Args:
-        learning_rate: a number or a schedule; None for that of the matrices.
+        learning_rate: A number or a schedule; None for the learning rate of the matrices.
         b1: The decay of the first moment.
         b2: The decay of the second moment.
-        eps: epsilon.
-        weight_decay: decoupled.
-        mu_dtype: dtype of the first moment; None for the parameters'.
+        eps: The epsilon of AdamW.
+        weight_decay: The decoupled weight decay.
+        mu_dtype: The dtype of the first moment; None for the parameters'.
     """
 
     learning_rate: optax.ScalarOrSchedule | None
@@ -72,14 +72,14 @@ def with_adamw(
     """A direction with decay and learning rate for the matrices, AdamW for the rest.
 
     Args:
-        direction: of the matrices. Extra arguments that are trees like the parameters
-            (``constraint_grads``) are masked as they are.
+        direction: The direction of the matrices. Extra arguments that are trees like the parameters
+            (``constraint_grads``) are masked like them.
         learning_rate: The learning rate of the matrices.
         weight_decay: The decoupled weight decay of the matrices.
         rest: The AdamW of the other leaves.
         weight_decay_mask: The leaves that decay, among the matrices and the others.
         matrices: The choice of matrices, as in ``optim.muon``.
-        layout: "in_out" or "out_in", for the rules.
+        layout: The order of a kernel's axes, "in_out" or "out_in", for the rules.
         before_rest: A transformation of the gradients that AdamW receives.
 
     Returns:

@@ -68,40 +68,42 @@ def scale_by_sift(
     :math:`M_1 + M_2`. ``update(g_1, state, params, constraint_grads=g_2)``.
 
     Args:
-        beta: decay of the momenta (heavy ball), in [0, 1).
-        nesterov: look one step ahead; else M = m.
-        rank: k, singular vectors of each momentum.
-        rank_cap: at most ``min(in, out) // (num_constraints + 1)``. Without it more columns than
-            rows get stacked, which cannot be orthonormal: at full rank, square matrices get half
-            the sum of the msigns.
-        threshold: fused if the cosine is strictly below. A number, traced or not, or a schedule of
-            the count of earlier steps. Above 1: always. ``-inf``: never, but the cosine is
-            recorded.
-        spatial_mask: which matrices may be fused: None for all, a function of the path's text, or a
-            tree of bools (prefixes allowed). Either may give an array of bools in place of one,
-            shaped like the leaf's stack axes (layers). Leaves without any are plain Muon.
-        step_gate: which steps may fuse: a function of the count of earlier steps, or a sequence of
-            counts.
-        msign: "gram" (2k x 2k eigendecompositions; singular values in float64 where an eigenvalue
-            is below 1e-3, see "Worth knowing"), "ns" (Newton-Schulz, Jordan's 5 steps, on the
-            stacked vectors: approximate, and shared directions fade smoothly) or "svd" (singular
-            values in the dtype of the momenta, without ``tol``: shared or opposed directions return
-            as arbitrary ones of full size).
-        tol: "gram" drops directions in which the momenta agree or oppose each other to within
-            sqrt(tol): eigenvalues up to it (1 minus the cosine of an angle).
-        bases: "svd" (exact) or "subspace" (block iteration from the vectors of the last fused
-            step, kept in the state: where SVDs are slow).
-        passes: iterations at a step that follows a fused one.
-        first_passes: iterations at any other step, which starts from old or random vectors.
-        oversample: random columns beside the old vectors at every step.
-        match_norm: scale the fused update to the norm of a Muon step.
-        orthogonalize: Muon's ``(n, r, c) -> (n, r, c)``, or a name as in ``scale_by_muon``; default
-            Newton-Schulz, Jordan, 5 steps.
-        shape_scale: as in ``scale_by_muon``; one factor for both kinds of step.
-        num_constraints: number of constraint gradients. Above 1, ``constraint_grads`` is a tuple of
-            that many trees, and the cosine is the smallest of all pairs.
+        beta: The decay of the momenta (heavy ball), in [0, 1).
+        nesterov: The direction looks one step ahead of the momenta; otherwise M = m.
+        rank: The number k of singular vectors of each momentum.
+        rank_cap: The rank is at most ``min(in, out) // (num_constraints + 1)``. Without this cap
+            more columns than rows get stacked, which cannot be orthonormal: at full rank, square
+            matrices get half the sum of the msigns.
+        threshold: The bound of the cosine: matrices with a cosine strictly below it are fused. It
+            is a number, traced or not, or a schedule of the count of earlier steps. Above 1:
+            always. ``-inf``: never, but the cosine is recorded.
+        spatial_mask: The matrices that may be fused: None for all, a function of the path's text,
+            or a tree of bools (prefixes allowed). Both may give an array of bools, shaped like the
+            leaf's stack axes (layers), in place of a bool. Leaves without any such matrix are plain
+            Muon.
+        step_gate: The steps that may fuse: a function of the count of earlier steps, or a sequence
+            of counts; None for all.
+        msign: The method of fusing: "gram" (2k x 2k eigendecompositions; singular values in float64
+            if an eigenvalue is below 1e-3, see "Worth knowing"), "ns" (Newton-Schulz, Jordan's 5
+            steps, on the stacked vectors: approximate, and shared directions fade smoothly) or
+            "svd" (singular values in the dtype of the momenta, without ``tol``: shared or opposed
+            directions return as arbitrary ones of full size).
+        tol: The bound of eigenvalues (1 minus the cosine of an angle) that "gram" drops: directions
+            in which the momenta agree or oppose each other to within sqrt(tol).
+        bases: The method for singular vectors: "svd" (exact) or "subspace" (block iteration from
+            the vectors of the last fused step, kept in the state, for devices with slow SVDs).
+        passes: The number of iterations at a step that follows a fused one.
+        first_passes: The number of iterations at any other step, which starts from old or random
+            vectors.
+        oversample: The number of random columns beside the old vectors at every step.
+        match_norm: True to scale the fused update to the norm of a Muon step.
+        orthogonalize: Muon's orthogonaliser, a function ``(n, r, c) -> (n, r, c)``, or a name as in
+            ``scale_by_muon``. The default is Newton-Schulz with Jordan's coefficients and 5 steps.
+        shape_scale: The factor s of a matrix, as in ``scale_by_muon``, for both kinds of step.
+        num_constraints: The number of constraint gradients. Above 1, ``constraint_grads`` is a
+            tuple of that many trees, and the cosine is the smallest of all pairs.
         seed: The seed of the random columns.
-        mu_dtype: dtype of the momenta; None for the parameters'.
+        mu_dtype: The dtype of the momenta; None for the parameters'.
 
     Returns:
         A transformation whose state is a :class:`SiftState`.
@@ -165,20 +167,21 @@ def sift(
         beta, nesterov, rank, rank_cap, threshold, spatial_mask, step_gate, msign, tol, bases,
             passes, first_passes, oversample, match_norm, orthogonalize, num_constraints, seed:
             see :func:`scale_by_sift`.
-        shape_scale: the default "width" is the published sqrt(max(1, out / in)); "match_rms" is
-            the Kimi scaling of its other scripts.
-        weight_decay: lambda, multiplied by eta but not by s.
+        shape_scale: The factor s of a matrix: the default "width" is the published sqrt(max(1, out
+            / in)); "match_rms" is the Kimi scaling of the authors' other scripts.
+        weight_decay: The decoupled weight decay lambda of the matrices, multiplied by eta but not
+            by s.
         adam_learning_rate: The learning rate of the other leaves; None for ``learning_rate``.
         adam_b1: The decay of AdamW's first moment.
         adam_b2: The decay of AdamW's second moment.
-        adam_eps: AdamW's epsilon.
-        adam_weight_decay: AdamW's decoupled decay.
+        adam_eps: The epsilon of AdamW.
+        adam_weight_decay: The decoupled weight decay of AdamW.
         weight_decay_mask: The leaves that decay, matrices and others: a tree of bools like the
             parameters (or a prefix of one) or a function of the parameters that returns it, as in
             ``optax.add_decayed_weights``; None for everything.
         matrices: The choice of matrices, as in ``muon``.
-        layout: "in_out" or "out_in", for the rules.
-        mu_dtype: dtype of the momenta; None for the parameters'.
+        layout: The order of a kernel's axes, "in_out" or "out_in", for the rules.
+        mu_dtype: The dtype of the momenta; None for the parameters'.
 
     Returns:
         A transformation; ``optax.partition`` by "muon" and "adamw".

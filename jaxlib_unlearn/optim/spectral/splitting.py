@@ -22,8 +22,8 @@ class Split(NamedTuple):
     """The places at which a matrix is cut.
 
     Args:
-        sizes: a number of equal blocks (heads), or the sizes of the blocks (unequal q, k, v).
-        axis: "out" or "in": the side that is cut. Output projections have their heads on "in".
+        sizes: The number of equal blocks (heads), or the sizes of the blocks (unequal q, k, v).
+        axis: The side that is cut, "out" or "in". Output projections have their heads on "in".
     """
 
     sizes: int | tuple[int, ...]
@@ -103,7 +103,7 @@ def cut(leaf: jax.Array, axes: MatrixAxes, split: Split | None) -> list[jax.Arra
     """The pieces of a leaf, whose shapes are those of :func:`pieces`.
 
     Args:
-        leaf: an array.
+        leaf: An array.
         axes: The axes of the leaf as a stack of matrices.
         split: The split; None gives the leaf itself.
 

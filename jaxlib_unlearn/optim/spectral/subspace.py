@@ -30,9 +30,9 @@ def top_singular(
         X \approx U \operatorname{diag}(s) V^H, \qquad s_1 \ge \dots \ge s_k
 
     Args:
-        matrix: ``(..., r, c)``.
-        rank: k, at most ``min(r, c)``.
-        eps: relative rounding error of the entries; None for the rounding of their dtype.
+        matrix: The matrices, ``(..., r, c)``.
+        rank: The number k of triplets, at most ``min(r, c)``.
+        eps: The relative rounding error of the entries; None for the rounding of their dtype.
 
     Returns:
         u ``(..., r, k)``, s ``(..., k)``, v ``(..., c, k)``. Singular values at rounding level,
@@ -73,12 +73,13 @@ def subspace_iteration(
     by :math:`(s_{b+1} / s_k)^2`.
 
     Args:
-        matrix: ``(..., r, c)``.
-        start: ``(..., r, b)`` with k <= b <= min(r, c), any scale: the left vectors of a similar
-            matrix, with a few random columns beside them so that new directions can come in.
-        rank: k.
-        passes: at least 1; may be traced.
-        eps: as in :func:`top_singular`.
+        matrix: The matrices, ``(..., r, c)``.
+        start: The block to start from, ``(..., r, b)`` with k <= b <= min(r, c), of any scale: the
+            left vectors of a similar matrix, with a few random columns beside them so that new
+            directions can come in.
+        rank: The number k of triplets.
+        passes: The number of passes, at least 1; it may be traced.
+        eps: The relative rounding error of the entries, as in :func:`top_singular`.
 
     Returns:
         As :func:`top_singular`.
@@ -129,10 +130,10 @@ def random_block(
 
     Args:
         seed: A uint32.
-        purpose: text, e.g. the parameter's path.
+        purpose: A text, e.g. the parameter's path.
         count: The number of the step.
         shape: The shape of the result.
-        dtype: real or complex.
+        dtype: A real or complex dtype.
 
     Returns:
         An array of that shape.
@@ -156,9 +157,10 @@ def gram_inverse_root(columns: jax.Array, tol: jax.typing.ArrayLike = 1e-5) -> j
         (A^H A)^{-1/2} = E \operatorname{diag}(\lambda_i^{-1/2} [\lambda_i > \tau]) E^H
 
     Args:
-        columns: A ``(..., r, n)``, of unit or zero length.
-        tol: a number or ``(...)``; eigenvalues up to this are dropped, directions that the columns
-            do not span. Those of two orthonormal bases are 1 +- the cosines of their angles.
+        columns: The columns A, ``(..., r, n)``, of unit or zero length.
+        tol: The bound tau, a number or ``(...)``. Eigenvalues up to it are dropped: they belong to
+            directions that the columns do not span. The eigenvalues of two orthonormal bases are 1
+            +- the cosines of their angles.
 
     Returns:
         ``(..., n, n)``.
@@ -180,8 +182,8 @@ def inverse_root(gram: jax.Array, tol: jax.Array) -> tuple[jax.Array, jax.Array]
     Its derivative is that of the root, which is finite at equal eigenvalues.
 
     Args:
-        gram: ``(..., n, n)``, Hermitian.
-        tol: a number or ``(...)``, in the real dtype of ``gram``.
+        gram: The matrices, ``(..., n, n)``, Hermitian.
+        tol: The bound of dropped eigenvalues, a number or ``(...)``, in the real dtype of ``gram``.
 
     Returns:
         ``(..., n, n)`` and the eigenvalues ``(..., n)``, the smallest first.

@@ -75,20 +75,23 @@ def scale_by_teon(
     look at the group column of ``optim.matrices.describe(params, tx)``.
 
     Args:
-        group_size: K; 1 is Muon.
-        axis: which axis of the matrices is concatenated, "in" (the paper's mode-1) or "out".
-        groups: which leaves are grouped: a pattern (``re.search``) or predicate on the path; None
-            for all.
-        nesterov: look one step ahead; the paper does not.
-        orthogonalize: ``(n, r, c) -> (n, r, c)``, or a name as in ``optim.scale_by_muon``; default
-            Polar Express with 5 steps, the paper's.
-        beta: decay of the momentum, in [0, 1).
-        momentum: "ema" or "heavy_ball", as in ``optim.muon``.
-        shape_scale: "unit", "width", "spectral", "match_rms", of one layer's matrix.
-        split: leaves that hold several matrices each; every block is grouped with its counterparts.
+        group_size: The number K of consecutive blocks in a group; 1 is Muon.
+        axis: The axis along which the matrices of a group are concatenated, "in" (the paper's
+            mode-1) or "out".
+        groups: The leaves that are grouped: a pattern (``re.search``) or predicate on the path;
+            None for all.
+        nesterov: The direction looks one step ahead of the momentum, unlike in the paper.
+        orthogonalize: The orthogonaliser: a function ``(n, r, c) -> (n, r, c)``, or a name as in
+            ``optim.scale_by_muon``. The default is Polar Express with 5 steps, as in the paper.
+        beta: The decay of the momentum, in [0, 1).
+        momentum: The form of the momentum, "ema" or "heavy_ball", as in ``optim.muon``.
+        shape_scale: The factor s of one layer's matrix: "unit", "width", "spectral" or "match_rms".
+        split: The leaves that hold several matrices each; every block is grouped with its
+            counterparts.
         post: A step that follows, applied to every layer by itself (NorMuon).
-        mu_dtype: dtype of the momentum; None for the parameters'.
-        comm_dtype: what is sent between devices is rounded to it, as in ``optim.scale_by_muon``.
+        mu_dtype: The dtype of the momentum; None for the parameters'.
+        comm_dtype: The dtype to which matrices are rounded when they are sent between devices, as
+            in ``optim.scale_by_muon``.
 
     Returns:
         A transformation whose state is a ``MuonState``: checkpoints of Muon and TEON are
@@ -163,29 +166,32 @@ def teon(
 
     Args:
         learning_rate: The learning rate eta of the matrices, a number or a schedule.
-        group_size: K consecutive blocks; the paper finds 2 best.
-        axis: "in" or "out", as in :func:`scale_by_teon`.
-        groups: which leaves are grouped; default query, key and value projections. As in
+        group_size: The number K of consecutive blocks in a group; the paper finds 2 best.
+        axis: The axis along which the matrices of a group are concatenated, "in" (the paper's
+            mode-1) or "out".
+        groups: The leaves that are grouped; the default is query, key and value projections. As in
             :func:`scale_by_teon`, a frozen leaf leaves the rest of its group ungrouped.
-        beta: decay of the momentum.
-        nesterov: look one step ahead.
-        momentum: "ema" or "heavy_ball".
+        beta: The decay of the momentum.
+        nesterov: The direction looks one step ahead of the momentum (Nesterov).
+        momentum: The form of the momentum, "ema" or "heavy_ball".
         orthogonalize: see :func:`scale_by_teon`; default Polar Express with 5 steps.
-        shape_scale: the paper's "spectral" sqrt(out / in), "width", "match_rms" or "unit".
-        weight_decay: decoupled, multiplied by eta but not by s.
+        shape_scale: The factor s of one layer's matrix: the paper's "spectral" sqrt(out / in),
+            "width", "match_rms" or "unit".
+        weight_decay: The decoupled weight decay lambda of the matrices, multiplied by eta but not
+            by s.
         adam_learning_rate: The learning rate of the other leaves; None for ``learning_rate``.
         adam_b1: The decay of AdamW's first moment.
         adam_b2: The decay of AdamW's second moment.
-        adam_eps: AdamW's epsilon.
-        adam_weight_decay: AdamW's decoupled decay.
+        adam_eps: The epsilon of AdamW.
+        adam_weight_decay: The decoupled weight decay of AdamW.
         weight_decay_mask: The leaves that decay, matrices and others: a tree of bools like the
             parameters (or a prefix of one) or a function of the parameters that returns it, as in
             ``optax.add_decayed_weights``; None for everything.
         matrices: The choice of matrices, as in ``optim.muon``.
-        layout: "in_out" or "out_in".
-        split: leaves that hold several matrices each (a fused ``c_attn``: cut it into q, k, v).
-        post: a step between orthogonalisation and scaling.
-        mu_dtype: dtype of the momenta.
+        layout: The order of a kernel's axes, "in_out" or "out_in", for the rules.
+        split: The leaves that hold several matrices each (a fused ``c_attn`` is cut into q, k, v).
+        post: A step between orthogonalisation and scaling, e.g. ``optim.normuon()``.
+        mu_dtype: The dtype of the momenta; None for the parameters'.
         comm_dtype: see :func:`scale_by_teon`.
 
     Returns:

@@ -32,9 +32,10 @@ def hizoo(
         W \leftarrow W - \eta \, ( \tfrac1q \textstyle\sum_i c_i z_i / \sqrt{H} + \lambda W )
 
     Args:
-        learning_rate: eta, a number or a schedule.
-        smoothing: alpha. H starts at one, in float32: in half precision it could not change.
-        options: those that all methods share.
+        learning_rate: The learning rate eta, a number or a schedule.
+        smoothing: The share alpha of a step in the curvature H. H starts at one, in float32: in
+            half precision it could not change.
+        options: The options that all methods share.
 
     References:
         Zhao et al., arXiv:2402.15173.
@@ -75,21 +76,22 @@ def rada_zo(
         v_t = \beta_2 v_{t-1} + (1 - \beta_2) \hat m_t^2, \\
         \theta \leftarrow \theta - \eta\, \hat m_t / \sqrt{v_t / (1 - \beta_2^t) + \zeta}
 
-    As published (``bias_correction=False``) there are no divisions, :math:`v_t` averages
+    The published form (``bias_correction=False``) has no divisions: :math:`v_t` averages
     :math:`m_t^2` and the step is :math:`\eta\, m_t / \sqrt{v_t + \zeta}`: the first one is
     :math:`1 / \sqrt{1 - \beta_2}` (10) learning rates long in every coordinate, and steps on pure
     noise are still 3.8 long after 10 and 2.2 after 30 steps.
 
     Args:
-        learning_rate: eta, a number or a schedule.
-        b1: decay of m.
-        b2: decay of v.
-        zeta: inside the root.
-        bias_correction: as above; the momentum is corrected *before* it is squared (corrected
-            afterwards both factors would leave the first step as long as without).
-        directions: "sphere", over all parameters at once, with the factor d and the radius eps
-            sqrt(d); or "gaussian".
-        options: those that all methods share.
+        learning_rate: The learning rate eta, a number or a schedule.
+        b1: The decay of m.
+        b2: The decay of v.
+        zeta: The number zeta that is added inside the root.
+        bias_correction: True for the divisions above. The momentum is corrected *before* it is
+            squared: corrected afterwards, both factors would leave the first step as long as
+            without them.
+        directions: The distribution of directions: "sphere", over all parameters at once, with the
+            factor d and the radius eps sqrt(d); or "gaussian".
+        options: The options that all methods share.
 
     References:
         Shu et al., "Refining adaptive zeroth-order optimization at ease" (ICML 2025).
@@ -114,10 +116,10 @@ def adaptive_rule(
     """The rule of :func:`rada_zo`, for any family of directions.
 
     Args:
-        b1: decay of the momentum.
-        b2: decay of its square.
-        zeta: added inside the root.
-        bias_correction: correct both for their start at zero; False: as published.
+        b1: The decay of the momentum.
+        b2: The decay of the momentum's square.
+        zeta: The number zeta that is added inside the root.
+        bias_correction: True to correct both averages for their start at zero; False: as published.
 
     Returns:
         A rule with the moments "mu" and "nu".

@@ -1,8 +1,8 @@
 """The bare directions of the published zeroth-order methods, with the gradient's sign.
 
-``scale_by_x`` takes the arguments of ``x`` except learning rates and decay; its ``update`` is that
-of ``x``: ``update(None, state, params, value_fn=f)``. Chain it with the learning rate, or with one
-of Optax's rules:
+``scale_by_x`` takes the arguments of ``x`` except learning rates and decay, and is called as ``x``
+is: ``update(None, state, params, value_fn=f)``. Chain it with the learning rate, or with one of
+Optax's rules:
 
     >>> import jax, jax.numpy as jnp, optax
     >>> tx = optax.chain(scale_by_mezo(), optax.scale_by_adam(), optax.scale_by_learning_rate(1e-5))
@@ -39,7 +39,8 @@ def _bare(method: Callable[..., Any]) -> Callable[..., optax.GradientTransformat
     scale_by.__doc__ = f"""The direction of :func:`{name}`: no learning rates, no decay.
 
     Args:
-        options: keyword arguments as there, without learning rates and ``weight_decay``.
+        {", ".join(signature.parameters)}:
+            see :func:`{name}`.
 
     Returns:
         A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).

@@ -39,11 +39,11 @@ class Draws(NamedTuple):
     """The arrays from which every direction of one step is regenerated.
 
     Args:
-        key: of purpose QUERY and the step.
-        mask_key: of purpose MASK and the step.
-        bases: one entry per leaf (stacked leaves: with the layer axis in front).
-        moments: one entry per leaf, arrays like the leaf.
-        scales: ``(q,)`` what the directions are multiplied by, or None for one.
+        key: The key for the purpose QUERY and the step.
+        mask_key: The key for the purpose MASK and the step.
+        bases: The basis of every leaf (stacked leaves: with the layer axis in front).
+        moments: The moments of every leaf, arrays like the leaf.
+        scales: The factors of the directions, ``(q,)``, or None for one.
     """
 
     key: jax.Array
@@ -54,7 +54,7 @@ class Draws(NamedTuple):
 
 
 def draw_bases(family: Family, layout: Layout, key: jax.Array) -> list[Basis]:
-    """The bases of all leaves, drawn for the refresh that the key belongs to.
+    """The bases of all leaves, drawn with the key of a refresh.
 
     Leaves of equal matrices are drawn together: one decomposition in the program, not one each.
     """
@@ -111,12 +111,12 @@ def perturbed(
     """All leaves moved by ``offset`` along the direction of a query.
 
     Args:
-        family: what a direction is.
-        layout: of the parameters.
-        draws: of the step.
-        arrays: the leaves.
-        query: () int32.
-        offset: () the step along the direction; differentiable.
+        family: The family of random directions.
+        layout: The layout of the parameters.
+        draws: The draws of the step.
+        arrays: The leaves.
+        query: The number of the query, () int32.
+        offset: The step along the direction, (); it is differentiable.
 
     Returns:
         The leaves of the perturbed tree; frozen ones are returned as they are.
@@ -141,12 +141,12 @@ def layered(
     factored: type[Factored] | None,
     outer: Collection[str] = (),
 ) -> tuple[list[Any], LayerMap]:
-    """As :func:`perturbed` for the leaves that are not stacked, and a map for the others.
+    """Perturbs the leaves that are not stacked, as :func:`perturbed` does, and returns a layer map.
 
     Returns:
-        The leaves, stacked ones unperturbed, and ``layer_map(layer_params, index)`` that perturbs
-        one layer; with ``factored`` its low-rank kernels are of that class, and so are those leaves
-        that are not stacked whose paths are in ``outer``.
+        The leaves, with stacked ones unperturbed, and ``layer_map(layer_params, index)``, which
+        perturbs one layer. With ``factored`` the low-rank kernels of a layer are of that class, and
+        so are the leaves outside the stacks whose paths are in ``outer``.
 
     Raises:
         ValueError: no stacked layers, or stacks under several names.
@@ -241,13 +241,13 @@ def weighted_sums(
     """``sum_i w_i core_i`` and ``sum_i s_i core_i^2`` of one layer, regenerating the draws.
 
     Args:
-        family: what a direction is.
-        leaf: the parameter.
-        keys: ``(q,)`` its own (``perturbations.leaf_keys``) of every query.
-        mask_key: its own of purpose MASK, for families that weigh.
-        moments: of this layer.
-        weights: ``(q,)``, the draws' scales included.
-        square_weights: ``(q,)`` or None.
+        family: The family of random directions.
+        leaf: The parameter.
+        keys: The leaf's own keys of all queries, ``(q,)``, from ``perturbations.leaf_keys``.
+        mask_key: The leaf's own key for the purpose MASK, for families that weigh.
+        moments: The moments of this layer.
+        weights: The weights w of the draws, ``(q,)``, with the draws' scales included.
+        square_weights: The weights s of the squares, ``(q,)``, or None.
 
     Returns:
         Two arrays like one core; the second is None without ``square_weights``.
@@ -287,11 +287,11 @@ def product_sum(
     that the sum is written once for all of them.
 
     Args:
-        family: what a direction is.
-        leaf: the parameter.
-        keys: ``(q,)`` its own (``perturbations.leaf_keys``) of every query.
-        basis: of this layer.
-        weights: ``(q,)``.
+        family: The family of random directions.
+        leaf: The parameter.
+        keys: The leaf's own keys of all queries, ``(q,)``, from ``perturbations.leaf_keys``.
+        basis: The basis of this layer.
+        weights: The weights w of the directions, ``(q,)``.
 
     Returns:
         The sum, of the leaf's own shape.
@@ -320,7 +320,7 @@ def product_sum(
 
 
 def gain(family: Family, leaf: Leaf) -> float:
-    """What the estimate for a leaf is multiplied by."""
+    """The factor of the estimate for a leaf."""
     if leaf.axes is None:
         return family.vector_gain
     return family.gain(*leaf.axes.sizes(leaf.shape)[1:])
@@ -335,11 +335,11 @@ def walk(
     """Applies ``fn(leaf, own keys, *entries)`` to every trainable leaf, one layer at a time.
 
     Args:
-        fn: ``(leaf, its own of the keys, one entry of each group) -> tree of arrays``.
-        layout: of the parameters.
-        keys: of the step, or None; ``perturbations.leaf_keys`` gives the leaves' own.
-        groups: per group one tree of arrays for each leaf; stacked leaves have the layer axis in
-            front.
+        fn: A function ``(leaf, its own of the keys, one entry of each group) -> tree of arrays``.
+        layout: The layout of the parameters.
+        keys: The keys of the step, or None; ``perturbations.leaf_keys`` gives each leaf's own.
+        groups: The groups, each with one tree of arrays for each leaf; stacked leaves have the
+            layer axis in front.
 
     Returns:
         Leaf position -> result, the layers stacked again.
@@ -363,14 +363,14 @@ def walk(
 
 
 def draw_keys(family: Family, draws: Draws, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The keys of a draw: those of queries, and of the mask where the family weighs."""
+    """The keys of a draw: the key of queries, and the key of the mask if the family weighs."""
     return key, None if family.weigh is None else draws.mask_key
 
 
 def _own(
     leaves: Sequence[Leaf], keys: Sequence[jax.Array | None], index: jax.Array | None
 ) -> list[tuple[Any, ...]]:
-    """For every leaf (one layer of it) its own of the keys."""
+    """The own keys of every leaf (of one layer of it)."""
     found = [None if key is None or not leaves else leaf_keys(key, leaves, index) for key in keys]
     return [tuple(k if k is None else k[i] for k in found) for i in range(len(leaves))]
 
@@ -392,7 +392,7 @@ def _query(draws: Draws, query: jax.Array, offset: jax.Array) -> tuple[jax.Array
 
 def _moved(family, leaf, own, any_key, scale, x, basis, moments, factored=None):
     draw = functools.partial(draw_core, family, leaf, own[0], own[1], moments)
-    # A vector is broadcast over all tokens. Parts are evaluated together: what belongs to one is
-    # broadcast over its own.
+    # A vector is broadcast over all tokens. Parts are evaluated together, and the draw of a part is
+    # broadcast over the tokens of that part.
     core = drawn_once(draw, any_key) if family.parts or leaf.axes is None else draw()
     return perturb(family, leaf, x, core, basis, scale, factored)

@@ -6,9 +6,9 @@ r"""Zeroth order: gradients from values of the loss alone, no backward pass.
     \;\text{or}\; \frac{f(\theta + \epsilon Z_i) - f(\theta)}{\epsilon}
     \;\text{or}\; \langle \nabla f, Z_i \rangle
 
-One engine for every method: a family (``zeroth_order.perturbations``) says what Z is, a
-:class:`Rule` what is done with the estimate. Z is regenerated, never stored, and the loss is
-evaluated at one perturbed model at a time unless ``query_batch`` asks for more.
+One engine runs every method: a family (``zeroth_order.perturbations``) draws Z, and a :class:`Rule`
+turns the estimate into a direction. Z is regenerated, never stored, and the loss is evaluated at
+one perturbed model at a time unless ``query_batch`` asks for more.
 
 Three things to know. The difference of two losses is small: compute the loss in float32 (a bfloat16
 loss of 0.7 is rounded by 0.004, which is 4 in the coefficient at eps 1e-3). Nothing is perturbed in
@@ -47,13 +47,14 @@ class ZOState(NamedTuple):
     """State of every zeroth-order optimizer.
 
     Args:
-        count: () int32, steps taken.
-        seed: () uint32; with ``count`` it determines every draw.
-        proj: number -> tree like the parameters, None where there is nothing; the arrays that a
-            family keeps for some steps.
-        value: () the loss of the last step.
-        coeffs: ``(q,)`` of the last step; the seed and the coefficients of all steps replay a run.
-        moments: name -> tree like the parameters; empty for most methods.
+        count: The number of steps taken, () int32.
+        seed: The seed, () uint32; with ``count`` it determines every draw.
+        proj: The arrays that a family keeps for some steps: number -> tree like the parameters,
+            None for a leaf without arrays.
+        value: The loss of the last step, ().
+        coeffs: The coefficients of the last step, ``(q,)``; the seed and the coefficients of all
+            steps replay a run.
+        moments: The moments: name -> tree like the parameters; empty for most methods.
     """
 
     count: jax.Array
@@ -102,32 +103,35 @@ def zeroth_order(
     return the loss of that part of the batch (``zeroth_order.parts``).
 
     Args:
-        learning_rate: eta, a number or a schedule; None returns the direction itself.
-        family: what a random direction is.
-        num_queries: q.
-        eps: epsilon, the step along a direction.
-        estimator: "forward", "central" or "jvp".
-        refresh_every: steps between two draws of the arrays that the family keeps.
-        rule: what is done with the estimate; None for nothing.
-        reshape_core: a function of matrices applied to the mean core of low-rank families.
-        reshape_coeffs: a function of the q coefficients applied to those of a step.
-        aux_learning_rate: eta for vectors; None for ``learning_rate``.
-        weight_decay: lambda, for matrices whose name does not say norm, bias or scale.
-        seed: of all draws.
-        query_batch: evaluations at a time (activations grow with it); None for one.
-        query_axis: mesh axis over which evaluations are split.
-        trainable: path -> whether a leaf is perturbed and updated; None for all.
-        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of
-            ``zeroth_order.leaves``.
-        layout: "in_out" or "out_in" kernels.
-        factored: let ``layer_map`` return low-rank kernels as ``perturbations.Factored``.
-        rng_impl: random bit generator; one that gives other numbers under ``vmap`` is refused.
+        learning_rate: The learning rate eta, a number or a schedule; None returns the direction
+            itself.
+        family: The family of random directions.
+        num_queries: The number q of directions per step.
+        eps: The step epsilon along a direction.
+        estimator: The estimator of the coefficients, "forward", "central" or "jvp".
+        refresh_every: The number of steps between two draws of the arrays that the family keeps.
+        rule: The rule that turns the estimate into a direction; None for the estimate itself.
+        reshape_core: A function of matrices applied to the mean core of low-rank families.
+        reshape_coeffs: A function of the q coefficients of a step, whose result replaces them.
+        aux_learning_rate: The learning rate eta of vectors; None for ``learning_rate``.
+        weight_decay: The decoupled weight decay lambda, for matrices whose name does not say norm,
+            bias or scale.
+        seed: The seed of all draws.
+        query_batch: The number of evaluations at a time (activations grow with it); None for one.
+        query_axis: The mesh axis over which evaluations are split.
+        trainable: A function of a path that says whether the leaf is perturbed and updated; None
+            for all leaves.
+        matrices: The choice of matrices, ``MuonDimensionNumbers`` for all leaves; None for the
+            rules of ``zeroth_order.leaves``.
+        layout: The order of a kernel's axes, "in_out" or "out_in".
+        factored: True to let ``layer_map`` return low-rank kernels as ``perturbations.Factored``.
+        rng_impl: The random bit generator; one that gives other numbers under ``vmap`` is refused.
 
     Returns:
         A transformation with a :class:`ZOState`.
 
     Raises:
-        ValueError: a bad argument, a masked tree, a leaf that does not fit.
+        ValueError: a bad argument, a masked tree, or a leaf that does not fit.
         TypeError: at ``update``, no ``value_fn``, or one that returns a 16-bit loss.
 
     Example:
@@ -243,8 +247,8 @@ def zeroth_order(
 
         curvatures = None
         if coeffs is None:
-            # Of a table that all queries read whole a copy is cheaper: its factors would add a term
-            # of the size of the logits.
+            # If all queries read a table whole, a copy of the table is cheaper: its factors would
+            # add a term of the size of the logits.
             takes = frozenset(factored_leaves) if family.parts else frozenset()
             # Forward mode takes a tangent of the factors, and rows of their own kernels share the
             # product with the kernel: both need the factors.
@@ -307,8 +311,8 @@ def scale_by_zeroth_order(family: Family, **options: Any) -> optax.GradientTrans
     """The bare estimate of a family, with the gradient's sign: no learning rate, no decay.
 
     Args:
-        family: what a random direction is.
-        options: those of :func:`zeroth_order`.
+        family: The family of random directions.
+        options: The options of :func:`zeroth_order`.
 
     Returns:
         A transformation; chain it with ``optax.scale_by_adam()`` and the like.
@@ -330,14 +334,14 @@ def _by_number(structure: Any, bases: Any) -> dict[str, Any]:
 
 
 def _by_leaf(structure: Any, proj: dict[str, Any]) -> list[Any]:
-    """The inverse."""
+    """The inverse of `_by_number`."""
     columns = [structure.flatten_up_to(proj[name]) for name in sorted(proj)]
     rows = zip(*columns, strict=True) if columns else [()] * structure.num_leaves
     return [tuple(x for x in row if x is not None) for row in rows]
 
 
 def _losses(value_fn, layered_value_fn, parts):
-    """Both losses with the query as their first argument: which part they are asked for."""
+    """Both losses with the query, which is the number of a part, as their first argument."""
 
     def of_part(fn):
         if fn is None:

@@ -1,6 +1,6 @@
 """Directional derivatives from values of the loss: forward and central differences, or exact ones.
 
-Independent of parameters: a function gives the loss at a step along a direction.
+Nothing here depends on parameters: a function gives the loss at a step along a direction.
 """
 
 from collections.abc import Callable
@@ -39,25 +39,26 @@ def estimate(
     r"""The value of the loss and its directional derivatives along q directions.
 
     Args:
-        loss_at: ``(context, query, offset) -> ()``, the loss at :math:`\theta + offset Z_{query}`;
-            at :math:`\theta` itself for query and offset None.
-        num_queries: q, the number of directions.
-        eps: the step.
-        estimator: "forward" (q + 1 evaluations), "central" (2 q), or "jvp" (q forward-mode
-            derivatives: the limit eps -> 0, free of rounding).
-        context: what ``loss_at`` needs, a tree of arrays.
-        value: the loss at theta, if the caller has it.
-        curvature: also :math:`|f_+ + f_- - 2 f_0| / (2 \epsilon^2)`; "central" only.
-        query_batch: evaluations at a time; None for one.
-        query_axis: mesh axis over which evaluations are split; only scalars cross it.
-        dtype: of the offsets.
+        loss_at: A function ``(context, query, offset) -> ()``, the loss at :math:`\theta + offset
+            Z_{query}`; at :math:`\theta` itself for query and offset None.
+        num_queries: The number q of directions.
+        eps: The step epsilon along a direction.
+        estimator: The estimator: "forward" (q + 1 evaluations), "central" (2 q), or "jvp" (q
+            forward-mode derivatives: the limit eps -> 0, free of rounding).
+        context: The context that ``loss_at`` receives, a tree of arrays.
+        value: The loss at theta, if the caller has it.
+        curvature: True to return :math:`|f_+ + f_- - 2 f_0| / (2 \epsilon^2)` as well; "central"
+            only.
+        query_batch: The number of evaluations at a time; None for one.
+        query_axis: The mesh axis over which evaluations are split; only scalars cross it.
+        dtype: The dtype of the offsets.
 
     Returns:
         The estimate, at least float32. Without a baseline "central" reports the mean of its values.
 
     Raises:
-        ValueError: an unknown estimator, a loss that is not a scalar, an axis that does not divide
-            the evaluations.
+        ValueError: an unknown estimator, a loss that is not a scalar, or an axis that does not
+            divide the evaluations.
         TypeError: a 16-bit loss (or ``value``) where differences are needed.
 
     Example:
@@ -139,8 +140,8 @@ def _map_jobs(fn, context, jobs, batch: int | None, axis: str | None):
     if mesh is None or count % mesh.shape[axis]:
         where = "no mesh" if mesh is None else f"{dict(mesh.shape)}"
         raise ValueError(
-            f"query_axis={axis!r}: {count} evaluations do not divide over it; parameters are on "
-            f"{where}"
+            f"query_axis={axis!r}: {count} evaluations do not divide over it; the parameters are "
+            f"on {where}"
         )
 
     def share(context, jobs):

@@ -1,4 +1,4 @@
-"""Which leaves a zeroth-order optimizer updates, which hold stacked layers, and which are matrices.
+"""The leaves that a zeroth-order optimizer updates, their stacked layers, and their matrices.
 
 Zeroth order perturbs *every* leaf, so embeddings and heads are matrices too (``optim.matrices``
 leaves them to AdamW) and nothing is ambiguous:
@@ -36,10 +36,10 @@ class Stack(NamedTuple):
     """Leaves that share a leading layer axis.
 
     Args:
-        prefix: the component they live under, e.g. ``layers``.
-        first: absolute index of the first layer.
-        count: number of layers.
-        members: positions of the leaves in ``jax.tree.leaves``.
+        prefix: The component of the path under which the leaves lie, e.g. ``layers``.
+        first: The absolute index of the first layer.
+        count: The number of layers.
+        members: The positions of the leaves in ``jax.tree.leaves``.
     """
 
     prefix: str
@@ -52,9 +52,9 @@ class Layout(NamedTuple):
     """A parameter tree as a zeroth-order optimizer sees it.
 
     Args:
-        leaves: one entry per leaf.
-        outer: positions of the leaves that are not stacked.
-        stacks: layers are numbered through consecutive stacks of one prefix.
+        leaves: The description of every leaf.
+        outer: The positions of the leaves that are not stacked.
+        stacks: The stacks of layers, which are numbered through consecutive stacks of one prefix.
     """
 
     leaves: tuple[Leaf, ...]
@@ -62,7 +62,7 @@ class Layout(NamedTuple):
     stacks: tuple[Stack, ...]
 
     def size(self) -> int:
-        """Number of trainable parameters."""
+        """The number of trainable parameters."""
         total = 0
         counts = {i: stack.count for stack in self.stacks for i in stack.members}
         for i, leaf in enumerate(self.leaves):
@@ -88,17 +88,18 @@ def layout_of(
     numbered items) of such stacks is numbered through.
 
     Args:
-        params: arrays or shapes.
-        trainable: path -> whether the leaf is perturbed and updated; None for every floating leaf
-            (one with no elements never is).
-        matrices: as in ``optim.matrices.resolve``, for all leaves; None for the table above.
-        layout: "in_out" or "out_in".
+        params: A tree of arrays or shapes.
+        trainable: A function of a path that says whether the leaf is perturbed and updated; None
+            for every floating leaf (one with no elements never is).
+        matrices: The choice of matrices, as in ``optim.matrices.resolve``, for all leaves; None for
+            the table above.
+        layout: The order of a kernel's axes, "in_out" or "out_in".
 
     Returns:
         The layout.
 
     Raises:
-        ValueError: nothing is trainable, a masked or complex leaf, dimension numbers that do not
+        ValueError: nothing is trainable, a leaf is masked or complex, or dimension numbers do not
             fit.
 
     Example:
@@ -203,7 +204,7 @@ def _axes(path: str, x: Any, deep: bool, layout: str) -> MatrixAxes | None:
         return _one_layer(path, found) if deep else found
     parts = path.split("/")
     lead, first, second = tuple(range(rank - 2)), (rank - 2,), (rank - 1,)
-    # A kernel is multiplied with, whatever it belongs to: `patch_embed/kernel` is no table.
+    # A kernel is a factor of a product under any owner: `patch_embed/kernel` is no table.
     if parts[-1] != "kernel" and any(_EMBEDDING.search(part) for part in parts):
         return MatrixAxes(lead, second, first)
     if layout == "in_out" and rank > 2 and any(_CONVOLUTION.search(part) for part in parts):

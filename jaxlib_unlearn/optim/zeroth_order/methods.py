@@ -1,8 +1,8 @@
 r"""The published zeroth-order methods: each a family of directions and its own defaults.
 
 All share the options of ``engine.zeroth_order`` and its ``update(None, state, params,
-value_fn=f)``; their documentation and example are in ``zeroth_order.options``. Evaluations of the
-loss per step, with q = ``num_queries``:
+value_fn=f)``; their documentation and example are in ``zeroth_order.options``. The table shows the
+evaluations of the loss per step, with q = ``num_queries``:
 
 =============  ==========  ==================  =====================================
 method         estimator   evaluations         arrays kept beside the parameters
@@ -20,8 +20,8 @@ zo_muon        forward     q + 1               P
 =============  ==========  ==================  =====================================
 
 Compare methods at equal evaluations, not at equal steps. Their bare directions are in
-``optim.zeroth_order.bare``; that of any family of ``optim.zeroth_order.perturbations`` is
-``scale_by_zeroth_order(family, ...)``.
+``optim.zeroth_order.bare``; the bare direction of any family of
+``optim.zeroth_order.perturbations`` is ``scale_by_zeroth_order(family, ...)``.
 """
 
 from typing import Annotated, Unpack
@@ -70,8 +70,8 @@ def mezo(
         Z_i \sim N(0, I)
 
     Args:
-        learning_rate: eta, a number or a schedule.
-        options: those that all methods share.
+        learning_rate: The learning rate eta, a number or a schedule.
+        options: The options that all methods share.
 
     References:
         Malladi et al., arXiv:2305.17333, algorithm 1.
@@ -93,12 +93,12 @@ def sparse_mezo(
         Z_i = z_i \circ M, \qquad M \sim \mathrm{Bernoulli}(keep)
 
     Args:
-        learning_rate: eta, a number or a schedule.
-        keep: share of the entries that are perturbed. Public implementations disagree on whether
-            their "sparsity" is this share or one minus it.
-        mask: "step" for a new mask every step (as in public code), "static" for one. It is random,
-            not by magnitude as in the paper.
-        options: those that all methods share.
+        learning_rate: The learning rate eta, a number or a schedule.
+        keep: The share of the entries that are perturbed. Public implementations disagree on
+            whether their "sparsity" is this share or one minus it.
+        mask: The mask: "step" draws a new one every step (as in public code), "static" only once.
+            It is random, not by magnitude as in the paper.
+        options: The options that all methods share.
 
     References:
         Liu et al., arXiv:2402.15751.
@@ -122,12 +122,12 @@ def lozo(
         W \leftarrow W - \eta \left( \tfrac{1}{qr} \textstyle\sum_i c_i Z_i + \lambda W \right)
 
     Args:
-        learning_rate: eta, a number or a schedule.
-        rank: r.
-        refresh_every: steps between two draws of V.
-        divide_vectors: divide the estimate for vectors by r too, as public code does, which biases
-            it.
-        options: those that all methods share.
+        learning_rate: The learning rate eta, a number or a schedule.
+        rank: The rank r of the directions, capped at the smaller side of a matrix.
+        refresh_every: The number of steps between two draws of V.
+        divide_vectors: True to divide the estimate for vectors by r too, as public code does, which
+            biases it.
+        options: The options that all methods share.
 
     References:
         Chen et al., arXiv:2410.07698.
@@ -154,10 +154,10 @@ def subzero(
         Z_i = \tfrac{\sqrt{mn}}{r} V Z'_i U^T, \qquad Z'_i \sim N(0, 1)^{r \times r}
 
     Args:
-        learning_rate: eta, a number or a schedule.
-        rank: r.
-        refresh_every: steps between two draws of U and V.
-        options: those that all methods share.
+        learning_rate: The learning rate eta, a number or a schedule.
+        rank: The rank r of the directions, capped at the smaller side of a matrix.
+        refresh_every: The number of steps between two draws of U and V.
+        options: The options that all methods share.
 
     References:
         Yu et al., arXiv:2410.08989.
@@ -182,12 +182,12 @@ def subspace_mezo(
         Z_i = u_i P^T, \qquad P^T P = I_r
 
     Args:
-        learning_rate: eta of matrices, a number or a schedule.
-        rank: r, capped at the smaller side of a matrix.
-        refresh_every: steps between two draws of P.
-        aux_learning_rate: eta of vectors; None for ``learning_rate``. P is not rescaled:
-            matrices need about out / r times MeZO's rate.
-        options: those that all methods share.
+        learning_rate: The learning rate eta of matrices, a number or a schedule.
+        rank: The dimension r of the subspace, capped at the smaller side of a matrix.
+        refresh_every: The number of steps between two draws of P.
+        aux_learning_rate: The learning rate of vectors; None for ``learning_rate``. P is not
+            rescaled: matrices need about out / r times MeZO's rate.
+        options: The options that all methods share.
 
     References:
         Lang et al., arXiv:2602.17155 (the ablation of ZO-Muon without orthogonalisation).
@@ -222,8 +222,8 @@ def fzoo(
     quotients.
 
     Args:
-        learning_rate: eta, a number or a schedule.
-        options: those that all methods share.
+        learning_rate: The learning rate eta, a number or a schedule.
+        options: The options that all methods share.
 
     References:
         Dang et al., "FZOO: fast zeroth-order optimizer for fine-tuning large language models
@@ -233,7 +233,7 @@ def fzoo(
         raise ValueError(f"num_queries is at least 2, to have a deviation; got {num_queries}")
 
     def standardized(coeffs):
-        # Those of f_i - f, and of f_i, as the quotient does not change with eps.
+        # The deviation of f_i - f is that of f_i, and the quotient does not change with eps.
         deviation = jnp.std(coeffs, ddof=1)
         return jnp.where(deviation > 0, coeffs / jnp.where(deviation > 0, deviation, 1), 0)
 
@@ -263,20 +263,21 @@ def rowwise(
         Z_b = \tfrac{1}{\sqrt r} u_b v_b^T, \qquad
         c_b = \frac{f_b(W + \epsilon Z_b) - f_b(W - \epsilon Z_b)}{2 \epsilon}
 
-    with the loss :math:`f_b` of row b, of which :math:`f` is the mean (``zeroth_order.parts``).
+    with the loss :math:`f_b` of row b; :math:`f` is the mean of all :math:`f_b`
+    (``zeroth_order.parts``).
     Both signs of a direction are tried on the same row: a step is two forward passes of the batch,
     whatever q is.
 
     ``value_fn`` takes ``part=`` (``zeroth_order.parts.Part``) and returns the loss of that part. A
-    query is one of q equal parts of the batch: with q the number of its rows, a row. Where a row
-    holds several examples, they share its direction. With q = 1 the whole batch is one part, and
+    query is one of q equal parts of the batch; if q is the number of rows, a part is a row.
+    Examples that share a row share its direction. With q = 1 the whole batch is one part, and
     ``part`` is not passed.
 
     Args:
-        learning_rate: eta, a number or a schedule.
-        rank: r, capped at the smaller side of a matrix.
-        query_batch: evaluations of a part at a time; None for q.
-        options: those that all methods share.
+        learning_rate: The learning rate eta, a number or a schedule.
+        rank: The rank r of the directions, capped at the smaller side of a matrix.
+        query_batch: The number of evaluations of a part at a time; None for q.
+        options: The options that all methods share.
 
     References:
         Sarkar et al., "Evolution strategies at the hyperscale" (EGGROLL), arXiv:2511.16652.

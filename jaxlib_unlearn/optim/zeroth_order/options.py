@@ -1,7 +1,7 @@
-"""What the zeroth-order methods share beside the engine: common options and their documentation.
+"""The common options of the zeroth-order methods, and their documentation.
 
-A method is a function that chooses a family of directions for ``engine.zeroth_order``, and what is
-its own about the step. :func:`zeroth_order_method` adds the rest:
+A method is a function that calls ``engine.zeroth_order`` with a family of directions and its own
+settings of the step. :func:`zeroth_order_method` adds the rest:
 
     @zeroth_order_method
     def mezo(learning_rate, **options: Unpack[ZOOptions]):
@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 class DrawOptions(TypedDict, total=False):
-    """How directions are drawn and evaluated, whatever they are."""
+    """Options for drawing and evaluating directions of any family."""
 
     seed: int
     query_batch: int | None
@@ -49,18 +49,18 @@ class ZOOptions(CentralOptions, total=False):
     estimator: str
 
 
-_PLACE = "options: those that all methods share."
+_PLACE = "options: The options that all methods share."
 
 _ARGS = {
-    "num_queries": "q, directions averaged per step.",
-    "eps": "epsilon.",
-    "estimator": '"central", "forward" or "jvp".',
-    "weight_decay": "lambda, of matrices.",
-    "seed": "of all draws.",
-    "query_batch": "evaluations at a time; None for one.",
-    "query_axis": "mesh axis over which evaluations are split.",
-    "trainable": "path -> whether a leaf is trained; None for all.",
-    "rng_impl": "random bit generator.",
+    "num_queries": "The number q of directions that are averaged per step.",
+    "eps": "The step epsilon along a direction.",
+    "estimator": 'The estimator of the coefficients, "central", "forward" or "jvp".',
+    "weight_decay": "The decoupled weight decay lambda of matrices.",
+    "seed": "The seed of all draws.",
+    "query_batch": "The number of evaluations at a time; None for one.",
+    "query_axis": "The mesh axis over which evaluations are split.",
+    "trainable": "A function of a path that says whether the leaf is trained; None for all leaves.",
+    "rng_impl": "The random bit generator.",
 }
 
 _SECTIONS = """\
@@ -85,10 +85,11 @@ def zeroth_order_method(factory: Callable[P, R]) -> Callable[P, R]:
     """A zeroth-order method with the common options in its signature and its documentation.
 
     Args:
-        factory: ``(learning_rate, *, ..., **options) -> transformation``. Its docstring has an
-            entry ``options: those that all methods share.`` in "Args:", in whose place theirs are
-            put where it has none of its own, and "References:", before which the other sections
-            are.
+        factory: A function ``(learning_rate, *, ..., **options) ->
+            transformation``. Its docstring has the entry ``options: The options that all methods
+            share.`` in "Args:", which is replaced by the entries of the common options (except for
+            options with an entry of their own), and a section "References:", before which the other
+            sections are inserted.
 
     Returns:
         The method.
@@ -106,7 +107,7 @@ def zeroth_order_method(factory: Callable[P, R]) -> Callable[P, R]:
     doc = inspect.getdoc(factory)
     if doc:  # there is none under -OO
         shown = inspect.signature(method).parameters
-        # What a method says of one of them itself stands.
+        # An entry of the method's own docstring stays.
         args = "\n".join(
             f"{name}: {text}"
             for name, text in _ARGS.items()

@@ -1,4 +1,4 @@
-r"""Parts of a batch with a direction each: what a family asks of the loss when it has ``parts``.
+r"""Parts of a batch with a direction each: the losses that a family with ``parts`` needs.
 
 .. math::
     f(\theta) = \frac1q \sum_{i<q} f_i(\theta), \qquad
@@ -6,16 +6,16 @@ r"""Parts of a batch with a direction each: what a family asks of the loss when 
                                      {2 \epsilon} Z_i
 
 A loss that adds up over the rows of a batch is the mean of the losses :math:`f_i` of q equal parts.
-Its gradient is the mean of theirs, so a direction of its own for every part is an unbiased estimate
-(of the smoothed loss), whose q directions are tried out in the time of *one* direction on the whole
-batch: a part costs 1 / q of it.
+Its gradient is the mean of their gradients, so an estimate with one direction for every part is
+unbiased (for the smoothed loss). Its q directions are tried out in the time of *one* direction on
+the whole batch, as a part costs 1 / q of the batch.
 
-This needs one thing more of the caller than a scalar loss: ``value_fn(params, part=part)``, the
-loss of one part. It is the smallest seam that is exact. Losses per row beside the scalar would have
+The caller provides one thing more than a scalar loss: ``value_fn(params, part=part)``, the loss of
+one part. This is the smallest interface that is exact. Losses per row beside the scalar would have
 to be defined anew for every objective, and would tie the estimate to models that take one kernel a
-row. A part is a micro-batch, whose loss every objective that adds up over rows already has; and
-evaluating parts under ``jax.vmap`` shares the product of a batch with the unperturbed kernel, since
-only a low-rank term differs between them.
+row. A part is a micro-batch, and every objective that adds up over rows already has the loss of a
+micro-batch. Evaluating parts under ``jax.vmap`` shares the product of a batch with the unperturbed
+kernel, since only a low-rank term differs between parts.
 """
 
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ class Part(NamedTuple):
     """One of the equal parts of a batch.
 
     Args:
-        index: () int32, which one; it may be traced and batched.
-        count: their number, q.
+        index: The index of the part, () int32; it may be traced and batched.
+        count: The number q of parts.
     """
 
     index: Any
@@ -39,14 +39,14 @@ def take(batch: Any, part: Part) -> Any:
     """The rows of one part: consecutive ones, ``B / q`` of every array.
 
     Args:
-        batch: a tree of arrays ``(B, ...)``, whose leading sizes may differ.
-        part: which part.
+        batch: A tree of arrays ``(B, ...)``, whose leading sizes may differ.
+        part: The part to take.
 
     Returns:
         The tree with arrays ``(B / q, ...)``.
 
     Raises:
-        ValueError: a leading size that the number of parts does not divide.
+        ValueError: the number of parts does not divide a leading size.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,9 +1,9 @@
 r"""Random directions for zeroth-order optimizers: one row per family, drawn leaf by leaf.
 
-A family says what a random direction Z of a matrix looks like. Every draw is a function of (seed,
-purpose, step, query, leaf, layer) by ``fold_in``, so it is regenerated where it is needed and never
-stored, and drawing one layer at a time gives the same numbers as drawing the whole stack. Kernels
-are ``(in, out)``: the transpose of the matrices in the papers, whose m is our ``out``.
+A family defines the random direction Z of a matrix. Every draw is a function of (seed, purpose,
+step, query, leaf, layer) by ``fold_in``, so it is regenerated when it is needed and never stored,
+and drawing one layer at a time gives the same numbers as drawing the whole stack. Kernels are
+``(in, out)``: the transpose of the matrices in the papers, whose m is our ``out``.
 
 =============  ===========================  ==================  ===============================
 family         direction of a matrix        kept over steps     core drawn per query
@@ -19,9 +19,9 @@ signs          +1 or -1                     nothing             signs
 rowwise        u v^T / sqrt(r)              nothing             u (in, r) above v (out, r)
 =============  ===========================  ==================  ===============================
 
-Vectors are always drawn dense. Low-rank directions but those of ``rowwise`` are linear in their
-core, so sums over queries run over cores and are lifted once; of ``rowwise`` the factors of many
-queries are multiplied at once.
+Vectors are always drawn dense. Low-rank directions (except in ``rowwise``) are linear in their
+core, so sums over queries run over cores and are lifted once; ``rowwise`` multiplies the factors of
+many queries at once.
 """
 
 import math
@@ -47,9 +47,9 @@ class Factored(NamedTuple):
     """A kernel with a low-rank term that is never multiplied out: ``kernel + left @ right.T``.
 
     Args:
-        kernel: ``(in, out)``.
-        left: ``(in, r)``.
-        right: ``(out, r)``.
+        kernel: The kernel, ``(in, out)``.
+        left: The left factor, ``(in, r)``.
+        right: The right factor, ``(out, r)``.
     """
 
     kernel: jax.Array
@@ -58,10 +58,10 @@ class Factored(NamedTuple):
 
 
 class Perturbed(Factored):
-    """A :class:`Factored` kernel whose factors nothing differentiates.
+    """A :class:`Factored` kernel whose factors are never differentiated.
 
-    :func:`matmul` may multiply it out; a gradient of its factors would then cost as much as one of
-    the kernel.
+    :func:`matmul` may multiply it out; a gradient of its factors would then cost as much as a
+    gradient of the kernel.
     """
 
     __slots__ = ()
@@ -71,13 +71,13 @@ def matmul(x: jax.Array, kernel: Any) -> jax.Array:
     """``x @ kernel`` in the dtype of x; a :class:`Factored` kernel is applied factor by factor.
 
     For n rows the factors take ``2 n r (in + out)`` operations and their product ``2 r in out``, so
-    a :class:`Perturbed` kernel is multiplied out where n is larger than ``in out / (in + out)``
-    (288 for a square kernel of width 576), and products are those of float32 or wider: rounded to
+    a :class:`Perturbed` kernel is multiplied out if n is larger than ``in out / (in + out)`` (288
+    for a square kernel of width 576) and products are computed in float32 or wider: rounded to
     bfloat16 the sum would lose a small perturbation.
 
     Args:
-        x: ``(..., in)``.
-        kernel: an array ``(in, out)``, a :class:`Factored` or a :class:`Perturbed`.
+        x: The inputs, ``(..., in)``.
+        kernel: An array ``(in, out)``, a :class:`Factored` or a :class:`Perturbed`.
 
     Returns:
         ``(..., out)``.
@@ -100,7 +100,7 @@ def matmul(x: jax.Array, kernel: Any) -> jax.Array:
 
 
 def _exact(dtype: Any) -> bool:
-    """Whether products of arrays of this dtype keep at least the 24 bits of float32.
+    """True if products of arrays of this dtype keep at least the 24 bits of float32.
 
     Accelerators round the factors of float32 products unless they are told not to.
     """
@@ -111,17 +111,17 @@ def _exact(dtype: Any) -> bool:
 
 
 class Leaf(NamedTuple):
-    """What a draw must know about a parameter (about one layer of it, if layers are stacked).
+    """The description of a parameter (of one layer of it, if layers are stacked) for a draw.
 
     Args:
-        path: where it is, e.g. ``layers/0/mlp/up/kernel``.
-        name: the path without the number of a segment; the draws depend on it.
-        code: a stable hash of the name.
-        shape: of one layer.
-        dtype: of the parameter.
-        axes: how one layer is a stack of matrices, or None for vectors.
-        trainable: whether it is perturbed and updated at all.
-        decayed: whether weight decay may touch it.
+        path: The path of the parameter, e.g. ``layers/0/mlp/up/kernel``.
+        name: The path without the number of a segment; the draws depend on it.
+        code: A stable hash of the name.
+        shape: The shape of one layer.
+        dtype: The dtype of the parameter.
+        axes: The axes of one layer as a stack of matrices, or None for vectors.
+        trainable: True if the parameter is perturbed and updated at all.
+        decayed: True if weight decay may touch the parameter.
     """
 
     path: str
@@ -138,18 +138,21 @@ class Family(NamedTuple):
     """One row of the table above.
 
     Args:
-        name: the row's name.
-        core: ``(in, out) ->`` shape of the Gaussian core of one matrix; None draws leaves dense.
-        basis: ``(key, n, in, out, dtype) ->`` arrays ``(n, ...)`` that are kept for some steps.
-        factors: ``(core, basis, in) -> (left (n, in, r), right (n, out, r))``.
-        gain: ``(in, out) ->`` what the estimate for a matrix is multiplied by.
-        vector_gain: the same for vectors.
-        weigh: ``(z, key, moments) -> z`` elementwise, for dense families.
-        static_mask: whether ``weigh`` gets the same key at every step.
-        normalize: scale z to norm sqrt(d) over all d parameters.
-        sample: ``(key, shape, dtype) ->`` independent entries of mean 0 and variance 1.
-        linear: whether ``factors`` is linear in the core.
-        parts: whether every query is a part of the batch with its own loss
+        name: The name of the row.
+        core: A function from ``(in, out)`` to the shape of the Gaussian core of one matrix; None
+            draws leaves dense.
+        basis: A function from ``(key, n, in, out, dtype)`` to arrays ``(n, ...)`` that are kept for
+            some steps.
+        factors: A function ``(core, basis, in) -> (left (n, in, r), right (n, out, r))``.
+        gain: A function from ``(in, out)`` to the factor of the estimate for a matrix.
+        vector_gain: The factor of the estimate for a vector.
+        weigh: An elementwise function ``(z, key, moments) -> z``, for dense families.
+        static_mask: True if ``weigh`` gets the same key at every step.
+        normalize: True to scale z to norm sqrt(d) over all d parameters.
+        sample: A function from ``(key, shape, dtype)`` to independent entries of mean 0 and
+            variance 1.
+        linear: True if ``factors`` is linear in the core.
+        parts: True if every query is a part of the batch with its own loss
             (``zeroth_order.parts``).
     """
 
@@ -191,13 +194,13 @@ def signs() -> Family:
 
 
 def sparse(keep: float, mask: str = "step") -> Family:
-    """Gaussian entries of which a random share is kept.
+    """Gaussian entries, with a random share of them kept.
 
     The mask is Bernoulli, as in public code, not by magnitude as in Sparse-MeZO's paper.
 
     Args:
-        keep: share of the entries that are perturbed, in (0, 1].
-        mask: "step" draws a new one every step (for all its queries), "static" only once.
+        keep: The share of the entries that are perturbed, in (0, 1].
+        mask: The mask: "step" draws a new one every step (for all its queries), "static" only once.
 
     Raises:
         ValueError: ``keep`` or ``mask`` out of range.
@@ -226,8 +229,9 @@ def uvt(rank: int, divide_vectors: bool = False) -> Family:
     The estimate is divided by the rank, which makes it unbiased.
 
     Args:
-        rank: r, capped at the smaller side of a matrix.
-        divide_vectors: divide the estimate for vectors too, as public code does (which biases it).
+        rank: The rank r, capped at the smaller side of a matrix.
+        divide_vectors: True to divide the estimate for vectors too, as public code does (which
+            biases it).
     """
     _check_rank(rank)
 
@@ -250,7 +254,7 @@ def uzv(rank: int) -> Family:
     r"""Low rank, both bases kept: :math:`\sqrt{mn} / r \; V Z U^T` (SubZero, arXiv:2410.08989).
 
     Args:
-        rank: r, capped at the smaller side of a matrix.
+        rank: The rank r, capped at the smaller side of a matrix.
     """
     _check_rank(rank)
 
@@ -276,7 +280,7 @@ def subspace(rank: int) -> Family:
     r"""Inside the span of a random orthonormal P on the output side: :math:`u P^T` (ZO-Muon).
 
     Args:
-        rank: r, capped at the smaller side of a matrix.
+        rank: The dimension r of the subspace, capped at the smaller side of a matrix.
     """
     _check_rank(rank)
     return Family(
@@ -290,7 +294,7 @@ def subspace(rank: int) -> Family:
 
 
 def rowwise(rank: int) -> Family:
-    r"""Low rank, both factors drawn per query, a query for every row (HyperscaleES).
+    r"""Low rank, with both factors drawn per query, and a query for every row (HyperscaleES).
 
     .. math::
         Z_i = \frac{1}{\sqrt r} u_i v_i^T, \qquad u_i \sim N(0, 1)^{in \times r}, \;
@@ -298,19 +302,19 @@ def rowwise(rank: int) -> Family:
 
     Its entries are uncorrelated with variance 1, so on a quadratic loss the estimate is unbiased.
     In general its mean is :math:`E[\nabla f(W + \epsilon Z) \, v v^T / r]`, the gradient up to
-    terms in :math:`\epsilon^2`. A row b of a batch costs the product that all rows share and a term
-    of its own,
+    terms in :math:`\epsilon^2`. The rows of a batch share one product, and row b adds a term of its
+    own,
 
     .. math::
         y_b = x_b W + \tfrac{\epsilon}{\sqrt r} (x_b u_b) v_b^T
 
     which is ``2 r (in + out)`` operations a token beside ``2 in out`` (1 of 288 for a square kernel
     of width 576 and rank 1). The step multiplies the factors of all q rows once, ``2 q r in out``
-    operations: as many as a forward pass takes for q r tokens. Beside the activations a pass holds
-    the factors of one layer, ``4 q r (in + out)`` bytes a kernel.
+    operations: as many as a forward pass takes for q r tokens. In addition to activations a pass
+    holds the factors of one layer, ``4 q r (in + out)`` bytes a kernel.
 
     Args:
-        rank: r, capped at the smaller side of a matrix.
+        rank: The rank r, capped at the smaller side of a matrix.
 
     References:
         Sarkar et al., "Evolution strategies at the hyperscale" (EGGROLL), arXiv:2511.16652.
@@ -334,11 +338,11 @@ def orthonormal(key: jax.Array, n: int, rows: int, rank: int, dtype: Any) -> jax
     """Haar-distributed orthonormal columns: QR of a Gaussian, its diagonal made positive.
 
     Args:
-        key: of the draw.
-        n: number of matrices.
-        rows: length of a column.
-        rank: number of columns, at most ``rows``.
-        dtype: float32 or float64.
+        key: The key of the draw.
+        n: The number of matrices.
+        rows: The length of a column.
+        rank: The number of columns, at most ``rows``.
+        dtype: The dtype, float32 or float64.
 
     Returns:
         ``(n, rows, rank)``.
@@ -360,20 +364,20 @@ def wide(dtype: Any) -> Any:
 
 
 def is_low_rank(family: Family, leaf: Leaf) -> bool:
-    """Whether the leaf's directions have a core and a basis."""
+    """True if the leaf's directions have a core and a basis."""
     return family.core is not None and leaf.axes is not None
 
 
 def leaf_keys(key: jax.Array, leaves: Sequence[Leaf], index: jax.Array | int | None) -> jax.Array:
     """The keys of leaves, or of one layer of them: by name and absolute layer index.
 
-    All folded at once: a fold is a loop of a program, and one for every leaf, query and place where
-    it is drawn made most of the time that a zeroth-order step took to compile.
+    All keys are folded at once: a fold is a loop of a program, and separate folds for every leaf,
+    query and place of a draw made most of the time that a zeroth-order step took to compile.
 
     Args:
-        key: a typed key, or an array of them.
-        leaves: n of them, at least one.
-        index: absolute index of the layer, None if layers are not stacked.
+        key: A typed key, or an array of them.
+        leaves: The n leaves, at least one.
+        index: The absolute index of the layer, None if layers are not stacked.
 
     Returns:
         ``(n, *key.shape)`` keys.
@@ -387,8 +391,8 @@ def fold(keys: jax.Array, data: jax.typing.ArrayLike) -> jax.Array:
     """``jax.random.fold_in`` of arrays that are broadcast against each other.
 
     Args:
-        keys: typed keys.
-        data: integers.
+        keys: Typed keys.
+        data: Integers.
 
     Returns:
         Keys.
@@ -408,12 +412,12 @@ def fold(keys: jax.Array, data: jax.typing.ArrayLike) -> jax.Array:
 
 
 def draw_basis(family: Family, leaf: Leaf, key: jax.Array) -> Basis:
-    """What the family keeps for a leaf (one layer of it), ``(n, ...)`` each; () for most.
+    """The arrays that the family keeps for a leaf (one layer of it), ``(n, ...)``; () for most.
 
     Args:
-        family: the row.
-        leaf: the parameter.
-        key: its own (:func:`leaf_keys`), of purpose ``BASIS`` and the refresh it belongs to.
+        family: The family, a row of the table above.
+        leaf: The parameter.
+        key: The leaf's own key (:func:`leaf_keys`) for the purpose ``BASIS`` and the refresh.
     """
     if family.basis is None or leaf.axes is None or not leaf.trainable:
         return ()
@@ -423,14 +427,16 @@ def draw_basis(family: Family, leaf: Leaf, key: jax.Array) -> Basis:
 def draw_core(
     family: Family, leaf: Leaf, key: jax.Array, mask_key: Any, moments: Moments
 ) -> jax.Array:
-    """What is drawn for one query: a core ``(n, ., .)``, or z of the leaf's own shape.
+    """The draw for one query: a core ``(n, ., .)``, or z of the leaf's own shape.
 
     Args:
-        family: the row.
-        leaf: the parameter.
-        key: its own (:func:`leaf_keys`), of purpose ``QUERY``, the step and the query.
-        mask_key: its own, of purpose ``MASK`` and the step (or of no step), for ``weigh``.
-        moments: arrays like one layer that ``weigh`` reads.
+        family: The family, a row of the table above.
+        leaf: The parameter.
+        key: The leaf's own key (:func:`leaf_keys`) for the purpose ``QUERY``, the step and the
+            query.
+        mask_key: The leaf's own key for the purpose ``MASK`` and the step (or no step), for
+            ``weigh``.
+        moments: The arrays like one layer that ``weigh`` reads.
     """
     dtype = wide(leaf.dtype)
     if family.core is not None and leaf.axes is not None:
@@ -467,17 +473,18 @@ def perturb(
 ) -> Any:
     """One layer of a parameter moved along a direction: ``x + scale Z``, rounded once.
 
-    A table ``(out, in)`` is what :class:`Factored` calls a kernel ``(in, out)``: its factors change
-    places.
+    A table ``(out, in)`` becomes a :class:`Factored` whose kernel has these axes: its two factors
+    change places.
 
     Args:
-        family: the row.
-        leaf: the parameter.
-        x: its value (one layer).
-        core: from :func:`draw_core`.
-        basis: from :func:`draw_basis`.
-        scale: the step along Z.
-        factored: what plain kernels and tables with low-rank directions are kept as.
+        family: The family, a row of the table above.
+        leaf: The parameter.
+        x: The value of the parameter (one layer).
+        core: The core, from :func:`draw_core`.
+        basis: The basis, from :func:`draw_basis`.
+        scale: The step along Z.
+        factored: The class as which plain kernels and tables with low-rank directions are returned;
+            None for arrays.
 
     Returns:
         An array like x, or a :class:`Factored`.

@@ -19,13 +19,13 @@ from jaxlib_unlearn.optim.zeroth_order.whole import whole
 
 
 class Rule(NamedTuple):
-    """What is done with the estimate of a leaf, elementwise.
+    """An elementwise rule that turns the estimate of a leaf into a direction.
 
     Args:
-        moments: name -> initial value.
-        apply: ``(g, h, moments, count) -> (direction, moments)`` with the estimate g, the mean h of
-            ``curvature_i Z_i^2`` (or None) and the number of this step, from 1.
-        curvature: whether h is needed (one more evaluation of the loss per step).
+        moments: The moments: name -> initial value.
+        apply: A function ``(g, h, moments, count) -> (direction, moments)`` of the estimate g, the
+            mean h of ``curvature_i Z_i^2`` (or None) and the number of this step, from 1.
+        curvature: True if h is needed (one more evaluation of the loss per step).
     """
 
     moments: Mapping[str, float]
@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 def steps(
     family, plan, rule, reshape_core, draws, arrays, coeffs, curvatures, rates, weight_decay, count
 ) -> dict[int, Any]:
-    """Update and moments of every trainable leaf, by position; arguments as in ``zeroth_order``.
+    """The update and the moments of every trainable leaf, by position, from the coefficients.
 
     The bits are the same on any mesh: low-rank directions are computed as a whole on every device
     (``zeroth_order.whole``), everything else is elementwise.
@@ -108,8 +108,8 @@ def steps(
 def _reshape_cores(fn: Orthogonalizer, cores: list[jax.Array]) -> list[jax.Array]:
     """``fn`` on all cores of one shape at once, rows <= columns.
 
-    Not through ``spectral.buckets``: every device holds all cores already, and they are small, so
-    on a mesh sharing the work would cost more than it saves.
+    This does not use ``spectral.buckets``: every device holds all cores already, and they are
+    small, so sharing the work on a mesh would cost more than it saves.
     """
     buckets: dict[Any, list[int]] = {}
     for i, core in enumerate(cores):

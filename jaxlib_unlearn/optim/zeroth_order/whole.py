@@ -1,8 +1,8 @@
 """Matrices that stay whole on a device, so that their bits do not depend on the mesh.
 
 XLA splits a product over the devices that hold parts of its result, and each split has an order of
-summation of its own: the last bit of an orthogonalised direction would tell how many devices there
-were. What is drawn from keys is small and known everywhere, so every device computes all of it and
+summation of its own: the last bit of an orthogonalised direction would depend on the number of
+devices. Draws from keys are small and known everywhere, so every device computes all of them and
 keeps its part of the result.
 """
 
@@ -18,9 +18,9 @@ def whole(fn: Callable[..., Any], arrays: Iterable[jax.Array]) -> Callable[..., 
     """``fn``, computed on every device of a mesh as on one device.
 
     Args:
-        fn: a function of arrays alone: nothing that is traced comes from a closure.
-        arrays: arrays on the mesh, of which the first that knows it tells. Without a mesh, or with
-            Explicit axes, nothing is placed.
+        fn: A function of arrays alone: its closure holds no traced value.
+        arrays: Arrays on the mesh; the mesh is read from the first array that has one. Without a
+            mesh, or with Explicit axes, nothing is placed.
 
     Returns:
         A function with the same arguments and results, all of them copies on every device.
@@ -32,8 +32,8 @@ def whole(fn: Callable[..., Any], arrays: Iterable[jax.Array]) -> Callable[..., 
     """
 
     def alone(*args: Any) -> Any:
-        # Else the compiler may compute less of a result of which a device keeps a part, or round
-        # once less where it multiplies and adds.
+        # Otherwise the compiler may compute only the part of a result that a device keeps, or round
+        # once less in a multiplication with an addition.
         return jax.lax.optimization_barrier(fn(*args))
 
     meshes = (jax.typeof(x).sharding.mesh for x in arrays)

@@ -1,8 +1,8 @@
 r"""ZO-Muon: zeroth-order estimates in a random subspace, averaged and orthogonalised.
 
 This follows the intent of the published code: one P for all queries of a step, drawn once per
-refresh, before any query (the code draws another one per query on refresh steps, which leaves 1 / q
-of the signal there).
+refresh, before any query. (The code draws another P for every query of a refresh step, which leaves
+1 / q of the signal at that step.)
 """
 
 from typing import Annotated, Unpack
@@ -21,7 +21,7 @@ from jaxlib_unlearn.optim.zeroth_order.perturbations import subspace
 
 
 class _Options(DrawOptions, total=False):
-    """Options that go to the engine as they are; the arguments of ``zo_muon`` explain them."""
+    """Options that are passed on to the engine; the arguments of ``zo_muon`` explain them."""
 
     matrices: Specs
     layout: str
@@ -42,8 +42,13 @@ def scale_by_zo_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of ZO-Muon, with the gradient's sign: no learning rates, no decay.
 
-    Matrices get the orthogonalised direction; vectors their estimate (chain the two learning
-    rates yourself, or use :func:`zo_muon`). Arguments as in :func:`zo_muon`.
+    Matrices get the orthogonalised direction, vectors their estimate (chain the two learning rates
+    yourself, or use :func:`zo_muon`).
+
+    Args:
+        num_queries, rank, eps, refresh_every, estimator, orthogonalize, seed, query_batch,
+            query_axis, trainable, rng_impl, matrices, layout, factored:
+            see :func:`zo_muon`.
 
     Returns:
         A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
@@ -94,29 +99,34 @@ def zo_muon(
     shape factor: a matrix moves by about :math:`0.72 \eta \sqrt r` in Frobenius norm.
 
     Args:
-        learning_rate: eta of matrices (every leaf with two axes or more, embeddings included).
-        num_queries: q; a step evaluates the loss q + 1 times.
-        rank: r, capped at the smaller side of a matrix. At least 64 for orthogonalisation to help.
-        eps: epsilon.
-        refresh_every: P is drawn at steps 0, T, 2 T, ...
-        estimator: "forward", "central" (2 q evaluations) or "jvp".
-        orthogonalize: a function of ``optim.orthogonalize`` or the name of one ("svd"), default
-            Newton-Schulz with Jordan's coefficients and 5 steps; "normalize" only scales R to norm
-            0.72 sqrt(r) (with r much smaller than ``in`` nearly the same direction: run it as the
-            ablation); "none" is Subspace-MeZO.
-        aux_learning_rate: eta of vectors (1e-7 for language models, 1e-4 for ViT in public code);
-            None for ``learning_rate``.
-        weight_decay: lambda, for matrices whose name does not say norm, bias or scale.
-        seed: of all draws.
-        query_batch: evaluations at a time; None for one. With ``layered_value_fn`` more of them
-            cost activations, not weights.
-        query_axis: mesh axis over which evaluations are split.
-        trainable: path -> whether a leaf is trained; None for all.
-        matrices: ``MuonDimensionNumbers`` for all leaves; None for the rules of
-            ``zeroth_order.leaves``.
-        layout: "in_out" or "out_in" kernels.
-        factored: let ``layer_map`` return kernels as ``perturbations.Factored``.
-        rng_impl: random bit generator.
+        learning_rate: The learning rate eta of matrices (every leaf with two axes or more,
+            embeddings included).
+        num_queries: The number q of directions per step; a step evaluates the loss q + 1 times.
+        rank: The dimension r of the subspace, capped at the smaller side of a matrix.
+            Orthogonalisation helps from 64 on.
+        eps: The step epsilon along a direction.
+        refresh_every: The number T of steps between two draws of P: it is drawn at steps 0, T, 2 T,
+            ...
+        estimator: The estimator of the coefficients: "forward", "central" (2 q evaluations) or
+            "jvp".
+        orthogonalize: A function of ``optim.orthogonalize`` or the name of one ("svd"). The default
+            is Newton-Schulz with Jordan's coefficients and 5 steps; "normalize" only scales R to
+            norm 0.72 sqrt(r) (with r much smaller than ``in`` nearly the same direction: run it as
+            the ablation); "none" is Subspace-MeZO.
+        aux_learning_rate: The learning rate of vectors (1e-7 for language models, 1e-4 for ViT in
+            public code); None for ``learning_rate``.
+        weight_decay: The decoupled weight decay lambda, for matrices whose name does not say norm,
+            bias or scale.
+        seed: The seed of all draws.
+        query_batch: The number of evaluations at a time; None for one. With ``layered_value_fn``
+            more of them cost activations, not weights.
+        query_axis: The mesh axis over which evaluations are split.
+        trainable: A function of a path that says whether the leaf is trained; None for all leaves.
+        matrices: The choice of matrices, ``MuonDimensionNumbers`` for all leaves; None for the
+            rules of ``zeroth_order.leaves``.
+        layout: The order of a kernel's axes, "in_out" or "out_in".
+        factored: True to let ``layer_map`` return kernels as ``perturbations.Factored``.
+        rng_impl: The random bit generator.
 
     Returns:
         A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
