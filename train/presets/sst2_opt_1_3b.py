@@ -4,8 +4,8 @@ python -m train.classify sst2-opt-1.3b
 """
 
 from train.jobs.classification_options import ClassifyModel, ClassifyRun, ClassifyTrain
-from train.options import optimizers
 from train.presets import sst2_smollm2
+from train.presets.tuned import at_rate
 
 SUMMARY = "OPT-1.3B learns SST-2 as published (an accelerator)"
 
@@ -14,15 +14,7 @@ PRESET = ClassifyRun(
     task="sst2",
     model=ClassifyModel(path="facebook/opt-1.3b", dtype="bfloat16"),
     train=ClassifyTrain(forwards=40_000, batch_size=16, curve_points=20),
-    optimizer=optimizers.options_of(
-        "zo-muon",
-        learning_rate=1e-2,
-        rank=64,
-        refresh=100,
-        queries=4,
-        schedule="constant",
-        warmup=0.0,
-    ),
+    optimizer=at_rate("zo-muon", 1e-2, rank=64, refresh=100, queries=4),
     export_dtype="bfloat16",
 )
 
@@ -30,13 +22,10 @@ PRESET = ClassifyRun(
 # its published 625 steps are a budget of 1875.
 OPTIMIZERS = {
     "adamw": (
-        optimizers.options_of("adamw", learning_rate=1e-5, schedule="linear", warmup=0.0),
+        at_rate("adamw", 1e-5, "linear"),
         {"train.batch_size": 8, "train.forwards": 1875},
     ),
-    "mezo": (
-        optimizers.options_of("mezo", learning_rate=1e-7, schedule="constant", warmup=0.0),
-        {},
-    ),
+    "mezo": (at_rate("mezo", 1e-7), {}),
     "zo-muon": (PRESET.optimizer, {}),
 }
 

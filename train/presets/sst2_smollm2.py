@@ -7,7 +7,7 @@ DIR holds GLUE's train.tsv and dev.tsv; without it they come from the Hub id nyu
 """
 
 from train.jobs.classification_options import ClassifyModel, ClassifyRun, ClassifyTrain
-from train.options import optimizers
+from train.presets.tuned import at_rate
 
 SUMMARY = "SmolLM2-135M learns SST-2 (about an hour on two cores)"
 
@@ -17,15 +17,7 @@ PRESET = ClassifyRun(
     task="sst2",
     model=ClassifyModel(path="smollm2"),
     train=ClassifyTrain(forwards=2000, batch_size=16, curve_points=5),
-    optimizer=optimizers.options_of(
-        "zo-muon",
-        learning_rate=3e-2,
-        rank=64,
-        refresh=100,
-        queries=4,
-        schedule="constant",
-        warmup=0.0,
-    ),
+    optimizer=at_rate("zo-muon", 3e-2, rank=64, refresh=100, queries=4),
 )
 
 # By optimizer: its options, and the other options that it changes. Rates by NLL on the dev rows at
@@ -33,22 +25,10 @@ PRESET = ClassifyRun(
 # zeroth order a third of theirs (on vit-fashion the best of a short run was too high for a long
 # one). Subspace-MeZO's was not tuned.
 OPTIMIZERS = {
-    "adamw": (
-        optimizers.options_of("adamw", learning_rate=3e-5, schedule="linear", warmup=0.0),
-        {},
-    ),
-    "mezo": (
-        optimizers.options_of("mezo", learning_rate=1e-5, schedule="constant", warmup=0.0),
-        {},
-    ),
-    "subspace-mezo": (
-        optimizers.options_of("subspace-mezo", learning_rate=1e-4, schedule="constant", warmup=0.0),
-        {},
-    ),
-    "rowwise": (
-        optimizers.options_of("rowwise", learning_rate=1e-5, schedule="constant", warmup=0.0),
-        {},
-    ),
+    "adamw": (at_rate("adamw", 3e-5, "linear"), {}),
+    "mezo": (at_rate("mezo", 1e-5), {}),
+    "subspace-mezo": (at_rate("subspace-mezo", 1e-4), {}),
+    "rowwise": (at_rate("rowwise", 1e-5), {}),
     "zo-muon": (PRESET.optimizer, {}),
 }
 

@@ -12,8 +12,8 @@ from train.jobs.classification_options import (
     ClassifyRun,
     ClassifyTrain,
 )
-from train.options import optimizers
 from train.presets import sst2_smollm2
+from train.presets.tuned import at_rate
 
 SUMMARY = "an export of pretrain-tiny learns SST-2 at the published budget (minutes on two cores)"
 
@@ -23,15 +23,7 @@ PRESET = ClassifyRun(
     data=ClassifyData(max_length=256),  # its context
     model=ClassifyModel(path="runs/pretrain-tiny-seed0/export"),
     train=ClassifyTrain(forwards=40_000, batch_size=16, curve_points=20),
-    optimizer=optimizers.options_of(
-        "zo-muon",
-        learning_rate=1e-2,
-        rank=64,
-        refresh=100,
-        queries=4,
-        schedule="constant",
-        warmup=0.0,
-    ),
+    optimizer=at_rate("zo-muon", 1e-2, rank=64, refresh=100, queries=4),
 )
 
 # What makes the model that the preset starts from.
@@ -40,22 +32,10 @@ MADE_BY = "python -m train.pretrain pretrain-tiny"
 # Rates by NLL on the dev rows at 2000 forward passes (tests/bench/classify_table.py --tune); of
 # those tried, AdamW's, MeZO's and row-wise directions' are the lowest.
 OPTIMIZERS = {
-    "adamw": (
-        optimizers.options_of("adamw", learning_rate=3e-5, schedule="linear", warmup=0.0),
-        {},
-    ),
-    "mezo": (
-        optimizers.options_of("mezo", learning_rate=1e-5, schedule="constant", warmup=0.0),
-        {},
-    ),
-    "subspace-mezo": (
-        optimizers.options_of("subspace-mezo", learning_rate=1e-4, schedule="constant", warmup=0.0),
-        {},
-    ),
-    "rowwise": (
-        optimizers.options_of("rowwise", learning_rate=1e-5, schedule="constant", warmup=0.0),
-        {},
-    ),
+    "adamw": (at_rate("adamw", 3e-5, "linear"), {}),
+    "mezo": (at_rate("mezo", 1e-5), {}),
+    "subspace-mezo": (at_rate("subspace-mezo", 1e-4), {}),
+    "rowwise": (at_rate("rowwise", 1e-5), {}),
     "zo-muon": (PRESET.optimizer, {}),
 }
 

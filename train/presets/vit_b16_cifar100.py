@@ -12,22 +12,13 @@ from train.jobs.classification_options import (
     ClassifyRun,
     ClassifyTrain,
 )
-from train.options import optimizers
 from train.presets import vit_fashion
+from train.presets.tuned import at_rate
 
 SUMMARY = "ViT-B/16 of ImageNet-21k learns CIFAR-100 at the published budget (an accelerator)"
 
 # As published (arXiv 2602.17155, its code): 2000 steps, 17 forward passes of 256 images each.
-ZO_MUON = optimizers.options_of(
-    "zo-muon",
-    learning_rate=1e-2,
-    vector_rate=1e-4,
-    rank=64,
-    refresh=100,
-    queries=16,
-    schedule="constant",
-    warmup=0.0,
-)
+ZO_MUON = at_rate("zo-muon", 1e-2, vector_rate=1e-4, rank=64, refresh=100, queries=16)
 
 PRESET = ClassifyRun(
     preset="vit-b16-cifar100",
@@ -40,28 +31,11 @@ PRESET = ClassifyRun(
 
 # The rates of zeroth order are the published ones (row-wise directions have MeZO's), not tuned.
 OPTIMIZERS = {
-    "adamw": (
-        optimizers.options_of("adamw", learning_rate=3e-5, schedule="linear", warmup=0.0),
-        {},
-    ),
-    "mezo": (
-        optimizers.options_of("mezo", learning_rate=1e-4, schedule="constant", warmup=0.0),
-        {},
-    ),
-    "subspace-mezo": (
-        optimizers.options_of("subspace-mezo", learning_rate=1e-4, schedule="constant", warmup=0.0),
-        {},
-    ),
-    "rowwise": (
-        optimizers.options_of("rowwise", learning_rate=1e-4, schedule="constant", warmup=0.0),
-        {},
-    ),
-    "hybrid": (
-        optimizers.options_of(
-            "hybrid", learning_rate=3e-5, zo_learning_rate=1e-4, schedule="constant", warmup=0.0
-        ),
-        {},
-    ),
+    "adamw": (at_rate("adamw", 3e-5, "linear"), {}),
+    "mezo": (at_rate("mezo", 1e-4), {}),
+    "subspace-mezo": (at_rate("subspace-mezo", 1e-4), {}),
+    "rowwise": (at_rate("rowwise", 1e-4), {}),
+    "hybrid": (at_rate("hybrid", 3e-5, zo_learning_rate=1e-4), {}),
     "zo-muon": (ZO_MUON, {}),
 }
 

@@ -15,23 +15,14 @@ from train.jobs.classification_options import (
     ClassifyTrain,
     StartConfig,
 )
-from train.options import optimizers
+from train.presets.tuned import at_rate
 
 SUMMARY = "a small ViT learns Fashion-MNIST from its first classes (minutes on two cores)"
 
 # 2000 steps with 16 queries, as published for CIFAR-10 (arXiv 2602.17155, its code), but for the
 # schedule: at a constant rate the noise of zeroth order undoes what was learned (MeZO rose to a dev
 # accuracy of .846 in a third of the budget, and ended at .648).
-ZO_MUON = optimizers.options_of(
-    "zo-muon",
-    learning_rate=1e-2,
-    vector_rate=1e-4,
-    rank=64,
-    refresh=100,
-    queries=16,
-    schedule="linear",
-    warmup=0.0,
-)
+ZO_MUON = at_rate("zo-muon", 1e-2, "linear", vector_rate=1e-4, rank=64, refresh=100, queries=16)
 
 PRESET = ClassifyRun(
     preset="vit-fashion",
@@ -49,27 +40,11 @@ PRESET = ClassifyRun(
 # whole budget. Of the best of the short runs subspace-MeZO's diverged at the whole budget (1e-3).
 # Row-wise directions have that third without a trial of the other; the hybrid AdamW's and MeZO's.
 OPTIMIZERS = {
-    "adamw": (
-        optimizers.options_of("adamw", learning_rate=3e-3, schedule="linear", warmup=0.0),
-        {},
-    ),
-    "mezo": (optimizers.options_of("mezo", learning_rate=3e-4, schedule="linear", warmup=0.0), {}),
-    "subspace-mezo": (
-        optimizers.options_of(
-            "subspace-mezo", learning_rate=3.33333e-4, schedule="linear", warmup=0.0
-        ),
-        {},
-    ),
-    "rowwise": (
-        optimizers.options_of("rowwise", learning_rate=3.33333e-4, schedule="linear", warmup=0.0),
-        {},
-    ),
-    "hybrid": (
-        optimizers.options_of(
-            "hybrid", learning_rate=3e-3, zo_learning_rate=3e-4, schedule="linear", warmup=0.0
-        ),
-        {},
-    ),
+    "adamw": (at_rate("adamw", 3e-3, "linear"), {}),
+    "mezo": (at_rate("mezo", 3e-4, "linear"), {}),
+    "subspace-mezo": (at_rate("subspace-mezo", 3.33333e-4, "linear"), {}),
+    "rowwise": (at_rate("rowwise", 3.33333e-4, "linear"), {}),
+    "hybrid": (at_rate("hybrid", 3e-3, "linear", zo_learning_rate=3e-4), {}),
     "zo-muon": (ZO_MUON, {}),
 }
 
