@@ -136,7 +136,10 @@ STATIC_ARGS: dict[str, tuple[str, ...]] = {
     for name in __all__
     if inspect.isfunction(function := globals().get(name))
 }
-"""What ``optax.inject_hyperparams(factory, static_args=STATIC_ARGS[name])`` must not trace."""
+"""The arguments that are no arrays, by name of a function.
+
+``optax.inject_hyperparams(optim.muon, static_args=optim.STATIC_ARGS["muon"])`` does not trace them.
+"""
 
 
 def __dir__() -> list[str]:

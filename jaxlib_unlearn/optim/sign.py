@@ -1,6 +1,6 @@
 """Low-grade updates: the sign of the momentum, and directions rounded to a few bits."""
 
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxlib_unlearn.optim.first_moments import widen
 from jaxlib_unlearn.optim.matrices import path_str
 from jaxlib_unlearn.optim.passing import passing_by
 from jaxlib_unlearn.optim.rules import stack_depth
-from jaxlib_unlearn.optim.signatures import Allowed, Decay
+from jaxlib_unlearn.optim.signatures import Decay, Dtype
 
 
 class SignMomentumState(NamedTuple):
@@ -76,7 +76,7 @@ def sign_momentum(
     beta: Decay = 0.9,
     weight_decay: float | jax.Array = 0.0,
     mask: Any = None,
-    mu_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
+    mu_dtype: Dtype = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Signum, which is signAdam: every coordinate moves by the learning rate.
 

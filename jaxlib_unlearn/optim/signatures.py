@@ -1,4 +1,4 @@
-"""Signatures as declarations: what may be set, in which range, what is static, what it means.
+"""Signatures as declarations of arguments: their ranges, their texts, and whether they are static.
 
 The signature of an optimizer and the "Args" of its docstring are the only declaration of its
 options. ``Annotated[type, Allowed(...)]`` marks an argument that a command line may set.
@@ -21,12 +21,12 @@ class Allowed(NamedTuple):
     """The values of an argument that a command line may set; the bounds are those of ``option``.
 
     Args:
-        low: the lowest value.
-        high: the highest value.
-        above: values are greater than this.
-        below: values are less than this.
-        wanted: what is allowed, for messages; "": derived from the bounds.
-        choices: the allowed words.
+        low: The lowest value.
+        high: The highest value.
+        above: A bound that values must exceed.
+        below: A bound that values must stay under.
+        wanted: The allowed values in words, for messages; "": derived from the bounds.
+        choices: The allowed words.
     """
 
     low: float | None = None
@@ -41,11 +41,12 @@ class Allowed(NamedTuple):
 DECAY = Allowed(low=0, below=1)
 AT_LEAST_ONE = Allowed(low=1)
 POSITIVE = Allowed(above=0, wanted="positive")
-# Adam divides 0 by it where a gradient has always been 0.
-DIVISOR = Allowed(low=1e-30)
 
 Decay = Annotated[jax.typing.ArrayLike, DECAY]
 Count = Annotated[int, AT_LEAST_ONE]
+# Adam divides 0 by its epsilon where a gradient has always been 0.
+Epsilon = Annotated[jax.typing.ArrayLike, Allowed(low=1e-30)]
+Dtype = Annotated[jax.typing.DTypeLike | None, Allowed()]
 Step = Annotated[jax.typing.ArrayLike, Allowed(low=1e-12)]
 
 

@@ -12,7 +12,7 @@ correction. SOUL's code averages the same gradient into the momentum twice per s
 average with b1^2. "soul" is the default: the published numbers come from it.
 """
 
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import optax
 
 from jaxlib_unlearn.optim.first_moments import widen
 from jaxlib_unlearn.optim.passing import passing_by
-from jaxlib_unlearn.optim.signatures import Allowed, Decay
+from jaxlib_unlearn.optim.signatures import Decay, Dtype
 
 
 class SophiaState(NamedTuple):
@@ -122,7 +122,7 @@ def sophia(
     eps: jax.typing.ArrayLike = 1e-15,
     weight_decay: float | jax.Array = 0.0,
     mask: Any = None,
-    mu_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
+    mu_dtype: Dtype = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sophia-G with decoupled weight decay, as SOUL uses it for unlearning.
 

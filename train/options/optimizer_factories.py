@@ -10,7 +10,7 @@ import optax.contrib
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim import matrices
-from jaxlib_unlearn.optim.signatures import DIVISOR, POSITIVE, Allowed, Count, Decay, Step
+from jaxlib_unlearn.optim.signatures import POSITIVE, Count, Decay, Dtype, Epsilon, Step
 from models import layout
 from train.runtime.sharding import path_str
 
@@ -24,16 +24,12 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-Eps = Annotated[jax.typing.ArrayLike, DIVISOR]
-Dtype = Annotated[str, Allowed()]
-
-
 def adamw(
     learning_rate: optax.Schedule,
     *,
     b1: Decay = 0.9,
     b2: Decay = 0.999,
-    eps: Eps = 1e-8,
+    eps: Epsilon = 1e-8,
     mu_dtype: Dtype = "float32",
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
@@ -55,7 +51,7 @@ def optax_muon(
     beta: Decay = 0.95,
     adam_b1: Decay = 0.9,
     adam_b2: Decay = 0.999,
-    eps: Eps = 1e-8,
+    eps: Epsilon = 1e-8,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """`optax.contrib.muon`, given the matrices: on its own it takes scanned ones for vectors.
@@ -95,7 +91,7 @@ def hybrid(
     zo_eps: Step = 1e-3,
     b1: Decay = 0.9,
     b2: Decay = 0.999,
-    eps: Eps = 1e-8,
+    eps: Epsilon = 1e-8,
     mu_dtype: Dtype = "float32",
     weight_decay: float = 0.0,
     query_axis: str | None = None,

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -166,22 +166,20 @@ def _kind(annotation: Any) -> type:
 
 
 def options_type(
-    name: str, own: Mapping[str, tuple[str, Any, Any]], rate: float | None
+    name: str, own: Iterable[tuple[str, Any, Any]], rate: float | None
 ) -> type[Options]:
     """The dataclass of a row's options: the shared ones, then its own.
 
     Args:
         name: The name of the row.
-        own: Its own options, from `own_fields`.
+        own: The name, type and field of its own options, from `own_fields`.
         rate: The learning rate to start from; None: that of `Options`.
     """
     shared: list[Any] = [("name", str, _named(name))]
     if rate is not None:
         shared.append(("learning_rate", float, _rate(rate)))
     title = name.title().replace("-", "")
-    made = dataclasses.make_dataclass(
-        title, [*shared, *own.values()], bases=(Options,), frozen=True
-    )
+    made = dataclasses.make_dataclass(title, [*shared, *own], bases=(Options,), frozen=True)
     made.__module__, made.__doc__ = __name__, f"The options of `{name}`."
     return made
 
@@ -256,7 +254,7 @@ class Optimizer:
     @functools.cached_property
     def options(self) -> type[Options]:
         """The dataclass of its options."""
-        own = {f"{a}.{b}": x for a, entries in self._options.items() for b, x in entries.items()}
+        own = [each for entries in self._options.values() for each in entries.values()]
         return options_type(self.name, own, self.defaults.get("learning_rate"))
 
     @property

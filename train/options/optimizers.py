@@ -62,7 +62,7 @@ def _summary(function: Callable[..., Any]) -> str:
 
 
 def schedule_numbers(config: Options, steps: int) -> dict[str, float]:
-    """What a schedule depends on: its peak, the steps of warm-up, and the steps behind them."""
+    """The numbers of a schedule: its peak, the steps of warm-up, and the steps behind them."""
     warm = min(steps - 1, round(config.warmup * steps)) if steps > 1 else 0
     numbers = {
         "peak": float(config.learning_rate),
@@ -78,8 +78,8 @@ def schedule_of(form: str, numbers: Mapping[str, Any]) -> optax.Schedule:
     """A schedule of these numbers, which may be traced.
 
     Args:
-        form: one of `SCHEDULES`.
-        numbers: from `schedule_numbers`.
+        form: A word of `SCHEDULES`.
+        numbers: The result of `schedule_numbers`.
 
     Example:
         >>> rate = schedule_of("linear", {"peak": 1.0, "warm": 2.0, "rest": 4.0})
@@ -112,8 +112,8 @@ def options_of(name: str, /, **given: Any) -> Any:
     """The options of an optimizer by its name: an instance of `OPTIMIZERS[name].options`.
 
     Args:
-        name: a row.
-        given: options of the row; None: the row's default.
+        name: The name of a row.
+        given: Options of the row; None: the row's default.
 
     Raises:
         UserError: an unknown name, or an option that the row does not have.
@@ -169,9 +169,9 @@ def over_rows(config: Any, rows: int, what: str = "a") -> Any:
     """The options for batches of so many rows: a row that evaluates parts of them has one a row.
 
     Args:
-        config: of an optimizer.
-        rows: of a global batch.
-        what: whose batch it is, for the message.
+        config: The options of an optimizer.
+        rows: The number of rows of a global batch.
+        what: The name of the batch, for the message.
 
     Raises:
         UserError: a number of parts that does not divide the rows.
@@ -211,10 +211,10 @@ def check_mesh(config: Options, mesh: Any, rows: int, what: str = "a") -> None:
     """Raise `UserError` for a mesh that does not divide the optimizer's evaluations.
 
     Args:
-        config: of an optimizer, as it was given.
-        mesh: the devices.
-        rows: of a global batch, as for `over_rows`.
-        what: whose batch it is, for the message.
+        config: The options of an optimizer, as they were given.
+        mesh: The devices.
+        rows: The number of rows of a global batch, as for `over_rows`.
+        what: The name of the batch, for the message.
     """
     config = over_rows(config, rows, what)
     ways = mesh.shape.get("query", 1)
@@ -288,7 +288,7 @@ FIRST_ORDER = 3  # a backward pass costs two forward passes
 
 
 def forwards(config: Options, steps: int) -> int:
-    """What steps cost in forward passes: the loss values that the optimizer asks for.
+    """The forward passes that steps cost: the loss values that the optimizer asks for.
 
     A first-order step counts as three. A zeroth-order step counts its evaluations; where each query
     is one of them, the loss without a perturbation is one more.

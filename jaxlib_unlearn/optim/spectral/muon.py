@@ -39,7 +39,7 @@ from jaxlib_unlearn.optim.first_moments import widen
 from jaxlib_unlearn.optim.matrices import MatrixAxes, Specs, every_matrix, resolve
 from jaxlib_unlearn.optim.orthogonalize import Orthogonalizer, by_name
 from jaxlib_unlearn.optim.passing import passing_by
-from jaxlib_unlearn.optim.signatures import DIVISOR, POSITIVE, Allowed, Decay
+from jaxlib_unlearn.optim.signatures import POSITIVE, Allowed, Decay, Dtype, Epsilon
 from jaxlib_unlearn.optim.spectral.direction import (
     SHAPE_SCALES,
     Meet,
@@ -152,15 +152,15 @@ def muon(
     adam_learning_rate: Annotated[optax.ScalarOrSchedule | None, POSITIVE] = None,
     adam_b1: Decay = 0.9,
     adam_b2: Decay = 0.999,
-    adam_eps: Annotated[jax.typing.ArrayLike, DIVISOR] = 1e-8,
+    adam_eps: Epsilon = 1e-8,
     adam_weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: DecayMask = None,
     matrices: Specs = None,
     layout: str = "in_out",
     split: Splits | None = None,
     post: Post | None = None,
-    mu_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
-    comm_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
+    mu_dtype: Dtype = None,
+    comm_dtype: Dtype = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon for the hidden matrices, AdamW for everything else.
 

@@ -29,13 +29,13 @@ Worth knowing before use:
   those in the momenta's own dtype, without what that cannot resolve.)
 """
 
-from typing import Annotated, Unpack
+from typing import Unpack
 
 import jax
 import optax
 
 from jaxlib_unlearn.optim.matrices import Specs, every_matrix, resolve
-from jaxlib_unlearn.optim.signatures import DIVISOR, Allowed, Decay, spelled_out
+from jaxlib_unlearn.optim.signatures import Decay, Dtype, Epsilon, spelled_out
 from jaxlib_unlearn.optim.spectral.rest import AdamWRest, DecayMask, with_adamw
 from jaxlib_unlearn.optim.spectral.sift_direction import (
     SiftOptions,
@@ -147,12 +147,12 @@ def sift(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_b1: Decay = 0.9,
     adam_b2: Decay = 0.999,
-    adam_eps: Annotated[jax.typing.ArrayLike, DIVISOR] = 1e-8,
+    adam_eps: Epsilon = 1e-8,
     adam_weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: DecayMask = None,
     matrices: Specs = None,
     layout: str = "in_out",
-    mu_dtype: Annotated[jax.typing.DTypeLike | None, Allowed()] = None,
+    mu_dtype: Dtype = None,
     **options: Unpack[SiftOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SIFT for the hidden matrices, AdamW on the sum of the gradients for everything else.
