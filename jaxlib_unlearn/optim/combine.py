@@ -100,7 +100,7 @@ def blur(
     _check_choice("scope", scope, ("global", "per_leaf"))
     for name, value in (("gamma", gamma), ("eps", eps), ("constraint_weight", constraint_weight)):
         if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"{name} is not negative, got {value}")
+            raise ValueError(f"{name} must not be negative, got {value}")
 
     def init(params):
         return BlurStats(*(jnp.zeros([], dot_dtype(params)) for _ in BlurStats._fields))
@@ -223,7 +223,7 @@ def pcgrad(
     """
     _check_choice("scope", scope, ("global", "per_leaf"))
     if isinstance(constraint_weight, int | float) and constraint_weight < 0:
-        raise ValueError(f"constraint_weight is not negative, got {constraint_weight}")
+        raise ValueError(f"constraint_weight must not be negative, got {constraint_weight}")
 
     def init(params):
         return PcgradStats(*(jnp.zeros([], dot_dtype(params)) for _ in PcgradStats._fields))

@@ -31,8 +31,8 @@ def alternate(
     ``update(updates, state, params, *, value_fn, grad_fn=None)``. With ``grad_fn(params) ->
     gradients`` the gradient is computed inside the first-order branch of a ``lax.cond``, and
     ``updates`` is ignored (pass None): a zeroth-order step runs no backward pass. Without
-    ``grad_fn``, ``updates`` is the gradient, which the caller computes at every step. (Under ``jax.vmap`` over
-    ``count`` both branches run.)
+    ``grad_fn``, ``updates`` is the gradient, which the caller computes at every step. (Under
+    ``jax.vmap`` over ``count`` both branches run.)
 
     ``value_fn`` (or ``layered_value_fn``) goes to the zeroth-order part, ``grad_fn`` to the
     first-order one (which may contain ``sam``), every other extra argument to both. Learning rates

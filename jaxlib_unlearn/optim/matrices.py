@@ -3,8 +3,8 @@
 They are decided once, by path and rank, for every optimizer of matrices. Leaves that are not
 matrices (embeddings, heads, norms, biases, scales, routers, short convolutions, vectors) go to
 AdamW. A leaf of rank >= 2 that the rules cannot place is an error that names its path:
-orthogonalising a stack of biases, or a matrix along the wrong axes, would otherwise go unnoticed. ``optim.rules`` has the
-table; ``optim.blocks`` finds the block that a leaf belongs to.
+orthogonalising a stack of biases, or a matrix along the wrong axes, would otherwise go unnoticed.
+``optim.rules`` has the table; ``optim.blocks`` finds the block that a leaf belongs to.
 """
 
 import contextvars

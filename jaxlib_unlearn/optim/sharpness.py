@@ -109,7 +109,7 @@ def sam(rho: jax.typing.ArrayLike = 0.05) -> optax.GradientTransformationExtraAr
         Foret et al., arXiv:2010.01412; Fan et al., arXiv:2502.05374.
     """
     if isinstance(rho, int | float) and rho < 0:
-        raise ValueError(f"rho is not negative, got {rho}")
+        raise ValueError(f"rho must not be negative, got {rho}")
 
     def init(params):
         del params
@@ -142,8 +142,8 @@ def smoothed_gradient(
         g = \frac{1}{n} \sum_{k=1}^n \nabla \ell(\theta + \sigma z_k), \qquad z_k \sim N(0, I)
 
     Samples are computed one at a time, so memory holds one gradient and the running mean (float32
-    or wider, and exact when all samples agree). Every draw belongs to (seed, count, sample, path of the
-    leaf), so it does not depend on the other leaves, on the mesh or on JAX's default generator.
+    or wider, and exact when all samples agree). Every draw belongs to (seed, count, sample, path of
+    the leaf), so it does not depend on the other leaves, on the mesh or on JAX's default generator.
 
     Args:
         grad_fn: The gradient of the loss, ``params -> tree`` like ``params``.
@@ -231,7 +231,7 @@ def randomised_smoothing(
         Fan et al., arXiv:2502.05374.
     """
     if isinstance(sigma, int | float) and sigma < 0:
-        raise ValueError(f"sigma is not negative, got {sigma}")
+        raise ValueError(f"sigma must not be negative, got {sigma}")
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples is a positive whole number, got {num_samples!r}")
 

@@ -126,8 +126,8 @@ def quantize_updates(bits: int) -> optax.GradientTransformationExtraArgs:
     It rounds the direction: chain it after ``optax.scale_by_adam`` and before the learning rate.
     The paper does not give the form for N > 1; this one is ours. A tensor belongs to one layer:
     every index of a layer axis (below ``layers``, ``blocks``, .., as in ``optim.matrices``) has its
-    own scale, so a stacked model rounds like an unstacked one. Complex tensors are rounded by their real and
-    imaginary parts.
+    own scale, so a stacked model rounds like an unstacked one. Complex tensors are rounded by their
+    real and imaginary parts.
 
     Args:
         bits: The number N of bits, static, 1 to 53.

@@ -99,7 +99,7 @@ def accumulate(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k is a positive whole number, got {k!r}")
     if num_constraints < 0:
-        raise ValueError(f"num_constraints is not negative, got {num_constraints}")
+        raise ValueError(f"num_constraints must not be negative, got {num_constraints}")
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
@@ -190,7 +190,9 @@ def finite(
         ([0.0, 0.0], 1)
     """
     if isinstance(max_consecutive_errors, int) and max_consecutive_errors < 0:
-        raise ValueError(f"max_consecutive_errors is not negative, got {max_consecutive_errors}")
+        raise ValueError(
+            f"max_consecutive_errors must not be negative, got {max_consecutive_errors}"
+        )
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
