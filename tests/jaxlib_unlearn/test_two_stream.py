@@ -351,7 +351,7 @@ def test_wrong_arguments():
         blur(-1.0)
     g = {"w": jnp.ones(2)}
     for tx in (blur(), pcgrad(), weighted_sum()):
-        with pytest.raises(ValueError, match="is a tree like"):
+        with pytest.raises(ValueError, match="must be a tree like"):
             combine(tx, g, {"v": jnp.ones(2)})
         with pytest.raises(ValueError, match=r"\['w'\] has shape \(1,\)"):
             combine(tx, g, {"w": jnp.ones(1)})

@@ -171,7 +171,7 @@ def test_accumulate_refuses():
         tx.update(None, state)
     with pytest.raises(ValueError, match="num_constraints=1, but constraint_grads has 2"):
         tx.update(g, state, constraint_grads=(g, g))
-    with pytest.raises(ValueError, match="is a tree like"):
+    with pytest.raises(ValueError, match="must be a tree like"):
         tx.update(g, state, constraint_grads={"v": jnp.ones(2)})
 
 
