@@ -1,9 +1,9 @@
-"""How a step is taken: Optax transformations for the matrices of a model.
+"""Optimizers as Optax transformations, many of them for the matrices of a model.
 
 ``scale_by_x`` is the bare direction (chain it yourself); ``x(learning_rate, ...)`` is the whole
-optimizer. The module ``optim.matrices`` decides which leaves are matrices, ``optim.orthogonalize``
-builds polar factors. ``dir(optim)`` lists the transformations and their helpers; modules are
-attributes as usual.
+optimizer. The module ``optim.matrices`` decides which leaves are matrices, and
+``optim.orthogonalize`` builds polar factors. ``dir(optim)`` lists the transformations and their
+helpers; modules are attributes as usual.
 
 - Spectral: ``muon``, ``teon``, with ``post=normuon()`` or ``split={"attn/q/": 9}``.
 - Two gradients (``update`` also takes ``constraint_grads``): ``sift``; ``blur``, ``pcgrad`` and
@@ -19,8 +19,8 @@ trace are in ``STATIC_ARGS[name]``. Random state is a seed and a count: checkpoi
 
 Optax's wrappers see ``updates`` alone, which is silently wrong with two gradients: ``MultiSteps``
 keeps the last ``constraint_grads`` only (use ``accumulate(tx, k)``), ``apply_if_finite`` lets a NaN
-in them pass (``finite(tx)``), ``clip_by_global_norm`` clips the primary alone
-(``clip_streams(max_norm, tx)``), ``partition`` and ``masked`` need
+in them pass (use ``finite(tx)``), ``clip_by_global_norm`` clips the primary gradient alone (use
+``clip_streams(max_norm, tx)``), and ``partition`` and ``masked`` need
 ``mask_compatible_extra_args=True`` (``sift`` splits by itself). A combiner or a clip without its
 ``inner`` before another transformation that takes two gradients raises. Zeroth-order
 transformations see the whole model through ``value_fn``: inside ``partition`` or ``masked`` they

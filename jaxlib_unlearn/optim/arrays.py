@@ -39,7 +39,7 @@ def explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
         x: An array.
 
     Returns:
-        What ``jax.sharding.reshard`` and ``out_sharding=`` take.
+        A sharding as ``jax.sharding.reshard`` and ``out_sharding=`` take it, or None.
 
     Example:
         >>> import jax.numpy as jnp
@@ -97,13 +97,13 @@ def matrix_by_matrix(
     This makes products faster and keeps decompositions from deadlocking: jaxlib's LAPACK calls
     distribute a batch over the workers of XLA's thread pool while the calling worker waits, so as
     many concurrent calls as there are workers wait forever (jaxlib 0.10.2, two cores, batched QRs:
-    after a few hundred). On CPUs matrices go one by one under ``jax.vmap`` as well. Derivatives, of
-    either mode, are those of ``fn`` in a plain loop (of ``elsewhere`` off CPUs).
+    after a few hundred). On CPUs matrices go one by one under ``jax.vmap`` as well. Both modes of
+    differentiation use ``fn`` in a plain loop (``elsewhere`` on other devices).
 
     Args:
         fn: A function that takes ``(..., r, c)`` and returns a tree of arrays with the same leading
             axes.
-        elsewhere: The function that is called on other devices; None for ``fn``.
+        elsewhere: The function that is called on devices other than CPUs; None for ``fn``.
 
     Returns:
         A function with the same arguments and results.
@@ -152,9 +152,9 @@ def cholesky_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         A^H A + \epsilon I = L L^H, \quad Q = A L^{-H}, \quad R = L^H \qquad
         \text{three times, on columns of unit length}
 
-    Householder QR on a TPU works column by column and takes a minute to compile; this needs matrix
-    products and one small factorisation. The shift keeps it finite for dependent columns: zero
-    columns stay zero, dependent ones come out shorter than one.
+    Householder QR on a TPU works column by column and takes a minute to compile; this method needs
+    matrix products and one small factorisation. The shift keeps it finite for dependent columns:
+    zero columns stay zero, and dependent ones become shorter than one.
 
     Args:
         x: The matrices, ``(..., r, c)`` with r >= c.
@@ -177,7 +177,7 @@ def cholesky_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     size, eps = x.shape[-1], jnp.finfo(q.dtype).eps
     eye = jnp.eye(size, dtype=q.dtype)
     whole = eye * (length * largest)
-    # The trace is at most `size`: a shift of this order is what rounding adds to it.
+    # The trace is at most `size`: the shift has the order of its rounding error.
     for shift in (10 * size * eps, eps, eps):
         lower = jnp.linalg.cholesky(matmul(adjoint(q), q) + shift * eye)
         q = jax.lax.linalg.triangular_solve(
@@ -199,8 +199,8 @@ def polar_factor(x: jax.Array, tolerance: jax.typing.ArrayLike) -> jax.Array:
     .. math::
         X = U \Sigma V^H \mapsto \sum_{\sigma_i > \tau \sigma_1} u_i v_i^H
 
-    Its derivative is that of the factor itself, which stays finite at equal singular values (the
-    derivatives of single vectors do not).
+    The derivative is computed for the factor as a whole: it stays finite at equal singular values,
+    unlike the derivatives of single vectors.
 
     Args:
         x: The matrices, ``(..., r, c)``, float32 or wider.
@@ -236,7 +236,7 @@ def _polar_derivative(primals, tangents):
     def over(number, by):
         return jnp.where(by == 0, 0, number / jnp.where(by == 0, 1, by))
 
-    # Of singular values, the map is f = 1 for those kept and 0 for the others.
+    # As a function of singular values, the map is 1 for kept values and 0 for the others.
     even = over(one - other, s[..., :, None] - s[..., None, :])
     odd = over(one + other, s[..., :, None] + s[..., None, :])
     inner = (even * (z + adjoint(z)) + odd * (z - adjoint(z))) / 2

@@ -3,14 +3,14 @@
 A leaf that is a stack holds many blocks. Any other belongs to the block whose number is in its
 path: the number of a component named ``layer``, ``block``, ``stack`` (as an ending, singular or
 plural) or ``h``, in the forms ``layers/3``, ``layers.3``, ``Block_3``, ``h3`` and ``h3_attn``;
-failing that, the number of any other list or numbered container (``name_3``, ``name3``). Of
-several, it is the outermost that also occurs with another number for some leaf whose path and shape
-are otherwise the same.
+otherwise the number of any other list or numbered container (``name_3``, ``name3``). If a path has
+several such numbers, the outermost one counts that also has another value in the path of a leaf
+with the same shape and an otherwise equal path.
 
 Experts are not blocks, and a number in the name of the owner (``Dense_0``, ``w1``, ``conv1``) does
 not count blocks: it counts siblings inside one block, q, k, v and o for instance. So the layers of
-a plain linen MLP are not blocks; named ``layers_0``, ``layers_1``, as ``nn.Sequential`` does, they
-are.
+a plain linen MLP are not blocks, but they are if they are named ``layers_0``, ``layers_1``, as in
+``nn.Sequential``.
 """
 
 import re
@@ -35,7 +35,7 @@ _NUMBER_FIRST = re.compile(  # h0_attn
 
 
 def counts_blocks(path: Any, axes: MatrixAxes, rank: int) -> bool:
-    """True if the first axis of a leaf counts blocks: it is a stack, and not of experts.
+    """True if the first axis of a leaf counts blocks: the leaf is a stack, but not of experts.
 
     Args:
         path: The path of the leaf.
@@ -43,7 +43,7 @@ def counts_blocks(path: Any, axes: MatrixAxes, rank: int) -> bool:
         rank: The number of axes of the leaf.
 
     Returns:
-        Whether it does.
+        True or False.
 
     Example:
         >>> axes = MatrixAxes((0,), (1,), (2,))
@@ -55,17 +55,17 @@ def counts_blocks(path: Any, axes: MatrixAxes, rank: int) -> bool:
 
 
 def layer_of(path: Any, stacked: bool) -> tuple[str, int | None] | None:
-    """The projection that a leaf is, by a name that all blocks share, and its block.
+    """The name of a leaf's projection, which all blocks share, and the number of its block.
 
-    Follows the module's rules for one leaf alone; :func:`layers_of` does so for a tree.
+    This follows the module's rules for one leaf alone; :func:`layers_of` does so for a tree.
 
     Args:
         path: The path of the leaf.
         stacked: True if the first axis of the leaf counts blocks.
 
     Returns:
-        ``(kind, block)``; block None for a leaf that holds a stack of them (consecutive stacks,
-        ``layers/0`` and ``layers/1``, are of one kind). None for a leaf outside all blocks.
+        ``(kind, block)``; block is None for a leaf that holds a stack of blocks (consecutive
+        stacks, ``layers/0`` and ``layers/1``, are of one kind). None for a leaf outside all blocks.
 
     Example:
         >>> layer_of("layers/3/attn/q/kernel", False)
@@ -91,8 +91,8 @@ def layers_of(
             shape) that is equal for two leaves of the same projection.
 
     Returns:
-        One entry per leaf. Where names are numbered from the second one on, as haiku's are
-        (``block``, ``block_1``, ..), the first has number 0.
+        One entry per leaf. If names are numbered from the second one on, as in haiku (``block``,
+        ``block_1``, ..), the first has number 0.
 
     Example:
         >>> paths = ["Encoder_0/Unit_0/q/w", "Encoder_0/Unit_1/q/w"]

@@ -1,6 +1,6 @@
 """Published coefficients of the iterations in ``optim.orthogonalize``.
 
-A table belongs to one normaliser (how the singular values are brought below one first); the two are
+A table belongs to one normaliser, which first brings the singular values below one; the two are
 kept together in :class:`Table` and never mixed.
 """
 
@@ -13,7 +13,7 @@ Row = tuple[float, float, float]
 
 
 class Table(NamedTuple):
-    """Coefficients of an iteration and the normaliser they were made for.
+    """The coefficients of an iteration and the normaliser that they were made for.
 
     Args:
         rows: The coefficients ``(a, b, c)`` of every step.
@@ -135,7 +135,7 @@ def rows_of(
         The table and as many rows as steps.
 
     Raises:
-        ValueError: as :func:`jaxlib_unlearn.optim.orthogonalize.newton_schulz` says.
+        ValueError: :func:`jaxlib_unlearn.optim.orthogonalize.newton_schulz` lists the cases.
 
     Example:
         >>> rows_of("jordan", 2)[1]

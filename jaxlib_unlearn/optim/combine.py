@@ -1,15 +1,15 @@
 r"""Two gradients into one direction: BLUR, PCGrad and the weighted sum.
 
-One protocol for everything that takes two gradients: ``update(primary, state, params=None, *,
+Everything that takes two gradients has one protocol: ``update(primary, state, params=None, *,
 constraint_grads)``, where ``constraint_grads`` is a tree like ``primary``. In unlearning the
-primary gradient is that of the forget loss, the constraint that of the retain loss. Chain these
-before an optimizer: ``optax.chain(blur(), optax.adamw(1e-5))``; what follows receives one gradient,
-and every other extra argument. Clip after them, not before: what comes out is what is applied.
+primary gradient belongs to the forget loss, the constraint gradient to the retain loss. Chain a
+combiner before an optimizer: ``optax.chain(blur(), optax.adamw(1e-5))``; the optimizer receives one
+gradient and every other extra argument. Clip after the combiner, not before: its result is applied.
 
 Inner products run over *all* leaves at once, in float32 (float64 for float64), stacked into one
 vector before they are added up; only scalars cross devices. Gradients are divided by a power of two
 near their largest entry first, so their squares neither overflow nor underflow; the numbers in the
-state are clipped to the largest of their dtype. Average both gradients over micro-batches
+state are clipped to the largest number of their dtype. Average both gradients over micro-batches
 (``optim.accumulate``) and replicas first: a mean of projections is not the projection of the means.
 ``optax.masked`` needs ``mask_compatible_extra_args=True`` here.
 """
@@ -28,7 +28,7 @@ Scalar = jax.typing.ArrayLike
 
 
 class BlurStats(NamedTuple):
-    """Statistics of the last step; () float32 each (float64 for float64 gradients).
+    """Statistics of the last step, () float32 each (float64 for float64 gradients).
 
     ``xi`` is the factor of the lower gradient. With ``scope="per_leaf"`` the first three are sums
     over leaves and ``xi`` is the mean weighted by the lower gradient's squared norms.
@@ -64,8 +64,8 @@ def blur(
         \qquad\text{so that}\quad \langle u, g_{low} \rangle = \gamma \|g_{low}\|^2
 
     There is no max(0, .): the part of the upper gradient along the lower one is removed even when
-    the two agree. Where the lower gradient vanishes, u is the upper gradient. Adam after it
-    preserves neither this identity nor the scale: only the ratio of gamma to 1 matters then.
+    the two agree. If the lower gradient vanishes, u is the upper gradient. Adam after BLUR
+    preserves neither this identity nor the scale: then only the ratio of gamma to 1 matters.
 
     Args:
         gamma: The rate of descent along the lower gradient.
@@ -100,7 +100,7 @@ def blur(
     _check_choice("scope", scope, ("global", "per_leaf"))
     for name, value in (("gamma", gamma), ("eps", eps), ("constraint_weight", constraint_weight)):
         if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"{name} is not negative, got {value}")
+            raise ValueError(f"{name} must not be negative, got {value}")
 
     def init(params):
         return BlurStats(*(jnp.zeros([], dot_dtype(params)) for _ in BlurStats._fields))
@@ -197,8 +197,8 @@ def pcgrad(
         \left(g_c - \frac{\langle g_p, g_c \rangle}{\|g_p\|^2} g_p\right) & \text{otherwise}
         \end{cases}
 
-    Symmetric: both are projected, each against the other's *original*, and added. (With two
-    gradients the random order of the paper makes no difference.)
+    The rule is symmetric: each gradient is projected against the *original* of the other, and both
+    are added. (With two gradients the random order of the paper makes no difference.)
 
     Args:
         constraint_weight: The factor by which the constraint gradient is multiplied first.
@@ -223,7 +223,7 @@ def pcgrad(
     """
     _check_choice("scope", scope, ("global", "per_leaf"))
     if isinstance(constraint_weight, int | float) and constraint_weight < 0:
-        raise ValueError(f"constraint_weight is not negative, got {constraint_weight}")
+        raise ValueError(f"constraint_weight must not be negative, got {constraint_weight}")
 
     def init(params):
         return PcgradStats(*(jnp.zeros([], dot_dtype(params)) for _ in PcgradStats._fields))
@@ -293,15 +293,15 @@ def weighted_sum(weight: Scalar = 1.0) -> optax.GradientTransformationExtraArgs:
 
 
 def check_streams(primary: Any, constraint: Any) -> None:
-    """Raises unless the constraint gradient is a tree like the primary one.
+    """Raise unless the constraint gradient is a tree like the primary one.
 
     Args:
         primary: The primary gradient, a tree of arrays.
         constraint: The constraint gradient.
 
     Raises:
-        ValueError: no constraint gradient, different structures, or a leaf of another shape (named
-            by its path).
+        ValueError: there is no constraint gradient, the structures differ, or a leaf has another
+            shape (the message names its path).
 
     Example:
         >>> import jax.numpy as jnp
@@ -312,10 +312,10 @@ def check_streams(primary: Any, constraint: Any) -> None:
     """
     structure = jax.tree.structure(primary)
     if constraint is None and primary is not None:
-        raise ValueError("two streams are needed: update(..., constraint_grads=tree)")
+        raise ValueError("two gradients are needed: update(..., constraint_grads=tree)")
     if jax.tree.structure(constraint) != structure:
         raise ValueError(
-            f"constraint_grads is a tree like the primary gradient ({structure}), got "
+            f"constraint_grads must be a tree like the primary gradient ({structure}), got "
             f"{jax.tree.structure(constraint)}"
         )
     for (path, p), c in zip(
@@ -335,10 +335,11 @@ _SPENT: dict[int, tuple[weakref.ref, weakref.ref, str]] = {}
 
 
 def remember(direction: Any, constraint: Any, why: str) -> None:
-    """Records a direction made with a constraint gradient that later links still receive unchanged.
+    """Record a direction made with a constraint gradient that later links receive unchanged.
 
-    ``optax.chain`` passes the same extra arguments to every link. A later one that takes two
-    gradients would count the second again, or use it unclipped: :func:`check_unspent` raises there.
+    ``optax.chain`` passes the same extra arguments to every link. A later link that takes two
+    gradients would count the second one again, or use it unclipped; there :func:`check_unspent`
+    raises.
 
     Args:
         direction: The direction that the link returns, a tree.
@@ -367,7 +368,7 @@ def remember(direction: Any, constraint: Any, why: str) -> None:
 
 
 def check_unspent(primary: Any, constraint: Any) -> None:
-    """Raises if the primary gradient comes from a link that used the same constraint gradient.
+    """Raise if the primary gradient comes from a link that used the same constraint gradient.
 
     Args:
         primary: The primary gradient, a tree.
@@ -410,7 +411,7 @@ def _inner_products(
 ) -> tuple[jax.Array, jax.Array]:
     """(leaves, 3): dot, squared norm of the primary, of the weighted constraint gradient.
 
-    Each is to be multiplied by two to the power in the second table, int32.
+    An entry is to be multiplied by two to the power in the second table, int32.
     """
     dtype = dot_dtype(primary)
     wide = functools.partial(jnp.promote_types, dtype)

@@ -1,9 +1,9 @@
-"""Normal numbers as `jax.random.normal` draws them, bit for bit, on CPUs in a quarter of the time.
+"""The normal numbers of `jax.random.normal`, bit for bit, on CPUs in a quarter of the time.
 
 JAX lowers its generator on CPUs to loops that pass over whole arrays in memory, round by round.
 Here the twenty rounds are written out, so that XLA fuses them, the conversion of bits to normal
 numbers and the addition to a parameter into one loop: no array of random numbers is stored. A
-zeroth-order step draws every direction three times: on a CPU that was most of its time.
+zeroth-order step draws every direction three times, which was most of its time on a CPU.
 """
 
 import functools
@@ -27,7 +27,7 @@ def normal(
     dtype: jax.typing.DTypeLike = jnp.float32,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """Standard normal numbers: what ``jax.random.normal`` returns for the same arguments.
+    """Standard normal numbers, equal to ``jax.random.normal`` of the same arguments.
 
     Args:
         key: A typed key. Generators other than threefry are left to JAX.
@@ -63,9 +63,9 @@ def normal(
 def drawn_once(draw: Callable[[], jax.Array], key: jax.Array) -> jax.Array:
     """The numbers of ``draw()``, as an array that its consumers read.
 
-    XLA fuses a draw into what uses it: one loop where it is added to a parameter, but where it is
-    broadcast over tokens every token draws it again. On CPUs an optimisation barrier is gone before
-    XLA fuses; what stays is a loop of one round whose number of rounds it does not know.
+    XLA fuses a draw into its consumer: if it is added to a parameter, there is one loop, but if it
+    is broadcast over tokens, every token draws it again. On CPUs an optimisation barrier is removed
+    before XLA fuses; a loop of one round stays, if XLA does not know its number of rounds.
 
     Args:
         draw: A function that draws numbers.

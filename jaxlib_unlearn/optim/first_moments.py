@@ -43,9 +43,9 @@ def keep_first_moments(
     .. math::
         m_t = \mathrm{round}\left( \beta\, m_{t-1} + (1 - \beta)\, g_t \right)
 
-    The effect of ``optax.adamw(..., mu_dtype=dtype)``, but with :math:`\beta` as given: Optax
-    rounds it to ``dtype`` as well. Only fields named ``mu`` are kept so. Second moments are not: a
-    step changes them by less than bfloat16 resolves (0.001 of them at b2 = 0.999).
+    The effect is that of ``optax.adamw(..., mu_dtype=dtype)``, but :math:`\beta` stays as given:
+    Optax rounds it to ``dtype`` as well. Only fields named ``mu`` are narrowed. Second moments are
+    not: a step changes them by less than bfloat16 resolves (0.001 of them at b2 = 0.999).
 
     Args:
         tx: Any transformation with its moments in NamedTuple fields ``mu``, e.g. ``optax.adamw``.

@@ -11,7 +11,7 @@ from jaxlib_unlearn.optim.passing import passing_by
 
 
 class AlternateState(NamedTuple):
-    """State of both optimizers: each advances in its own blocks only and waits in the others."""
+    """The states of both optimizers; each state advances in its optimizer's blocks only."""
 
     count: jax.Array  # () int32
     first_order: Any
@@ -23,16 +23,16 @@ def alternate(
     zeroth_order: optax.GradientTransformation,
     period: int = 20,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Blocks of first-order steps and blocks of zeroth-order steps, first order first.
+    r"""Alternate blocks of first-order and of zeroth-order steps, first order first.
 
     .. math::
         \text{step } t \text{ is first-order iff } \lfloor t / N \rfloor \text{ is even}
 
     ``update(updates, state, params, *, value_fn, grad_fn=None)``. With ``grad_fn(params) ->
     gradients`` the gradient is computed inside the first-order branch of a ``lax.cond``, and
-    ``updates`` is ignored (pass None): a zeroth-order step runs no backward pass. Without it
-    ``updates`` is the gradient, which the caller computes at every step. (Under ``jax.vmap`` over
-    ``count`` both branches run.)
+    ``updates`` is ignored (pass None): a zeroth-order step runs no backward pass. Without
+    ``grad_fn``, ``updates`` is the gradient, which the caller computes at every step. (Under
+    ``jax.vmap`` over ``count`` both branches run.)
 
     ``value_fn`` (or ``layered_value_fn``) goes to the zeroth-order part, ``grad_fn`` to the
     first-order one (which may contain ``sam``), every other extra argument to both. Learning rates
@@ -52,7 +52,7 @@ def alternate(
 
     Raises:
         ValueError: ``period`` is not a positive whole number; at ``update``, params, ``value_fn``
-            or any gradient is missing.
+            or every gradient is missing.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -122,7 +122,7 @@ def alternate(
 
 
 def ends_on_zeroth_order(steps: int, period: int = 20) -> bool:
-    """Whether a run of that many steps of :func:`alternate` ends with a whole zeroth-order block.
+    """True if a run of that many steps of :func:`alternate` ends with a whole zeroth-order block.
 
     Args:
         steps: The number of steps of the run.
@@ -164,14 +164,14 @@ def round_to_zeroth_order(steps: int, period: int = 20) -> int:
 
 
 def zeroth_order_steps(steps: int, period: int = 20) -> int:
-    """How many of the first ``steps`` steps of :func:`alternate` are zeroth-order ones.
+    """The number of zeroth-order steps among the first ``steps`` steps of :func:`alternate`.
 
     Args:
         steps: The number of steps to count in.
         period: The length of a block in steps.
 
     Returns:
-        What a schedule inside the zeroth-order part counts to; the rest are first-order.
+        The count that a schedule inside the zeroth-order part reaches; the rest are first-order.
 
     Raises:
         ValueError: ``period`` is not a positive whole number.

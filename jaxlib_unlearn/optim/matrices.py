@@ -1,10 +1,10 @@
 """The leaves that are matrices, and their stack, input and output axes.
 
-Decided once, by path and rank, for every optimizer of matrices. Leaves that are not matrices
-(embeddings, heads, norms, biases, scales, routers, short convolutions, vectors) go to AdamW. A leaf
-of rank >= 2 that the rules cannot place is an error which names its path: orthogonalising a stack
-of biases, or a matrix along the wrong axes, would otherwise go unnoticed. ``optim.rules`` has the
-table; ``optim.blocks`` finds the block that a leaf belongs to.
+They are decided once, by path and rank, for every optimizer of matrices. Leaves that are not
+matrices (embeddings, heads, norms, biases, scales, routers, short convolutions, vectors) go to
+AdamW. A leaf of rank >= 2 that the rules cannot place is an error that names its path:
+orthogonalising a stack of biases, or a matrix along the wrong axes, would otherwise go unnoticed.
+``optim.rules`` has the table; ``optim.blocks`` finds the block that a leaf belongs to.
 """
 
 import contextvars
@@ -43,8 +43,8 @@ __all__ = [
 Specs = Any
 """A choice of matrices: None for the rules of ``optim.rules``; or a word or
 ``optax.contrib.MuonDimensionNumbers`` (or None, for adamw) per leaf or subtree; or a function of
-the parameters that returns such a tree. The words are "rules", and "all_2d": the rules, but two
-axes (after those of stacks) make a matrix where the name of a leaf says nothing."""
+the parameters that returns such a tree. The words are "rules" and "all_2d", by which two axes
+(after those of stacks) also make a matrix if the name of a leaf says nothing."""
 
 _WORDS = ("rules", "all_2d")
 # Notes that optimizers make about leaves while `describe` reads the shapes of their state.
@@ -54,7 +54,7 @@ _notes: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
 
 
 def matrix_axes(path: Any, leaf: Any, *, layout: str = "in_out") -> MatrixAxes | None:
-    """Axes of the matrices in a leaf, or None if the leaf is for AdamW.
+    """The axes of the matrices in a leaf, or None if the leaf is for AdamW.
 
     Args:
         path: The path of the leaf, text or a key path.
@@ -104,7 +104,7 @@ def trailing_axes(path: Any, leaf: Any) -> MatrixAxes | None:
         return None
     if refused_bare(text):
         raise ValueError(
-            f"{text!r} {tuple(leaf.shape)} is no matrix by its name; keep it out with "
+            f"the name of {text!r} {tuple(leaf.shape)} is not a matrix's; keep it out with "
             "optax.partition(..., labels), or use the optimizer that splits by itself"
         )
     return MatrixAxes(tuple(range(rank - 2)), (rank - 2,), (rank - 1,))
@@ -137,7 +137,7 @@ def _trailing(structure: Any, shapes: Any) -> tuple[MatrixAxes | None, ...]:
 
 
 def resolve(tree: Any, matrices: Specs = None, layout: str = "in_out") -> list[MatrixAxes | None]:
-    """Axes of every leaf of a tree, in the order of ``jax.tree.leaves``.
+    """The axes of every leaf of a tree, in the order of ``jax.tree.leaves``.
 
     Args:
         tree: Parameters, gradients or shapes.
@@ -268,7 +268,7 @@ def describe(
         layout: The order of a kernel's axes, as in :func:`matrix_axes`.
 
     Returns:
-        One line per leaf. Leaves that no rule places say so instead of raising.
+        One line per leaf. The line of a leaf that no rule places says so; nothing is raised.
 
     Raises:
         ValueError: ``tx`` itself refuses the parameters.
@@ -316,9 +316,9 @@ def describe(
 
 
 def note(path: str, text: str) -> None:
-    """Shows in the group column of :func:`describe` what an optimizer does with a leaf.
+    """Show a few words about a leaf in the group column of :func:`describe`.
 
-    For transformations, to be called by ``init``; does nothing outside ``describe``.
+    The ``init`` of a transformation calls this; it does nothing outside ``describe``.
 
     Args:
         path: The path of the leaf.
@@ -333,8 +333,8 @@ def note(path: str, text: str) -> None:
 
 
 def _state_of(params: Any, tx: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """For every leaf: the fields of the optimizer's state that hold something at its path, and what
-    the optimizer notes."""
+    """For every leaf: the fields of the optimizer's state with arrays at its path, and the
+    optimizer's notes."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     notes: dict[str, str] = {}
     token = _notes.set(notes)

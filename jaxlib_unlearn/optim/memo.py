@@ -11,11 +11,11 @@ R = TypeVar("R")
 
 
 def once(fn: Callable[P, R]) -> Callable[P, R]:
-    """Remembers the results of a function of static data, the 256 that were used last.
+    """Remember the results of a function of static data, the 256 that were used last.
 
     Arguments are tree structures, shapes and options, never arrays, so nothing large is kept alive
-    and a result is the same inside and outside of ``jit``. Arguments that cannot be hashed (a
-    module with a list among its static fields) are computed anew.
+    and a result is the same inside and outside of ``jit``. For arguments that cannot be hashed (a
+    module with a list among its static fields) the function is called again.
 
     Args:
         fn: A function of positional arguments. Its results must not be changed by callers.
@@ -42,7 +42,7 @@ def once(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 def outline(tree: Any) -> tuple[Any, tuple[tuple[int, ...], ...]]:
-    """The structure of a tree and the shapes of its leaves: what :func:`once` can be asked about.
+    """The structure of a tree and the shapes of its leaves, as arguments for :func:`once`.
 
     Args:
         tree: A tree of arrays or shapes.

@@ -29,7 +29,7 @@ from jaxlib_unlearn.optim.arrays import adjoint, matrix_by_matrix, polar_factor,
 from jaxlib_unlearn.optim.coefficients import TABLES, Row, Table, rows_of
 
 Orthogonalizer = Callable[[jax.Array], jax.Array]
-_BLOCK_ROWS = 512  # least rows of a block of a product whose result is Hermitian
+_BLOCK_ROWS = 512  # the least number of rows in a block of a Hermitian product
 _MOST_BLOCKS = 8  # more would save less than a ninth of the rest
 
 
@@ -44,10 +44,10 @@ def newton_schulz(
         X \leftarrow X / \|X\|_F, \qquad
         X \leftarrow a_t X + (b_t A + c_t A^2) X, \quad A = X X^H, \quad t = 1 \dots T
 
-    on the orientation with fewer rows than columns; on CPUs and in float32, matrices at least twice
-    as wide as tall as in :func:`gram_newton_schulz` with a restart every three steps. Norms are
-    summed in float32 (float64 for float64) after a division by the largest entry, so neither tiny
-    nor huge gradients are lost and no epsilon is needed; zeros stay zeros.
+    on the orientation with fewer rows than columns. On CPUs and in float32, matrices at least twice
+    as wide as tall take the path of :func:`gram_newton_schulz` with a restart every three steps.
+    Norms are summed in float32 (float64 for float64) after a division by the largest entry, so
+    neither tiny nor huge gradients are lost and no epsilon is needed; zeros stay zeros.
 
     Args:
         coeffs: The name of a table in ``TABLES``, one row ``(a, b, c)`` to repeat, or rows. Rows
@@ -123,7 +123,7 @@ def gram_newton_schulz(
 
     and finally :math:`Q X`. A restart replaces :math:`X` by :math:`Q X`, which bounds the growth of
     negative eigenvalues that rounding puts into :math:`R`. For r x c matrices five steps with one
-    restart cost :math:`28 r^3 + 8 r^2 c` against :math:`10 r^3 + 20 r^2 c`: worth it from
+    restart cost :math:`28 r^3 + 8 r^2 c` against :math:`10 r^3 + 20 r^2 c`, which pays from
     ``c >= 2 r`` on. Square matrices take the plain iteration.
 
     Args:
@@ -138,7 +138,7 @@ def gram_newton_schulz(
         A function ``(..., r, c) -> (..., r, c)``.
 
     Raises:
-        ValueError: as in :func:`newton_schulz`, or an "aol" table.
+        ValueError: the cases of :func:`newton_schulz`, or an "aol" table.
 
     Example:
         >>> import jax
@@ -166,7 +166,7 @@ def svd() -> Orthogonalizer:
         X = U \Sigma V^H \mapsto \sum_{\sigma_i > \tau} u_i v_i^H, \qquad
         \tau = \max(r, c)\, \epsilon_{machine}\, \sigma_1
 
-    Directions without a singular value are left out, so zeros stay zeros.
+    Directions of singular value zero are left out, so zeros stay zeros.
 
     Returns:
         A function ``(..., r, c) -> (..., r, c)``; computed in float32 for narrower dtypes.
@@ -192,7 +192,7 @@ def by_name(given: Orthogonalizer | str | None, default: str = "newton_schulz") 
         The function; for a name always the same object, so that nothing compiles twice.
 
     Raises:
-        ValueError: neither a function nor a known name.
+        ValueError: ``given`` is neither a function nor a known name.
 
     Example:
         >>> import jax.numpy as jnp
@@ -224,7 +224,7 @@ def _built(name: str) -> Orthogonalizer:
 
 
 def _wide(x: jax.Array) -> tuple[jax.Array, bool]:
-    """The orientation with rows <= columns, and whether that meant a transpose."""
+    """The orientation with rows <= columns, and True if it is the transpose."""
     if x.ndim < 2:
         raise ValueError(f"an orthogonaliser takes (..., rows, columns), got shape {x.shape}")
     tall = x.shape[-2] > x.shape[-1]
@@ -238,8 +238,8 @@ def _real_square(x: jax.Array) -> jax.Array:
 def _normalize(x: jax.Array, margin: float) -> jax.Array:
     x = scale_to_one(x)[0]
     square = jnp.sum(_real_square(x), axis=(-2, -1), keepdims=True)
-    # No epsilon: the norm of what scale_to_one returns is zero or at least one. (Zeros are replaced
-    # before the root: its derivative at zero is infinite.)
+    # No epsilon is needed: after scale_to_one a norm is zero or at least one. (Zeros are replaced
+    # before the root, as its derivative at zero is infinite.)
     return x / (margin * jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
@@ -251,12 +251,13 @@ def _precondition_aol(x: jax.Array) -> jax.Array:
 
 
 def symmetric_product(left: jax.Array, right: jax.Array) -> jax.Array:
-    r"""``left @ right`` for a result known to be Hermitian: computes little more than one triangle.
+    r"""``left @ right`` for a result known to be Hermitian, from little more than one triangle.
 
     .. math::
         S_{ij} = A_i B_j \text{ for } j \le i, \qquad S_{ij} = S_{ji}^H \text{ for } j > i
 
-    in n blocks of rows, each one product with the columns up to its own: (n + 1) / 2n of the work.
+    in n blocks of rows; a block is one product with the columns up to its last row. This is
+    (n + 1) / 2n of the work.
 
     Args:
         left: The left factors, ``(..., r, k)``.

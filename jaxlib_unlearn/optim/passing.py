@@ -1,4 +1,4 @@
-"""Leaves that no optimizer updates: integers, keys and empty arrays bypass every transformation."""
+"""Integers, keys and empty arrays bypass every transformation: no optimizer updates them."""
 
 from typing import Any, NamedTuple
 
@@ -10,24 +10,24 @@ _FUNCTIONS_OF_PARAMS = ("value_fn", "grad_fn", "layered_value_fn")
 
 
 class Passed(NamedTuple):
-    """Placeholder for a leaf that bypasses a transformation: a node without leaves."""
+    """The placeholder of a leaf that bypasses a transformation: a node without leaves."""
 
 
 def passing_by(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that never sees leaves which are not floating or have no elements.
+    """A transformation that never sees leaves that are not floating or have no elements.
 
     ``tx`` sees :class:`Passed` in their places, in parameters, gradients and extra arguments that
-    are trees like them; functions of the parameters (``value_fn``, ``grad_fn``) see all of them.
-    Updates of the hidden leaves are returned as they came; zeros for ``float0``, which is what
-    ``jax.grad(..., allow_int=True)`` gives for integers, and where there are no updates.
+    are trees like them; functions of the parameters (``value_fn``, ``grad_fn``) see all leaves.
+    Updates of the hidden leaves are returned as they came. Zeros replace missing updates and
+    ``float0``, the dtype that ``jax.grad(..., allow_int=True)`` gives for integers.
 
     Args:
         tx: Any transformation.
 
     Returns:
-        A transformation with the state of ``tx``; ``tx`` itself on trees without such leaves.
+        A transformation with the state of ``tx``; it is ``tx`` itself on trees without such leaves.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -55,7 +55,7 @@ def passing_by(
 
         def extra(name: str, value: Any) -> Any:
             if name in _FUNCTIONS_OF_PARAMS and value is not None:
-                # A gradient is a tree like the parameters, a value is not.
+                # A gradient is a tree like the parameters and is hidden too; a value is not.
                 return lambda part, *more: hide(value(_shown(part, params, passing), *more))
             if isinstance(value, tuple) and not hasattr(value, "_fields"):
                 return hide(value) if _alike(value, like) else tuple(map(hide, value))

@@ -1,4 +1,4 @@
-"""The rules that place a leaf by its path and rank. First match wins:
+"""The rules that place a leaf by its path and rank. The first match wins:
 
 ======================================================  ========================================
 rank 0 or 1                                             adamw
@@ -15,8 +15,8 @@ anything else                                           ValueError
 
 Components of a path are separated by "/" or ".". The owner is the last named component that is not
 ``kernel``, ``weight``, ``w`` or ``value``: a dense layer inside ``PreNormBlock_0`` or ``score`` is
-a matrix. Also errors: a matrix below ``head``, ``embed``, ``router`` and the like
-(``lm_head/Dense_0/kernel``: a hidden layer or the output?), an owner that says both
+a matrix. Three more cases are errors: a matrix below ``head``, ``embed``, ``router`` and the like
+(``lm_head/Dense_0/kernel`` may be a hidden layer or the output), an owner that says both
 (``embed_proj``), and neighbours in a stack that agree on the second axis but not on the first.
 """
 
@@ -43,12 +43,12 @@ class MatrixAxes(NamedTuple):
     fan_out: tuple[int, ...]
 
     def sizes(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Number of matrices, inputs and outputs of a leaf of this shape."""
+        """The numbers of matrices, inputs and outputs of a leaf of this shape."""
         count, inputs, outputs = (math.prod(shape[a] for a in axes) for axes in self)
         return count, inputs, outputs
 
 
-# Parameters that are looked up, added, gated or predicted with, by their owner.
+# The owners of parameters for lookups, additions, gates or predictions.
 _EMBED_OR_NORM = re.compile(r"embed|norms?(_?\d+)?$|(^|_)norm_|normali[sz]ation", re.IGNORECASE)
 _ADAMW_OWNER = re.compile(
     r"router|conv_?1d|rotary|codebook|^logits"
@@ -56,7 +56,7 @@ _ADAMW_OWNER = re.compile(
     r"|gamma|beta)$",
     re.IGNORECASE,
 )
-# The last word of an owner that also says embed or norm leaves open which of the two it is.
+# With one of these words at its end, an owner that says embed or norm is ambiguous.
 _MATRIX_WORD = re.compile(
     r"(dense|linear|proj|projection|mlp|fc|ffn|attn|attention)(_?\d+)?$", re.IGNORECASE
 )
@@ -108,7 +108,7 @@ def path_str(path: Any) -> str:
 def place(
     text: str, shape: tuple[int, ...], layout: str, all_2d: bool = False
 ) -> tuple[MatrixAxes | None, str]:
-    """Axes of the matrices in a leaf (None: AdamW's), and why.
+    """The axes of the matrices in a leaf (None for AdamW), and the reason.
 
     Args:
         text: The path of the leaf.
@@ -203,9 +203,9 @@ def place_all(
         all_2d: One value of the argument of :func:`place` for every leaf.
 
     Returns:
-        For every leaf what :func:`place` returns, or the error that it raises. Stacked matrices of
+        The result of :func:`place` for every leaf, or the error that it raises. Stacked matrices of
         one parent that agree on their second axis but not on the first are an error too: their
-        layers are stacked along the second (as in MaxText).
+        layers are stacked along the second axis (as in MaxText).
 
     Example:
         >>> maxtext = [("layers/mlp/wi/kernel", (8, 3, 16)), ("layers/mlp/wo/kernel", (16, 3, 8))]
@@ -261,9 +261,9 @@ def refused_bare(text: str) -> bool:
 def sharding_role(path: Any) -> str:
     """Either "row", for projections back into the residual stream, or "column".
 
-    Tensor parallelism shards the first kind on its input, the second on its output. Where a mesh
-    hides the real sharding (Auto axes under ``jit``), this tells apart square matrices that must
-    not share a bucket. An adapter has the role of the kernel it belongs to.
+    Tensor parallelism shards the first kind on its input, the second on its output. If a mesh hides
+    the real sharding (Auto axes under ``jit``), the role separates square matrices that must not
+    share a bucket. An adapter has the role of its kernel.
 
     Args:
         path: The path of the leaf.
@@ -292,7 +292,7 @@ def split_path(text: str) -> list[str]:
 
 
 def owner_at(parts: list[str]) -> int:
-    """Index of the part that names a leaf's module, or a bare parameter; -1 if there is none."""
+    """The index of the part that names a leaf's module or a bare parameter; -1 without one."""
     for i in reversed(range(len(parts))):
         nameless = not parts[i] or parts[i].isdigit()
         if not (nameless or _OWNED.match(parts[i]) or parts[i:] == ["value"]):
@@ -309,8 +309,8 @@ def _name(parts: list[str]) -> str:
 def stack_depth(parts: list[str], rank: int) -> int:
     """The number of leading axes that count matrices.
 
-    A container such as ``layers`` adds one axis. Followed by a number it is either a list of
-    layers (no axis) or a tuple of consecutive stacks (one axis): the rank decides, except for
+    A container such as ``layers`` adds one axis. If a number follows, it is either a list of layers
+    (no axis) or a tuple of consecutive stacks (one axis): the rank decides, except for
     DenseGeneral's kernels, which exist in lists only.
 
     Example:

@@ -52,7 +52,7 @@ def sam_gradient(
         g = \nabla \ell \left( \theta + \rho \frac{a}{\|a\|_2} \right), \qquad
         a = \nabla \ell(\theta)
 
-    with one norm over all leaves. Where it is zero there is no direction, and g is the plain
+    with one norm over all leaves. If the norm is zero there is no direction, and g is the plain
     gradient.
 
     Args:
@@ -62,7 +62,7 @@ def sam_gradient(
         ascent: The gradient a, if it is known already (this saves a call of ``grad_fn``).
 
     Returns:
-        What ``grad_fn`` returns.
+        The gradient, a tree as ``grad_fn`` returns it.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -83,8 +83,9 @@ def sam(rho: jax.typing.ArrayLike = 0.05) -> optax.GradientTransformationExtraAr
     .. math::
         g = \nabla \ell \left( \theta + \rho \, a / \|a\|_2 \right)
 
-    ``update(updates, state, params, *, grad_fn)``: ``updates`` is the gradient at ``params`` and
-    gives the direction of ascent; with None it is computed, so both cost two gradients in all.
+    The call is ``update(updates, state, params, *, grad_fn)``: ``updates`` is the gradient at
+    ``params`` and gives the direction of ascent; with None the gradient is computed here. Both ways
+    cost two gradients in all.
     ``grad_fn`` must use the batch that ``updates`` was computed on.
 
     Args:
@@ -108,7 +109,7 @@ def sam(rho: jax.typing.ArrayLike = 0.05) -> optax.GradientTransformationExtraAr
         Foret et al., arXiv:2010.01412; Fan et al., arXiv:2502.05374.
     """
     if isinstance(rho, int | float) and rho < 0:
-        raise ValueError(f"rho is not negative, got {rho}")
+        raise ValueError(f"rho must not be negative, got {rho}")
 
     def init(params):
         del params
@@ -140,9 +141,9 @@ def smoothed_gradient(
     .. math::
         g = \frac{1}{n} \sum_{k=1}^n \nabla \ell(\theta + \sigma z_k), \qquad z_k \sim N(0, I)
 
-    One sample at a time: memory is that of one gradient and their running mean (float32 or wider,
-    and exact when all samples agree). Every draw belongs to (seed, count, sample, path of the
-    leaf), so it does not depend on the other leaves, on the mesh or on JAX's default generator.
+    Samples are computed one at a time, so memory holds one gradient and the running mean (float32
+    or wider, and exact when all samples agree). Every draw belongs to (seed, count, sample, path of
+    the leaf), so it does not depend on the other leaves, on the mesh or on JAX's default generator.
 
     Args:
         grad_fn: The gradient of the loss, ``params -> tree`` like ``params``.
@@ -153,7 +154,7 @@ def smoothed_gradient(
         count: The number of the step, int32.
 
     Returns:
-        A tree with the dtypes of what ``grad_fn`` returns.
+        A tree with the dtypes of the gradients that ``grad_fn`` returns.
 
     Raises:
         ValueError: ``num_samples`` is not positive.
@@ -205,8 +206,8 @@ def randomised_smoothing(
     .. math::
         g = \frac{1}{n} \sum_{k=1}^n \nabla \ell(\theta + \sigma z_k), \qquad z_k \sim N(0, I)
 
-    ``update(updates, state, params, *, grad_fn)``; ``updates`` may be None; otherwise only its
-    dtypes are used.
+    The call is ``update(updates, state, params, *, grad_fn)``; of ``updates``, which may be None,
+    only the dtypes are used.
 
     Args:
         sigma: The standard deviation of the perturbation (WMDP: 1e-4).
@@ -230,7 +231,7 @@ def randomised_smoothing(
         Fan et al., arXiv:2502.05374.
     """
     if isinstance(sigma, int | float) and sigma < 0:
-        raise ValueError(f"sigma is not negative, got {sigma}")
+        raise ValueError(f"sigma must not be negative, got {sigma}")
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples is a positive whole number, got {num_samples!r}")
 

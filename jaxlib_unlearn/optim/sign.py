@@ -29,8 +29,8 @@ def scale_by_sign_momentum(
         m_t = \beta m_{t-1} + (1 - \beta) g_t, \qquad u_t = \mathrm{sign}(m_t), \quad
         \mathrm{sign}(0) = 0
 
-    Exactly the sign of Adam's direction with the same first decay and any second one (Adam divides
-    the same average by something positive), without its second moment.
+    This is exactly the sign of Adam's direction with the same first decay and any second decay
+    (Adam divides the same average by a positive number), without the second moment.
 
     Args:
         beta: The decay of the average, in [0, 1); 0 is signSGD.
@@ -117,17 +117,17 @@ def sign_momentum(
 
 
 def quantize_updates(bits: int) -> optax.GradientTransformationExtraArgs:
-    r"""Rounds every tensor of the updates to symmetric levels; one bit keeps the sign alone.
+    r"""Round every tensor of the updates to symmetric levels; one bit keeps the sign alone.
 
     .. math::
         Q(m; N) = s \, \mathrm{round}(m / s), \quad s = \frac{\max |m|}{2^{N-1} - 1}
         \quad (N > 1), \qquad Q(m; 1) = \mathrm{sign}(m)
 
     It rounds the direction: chain it after ``optax.scale_by_adam`` and before the learning rate.
-    The paper does not give the form for N > 1; this one is ours. A tensor is one layer's: leading
-    layer axes (below ``layers``, ``blocks``, .., as in ``optim.matrices``) have a scale each, so a
-    stacked model rounds like an unstacked one. Complex tensors are rounded by their real and
-    imaginary parts.
+    The paper does not give the form for N > 1; this one is ours. A tensor belongs to one layer:
+    every index of a layer axis (below ``layers``, ``blocks``, .., as in ``optim.matrices``) has its
+    own scale, so a stacked model rounds like an unstacked one. Complex tensors are rounded by their
+    real and imaginary parts.
 
     Args:
         bits: The number N of bits, static, 1 to 53.

@@ -7,9 +7,9 @@ form                    momentum                           direction
 "paper"                 m <- b1 m + (1 - b1) g             clip(m / max(rho bs h, eps), -1, 1)
 ======================  =================================  =====================================
 
-Both: h <- b2 h + (1 - b2) g * g at every step, from the gradient the step has anyway, and no bias
-correction. SOUL's code averages the same gradient into the momentum twice per step, which is one
-average with b1^2. "soul" is the default: the published numbers come from it.
+Both forms update h <- b2 h + (1 - b2) g * g at every step, with the gradient of that step, and have
+no bias correction. SOUL's code averages the same gradient into the momentum twice per step, which
+is one average with b1^2. The default is "soul", which gave the published numbers.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from jaxlib_unlearn.optim.signatures import Decay, Dtype
 
 
 class SophiaState(NamedTuple):
-    """State of Sophia: number of steps, momentum and curvature, trees like the parameters."""
+    """State of Sophia: the number of steps, and momentum and curvature like the parameters."""
 
     count: jax.Array  # () int32
     mu: optax.Updates
@@ -48,7 +48,7 @@ def scale_by_sophia(
         u_t = \mathrm{clip}\left( \frac{m_t}{\max(\gamma h_t, \epsilon)}, 1 \right), \qquad
         \gamma = \rho \cdot bs
 
-    Every coordinate lies in [-1, 1]; where h is far below \|m\| it is the sign.
+    Every coordinate lies in [-1, 1]; if h is far below \|m\|, it is the sign.
 
     Args:
         b1: The decay of the momentum (SOUL: 0.9).

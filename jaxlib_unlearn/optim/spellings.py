@@ -1,4 +1,4 @@
-"""Arguments as ``optax.contrib.muon`` spells them: a TypeError that names ours."""
+"""The spellings of ``optax.contrib.muon``: a TypeError that names the argument here."""
 
 import functools
 import inspect
@@ -12,7 +12,7 @@ _COEFFICIENTS = (
     "orthogonalize",
     "orthogonalize=optim.orthogonalize.newton_schulz(coeffs, steps), or a name: 'polar_express'",
 )
-_WHOLE = "matrices= of the optimizer without scale_by_ takes the same objects"
+_WHOLE = "the optimizer without scale_by_ takes the same objects as matrices="
 OURS: dict[str, tuple[tuple[str, str], ...]] = {
     "ns_coeffs": (_COEFFICIENTS,),
     "ns_steps": (_COEFFICIENTS,),
@@ -43,13 +43,13 @@ OURS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "weight_dimension_numbers": (("matrices", "matrices= takes the same objects"), ("", _WHOLE)),
 }
-"""Optax's own spellings, and ours by the argument that a factory has for it ("" for any)."""
+"""Optax's spellings, each with our arguments for it and words about them ("" for any factory)."""
 
 
 def with_optax_spellings(factory: Callable[P, R]) -> Callable[P, R]:
-    """A factory whose TypeError for one of Optax's arguments names ours.
+    """A factory that raises a TypeError for one of Optax's arguments and names the one here.
 
-    Its signature stays what it is, for ``optax.inject_hyperparams`` and for readers.
+    The signature stays the same, for ``optax.inject_hyperparams`` and for readers.
 
     Args:
         factory: A factory of a transformation.

@@ -6,8 +6,9 @@ gradient instead of the mean, ``optax.apply_if_finite`` lets a NaN in it pass, a
 ``optax.clip_by_global_norm`` clips the primary gradient and not the other. The wrappers here handle
 both gradients, and transformations with one as well.
 
-Nest them as ``finite(accumulate(clip_streams(1.0, sift(1e-3)), k=4))``: finite outermost, so that
-one bad micro-batch is left out of the mean; clipping innermost, on the mean.
+Nest them as ``finite(accumulate(clip_streams(1.0, sift(1e-3)), k=4))``: ``finite`` is outermost, so
+that one bad micro-batch is left out of the mean, and clipping innermost, so that the mean is
+clipped.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from jaxlib_unlearn.optim.passing import passing_by
 
 
 class AccumulateState(NamedTuple):
-    """Sums over the calls since the last step.
+    """The sums over the calls since the last step.
 
     ``constraint_sum`` has one tree like the parameters for every constraint gradient.
     """
@@ -34,7 +35,7 @@ class AccumulateState(NamedTuple):
 
 
 class FiniteState(NamedTuple):
-    """What has been skipped so far; names as in ``optax.ApplyIfFiniteState``."""
+    """The counts of skipped steps; the names are those of ``optax.ApplyIfFiniteState``."""
 
     count: jax.Array  # () int32, calls
     notfinite_count: jax.Array  # () int32, consecutive ones up to now
@@ -58,7 +59,7 @@ def accumulate(
     num_constraints: int = 1,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""One step of ``tx`` for k calls, on the means of both gradients.
+    r"""Take one step of ``tx`` for k calls, on the means of both gradients.
 
     .. math::
         \bar g_p = \frac{1}{k} \sum_{i=1}^k g_p^{(i)}, \qquad
@@ -81,8 +82,8 @@ def accumulate(
 
     Raises:
         ValueError: a bad argument; at ``update``, no gradient, gradients of different structure, or
-            a function (``value_fn``, ``grad_fn``): it sees the last micro-batch only, and the mean
-            of k zeroth-order estimates is one estimate with k times the queries.
+            a function (``value_fn``, ``grad_fn``), which would see the last micro-batch only. (The
+            mean of k zeroth-order estimates is one estimate with k times the queries.)
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -98,7 +99,7 @@ def accumulate(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k is a positive whole number, got {k!r}")
     if num_constraints < 0:
-        raise ValueError(f"num_constraints is not negative, got {num_constraints}")
+        raise ValueError(f"num_constraints must not be negative, got {num_constraints}")
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
@@ -160,12 +161,12 @@ def accumulate(
 def finite(
     tx: optax.GradientTransformation, max_consecutive_errors: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips a step where anything is not finite: zero updates, inner state as it was.
+    """Skip a step if anything is not finite: updates are zero, and the inner state stays.
 
-    Checked are the primary gradient, ``constraint_grads``, the resulting updates, and what became
-    non-finite in the inner state (a moment that overflowed, the value a zeroth-order optimizer
-    keeps). What was infinite in the state before, such as a best value not yet found, is not an
-    error.
+    The check covers the primary gradient, ``constraint_grads``, the resulting updates, and entries
+    of the inner state that became non-finite (a moment that overflowed, the value that a
+    zeroth-order optimizer keeps). Entries that were infinite before the step, such as a best value
+    not yet found, are no error.
 
     Args:
         tx: The transformation that takes the step, with one gradient or several, or ``value_fn``.
@@ -189,7 +190,9 @@ def finite(
         ([0.0, 0.0], 1)
     """
     if isinstance(max_consecutive_errors, int) and max_consecutive_errors < 0:
-        raise ValueError(f"max_consecutive_errors is not negative, got {max_consecutive_errors}")
+        raise ValueError(
+            f"max_consecutive_errors must not be negative, got {max_consecutive_errors}"
+        )
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
@@ -215,7 +218,7 @@ def finite(
         taken = good
         if max_consecutive_errors is not None:
             taken = good | (in_a_row > max_consecutive_errors)
-        # Both are computed already: a select costs less than a branch that would hide the step from
+        # Both results exist already: a select costs less than a branch that hides the step from
         # XLA.
         new = jax.tree.map(lambda u: jnp.where(taken, u, jnp.zeros_like(u)), new)
         inner_state = jax.tree.map(lambda n, o: jnp.where(taken, n, o), new_state, old)
@@ -232,7 +235,7 @@ def clip_streams(
     *,
     norm: str = "sum",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales both gradients by one factor, so that their angle and ratio are kept.
+    r"""Scale both gradients by one factor, so that their angle and ratio are kept.
 
     .. math::
         g_p \leftarrow c\, g_p, \quad g_c \leftarrow c\, g_c, \qquad
@@ -240,15 +243,15 @@ def clip_streams(
         n = \begin{cases} \|g_p + g_c\| & \text{"sum"} \\
         \sqrt{\|g_p\|^2 + \|g_c\|^2} & \text{"joint"} \end{cases}
 
-    "sum" is ``optax.clip_by_global_norm`` on the gradient of the sum of the losses: wherever the
-    inner transformation only adds the two, the result is the same. Two large gradients that cancel
-    are not clipped by it; "joint" bounds each of them by tau.
+    "sum" is ``optax.clip_by_global_norm`` on the gradient of the sum of the losses: if the inner
+    transformation only adds the two gradients, the result is the same. It does not clip two large
+    gradients that cancel; "joint" bounds each of them by tau.
 
     ``optax.chain`` passes the *same* extra arguments to all its members, so a link of a chain
     cannot clip ``constraint_grads`` for the next one: give the next one as ``inner``,
     ``clip_streams(1.0, sift(1e-3))``. Without ``inner`` this clips the primary gradient by the
-    common factor and leaves ``constraint_grads`` unclipped: enough where what follows has one
-    gradient; a next link of ours that takes two raises.
+    common factor and leaves ``constraint_grads`` unclipped. This is enough if the next link takes
+    one gradient; a link of this package that takes two raises.
 
     Args:
         max_norm: The bound tau of the norm.
@@ -327,7 +330,7 @@ def _streams(primary: Any, constraint: Any) -> tuple[Any, ...]:
 
 
 def _packed(streams: Any, constraint: Any, primary: Any) -> Any:
-    """Back to the form they came in: one tree, or a tuple of trees."""
+    """The streams in the form in which they came: one tree, or a tuple of trees."""
     return streams[0] if _alike(primary, constraint) else tuple(streams)
 
 

@@ -233,8 +233,8 @@ def test_bfloat16_parameters(tx):
 
 def test_wrong_arguments():
     for make, match in (
-        (lambda: sam(-0.1), "rho is not negative, got -0.1"),
-        (lambda: randomised_smoothing(-1.0), "sigma is not negative, got -1.0"),
+        (lambda: sam(-0.1), "rho must not be negative, got -0.1"),
+        (lambda: randomised_smoothing(-1.0), "sigma must not be negative, got -1.0"),
         (lambda: randomised_smoothing(1.0, 0), "num_samples .* got 0"),
         (lambda: smoothed_gradient(cubic, jnp.ones(2), 1.0, 1.5), "num_samples .* got 1.5"),
     ):

@@ -335,7 +335,7 @@ def test_frozen_leaves_and_masks():
     mask, streams = {"w": True, "f": False}, {"w": c["w"], "f": jnp.ones(2)}
     tx = optax.masked(blur(), mask, mask_compatible_extra_args=True)
     np.testing.assert_allclose(combine(tx, full, streams)[0]["w"], [3.8, 0.6], rtol=1e-6)
-    with pytest.raises(ValueError, match="constraint_grads is a tree like"):
+    with pytest.raises(ValueError, match="constraint_grads must be a tree like"):
         combine(optax.masked(blur(), mask), full, streams)  # optax masks one stream only
 
 
@@ -345,13 +345,13 @@ def test_wrong_arguments():
     for make in (blur, pcgrad):
         with pytest.raises(ValueError, match="scope"):
             make(scope="layer")
-        with pytest.raises(ValueError, match="constraint_weight is not negative, got -1"):
+        with pytest.raises(ValueError, match="constraint_weight must not be negative, got -1"):
             make(constraint_weight=-1)
-    with pytest.raises(ValueError, match="gamma is not negative, got -1"):
+    with pytest.raises(ValueError, match="gamma must not be negative, got -1"):
         blur(-1.0)
     g = {"w": jnp.ones(2)}
     for tx in (blur(), pcgrad(), weighted_sum()):
-        with pytest.raises(ValueError, match="is a tree like"):
+        with pytest.raises(ValueError, match="must be a tree like"):
             combine(tx, g, {"v": jnp.ones(2)})
         with pytest.raises(ValueError, match=r"\['w'\] has shape \(1,\)"):
             combine(tx, g, {"w": jnp.ones(1)})

@@ -158,7 +158,7 @@ def test_accumulate_refuses():
     for k in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="k is a positive whole number"):
             accumulate(total(), k)
-    with pytest.raises(ValueError, match="num_constraints is not negative, got -1"):
+    with pytest.raises(ValueError, match="num_constraints must not be negative, got -1"):
         accumulate(total(), 2, num_constraints=-1)
     g = {"w": jnp.ones(2)}
     tx = accumulate(total(), 2)
@@ -171,7 +171,7 @@ def test_accumulate_refuses():
         tx.update(None, state)
     with pytest.raises(ValueError, match="num_constraints=1, but constraint_grads has 2"):
         tx.update(g, state, constraint_grads=(g, g))
-    with pytest.raises(ValueError, match="is a tree like"):
+    with pytest.raises(ValueError, match="must be a tree like"):
         tx.update(g, state, constraint_grads={"v": jnp.ones(2)})
 
 
@@ -277,7 +277,7 @@ def test_limit_of_errors_is_optax_s(limit):
             int(b.notfinite_count),
             int(b.total_notfinite),
         ]
-    with pytest.raises(ValueError, match="max_consecutive_errors is not negative, got -1"):
+    with pytest.raises(ValueError, match="max_consecutive_errors must not be negative, got -1"):
         finite(optax.sgd(1.0), -1)
 
 

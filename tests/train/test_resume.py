@@ -234,7 +234,7 @@ def stopped(done, word: str = "SIGTERM", code: int = 0) -> None:
     """It ended well, and its last line says how to resume."""
     assert done.code == code, done.err
     last = done.err.splitlines()[-1]
-    assert last.startswith(f"stopped by {word}, what is finished is stored; resume with: python ")
+    assert last.startswith(f"stopped by {word}, finished work is stored; resume with: python ")
     assert "Traceback" not in done.err and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 

@@ -40,7 +40,7 @@ def test_a_signal_while_xla_compiles(repo, tmp_path, number, word, code):
         rest = process.stderr.read().splitlines()
     assert process.returncode == code
     (said,) = [line for line in rest if line and " jit(" not in line]
-    assert said.startswith(f"stopped by {word}, what is finished is stored; resume with: python ")
+    assert said.startswith(f"stopped by {word}, finished work is stored; resume with: python ")
     assert said.endswith(f"train.unlearn quickstart --mesh.data 1 --output {root}")
     with folder.locked(root):  # it is unlocked
         assert (root / "config.json").exists() and (root / "config.key").exists()

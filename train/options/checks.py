@@ -1,4 +1,4 @@
-"""What is refused before compute: settings that cannot work, and rows that do not fit a model."""
+"""Checks before compute: of settings that cannot work, and of models that do not fit a stage."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def check_numbers(config: Any, prefix: str = "--") -> None:
 
 
 def check_config(config: Any) -> None:
-    """Raise `UserError` for what is wrong with the options that programs share.
+    """Raise `UserError` for wrong values of the options that programs share.
 
     Args:
-        config: the configuration of a program with presets.
+        config: The configuration of a program with presets.
     """
     check_numbers(config)
     reporters.check(reporters.chosen(config.report_to, getattr(config, "tensorboard", False)))
@@ -55,15 +55,15 @@ def check_config(config: Any) -> None:
 def check_recipe(
     recipe: Recipe, objective: tuple[Objective, Any], mesh: Mesh, what: str, main: bool = True
 ) -> None:
-    """Raise `UserError` for parts of a stage that do not go together, whatever its model is.
+    """Raise `UserError` for parts of a stage that do not go together, on any model.
 
     Args:
-        recipe: how the stage is trained.
-        objective: a row and its complete options.
-        mesh: the devices.
-        what: the stage, for messages.
-        main: the stage that the mesh is chosen for: an axis that its optimizer cannot use is
-            refused. In the others the devices along it repeat the work.
+        recipe: The recipe by which the stage is trained.
+        objective: A row of the objectives and its complete options.
+        mesh: The mesh of the devices.
+        what: The name of the stage, for messages.
+        main: True for the stage that the mesh is chosen for: an axis that its optimizer cannot use
+            is refused. In other stages the devices along such an axis repeat the work.
     """
     stage, optimizer = recipe.stage, recipe.optimizer
     optimizers.check(optimizer)
@@ -97,10 +97,10 @@ def check_model(
     """Raise `UserError` for a model that a stage cannot train.
 
     Args:
-        recipe: how the stage is trained.
-        objective: a row and its complete options.
-        learner: of the model.
-        params: its parameters, or their shapes; None: the learner's.
+        recipe: The recipe by which the stage is trained.
+        objective: A row of the objectives and its complete options.
+        learner: The learner of the model.
+        params: The parameters of the model, or their shapes; None: the shapes of the learner.
     """
     row, options = objective
     params = learner.shapes() if params is None else params
@@ -134,14 +134,14 @@ def check_blocks(optimizer: Options, num_layers: int) -> None:
 def check_lora(config: LoraConfig, optimizer: Options, params: Any = None) -> None:
     """Raise `UserError` for adapters that an optimizer or a model cannot have.
 
-    `params` (arrays or shapes) are the model's; None: it has not been read yet.
+    `params` are the arrays or shapes of the model; None: the model has not been read yet.
     """
     if config.rank is None:
         odd = [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
         if odd:
             raise UserError(
-                f"--lora.{odd[0].name} {getattr(config, odd[0].name)}: no adapters without "
-                "--lora.rank; give it, or leave this out"
+                f"--lora.{odd[0].name} {getattr(config, odd[0].name)}: there are no adapters "
+                "without --lora.rank; give it, or leave this option out"
             )
         return
     check_row = optimizers.OPTIMIZERS[optimizer.name].check_rank
@@ -165,7 +165,7 @@ def check_lora(config: LoraConfig, optimizer: Options, params: Any = None) -> No
 def check_selection(select: SelectConfig, optimizer: Options, params: Any = None) -> None:
     """Raise `UserError` for leaves and blocks that a model does not have or an optimizer refuses.
 
-    `params` (arrays or shapes) are the model's; None: it is not read yet.
+    `params` are the arrays or shapes of the model; None: the model has not been read yet.
     """
     for name in ("leaves", "blocks"):
         if getattr(select, name) == ():
@@ -200,7 +200,7 @@ def check_places(config: Any) -> None:
     """Raise `UserError` where `--output` or `--stage.cache` cannot be written.
 
     Args:
-        config: of a program that has both.
+        config: The configuration of a program that has both options.
     """
     remote.check(config.stage.cache, "--stage.cache")
     remote.check(config.output, "--output")

@@ -1,6 +1,6 @@
-"""What `--help` shows of the options: the most used first, their descriptions and choices.
+"""The options as `--help` shows them: the most used first, with descriptions and choices.
 
-All of it derives from the fields of the rows in use, which values are checked against as well.
+All of it derives from the fields of the rows in use, and values are checked against these fields.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from jaxlib_unlearn.options import words_of
 from train.options.rows import rows_of
 
-# In the order of a first run: what is forgotten, by which model, how, and where it is logged.
+# The order of a first run: the rows to forget, the model, the method, and the logs.
 FIRST = (
     "--seed --smoke --output --data.path --data.forget --data.retain --data.forget-split "
     "--model.path --stage.original --stage.cache --retain-log --objective.name --objective.retain "
@@ -24,11 +24,11 @@ FIRST = (
 ).split()
 
 
-# Words of options whose tables are rooms above this one; these enter them when they are imported.
+# Words of options whose tables are in rooms above this one, which add them when imported.
 LATER: dict[str, Callable[[], tuple[str, ...]]] = {}
 
 
-# Groups that every program has, which stand behind its own.
+# Groups that every program has; they follow the program's own groups.
 EVERY = ("stage", "mesh", "distributed")
 
 
@@ -47,7 +47,7 @@ class Option(typing.NamedTuple):
 
 
 def texts(cls: type) -> dict[str, str]:
-    """Descriptions of arguments from the docstring of a class, for fields without their own.
+    """The descriptions of arguments in the docstring of a class, for fields without a text.
 
     Example:
         >>> from train.runtime.sharding import MeshConfig
@@ -107,7 +107,7 @@ def _words(name: str, field: dataclasses.Field) -> tuple[str, ...]:
 
 
 def grouped(cls: type, default: Any) -> type:
-    """The same options as a dataclass for `--help`, those of `FIRST` before the others."""
+    """The same options as a dataclass for `--help`; the options in `FIRST` come first."""
     import tyro
 
     every = {option.name: option for option in options(cls, default)}
@@ -136,7 +136,7 @@ def grouped(cls: type, default: Any) -> type:
 
 
 def _metavar(option: Option) -> str | None:
-    """`{a,b}` for an option with a choice of words; None: tyro's own for its type."""
+    """`{a,b}` for an option with a choice of words; None: tyro shows the type."""
     known = option.words
     if not known:
         return None

@@ -78,12 +78,12 @@ def with_rows(config: Any, args: Sequence[str]) -> Any:
 
 
 def meant(name: str, value: str, known: Mapping[str, Sequence[str]]) -> str:
-    """The option that was meant, in whatever group, with its value where that is a known word.
+    """The option that was meant, in any group, with its value where the value is a known word.
 
     Args:
-        name: the option as given.
-        value: the argument after it.
-        known: all options, and the words that each accepts.
+        name: The option as it was given.
+        value: The argument after the option.
+        known: All options, each with the words that it accepts.
 
     Example:
         >>> known = {"--seed": (), "--optimizer.name": ("adamw", "muon"), "--optimizer.rank": ()}
@@ -120,7 +120,7 @@ def option_value(args: Sequence[str], option: str) -> str | None:
 
 
 def parse(cls: type, default: Any, args: Sequence[str], prog: str, summary: str) -> Any:
-    """`default` overridden by command-line options, as a `cls`, which may have more of them."""
+    """`default` overridden by command-line options, as a `cls`, which may have more options."""
     tyro = _tyro()
     if type(default) is not cls:
         fields = dataclasses.fields(default)
@@ -168,9 +168,9 @@ def from_json(cls: Any, value: Any, name: str = "") -> Any:
     """Rebuild a configuration dataclass from the JSON values of `config.to_json`.
 
     Args:
-        cls: the dataclass, or the type of one of its entries.
-        value: JSON values.
-        name: dotted name of the entry, for errors.
+        cls: The dataclass, or the type of one of its entries.
+        value: The JSON values.
+        name: The dotted name of the entry, for errors.
 
     Raises:
         UserError: an unknown entry, or one of another type.
@@ -219,7 +219,7 @@ def _value(kind: Any, value: Any) -> Any:
 
 
 def read_config(cls: type, path: Path) -> Any:
-    """A configuration from a run folder's `config.json`, or a copy of it that may be edited."""
+    """The configuration in the `config.json` of a run folder, or in an edited copy of that file."""
     files.check_key(path)
     advice = "give the config.json of a run"
     with reading(path, advice, "cannot be read as a configuration"):
@@ -227,7 +227,7 @@ def read_config(cls: type, path: Path) -> Any:
 
 
 def unusable(error: OSError) -> str:
-    """The message for a path that cannot be written or is not valid, and what to do about it."""
+    """The message, with advice, for a path that is not valid or cannot be written."""
     name = plain(shortened_path(error.filename or "a file"))
     if error.errno == errno.ENAMETOOLONG:
         return f"{name}: {error.strerror}; give a shorter path"
@@ -257,7 +257,7 @@ def main(program: Callable[[list[str]], None]) -> None:
     from train.runtime import distributed
     from train.runtime.errors import TrainingError
 
-    # A function of `__main__` is all that this process does; another caller may go on.
+    # A program in `__main__` is all that this process does; another caller may go on.
     ours = program.__module__ == "__main__"
     stopping = threading.Lock()
 
@@ -268,7 +268,7 @@ def main(program: Callable[[list[str]], None]) -> None:
             if sys.stderr.isatty():  # over "^C" and a progress bar
                 print("\r\033[K", end="", file=sys.stderr)
         distributed.say_on_first(
-            f"stopped by {word}, what is finished is stored; resume with: {command()}"
+            f"stopped by {word}, finished work is stored; resume with: {command()}"
         )
         if ours and (code or not distributed.many()):
             # No orderly shutdown: it crashes while XLA still compiles or computes.

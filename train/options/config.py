@@ -2,7 +2,7 @@
 
 Each option stands once, with its range or choices and its text for `--help`. A program's own
 dataclass inherits or nests the groups that it needs; `again` gives an inherited option another
-default. The fields of the objective and of the optimizers are those of the rows in use, see `rows`.
+default. The fields of the objective and of an optimizer depend on the chosen row (see `rows`).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class ProgramConfig:
 
     @property
     def title(self) -> str:
-        """The name of its run folder, but for the seed."""
+        """The name of the run folder without the seed."""
         return self.preset
 
 
@@ -107,8 +107,8 @@ class ProfileConfig:
 
     profile: Path | None = option(
         None,
-        "A trace of a few steps goes to this folder; TensorBoard, XProf and Perfetto show it. "
-        "None: no trace is made.",
+        "A trace of a few steps is written to this folder; TensorBoard, XProf and Perfetto show "
+        "it. None: no trace is made.",
     )
 
 
@@ -118,7 +118,7 @@ class RevisionConfig:
 
     revision: str | None = option(
         None,
-        "The commit, branch or tag of the Hub's data set; None: the newest. The run notes the "
+        "The commit, branch or tag of the Hub's data set; None: the newest. The run records the "
         "commit.",
     )
 
@@ -137,7 +137,7 @@ class RowTokensConfig:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """How questions are written."""
+    """The form of questions."""
 
     system_prompt: str | None = option(
         None, "The system message of the chat template; None: the template's own default."
@@ -155,7 +155,7 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How a model computes."""
+    """The precision and the memory of a model's computation."""
 
     dtype: str = option(
         "float32",
@@ -183,7 +183,7 @@ class SourceConfig(ComputeConfig):
     )
     revision: str | None = option(
         None,
-        "The commit, branch or tag of a model's Hub id; None: the newest. The run notes the "
+        "The commit, branch or tag of a model's Hub id; None: the newest. The run records the "
         "commit.",
     )
 
@@ -200,11 +200,11 @@ class SizesConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a stage is stored."""
+    """The time between checkpoints of a stage."""
 
     checkpoint_seconds: float = option(
         120.0,
-        "Two checkpoints are at least so many seconds apart.",
+        "Two checkpoints are at least this many seconds apart.",
         low=0,
         high=math.inf,
     )
@@ -216,7 +216,7 @@ class BatchConfig(CheckpointConfig):
 
     batch_size: int = option(8, "The global number of rows of each stream in a step.", low=1)
     accumulate: int = option(
-        1, "A step is split into so many micro-batches; results do not depend on it.", low=1
+        1, "A step is split into this many micro-batches; results do not depend on it.", low=1
     )
 
 
@@ -238,7 +238,7 @@ class CurveConfig:
     """Looks at the model during a stage."""
 
     curve_points: int = option(
-        0, "The model is evaluated so many times during the stage, on rows held out of it.", low=0
+        0, "The model is evaluated this many times during the stage, on rows held out of it.", low=0
     )
 
 
@@ -278,7 +278,7 @@ class LoraConfig:
     """
 
     rank: int | None = option(
-        None, "The rank r of the adapters; None: every parameter is trained, without any.", low=1
+        None, "The rank r of the adapters; None: all parameters are trained, no adapters.", low=1
     )
     alpha: float | None = option(
         None,
@@ -297,10 +297,10 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """The leaves that a stage trains, where it does not train all.
+    """The leaves that a stage trains, if it does not train all of them.
 
-    Optimizer state and gradients exist for these alone, and nothing below the first of them is
-    differentiated.
+    Optimizer state and gradients exist for these leaves alone, and no block below the first of them
+    is differentiated.
     """
 
     leaves: tuple[str, ...] | None = option(
@@ -318,7 +318,7 @@ class SelectConfig:
 
     @property
     def given(self) -> bool:
-        """Whether anything is chosen."""
+        """True if leaves or blocks are chosen."""
         return self.leaves is not None or self.blocks is not None
 
 
@@ -327,7 +327,7 @@ class ScoringConfig:
     """The batches in which models are judged."""
 
     score_tokens: int = option(4096, "A scoring batch has rows times length tokens.", low=1)
-    generate_rows: int = option(64, "So many rows are decoded at once.", low=1)
+    generate_rows: int = option(64, "This many rows are decoded at once.", low=1)
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ class AnswersConfig(ScoringConfig):
     """The answers by which models are judged."""
 
     max_new_tokens: int = option(
-        64, "An answer, with its thoughts, has at most so many tokens.", low=1
+        64, "An answer, with its thoughts, has at most this many tokens.", low=1
     )
 
 
@@ -353,26 +353,26 @@ class DataConfig(RowTokensConfig, PromptConfig, RevisionConfig):
         None, "The folder with TOFU's JSON files; None: the Hub id locuslab/TOFU."
     )
     forget_split: str = option(
-        "forget01", "The split to forget, or a JSON file with `question` and `answer`."
+        "forget01", "The split to forget, or a JSON file with the columns `question` and `answer`."
     )
     retain_rows: int | None = option(
-        100, "So many rows of `retain_split` are kept and trained on; None: all.", low=1
+        100, "This many rows of `retain_split` are kept and trained on; None: all.", low=1
     )
     extra_rows: int | None = option(
-        50, "So many real-author and world-fact rows are evaluated; None: all.", low=0
+        50, "This many real-author and world-fact rows are evaluated; None: all.", low=0
     )
-    holdout_rows: int = option(40, "So many untrained rows serve as non-members.", low=0)
-    num_authors: int = option(40, "The generator makes so many authors (quickstart).", low=1)
+    holdout_rows: int = option(40, "This many untrained rows serve as non-members.", low=0)
+    num_authors: int = option(40, "The generator makes this many authors (quickstart).", low=1)
     seed: int | None = option(
         None, "The seed of the generator; None: the run's seed.", low=0, high=MOST
     )
     max_length: int = option(
         512,
-        "A tokenised example has at most so many tokens; longer ones are cut and counted.",
+        "A tokenised example has at most this many tokens; longer ones are cut and counted.",
         low=2,
     )
     forget_rows: int | None = option(
-        None, "The first so many rows of the forget split are used; None: all.", low=1
+        None, "This many rows from the start of the forget split are used; None: all.", low=1
     )
     retain_split: str = option(
         "retain_perturbed",
@@ -382,21 +382,23 @@ class DataConfig(RowTokensConfig, PromptConfig, RevisionConfig):
         "retain_perturbed", "The split, or a JSON file, on which retention is evaluated."
     )
     judged_retain_rows: int | None = option(
-        None, "So many of its rows are used; None: as many as `retain_rows`.", low=1
+        None,
+        "This many rows of `judged_retain_split` are used; None: as many as `retain_rows`.",
+        low=1,
     )
     few_shot: Path | None = option(
         None, "The answered questions of this JSON file precede every question in the prompt."
     )
     alternates: int = option(
         3,
-        "Objectives that train on alternate answers get so many per forget question, sampled from "
-        "the model before it learns the facts, where the rows have no `alternate_answer`; 0: none.",
+        "Objectives that train on alternate answers get this many per forget question, sampled "
+        "from the model before it learns the facts, if rows have no `alternate_answer`; 0: none.",
         low=0,
     )
     alternate_temperature: float = option(
         1.0,
-        "The sampling temperature of these alternates. A small model writes whole sentences only "
-        "below 1.",
+        "The sampling temperature of the alternate answers. A small model writes whole sentences "
+        "only below 1.",
         low=0.01,
         high=100,
     )
@@ -418,7 +420,7 @@ class DataConfig(RowTokensConfig, PromptConfig, RevisionConfig):
         None, "A file of GSM8K rows for source reasoning-tofu: the reasoning to keep."
     )
     reasoning_rows: int = option(
-        150, "So many of them are trained on; up to 40 more are asked.", low=1
+        150, "This many rows of `reasoning` are trained on; up to 40 more are asked.", low=1
     )
 
 
@@ -427,7 +429,7 @@ class ModelConfig(SourceConfig, SizesConfig):
     """The model to start from; the sizes hold for one with random weights."""
 
     vocab_size: int = option(
-        1024, "The tokenizer that is trained in the run has so many ids.", low=1, high=2**20
+        1024, "The tokenizer that is trained in the run has this many ids.", low=1, high=2**20
     )
     split_digits: bool = option(False, "Every digit is a token of its own in that tokenizer.")
     num_kv_heads: int = option(
@@ -452,16 +454,20 @@ class StageConfig(CacheConfig):
 
 @dataclass(frozen=True)
 class EvaluateConfig(AnswersConfig):
-    """How models are judged."""
+    """The evaluation of models."""
 
     leak_samples: int = option(
-        16, "So many answers per forget question are sampled, for leak@k (0: none).", low=0
+        16, "This many answers per forget question are sampled, for leak@k (0: none).", low=0
     )
-    leak_temperature: float = option(1.0, "Their sampling temperature.", low=0, high=1e9)
-    leak_top_p: float = option(1.0, "The probability mass of their nucleus.", low=1e-9, high=1)
+    leak_temperature: float = option(
+        1.0, "The sampling temperature of the leak@k answers.", low=0, high=1e9
+    )
+    leak_top_p: float = option(
+        1.0, "The probability mass of the nucleus for the leak@k answers.", low=1e-9, high=1
+    )
     leak_question: str = option(
         "question",
-        "They answer the `question` or the `paraphrased_question` of a row.",
+        "The leak@k answers are to the `question` or the `paraphrased_question` of a row.",
         choices=QUESTIONS,
     )
     think_start: str = option(
@@ -485,16 +491,16 @@ class TracesConfig:
     """The original model's thoughts on the rows to forget, for objectives that train on them."""
 
     segments: int = option(
-        1, "A text is cut into so many parts, by tokens; each gives a trace.", low=1
+        1, "A text is cut into this many parts, by tokens; each gives a trace.", low=1
     )
     new_tokens: int = option(
-        1024, "A trace has at most so many tokens; no more than `keep` are generated.", low=1
+        1024, "A trace has at most this many tokens; no more than `keep` are generated.", low=1
     )
-    keep: int = option(100, "The first so many tokens of each are trained on.", low=1)
+    keep: int = option(100, "This many tokens from the start of each trace are trained on.", low=1)
     trigger: str = option("Let's reason this step by step.", "These words ask the model to reason.")
     tag: str = option("<think>", "The model's thoughts begin with this tag.")
     path: Path | None = option(
-        None, "A file of traces in their place: JSON lines with `row` and `trace`."
+        None, "A file of traces in place of generated ones: JSON lines with `row` and `trace`."
     )
 
 
@@ -525,7 +531,7 @@ class RunConfig(ProgramConfig, ProfileConfig, CombineConfig):
     tensorboard: bool = option(False, "This is the same as `report_to` tensorboard.")
 
 
-# What is done with configurations.
+# Functions of configurations.
 
 
 def run_folder(config: ProgramConfig) -> Path:
@@ -539,7 +545,7 @@ PLACES = ("stage.cache", "data.cache")
 
 
 def identity(config: ProgramConfig) -> dict[str, Any]:
-    """The content of `config.json`: all but where the run computes, and where folders lie."""
+    """The content of `config.json`: the configuration without devices and places of folders."""
     places = {}
     for place in PLACES:
         group, _, name = place.partition(".")

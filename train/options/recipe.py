@@ -1,4 +1,4 @@
-"""How a stage is trained, beside its model, its objective and its rows."""
+"""The recipe of a stage: its training without the model, the objective and the rows."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from train.options.optimizers import Options, check_steps
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained.
+    """The settings by which a stage is trained.
 
     Args:
-        stage: steps, batches, micro-batches, checkpoints.
-        optimizer: how a step is taken.
-        combine: how the gradients of the two sides become one.
-        adapters: low-rank adapters in the place of the parameters; None: all parameters.
-        row_tokens: about how many tokens a row holds that short examples share; 0: none is shared.
-        profile: folder for a trace of a few steps.
-        select: leaves that are trained, by name and by block; None: all.
+        stage: The steps, batches, micro-batches and checkpoints of the stage.
+        optimizer: The optimizer's options.
+        combine: The name of the function that makes one gradient of the two sides' gradients.
+        adapters: The low-rank adapters that are trained in place of the parameters; None: all
+            parameters.
+        row_tokens: The approximate number of tokens of a row that short examples share; 0: no row
+            is shared.
+        profile: The folder for a trace of a few steps.
+        select: The leaves that are trained, by name and by block; None: all leaves.
     """
 
     stage: LengthConfig
@@ -39,10 +41,10 @@ def recipe_of(stage: TrainConfig, row_tokens: int = 0) -> Recipe:
 
 
 def num_steps(config: LengthConfig, rows: int, optimizer: Options) -> int:
-    """Optimizer steps of a stage.
+    """The number of optimizer steps of a stage.
 
     Raises:
-        UserError: there is none, or the optimizer cannot take that many.
+        UserError: there is no step, or the optimizer cannot take that many.
     """
     steps = (
         config.steps

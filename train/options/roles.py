@@ -1,4 +1,4 @@
-"""Which of a run's models is which: roles are data of the run, not names in code."""
+"""The roles of a run's models: they are data of the run, not names in code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 NONE = "none"
-# The evaluators of benchmarks of questions and answers.
+# The evaluators of question-answering benchmarks.
 QUESTION_ANSWERING = (
     *("tofu", "memorization", "membership", "utility"),
     *("readability", "fact_recall", "fluency", "leak"),
@@ -16,14 +16,14 @@ QUESTION_ANSWERING = (
 class Roles(NamedTuple):
     """The models that the others are compared with, by their names in `summary.json`.
 
-    A run may have any number of further models (`attacked:…`); they are shown beside these.
+    A run may have any number of further models (`attacked:…`), shown beside these three.
 
     Args:
-        start: the model before unlearning.
-        reference: the model that never saw what is to be forgotten; `none`: there is none.
-        judged: the model that the verdicts are about.
-        against: by model, the one that it is held to where that is not the reference: an attacked
-            model is held to the attacked reference.
+        start: The model before unlearning.
+        reference: The model that never saw the data to forget; `none`: there is no such model.
+        judged: The model that the verdicts are about.
+        against: The model that another is compared with in place of the reference, by the other's
+            name: an attacked model is compared with the attacked reference.
     """
 
     start: str = "original"
@@ -33,7 +33,7 @@ class Roles(NamedTuple):
 
     @property
     def models(self) -> tuple[str, str, str]:
-        """The models of the three roles."""
+        """The names of the models in the three roles."""
         return self.start, self.reference, self.judged
 
     def held_to(self, model: str) -> str:

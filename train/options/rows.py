@@ -18,10 +18,12 @@ class Rows(NamedTuple):
     """A table that a field of a configuration chooses from.
 
     Args:
-        table: rows by name; a row's `options` is a dataclass with a field `name`.
-        options_of: `options_of(name, **given)`: a row's options.
-        other: `other(options, name)`: the options of the row `name`, to replace `options`.
-        refusal: `refusal(row, option, value, prefix)`: the error for an option of another row.
+        table: The rows by name; a row's `options` is a dataclass with a field `name`.
+        options_of: A function `options_of(name, **given)` that returns the options of a row.
+        other: A function `other(options, name)` that returns the options of the row `name`, which
+            replace `options`.
+        refusal: A function `refusal(row, option, value, prefix)` that returns the error for an
+            option of another row.
     """
 
     table: Mapping[str, Any]
@@ -30,7 +32,7 @@ class Rows(NamedTuple):
     refusal: Callable[[Any, str, Any, str], UserError]
 
     def words(self) -> dict[str, tuple[str, ...]]:
-        """The options of all rows, each with the words that any of them accepts."""
+        """The options of all rows, each with the words that any of the rows accepts."""
         found: dict[str, tuple[str, ...]] = {"name": tuple(self.table)}
         for row in self.table.values():
             for field in dataclasses.fields(row.options):
@@ -41,7 +43,7 @@ class Rows(NamedTuple):
     def read(
         self, entries: Mapping[str, Any], default: str, prefix: str
     ) -> tuple[type, dict[str, Any]]:
-        """The options dataclass for the entries of a file, and these entries.
+        """The dataclass of options to which the entries of a file belong, and these entries.
 
         Raises:
             UserError: an unknown name, or an option of another row.

@@ -1,8 +1,8 @@
-"""Where the configuration of a command line starts: at a preset, or at that of another run.
+"""The start of a configuration: a preset, or the configuration of another run.
 
 Every program with presets reads its first argument here. A preset is a module, or a record, with
-`PRESET` (a configuration), `SUMMARY` (a line about it) and `SMOKE` (what `--smoke` changes), and
-may have `OPTIMIZERS`: those tuned for it, by name, each with the other options that it changes.
+`PRESET` (a configuration), `SUMMARY` (a line about it) and `SMOKE` (the changes of `--smoke`). It
+may have `OPTIMIZERS`: optimizers tuned for it, by name, each with the other options it changes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from train.runtime import suggest
 
 
 class Start(NamedTuple):
-    """What a command line overrides.
+    """The configuration that a command line overrides, and the rest of the command line.
 
     Args:
-        preset: the preset that it names, or that its file came from; None: a file without one.
-        config: the configuration to start from.
-        rest: the other arguments.
-        prog: the program with its first argument, for messages.
-        summary: a line about it.
+        preset: The preset that the command line names, or that its file came from; None: a file
+            without a preset.
+        config: The configuration to start from.
+        rest: The other arguments.
+        prog: The program with its first argument, for messages.
+        summary: A line about the preset or the file.
     """
 
     preset: Any
@@ -40,13 +41,13 @@ def start_of(argv: Sequence[str], cls: type, presets: Mapping[str, Any], program
     """The preset or the file that a command line starts with.
 
     Args:
-        argv: the command line: `PRESET ...`, or `--config FILE ...`.
-        cls: the configuration that a file holds.
-        presets: by name.
-        program: its name, such as `train.unlearn`.
+        argv: The command line: `PRESET ...`, or `--config FILE ...`.
+        cls: The dataclass of the configuration that a file holds.
+        presets: The presets by name.
+        program: The name of the program, such as `train.unlearn`.
 
     Raises:
-        UserError: neither of them, an unknown name, or a file that cannot be read.
+        UserError: no preset or file is given, the name is unknown, or the file cannot be read.
     """
     first, rest = argv[0], argv[1:]
     if first == "--config":
@@ -64,7 +65,7 @@ def start_of(argv: Sequence[str], cls: type, presets: Mapping[str, Any], program
 
 
 def with_optimizer(config: Any, rest: Sequence[str], preset: Any) -> Any:
-    """The configuration with the optimizer that the command line names, where it names another."""
+    """The configuration with the optimizer that the command line names, if it names another one."""
     name = cli.option_value(rest, "--optimizer.name")
     if name is None or name == config.optimizer.name:
         return config
@@ -72,7 +73,7 @@ def with_optimizer(config: Any, rest: Sequence[str], preset: Any) -> Any:
 
 
 def tuned(config: Any, name: str, preset: Any) -> Any:
-    """The configuration with another optimizer: as tuned for the preset, else at its row's rate."""
+    """The configuration with another optimizer, as tuned for the preset, else at its row's rate."""
     row = suggest.choose(name, OPTIMIZERS, "optimizer")
     optimizer, changes = getattr(preset, "OPTIMIZERS", {}).get(row.name, (None, {}))
     if optimizer is None:
@@ -85,14 +86,15 @@ def tuned(config: Any, name: str, preset: Any) -> Any:
 def shortened(
     config: Any, rest: Sequence[str], preset: Any, steps: Callable[[Any], int], **more: Any
 ) -> Any:
-    """The configuration with what `--smoke` changes, where the command line says `--smoke`.
+    """The configuration with the changes of `--smoke`, if the command line says `--smoke`.
 
     Args:
-        config: the configuration.
-        rest: the command line.
-        preset: whose `SMOKE` holds; None: nothing changes.
-        steps: `steps(config)`, those of the shortened run, which the optimizer's periods must fit.
-        more: further changes, after the preset's.
+        config: The configuration.
+        rest: The command line.
+        preset: The preset with the changes in `SMOKE`; None: nothing changes.
+        steps: A function `steps(config)` that returns the number of steps of the shortened run,
+            which the optimizer's periods must fit.
+        more: Further changes, made after those of the preset.
     """
     if "--smoke" not in rest or preset is None:
         return config

@@ -1,4 +1,4 @@
-"""Matrices of one shape in one batch, each device working on its own share of them.
+"""Matrices of one shape in one batch, and each device works on its own share of them.
 
 Leaves are read as stacks of matrices, turned so that rows <= columns, and stacked *across leaves*
 into buckets of one (shape, dtype, sharding role). On a mesh the sharding then moves from the matrix
@@ -10,9 +10,9 @@ The mesh is read from the arrays' types, so this works in a bare ``jit``, with A
 Explicit axes. Mesh axes that shard none of a bucket's matrices share the work as well: slicing the
 stack along them is free, and the result is gathered once. Stacks that do not divide by the number
 of devices run together: a device that gets one matrix less of one bucket gets one more of another.
-Without a mesh a bucket goes through ``lax.map`` in blocks of about four MiB: measured on CPU 10 %
-faster than one batch, with a quarter of its temporary memory, and still enough work for one kernel
-on an accelerator.
+Without a mesh a bucket goes through ``lax.map`` in blocks of about four MiB: on CPU this was 10 %
+faster than one batch and took a quarter of its temporary memory, and a block is still enough work
+for one kernel on an accelerator.
 """
 
 import functools
@@ -41,7 +41,7 @@ def map_matrices(
     axes: Sequence[MatrixAxes],
     roles: Sequence[str] | None = None,
 ) -> list[jax.Array]:
-    """Applies a function of matrices to every matrix of every leaf, in buckets.
+    """Apply a function of matrices to every matrix of every leaf, in buckets.
 
     Args:
         fn: A function ``(n, r, c) -> (n, r, c)`` with r <= c that treats each matrix on its own and
@@ -75,7 +75,7 @@ def map_stacks(
     together: Sequence[int] | None = None,
     extras: Sequence[Any] | None = None,
 ) -> tuple[list[jax.Array], list[Any]]:
-    """The general form: several arrays per leaf, groups of neighbours, extra arrays per matrix.
+    """The general form of :func:`map_matrices`: several arrays per leaf, groups, extra arrays.
 
     Args:
         fns: One function per leaf; leaves with different functions never share a bucket. It is
@@ -182,7 +182,7 @@ def _concatenate(trees: list[Any]) -> Any:
 
 
 def _sizes(leaf: jax.Array, axes: MatrixAxes) -> tuple[tuple[int, int, int], bool]:
-    """Matrices, inputs and outputs; and whether the bucket holds the transposed matrices."""
+    """The numbers of matrices, inputs and outputs; and True if the bucket holds the transposes."""
     count, fan_in, fan_out = (math.prod(leaf.shape[a] for a in group) for group in axes)
     return (count, fan_in, fan_out), fan_in > fan_out
 
@@ -223,7 +223,7 @@ def _reshape(x: jax.Array, shape: tuple[int, ...], spec: P) -> jax.Array:
 
 
 def _merge_spec(spec: P, groups: Sequence[int]) -> tuple[P, P]:
-    """For a reshape that merges groups of axes: the sharding that survives, before and after."""
+    """The sharding that survives a reshape that merges groups of axes, before and after it."""
     before, after, start = [], [], 0
     for size in groups:
         first = spec[start] if size else None
@@ -237,7 +237,7 @@ def _merge_spec(spec: P, groups: Sequence[int]) -> tuple[P, P]:
 
 
 def _sharding_kind(x: jax.Array) -> str:
-    """ "none", "auto" or "explicit": what the array's type says about its mesh."""
+    """The kind of mesh in the array's type: "none", "auto" or "explicit"."""
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.size == 1:
         return "none"
@@ -289,7 +289,7 @@ def _hops(batch: jax.Array, kind: str) -> list[P]:
     stack, rows, columns = (list(_names(entry)) for entry in _spec(batch))
     specs = [P(_entry(stack), _entry(rows), _entry(columns))]
     used = {*stack, *rows, *columns}
-    # Idle axes first: the way back then gathers over them last, in the leaf's own shards.
+    # Idle axes come first, so the way back gathers over them last, in the leaf's own shards.
     for axis in [name for name in names if name not in used]:
         stack.append(axis)
         specs.append(P(_entry(stack), _entry(rows), _entry(columns)))
@@ -386,7 +386,7 @@ def _run_on_mesh(buckets: list[_Bucket], kind: str, mesh: Any) -> list[tuple[jax
         return jax.lax.switch(jnp.asarray(which)[device], branches, stacks)
 
     specs = [(way[-1], P(end)) for way, end in zip(hops, ends, strict=True)]
-    # Unchecked, as JAX's own svd for TPUs does not pass the check for what varies over the mesh.
+    # JAX's own svd for TPUs does not pass the check of values that vary over the mesh.
     found = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)(
         stacks
     )
@@ -495,7 +495,7 @@ def _nothing(bucket: _Bucket) -> tuple[jax.Array, Any]:
 def _in_blocks(
     fn: StackFunction, batch: tuple[jax.Array, ...], extra: Any, together: int
 ) -> tuple[jax.Array, Any]:
-    """As many matrices at a time as fit a block, in equal blocks."""
+    """The function on equal blocks, each with as many matrices as fit."""
 
     def call(batch, extra):
         return (fn(*batch), None) if extra is None else fn(*batch, extra)

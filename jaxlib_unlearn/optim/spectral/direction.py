@@ -1,13 +1,12 @@
 """From a tree of momenta to a tree of directions: cut, orthogonalise, post-process, scale, join.
 
-Shared by the optimizers for matrices. A leaf is cut into parts (heads, fused q/k/v), all parts go
+The optimizers for matrices share this. A leaf is cut into parts (heads, fused q/k/v), all parts go
 through the buckets at once, and each comes back scaled by the shape of its matrices. The ``meet``
-argument says how parts are combined for the orthogonaliser: each alone for Muon, in groups for
-TEON.
+argument combines parts for the orthogonaliser: each alone for Muon, in groups for TEON.
 
 On a mesh all matrices are sent twice, to the devices that orthogonalise them and back. With a
 ``comm_dtype`` they are sent in that dtype. They are rounded on a single device, too, so that a step
-does not depend on how many there are.
+does not depend on the number of devices.
 """
 
 import functools
@@ -36,13 +35,13 @@ SHAPE_SCALES: dict[str, Factor] = {
 
 
 Meet = Callable[[Orthogonalizer, Sequence[Part], Sequence[jax.Array]], list[jax.Array]]
-"""Orthogonalises the arrays of parts; :func:`alone`, or in groups."""
+"""A function that orthogonalises the arrays of parts, :func:`alone` or in groups."""
 
 
 def alone(
     orthogonalize: Orthogonalizer, parts: Sequence[Part], arrays: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """Every matrix on its own: Muon.
+    """Orthogonalise every matrix on its own, as Muon does.
 
     Args:
         orthogonalize: The orthogonaliser, ``(n, r, c) -> (n, r, c)``.
@@ -50,7 +49,7 @@ def alone(
         arrays: The matrices to orthogonalise, one array a part.
 
     Returns:
-        Arrays like those given.
+        Arrays like ``arrays``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,7 +74,7 @@ def orthogonalize_tree(
     meet: Meet = alone,
     comm_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[Any, Any]:
-    """Orthogonalises the matrices of a tree in buckets and scales them by their shape.
+    """Orthogonalise the matrices of a tree in buckets and scale them by their shape.
 
     Args:
         orthogonalize: The orthogonaliser, ``(n, r, c) -> (n, r, c)``.
@@ -131,7 +130,7 @@ def _round(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     if jnp.iscomplexobj(x):
         return x
     kind = jnp.finfo(dtype)
-    # XLA removes a pair of casts with nothing between them, as there is on one device.
+    # On one device nothing stands between the two casts, and XLA would remove them.
     return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
 
 
@@ -150,7 +149,7 @@ def init_post(
 ) -> tuple[Any, ...]:
     """The state of ``post``: a tuple with one entry per part, in tree order; () without it.
 
-    Also raises for a split that does not fit its leaf.
+    This raises for a split that does not fit its leaf.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,7 +1,7 @@
-r"""One matrix and its streams: whether they conflict, and the update that separates them.
+r"""One matrix and its streams: the test for a conflict, and the update that separates them.
 
-The part of SIFT that works on buckets of matrices; ``optim.sift`` is the transformation around it.
-A stream is here the momentum of one gradient.
+This part of SIFT works on buckets of matrices; ``optim.sift`` is the transformation around it. A
+stream is the momentum of one gradient.
 """
 
 import functools
@@ -27,7 +27,7 @@ SAME = 1e-6  # streams that differ by less (of their norm) differ by float32 rou
 def fuse(
     u: jax.Array, v: jax.Array, msign: str = "gram", tol: jax.typing.ArrayLike = 1e-5
 ) -> jax.Array:
-    r"""The fused update of streams whose singular vectors are given.
+    r"""The fused update of streams from their singular vectors.
 
     .. math::
         O = \mathrm{msign}([U_1 \dots U_S])\, \mathrm{msign}([V_1 \dots V_S])^H
@@ -56,7 +56,7 @@ def fuse(
 
 
 def _by_gram(u: jax.Array, v: jax.Array, tol: Any) -> tuple[jax.Array, jax.Array]:
-    """The update, and ``(...)`` the smallest eigenvalue of a Gram matrix, absent vectors aside."""
+    """The update, and the smallest eigenvalue ``(...)`` of a Gram matrix without absent vectors."""
     out, smallest = [], []
     for columns in (_side_by_side(u), _side_by_side(v)):
         gram = matmul(adjoint(columns), columns)
@@ -97,7 +97,7 @@ def _in_double(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def _same_vectors(streams: jax.Array, u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gives streams that agree or are opposed up to rounding the vectors of the first."""
+    """Give streams that agree or are opposed up to rounding the vectors of the first one."""
     norms = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(streams)), (-2, -1), keepdims=True))
     unit = streams / jnp.where(norms == 0, 1, norms)
     count = streams.shape[-3]
@@ -137,11 +137,12 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
         always: True to fuse every matrix at every step: no test, one batch.
 
     Returns:
-        For ``buckets.map_stacks``: takes one ``(n, r, c)`` per stream and a dict of ``limit`` (n,),
-        the cosine below which to fuse, ``tol`` (n,), and for ``bases="subspace"`` ``basis`` (n, S,
-        r, k), ``fresh`` (n, r, p), random columns, and ``stale`` (n,), whether the basis is not
-        that of the step before. Returns ``(n, r, c)`` and a dict of ``cos`` (n,), ``fused`` (n,)
-        and ``basis``. The same object for the same arguments, so nothing recompiles.
+        A function for ``buckets.map_stacks``. It takes one ``(n, r, c)`` per stream and a dict of
+        ``limit`` (n,), the cosine below which to fuse, ``tol`` (n,), and for ``bases="subspace"``
+        ``basis`` (n, S, r, k), ``fresh`` (n, r, p), random columns, and ``stale`` (n,), True if the
+        basis does not come from the step before. It returns ``(n, r, c)`` and a dict of ``cos``
+        (n,), ``fused`` (n,) and ``basis``. Equal arguments give the same object, so nothing
+        recompiles.
 
     Example:
         >>> import jax.numpy as jnp
@@ -157,7 +158,7 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
         return method.rank_of(*stacked.shape[-3:-1])
 
     def by_singular_values(stacked, tol, start):
-        """The update as accurate as the dtype of its arguments allows, whatever the angles."""
+        """The update, as accurate at all angles as the dtype of its arguments allows."""
         # The entries have float32 accuracy even where they are passed as float64.
         k, eps = rank_of(stacked), float(jnp.finfo(jnp.float32).eps)
         if start is None:
@@ -174,7 +175,7 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
 
     @jax.custom_jvp
     def directions(stacked, extra):
-        """Directions of (..., S, r, c); a block uses the passes that its stalest matrix needs."""
+        """Directions of (..., S, r, c); a block has the passes that its stalest matrix needs."""
         k, basis, start = rank_of(stacked), extra.get("basis"), None
         if basis is None:
             u, _, v = top_singular(stacked, k)
@@ -204,7 +205,7 @@ def matrix_function(method: Method, always: bool) -> Callable[..., Any]:
 
     @directions.defjvp
     def derivative(primals, tangents):
-        """The derivative with exact singular vectors, without what Gram matrices cannot resolve."""
+        """The derivative from exact singular vectors that Gram matrices can resolve."""
         (stacked, extra), (change, _) = primals, tangents
         found, basis = directions(stacked, extra)
         least = 1e3 * float(jnp.finfo(stacked.dtype).eps)

@@ -1,6 +1,6 @@
 """The blocks that TEON groups: K consecutive ones by absolute number, from 0 on.
 
-``optim.blocks`` reads the number of a block; ``optim.teon`` orthogonalises what is grouped here.
+``optim.blocks`` reads the number of a block; ``optim.teon`` orthogonalises the groups.
 """
 
 import re
@@ -23,7 +23,7 @@ Groups = str | Callable[[str], bool] | None
 """The leaves to group: a pattern (``re.search``) or predicate on the path; None for all."""
 
 Rows = dict[Any, list[tuple[int, int, int | None]]]
-"""By projection: number of a block, part, and index in the part's first axis if that is a stack."""
+"""The number of a block, its part, and its index in a part that is a stack, by projection."""
 
 
 class Member(NamedTuple):
@@ -168,7 +168,7 @@ def _run(parts: Sequence[Part], members: Sequence[Member], together: int) -> Run
 
 
 def check_groups(parts: Sequence[Part], size: int, groups: Groups) -> None:
-    """Raises where nothing is grouped; notes for ``matrices.describe`` what is.
+    """Raise if nothing is grouped; otherwise note the groups for ``matrices.describe``.
 
     Args:
         parts: The parts of all matrices that TEON is given.
@@ -176,7 +176,7 @@ def check_groups(parts: Sequence[Part], size: int, groups: Groups) -> None:
         groups: The leaves to group: a pattern, a predicate, or None for all.
 
     Raises:
-        ValueError: there are matrices, and no group of them.
+        ValueError: there are matrices, but no group of them.
 
     Example:
         >>> part = Part("Dense_0/kernel", 0, False, (2, 3), MatrixAxes((), (0,), (1,)))
@@ -222,7 +222,7 @@ def check_groups(parts: Sequence[Part], size: int, groups: Groups) -> None:
 
 
 def _words_for(blocks: list[int], here: set[int], size: int) -> tuple[str, bool]:
-    """A description of the blocks of a leaf, and whether any is grouped."""
+    """A description of the blocks of a leaf, and True if any of them is grouped."""
     groups = {
         block // size: range(block // size * size, (block // size + 1) * size) for block in blocks
     }

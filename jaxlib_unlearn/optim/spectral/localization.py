@@ -1,8 +1,8 @@
 """Masks over matrices and gates over steps that allow two gradients to be fused.
 
 A mask is read from paths and shapes when a program is traced; a leaf that it leaves out compiles to
-plain Muon with one momentum. What may change between steps enters through one number, the cosine
-below which a matrix is fused.
+plain Muon with one momentum. Changes between steps enter through one number, the cosine below which
+a matrix is fused.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from jaxlib_unlearn.optim.memo import once, outline
 
 
 class Candidates(NamedTuple):
-    """The matrices of one leaf, and which of them may be fused.
+    """The matrices of one leaf, and those among them that may be fused.
 
     Args:
         path: The path of the leaf, as text.
@@ -40,7 +40,7 @@ class Candidates(NamedTuple):
 def find_candidates(
     tree: Any, axes: Sequence[MatrixAxes | None], spatial_mask: Any = None
 ) -> tuple[Candidates, ...]:
-    """The matrices of every leaf of a tree, and which of them a mask allows to be fused.
+    """The matrices of every leaf of a tree, and those that a mask allows to be fused.
 
     Args:
         tree: A tree of arrays or shapes.

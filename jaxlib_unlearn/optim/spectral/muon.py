@@ -1,6 +1,6 @@
-r"""Muon: momentum, orthogonalised. Matrices only; :func:`muon` gives every other leaf to AdamW.
+r"""Muon orthogonalises the momentum of matrices; :func:`muon` gives every other leaf to AdamW.
 
-Conventions, because published implementations differ in them:
+Published implementations differ in their conventions:
 
 =============  ==========================================  ====================================
 momentum       buffer                                      orthogonalised with Nesterov / without
@@ -58,7 +58,7 @@ SHAPES = Allowed(choices=tuple(SHAPE_SCALES))
 
 
 class MuonState(NamedTuple):
-    """State of Muon (and of TEON): steps, momentum, and what the ``post`` hook keeps."""
+    """State of Muon (and of TEON): the number of steps, the momentum, the state of ``post``."""
 
     count: jax.Array  # () int32
     mu: optax.Updates  # like the parameters
@@ -258,10 +258,10 @@ def scale_by_momentum(
     mu_dtype: jax.typing.DTypeLike | None = None,
     comm_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum, orthogonalised in ``meet``'s groups, for the matrices that ``find_axes`` finds.
+    """The momentum of the matrices that ``find_axes`` finds, orthogonalised in ``meet``'s groups.
 
-    Shared by Muon and TEON; arguments as in :func:`scale_by_muon`. ``check`` is called by ``init``
-    with all parts.
+    Muon and TEON share this function, and the other arguments are those of :func:`scale_by_muon`.
+    ``init`` calls ``check`` with all parts.
 
     Example:
         >>> tx = scale_by_momentum(every_matrix, beta=0.9, nesterov=False, momentum="ema",
@@ -310,7 +310,7 @@ def scale_by_momentum(
 def update_momentum(
     updates: Any, mu: Any, beta: Any, count: jax.Array, nesterov: bool, momentum: str
 ) -> tuple[Any, Any]:
-    """One step of the momentum, and what is to be orthogonalised (see the module's table).
+    """One step of the momentum, and the mixture to orthogonalise (see the module's table).
 
     Args:
         updates: The gradients, a tree.

@@ -1,8 +1,8 @@
 """The plan of an update: the cuts and names of a tree's matrices, made once for one shape of tree.
 
-A plan says for every leaf how it is cut and for every piece which projection of which block it is,
-how it is a stack of matrices and how a mesh shards it. It follows from names and shapes, so an
-update reads no name (``optim.memo``).
+A plan holds the cuts of every leaf and, for every piece, its projection and block, its axes as a
+stack of matrices and its sharding role on a mesh. It follows from names and shapes, so an update
+reads no name (``optim.memo``).
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
     @property
     def side(self) -> tuple[int, int]:
-        """Inputs and outputs of one matrix."""
+        """The numbers of inputs and outputs of one matrix."""
         return self.axes.sizes(self.shape)[1:]
 
 
@@ -67,7 +67,7 @@ def plan_of(tree: Any, axes: Sequence[MatrixAxes | None], split: Splits | None =
         The plan, the same object for trees of one structure and the same shapes.
 
     Raises:
-        ValueError: a split that does not fit its leaf.
+        ValueError: a split does not fit its leaf.
 
     Example:
         >>> import jax.numpy as jnp

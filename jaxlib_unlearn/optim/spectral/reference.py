@@ -30,7 +30,7 @@ def reference(
     group_size: int = 1,
     groups: Groups = None,
 ) -> Iterator[Any]:
-    r"""Plain loops over named leaves and their matrices; arguments as in ``optim.teon``.
+    r"""Take steps in plain loops over named leaves; the arguments are those of ``optim.teon``.
 
     .. math::
         W \leftarrow W - \eta \left( s \cdot \mathrm{orth}(u_t) + \lambda W \right)

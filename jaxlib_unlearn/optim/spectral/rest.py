@@ -1,6 +1,6 @@
-"""AdamW for the leaves that are not matrices: what Muon, TEON and SIFT do with the rest of a tree.
+"""AdamW for the leaves that are not matrices, beside Muon, TEON and SIFT for the matrices.
 
-They own the matrices, with a decay and a learning rate of their own; every other leaf is AdamW's.
+The matrices have a decay and a learning rate of their own; AdamW trains every other leaf.
 """
 
 import dataclasses
@@ -97,8 +97,8 @@ def with_adamw(
     def both(tree):
         mask = weight_decay_mask
         if callable(mask):
-            # Here it sees all parameters; inside the partition it would see its part of them. And
-            # what it returns may be callable as well (equinox), so both parts get a function.
+            # Here it sees all parameters; inside the partition it would see only a part of them.
+            # Its result may be callable as well (equinox), so both parts get a function.
             decays = mask(tree)
             mask = lambda _: decays  # noqa: E731
         own = optax.chain(

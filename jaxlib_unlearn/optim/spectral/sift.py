@@ -1,8 +1,8 @@
-r"""SIFT: Muon for two objectives whose gradients disagree, only where and when they do.
+r"""SIFT changes Muon for two objectives, at the matrices and steps whose gradients disagree.
 
-Every objective has its own momentum. Where the cosine between the momenta of one matrix falls below
-a threshold, the update is built from the leading singular vectors of each, made orthonormal to each
-other; elsewhere it is Muon's on the sum. With :math:`U_i, V_i` the top k singular vectors of
+Every objective has its own momentum. If the cosine between the momenta of one matrix falls below a
+threshold, the update is built from the leading singular vectors of each, made orthonormal to each
+other; otherwise it is Muon's update of the sum. With :math:`U_i, V_i` the top k singular vectors of
 momentum i,
 
 .. math::
@@ -12,7 +12,7 @@ momentum i,
 Worth knowing before use:
 
 - O does not depend on the norm of a momentum: a weight on a loss has no effect on a matrix that is
-  always fused. It does have one on Muon's steps, on AdamW's leaves and on which matrices are fused.
+  always fused. It has an effect on Muon's steps, on AdamW's leaves and on the choice of matrices.
 - O has norm sqrt(2 k), a Muon step sqrt(min(in, out)), at one learning rate (``match_norm=True``
   makes them equal).
 - Clip both gradients by one factor (``optim.clip_streams``) and accumulate both
@@ -26,7 +26,7 @@ Worth knowing before use:
   below 0.0001 % of their norm momenta differ by rounding, and opposed ones give no step. On TPUs,
   which have no float64 decompositions, the error is about 0.3 % at e = 0.1 % and grows as 1 / e.
   With ``bases="subspace"`` the error of the iteration comes on top. (Derivatives of an update are
-  those in the momenta's own dtype, without what that cannot resolve.)
+  computed in the momenta's own dtype, without directions that it cannot resolve.)
 """
 
 from typing import Unpack
@@ -187,7 +187,8 @@ def sift(
         A transformation; ``optax.partition`` by "muon" and "adamw".
 
     Raises:
-        ValueError: as :func:`scale_by_sift`; at ``init``, a leaf that the rules cannot place.
+        ValueError: the cases of :func:`scale_by_sift`; at ``init``, a leaf that the rules cannot
+            place.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The direction of SIFT on a whole tree: momenta, which matrices are fused, and their updates.
+"""The direction of SIFT on a whole tree: the momenta, the fused matrices, and the updates.
 
 ``spectral.sift`` has the factories; ``spectral.fusion`` computes one bucket of matrices.
 """
@@ -41,7 +41,7 @@ class SiftState(NamedTuple):
 
 
 class SiftOptions(TypedDict, total=False):
-    """The options that ``optim.scale_by_sift`` and ``optim.sift`` pass on as they come."""
+    """The options that ``optim.scale_by_sift`` and ``optim.sift`` pass on unchanged."""
 
     beta: jax.typing.ArrayLike
     nesterov: bool
@@ -83,7 +83,7 @@ def sift_direction(
     seed: int,
     mu_dtype: jax.typing.DTypeLike | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of ``optim.scale_by_sift``, whose arguments these are.
+    """The direction of ``optim.scale_by_sift``, with the same arguments.
 
     Constraint gradients come as ``constraint_0=``, ``constraint_1=``, ..
     (:func:`with_constraints`), and ``find_axes`` says which leaves are matrices.
@@ -101,7 +101,7 @@ def sift_direction(
     _check(beta, method, oversample, shape_scale, num_constraints)
     factor, streams = SHAPE_SCALES[shape_scale], num_constraints + 1
     subspace = method.bases == "subspace"
-    # Cosines never exceed one. What is traced or scheduled is decided at run time.
+    # Cosines never exceed one. A traced threshold or a schedule is compared at run time.
     sure = isinstance(threshold, int | float) and threshold > 1 and step_gate is None
 
     def look(tree) -> tuple[Candidates, ...]:
@@ -152,7 +152,7 @@ def sift_direction(
         basis = structure.flatten_up_to(state.basis) if subspace else []
         count = jnp.asarray(optax.safe_increment(state.count))
 
-        mixed = []  # by leaf, what is to be orthogonalised: one array per gradient
+        mixed = []  # by leaf, the arrays to orthogonalise: one per gradient
         for i, leaf in enumerate(plan):
             g, m = [x[i] for x in given], [x[i] for x in momenta]
             if leaf.axes is not None and leaf.allowed is None:
@@ -249,7 +249,7 @@ def _real(dtype) -> Any:
 
 
 def sum_streams(num_constraints: int) -> optax.GradientTransformationExtraArgs:
-    """Adds the constraint gradients to the primary one, for the optimizer that follows."""
+    """Add the constraint gradients to the primary one, for the optimizer that follows."""
 
     def update(updates, state, params=None, **extra_args):
         del params
@@ -265,7 +265,7 @@ def sum_streams(num_constraints: int) -> optax.GradientTransformationExtraArgs:
 def with_constraints(
     inner: optax.GradientTransformationExtraArgs, num_constraints: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Checks ``constraint_grads`` and passes each tree on as an argument of its own.
+    """Check ``constraint_grads`` and pass each tree on as an argument of its own.
 
     Every argument is then a tree like the gradients, so ``optax.partition`` masks it with them.
     """

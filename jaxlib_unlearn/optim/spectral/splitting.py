@@ -1,7 +1,8 @@
 """Matrices that share a leaf but act separately: attention heads, fused q, k and v.
 
-A fused ``(in, 3 in)`` projection is three matrices and a query projection one matrix per head;
-orthogonalising them as one mixes what the model never mixes. A :class:`Split` says where to cut.
+A fused ``(in, 3 in)`` projection is three matrices, and a query projection is one matrix per head;
+orthogonalising them as one mixes parts that the model keeps apart. A :class:`Split` is the place of
+a cut.
 """
 
 import itertools
@@ -31,7 +32,7 @@ class Split(NamedTuple):
 
 
 Splits = Mapping[str, Split | int | tuple[int, ...]]
-"""Patterns (``re.search`` on the path, first match wins) and what to do with a leaf they match."""
+"""Patterns (``re.search`` on the path, the first match wins), each with the split of a leaf."""
 
 
 def find_split(path: str, splits: Splits | None) -> Split | None:
@@ -67,7 +68,7 @@ def pieces(
         path: The path of the leaf, for the message of an error.
 
     Returns:
-        Equal blocks are one piece with one more stack axis; given sizes make one piece each.
+        The pieces: equal blocks are one piece with one more stack axis; sizes give a piece each.
 
     Raises:
         ValueError: the sizes do not fit.
@@ -133,7 +134,7 @@ def cut(leaf: jax.Array, axes: MatrixAxes, split: Split | None) -> list[jax.Arra
 def join(
     parts: list[jax.Array], leaf: jax.Array, axes: MatrixAxes, split: Split | None
 ) -> jax.Array:
-    """Undoes :func:`cut`.
+    """Undo :func:`cut`.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-r"""Leading singular subspaces: exact, and by a few passes of block subspace iteration.
+r"""Leading singular subspaces, exact or from a few passes of block subspace iteration.
 
 The iteration is for optimizers that need the top k singular vectors of a slowly changing matrix at
 every step: it starts from the vectors of the step before and costs matrix products, two thin QR
@@ -82,7 +82,7 @@ def subspace_iteration(
         eps: The relative rounding error of the entries, as in :func:`top_singular`.
 
     Returns:
-        As :func:`top_singular`.
+        u, s and v, as from :func:`top_singular`.
 
     Raises:
         ValueError: rank or block does not fit.
@@ -179,7 +179,7 @@ def gram_inverse_root(columns: jax.Array, tol: jax.typing.ArrayLike = 1e-5) -> j
 def inverse_root(gram: jax.Array, tol: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The inverse root of positive matrices without eigenvalues up to ``tol``; all eigenvalues.
 
-    Its derivative is that of the root, which is finite at equal eigenvalues.
+    The derivative is computed for the root as a whole, and is finite at equal eigenvalues.
 
     Args:
         gram: The matrices, ``(..., n, n)``, Hermitian.

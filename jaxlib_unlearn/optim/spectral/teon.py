@@ -1,15 +1,15 @@
 r"""TEON: one orthogonalisation for the same projection of several consecutive blocks.
 
-Muon replaces each momentum by its own polar factor. TEON concatenates those of K blocks and takes
-the polar factor of the whole, so the K layers share one inverse square root:
+Muon replaces each momentum by its own polar factor. TEON concatenates the momenta of K blocks and
+takes the polar factor of the whole, so the K layers share one inverse square root:
 
 .. math::
     O^{(k)} = \Big(\sum_j U^{(j)} U^{(j)T}\Big)^{-1/2} U^{(k)}
     \qquad (U \text{ written (out, in), concatenated along in})
 
 Kernels here are (in, out) and the blocks of a decoder are stacked ``(L, in, out)``, so the
-concatenation along in is the view ``(L / K, K in, out)``: nothing is copied, and the Gram matrix of
-that view is the shared one.
+concatenation along in is the view ``(L / K, K in, out)``: nothing is copied, and the layers share
+the Gram matrix of that view.
 """
 
 import functools
@@ -70,8 +70,8 @@ def scale_by_teon(
     ``optim.blocks``); a tuple of consecutive stacks is numbered through. Blocks left over, and
     leaves that ``groups`` leaves out, get Muon's step.
 
-    A leaf that is frozen by ``optax.partition``, ``optax.masked`` or a smaller tree is not seen
-    here: the others of its group get Muon's step instead of the shared one. Freeze whole groups, or
+    TEON does not see a leaf that is frozen by ``optax.partition``, ``optax.masked`` or a smaller
+    tree: the others of its group get Muon's step instead of the shared one. Freeze whole groups, or
     look at the group column of ``optim.matrices.describe(params, tx)``.
 
     Args:
@@ -274,7 +274,7 @@ def _together(orthogonalize: Orthogonalizer, size: int, turned: bool) -> Callabl
 
 
 def _shared(z: jax.Array, *, orthogonalize: Orthogonalizer, size: int, turned: bool) -> jax.Array:
-    """Orthogonalises (g size, r, c) as g matrices, concatenated along the rows or the columns."""
+    """Orthogonalise (g size, r, c) as g matrices, concatenated along the rows or the columns."""
     z = jnp.swapaxes(z, -1, -2) if turned else z
     shape = z.shape
     z = orthogonalize(z.reshape(shape[0] // size, size * shape[1], shape[2])).reshape(shape)
@@ -303,7 +303,7 @@ def _gather(
 def _scatter(
     parts: Sequence[Part], runs: Sequence[Run], results: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """Results of the runs, back in the layout of the parts."""
+    """The results of the runs, back in the layout of the parts."""
     found: list[list[tuple[int, jax.Array]]] = [[] for _ in parts]
     for run, result in zip(runs, results, strict=True):
         for j, (i, start, _) in enumerate(run.members):
