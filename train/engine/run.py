@@ -404,6 +404,9 @@ def compute(
     return json_stage(run.folder / "computed" / f"{name}.json", key, value, run.cache)
 
 
+PLAIN = {bool, int, float, str, type(None)}
+
+
 def identity(value: Any, where: str = "input") -> Any:
     """A JSON value that identifies a value: equal for equal values, different for different ones.
 
@@ -423,6 +426,8 @@ def identity(value: Any, where: str = "input") -> Any:
     if isinstance(value, Mapping):
         return {str(k): identity(v, f"{where}[{k!r}]") for k, v in value.items()}
     if isinstance(value, list | tuple):
+        if PLAIN.issuperset(map(type, value)):  # token ids come in thousands
+            return list(value)
         return [identity(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
