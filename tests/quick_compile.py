@@ -16,7 +16,7 @@ import jax
 
 QUICK = jax.config.jax_platforms == "cpu"
 FUSIONS = ("xla_cpu_use_fusion_emitters", False)
-MODULES = ("xla_cpu_parallel_codegen_split_count", 4)  # XLA makes up to 32 of a program
+MODULES = ("xla_cpu_parallel_codegen_split_count", 1)  # XLA makes up to 32 of a program
 KEPT = 0.05  # seconds of compilation from which on a program is kept
 NEVER = 1e9
 CACHE = "jax_persistent_cache_min_compile_time_secs"
