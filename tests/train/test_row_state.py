@@ -123,6 +123,32 @@ def test_an_estimator_of_one_side_against_float64():
         check_estimators(optimizer_of("mezo"), row, options)
 
 
+def none(estimate):
+    raise AssertionError("the gradient of a side without weight is not estimated")
+
+
+@pytest.mark.parametrize("side", ["forget", "retain"])
+def test_a_side_of_weight_0_is_left_out(side):
+    """A loss that is infinite changes nothing there; a traced 0 gives the same for a finite one."""
+    batches = {n: s.batch(range(4), (), 0) for n, s in STREAMS.items()}
+    alone = {n: batch for n, batch in batches.items() if n != side}
+    spoiled = {**batches, side: {**batches[side], "point": np.full((4, 2), np.inf, np.float32)}}
+    params = {"w": jnp.array([1.0, 2.0])}
+
+    def answers(row, batches, weight):
+        options = dataclasses.replace(Bounded(), **{f"{side}_weight": weight})
+        losses = Losses(LEARNER, row, options, params, None, batches)
+        return losses.value(params), losses.grad(params), losses.look(params)
+
+    row = row_of(estimators=lambda options: {side: none})
+    want = answers(row, alone, 1.0)
+    for found in (answers(row, spoiled, 0.0), answers(row, spoiled, 0)):
+        jax.tree.map(np.testing.assert_array_equal, found, want)
+    traced = jax.jit(lambda weight: answers(row_of(), batches, weight))(0.0)
+    jax.tree.map(np.testing.assert_array_equal, traced[:2], want[:2])
+    assert f"{side}_loss" in traced[2] and f"{side}_loss" not in want[2]
+
+
 @dataclasses.dataclass(frozen=True)
 class Between(Options):
     name: str = named("between")
