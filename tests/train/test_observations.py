@@ -58,7 +58,9 @@ def test_rows_show_their_state(name):
     options, fields, want = ROWS[name]
     tx = build(optimizer_of(name, **options), 40)[0]
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, PARAMS))
-    found = OPTIMIZERS[name].observe(filled(state, fields))
+    observe = OPTIMIZERS[name].observe
+    assert observe is not None
+    found = observe(filled(state, fields))
     assert found.keys() == want.keys()
     for key, value in want.items():
         np.testing.assert_array_equal(found[key], value, err_msg=key)

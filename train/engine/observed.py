@@ -36,8 +36,8 @@ class Observations:
         everywhere: jax.sharding.Sharding,
     ):
         self.folder = folder
-        # A jitted function returns arguments as they are unless it is given their sharding, and the
-        # buffers of the state go to the next step.
+        # Whole on every process, as metrics are; given a sharding, `jit` copies an array of the
+        # state, whose own buffers the next step takes.
         self._look = None if observe is None else jax.jit(observe, out_shardings=everywhere)
         self._unsaved: list[Path] = []
         for path in list(folder.glob("*.npz")) if distributed.is_first() else []:
