@@ -296,7 +296,7 @@ NEEDS = "{} needs the gradients of forget and retain, and objective {}"
 )  # fmt: skip
 def test_two_sides_are_needed(objective, told):
     for pair, what, use in (
-        (("sift", "sum"), "optimizer sift", "choose another optimizer"),
+        (("sift", "sum"), "optimizer sift", "choose another optimizer or objective"),
         (("adamw", "blur"), "--combine blur", "use --combine sum"),
     ):
         assert refusal(*pair, objective) == NEEDS.format(what, told.format(use))

@@ -261,7 +261,7 @@ def check_pair(config: Options, combine: str, objective: Objective, settings: An
             "--combine sum"
         )
     if (combine != "sum" or needs == "split") and not two_sided(objective, settings):
-        what, use = f"optimizer {config.name}", "choose another optimizer"
+        what, use = f"optimizer {config.name}", "choose another optimizer or objective"
         if combine != "sum":
             what, use = f"--combine {combine}", "use --combine sum"
         here = f"here has {' and '.join(objective.streams)} alone"
