@@ -40,7 +40,7 @@ def forms(compat: Mapping[str, "Compat"]) -> Any:
 
 def weight(side: str, default: float) -> Any:
     """A field that holds the coefficient of a side."""
-    doc = f"The loss of the {side} side is multiplied by this coefficient."
+    doc = f"The loss of the {side} side is multiplied by this coefficient; 0 leaves it out."
     return option(default, doc, low=0, wanted="0 or more")
 
 

@@ -56,7 +56,7 @@ def blur(
     eps: Scalar = 0.0,
     scope: str = "global",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""BLUR: descend the lower loss at a set rate, the upper one orthogonally to it.
+    r"""BLUR: descend the forget loss at a set rate, the retain loss orthogonally to it.
 
     .. math::
         u = g_{up} + \xi g_{low}, \qquad
@@ -188,7 +188,7 @@ def blur_combine(
 def pcgrad(
     *, constraint_weight: Scalar = 1.0, scope: str = "global"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""PCGrad for two gradients: if they conflict, each loses its part along the other.
+    r"""PCGrad: if forget and retain gradients conflict, each loses its part along the other.
 
     .. math::
         u = \begin{cases}
@@ -312,7 +312,7 @@ def check_streams(primary: Any, constraint: Any) -> None:
     """
     structure = jax.tree.structure(primary)
     if constraint is None and primary is not None:
-        raise ValueError("two gradients are needed: update(..., constraint_grads=tree)")
+        raise ValueError("the constraint gradient is needed: update(..., constraint_grads=tree)")
     if jax.tree.structure(constraint) != structure:
         raise ValueError(
             f"constraint_grads must be a tree like the primary gradient ({structure}), got "
@@ -338,7 +338,7 @@ def remember(direction: Any, constraint: Any, why: str) -> None:
     """Record a direction made with a constraint gradient that later links receive unchanged.
 
     ``optax.chain`` passes the same extra arguments to every link. A later link that takes two
-    gradients would count the second one again, or use it unclipped; there :func:`check_unspent`
+    gradients would count the constraint again, or use it unclipped; there :func:`check_unspent`
     raises.
 
     Args:
@@ -353,7 +353,7 @@ def remember(direction: Any, constraint: Any, why: str) -> None:
         >>> check_unspent(made, constraint)
         Traceback (most recent call last):
         ...
-        ValueError: the second stream is lost on the way: blur has made one gradient of the two
+        ValueError: the constraint gradient is lost: blur has made one gradient of the two
     """
     others = jax.tree.leaves(constraint)
     if not others:
@@ -385,7 +385,7 @@ def check_unspent(primary: Any, constraint: Any) -> None:
     for leaf in jax.tree.leaves(primary):
         for made, spent, why in filter(None, [_SPENT.get(id(leaf))]):
             if made() is leaf and others and spent() is others[0]:
-                raise ValueError(f"the second stream is lost on the way: {why}")
+                raise ValueError(f"the constraint gradient is lost: {why}")
 
 
 def dot_dtype(tree: Any) -> jnp.dtype:

@@ -366,7 +366,7 @@ def test_a_second_stream_lost_in_a_chain(name, jit):
     def step(p, c):
         return tx.update(p, tx.init(p), p, constraint_grads=c)[0]
 
-    with pytest.raises(ValueError, match=f"second stream is lost on the way: {why}"):
+    with pytest.raises(ValueError, match=f"constraint gradient is lost: {why}"):
         (jax.jit(step) if jit else step)(p, c)
 
 

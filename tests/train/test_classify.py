@@ -358,7 +358,11 @@ REFUSED = {
     "budget": (ALIKE, (*FEW, "--train.forwards", "4"), ["--train.forwards 4", "cost 5"]),
     "task": (ALIKE, ("--task", "sst3"), ["--task", "did you mean 'sst2'?"]),
     "option": (ALIKE, (*FEW, "--train.forward", "9"), ["did you mean --train.forwards?"]),
-    "pair": (ALIKE, (*FEW, "--optimizer.name", "sift"), ["needs a forget and a retain side"]),
+    "pair": (
+        ALIKE,
+        (*FEW, "--optimizer.name", "sift"),
+        ["needs the gradients of forget and retain"],
+    ),
     "model": (ALIKE, (*FEW, "--model.path", "./none"), ["none"]),
     "rank": (ALIKE, (*FEW, "--lora.alpha", "2"), ["no adapters without --lora.rank"]),
     "batch": (

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.objectives import options_of as objective_of
 from models.decoder.learner import DecoderLearner
 from models.decoder.model import Decoder, DecoderConfig
+from train.costs.flops import count_jaxpr
 from train.engine.step import Losses, TrainState, make_step
 from train.options.optimizers import COMBINERS, OPTIMIZERS, build, over_rows
 from train.options.optimizers import options_of as optimizer_of
@@ -122,6 +125,23 @@ def test_two_gradients_cost_one_forward_pass_each():
     )
     assert set(metrics) == {"loss", "forget_loss", "retain_loss"} and len(both) == 2
     assert gradients(("forget", "retain")) <= 1.02 * gradients((None,))
+
+
+@pytest.mark.parametrize(("side", "accumulate"), [("forget", 1), ("retain", 2)])
+def test_a_side_of_weight_0_costs_no_pass(side, accumulate):
+    def flops(**weights):
+        row, options = objectives.resolve(objective_of("graddiff", **weights))
+
+        def run(params, batches):
+            losses = Losses(LEARNER, row, options, params, None, batches, accumulate)
+            return losses.gradients(params)
+
+        closed = jax.make_jaxpr(run)(PARAMS, shapes(row.streams))
+        live, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+        return count_jaxpr(ClosedJaxpr(live, closed.consts)).flops
+
+    both, one = flops(), flops(**{f"{side}_weight": 0.0})
+    assert both > 0 and one == both / 2
 
 
 def test_metrics_do_not_depend_on_how_gradients_are_asked_for():

@@ -1,29 +1,36 @@
 """A new evaluator, benchmark or optimizer is one row; model roles are data of the run."""
 
+import dataclasses
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from points import FORGET, LEARNER, RETAIN, STREAMS, Bounded, PointModel, row_of
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim.signatures import Allowed, Step
 from train import tasks
 from train.data.task import Task
-from train.engine import base_models
-from train.engine.run import Run
+from train.engine import base_models, loop
+from train.engine import run as runs
+from train.engine.run import Recipe, Run
 from train.evaluators import EVALUATORS, evaluation
 from train.evaluators.base import Evaluator, Finding, Metric, Picture, Verdict
 from train.evaluators.evaluation import Answers, Model
 from train.jobs import job, unlearning, unlearning_stages
 from train.options import choices, optimizers
-from train.options.config import DataConfig, EvaluateConfig, RunConfig, replace
+from train.options.config import DataConfig, EvaluateConfig, RunConfig, TrainConfig, replace
+from train.options.observations import state_of
 from train.options.optimizer_options import Optimizer
 from train.options.roles import Roles
 from train.presets import arguments
 from train.reporting import compare, page, tables
-from train.runtime import sharding
+from train.runtime import checkpointing, sharding
 from train.runtime.tracking import Tracker
 from train.tasks.task import Benchmark
 
@@ -209,18 +216,31 @@ def clipped(
     eps: Step = 1.0,
     weight_decay: float = 0.0,
 ):
-    """Gradient descent with clipped elements.
+    """Heavy-ball descent with clipped elements.
 
     Args:
         limit: The largest element of a direction.
         eps: The unit of `limit`.
     """
     assert weight_decay == 0.0
-    return optax.chain(optax.clip(limit * eps), optax.scale_by_learning_rate(learning_rate))
+    direction = optax.chain(optax.clip(limit * eps), optax.trace(0.5))
+    return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
+
+
+def momentum(opt_state):
+    """A number computed from the state, and an array of the state itself."""
+    trace = state_of(opt_state, optax.TraceState).trace
+    count = state_of(opt_state, optax.ScaleByScheduleState).count
+    return {"momentum/norm": optax.tree.norm(trace), "count": count}
 
 
 CLIPPED = Optimizer(
-    "clipped", clipped, "joint", "gradient descent with clipped elements", spelled={"eps": "unit"}
+    "clipped",
+    clipped,
+    "joint",
+    "heavy-ball descent with clipped elements",
+    spelled={"eps": "unit"},
+    observe=momentum,
 )
 
 
@@ -261,3 +281,62 @@ def test_methods_train(methods, small, tmp_path):
     assert len(logged) == 3
     other = replace(config, **{"optimizer.limit": 0.25})
     assert unlearning_stages.unlearn(run, other, base, task).sha != trained.sha
+
+
+STEPS = 4
+ONE = sharding.make_mesh(sharding.MeshConfig(1), jax.devices()[:1])
+
+
+def run_points(folder, seconds=1e9):
+    """A stage of the new optimizer; 0 seconds: a checkpoint before every step but the first."""
+    options = optimizers.options_of("clipped", learning_rate=0.1, warmup=0.0, schedule="constant")
+    stage = TrainConfig(steps=STEPS, batch_size=4, optimizer=options, checkpoint_seconds=seconds)
+    base: Any = PointModel(LEARNER, {"w": jnp.array([2.9, 1.0])}, "start")
+    run = Run(folder, ONE, 0, Tracker(folder))
+    return runs.train(run, "x", base, (row_of(), Bounded()), STREAMS, Recipe(stage, options)).sha
+
+
+def observed(folder):
+    return {path.name: path.read_bytes() for path in (folder / "observed-x").glob("*")}
+
+
+def test_the_state_of_an_optimizer_is_observed(methods, tmp_path, monkeypatch):
+    """A file a step, the same in a run that was killed; the step is that without observation."""
+    whole, killed, without = (tmp_path / name for name in ("whole", "killed", "without"))
+    for folder in (whole, killed, without / "observed-x"):
+        folder.mkdir(parents=True)
+    compiled, texts = loop.compiling.compiled, []
+    monkeypatch.setattr(
+        loop.compiling, "compiled", lambda step: [texts.append(step.as_text()), compiled(step)][1]
+    )
+    sha = run_points(whole)
+    w, m = np.array([2.9, 1.0]), np.zeros(2)
+    for step in range(STEPS):
+        m = np.clip(2 * w - FORGET - RETAIN, -0.5, 0.5) + 0.5 * m
+        w = w - 0.1 * m
+        with np.load(whole / "observed-x" / f"{step}.npz", allow_pickle=False) as found:
+            assert set(found) == {"momentum/norm", "count"} and found["count"] == step + 1
+            np.testing.assert_allclose(found["momentum/norm"], np.linalg.norm(m), rtol=1e-5)
+    want = observed(whole)
+    assert set(want) == {f"{step}.npz" for step in range(STEPS)}
+
+    save_step = checkpointing.save_step
+
+    def killed_at(folder, step, *more):
+        if step == 3:
+            raise KeyboardInterrupt
+        save_step(folder, step, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpointing, "save_step", killed_at)
+        run_points(killed, 0)
+    assert observed(killed) == {f"{step}.npz": want[f"{step}.npz"] for step in range(3)}
+    (killed / "observed-x" / "7.npz").write_bytes(b"of a longer run")
+    assert run_points(killed) == sha and observed(killed) == want
+
+    row = dataclasses.replace(CLIPPED, observe=None)
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "clipped", row)
+    monkeypatch.setattr(loop, "_COMPILED", {})
+    (without / "observed-x" / "0.npz").write_bytes(b"of an earlier start")
+    assert run_points(without) == sha and observed(without) == {}
+    assert len(texts) == 2 and texts[0] == texts[1]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from train.options.optimizers import (
     check,
     check_pair,
     check_steps,
+    list_combiners,
+    list_optimizers,
     other,
     over_rows,
 )
@@ -275,14 +278,40 @@ def test_pairs(name, combine):
         assert message and f"--combine {combine}" in message and name in message
 
 
+NEEDS = "{} needs the gradients of forget and retain, and objective {}"
+
+
 @pytest.mark.parametrize(
-    "objective", [objective_of("ga"), objective_of("npo", retain="none")], ids=["ga", "npo"]
-)
-def test_two_sides_are_needed(objective):
-    assert "a forget and a retain side" in (refusal("sift", "sum", objective) or "")
-    assert "--combine blur" in (refusal("adamw", "blur", objective) or "")
+    ("objective", "told"),
+    [
+        (objective_of("nll"), "nll here has train alone; {}"),
+        (objective_of("ga"), "ga here has forget alone; {}"),
+        (objective_of("dpo", retain="none"),
+         "dpo here has forget and idk alone; set --objective.retain nll, or {}"),
+        (objective_of("npo", retain_weight=0.0),
+         "npo here weighs retain with 0; raise the weight, or {}"),
+        (objective_of("npo", forget_weight=0.0),
+         "npo here weighs forget with 0; raise the weight, or {}"),
+    ],
+)  # fmt: skip
+def test_two_sides_are_needed(objective, told):
+    for pair, what, use in (
+        (("sift", "sum"), "optimizer sift", "choose another optimizer or objective"),
+        (("adamw", "blur"), "--combine blur", "use --combine sum"),
+    ):
+        assert refusal(*pair, objective) == NEEDS.format(what, told.format(use))
     assert refusal("adamw", "sum", objective) is None
+
+
+def test_messages_name_the_sides_of_the_row():
     assert "did you mean 'blur'" in (refusal("adamw", "blurr") or "")
+    row, options = objectives.resolve("graddiff")
+    own = dataclasses.replace(row, sides=("erase", "keep"))
+    with pytest.raises(UserError, match="sift, which takes the gradients of erase and keep itself"):
+        check_pair(optimizer_of("sift"), "blur", own, options)
+    told = "\n".join([*list_optimizers(), *list_combiners()])
+    assert len(re.findall("forget and( the)? retain", told)) == 3  # sift, twice, and pcgrad
+    assert not re.search("(first|second|lower|upper) (side|loss|one)|two (sides|gradients)", told)
 
 
 def test_combiners_see_both_sides(few):

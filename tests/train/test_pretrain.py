@@ -184,7 +184,7 @@ def test_runs_side_by_side(own, program, tmp_path):
         (["--train.batch-tokens", "65536", "--train.tokens", "65536"], "(60 documents"),
         (["--data.context", "4096", "--train.batch-tokens", "8192", "--train.tokens", "9000"],
          "fewer than the 2 of a step"),
-        (["--optimizer.name", "sift"], "needs a forget and a retain side"),
+        (["--optimizer.name", "sift"], "needs the gradients of forget and retain"),
         (["--optimizer.group-size", "3"], "the model has 2 block"),
         (["--optimizer.orthogonalize", "svdd"], "did you mean 'svd'"),
         (["--optimizer.learning-rat", "1"], "did you mean --optimizer.learning-rate?"),

@@ -2,17 +2,17 @@
 
 import dataclasses
 import json
-import types
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from points import FORGET, LEARNER, RETAIN, STREAMS, Bounded, PointModel, row_of
 
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import Context, Objective
-from jaxlib_unlearn.objectives.base import Options, named, no_loss, weight
+from jaxlib_unlearn.objectives import Context
+from jaxlib_unlearn.objectives.base import Options, named, no_loss
 from jaxlib_unlearn.optim.sharpness import sam_gradient
 from jaxlib_unlearn.options import option
 from train.engine import run as runs
@@ -24,94 +24,6 @@ from train.options.optimizers import options_of as optimizer_of
 from train.runtime import distributed
 from train.runtime.sharding import MeshConfig, make_mesh
 from train.runtime.tracking import Tracker
-
-FORGET, RETAIN = np.array([3.0, 0.0]), np.array([0.0, 0.0])
-
-
-class Asked(NamedTuple):
-    """Half the squared distance of the parameters to the rows of a batch."""
-
-    params: Any
-
-    def distance(self, batch):
-        return jnp.sum(jnp.square(self.params["w"] - batch["point"])) / 2
-
-
-@dataclasses.dataclass(frozen=True)
-class PointLearner:
-    answers, rules = frozenset(("distance",)), ((r".", ()),)
-    layered, dtype, sizes = False, "float32", types.MappingProxyType({})
-
-    def identity(self):
-        return "point"
-
-    def shapes(self):
-        return {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
-
-    def context(
-        self, params, frozen, batches, questions, *, layer_map=None, fuse=True, train_from=0
-    ):
-        return Context(Asked(params))  # pyright: ignore[reportArgumentType]
-
-
-class PointModel(NamedTuple):
-    learner: PointLearner
-    params: Any
-    sha: str
-
-    def identity(self):
-        return {"sha": self.sha}
-
-
-@dataclasses.dataclass(frozen=True)
-class Points:
-    point: np.ndarray
-    follows: str | None = None
-
-    def __len__(self):
-        return 8
-
-    def identity(self):
-        return str(self.point.tolist())
-
-    def epoch_order(self, seed, name, epoch):
-        return np.arange(8)
-
-    def shape(self, rows):
-        return ()
-
-    def batch(self, rows, shape, step):
-        rows = np.asarray(rows, np.int32)
-        return {"point": np.tile(self.point, (len(rows), 1)).astype(np.float32), "row_id": rows}
-
-
-LEARNER = PointLearner()
-STREAMS = {"forget": Points(FORGET), "retain": Points(RETAIN)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Bounded(Options):
-    name: str = named("bounded")
-    budget: float = option(0.5, "mean retain loss that is held.", above=0)
-    rate: float = option(0.1, "step of the dual variable.", above=0)
-    forget_weight: float = weight("forget", 1.0)
-    retain_weight: float = weight("retain", 1.0)
-
-
-def loss(context, batches, options):
-    return {
-        name: (context.model.distance(batch), jnp.float32(len(batch["row_id"])))
-        for name, batch in batches.items()
-    }
-
-
-def row_of(**more):
-    return Objective(**{
-        "name": "bounded", "loss": loss, "streams": ("forget", "retain"),
-        "columns": {"forget": ("point",), "retain": ("point",)}, "reference": {}, "forward": {},
-        "additive": True, "paper": "-", "options": Bounded,
-        "asks": {"forget": ("distance",), "retain": ("distance",)},
-    } | more)  # fmt: skip
 
 
 def advance(state, means, options, progress):
@@ -209,6 +121,32 @@ def test_an_estimator_of_one_side_against_float64():
         np.testing.assert_allclose(metrics["loss"], want, rtol=1e-12)
     with pytest.raises(UserError, match="mezo sees values of the loss alone.*its side forget"):
         check_estimators(optimizer_of("mezo"), row, options)
+
+
+def none(estimate):
+    raise AssertionError("the gradient of a side without weight is not estimated")
+
+
+@pytest.mark.parametrize("side", ["forget", "retain"])
+def test_a_side_of_weight_0_is_left_out(side):
+    """A loss that is infinite changes nothing there; a traced 0 gives the same for a finite one."""
+    batches = {n: s.batch(range(4), (), 0) for n, s in STREAMS.items()}
+    alone = {n: batch for n, batch in batches.items() if n != side}
+    spoiled = {**batches, side: {**batches[side], "point": np.full((4, 2), np.inf, np.float32)}}
+    params = {"w": jnp.array([1.0, 2.0])}
+
+    def answers(row, batches, weight):
+        options = dataclasses.replace(Bounded(), **{f"{side}_weight": weight})
+        losses = Losses(LEARNER, row, options, params, None, batches)
+        return losses.value(params), losses.grad(params), losses.look(params)
+
+    row = row_of(estimators=lambda options: {side: none})
+    want = answers(row, alone, 1.0)
+    for found in (answers(row, spoiled, 0.0), answers(row, spoiled, 0)):
+        jax.tree.map(np.testing.assert_array_equal, found, want)
+    traced = jax.jit(lambda weight: answers(row_of(), batches, weight))(0.0)
+    jax.tree.map(np.testing.assert_array_equal, traced[:2], want[:2])
+    assert f"{side}_loss" in traced[2] and f"{side}_loss" not in want[2]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,11 @@ from jaxlib_unlearn.objectives import Objective
 from models import arrays
 from models.learner import Learner
 from train.engine.hyper import hyper_of, static_of, traced_step
+from train.engine.observed import Observations
 from train.engine.replays import coefficients
 from train.engine.replays.recording import Recording, recorder_of
 from train.engine.step import ALL, Binding, TrainState, compile_step, init_state, objective_state
-from train.options.optimizers import Options, build
+from train.options.optimizers import OPTIMIZERS, Options, build
 from train.runtime import checkpointing, compiling, distributed, remote, residency, sharding
 from train.runtime.errors import TrainingError
 from train.runtime.tracking import Tracker, progress, say
@@ -195,8 +196,12 @@ def run(
         say(f"{stage.name}: continuing at step {start} of {stage.steps}")
     tracker.resume(stage.name, start)
     recorder = recorder_of(stage.recording, state.opt_state, start, stage.checkpoints)
+    observe = OPTIMIZERS[stage.optimizer.name].observe
+    seen_at = tracker.folder / f"observed-{stage.name}"
+    observations = Observations(observe, seen_at, start, shardings.step)
 
-    pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+    # The step in flight: its number, its metrics, the evaluations before it, its observation.
+    pending: tuple[int, dict[str, jax.Array], dict[str, float], Any] | None = None
     saved_at = time.monotonic()
 
     def settle() -> float:
@@ -204,10 +209,11 @@ def run(
         nonlocal pending
         if pending is None:
             return math.nan
-        step, metrics, look = pending
+        step, metrics, look, seen = pending
         pending = None
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         tracker.write(stage.name, step, values | look)
+        observations.write(step, seen)
         odd = {k: v for k, v in values.items() if not math.isfinite(v)}
         if odd:
             # A checkpoint of this very step holds the parameters that gave this loss.
@@ -264,6 +270,7 @@ def run(
         """Write a checkpoint of the state before `step`."""
         nonlocal saved_at
         more = {} if recorder is None else recorder.checkpoint()
+        observations.save()
         checkpointing.save_step(stage.checkpoints, step, state, more)
         distributed.unsaved(False)
         remote.send(tracker.folder)
@@ -296,10 +303,11 @@ def run(
             look = look | looked(step, state)
             distributed.unsaved(True)
             state, metrics = run_step(state, hyper, frozen, batches)
-            pending = (step, metrics, look)
+            pending = (step, metrics, look, observations.look(state.opt_state))
             advance(1, f"loss {loss:.4f}" if math.isfinite(loss) else "", sum(spent))
             spent.clear()
         loss = settle()
+        observations.save()
         if recorder is not None:
             recorder.mark(stage.steps, state.params)
             # The result is stored next and the checkpoints go: the file must be whole by then.

@@ -15,9 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlib_unlearn.objectives import Estimate, Objective, Progress, combine, row_keys, side_of
+from jaxlib_unlearn.objectives import (
+    Estimate,
+    Objective,
+    Progress,
+    coefficient,
+    combine,
+    row_keys,
+    side_of,
+)
 from jaxlib_unlearn.objectives.smoothing import with_forward
 from jaxlib_unlearn.optim.zeroth_order.parts import Part, take
+from jaxlib_unlearn.options import is_zero
 from models import arrays
 from models.learner import Frozen, Learner
 from train.runtime.sharding import batch_sharding, state_shardings
@@ -163,6 +172,10 @@ class Losses:
             name: jax.lax.stop_gradient(weight)
             for name, (_, weight) in terms(params, batches).items()
         }
+        # The number 0 as a coefficient leaves a term out, with its passes and its metric; a traced
+        # 0 costs them. A row that advances its state reads the means of all terms.
+        zero = {name for name in self.weights if is_zero(coefficient(name, weighed))}
+        self._left_out = zero if objective.advance is None and zero < set(self.weights) else set()
 
     def _over_parts(self, fn: Callable[[Batches], Any]) -> Any:
         """The sum of a function over the micro-batches."""
@@ -178,11 +191,14 @@ class Losses:
         return jax.lax.scan(body, start, parts)[0]
 
     def _total(self, params: Any, part: Batches, side: str | None, layer_map: Any = None):
-        # One side's gradient does not go through the other side's rows.
-        return self._combined(self._terms(params, part, layer_map, joined=side is None), side)
+        # One side's gradient does not go through the other side's rows, nor does any through rows
+        # that are left out.
+        joined = side is None and not self._left_out
+        return self._combined(self._terms(params, part, layer_map, joined=joined), side)
 
     def _combined(self, terms: Mapping[str, Any], side: str | None):
         """The weighted total of a side, and the sums of its terms."""
+        terms = {name: term for name, term in terms.items() if name not in self._left_out}
         sums = {name: total for name, (total, _) in terms.items()}
         if self._own_means:
             # `combine` divides by the global weight, which cancels: sum_a (1/A) sum_a / weight_a.
@@ -219,7 +235,8 @@ class Losses:
         """
         if not self._estimators:
             return self._plain(params, sides)
-        present = tuple(dict.fromkeys(side_of(name) for name in self.weights))
+        used = (name for name in self.weights if name not in self._left_out)
+        present = tuple(dict.fromkeys(map(side_of, used)))
         wanted = present if sides == (None,) else sides
         metrics, found = self._plain(params, wanted)
         grads = [self._estimated(params, s, g) for s, g in zip(wanted, found, strict=True)]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 from jaxlib_unlearn.optim import signatures
@@ -216,6 +217,9 @@ class Optimizer:
         replays: Whether the update of a `value` row follows from the coefficients of a step alone
             (`train.engine.replays.coefficients`): a step is then two programs, and a stage writes
             `replay.zo`.
+        observe: `observe(opt_state) -> {name: array}`, a jittable function of the state of the
+            whole transformation (`observations.state_of` finds a part of it). Training writes the
+            arrays, of NumPy's own dtypes, after each step to `observed-STAGE/STEP.npz`.
     """
 
     name: str
@@ -237,6 +241,7 @@ class Optimizer:
     shortened: Callable[[Any, int], Any] | None = None
     forwards: Callable[[Any, int], int] | None = None
     replays: bool = False
+    observe: Callable[[Any], dict[str, jax.Array]] | None = None
 
     @functools.cached_property
     def _words(self) -> Mapping[str, Words]:

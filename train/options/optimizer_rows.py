@@ -12,6 +12,7 @@ from jaxlib_unlearn import optim
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.optim.spectral.groups import ATTENTION
 from models import layout
+from train.options import observations
 from train.options import optimizer_factories as factories
 from train.options.optimizer_factories import decay_mask
 from train.options.optimizer_options import Optimizer, Words
@@ -165,11 +166,12 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "sift",
             optim.sift,
             "split",
-            "Muon that fuses the two sides' subspaces where their momenta conflict",
+            "Muon that fuses the subspaces of forget and retain where their momenta conflict",
             spelled={"beta": "momentum"},
             defaults={"bases": "subspace"},
             fixed={"matrices": layout.matrices, "shape_scale": "match_rms"},
             check_rank=_rank_for_sift,
+            observe=observations.conflicts,
         ),
         Optimizer(
             "sophia",
@@ -206,6 +208,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             optim.hizoo,
             summary="zeroth order, perturbations scaled by a diagonal curvature",
             forwards=lambda options, steps: (2 * options.queries + 1) * steps,
+            observe=observations.coefficients,  # rows that replay write them to `replay.zo`
             **_like(ZEROTH, spelled={"eps": "perturbation", "smoothing": "curvature_rate"}),
         ),
         Optimizer(
@@ -265,6 +268,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             check_steps=_steps_of_hybrid,
             shortened=_short_hybrid,
             forwards=_forwards_of_hybrid,
+            observe=observations.orders,
         ),
     )
 }

@@ -34,9 +34,9 @@ COMBINERS: dict[str, Callable[[], optax.GradientTransformationExtraArgs] | None]
 
 SEES = {
     "joint": "one gradient",
-    "split": "two gradients",
+    "split": "forget and retain",
     "value": "values only",
-    "lazy": "both in turn",
+    "lazy": "gradient or values",
 }
 
 
@@ -44,7 +44,7 @@ def list_optimizers() -> list[str]:
     """One line per row: name, what a step sees, summary."""
     width = max(map(len, OPTIMIZERS))
     return [
-        f"{row.name:{width}}  {SEES[row.needs]:13}  {row.summary}" for row in OPTIMIZERS.values()
+        f"{row.name:{width}}  {SEES[row.needs]:18}  {row.summary}" for row in OPTIMIZERS.values()
     ]
 
 
@@ -242,7 +242,7 @@ def check_mesh(config: Options, mesh: Any, rows: int, what: str = "a") -> None:
 def check_pair(config: Options, combine: str, objective: Objective, settings: Any) -> None:
     """Raise `UserError` for an optimizer, a combiner and an objective that do not go together."""
     row = suggest.choose(config.name, OPTIMIZERS, "optimizer")
-    needs = row.needs
+    needs, sides = row.needs, " and ".join(objective.sides)
     suggest.choose(combine, COMBINERS, "--combine")
     if row.parts and (objective.per_micro_batch or not objective.additive):
         raise UserError(
@@ -252,7 +252,7 @@ def check_pair(config: Options, combine: str, objective: Objective, settings: An
         )
     if combine != "sum" and needs != "joint":
         why = {
-            "split": "takes the two gradients itself",
+            "split": f"takes the gradients of {sides} itself",
             "value": "sees values of the loss alone and has no gradients to combine",
             "lazy": "has steps without a gradient, in which there is nothing to combine",
         }[needs]
@@ -261,20 +261,35 @@ def check_pair(config: Options, combine: str, objective: Objective, settings: An
             "--combine sum"
         )
     if (combine != "sum" or needs == "split") and not two_sided(objective, settings):
-        what = f"--combine {combine}" if combine != "sum" else f"optimizer {config.name}"
+        what, use = f"optimizer {config.name}", "choose another optimizer or objective"
+        if combine != "sum":
+            what, use = f"--combine {combine}", "use --combine sum"
+        here = f"here has {' and '.join(objective.streams)} alone"
+        if zero := " and ".join(_unweighted(objective, settings)):
+            here, use = f"here weighs {zero} with 0", f"raise the weight, or {use}"
+        elif hasattr(settings, "retain"):
+            use = f"set --objective.retain nll, or {use}"
         raise UserError(
-            f"{what} needs a forget and a retain side; objective {objective.name} here has one: "
-            "set --objective.retain nll or choose another objective"
+            f"{what} needs the gradients of {sides}, and objective {objective.name} {here}; {use}"
         )
 
 
 def two_sided(objective: Objective, settings: Any) -> bool:
     """Whether the objective's terms have two sides, with its options."""
-    if getattr(settings, "retain", "") in (None, "none"):
+    if getattr(settings, "retain", "") in (None, "none") or _unweighted(objective, settings):
         return False
     if objective.sides != ("forget", "retain"):
         return True  # the row says so
     return "retain" in objective.streams and len(objective.streams) > 1
+
+
+def _unweighted(objective: Objective, settings: Any) -> list[str]:
+    """The sides whose weight is the number 0; none where a state weighs them, or each term."""
+    weights = {f"{side}_weight": side for side in objective.sides}
+    names = [field.name for field in fields(settings) if field.name.endswith("_weight")]
+    if objective.weigh is not None or not weights.keys() >= set(names):
+        return []
+    return [weights[name] for name in names if getattr(settings, name) == 0]
 
 
 def check_steps(config: Options, steps: int) -> None:

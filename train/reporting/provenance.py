@@ -131,7 +131,7 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
         blocks = ", ".join(map(str, selected.get("blocks") or ()))
         rows.append(("Trained", names + (f" of blocks {blocks}" if blocks else "")))
     if config.get("combine", "sum") != "sum":
-        rows.append(("Two sides' gradients", str(config["combine"])))
+        rows.append(("Gradients of the sides", str(config["combine"])))
     if not run.summary.get(run.roles.reference) and config.get("retain_log"):
         rows.append(("Retain log in place of the oracle", str(config["retain_log"])))
     minutes = run.about.get("minutes")

@@ -32,7 +32,9 @@ from train.runtime.tracking import say
 LOCK = "run.lock"
 BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 # Unfinished files of killed runs; a model is first exported into a hidden sibling folder.
-LEFT = tuple(f"{folder}*{files.PART}" for folder in ("", "evals/", "caches/", "stages/"))
+LEFT = tuple(
+    f"{folder}*{files.PART}" for folder in ("", "evals/", "caches/", "stages/", "observed-*/")
+)
 LEFT += (f"checkpoints/*/*{files.PART}", ".export.*")
 _held: set[Path] = set()
 

@@ -16,7 +16,7 @@ Worth knowing before use:
 - O has norm sqrt(2 k), a Muon step sqrt(min(in, out)), at one learning rate (``match_norm=True``
   makes them equal).
 - Clip both gradients by one factor (``optim.clip_streams``) and accumulate both
-  (``optim.accumulate``); Optax's own wrappers see the first gradient only.
+  (``optim.accumulate``); Optax's own wrappers see the primary gradient only.
 - A gradient that is absent at a step is passed as a tree of zeros: its momentum decays, and a
   momentum of zero adds no direction.
 - Momenta that nearly oppose each other are separated in float64 (on CPUs and NVIDIA GPUs, whatever

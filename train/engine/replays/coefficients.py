@@ -31,6 +31,7 @@ from train.engine.step import (
     key_of,
     value_functions,
 )
+from train.options import observations
 from train.options.optimizers import OPTIMIZERS, Options, transformation
 from train.runtime.compiling import compiled
 from train.runtime.sharding import batch_sharding
@@ -80,12 +81,8 @@ def _is_state(x: Any) -> bool:
 
 
 def state_of(opt_state: Any) -> ZOState:
-    """The state of the zeroth-order steps in that of an optimizer.
-
-    It is found by its type: a tree of parameters in the state may have keys like its fields.
-    """
-    (found,) = filter(_is_state, jax.tree.leaves(opt_state, is_leaf=_is_state))
-    return found
+    """The state of the zeroth-order steps in that of an optimizer."""
+    return observations.state_of(opt_state, ZOState)
 
 
 def with_state(opt_state: Any, **fields: Any) -> Any:
