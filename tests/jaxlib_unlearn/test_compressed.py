@@ -1,12 +1,11 @@
 """Sign momentum and quantised updates: references, reductions, and Optax's protocol."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import assert_trees_close, random_tree, run
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.sign import (
@@ -14,30 +13,6 @@ from jaxlib_unlearn.optim.sign import (
     scale_by_sign_momentum,
     sign_momentum,
 )
-
-SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
-
-
-def random_tree(seed, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: np.asarray(rng.standard_normal(s), dtype),
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-
-
-def run(tx, params, grads):
-    state, update, out = tx.init(params), jax.jit(tx.update), []
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        out.append(params)
-    return out
-
-
-def assert_trees_close(a, b, **limits):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **limits), a, b)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import trees
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.orthogonalize import newton_schulz, svd
@@ -107,16 +108,7 @@ SHAPES = {
     "square": {"kernel": (4, 4)},
     "norm": {"scale": (6,)},
 }
-
-
-def random_tree(seed, dtype=np.float64, shapes=None):
-    rng = np.random.default_rng(seed)
-    shapes = SHAPES if shapes is None else shapes
-    return jax.tree.map(
-        lambda s: rng.standard_normal(s).astype(dtype),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+random_tree = functools.partial(trees.random_tree, shapes=SHAPES, dtype=np.float64)
 
 
 def adam_loop(grads, rate, b1=0.9, b2=0.999, eps=1e-8):
@@ -359,9 +351,10 @@ def test_threshold_is_strict():
 
 @pytest.mark.parametrize("never", [{"threshold": NEVER}, {"spatial_mask": lambda path: False}])
 def test_never_fused_is_muon_on_the_sum(never):
-    params = random_tree(0, np.float32)
+    params = random_tree(0, dtype=np.float32)
     steps = [
-        (random_tree(2 * i + 1, np.float32), random_tree(2 * i + 2, np.float32)) for i in range(3)
+        (random_tree(2 * i + 1, dtype=np.float32), random_tree(2 * i + 2, dtype=np.float32))
+        for i in range(3)
     ]
     ours = sift(0.1, weight_decay=0.1, **never)
     theirs = muon(0.1, weight_decay=0.1, momentum="heavy_ball")
@@ -609,7 +602,7 @@ def test_hyperparameters_may_be_traced():
 
 
 def test_continues_from_a_saved_state():
-    f, g = random_tree(1, np.float32, TREE), random_tree(2, np.float32, TREE)
+    f, g = (random_tree(i, dtype=np.float32, shapes=TREE) for i in (1, 2))
     tx = scale_by_sift(bases="subspace", threshold=0.2, rank=2)
     update = jax.jit(tx.update)
     state = tx.init(f)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import assert_trees_close, random_tree
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.combine import blur, blur_combine
@@ -17,21 +18,6 @@ from jaxlib_unlearn.optim.sharpness import (
     sam_gradient,
     smoothed_gradient,
 )
-
-SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
-
-
-def random_tree(seed, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: np.asarray(rng.standard_normal(s), dtype),
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-
-
-def assert_trees_close(a, b, **limits):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **limits), a, b)
 
 
 def norm(tree):

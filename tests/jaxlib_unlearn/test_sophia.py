@@ -1,12 +1,11 @@
 """Sophia-G in SOUL's and the paper's form: references, limits, and Optax's protocol."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import assert_trees_close, random_tree, run
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.sophia import (
@@ -14,30 +13,6 @@ from jaxlib_unlearn.optim.sophia import (
     scale_by_sophia,
     sophia,
 )
-
-SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
-
-
-def random_tree(seed, dtype=np.float32, size=1.0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: np.asarray(size * rng.standard_normal(s), dtype),
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-
-
-def run(tx, params, grads):
-    state, update, out = tx.init(params), jax.jit(tx.update), []
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        out.append(params)
-    return out
-
-
-def assert_trees_close(a, b, **limits):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **limits), a, b)
 
 
 def soul_loop(w, grads, rate, decay, b1=0.9, b2=0.95, rho=0.04, bs=5120):
@@ -66,7 +41,7 @@ def paper_loop(w, grads, rate, decay, b1=0.9, b2=0.95, gamma=204.8, eps=1e-15):
 def test_float64_reference(form, loop, size):
     with jax.enable_x64(True):
         params = random_tree(0, np.float64)
-        grads = [random_tree(i, np.float64, size) for i in range(1, 6)]
+        grads = [random_tree(i, np.float64, size=size) for i in range(1, 6)]
         got = run(sophia(0.01, form=form, weight_decay=0.1), params, grads)
         for i, w in enumerate(jax.tree.leaves(params)):
             leaf_grads = [jax.tree.leaves(g)[i] for g in grads]

@@ -1,32 +1,21 @@
 """BLUR, PCGrad and the weighted sum: the card's numbers, identities, limits, Optax's protocol."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import assert_trees_close, random_tree
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim import combine as combiners
 from jaxlib_unlearn.optim.combine import blur, blur_combine, pcgrad, weighted_sum
 
-SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
 COMBINERS = {
     "blur": (blur, optim.STATIC_ARGS["blur"], {"gamma": 0.5, "constraint_weight": 2.0}),
     "pcgrad": (pcgrad, optim.STATIC_ARGS["pcgrad"], {"constraint_weight": 2.0}),
     "weighted_sum": (weighted_sum, optim.STATIC_ARGS["weighted_sum"], {"weight": 2.0}),
 }
-
-
-def random_tree(seed, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: np.asarray(rng.standard_normal(s), dtype),
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
 
 
 def flat(tree):
@@ -39,10 +28,6 @@ def combine(tx, primary, constraint):
 
 
 blur_of = jax.jit(lambda *args: blur_combine(*args)[0])
-
-
-def assert_trees_close(a, b, **limits):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **limits), a, b)
 
 
 # References: flat vectors, numpy, float64

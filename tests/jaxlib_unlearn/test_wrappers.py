@@ -1,6 +1,5 @@
 """Accumulate, finite and clip_streams; what Optax's own wrappers do with two gradients."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -8,25 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import assert_trees_close, random_tree
 
 from jaxlib_unlearn.optim.combine import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.spectral.sift import scale_by_sift, sift
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
-
-SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
-
-
-def random_tree(seed, dtype=np.float32, size=1.0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: np.asarray(size * rng.standard_normal(s), dtype),
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-
-
-def assert_trees_close(a, b, **limits):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **limits), a, b)
 
 
 def assert_same(a, b):
