@@ -269,29 +269,6 @@ def test_missing_arguments():
 # Optax's protocol
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_one_compilation_dtypes_and_shapes(dtype):
-    params = start(dtype)
-    tx = alternate(optax.adamw(1e-2, mu_dtype=jnp.float32), toy_zeroth_order(), 2)
-    traces = 0
-
-    @jax.jit
-    def step(params, state):
-        nonlocal traces
-        traces += 1
-        return tx.update(None, state, params, value_fn=loss, grad_fn=grad, unknown=1)
-
-    state = tx.init(params)
-    types = jax.tree.map(jax.typeof, state)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, state))
-    assert jax.eval_shape(tx.init, shapes[0]) == shapes[1]
-    for _ in range(5):
-        updates, state = step(params, state)
-        assert all(u.dtype == dtype for u in jax.tree.leaves(updates))
-        params = optax.apply_updates(params, updates)
-    assert traces == 1 and jax.tree.map(jax.typeof, state) == types
-
-
 def test_injected_learning_rates():
     inject = optax.inject_hyperparams
     first = inject(optax.sgd)(learning_rate=0.1)

@@ -72,10 +72,18 @@ def wrapper(name, wrap):
     """A row of a wrapper, around a combiner of two streams and an optimizer of one."""
     return Row(
         name,
-        lambda rate: wrap(optax.chain(optim.blur(), optax.adam(rate))),
+        lambda rate: wrap(optax.chain(optim.blur(), wide_adam(rate))),
         "split",
         wrappers=(),
     )
+
+
+def wide_adam(rate):
+    return optax.adam(rate, mu_dtype=jnp.float32)
+
+
+def no_heads(path):
+    return "q/" not in path
 
 
 ROWS = [
@@ -83,17 +91,18 @@ ROWS = [
     whole("muon-normuon", optim.muon, post=optim.normuon()),
     whole("muon-heads", optim.muon, split={"q/": 2}),
     whole("teon", optim.teon),
-    whole("sift", optim.sift, "split"),
-    whole("sift-subspace", optim.sift, "split", bases="subspace", rank=2),
+    # Half of the random matrices are fused.
+    whole("sift", optim.sift, "split", threshold=0.0),
+    whole("sift-subspace", optim.sift, "split", bases="subspace", rank=2, spatial_mask=no_heads),
     whole("sophia", optim.sophia),
-    whole("sophia-paper", optim.sophia, form="paper"),
-    whole("sign_momentum", optim.sign_momentum),
+    whole("sophia-paper", optim.sophia, form="paper", b1=0.8, rho=0.1, weight_decay=0.1),
+    whole("sign_momentum", optim.sign_momentum, beta=0.8, weight_decay=0.1),
     whole("mezo", optim.mezo, "value"),
     whole("sparse_mezo", optim.sparse_mezo, "value"),
-    whole("lozo", optim.lozo, "value", rank=2),
+    whole("lozo", optim.lozo, "value", rank=2, refresh_every=2),
     whole("subzero", optim.subzero, "value", rank=2),
     whole("hizoo", optim.hizoo, "value"),
-    whole("subspace_mezo", optim.subspace_mezo, "value", rank=2),
+    whole("subspace_mezo", optim.subspace_mezo, "value", rank=2, refresh_every=3),
     whole("zo_muon", optim.zo_muon, "value", rank=2),
     whole("rada_zo", optim.rada_zo, "value"),
     whole("fzoo", optim.fzoo, "value", num_queries=2),
@@ -111,13 +120,14 @@ ROWS = [
     bare("randomised_smoothing", optim.randomised_smoothing, "lazy"),
     Row(
         "alternate",
-        lambda rate: optim.alternate(optax.adam(rate), optim.rada_zo(rate), period=1),
+        lambda rate: optim.alternate(wide_adam(rate), optim.rada_zo(rate), period=1),
         "lazy",
         wrappers=(),
     ),
     wrapper("accumulate", lambda tx: optim.accumulate(tx, 2)),
     wrapper("finite", optim.finite),
     wrapper("clip_streams", lambda tx: optim.clip_streams(1.0, tx)),
+    wrapper("wrappers", lambda tx: optim.finite(optim.accumulate(optim.clip_streams(1.0, tx), 2))),
     Row(
         "keep_first_moments",
         lambda rate: optim.keep_first_moments(optax.adamw(rate), jnp.bfloat16),
@@ -240,6 +250,7 @@ def test_donates_parameters_and_state(row):
     tx, step, _ = stepper(row)
     params, grads, constraint = (tree_of(row, seed) for seed in (0, 100, 200))
     state = tx.init(params)
+    assert shapes(state) == shapes(jax.eval_shape(tx.init, params))
     given = jax.tree.leaves(params)
     params, state = step(grads, constraint, state, params)
     assert all(x.is_deleted() for x in given)  # diagnostics of the state may not be inputs
@@ -335,6 +346,15 @@ def test_other_loops_compute_the_same(row):
     assert min(moved) > 0
 
 
+def test_apply_gradients_has_one_stream_only():
+    """Pinned: keywords of flax's method are fields of the state, not arguments of the optimizer."""
+    grads = {"w": jnp.ones((2, 3))}
+    state = TrainState.create(apply_fn=lambda: None, params=grads, tx=optim.sift(RATE))
+    for more in ({}, {"constraint_grads": grads}):
+        with pytest.raises(ValueError, match="constraint_grads="):
+            state.apply_gradients(grads=grads, **more)
+
+
 @every
 def test_integers_and_empty_leaves_pass_by(row):
     """From shapes alone; the state has no entry for them."""
@@ -400,16 +420,17 @@ def test_an_eager_step_compiles_once(row, caplog):
 
 
 @every
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_shapes_and_dtypes_stay(row, dtype):
     """Of updates and state, from shapes alone; unknown extra arguments are ignored."""
-    tx = row.make(RATE)
-    params = jax.eval_shape(lambda: tree_of(row, 0, dtype))
-    state = jax.eval_shape(tx.init, params)
-    more = {"unknown": None, "loss": 1.0}
-    updates, after = jax.eval_shape(
-        lambda g, s, p: handed(row, tx, g, g, s, p, **more), params, state, params
-    )
+    more = {"unknown": None, "loss": 1.0} | ({} if row.needs == "value" else {"value": 1.0})
+    with jax.enable_x64(dtype == jnp.float64):
+        tx = row.make(RATE)
+        params = jax.eval_shape(lambda: tree_of(row, 0, dtype))
+        state = jax.eval_shape(tx.init, params)
+        updates, after = jax.eval_shape(
+            lambda g, s, p: handed(row, tx, g, g, s, p, **more), params, state, params
+        )
     assert shapes(updates) == shapes(params)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert shapes(after) == shapes(state)
@@ -430,10 +451,14 @@ def test_saved_and_restored_mid_run(row):
         np.testing.assert_array_equal(a, b)
 
 
+EAGER = (
+    "muon teon sift sophia sophia-paper sign_momentum lozo zo_muon quantize_updates blur pcgrad "
+    "weighted_sum sam randomised_smoothing alternate"
+).split()
+
+
 @pytest.mark.parametrize(
-    "row",
-    [row for row in ROWS if row.name in ("muon", "teon", "sift", "sophia", "zo_muon", "alternate")],
-    ids=lambda row: row.name,
+    "row", [row for row in ROWS if row.name in EAGER], ids=lambda row: row.name
 )
 def test_jit_is_eager(row):
     made = stepper(row)
@@ -449,7 +474,9 @@ def fused(row):
     return pytest.param(row, marks=pytest.mark.fused) if row.name == "zo_muon" else row
 
 
-SCHEDULED = [row for row in ROWS if row.needs in ("value", "lazy") or row.name in ("muon", "sift")]
+SCHEDULED = [
+    row for row in ROWS if row.needs in ("value", "lazy") or row.name in ("muon", "sift", "sophia")
+]
 
 
 @pytest.mark.parametrize(
@@ -470,7 +497,7 @@ def test_rate_as_schedule(row):
 )
 def test_inject_hyperparams(row):
     tx = optax.inject_hyperparams(row.factory, static_args=row.static_args)(RATE, **row.options)
-    limits = {"atol": 2e-3} if row.needs == "value" else {"atol": 2e-6}
+    limits = {"atol": 1e-4} if row.needs == "value" else {"atol": 2e-6}
     params, state = run(row, jitted(row, tx), 2)
     same(params, run(row, stepper(row), 2)[0], **limits)
     assert float(state.hyperparams["learning_rate"]) == pytest.approx(RATE)

@@ -3,13 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from trees import assert_trees_close, random_tree, run
 
-from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.sophia import (
-    SophiaState,
     scale_by_sophia,
     sophia,
 )
@@ -95,40 +92,6 @@ def test_wrong_arguments():
     for name, value in (("b1", 1.0), ("b2", -0.1), ("rho", 0.0), ("batch_scale", -1), ("eps", 0)):
         with pytest.raises(ValueError, match=f"{name} .*got {value}"):
             sophia(0.1, **{name: value})
-
-
-@pytest.mark.parametrize("form", ["soul", "paper"])
-def test_one_compilation_and_extra_arguments(form):
-    tx = sophia(optax.linear_schedule(0.1, 0.0, 10), form=form)
-    traces = 0
-
-    @jax.jit
-    def step(g, state, params):
-        nonlocal traces
-        traces += 1
-        return tx.update(g, state, params, value=jnp.ones(()), unknown="x")
-
-    params = random_tree(0)
-    state = tx.init(params)
-    types = jax.tree.map(jax.typeof, state)
-    for i in range(3):
-        _, state = step(random_tree(i), state, params)
-    assert traces == 1 and jax.tree.map(jax.typeof, state) == types
-    assert isinstance(state[0], SophiaState) and int(state[0].count) == 3
-    first = tx.update(params, tx.init(params), params)[0]
-    assert_trees_close(first, step(params, tx.init(params), params)[0], rtol=1e-6)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    assert jax.eval_shape(tx.init, shapes) == expected
-
-
-def test_hyperparameters_may_be_traced():
-    params, grads = random_tree(0), [random_tree(i) for i in range(1, 4)]
-    make = optax.inject_hyperparams(sophia, static_args=optim.STATIC_ARGS["sophia"])
-    tx = make(learning_rate=0.01, b1=0.8, rho=0.1, weight_decay=0.1, form="paper")
-    fixed = sophia(0.01, b1=0.8, rho=0.1, weight_decay=0.1, form="paper")
-    for a, b in zip(run(tx, params, grads), run(fixed, params, grads), strict=True):
-        assert_trees_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
