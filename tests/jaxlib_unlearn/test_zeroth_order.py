@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import random_tree
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.zeroth_order import methods, perturbations
@@ -30,10 +31,7 @@ SHAPES = {
 
 
 def tree(seed=0, dtype=jnp.float32, shapes=SHAPES):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: jnp.asarray(rng.normal(size=s), dtype), shapes, is_leaf=lambda s: type(s) is tuple
-    )
+    return jax.tree.map(jnp.asarray, random_tree(seed, dtype, shapes))
 
 
 def loss(params, xp=jnp):
