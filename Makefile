@@ -79,23 +79,23 @@ tpu:  ## the tests that compile for TPUs, on any machine (libtpu goes into an en
 
 plan:  ## Llama-3 on TPU slices, compiled here, into runs/bench (a quarter of an hour on two cores)
 	$(TPU_ENVIRONMENT) train test tpu
-	$(TPU_RUN) tests/bench/plan_table.py $(ARGS)
+	$(TPU_RUN) tests/bench/table.py plan $(ARGS)
 
 bench:  ## benchmarks against optax, torch and diffusers, into runs/bench (15 minutes, otherwise idle)
 	$(ENVIRONMENT) train test parity diffusion-parity
 	$(RUN) tests/bench/optimizers.py $(ARGS)
-	$(RUN) tests/bench/collectives_table.py
+	$(RUN) tests/bench/table.py collectives
 	$(RUN) tests/bench/memory.py
 	$(RUN) tests/bench/steps.py
 	$(RUN) tests/bench/diffusion.py
 
 pretrain-table:  ## AdamW, Muon, NorMuon, TEON on pretrain-tiny, into runs/bench/pretrain (80 minutes)
 	$(ENVIRONMENT) train
-	$(RUN) tests/bench/pretrain_table.py $(ARGS)
+	$(RUN) tests/bench/table.py pretrain $(ARGS)
 
 epic-table:  ## whole against condensed traces on epic-tiny, into runs/bench/epic (an hour)
 	$(ENVIRONMENT) train
-	$(RUN) tests/bench/epic_table.py $(ARGS)
+	$(RUN) tests/bench/table.py epic $(ARGS)
 
 bench-peers: smollm2
 bench-peers:  ## end-to-end benchmarks on SmolLM2 against torch and transformers, into runs/bench

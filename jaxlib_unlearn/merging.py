@@ -59,48 +59,6 @@ def merge(
     return _merge(tasks, tol, rank=side if rank is None else min(_positive(rank), side))
 
 
-def interference(
-    task_matrices: jax.Array | Sequence[jax.Array], rank: int | None = None, normalize: bool = False
-) -> jax.Array:
-    r"""The interference of task matrices when they are added: singular task interference (STI).
-
-    .. math::
-        \mathrm{STI} = \left\| (\hat U^H \hat U - I)\, \Sigma\, (\hat V^H \hat V - I) \right\|_1,
-        \qquad \hat U = [U_1 \dots U_T],\ \Sigma = \operatorname{diag}(S_1, \dots, S_T)
-
-    (the sum of absolute entries). Zero if the tasks are orthogonal on either side.
-
-    Args:
-        task_matrices: the tasks, as :func:`merge` takes them.
-        rank: leading singular vectors of each task, k; None for all, and never more than all.
-        normalize: divide by the number of entries off the diagonal, ``T k (T k - 1)``.
-
-    Returns:
-        ``(...)`` float32 or wider, not negative. With equal singular values within a task the
-        vectors, and with them this number, are not unique.
-
-    Raises:
-        ValueError: see :func:`merge`; or a single vector is to be normalised.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> task = jnp.diag(jnp.array([3.0, 0.0]))
-        >>> float(interference([task, task], rank=1)), float(interference([task, task[::-1]], 1))
-        (6.0, 0.0)
-
-    References:
-        Gargiulo et al., "Task Singular Vectors" (CVPR 2025); arXiv:2604.04231.
-    """
-    tasks = _stack(task_matrices)
-    full = min(tasks.shape[-2:])
-    rank = full if rank is None else min(_positive(rank), full)
-    size = rank * tasks.shape[0]
-    if normalize and size < 2:
-        raise ValueError("one task of rank 1 has no pair of vectors to normalise by")
-    total = _interference(tasks, rank=rank)
-    return total / (size * (size - 1)) if normalize else total
-
-
 def _stack(task_matrices) -> jax.Array:
     shapes = [jnp.shape(x) for x in task_matrices]
     if not shapes or len(set(shapes)) > 1 or len(shapes[0]) < 2:
@@ -122,21 +80,8 @@ def _merge(tasks: jax.Array, tol: jax.typing.ArrayLike, *, rank: int) -> jax.Arr
     return matmul(left * s[..., None, :], adjoint(right)).astype(tasks.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="rank")
-def _interference(tasks: jax.Array, *, rank: int) -> jax.Array:
-    u, s, v = _bases(tasks, rank)
-    left, right = _off_diagonal(u), _off_diagonal(v)
-    return jnp.sum(jnp.abs(matmul(left * s[..., None, :], right)), axis=(-2, -1))
-
-
 def _bases(tasks: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Left vectors (..., m, T k), values (..., T k), right vectors (..., n, T k)."""
     parts = zip(*(top_singular(task, rank) for task in tasks), strict=True)
     u, s, v = (jnp.concatenate(part, axis=-1) for part in parts)
     return u, s, v
-
-
-def _off_diagonal(columns: jax.Array) -> jax.Array:
-    """The Gram matrix minus the identity; null columns count as orthonormal."""
-    gram = matmul(adjoint(columns), columns)
-    return gram * (1 - jnp.eye(gram.shape[-1], dtype=gram.dtype))

@@ -2,18 +2,9 @@
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-
-
-class Interval(NamedTuple):
-    """A mean over prompts with its bootstrap interval; scalars, or one entry per k."""
-
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
 
 
 def leak_weights(n: int, k: int | Sequence[int]) -> np.ndarray:
@@ -95,51 +86,3 @@ def _best_of(ordered: np.ndarray, k: int) -> np.ndarray:
     floor = ordered[..., k - 1]
     excess = (ordered[..., k - 1 :] - floor[..., None]) @ weights
     return np.minimum(floor + excess, ordered[..., -1])
-
-
-def bootstrap_ci(
-    scores: ArrayLike,
-    ks: int | Sequence[int],
-    seed: int,
-    resamples: int = 2000,
-    level: float = 0.95,
-) -> Interval:
-    """Percentile bootstrap of the mean leak@k over prompts.
-
-        mean_b = (1/P) sum_i c_{b,i} leak@k(x_i),   c_b ~ Multinomial(P, 1/P)
-
-    Prompts are resampled, not answers: the spread says how far the number would move with other
-    prompts of the same kind.
-
-    Args:
-        scores: (P, n) scores in [0, 1], n sampled answers of each of P prompts.
-        ks: one k or a sequence of K.
-        seed: the seed of the resampling; the same seed gives the same interval.
-        resamples: the number of bootstrap draws.
-        level: coverage of the interval, in (0, 1).
-
-    Returns:
-        `Interval(mean, low, high)`, each () for one k or (K,) for a sequence.
-
-    Raises:
-        ValueError: see `leak_at_k`; or scores are not (P, n) with P >= 1, or level not in (0, 1).
-
-    Example:
-        >>> bootstrap_ci([[0.0, 1.0], [0.0, 1.0]], 1, seed=0).low.item()
-        0.5
-
-    Leak@k, arXiv 2511.04934.
-    """
-    table = np.asarray(scores, np.float64)
-    if table.ndim != 2 or len(table) == 0:
-        raise ValueError(f"bootstrap_ci needs scores (prompts, samples), got shape {table.shape}")
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"bootstrap_ci: level {level} not in (0, 1) or resamples {resamples} < 1")
-    leaks = leak_at_k(table, ks)
-    prompts = len(table)
-    counts = np.random.default_rng(seed).multinomial(
-        prompts, np.full(prompts, 1 / prompts), size=resamples
-    )
-    means = counts @ leaks / prompts
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return Interval(leaks.mean(axis=0), low, high)

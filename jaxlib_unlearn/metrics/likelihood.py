@@ -245,28 +245,6 @@ def truth_ratio(correct_loss: ArrayLike, wrong_losses: ArrayLike) -> np.ndarray:
     return wrong / (correct + EPSILON)
 
 
-def truth_ratio_prob(correct_loss: ArrayLike, wrong_losses: ArrayLike) -> np.ndarray:
-    """The truth ratio as a probability of the correct answer (its mean is "prob_mean").
-
-        R' = P_c / (P_c + P_w + 1e-10)
-
-    Args:
-        correct_loss: (...) average loss of the correct (or paraphrased) answer, in nats.
-        wrong_losses: (..., J) average losses of the J wrong answers, in nats.
-
-    Returns:
-        float64 (...) in [0, 1]; high = the model still knows the answer.
-
-    Example:
-        >>> truth_ratio_prob([1.0], [[1.0, 1.0]]).round(4)
-        array([0.5])
-
-    OpenUnlearning, arXiv 2506.12618.
-    """
-    correct, wrong = _correct_and_wrong(correct_loss, wrong_losses)
-    return correct / (correct + wrong + EPSILON)
-
-
 def _correct_and_wrong(correct_loss: ArrayLike, wrong_losses: ArrayLike):
     correct = np.asarray(correct_loss, np.float64)
     wrong = np.mean(np.asarray(wrong_losses, np.float64), axis=-1)

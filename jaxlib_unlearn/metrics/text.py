@@ -1,7 +1,6 @@
 """Measures of generated text that need no model: overlap, repetition, entropy."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, cast
@@ -157,31 +156,6 @@ def fact_recall(answer: str, values: Sequence[str]) -> float:
         re.search(rf"(?<!\w){re.escape(value)}(?!\w)", answer, re.IGNORECASE) for value in values
     ]
     return sum(match is not None for match in found) / len(values)
-
-
-def token_entropy(text: Answer) -> float:
-    """Entropy of the tokens of a text relative to its maximum (TE).
-
-        TE = -sum_v q_v log2 q_v / log2(N),   q_v = share of token v among the N tokens
-
-    Args:
-        text: a text (lower-cased, split at white space) or token ids.
-
-    Returns:
-        TE in [0, 1]: 1 = all tokens differ; 0 for at most one token.
-
-    Example:
-        >>> token_entropy("a b a b")
-        0.5
-
-    Attention Smoothing Unlearning, metric TE.
-    """
-    tokens = _tokens(text)
-    if len(tokens) <= 1:
-        return 0.0
-    share = np.array(list(Counter(tokens).values())) / len(tokens)
-    # + 0.0 turns the -0.0 of a single repeated token into 0.0.
-    return float(-np.sum(share * np.log2(share)) / np.log2(len(tokens))) + 0.0
 
 
 def _tokens(answer: Answer) -> list:

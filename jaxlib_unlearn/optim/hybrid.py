@@ -163,28 +163,6 @@ def round_to_zeroth_order(steps: int, period: int = 20) -> int:
     return max(1, -(-steps // (2 * period))) * 2 * period
 
 
-def zeroth_order_steps(steps: int, period: int = 20) -> int:
-    """The number of zeroth-order steps among the first ``steps`` steps of :func:`alternate`.
-
-    Args:
-        steps: The number of steps to count in.
-        period: The length of a block in steps.
-
-    Returns:
-        The count that a schedule inside the zeroth-order part reaches; the rest are first-order.
-
-    Raises:
-        ValueError: ``period`` is not a positive whole number.
-
-    Example:
-        >>> [zeroth_order_steps(steps) for steps in (20, 25, 40, 65)]
-        [0, 5, 20, 25]
-    """
-    _check_period(period)
-    cycles, rest = divmod(steps, 2 * period)
-    return cycles * period + max(0, rest - period)
-
-
 def _check_period(period: int) -> None:
     if isinstance(period, bool) or not isinstance(period, int) or period < 1:
         raise ValueError(f"period is a positive whole number, got {period!r}")

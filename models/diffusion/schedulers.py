@@ -101,35 +101,6 @@ def _abar(schedule: Schedule) -> np.ndarray:
     return found
 
 
-def add_noise(
-    schedule: Schedule, clean: jax.Array, noise: jax.Array, times: jax.Array
-) -> jax.Array:
-    r"""A sample of the forward process at given times (q-sample).
-
-    .. math:: z_t = \sqrt{\bar\alpha_t}\, z + \sqrt{1 - \bar\alpha_t}\, \epsilon
-
-    Args:
-        schedule: the model's schedule.
-        clean: z, `(B, ...)`.
-        noise: epsilon, standard normal, in the shape of `clean`.
-        times: int32 `(B,)`, 0 to S - 1.
-
-    Returns:
-        Noisy samples, in the shape and dtype of `clean`.
-
-    Example:
-        >>> z, noise = jnp.ones((2, 1)), jnp.zeros((2, 1))
-        >>> add_noise(Schedule(), z, noise, jnp.array([0, 999])).ravel().tolist()
-        [0.999575, 0.068265]
-
-    Paper: Ho et al., arXiv:2006.11239, equation 4.
-    """
-    dtype = jnp.promote_types(clean.dtype, jnp.float32)
-    at = jnp.asarray(schedule.abar, dtype)[times].reshape(-1, *(1,) * (clean.ndim - 1))
-    mixed = jnp.sqrt(at) * clean.astype(dtype) + jnp.sqrt(1 - at) * noise.astype(dtype)
-    return mixed.astype(clean.dtype)
-
-
 def guided(eps: jax.Array, weight: jax.Array | float) -> jax.Array:
     r"""Classifier-free guidance of a batch that was predicted without and with its prompts.
 

@@ -6,7 +6,6 @@ are those of transformers' `CLIPTokenizer`.
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.reading import LARGEST_TEXT, one_line, read_json, read_text, reading
+from jaxlib_unlearn.reading import one_line, read_json, read_text, reading
 from models.files.hub import local
 from models.text.tokenizer import Tokenizer
 
@@ -25,8 +24,6 @@ LENGTH = 77
 BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 VOCAB, MERGES, WHOLE = "vocab.json", "merges.txt", "tokenizer.json"
 SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")
-# CLIP's vocabulary has only the first merges of the list that it was published with.
-USED_MERGES = 48_894
 # Special tokens, English endings, words, single digits, runs of other signs.
 PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 ADVICE = "use the tokenizer the model was published with"
@@ -115,36 +112,6 @@ def from_folder(folder: str | Path) -> Tokenizer:
                 value = read_json(folder / name).get("pad_token") or pad
                 pad = value if isinstance(value, str) else value["content"]
     return _built(vocab, merges, pad, str(folder))
-
-
-def from_merges(path: str | Path) -> Tokenizer:
-    """The tokenizer of CLIP's own list of merges, `bpe_simple_vocab_16e6.txt.gz`.
-
-    Args:
-        path: the file of the list, compressed or not; its first 48,894 merges are used.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        UserError: no such file, or a damaged one.
-
-    Example:
-        >>> from_merges("nowhere.txt.gz")
-        Traceback (most recent call last):
-        ...
-        jaxlib_unlearn.errors.UserError: nowhere.txt.gz: cannot be read (No such file or ...
-    """
-    path = local(str(path))
-    if path.suffix != ".gz":
-        text = read_text(path)
-    else:
-        with reading(path), gzip.open(path) as file:
-            data = file.read(LARGEST_TEXT + 1)
-            if len(data) > LARGEST_TEXT:
-                raise ValueError(f"more than {LARGEST_TEXT:,} bytes")
-            text = data.decode("utf-8")
-    return of_merges(_pairs(text, path)[:USED_MERGES], str(path))
 
 
 def of_merges(merges: Merges, where: str = "merges") -> Tokenizer:

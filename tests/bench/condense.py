@@ -9,9 +9,10 @@ time of the processor.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
+
+from timing import OUT, publish
 
 from jaxlib_unlearn import cot
 
@@ -38,7 +39,7 @@ def rate(mode: str, rows: int, rounds: int = 5) -> float:
 def main(argv: list[str] | None = None) -> None:
     """The program."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--output", type=Path, default=OUT)
     parser.add_argument("--rows", type=int, default=300)
     args = parser.parse_args(argv)
     found = {mode: rate(mode, args.rows) for mode in cot.MODES}
@@ -47,10 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         f"| {mode} | {fast:.0f} | {f'{GOAL:.0f}' if mode == 'paragraph' else ''} |"
         for mode, fast in found.items()
     ]
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "condense.json").write_text(json.dumps(found, indent=1) + "\n")
-    (args.output / "condense.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    publish("condense", found, "\n".join([*lines, ""]), args.output)
 
 
 if __name__ == "__main__":

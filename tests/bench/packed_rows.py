@@ -9,7 +9,6 @@ backward, on one device; the best of three. Padding is that of all solutions in 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from timing import OUT, publish
 
 from jaxlib_unlearn import objectives
 from models.decoder.learner import DecoderLearner
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The program."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--output", type=Path, default=OUT)
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--row-tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
@@ -83,10 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"| step of {len(some)} examples, s | {times[0]:.3f} | {times[1]:.3f} | "
         f"{found['time']:.2f} | {GOALS['time']} |",
     ]
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "packed_rows.json").write_text(json.dumps(found, indent=1) + "\n")
-    (args.output / "packed_rows.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    publish("packed_rows", found, "\n".join([*lines, ""]), args.output)
 
 
 if __name__ == "__main__":

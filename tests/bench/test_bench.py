@@ -1,15 +1,23 @@
 """The benchmarks write their tables."""
 
-import contextlib
+import functools
 import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import pytest
+import table
+import table_of_concepts
+import table_of_programs
+import table_of_rates
+import table_of_runs
+import tables
 import tokenizers
 
 import models
@@ -286,264 +294,82 @@ def test_peers_on_a_tiny_model(repo, tiny_llama, small_tofu, tmp_path):
         assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
 
 
-def test_the_table_of_pretraining(repo, tmp_path, monkeypatch, capsys):
-    """The best of each grid is compared by seed; nothing is trained twice."""
-    bench = load(repo, "pretrain_table")
+def given(run, flag, default=None):
+    """The value of an option of a run."""
+    return run.argv[run.argv.index(flag) + 1] if flag in run.argv else default
+
+
+def pretrained(run):
+    """A loss that grows with the distance from a rate, with changes and with the seed."""
     centre = {"adamw": 4e-3, "muon": 0.02, "normuon": 0.04, "teon": 0.02}
-    ran = []
-
-    def run(job, folder, options):
-        ran.append((job, tuple(options)))
-        off = abs(math.log(job.rate / centre[job.optimizer])) + 0.1 * len(job.more)
-        level = list(centre).index(job.optimizer)
-        loss = 3 - 0.1 * level + off + 0.01 * job.seed * (1 + level)
-        flat = {"val_perplexity": math.exp(loss), "train_perplexity": 2.0}
-        return flat | {"tokens_per_second": 5000.0}
-
-    monkeypatch.setattr(bench, "run", run)
-    pages = []
-    monkeypatch.setattr(bench, "overlay", lambda runs, page: pages.append((runs, page)))
-    bench.main(["--output", str(tmp_path), "--tokens", "4096"])
-    ((runs, page),) = pages
-    assert len(set(runs)) == len(runs) == 4 * 3 + len(bench.ABLATIONS) - 1
-    assert page == tmp_path / "tokens-4096" / "losses.html"
-    text = (tmp_path / "tokens-4096" / "pretrain_table.md").read_text()
-    assert text.strip() in capsys.readouterr().out
-    assert "| normuon | 0.04 **best** (end of the grid) |" in text
-    assert "| muon | 0.02 **best** |" in text
-    # Seeds 0, 1 and 2: TEON's loss minus Muon's is -0.2 + 0.02 seed.
-    (teon,) = [line for line in text.splitlines() if line.startswith("| teon | 2.7")]
-    assert "-0.1800 ± 0.0200" in teon and "2.7400 ± 0.0400" in teon
-    assert all(("--train.tokens", "4096") == options for _, options in ran)
-    jobs = {job for job, _ in ran}
-    assert len(jobs) == sum(map(len, bench.GRID.values())) + 4 * 2 + len(bench.ABLATIONS) - 1
-    assert len({job.name for job in jobs}) == len(jobs)
+    name, seed = given(run, "--optimizer.name"), int(given(run, "--seed"))
+    rate = float(given(run, "--optimizer.learning-rate"))
+    level, changes = list(centre).index(name), run.argv[7:-2]
+    off = abs(math.log(rate / centre[name])) + 0.1 * len(changes)
+    loss = 3 - 0.1 * level + off + 0.01 * seed * (1 + level)
+    told = {"val_perplexity": math.exp(loss), "train_perplexity": 2.0}
+    return {"pretrained": told | {"tokens_per_second": 5000.0}}
 
 
-def test_every_line_of_the_table_of_pretraining_is_a_command(repo):
-    """Typos in its options would be found after an hour."""
-    from train.presets import arguments
-
-    bench = load(repo, "pretrain_table")
-    for name, rates in bench.GRID.items():
-        options = ["--optimizer.name", name, "--optimizer.learning-rate", str(rates[0])]
-        assert (
-            arguments.read_arguments(
-                arguments.PRETRAIN, ["pretrain-tiny", *options]
-            ).optimizer.learning_rate
-            == rates[0]
-        )
-    found = [
-        arguments.read_arguments(arguments.PRETRAIN, ["pretrain-tiny", *more])
-        for more in bench.ABLATIONS.values()
-    ]
-    assert len({str(config.optimizer) for config in found}) == len(found)
-
-
-def classified(bench, job, forwards):
-    """Numbers that follow from the job: the best rate is the highest but one."""
-    level = list(bench.METHODS).index(job.method)
-    off = abs(math.log10(job.rate) + 4.5)
-    accuracy = 0.6 + 0.01 * level + 0.02 * job.seed
+def classified(run):
+    """Numbers that follow from the run: the best rate is the highest but one."""
+    name, seed = given(run, "--optimizer.name"), int(given(run, "--seed"))
+    forwards = int(given(run, "--train.forwards", 1200))
+    off = abs(math.log10(float(given(run, "--optimizer.learning-rate"))) + 4.5)
+    level = list(table_of_rates.METHODS).index(name)
+    accuracy = 0.6 + 0.01 * level + 0.02 * seed
     flat = {"accuracy": accuracy, "nll": 0.5, "dev_nll": 0.4 + off, "dev_accuracy": 0.7}
     cost = {"forwards": forwards, "steps": forwards // 2, "step_mib": 10.0}
-    cost["seconds"] = (3 if job.method == "mezo" else 1) * forwards / 10
+    cost["seconds"] = (3 if name == "mezo" else 1) * forwards / 10
     found = {"base": flat | {"accuracy": 0.5}, "finetuned": flat | cost, "majority_accuracy": 0.52}
     points = [(round(forwards * k / 10), k / 10) for k in range(1, 11)]
-    return bench.Outcome(found, points)
+    return table_of_rates.Outcome(found, points)
 
 
-def test_the_table_of_classification(repo, tmp_path, monkeypatch, capsys):
-    """Equal budgets, but for the row that has the minutes of another; rates are compared apart."""
-    bench = load(repo, "classify_table")
-    ran = []
-
-    def run(job, preset, folder, options):
-        ran.append((job, preset, tuple(options)))
-        return classified(bench, job, job.forwards or 1200)
-
-    pages = []
-
-    def overlay(runs, page):
-        pages.append(([path.name for path in runs], page.name))
-
-    monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setattr(bench, "overlay", overlay)
-    few = ["adamw", "mezo", "rowwise", "rowwise, minutes of mezo"]
-    argv = ["sst2-tiny", "--only", *few, "--output", str(tmp_path)]
-    bench.main([*argv, "--seeds", "0", "1", "--", "--smoke"])
-    (path,) = tmp_path.glob("sst2-tiny/with-*/classify_table.md")
-    text = path.read_text()
-    assert text.strip() in capsys.readouterr().out
-    assert {options for *_, options in ran} == {("--smoke",)}
-    cells = {}
-    for line in reversed(text.splitlines()):  # names come again in the second table
-        cells[line.split(" | ")[0].strip("| ")] = line.strip("| ").split(" | ")[1:]
-    assert cells["before"][:3] == ["0.500", "0.500", "0.500"]
-    assert cells["mezo"][:3] == ["0.610", "0.630", "0.620"]
-    assert cells["mezo"][-3:] == ["1,200", "6.0", "10"]
-    assert cells["rowwise, minutes of mezo"][-3:] == ["3,600", "6.0", "10"]
-    assert {job.forwards for job, *_ in ran} == {None, 3600}
-    ((runs, page),) = pages
-    assert sorted(runs) == sorted({job.name for job, *_ in ran}) and page == "curves.html"
-    # Minutes that are the same but for what timing is worth: no run of its own.
-    monkeypatch.setattr(bench, "SAME", 2.1)
-    bench.main([*argv, "--seeds", "0"])
-    again = next(tmp_path.glob("sst2-tiny/classify_table.md")).read_text()
-    assert again.count("| 1,200 |") == 4 and [job.method for job, *_ in ran[-3:]] == few[:3]
-    assert len(pages[-1][0]) == 3  # rows of one run show it once
-    monkeypatch.undo()
-    monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setattr(bench, "overlay", overlay)
-    monkeypatch.setattr(bench, "TIMED", 500)
-    bench.main([*argv, "--seeds", "0"])
-    assert [job.method for job, *_ in ran if job.group == "timed"] == ["rowwise", "mezo"]
-    assert all(job.group == "timed" for job, *_ in ran if job.forwards == 500)
-    assert "| 3,600 | 6.0 | 10 |" in next(tmp_path.glob("sst2-tiny/classify_table.md")).read_text()
-    assert "| mezo | 0.200 | 0.400 | 0.600 | 0.800 | 1.000 |" in text and "0.520" in text
-    bench.main([*argv, "--tune", "400", "--factors", "0.1", "0.3", "1", "3", "10"])
-    text = (tmp_path / "sst2-tiny" / "rates-400.md").read_text()
-    assert "minutes of" not in text and "| mezo | 3e-05 **best** |" in text
-    assert "| adamw | 3e-05 **best** |" in text
-    bench.main([*argv, "--tune", "400", "--factors", "1", "3"])
-    text = (tmp_path / "sst2-tiny" / "rates-400.md").read_text()
-    assert "| adamw | 3e-05 **best** (at the end) |" in text
-    assert {job.forwards for job, *_ in ran if job.rate == pytest.approx(9e-5)} == {400}
-    # At the preset's own budget a rate's run is the table's.
-    bench.main([*argv, "--tune", str(bench.PRESETS["sst2-tiny"].PRESET.train.forwards)])
-    whole = [job for job, *_ in ran[-9:]]
-    assert all(job.forwards is None for job in whole)
-    assert {ran[0][0].name, ran[1][0].name} <= {job.name for job in whole}
-
-
-def test_every_line_of_the_table_of_classification_is_a_command(repo):
-    from train.presets import arguments
-
-    bench = load(repo, "classify_table")
-    for preset in ("sst2-smollm2", "sst2-tiny", "vit-fashion"):
-        known = bench.PRESETS[preset].OPTIMIZERS
-        found = set()
-        for name, method in bench.METHODS.items():
-            assert method.optimizer in known, (preset, method)
-            job = bench.Job(name, 0, bench.rate_of(name, preset))
-            optimizer = arguments.read_arguments(
-                arguments.CLASSIFY, bench.command_of(job, preset)
-            ).optimizer
-            assert optimizer.learning_rate == method.rates.get(
-                preset, known[method.optimizer][0].learning_rate
-            )
-            found.add(str(optimizer))
-        assert len(found) == len({(m.optimizer, m.more) for m in bench.METHODS.values()})
-    config = arguments.read_arguments(
-        arguments.CLASSIFY, bench.command_of(bench.Job("zo-muon", 3, 0.5, 90), "vit-fashion")
-    )
-    assert (config.seed, config.optimizer.learning_rate, config.train.forwards) == (3, 0.5, 90)
-    jobs = [bench.Job(n, s, r) for n in bench.METHODS for s in (0, 1) for r in (0.01, 0.1)]
-    assert len({job.name for job in jobs}) == len(jobs)
-
-
-def r2mu_summary(bench, name, seed):
+def forgotten(run):
     """Numbers that follow from the seed: R2MU holds its bound on two seeds of three."""
-    unsafe = {"RMU": 0.8, "R2MU": 0.4 if seed else 0.7}.get(name, 0.6)
-    flat = dict.fromkeys(bench.COLUMNS, 0.5) | {"trace_unsafe": unsafe}
-    start = dict.fromkeys(bench.COLUMNS, 1.0) | {"reasoning_accuracy": 0.55}
-    if "ZeroThink" in name:  # judges every model without thoughts
+    seed, rmu = int(given(run, "--seed")), run.name.startswith("rmu-seed")
+    ours = run.name.startswith("r2mu-seed")
+    flat = dict.fromkeys(table_of_runs.COLUMNS, 0.5)
+    flat["trace_unsafe"] = 0.8 if rmu else (0.4 if seed else 0.7) if ours else 0.6
+    start = dict.fromkeys(table_of_runs.COLUMNS, 1.0) | {"reasoning_accuracy": 0.55}
+    if "zerothink" in run.name:  # judges every model without thoughts
         start["trace_unsafe"] = 0.0
     found = {"original": start, "unlearned": flat | {"final_accuracy": 0.25 + 0.01 * seed}}
-    return found | ({"oracle": flat} if name == "R2MU" else {})
+    return found | ({"oracle": flat} if ours else {})
 
 
-def test_the_table_of_traces(repo, tmp_path, monkeypatch, capsys):
-    bench = load(repo, "r2mu_table")
-    ran = []
-
-    def run(name, seed, folder, options):
-        ran.append((name, seed, tuple(options)))
-        return r2mu_summary(bench, name, seed)
-
-    monkeypatch.setattr(bench, "run", run)
-    bench.main(["--output", str(tmp_path), "--", "--smoke"])
-    (path,) = tmp_path.glob("with-*/r2mu_table.md")
-    text = path.read_text()
-    assert text.strip() in capsys.readouterr().out
-    assert len(set(ran)) == len(ran) == 3 * len(bench.METHODS)
-    assert all(options == ("--smoke",) for _, _, options in ran)
-    cells = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines()}
-    assert {f"| {name}" for name in ("original", "oracle", *bench.METHODS)} <= set(cells)
-    assert cells["| original"][2] == "1.00 (1.00 to 1.00)"
-    assert cells["| R2MU"][1:3] == ["0.26 (0.25 to 0.27)", "0.40 (0.40 to 0.70)"]
-    assert "unsafe traces 0.50 of RMU's" in text and "reasoning accuracy 0.91" in text
-    assert "the bound holds" in text
-    bench.main(["--output", str(tmp_path), "--seeds", "0", "--only", "RMU + ZeroThink", "R2MU"])
-    text = (tmp_path / "r2mu_table.md").read_text()
-    assert "| original | 1.00 | 1.00 |" in text and "bound" not in text
+def condensed(run):
+    """Shares of the tokens, seconds and FLOPs of whole traces."""
+    seed, whole = int(given(run, "--seed")), given(run, "--condense.tau") == "1"
+    share = 1.0 if whole else 0.5 + 0.1 * seed
+    return {
+        "finetuned": {
+            "answer_accuracy": 0.9 - 0.1 * seed,
+            "finished": 1.0,
+            "answer_nll": 0.25,
+            "train_tokens": 1000 * share,
+            "train_seconds": None if "head" in run.name else 60 * (1 + seed) * share,
+            "train_flops": 7.0 * share**2,
+        }
+    }
 
 
-def test_the_bound_of_traces(repo):
-    """Each of its three parts alone breaks it; a ratio to 0 does."""
-    bench = load(repo, "r2mu_table")
-
-    def verdict(**changes):
-        theirs, start = (
-            {"final_accuracy": 0.25, "trace_unsafe": 0.5, "reasoning_accuracy": 1.0},
-        ) * 2
-        ours = theirs | {"trace_unsafe": 0.3} | changes
-        return bench.verdict(
-            {"original": [start] * 3, "RMU": [theirs] * 3, "R2MU": [ours, ours, start]}
-        )
-
-    assert verdict().holds and verdict().unsafe == 0.6
-    assert verdict(final_accuracy=0.3).holds
-    assert not verdict(final_accuracy=0.31).holds and not verdict(final_accuracy=0.19).holds
-    assert not verdict(trace_unsafe=0.31).holds
-    assert verdict(reasoning_accuracy=0.9).holds and not verdict(reasoning_accuracy=0.89).holds
-    none = [{"final_accuracy": 0.25, "trace_unsafe": 0.0, "reasoning_accuracy": 0.0}]
-    some = [none[0] | {"trace_unsafe": 0.1}]
-    assert bench.verdict({"original": none, "RMU": none, "R2MU": some}).unsafe == math.inf
-    assert bench.verdict({"original": none, "RMU": none, "R2MU": none})[2:] == (0.0, 1.0, 1.0)
-    # Of several strengths those that forget as much.
-    more, less = ([none[0] | {"final_accuracy": x}] for x in (0.0, 0.2))
-    weak, strong = bench.STRENGTHS["R2MU"][1], bench.STRENGTHS["RMU"][1]
-    rest = dict.fromkeys(bench.COLUMNS, 0.0)
-    found = {"original": none, "RMU": none, "R2MU": more, weak: less}
-    assert bench.verdict(found)[:2] == (weak, "RMU")
-    full = {name: [rest | flat for flat in flats] for name, flats in found.items()}
-    assert [line.split(":")[0] for line in bench.table(full)[-3::2]] == [
-        "R2MU against RMU", f"{weak} against RMU",
-    ]  # fmt: skip
-    assert bench.verdict(found | {strong: more})[:2] == ("R2MU", strong)
+def plan_told(run):
+    """A plan of which one is not compiled."""
+    step = dict.fromkeys(("argument_bytes", "temp_bytes", "peak_bytes"), 2**30)
+    step |= {"flops_per_chip": 3e12, "optimizer_flops_per_chip": 1e12, "compile_seconds": 7.0}
+    step |= {"compiled": "sift" not in run.argv, "fits": "sift" not in run.argv}
+    step |= {"collectives": {"all-gather": {"bytes": 2**29}}}
+    step |= {"roofline_seconds": {"compute": 0.5, "hbm": 0.25}}
+    name, topology = given(run, "--optimizer.name"), given(run, "--topology")
+    found = {"topology": topology, "optimizer": name, "hbm_bytes_per_chip": 2**34}
+    return found | {"programs": {"train": step}}
 
 
-@pytest.mark.slow
-def test_r2mu_forgets_the_traces_that_rmu_leaves(repo, tmp_path):
-    """On three seeds, a quarter of an hour on one core: it forgets no less and keeps reasoning.
-
-    RESULTS has what the bound says where both forget as much, which is another strength.
-    """
-    bench = load(repo, "r2mu_table")
-    options = "--no-oracle --unlearn.curve-points 0 --evaluate.leak-samples 0".split()
-    found = bench.collect(
-        ("RMU", "R2MU"), bench.SEEDS, lambda *which: bench.run(*which, tmp_path, options)
-    )
-    told = bench.compared(found, "R2MU", "RMU")
-    assert told.apart <= bench.APART and told.unsafe <= bench.UNSAFE, bench.said(told)
-    assert told.reasoning >= bench.REASONING, bench.said(told)
-
-
-def test_every_run_of_the_table_of_traces_is_a_command(repo):
-    from train.presets import arguments
-
-    bench = load(repo, "r2mu_table")
-    found = [
-        arguments.read_arguments(arguments.UNLEARN, ["r2mu-tiny", *more])
-        for more in bench.METHODS.values()
-    ]
-    assert len({str(config) for config in found}) == len(found)
-    assert [config.oracle for config in found].count(True) == 1
-
-
-def concept_told(bench, program, name, argv):
+def concept_told(run):
     """What a run tells: 20 prompts each; a seed makes every rate larger by one prompt."""
+    program, name, argv = run.program.removeprefix("train."), run.name, run.argv
     seed = int(name.partition("seed")[2].partition("-")[0])
     rest = name.partition(f"seed{seed}")[2]
     before = 2 if "uce" in name else 4  # prompts that show the concept by its name
@@ -585,43 +411,267 @@ def concept_told(bench, program, name, argv):
         models["attacked"] = flat
         logs["attacked"] = log(*(counts or [1, 2, 3, 4, 5 + seed, 6, 7, 8, 9, 14]))
         logs["transferred"] = log(*[15] * 10)
-    return bench.Told(models, logs)
+    return table_of_concepts.Told(models, logs)
 
 
-def test_the_table_of_concepts(repo, tmp_path, monkeypatch, capsys):
-    bench = load(repo, "concept_table")
-    ran = []
+TELL = {
+    "epic": condensed,
+    "r2mu": forgotten,
+    "pretrain": pretrained,
+    "concept": concept_told,
+    "plan": plan_told,
+    **dict.fromkeys(table_of_rates.PRESETS, classified),
+}
 
-    def run(program, name, argv, folder, options):
-        ran.append((program, name, tuple(argv), tuple(options)))
-        return concept_told(bench, program, name, argv)
 
-    monkeypatch.setattr(bench, "run", run)
-    bench.main(["--output", str(tmp_path), "--", "--smoke"])
-    (path,) = tmp_path.glob("with-*/concept_table.md")
-    text = path.read_text()
-    assert text.strip() in capsys.readouterr().out
-    names = [name for _, name, *_ in ran]
+class Filled(NamedTuple):
+    """A table over invented runs.
+
+    Args:
+        text: its lines.
+        runs: the runs that it asked for, in their order.
+        curves: the names of the folders whose curves are overlaid.
+        options: the options behind `--` that the runs were given.
+    """
+
+    text: str
+    runs: list
+    curves: list
+    options: list
+
+
+@pytest.fixture
+def fill(tmp_path, monkeypatch, capsys):
+    """A function that fills a table with invented results; no run is made twice."""
+
+    def filled(name, *argv):
+        found = Filled("", [], [], [])
+
+        def maker(row, folder, options):
+            def make(run):
+                found.runs.append(run)
+                found.options.extend(row.passed(run, options))
+                return TELL[name](run)
+
+            return functools.cache(make)
+
+        def overlay(runs, page):
+            assert page.name == "curves.html"
+            found.curves.extend(path.name for path in runs)
+
+        monkeypatch.setattr(table, "maker", maker)
+        monkeypatch.setattr(table, "overlay", overlay)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        table.main([name, "--output", str(folder), *argv])
+        (path,) = folder.rglob("*.md")
+        assert path.parent.name.startswith("with-") == ("--" in argv)
+        names = [run.name for run in found.runs]
+        assert len(set(names)) == len(names) and len(set(found.curves)) == len(found.curves)
+        return found._replace(text=capsys.readouterr().out.strip())
+
+    return filled
+
+
+def cells(text, columns=1):
+    """The cells of a table by those of its first columns; the first table wins."""
+    lines = [line.strip("| ").split(" | ") for line in reversed(text.splitlines())]
+    keys = [tuple(line[:columns]) if columns > 1 else line[0] for line in lines]
+    return dict(zip(keys, (line[columns:] for line in lines), strict=True))
+
+
+@pytest.mark.parametrize("name", TELL)
+def test_every_run_of_a_table_is_a_command(fill, tmp_path, monkeypatch, name):
+    """Typos in its options would be found after an hour."""
+    from train.jobs.diffusing import stored
+    from train.planning.planned import PLANNERS
+    from train.presets import arguments
+
+    few = ["--concepts", "ankle boot"] if name == "concept" else []
+    runs = fill(name, *few, *(["--seeds", "3"] if table.TABLES[name].seeds else [])).runs
+    of = {run.name: run.program for run in runs}
+
+    def read_run(folder, option, programs=()):
+        program = of[folder.name]
+        assert not programs or program in programs, (option, folder)
+        config = arguments.READERS[program].config(preset="fashion", smoke=True)
+        return stored.Source(folder, program.removeprefix("train."), config, None)
+
+    monkeypatch.setattr(stored, "read_run", read_run)
+    found = {}
+    for run in runs:
+        (tmp_path / run.name).mkdir(parents=True)
+        argv = tables.command(run, tmp_path, ())
+        if name == "plan":
+            row = next(row for row in PLANNERS.values() if argv[0] in row.presets)
+            config = row.read(argv[:-2], row.config, "train.plan")
+        else:
+            config = arguments.read_arguments(run.program, argv)
+            assert config.output == tmp_path / run.name
+        for flag, of_config in {
+            "--seed": lambda config: config.seed,
+            "--optimizer.learning-rate": lambda config: config.optimizer.learning_rate,
+            "--train.forwards": lambda config: config.train.forwards,
+            "--erase.concept": lambda config: config.erase.concept,
+            "--attack.tokens": lambda config: config.attack.tokens,
+            "--defend.tokens": lambda config: config.defend.tokens,
+        }.items():
+            if flag in run.argv:
+                assert str(of_config(config)) == given(run, flag), (run, flag)
+        if hasattr(config, "output"):
+            config = replace(config, output=None)
+        found[run.name] = str(config)
+    assert len(set(found.values())) == len(found)
+
+
+def test_the_table_of_pretraining(fill):
+    """The best of each grid is compared by seed; nothing is trained twice."""
+    text, runs, curves, options = fill("pretrain", "--", "--train.tokens", "4096")
+    changes = len(table_of_rates.ABLATIONS) - 1
+    assert len(curves) == 4 * 3 + changes
+    assert "| normuon | 0.04 **best** (at the end) |" in text
+    assert "| muon | 0.02 **best** |" in text
+    # Seeds 0, 1 and 2: TEON's loss minus Muon's is -0.2 + 0.02 seed.
+    (teon,) = [line for line in text.splitlines() if line.startswith("| teon | 2.7")]
+    assert "-0.1800 ± 0.0200" in teon and "2.7400 ± 0.0400" in teon
+    assert options == ["--train.tokens", "4096"] * len(runs)
+    assert len(runs) == sum(map(len, table_of_rates.GRID.values())) + 4 * 2 + changes
+    few = fill("pretrain", "--only", "ablations")
+    assert len(few.runs) == len(table_of_rates.GRID["teon"]) + changes
+    assert text.endswith(few.text) and set(few.curves) <= set(curves)
+
+
+FEW = ("--only", "adamw", "mezo", "rowwise", "rowwise, minutes of mezo")
+
+
+def test_the_table_of_classification(fill, monkeypatch):
+    """Equal budgets, but for the row that has the minutes of another."""
+    found = fill("sst2-tiny", *FEW, "--seeds", "0", "1", "--", "--smoke")
+    of = cells(found.text)
+    assert set(found.options) == {"--smoke"}
+    assert of["before"][:3] == ["0.500", "0.500", "0.500"]
+    assert of["mezo"][:3] == ["0.610", "0.630", "0.620"]
+    assert of["mezo"][-3:] == ["1,200", "6.0", "10"]
+    assert of["rowwise, minutes of mezo"][-3:] == ["3,600", "6.0", "10"]
+    assert {given(run, "--train.forwards") for run in found.runs} == {None, "3600"}
+    assert sorted(found.curves) == sorted(run.name for run in found.runs)
+    assert "| mezo | 0.200 | 0.400 | 0.600 | 0.800 | 1.000 |" in found.text
+    assert "0.520" in found.text
+    # Minutes that are the same but for what timing is worth: no run of its own.
+    monkeypatch.setattr(table_of_rates, "SAME", 2.1)
+    again = fill("sst2-tiny", *FEW)
+    assert again.text.count("| 1,200 |") == 4
+    assert [given(run, "--optimizer.name") for run in again.runs] == ["adamw", "mezo", "rowwise"]
+    assert len(again.curves) == 3  # rows of one run show it once
+    monkeypatch.setattr(table_of_rates, "SAME", 0.05)
+    monkeypatch.setattr(table_of_rates, "TIMED", 500)
+    found = fill("sst2-tiny", *FEW)
+    timed = [run for run in found.runs if given(run, "--train.forwards") == "500"]
+    assert [given(run, "--optimizer.name") for run in timed] == ["rowwise", "mezo"]
+    assert all(run.name.startswith("timed/") == (run in timed) for run in found.runs)
+    assert "| 3,600 | 6.0 | 10 |" in found.text
+
+
+def test_rates_are_compared_at_a_budget(fill):
+    wide = fill("sst2-tiny", *FEW, "--tune", "400", "--factors", *"0.1 0.3 1 3 10".split())
+    assert "minutes of" not in wide.text and "| mezo | 3e-05 **best** |" in wide.text
+    assert "| adamw | 3e-05 **best** |" in wide.text
+    assert {given(run, "--train.forwards") for run in wide.runs} == {"400"}
+    narrow = fill("sst2-tiny", *FEW, "--tune", "400", "--factors", "1", "3")
+    assert "| adamw | 3e-05 **best** (at the end) |" in narrow.text
+    # At the preset's own budget a rate's run is the table's.
+    budget = table_of_rates.PRESETS["sst2-tiny"].PRESET.train.forwards
+    whole = fill("sst2-tiny", *FEW, "--tune", str(budget)).runs
+    assert len(whole) == 9 and all(given(run, "--train.forwards") is None for run in whole)
+    assert set(fill("sst2-tiny", "--only", "adamw", "mezo").runs) <= set(whole)
+
+
+def test_the_table_of_traces(fill):
+    text, runs, _, options = fill("r2mu", "--", "--smoke")
+    assert len(runs) == 3 * len(table_of_runs.R2MU) == len(options)
+    assert ["--no-oracle" in run.argv for run in runs].count(False) == 3
+    of = cells(text)
+    assert {"original", "oracle", *table_of_runs.R2MU} <= set(of)
+    assert of["original"][1] == "1.00 (1.00 to 1.00)"
+    assert of["R2MU"][:2] == ["0.26 (0.25 to 0.27)", "0.40 (0.40 to 0.70)"]
+    assert "unsafe traces 0.50 of RMU's" in text and "reasoning accuracy 0.91" in text
+    assert "the bound holds" in text
+    text = fill("r2mu", "--seeds", "0", "--only", "RMU + ZeroThink", "R2MU").text
+    assert "| original | 1.00 | 1.00 |" in text and "bound" not in text
+
+
+def test_the_bound_of_traces():
+    """Each of its three parts alone breaks it; a ratio to 0 does."""
+
+    def verdict(**changes):
+        theirs, start = (
+            {"final_accuracy": 0.25, "trace_unsafe": 0.5, "reasoning_accuracy": 1.0},
+        ) * 2
+        ours = theirs | {"trace_unsafe": 0.3} | changes
+        return table_of_runs.verdict(
+            {"original": [start] * 3, "RMU": [theirs] * 3, "R2MU": [ours, ours, start]}
+        )
+
+    assert verdict().holds and verdict().unsafe == 0.6
+    assert verdict(final_accuracy=0.3).holds
+    assert not verdict(final_accuracy=0.31).holds and not verdict(final_accuracy=0.19).holds
+    assert not verdict(trace_unsafe=0.31).holds
+    assert verdict(reasoning_accuracy=0.9).holds and not verdict(reasoning_accuracy=0.89).holds
+    none = [{"final_accuracy": 0.25, "trace_unsafe": 0.0, "reasoning_accuracy": 0.0}]
+    some = [none[0] | {"trace_unsafe": 0.1}]
+    assert table_of_runs.verdict({"original": none, "RMU": none, "R2MU": some}).unsafe == math.inf
+    assert table_of_runs.verdict({"original": none, "RMU": none, "R2MU": none})[2:] == (
+        0.0,
+        1.0,
+        1.0,
+    )
+    # Of several strengths those that forget as much.
+    more, less = ([none[0] | {"final_accuracy": x}] for x in (0.0, 0.2))
+    weak, strong = table_of_runs.STRENGTHS["R2MU"][1], table_of_runs.STRENGTHS["RMU"][1]
+    rest = dict.fromkeys(table_of_runs.COLUMNS, 0.0)
+    found = {"original": none, "RMU": none, "R2MU": more, weak: less}
+    assert table_of_runs.verdict(found)[:2] == (weak, "RMU")
+    full = {name: [rest | flat for flat in flats] for name, flats in found.items()}
+    assert [line.split(":")[0] for line in table_of_runs.thoughts(full)[-3::2]] == [
+        "R2MU against RMU", f"{weak} against RMU",
+    ]  # fmt: skip
+    assert table_of_runs.verdict(found | {strong: more})[:2] == ("R2MU", strong)
+
+
+@pytest.mark.slow
+def test_r2mu_forgets_the_traces_that_rmu_leaves(tmp_path):
+    """On three seeds, a quarter of an hour on one core: it forgets no less and keeps reasoning.
+
+    RESULTS has what the bound says where both forget as much, which is another strength.
+    """
+    options = "--no-oracle --unlearn.curve-points 0 --evaluate.leak-samples 0".split()
+    make = tables.maker(table.TABLES["r2mu"], tmp_path, options)
+    found = table_of_runs.collect(make, ("RMU", "R2MU"), table_of_runs.SEEDS)
+    told = table_of_runs.compared(found, "R2MU", "RMU")
+    assert told.apart <= table_of_runs.APART and told.unsafe <= table_of_runs.UNSAFE, str(told)
+    assert told.reasoning >= table_of_runs.REASONING, str(told)
+
+
+def test_the_table_of_concepts(fill):
+    text, runs, _, options = fill("concept", "--", "--smoke")
     # By seed an original; by concept and method an erasure, 4 attacks, 3 defences and an attack on
     # one of these, 2 transfers. What a run takes from others was run before it.
-    assert len(set(names)) == len(names) == 3 * (1 + 2 * 3 * (1 + 4 + 3 + 1 + 2))
-    for i, (_, _, argv, options) in enumerate(ran):
-        assert options == ("--smoke",)
-        assert {word[1:] for word in argv if word.startswith("@")} <= set(names[:i])
-    cells = {tuple(line.strip("| ").split(" | ")[:3]): line.strip("| ").split(" | ")[3:]
-             for line in text.splitlines()}  # fmt: skip
-    assert cells["sneaker", "-", "original"][0] == "1.00 (1.00 to 1.00)"
-    assert cells["sneaker", "-", "original"][2] == "-"
-    erased = cells["bag", "uce", "erased"]
+    names = [run.name for run in runs]
+    assert len(names) == 3 * (1 + 2 * 3 * (1 + 4 + 3 + 1 + 2)) and options == ["--smoke"] * 3
+    for i, run in enumerate(runs):
+        assert {word[1:] for word in run.argv if word.startswith("@")} <= set(names[:i])
+    of = cells(text, 3)
+    assert of["sneaker", "-", "original"][0] == "1.00 (1.00 to 1.00)"
+    assert of["sneaker", "-", "original"][2] == "-"
+    erased = of["bag", "uce", "erased"]
     assert erased[0] == "0.15 (0.10 to 0.20)"
     # Any other name 2 + 3, the first token 2 + 1, of five 2 + 5 + seed, of ten 2 + 14.
     assert erased[2:4] == ["0.25 (0.25 to 0.25)", "0.15 (0.15 to 0.15)"]
     assert erased[4:6] == ["0.40 (0.35 to 0.45)", "0.80 (0.80 to 0.80)"]
     assert erased[6:8] == ["0.50 (0.50 to 0.50)", "0.10 (0.10 to 0.10)"]
-    assert cells["bag", "uce", "defended, K 5"][3:7] == [
+    assert of["bag", "uce", "defended, K 5"][3:7] == [
         *["0.10 (0.10 to 0.10)"] * 2, "0.30 (0.30 to 0.30)", "0.50 (0.50 to 0.50)"
     ]  # fmt: skip
-    assert cells["bag", "uce", "defended, K 1"][4] == "0.30 (0.30 to 0.30)"
+    assert of["bag", "uce", "defended, K 1"][4] == "0.30 (0.30 to 0.30)"
     assert "| on uce | on rece | on esd | on original |" in text
     # By the tokens alone: what the name itself draws, all on the original, does not count.
     transfer = [*["0.30 (0.25 to 0.35)"] * 3, "0.75 (0.75 to 0.75)"]
@@ -634,15 +684,26 @@ def test_the_table_of_concepts(repo, tmp_path, monkeypatch, capsys):
     assert "| sneaker, esd: under its name at most 0.15 | 0.20 | 0.25 | 0.30 | 0.25 | no |" in text
     told = "| 0.35 of 0.10 | 0.40 of 0.10 | 0.45 of 0.10 | 0.40, 4.00 times | yes |"
     assert f"| sneaker, uce: SubAttack, at least 3 times pre_asr, or 0.5 {told}" in text
-    bench.main(["--output", str(tmp_path), "--seeds", "1", "--concepts", "bag", "--methods", "uce"])
-    text = (tmp_path / "concept_table.md").read_text()
+    text = fill("concept", "--seeds", "1", "--concepts", "bag", "--only", "uce").text
     assert text.startswith("Seed 1. ") and "| bag | uce | erased | 0.15 | 0.50 |" in text
     assert text.count("at most") == 2 and "(0." not in text
 
 
-def test_the_bounds_of_concepts(repo):
+def test_options_of_the_runs_of_the_table_of_concepts(fill):
+    """Each goes to the programs that have it."""
+    more = "--data.source shapes --attack.steps 7 --erase.towards bag --smoke".split()
+    found = fill("concept", "--concepts", "ankle boot", "--seeds", "0", "--", *more)
+    passed = {run.name: table_of_concepts.passed(run, more) for run in found.runs}
+    assert passed["original-seed0"] == [*more[:2], "--smoke"]
+    assert passed["uce-ankle-boot-seed0"] == passed["esd-ankle-boot-seed0"] == more[4:6]
+    assert passed["uce-ankle-boot-seed0-subattack"] == more[2:4]
+    assert (
+        passed["uce-ankle-boot-seed0-from-esd"] == passed["esd-ankle-boot-seed0-defended-1"] == []
+    )
+
+
+def test_the_bounds_of_concepts():
     """Each of the numbers alone breaks its bound; nothing holds because all is 0."""
-    bench = load(repo, "concept_table")
 
     def held(drawn=0.85, left=0.15, before=0.1, attacked=0.3, defended=0.15):
         erased = {"explicit": left, "pre_asr": before, "subattack 5": attacked}
@@ -651,8 +712,8 @@ def test_the_bounds_of_concepts(repo):
             ("bag", "uce", "erased"): [erased],
             ("bag", "uce", "defended, K 5"): [{"subattack 5": defended}],
         }
-        found = bench.Found((0,), [drawn], models, {}, {}, {})
-        return [bound.holds for bound in bench.bounds(found)]
+        found = table_of_concepts.Found((0,), [drawn], models, {}, {}, {})
+        return [bound.holds for bound in table_of_concepts.bounds(found)]
 
     assert held() == [True] * 4
     assert held(drawn=0.84) == [False, True, True, True]
@@ -666,90 +727,45 @@ def test_the_bounds_of_concepts(repo):
     assert held(before=0.0, attacked=0.05, defended=0.05)[2:] == [True, False]
 
 
-def test_every_run_of_the_table_of_concepts_is_a_command(repo, tmp_path, monkeypatch):
-    from train.jobs.diffusing import stored
-    from train.jobs.diffusing.config import AttackRun, DefendRun, DiffuseRun, EraseRun
-    from train.presets import arguments
-
-    bench = load(repo, "concept_table")
-    ran = []
-
-    def make(program, name, argv):
-        ran.append((program, name, argv))
-        return concept_told(bench, program, name, argv)
-
-    bench.collect((0,), ("ankle boot",), ("uce", "esd"), make)
-    kinds = {"erase": EraseRun, "attack": AttackRun, "defend": DefendRun, "diffuse": DiffuseRun}
-    of = {name: program for program, name, _ in ran}
-
-    def read_run(folder, option, programs=()):
-        program = of[folder.name]
-        assert not programs or f"train.{program}" in programs, (option, folder)
-        return stored.Source(folder, program, kinds[program](preset="fashion", smoke=True), None)
-
-    monkeypatch.setattr(stored, "read_run", read_run)
-    for name in of:
-        (tmp_path / name).mkdir()
-    commands = []
-    monkeypatch.setattr(bench, "ran", lambda module, argv, output: commands.append((module, argv)))
-    options = "--data.source shapes --attack.steps 7 --erase.towards bag --smoke".split()
-    for program, name, argv in ran:
-        with contextlib.suppress(TypeError):  # there is no summary
-            bench.run(program, name, argv, tmp_path, options)
-    configs = {}
-    for module, argv in commands:
-        config = arguments.read_arguments(module, argv)
-        configs[config.output.name] = config
-    assert set(configs) == set(of)
-    assert configs["original-seed0"].data.source == "shapes" and configs["original-seed0"].smoke
-    assert configs["esd-ankle-boot-seed0"].erase.concept == "ankle boot"
-    assert {configs[f"{m}-ankle-boot-seed0"].erase.towards for m in ("uce", "esd")} == {"bag"}
-    attack = configs["uce-ankle-boot-seed0-subattack"].attack
-    assert (attack.tokens, attack.steps) == (10, 7)
-    assert attack.transfer == tmp_path / "original-seed0"
-    given = configs["uce-ankle-boot-seed0-from-esd"].attack
-    assert given.source == tmp_path / "esd-ankle-boot-seed0-subattack"
-    assert configs["esd-ankle-boot-seed0-defended-1"].defend.tokens == 1
-
-
-def test_the_table_of_condensed_traces(repo, tmp_path, monkeypatch, capsys):
+def test_the_table_of_condensed_traces(fill):
     """Times are over those of whole traces of the same seed; what is not known is "-"."""
-    bench = load(repo, "epic_table")
-    ran = []
-
-    def run(name, seed, folder, options):
-        ran.append((name, seed))
-        share = 1.0 if name == "full" else 0.5 + 0.1 * seed
-        return {
-            "answer_accuracy": 0.9 - 0.1 * seed,
-            "finished": 1.0,
-            "answer_nll": 0.25,
-            "train_tokens": 1000 * share,
-            "train_seconds": None if name == "head" else 60 * (1 + seed) * share,
-            "train_flops": 7.0 * share**2,
-        }
-
-    monkeypatch.setattr(bench, "run", run)
-    bench.main(["--only", "full", "edge", "head", "--seeds", "0", "1", "--output", str(tmp_path)])
-    text = (tmp_path / "epic_table.md").read_text()
-    assert text.strip() in capsys.readouterr().out
+    found = fill("epic", "--only", "full", "edge", "head", "--seeds", "0", "1")
     same = "0.900 | 0.800 | 0.850 | 1.000 | 0.250"
-    assert f"| full | {same} | 1,000 | 1.50 | 1.00 | 1.00 |" in text
+    assert f"| full | {same} | 1,000 | 1.50 | 1.00 | 1.00 |" in found.text
     # Ratios 0.5 and 0.6, and their squares; the mean of the minutes is not their ratio.
-    assert f"| edge | {same} | 550 | 0.85 | 0.55 | 0.30 |" in text
-    assert f"| head | {same} | 550 | - | - | 0.30 |" in text
-    assert ran == [(name, seed) for seed in (0, 1) for name in ("full", "edge", "head")]
-    bench.main(["--only", "edge", "--seeds", "0", "--output", str(tmp_path / "alone")])
-    assert "| 500 | 0.50 | - | - |" in capsys.readouterr().out
+    assert f"| edge | {same} | 550 | 0.85 | 0.55 | 0.30 |" in found.text
+    assert f"| head | {same} | 550 | - | - | 0.30 |" in found.text
+    assert [run.name for run in found.runs] == [
+        f"{name}-seed{seed}" for seed in (0, 1) for name in ("full", "edge", "head")
+    ]
+    assert "| 500 | 0.50 | - | - |" in fill("epic", "--only", "edge", "--seeds", "0").text
 
 
-def test_every_line_of_the_table_of_condensed_traces_is_a_command(repo):
-    from train.presets import arguments
+def test_the_table_of_plans(fill):
+    of = cells(fill("plan").text)
+    assert list(of)[-1] == "run" and len(of) == 2 + len(table_of_programs.PLANS)
+    assert of["8B, v5e, Muon"] == [
+        *("v5e:8x8", "muon", "1.00", "1.00", "1.00 of 16.00", "yes", "2.0", "1.00", "1.500"),
+        *("0.5", "0.50 / 0.25", "7"),
+    ]
+    assert of["8B, v5e, SIFT"][5:10] == ["**no**", "2.0", "at least 1.00", "-", "-"]
 
-    bench = load(repo, "epic_table")
-    found = {
-        name: arguments.read_arguments(arguments.FINETUNE, ["epic-tiny", *more])
-        for name, more in bench.VARIANTS.items()
-    }
-    assert len({str(config.condense) for config in found.values()}) == len(found) == 9
-    assert found[bench.WHOLE].condense.tau == 1 and found["cost-matched"].condense.tau == 0.5
+
+def test_a_run_is_started_and_read(tmp_path, monkeypatch):
+    """A run's folder, its options and those of the folders beside it."""
+    started = []
+
+    def run(words, **_):
+        started.append(words[1:])
+        folder = Path(words[words.index("--output") + 1])
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text('{"finetuned": {"nll": 1.0}}')
+
+    monkeypatch.setattr(tables.subprocess, "run", run)
+    make = tables.maker(table.TABLES["epic"], tmp_path, ["--smoke"])
+    argv = ("epic-tiny", "--stage.cache", "@cache")
+    one = tables.Run("train.finetune", "edge", argv)
+    assert make(one) == make(one) == {"finetuned": {"nll": 1.0}}
+    folders = [f"{tmp_path}/{name}" for name in ("cache", "edge")]
+    words = ["-m", "train.finetune", *argv[:2], folders[0], "--smoke", "--output", folders[1]]
+    assert started == [words]

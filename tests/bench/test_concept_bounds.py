@@ -6,11 +6,12 @@
 `JAXLIB_UNLEARN_RUNS` one that keeps the runs.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import tables
+from table_of_concepts import TABLES, bounds, collect
 
 from jaxlib_unlearn.errors import UserError
 from train.jobs.diffusing.config import ImagesConfig
@@ -18,17 +19,7 @@ from train.tasks import pictures
 
 
 @pytest.fixture(scope="module")
-def bench(repo):
-    """The table whose bounds these are."""
-    path = repo / "tests" / "bench" / "concept_table.py"
-    spec = importlib.util.spec_from_file_location("bench_concept_table", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def found(bench, tmp_path_factory):
+def found(tmp_path_factory):
     """What seeds 0 to 2 say of one concept and UCE."""
     named = os.environ.get("JAXLIB_UNLEARN_FASHION")
     try:
@@ -37,16 +28,12 @@ def found(bench, tmp_path_factory):
         pytest.skip(f"{error} (JAXLIB_UNLEARN_FASHION names the folder of its files)")
     options = [] if named is None else ["--data.path", str(Path(named).resolve())]
     folder = os.environ.get("JAXLIB_UNLEARN_RUNS") or tmp_path_factory.mktemp("concept")
-    folder = bench.place(Path(folder), options)
-
-    def make(program, name, argv):
-        return bench.run(program, name, argv, folder, options)
-
-    return bench.collect((0, 1, 2), ("sneaker",), ("uce",), make)
+    make = tables.maker(TABLES["concept"], tables.place(Path(folder), options), options)
+    return collect(make, (0, 1, 2), ("sneaker",), ("uce",))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(4), ids=["original", "uce", "subattack", "subdefense"])
-def test_the_bounds_of_concepts(bench, found, number):
-    bound = list(bench.bounds(found))[number]
+def test_the_bounds_of_concepts(found, number):
+    bound = list(bounds(found))[number]
     assert bound.holds, f"{bound.about}: {', '.join(bound.seeds)}; median {bound.median}"

@@ -1,12 +1,11 @@
 """Sign momentum and quantised updates: references, reductions, and Optax's protocol."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import assert_trees_close, random_tree, run
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.sign import (
@@ -14,30 +13,6 @@ from jaxlib_unlearn.optim.sign import (
     scale_by_sign_momentum,
     sign_momentum,
 )
-
-SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
-
-
-def random_tree(seed, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: np.asarray(rng.standard_normal(s), dtype),
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-
-
-def run(tx, params, grads):
-    state, update, out = tx.init(params), jax.jit(tx.update), []
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        out.append(params)
-    return out
-
-
-def assert_trees_close(a, b, **limits):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **limits), a, b)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9])
@@ -156,36 +131,8 @@ def test_wrong_beta():
             sign_momentum(0.1, beta=beta)
 
 
-@pytest.mark.parametrize("tx", [sign_momentum(0.1), quantize_updates(4)], ids=["sign", "bits"])
-def test_one_compilation_and_extra_arguments(tx):
-    traces = 0
-
-    @jax.jit
-    def step(g, state, params):
-        nonlocal traces
-        traces += 1
-        return tx.update(g, state, params, value=jnp.ones(()), unknown="x")
-
-    params = random_tree(0)
-    state = tx.init(params)
-    types = jax.tree.map(jax.typeof, state)
-    for i in range(3):
-        updates, state = step(random_tree(i), state, params)
-    assert traces == 1 and jax.tree.map(jax.typeof, state) == types
-    first = tx.update(params, tx.init(params), params)[0]
-    assert_trees_close(first, step(params, tx.init(params), params)[0], rtol=1e-6)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    assert jax.eval_shape(tx.init, shapes) == expected
-
-
 def test_hyperparameters_may_be_traced():
-    params, grads = random_tree(0), [random_tree(i) for i in range(1, 4)]
-    make = optax.inject_hyperparams(sign_momentum, static_args=optim.STATIC_ARGS["sign_momentum"])
-    tx = make(learning_rate=optax.constant_schedule(0.01), beta=0.8, weight_decay=0.1)
-    fixed = sign_momentum(0.01, beta=0.8, weight_decay=0.1)
-    for a, b in zip(run(tx, params, grads), run(fixed, params, grads), strict=True):
-        assert_trees_close(a, b, rtol=1e-6)
+    params = random_tree(0)
     quantize = optax.inject_hyperparams(
         quantize_updates, static_args=optim.STATIC_ARGS["quantize_updates"]
     )(bits=3)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlib_unlearn.metrics import leak_at_k
-from jaxlib_unlearn.metrics.leak import bootstrap_ci, leak_weights
+from jaxlib_unlearn.metrics.leak import leak_weights
 
 GRID = (1, 2, 4, 8, 16, 32, 64, 128)
 scores_of = st.lists(st.sampled_from([0.0, 0.25, 0.3, 0.3000001, 0.9, 1.0]), min_size=1, max_size=9)
@@ -129,23 +129,3 @@ def test_bad_input_raises(scores, k):
 def test_fractional_k_is_a_type_error():
     with pytest.raises(TypeError):
         leak_at_k([0.1, 0.2], 1.5)  # pyright: ignore
-
-
-def test_bootstrap_covers_and_repeats():
-    rng = np.random.default_rng(5)
-    covered = 0
-    for seed in range(40):
-        rates = rng.beta(1, 4, 60)
-        hits = rng.random((60, 10)) < rates[:, None]
-        interval = bootstrap_ci(hits, [1, 4], seed, resamples=400)
-        assert (interval.low <= interval.mean).all() and (interval.mean <= interval.high).all()
-        covered += interval.low[0] <= 0.2 <= interval.high[0]
-    assert covered >= 33  # of 40 at 95 %
-    again = bootstrap_ci(hits, [1, 4], 39, resamples=400)
-    np.testing.assert_array_equal(again.low, interval.low)
-    one = bootstrap_ci(hits, 4, 39, resamples=400)
-    assert one.low == pytest.approx(interval.low[1]) and np.ndim(one.mean) == 0
-    with pytest.raises(ValueError, match="prompts"):
-        bootstrap_ci(hits[0], 1, 0)
-    with pytest.raises(ValueError, match="level"):
-        bootstrap_ci(hits, 1, 0, level=1.0)

@@ -67,15 +67,6 @@ def test_repeated_bigram_rate_needs_answers():
         text.repeated_bigram_rate([])
 
 
-@pytest.mark.parametrize(
-    "answer, entropy",
-    [("", 0), ("word", 0), ("one two three four", 1), ("x x x", 0), ([5, 6, 7], 1),
-     ("a a b b", 0.5)],
-)  # fmt: skip
-def test_token_entropy(answer, entropy):
-    assert text.token_entropy(answer) == pytest.approx(entropy)
-
-
 LONG = "She was born in Paris."
 
 

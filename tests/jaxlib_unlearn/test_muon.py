@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import trees
 import update_trace
 from optax.contrib import MuonDimensionNumbers
+from trees import run
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim import matrices, orthogonalize
@@ -25,26 +27,7 @@ SHAPES = {
     "tall": {"kernel": (9, 5)},
     "norm": {"scale": (6,)},
 }
-
-
-def is_shape(x):
-    return isinstance(x, tuple)
-
-
-def random_tree(seed, shapes=None, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    shapes = SHAPES if shapes is None else shapes
-    return jax.tree.map(lambda s: rng.standard_normal(s).astype(dtype), shapes, is_leaf=is_shape)
-
-
-def run(tx, params, grads):
-    """The parameters after every gradient."""
-    state, update, out = tx.init(params), jax.jit(tx.update), []
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        out.append(params)
-    return out
+random_tree = functools.partial(trees.random_tree, shapes=SHAPES)
 
 
 # The reference: one matrix at a time, numpy, float64
@@ -64,7 +47,7 @@ def newton_schulz_loop(x):
 
 
 def tree_like(seed, shapes):
-    return random_tree(seed, shapes, np.float64)
+    return random_tree(seed, np.float64, shapes=shapes)
 
 
 LAYER = {"q": {"kernel": (6, 6), "bias": (6,)}, "up": {"kernel": (6, 10)}}
@@ -192,7 +175,10 @@ def test_equals_torch(monkeypatch, scale, dtype, limit):
 
 
 def test_scale_by_muon_keeps_the_sign_and_knows_no_shape():
-    grads = {"w": jnp.asarray(random_tree(0, {"w": (4, 16)})["w"]), "v": jnp.array([1.0, -2.0])}
+    grads = {
+        "w": jnp.asarray(random_tree(0, shapes={"w": (4, 16)})["w"]),
+        "v": jnp.array([1.0, -2.0]),
+    }
     tx = optim.scale_by_muon(orthogonalize=orthogonalize.svd())
     updates, state = tx.update(grads, tx.init(grads))
     u, _, vh = np.linalg.svd(grads["w"], full_matrices=False)
@@ -210,7 +196,7 @@ def test_names_that_are_no_matrices_are_refused():
 
 
 def test_layout_turns_the_shape_factor_only():
-    w = random_tree(0, {"w": (4, 16)})
+    w = random_tree(0, shapes={"w": (4, 16)})
     sizes = []
     for layout in ("in_out", "out_in"):
         tx = optim.muon(1.0, layout=layout, shape_scale="spectral")
@@ -220,7 +206,7 @@ def test_layout_turns_the_shape_factor_only():
 
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
 def test_shape_scales(shape):
-    w = random_tree(0, {"w": shape})
+    w = random_tree(0, shapes={"w": shape})
     rms = {}
     for name in ("unit", "width", "spectral", "match_rms"):
         exact = orthogonalize.svd()
@@ -233,7 +219,7 @@ def test_shape_scales(shape):
 
 
 def test_decay_without_gradient():
-    params = random_tree(0, {"w": (4, 16)})
+    params = random_tree(0, shapes={"w": (4, 16)})
     tx = optim.muon(0.1, weight_decay=0.5, shape_scale="match_rms")
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)
@@ -242,7 +228,9 @@ def test_decay_without_gradient():
 
 @pytest.mark.parametrize("block", [1, 24, 2**20])
 def test_blocks_do_not_change_the_result(monkeypatch, block):
-    leaves = [random_tree(i, {"w": s})["w"] for i, s in enumerate([(6, 3, 4), (4, 3), (2, 3, 4)])]
+    leaves = [
+        random_tree(i, shapes={"w": s})["w"] for i, s in enumerate([(6, 3, 4), (4, 3), (2, 3, 4)])
+    ]
     axes = [matrices.trailing_axes("w", x) for x in leaves]
     monkeypatch.setattr(buckets, "_BLOCK", block)
     # A new function: the cache of compiled programs does not know about the constant.
@@ -282,7 +270,7 @@ def test_comm_dtype_rounds_there_and_back_on_one_device(make):
         for dtype in (None, jnp.bfloat16)
     )
     shapes = {"up": (3, 6, 10), "tall": (9, 5), "norm": (6,)}
-    params, grads = random_tree(0, shapes), random_tree(1, shapes)
+    params, grads = random_tree(0, shapes=shapes), random_tree(1, shapes=shapes)
     want, state = whole.update(grads, whole.init(params))
     for update in (narrow.update, jax.jit(narrow.update)):
         got, new = update(grads, narrow.init(params))

@@ -16,6 +16,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from trees import is_shape, random_tree
 
 from jaxlib_unlearn.optim.combine import blur
 from jaxlib_unlearn.optim.sign import sign_momentum
@@ -95,15 +96,8 @@ def shardings(mesh, layers):
     return jax.tree_util.tree_map_with_path(one, shapes(layers), is_leaf=is_shape)
 
 
-def is_shape(x):
-    return isinstance(x, tuple)
-
-
-def random_tree(seed, layers):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: rng.standard_normal(s).astype(np.float32), shapes(layers), is_leaf=is_shape
-    )
+def tree_of(seed, layers):
+    return random_tree(seed, shapes=shapes(layers))
 
 
 STEPS = (1, 2)
@@ -122,10 +116,10 @@ def step_function(name):
 @functools.cache
 def on_one_device(name, layers):
     tx, step = step_function(name)
-    params, out = random_tree(0, layers), []
+    params, out = tree_of(0, layers), []
     state, step = tx.init(params), jax.jit(step)
     for i in STEPS:
-        updates, state = step(random_tree(i, layers), random_tree(10 + i, layers), state, params)
+        updates, state = step(tree_of(i, layers), tree_of(10 + i, layers), state, params)
         out.append(updates)
     return out
 
@@ -175,11 +169,11 @@ def test_update(capfd, name, mesh_name, kind, set_mesh, layers):
     mesh = jax.make_mesh(sizes, names, axis_types=(KINDS[kind],) * len(names))
     where = shardings(mesh, layers)
     tx, step = step_function(name)
-    params = jax.device_put(random_tree(0, layers), where)
+    params = jax.device_put(tree_of(0, layers), where)
     state = placed(tx, params, mesh)
 
     def run(state):
-        trees = [jax.device_put((random_tree(i, layers), random_tree(10 + i, layers)),
+        trees = [jax.device_put((tree_of(i, layers), tree_of(10 + i, layers)),
                                 (where, where)) for i in STEPS]  # fmt: skip
         # Compiled once: a state that came back with another sharding would fail at the second step.
         compiled = jax.jit(step).lower(*trees[0], state, params).compile()
@@ -244,7 +238,7 @@ def test_recipe_compiles_once(name, kind):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(KINDS[kind],) * 2)
     where = shardings(mesh, 6)
     tx, update = step_function(name)
-    params = jax.device_put(random_tree(0, 6), where)
+    params = jax.device_put(tree_of(0, 6), where)
     state = placed(tx, params, mesh)
     traces = 0
 
@@ -260,7 +254,7 @@ def test_recipe_compiles_once(name, kind):
         return optax.apply_updates(params, updates), state
 
     for i in range(3):
-        grads, other = (jax.device_put(random_tree(s, 6), where) for s in (i, 10 + i))
+        grads, other = (jax.device_put(tree_of(s, 6), where) for s in (i, 10 + i))
         params, state = step(grads, other, state, params)
     assert traces == 1
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from trees import random_tree
 
 from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.zeroth_order import directions, perturbations
@@ -31,8 +32,7 @@ def tree(seed=0):
         "lm_head": {"kernel": (WIDTH, VOCAB)},
         "shift": (VOCAB,),
     }  # fmt: skip
-    draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: draw.normal(size=s), shapes, is_leaf=lambda s: type(s) is tuple)
+    return random_tree(seed, np.float64, shapes)
 
 
 def loss(params, layer_map=None, tokens=TOKENS):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import trees
 
-from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim.orthogonalize import newton_schulz, svd
 from jaxlib_unlearn.optim.spectral import fusion
 from jaxlib_unlearn.optim.spectral.muon import muon, scale_by_muon
@@ -107,16 +107,7 @@ SHAPES = {
     "square": {"kernel": (4, 4)},
     "norm": {"scale": (6,)},
 }
-
-
-def random_tree(seed, dtype=np.float64, shapes=None):
-    rng = np.random.default_rng(seed)
-    shapes = SHAPES if shapes is None else shapes
-    return jax.tree.map(
-        lambda s: rng.standard_normal(s).astype(dtype),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+random_tree = functools.partial(trees.random_tree, shapes=SHAPES, dtype=np.float64)
 
 
 def adam_loop(grads, rate, b1=0.9, b2=0.999, eps=1e-8):
@@ -359,9 +350,10 @@ def test_threshold_is_strict():
 
 @pytest.mark.parametrize("never", [{"threshold": NEVER}, {"spatial_mask": lambda path: False}])
 def test_never_fused_is_muon_on_the_sum(never):
-    params = random_tree(0, np.float32)
+    params = random_tree(0, dtype=np.float32)
     steps = [
-        (random_tree(2 * i + 1, np.float32), random_tree(2 * i + 2, np.float32)) for i in range(3)
+        (random_tree(2 * i + 1, dtype=np.float32), random_tree(2 * i + 2, dtype=np.float32))
+        for i in range(3)
     ]
     ours = sift(0.1, weight_decay=0.1, **never)
     theirs = muon(0.1, weight_decay=0.1, momentum="heavy_ball")
@@ -553,37 +545,6 @@ def test_old_bases_get_more_passes():
 TREE = {"a": (2, 6, 8), "b": (8, 4), "v": (5,)}
 
 
-@pytest.mark.parametrize(
-    "dtype, bases", [(jnp.bfloat16, "subspace"), (jnp.float32, "svd"), (jnp.float64, "subspace")]
-)
-def test_state_and_updates_keep_their_types(dtype, bases):
-    def types(tree):
-        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-
-    with jax.enable_x64(dtype == jnp.float64):
-        f, g = (
-            jax.tree.map(lambda x: jnp.asarray(x, dtype), random_tree(i, shapes=TREE))
-            for i in (1, 2)
-        )
-        tx = scale_by_sift(bases=bases, threshold=0.1)
-        state = tx.init(f)
-        update, before = jax.jit(tx.update), types(state)
-        assert types(jax.eval_shape(tx.init, jax.eval_shape(lambda: f))) == before
-        for _ in range(3):
-            out, state = update(f, state, f, constraint_grads=g, unknown=1)
-            assert types(state) == before and types(out) == types(f)
-        assert update._cache_size() == 1 and int(state.count) == 3
-        assert jax.tree.structure(state.mu) == jax.tree.structure(state.mu_constraint)
-
-
-def test_eager_equals_compiled():
-    f, g = jnp.asarray(FORGET, jnp.float32), jnp.asarray(RETAIN, jnp.float32)
-    tx = scale_by_sift(threshold=0.0)
-    eager, _ = tx.update(f, tx.init(f), constraint_grads=g)
-    np.testing.assert_allclose(eager, FUSED[2], atol=1e-5)
-    np.testing.assert_allclose(eager, one_step(f, g, x64=False, threshold=0.0)[0], atol=1e-6)
-
-
 def test_half_precision_is_close_to_float32():
     f, g = decaying(1), decaying(2)
     wide, _ = one_step(np.float32(f), np.float32(g), x64=False, rank=3)
@@ -593,33 +554,6 @@ def test_half_precision_is_close_to_float32():
     # Rounding the gradients moves singular vectors by 2^-9 over the relative gap, 0.4.
     np.testing.assert_allclose(half.astype(np.float32), wide, atol=0.05)
     assert cosine(half.astype(np.float32), wide).min() > 0.999
-
-
-def test_hyperparameters_may_be_traced():
-    f = jnp.asarray(FORGET, jnp.float32)
-    tx = optax.inject_hyperparams(sift, static_args=optim.STATIC_ARGS["sift"])(
-        0.1, rank=2, threshold=0.5
-    )
-    plain = sift(0.1, rank=2, threshold=0.5)
-    g = jnp.asarray(RETAIN, jnp.float32)
-    got, state = jax.jit(tx.update)(f, tx.init(f), f, constraint_grads=g)
-    want, _ = plain.update(f, plain.init(f), f, constraint_grads=g)
-    np.testing.assert_allclose(got, want, atol=1e-6)
-    assert {"threshold", "tol", "beta", "weight_decay"} <= set(state.hyperparams)
-
-
-def test_continues_from_a_saved_state():
-    f, g = random_tree(1, np.float32, TREE), random_tree(2, np.float32, TREE)
-    tx = scale_by_sift(bases="subspace", threshold=0.2, rank=2)
-    update = jax.jit(tx.update)
-    state = tx.init(f)
-    for _ in range(2):
-        _, state = update(f, state, constraint_grads=g)
-    saved = jax.tree.map(np.array, jax.tree.leaves(state))
-    want, _ = update(g, state, constraint_grads=f)
-    again = jax.tree.unflatten(jax.tree.structure(tx.init(f)), map(jnp.asarray, saved))
-    got, _ = update(g, again, constraint_grads=f)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_shape_scale_and_norm():

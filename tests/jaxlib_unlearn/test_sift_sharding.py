@@ -9,6 +9,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+import trees
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,6 +27,7 @@ SHAPES = {
         "down": {"kernel": (3, 32, 16)},
     }
 }
+random_tree = functools.partial(trees.random_tree, shapes=SHAPES)
 
 
 def place(tree, mesh):
@@ -41,14 +43,6 @@ def place(tree, mesh):
     is_spec = functools.partial(lambda kind, x: isinstance(x, kind), P)
     where = jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=is_spec)
     return jax.device_put(tree, where)
-
-
-def random_tree(seed):
-    rng = np.random.default_rng(seed)
-    is_shape = functools.partial(lambda kind, x: isinstance(x, kind), tuple)
-    return jax.tree.map(
-        lambda s: rng.standard_normal(s).astype(np.float32), SHAPES, is_leaf=is_shape
-    )
 
 
 def make_mesh(name, kind):

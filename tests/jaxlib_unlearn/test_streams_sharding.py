@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import trees
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,15 +64,7 @@ TRANSFORMS = {
         False,
     ),
 }
-
-
-def random_tree(seed):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: rng.standard_normal(s).astype(np.float32),
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+random_tree = functools.partial(trees.random_tree, shapes=SHAPES)
 
 
 def shardings(kind):

@@ -1,6 +1,5 @@
 """Accumulate, finite and clip_streams; what Optax's own wrappers do with two gradients."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -8,25 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import assert_trees_close, random_tree
 
 from jaxlib_unlearn.optim.combine import blur, pcgrad, weighted_sum
 from jaxlib_unlearn.optim.spectral.sift import scale_by_sift, sift
 from jaxlib_unlearn.optim.wrappers import accumulate, clip_streams, finite
-
-SHAPES = {"layers": {"up": (3, 4, 5), "bias": (3, 5)}, "tall": (7, 2), "gain": ()}
-
-
-def random_tree(seed, dtype=np.float32, size=1.0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: np.asarray(size * rng.standard_normal(s), dtype),
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-
-
-def assert_trees_close(a, b, **limits):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **limits), a, b)
 
 
 def assert_same(a, b):
@@ -398,40 +383,7 @@ def test_clip_streams_refuses_and_shows_nan():
     np.testing.assert_array_equal(zeros, np.zeros(2))
 
 
-# Together, and Optax's protocol
-
-
-WRAPPED = {
-    "accumulate": lambda inner: accumulate(inner, 2),
-    "finite": finite,
-    "clip_streams": lambda inner: clip_streams(1.0, inner),
-    "all": lambda inner: finite(accumulate(clip_streams(1.0, inner), 2)),
-}
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", WRAPPED)
-def test_one_compilation_dtypes_and_shapes(name, dtype):
-    tx = WRAPPED[name](optax.chain(blur(), optax.adamw(0.1, mu_dtype=jnp.float32)))
-    params, *grads = (
-        jax.tree.map(lambda x: jnp.asarray(x, dtype), random_tree(i)) for i in range(5)
-    )
-    traces = 0
-
-    @jax.jit
-    def step(g, state, params, c):
-        nonlocal traces
-        traces += 1
-        return tx.update(g, state, params, constraint_grads=c, value=1.0, unknown="x")
-
-    state = tx.init(params)
-    types = jax.tree.map(jax.typeof, state)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, state))
-    assert jax.eval_shape(tx.init, shapes[0]) == shapes[1]
-    for g, c in zip(grads, grads[::-1], strict=True):
-        updates, state = step(g, state, params, c)
-        assert all(u.dtype == dtype for u in jax.tree.leaves(updates))
-    assert traces == 1 and jax.tree.map(jax.typeof, state) == types
+# Together
 
 
 def test_one_bad_micro_batch_is_left_out_of_the_mean():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from trees import random_tree
 
 from jaxlib_unlearn.optim.zeroth_order import methods
 from jaxlib_unlearn.optim.zeroth_order.zo_muon import zo_muon
@@ -17,15 +18,8 @@ X = np.random.default_rng(1).normal(size=(4, 16)).astype(np.float32)
 
 
 def tree():
-    rng = np.random.default_rng(0)
     shapes = {"up": {"kernel": (2, 16, 32)}, "down": {"kernel": (2, 32, 16)}}
-    return {
-        "layers": jax.tree.map(
-            lambda s: jnp.asarray(0.2 * rng.normal(size=s), jnp.float32),
-            shapes,
-            is_leaf=lambda s: type(s) is tuple,
-        )
-    }
+    return {"layers": jax.tree.map(jnp.asarray, random_tree(0, shapes=shapes, size=0.2))}
 
 
 SPECS = {"layers": {"up": {"kernel": P(None, None, "tp")}, "down": {"kernel": P(None, "tp", None)}}}

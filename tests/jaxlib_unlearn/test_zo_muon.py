@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_unlearn import optim
 from jaxlib_unlearn.optim import orthogonalize
 from jaxlib_unlearn.optim.zeroth_order.leaves import layout_of
 from jaxlib_unlearn.optim.zeroth_order.methods import subspace_mezo
@@ -206,17 +205,6 @@ def test_a_refresh_step_keeps_the_whole_signal():
     # separate P for every query (the public code on such steps) leaves 0.25 + 0.75 * 2 / 8.
     slope = _slope(tx, {"w": jnp.zeros((6, 8))}, grad, jnp.arange(4000, dtype=jnp.uint32))
     assert abs(slope - 1) < 0.04
-
-
-def test_hyperparameters_can_be_injected():
-    params = {"w": tree()["tall"]}
-    tx = optax.inject_hyperparams(zo_muon, static_args=optim.STATIC_ARGS["zo_muon"])(
-        0.1, rank=2, orthogonalize=orthogonalize.svd()
-    )
-    plain = zo_muon(0.1, rank=2, orthogonalize=orthogonalize.svd())
-    np.testing.assert_allclose(
-        one_step(tx, params)[0]["w"], one_step(plain, params)[0]["w"], atol=1e-4
-    )
 
 
 def test_unknown_orthogonaliser_is_told():

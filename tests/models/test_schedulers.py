@@ -15,7 +15,6 @@ from jaxlib_unlearn.errors import UserError
 from models.diffusion.schedulers import (
     SAMPLERS,
     Schedule,
-    add_noise,
     advance,
     begin,
     guided,
@@ -85,19 +84,6 @@ def test_published_values_of_abar():
     assert Schedule(1, 0.1, 0.2, "linear").abar.shape == (1,)
     with pytest.raises(ValueError, match="read-only"):
         SD.abar[0] = 0
-
-
-def test_noise_is_added():
-    clean, noise, times = normal(0), normal(1), np.array([3, 700])
-    a = SD.abar[times].astype(np.float64)[:, None, None, None]
-    want = np.sqrt(a) * clean + np.sqrt(1 - a) * noise
-    found = add_noise(SD, jnp.asarray(clean), jnp.asarray(noise), jnp.asarray(times))
-    np.testing.assert_allclose(found, want, rtol=2e-6, atol=2e-6)
-    half = add_noise(SD, jnp.asarray(clean, jnp.bfloat16), jnp.asarray(noise), jnp.asarray(times))
-    assert half.dtype == jnp.bfloat16
-    with jax.enable_x64(True):
-        wide = add_noise(SD, jnp.asarray(clean), jnp.asarray(noise), jnp.asarray(times))
-        np.testing.assert_allclose(wide, want, rtol=1e-12)
 
 
 def test_guidance():
@@ -252,8 +238,8 @@ def test_what_is_behind_the_last_step():
     for name in ("ddim", "pndm"):
         steps = plan(one, 10, name)
         with jax.enable_x64(True):
-            times = jnp.full(2, int(steps.times[0]))
-            start = add_noise(one, jnp.asarray(clean), jnp.asarray(noise), times)
+            at = np.float64(one.abar[int(steps.times[0])])
+            start = jnp.asarray(np.sqrt(at) * clean + np.sqrt(1 - at) * noise)
             found = sample(steps, lambda x, t: jnp.asarray(noise), start)
         np.testing.assert_allclose(found, clean, rtol=1e-9, atol=1e-9)
 
@@ -414,19 +400,12 @@ def theirs(diffusers, name, double):
 
 @pytest.mark.torch_parity
 def test_abar_of_diffusers(diffusers):
-    import torch
 
     made = theirs(diffusers, "pndm", False)
     np.testing.assert_allclose(SD.abar, made.alphas_cumprod.numpy(), rtol=2e-7)
     linear = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02)
     ours = Schedule(1000, 1e-4, 0.02, "linear")
     np.testing.assert_allclose(ours.abar, linear.alphas_cumprod.numpy(), rtol=2e-7)
-    clean, noise, times = normal(0), normal(1), np.array([3, 700])
-    found = add_noise(SD, *(jnp.asarray(x, jnp.float32) for x in (clean, noise)), jnp.array(times))
-    want = made.add_noise(
-        *(torch.as_tensor(x).float() for x in (clean, noise)), torch.tensor(times)
-    )
-    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
 
 
 # diffusers' own, of torch tensors that it hands to NumPy.

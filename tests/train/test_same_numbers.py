@@ -595,6 +595,18 @@ def test_devices_share_the_evaluations_of_queries(name, jobs, start, plain):
     assert shared < (wanted + 0.05) * alone
 
 
+@pytest.mark.parametrize("name", [n for n, row in OPTIMIZERS.items() if row.needs == "value"])
+def test_the_axis_of_queries_reaches_every_row(name, start):
+    """An axis that is not there is told; the optimizers' tests say how they share over one."""
+    config = optimizers.over_rows(optimizers.options_of(name, learning_rate=1e-2), 4)
+    tx, *_ = build(config, 2, "sum", "nowhere")
+    params = sharding.put_params(start, mesh_of(1, 2, 1))
+    with pytest.raises(ValueError, match="query_axis='nowhere'"):
+        jax.eval_shape(
+            lambda p: tx.update(None, tx.init(p), p, value_fn=lambda p: jnp.zeros(())), params
+        )
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_optimizer_state_is_split_like_its_parameters(name, start, updates):
     """After `init` and after updates: every moment is sharded like its parameter."""

@@ -4,7 +4,7 @@
 
 No download, no data file, no accelerator. --objective.name rmu, --objective.cot-weight 0 (R2MU-v0),
 --objective.reflection-penalty 1 (RTP) and --evaluate.think-start "<think></think>" (ZeroThink) are
-what the paper compares with; tests/bench/r2mu_table.py runs them all. On one core the original
+what the paper compares with; tests/bench/table.py r2mu runs them all. On one core the original
 takes two to three minutes and a method one.
 """
 

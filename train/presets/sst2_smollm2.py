@@ -21,7 +21,7 @@ PRESET = ClassifyRun(
 )
 
 # By optimizer: its options, and the other options that it changes. Rates by NLL on the dev rows at
-# 200 forward passes (tests/bench/classify_table.py --tune): AdamW's the best of its grid, those of
+# 200 forward passes (tests/bench/table.py PRESET --tune): AdamW's the best of its grid, those of
 # zeroth order a third of theirs (on vit-fashion the best of a short run was too high for a long
 # one). Subspace-MeZO's was not tuned.
 OPTIMIZERS = {

@@ -29,7 +29,7 @@ PRESET = ClassifyRun(
 # What makes the model that the preset starts from.
 MADE_BY = "python -m train.pretrain pretrain-tiny"
 
-# Rates by NLL on the dev rows at 2000 forward passes (tests/bench/classify_table.py --tune); of
+# Rates by NLL on the dev rows at 2000 forward passes (tests/bench/table.py PRESET --tune); of
 # those tried, AdamW's, MeZO's and row-wise directions' are the lowest.
 OPTIMIZERS = {
     "adamw": (at_rate("adamw", 3e-5, "linear"), {}),

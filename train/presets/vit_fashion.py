@@ -35,7 +35,7 @@ PRESET = ClassifyRun(
 )
 
 
-# Rates by NLL on the dev rows (tests/bench/classify_table.py --tune): the best of a grid at 2000
+# Rates by NLL on the dev rows (tests/bench/table.py PRESET --tune): the best of a grid at 2000
 # passes, where those of zeroth order were constant, or a third of it, whichever is better at the
 # whole budget. Of the best of the short runs subspace-MeZO's diverged at the whole budget (1e-3).
 # Row-wise directions have that third without a trial of the other; the hybrid AdamW's and MeZO's.

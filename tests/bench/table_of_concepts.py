@@ -1,35 +1,29 @@
-"""UCE, RECE and ESD on `fashion`, attacked and defended: the tables of concepts (hours).
-
-    python tests/bench/concept_table.py [--seeds 0 1 2] [--concepts sneaker bag]
-        [--methods uce rece esd] [--output DIR] [-- OPTIONS]
+"""The table `concept`: UCE, RECE and ESD on `fashion`, attacked and defended (hours).
 
 Of every seed one model is trained (`train.diffuse fashion`); of every concept and method it is
 erased from (`train.erase`), and the erased model is attacked in all ways (`train.attack`) and
 defended against the first 1, 5 and 10 of SubAttack's ten tokens (`train.defend`): tokens are
 learned one after another, so the first of ten are those of a run with fewer. CCE also attacks the
 model that was defended with 5, anew. The tokens of one method are then tried on the models of the
-others (`--attack given`) and on the original. Every run is a process of its own, with a folder
-below `--output`; what is there undamaged is not computed again, and a run that was stopped goes on.
+others (`--attack given`) and on the original.
 
 Below the tables stand the bounds: medians over the seeds, and the numbers of each. Options behind
 `--` go to `train.diffuse`, and to the others through its run, but for those of erasing, attacking
-and defending, which go there: `-- --smoke` for a first look, `-- --data.path DIR` for images that
-lie elsewhere, `-- --attack.steps 100`.
+and defending, which go there: `-- --data.path DIR` for images that lie elsewhere,
+`-- --attack.steps 100`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tables import ROOT, cut, head, over, place, ran, row, spread, write
+import tables
+from tables import Make, Page, Run, Table, head, over, row, slug, spread
 
-OUT = ROOT / "runs" / "bench" / "concept"
 SEEDS = (0, 1, 2)
 CONCEPTS = ("sneaker", "bag")
 METHODS = ("uce", "rece", "esd")
@@ -41,9 +35,9 @@ TOP = 10
 DRAWN, ERASED, TIMES, BROKEN, DEFENDED = 0.85, 0.15, 3.0, 0.5, 1.5
 # First words of options that the programs behind train.diffuse do not have from its run.
 OWN = {
-    "erase": ("erase", "unlearn", "optimizer", "combine", "train"),
-    "attack": ("attack",),
-    "defend": ("defend",),
+    "train.erase": ("erase", "unlearn", "optimizer", "combine", "train"),
+    "train.attack": ("attack",),
+    "train.defend": ("defend",),
 }
 COLUMNS = {
     "explicit": "its name",
@@ -71,10 +65,6 @@ class Told(NamedTuple):
     logs: Mapping[str, Any]
 
 
-# (program, name of the run, arguments): `@NAME` stands for the folder of another run.
-Make = Callable[[str, str, Sequence[str]], Told]
-
-
 class Found(NamedTuple):
     """The numbers of all runs, seed after seed; they are filled in as runs end.
 
@@ -95,20 +85,24 @@ class Found(NamedTuple):
     fits: dict[tuple[str, str], list[float]]
 
 
-def options_of(program: str, options: Sequence[str]) -> list[str]:
-    """Those of the options behind `--` that a program is given.
+def passed(run: Run, options: Sequence[str]) -> list[str]:
+    """The options behind `--` for a run; an attack that learns nothing has none of its own.
 
     Example:
         >>> given = ["--smoke", "--attack.steps", "9", "--draw.images", "4"]
-        >>> options_of("diffuse", given), options_of("attack", given)
-        (['--smoke', '--draw.images', '4'], ['--attack.steps', '9'])
+        >>> passed(Run("train.diffuse", "", ()), given)
+        ['--smoke', '--draw.images', '4']
+        >>> passed(Run("train.attack", "", ("--attack", "cce")), given)
+        ['--attack.steps', '9']
     """
+    if run.program == "train.attack" and not {"subattack", "cce"} & set(run.argv):
+        return []
     found, mine = [], False
     for word in options:
         if word.startswith("--"):
             first = word.removeprefix("--no-").lstrip("-").partition("=")[0].partition(".")[0]
-            owner = next((name for name, parts in OWN.items() if first in parts), "diffuse")
-            mine = owner == program
+            owners = (program for program, parts in OWN.items() if first in parts)
+            mine = next(owners, "train.diffuse") == run.program
         if mine:
             found.append(word)
     return found
@@ -146,13 +140,13 @@ def flat_of(flat: Flat) -> dict[str, float]:
 
 
 def collect(
-    seeds: Sequence[int], concepts: Sequence[str], methods: Sequence[str], make: Make
+    make: Make, seeds: Sequence[int], concepts: Sequence[str], methods: Sequence[str]
 ) -> Found:
     """All runs, what is needed first comes first, and their numbers."""
     found = Found(seeds, [], {}, {}, {}, {})
     for seed in seeds:
         start = f"original-seed{seed}"
-        told = make("diffuse", start, ("fashion", "--seed", str(seed)))
+        told = make(Run("train.diffuse", start, ("fashion", "--seed", str(seed))))
         found.drawn.append(told.summary["original"]["kept_accuracy"])
         for concept in concepts:
             for method in methods:
@@ -163,7 +157,7 @@ def collect(
 
 def named(method: str, concept: str, seed: int) -> str:
     """The name of a run of train.erase, which those of the runs on it begin with."""
-    return f"{method}-{concept.replace(' ', '-')}-seed{seed}"
+    return f"{method}-{slug(concept)}-seed{seed}"
 
 
 def one(found: Found, start: str, concept: str, method: str, seed: int, make: Make) -> None:
@@ -174,7 +168,7 @@ def one(found: Found, start: str, concept: str, method: str, seed: int, make: Ma
         found.models.setdefault((concept, method, model), []).append(flat)
 
     erasing = (f"@{start}", "--erase.concept", concept, "--erase.method", method)
-    summary = make("erase", name, erasing).summary
+    summary = make(Run("train.erase", name, erasing)).summary
     first = (concept, "", "original")
     if len(found.models.setdefault(first, [])) < len(found.drawn):
         found.models[first].append(flat_of(summary["original"]))
@@ -186,7 +180,7 @@ def one(found: Found, start: str, concept: str, method: str, seed: int, make: Ma
         "words": (),
     }
     for way, more in ways.items():
-        told = make("attack", f"{name}-{way}", (f"@{name}", "--attack", way, *more))
+        told = make(Run("train.attack", f"{name}-{way}", (f"@{name}", "--attack", way, *more)))
         log = told.logs["attacked"]
         if way != "subattack":
             flat[way] = success(log)
@@ -203,12 +197,13 @@ def one(found: Found, start: str, concept: str, method: str, seed: int, make: Ma
     for k in TOKENS:
         shut = f"{name}-defended-{k}"
         argv = (f"@{name}", f"@{name}-subattack", "--defend.tokens", str(k))
-        told = make("defend", shut, argv)
+        told = make(Run("train.defend", shut, argv))
         flat = flat_of(told.summary["defended"])
         flat |= {f"subattack {j}": success(told.logs["defended"], j) for j in TOKENS}
         if k == USUAL:
             argv = (f"@{shut}", "--attack", "cce", "--attack.tokens", "1")
-            flat["cce"] = success(make("attack", f"{shut}-cce", argv).logs["attacked"])
+            told = make(Run("train.attack", f"{shut}-cce", argv))
+            flat["cce"] = success(told.logs["attacked"])
         add(f"defended, K {k}", flat)
 
 
@@ -219,7 +214,7 @@ def transfers(found: Found, concept: str, methods: Sequence[str], seed: int, mak
             here = named(other, concept, seed)
             source = f"@{named(mine, concept, seed)}-subattack"
             argv = (f"@{here}", "--attack", "given", "--attack.source", source)
-            told = make("attack", f"{here}-from-{mine}", argv)
+            told = make(Run("train.attack", f"{here}-from-{mine}", argv))
             value = success(told.logs["attacked"], USUAL, name=False)
             found.transfer.setdefault((concept, mine, other), []).append(value)
 
@@ -370,39 +365,20 @@ def page(found: Found) -> list[str]:
     ]
 
 
-def run(program: str, name: str, argv: Sequence[str], folder: Path, options: Sequence[str]) -> Told:
-    """A program in a process, and what it tells."""
-    root = folder / name
-    words = [str(folder / word[1:]) if word.startswith("@") else word for word in argv]
-    command = [*words, *passed(program, argv, options), "--output", str(root)]
-    summary = ran(f"train.{program}", command, root)
-    logs = {path.stem: json.loads(path.read_text()) for path in root.glob("evals/*.json")}
-    return Told(summary, logs)
+def read(folder: Path) -> Told:
+    """The result of a finished run."""
+    logs = {path.stem: json.loads(path.read_text()) for path in folder.glob("evals/*.json")}
+    return Told(tables.summary(folder), logs)
 
 
-def passed(program: str, argv: Sequence[str], options: Sequence[str]) -> list[str]:
-    """The options for a run; an attack that learns nothing has none of its own."""
-    if program == "attack" and not {"subattack", "cce"} & set(argv):
-        return []
-    return options_of(program, options)
-
-
-def main(argv: list[str]) -> None:
-    mine, options = cut(argv)
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N")
-    parser.add_argument("--concepts", nargs="+", default=CONCEPTS, metavar="NAME")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--output", type=Path, default=OUT, metavar="DIR")
-    args = parser.parse_args(mine)
-    folder = place(args.output, options)
-
-    def make(program: str, name: str, argv: Sequence[str]) -> Told:
-        return run(program, name, argv, folder, options)
-
-    found = collect(args.seeds, args.concepts, args.methods, make)
-    write(page(found), folder / "concept_table.md")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+TABLES = {
+    "concept": Table(
+        "UCE, RECE and ESD on fashion, attacked and defended, with the bounds (hours).",
+        lambda make, args: Page(page(collect(make, args.seeds, args.concepts, args.only))),
+        METHODS,
+        SEEDS,
+        {"--concepts": dict(nargs="+", default=CONCEPTS, metavar="NAME", help="what is erased")},
+        passed,
+        read=read,
+    )
+}
