@@ -279,7 +279,7 @@ def test_every_preset_takes_every_optimizer_or_says_why_not(name, tmp_path, monk
             config = tuned(here, optimizer, preset)
         assert config.optimizer.name == optimizer
         if row.needs == "split":
-            with pytest.raises(UserError, match="needs a forget and a retain side"):
+            with pytest.raises(UserError, match="needs the gradients of forget and retain"):
                 job.check(classification.JOB, config)
             continue
         for one in (config, replace(config, smoke=True, **preset.SMOKE)):
