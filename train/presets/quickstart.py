@@ -78,11 +78,13 @@ OPTIMIZERS = {
 }
 
 SMOKE = {
-    "finetune.steps": 30,
+    "finetune.steps": 8,
+    "finetune.batch_size": 8,
     "unlearn.steps": 6,
+    "unlearn.batch_size": 8,
     "unlearn.curve_points": 2,
-    "data.num_authors": 20,
-    "data.holdout_rows": 10,
+    "data.num_authors": 10,
+    "data.holdout_rows": 6,
     "evaluate.leak_samples": 2,
-    "evaluate.max_new_tokens": 16,
+    "evaluate.max_new_tokens": 8,
 }

@@ -39,8 +39,8 @@ PRESET = RunConfig(
 OBJECTIVES = {"simnpo": PRESET.objective}
 
 SMOKE = {
-    "finetune.steps": 40,
-    "unlearn.steps": 10,
+    "finetune.steps": 8,
+    "unlearn.steps": 4,
     "unlearn.curve_points": 2,
     "evaluate.max_new_tokens": 24,
 }
