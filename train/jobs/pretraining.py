@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from jaxlib_unlearn import objectives
-from jaxlib_unlearn.errors import UserError
 from models import Tokenizer
 from train.costs.utilisation import utilisation
 from train.data import corpus, token_file
@@ -26,11 +25,19 @@ from train.evaluators.token_loss import mean_loss, row_losses
 from train.jobs import job
 from train.jobs.job import Fitted, Job, Judged, Started
 from train.jobs.new_models import base_model, decoder_of, tokenizer_of
-from train.jobs.pretraining_options import PretrainConfig, batch_rows, num_steps, recipe_of
+from train.jobs.pretraining_options import (
+    PretrainConfig,
+    batch_rows,
+    cache_of,
+    check_rows,
+    check_size,
+    num_steps,
+    recipe_of,
+)
 from train.options import checks, optimizers
-from train.options.config import replace, run_folder
+from train.options.config import replace
 from train.options.roles import NONE, Roles
-from train.runtime import cards, remote, sharding
+from train.runtime import cards, sharding
 from train.runtime.stages import json_stage
 from train.runtime.tracking import Timed, say
 
@@ -125,35 +132,6 @@ def fit(config: PretrainConfig, rows: Corpus, base: Model, mesh: Any) -> Fitted:
 
 
 JOB = Job("train.pretrain", Roles("random", NONE, STAGE), check, None, model, fit, settle)
-
-
-def check_size(config: PretrainConfig, known: corpus.Known) -> None:
-    """Raise `UserError` for a corpus that cannot fill a batch, whatever the tokenizer."""
-    batch = config.train.batch_tokens
-    if known.counts is not None and known.counts.num_bytes + 2 * known.counts.documents < batch:
-        raise UserError(
-            f"the corpus ({known.counts.words()}) has fewer than the {batch} tokens of a step; "
-            "give more text, or lower --train.batch-tokens"
-        )
-
-
-def check_rows(config: PretrainConfig, rows: TokenRows, mesh: Any) -> None:
-    """Raise `UserError` for fewer rows than a batch has."""
-    batch, _ = batch_rows(config, sharding.batch_ways(mesh))
-    if len(rows) < batch:
-        raise UserError(
-            f"the corpus has {len(rows.part.tokens)} training tokens, {len(rows)} row(s) of "
-            f"--data.context {rows.context}, fewer than the {batch} of a step; give more text, or "
-            "lower --train.batch-tokens"
-        )
-
-
-def cache_of(config: PretrainConfig) -> Path:
-    """The folder of tokenised corpora, on this machine."""
-    if config.data.cache is not None:
-        return config.data.cache
-    output = run_folder(config)
-    return (Path("runs") if remote.is_remote(output) else output.parent) / "corpora"
 
 
 def train(started: Started) -> Model:

@@ -1,12 +1,16 @@
-"""The options of the pre-training job."""
+"""The options of the pre-training job, and the checks that need them and the corpus."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.options import option
+from train.data import corpus
 from train.data.corpus import CorpusConfig
+from train.data.token_rows import TokenRows
 from train.options import optimizers
 from train.options.config import (
     CheckpointConfig,
@@ -18,9 +22,11 @@ from train.options.config import (
     SizesConfig,
     TrainConfig,
     again,
+    run_folder,
 )
 from train.options.recipe import Recipe
 from train.options.rows import chosen
+from train.runtime import remote, sharding
 
 FAMILIES = ("llama", "gpt2")
 
@@ -146,3 +152,32 @@ def recipe_of(config: PretrainConfig, ways: int) -> Recipe:
         checkpoint_seconds=config.train.checkpoint_seconds,
     )
     return Recipe(stage, config.optimizer, profile=config.profile)
+
+
+def check_size(config: PretrainConfig, known: corpus.Known) -> None:
+    """Raise `UserError` for a corpus that cannot fill a batch, whatever the tokenizer."""
+    batch = config.train.batch_tokens
+    if known.counts is not None and known.counts.num_bytes + 2 * known.counts.documents < batch:
+        raise UserError(
+            f"the corpus ({known.counts.words()}) has fewer than the {batch} tokens of a step; "
+            "give more text, or lower --train.batch-tokens"
+        )
+
+
+def check_rows(config: PretrainConfig, rows: TokenRows, mesh: Any) -> None:
+    """Raise `UserError` for fewer rows than a batch has."""
+    batch, _ = batch_rows(config, sharding.batch_ways(mesh))
+    if len(rows) < batch:
+        raise UserError(
+            f"the corpus has {len(rows.part.tokens)} training tokens, {len(rows)} row(s) of "
+            f"--data.context {rows.context}, fewer than the {batch} of a step; give more text, or "
+            "lower --train.batch-tokens"
+        )
+
+
+def cache_of(config: PretrainConfig) -> Path:
+    """The folder of tokenised corpora, on this machine."""
+    if config.data.cache is not None:
+        return config.data.cache
+    output = run_folder(config)
+    return (Path("runs") if remote.is_remote(output) else output.parent) / "corpora"
