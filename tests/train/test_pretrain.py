@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import models
+from jaxlib_unlearn.errors import UserError
 from train import plan
 from train.costs.flops import count
 from train.costs.utilisation import flops_per_token, utilisation
@@ -261,7 +262,7 @@ def test_a_published_preset_takes_other_texts():
     assert PRESETS["llama-1b"].PRESET.data.subset != data.subset
     corpus.check(data)
     given = ["llama-1b", "--data.source", "text", "--data.revision", "v1"]
-    with pytest.raises(pretraining.UserError, match="--data.revision is of --data.source hub"):
+    with pytest.raises(UserError, match="--data.revision is of --data.source hub"):
         corpus.check(arguments.read_arguments(arguments.PRETRAIN, given).data)
 
 
@@ -303,7 +304,7 @@ def test_a_batch_that_does_not_fit_is_accumulated():
     assert rows == 512 and rows // 16 // parts * 4096 <= config.train.micro_tokens < 2**17
     one = replace(config, **{"train.batch_tokens": 6 * 4096, "train.micro_tokens": 4 * 4096})
     assert batch_rows(one, 1) == (6, 2) and batch_rows(one, 6) == (6, 1)
-    with pytest.raises(pretraining.UserError, match="4 devices that split a batch"):
+    with pytest.raises(UserError, match="4 devices that split a batch"):
         batch_rows(one, 4)
 
 

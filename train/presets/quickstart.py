@@ -78,7 +78,7 @@ OPTIMIZERS = {
 }
 
 SMOKE = {
-    "finetune.steps": 8,
+    "finetune.steps": 6,
     "finetune.batch_size": 8,
     "unlearn.steps": 6,
     "unlearn.batch_size": 8,
