@@ -3,19 +3,23 @@
 python -m train.classify sst2-opt-1.3b
 """
 
-from train.jobs.classification_options import ClassifyModel, ClassifyRun, ClassifyTrain
+from train.options.config import replace
 from train.presets import sst2_smollm2
 from train.presets.tuned import at_rate
 
 SUMMARY = "OPT-1.3B learns SST-2 as published (an accelerator)"
 
-PRESET = ClassifyRun(
-    preset="sst2-opt-1.3b",
-    task="sst2",
-    model=ClassifyModel(path="facebook/opt-1.3b", dtype="bfloat16"),
-    train=ClassifyTrain(forwards=40_000, batch_size=16, curve_points=20),
-    optimizer=at_rate("zo-muon", 1e-2, rank=64, refresh=100, queries=4),
-    export_dtype="bfloat16",
+PRESET = replace(
+    sst2_smollm2.PRESET,
+    **{
+        "preset": "sst2-opt-1.3b",
+        "model.path": "facebook/opt-1.3b",
+        "model.dtype": "bfloat16",
+        "train.forwards": 40_000,
+        "train.curve_points": 20,
+        "optimizer.learning_rate": 1e-2,
+        "export_dtype": "bfloat16",
+    },
 )
 
 # The published rates (arXiv 2602.17155, its code). A step of AdamW counts as three forward passes:
