@@ -57,7 +57,7 @@ def margin(default: float) -> Any:
 
 def pushes(default: float) -> Any:
     """The field ``push`` of a row's options."""
-    doc = "SimNPO's loss is added so many times on the forget side; 0: it is not."
+    doc = "SimNPO's loss is added this many times on the forget side; 0: it is not."
     return option(default, doc, low=0, wanted="0 or more")
 
 
@@ -102,7 +102,7 @@ class Pushed:
     delta: float = margin(-0.25)
     spare_end: int = option(
         0,
-        "So many labels at the end of an answer are not pushed down (a full stop, the end of the "
+        "This many labels at the end of an answer are not pushed down (a full stop, the end of the "
         "turn): a model that unlearns them no longer stops.",
         low=0,
     )

@@ -72,7 +72,7 @@ class ASU(Pushed, Smoothed):
     compat: str | None = forms(_COMPAT)
     contrast: float = option(
         0.0,
-        "The teacher lowers the tokens that smoothing made less likely by so many times as much "
+        "The teacher lowers the tokens that smoothing made less likely by this many times as much "
         "again.",
         low=0,
         wanted="0 or more",

@@ -28,7 +28,7 @@ from train.runtime.stages import digest
 class ToyRun(ProgramConfig):
     """A mean that is learned."""
 
-    rows: int = option(8, "So many numbers are drawn.", low=2)
+    rows: int = option(8, "This many numbers are drawn.", low=2)
     shrink: float = option(1.0, "The mean is multiplied by this factor.", low=0)
 
 

@@ -52,7 +52,7 @@ class CorpusConfig:
         "commit.",
     )
     documents: int | None = option(
-        None, "At most so many documents are read, from the first; None: all.", low=1
+        None, "At most this many documents are read, the first; None: all.", low=1
     )
     validation: float = option(
         0.01,
@@ -67,7 +67,7 @@ class CorpusConfig:
         "folder or Hub id of a model that has one.",
     )
     context: int = option(
-        256, "A row has so many tokens, which is also the longest context of the model.", low=2
+        256, "A row has this many tokens, which is also the longest context of the model.", low=2
     )
     cache: Path | None = option(
         None,

@@ -43,24 +43,24 @@ class ClassifyData(RowTokensConfig, RevisionConfig):
     )
     train_rows: int | None = option(
         1000,
-        "So many rows are trained on, drawn by the seed; None: all of a training file.",
+        "This many rows are trained on, drawn by the seed; None: all of a training file.",
         low=1,
     )
     dev_rows: int | None = option(
         None,
-        "So many rows are drawn beside them and evaluated during training; None: 500, for small "
+        "This many rows are drawn beside them and evaluated during training; None: 500, for small "
         "data sets 100.",
         low=1,
     )
     test_rows: int | None = option(
         None,
-        "So many rows are tested on, drawn by the seed from the validation file or, where there is "
-        "none, from what is left; None: all of these.",
+        "This many rows are tested on, drawn by the seed from the validation file or, where there "
+        "is none, from what is left; None: all of these.",
         low=1,
     )
     max_length: int = option(
         2048,
-        "A prompt with an option has at most so many tokens; longer ones lose their beginning.",
+        "A prompt with an option has at most this many tokens; longer ones lose their beginning.",
         low=2,
     )
     resize: bool = option(
@@ -101,14 +101,14 @@ class ClassifyTrain(BatchConfig, CurveConfig):
 class StartConfig(SizesConfig):
     """The vision transformer to start from, where the run trains it itself (`scratch`)."""
 
-    classes: int = option(8, "It learns the images of the first so many classes.", low=2)
-    steps: int = option(1000, "It takes so many steps of AdamW.", low=1)
-    batch_size: int = option(64, "A step has so many images.", low=1)
+    classes: int = option(8, "It learns the images of this many classes, the first.", low=2)
+    steps: int = option(1000, "It takes this many steps of AdamW.", low=1)
+    batch_size: int = option(64, "A step has this many images.", low=1)
     learning_rate: float = option(
         1e-3, "The highest learning rate, to which it rises for a tenth of the steps.", low=0
     )
     patch_size: int = option(
-        4, "A patch has so many pixels along a side; they divide an image's.", low=1
+        4, "A patch has this many pixels along a side; they divide an image's.", low=1
     )
     hidden_size: int = again(SizesConfig, "hidden_size", 96)
     num_heads: int = again(SizesConfig, "num_heads", 3)

@@ -44,11 +44,11 @@ class ReasoningData(RowTokensConfig, PromptConfig, RevisionConfig):
         "None: the Hub's.",
     )
     train_rows: int | None = option(
-        None, "So many rows are trained on, drawn by the seed; None: all that are left.", low=1
+        None, "This many rows are trained on, drawn by the seed; None: all that are left.", low=1
     )
-    test_rows: int = option(100, "So many rows judge the model, drawn by the seed.", low=1)
+    test_rows: int = option(100, "This many rows judge the model, drawn by the seed.", low=1)
     row_tokens: int = option(
-        1024, "Examples share rows of so many tokens, which is also the longest example.", low=2
+        1024, "Examples share rows of this many tokens, which is also the longest example.", low=2
     )
     packing: str = option(
         "first-fit",
@@ -128,7 +128,7 @@ class FinetuneRun(ProgramConfig, PromptConfig):
     model: str = ""
     rows: str = ""
     output: Path | None = again(ProgramConfig, "output", Path("runs/finetune"))
-    max_length: int = option(512, "An example has at most so many tokens.", low=2)
+    max_length: int = option(512, "An example has at most this many tokens.", low=2)
     train: TrainConfig = TrainConfig(
         epochs=5, optimizer=optimizers.options_of("adamw", learning_rate=1e-5)
     )

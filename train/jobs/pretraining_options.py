@@ -38,7 +38,7 @@ class NewModelConfig(ComputeConfig, SizesConfig):
     family: str = option("llama", "The architecture.", choices=FAMILIES)
     vocab_size: int = option(
         2048,
-        "The model has so many ids, and so has a tokenizer that is trained.",
+        "The model has this many ids, and so has a tokenizer that is trained.",
         low=259,
         high=2**20,
     )
@@ -60,14 +60,14 @@ class BudgetConfig(CheckpointConfig, CurveConfig):
 
     tokens: float = option(
         2.0**20,
-        "So many tokens are trained on, also as 1.1e9; a last incomplete batch is left out.",
+        "This many tokens are trained on, also as 1.1e9; a last incomplete batch is left out.",
         low=1,
     )
-    batch_tokens: int = option(4096, "A step has so many tokens.", low=1)
+    batch_tokens: int = option(4096, "A step has this many tokens.", low=1)
     micro_tokens: int = option(
         16384,
-        "A device holds at most so many tokens at once; a larger batch is accumulated. Results do "
-        "not depend on it.",
+        "A device holds at most this many tokens at once; a larger batch is accumulated. Results "
+        "do not depend on it.",
         low=1,
     )
     curve_points: int = again(CurveConfig, "curve_points", 8)
@@ -78,10 +78,10 @@ class PerplexityConfig:
     """Options of judging the model."""
 
     tokens: int | None = option(
-        None, "Perplexity is computed on so many held-out tokens; None: all.", low=1
+        None, "Perplexity is computed on this many held-out tokens; None: all.", low=1
     )
     curve_tokens: int = option(
-        32768, "Each evaluation during training is on so many of these.", low=1
+        32768, "Each evaluation during training is on this many of these.", low=1
     )
 
 

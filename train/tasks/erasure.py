@@ -82,7 +82,7 @@ class RECE(UCE):
         "The states of a prompt that are erased, as in uce; all are published.",
         choices=POSITIONS,
     )
-    rounds: int = option(1, "So many rounds follow the first edit.", low=0)
+    rounds: int = option(1, "This many rounds follow the first edit.", low=0)
     adversarial_keep: float = option(0.1, "lambda of the adversarial states.", above=0)
     again: bool = option(
         False, "The rounds erase the prompts' own states too; published: only the adversarial ones."
@@ -104,7 +104,7 @@ class Finetune(Erase):
     retain_weight: float = option(1.0, "The loss on the other classes has this weight.", low=0)
     images: int = option(
         100,
-        "The model is trained on so many images of the concept, which the original draws.",
+        "The model is trained on this many images of the concept, which the original draws.",
         low=1,
     )
 
@@ -150,7 +150,7 @@ class Random(Attack):
     """Options of `random`."""
 
     name: str = _name("random", _ATTACK, "random directions, orthogonal to one another.")
-    tokens: int = option(5, "K: the attack has so many tokens.", low=1)
+    tokens: int = option(5, "K: the attack has this many tokens.", low=1)
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,12 @@ class CCE(Attack):
     """Options of `cce`."""
 
     name: str = _name("cce", _ATTACK, "embeddings that are learned freely (textual inversion).")
-    tokens: int = option(1, "K: the attack has so many tokens, each learned by itself.", low=1)
-    steps: int = option(300, "Each token is trained for so many steps.", low=1)
-    batch_size: int = option(6, "A step has so many images.", low=1)
+    tokens: int = option(1, "K: the attack has this many tokens, each learned by itself.", low=1)
+    steps: int = option(300, "Each token is trained for this many steps.", low=1)
+    batch_size: int = option(6, "A step has this many images.", low=1)
     images: int = option(
         100,
-        "A token is learned from so many images of the concept, which the original draws.",
+        "A token is learned from this many images of the concept, which the original draws.",
         low=1,
     )
     prompt: str = option(
@@ -185,13 +185,13 @@ class SubAttack(CCE):
     """Options of `subattack`."""
 
     name: str = _name("subattack", _ATTACK, "orthogonal combinations of words.")
-    tokens: int = option(5, "K: the attack has so many tokens, learned one after another.", low=1)
+    tokens: int = option(5, "K: the attack has this many tokens, learned one after another.", low=1)
     form: str = option(
         "deflate",
         "The words (`deflate`) or the results are made orthogonal to the tokens before.",
         choices=FORMS,
     )
-    hidden: int = option(100, "The network of the coefficients has so many hidden units.", low=1)
+    hidden: int = option(100, "The network of the coefficients has this many hidden units.", low=1)
     positive: str = option(
         "softplus", "This function makes coefficients non-negative.", choices=tuple(POSITIVE)
     )

@@ -40,10 +40,10 @@ class ImagesConfig:
         "files for each class, or a `.npz` file; None: Debian's dataset-fashion-mnist.",
     )
     train_rows: int | None = option(
-        None, "The model is trained on the first so many images; None: all.", low=1
+        None, "The model is trained on this many images, the first; None: all.", low=1
     )
     test_rows: int | None = option(
-        None, "The model is tested on the first so many of the others; None: all.", low=2
+        None, "The model is tested on this many of the others, the first; None: all.", low=2
     )
 
 
@@ -55,26 +55,30 @@ class ModelConfig(ComputeConfig):
         "scratch", "A Stable Diffusion folder as diffusers writes it, or `scratch` (trained here)."
     )
     hidden_size: int = option(
-        64, "The hidden states of the text encoder have so many entries.", low=1
+        64, "The hidden states of the text encoder have this many entries.", low=1
     )
-    num_layers: int = option(2, "The text encoder has so many blocks.", low=1)
+    num_layers: int = option(2, "The text encoder has this many blocks.", low=1)
     num_heads: int = option(
-        4, "The text encoder and the denoiser have so many attention heads.", low=1
+        4, "The text encoder and the denoiser have this many attention heads.", low=1
     )
     length: int = option(
-        24, "A prompt has so many tokens, including the first and the end token.", low=3
+        24, "A prompt has this many tokens, including the first and the end token.", low=3
     )
     unet_channels: tuple[int, ...] = option(
-        (64, 128), "The levels of the denoiser have so many channels."
+        (64, 128), "The levels of the denoiser have this many channels."
     )
     vae_channels: tuple[int, ...] = option(
         (16, 32, 32),
-        "The levels of the autoencoder have so many channels; each level but the first halves the "
-        "image.",
+        "The levels of the autoencoder have this many channels; each level but the first halves "
+        "the image.",
     )
-    latent_channels: int = option(4, "The latents of the autoencoder have so many channels.", low=1)
-    layers_per_block: int = option(1, "A level of either model has so many residual blocks.", low=1)
-    norm_groups: int = option(8, "A group norm of either model has so many groups.", low=1)
+    latent_channels: int = option(
+        4, "The latents of the autoencoder have this many channels.", low=1
+    )
+    layers_per_block: int = option(
+        1, "A level of either model has this many residual blocks.", low=1
+    )
+    norm_groups: int = option(8, "A group norm of either model has this many groups.", low=1)
     kl_weight: float = option(
         1e-4, "The latents' divergence from a standard normal has this factor.", low=0
     )
@@ -100,9 +104,9 @@ class JudgeConfig:
         high=1,
     )
     channels: tuple[int, ...] = option(
-        (32, 64), "The levels of the classifier have so many channels."
+        (32, 64), "The levels of the classifier have this many channels."
     )
-    features: int = option(128, "Fréchet distances compare the values of so many units.", low=1)
+    features: int = option(128, "Fréchet distances compare the values of this many units.", low=1)
 
 
 @dataclass(frozen=True)
@@ -110,17 +114,17 @@ class DrawConfig:
     """The options of drawing images to judge a model."""
 
     images: int = option(
-        20, "So many images are drawn for each kind of prompt and each class.", low=2
+        20, "This many images are drawn for each kind of prompt and each class.", low=2
     )
-    steps: int = option(25, "The sampler takes so many steps.", low=1)
+    steps: int = option(25, "The sampler takes this many steps.", low=1)
     sampler: str = option("ddim", "The sampler that draws the images.", choices=tuple(SAMPLERS))
     guidance: float = option(
         5.0,
-        "w: predictions move so many times the way from the empty prompt's to the prompt's.",
+        "w: predictions move this many times the way from the empty prompt's to the prompt's.",
         low=0,
     )
-    rows: int = option(64, "So many images are drawn at once.", low=1)
-    shown: int = option(6, "The page shows so many images of each kind.", low=0)
+    rows: int = option(64, "This many images are drawn at once.", low=1)
+    shown: int = option(6, "The page shows this many images of each kind.", low=0)
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,7 @@ class DefendConfig:
         choices=("lookup", "table"),
     )
     tokens: int | None = option(
-        None, "K: the first so many tokens of the attack are used; None: all.", low=1
+        None, "K: the first tokens of the attack, this many, are used; None: all.", low=1
     )
     skip_special: bool = option(False, "The first, the end and the padding token stay as they are.")
 
