@@ -228,7 +228,7 @@ def test_what_does_not_fit_has_knobs(folder):
         (("--objective.name", "npo"), ("npo", "esd")),
         (("--optimizer.name", "teon"), ("teon", "--optimizer.name muon")),
         (("--optimizer.name", "rowwise"), ("rowwise", "--mesh.data")),
-        (("--combine", "blur", "--objective.keep", "none"), ("--combine blur", "retain side")),
+        (("--combine", "blur", "--objective.keep", "none"), ("--combine blur", "forget alone")),
         (("--erase.batch", "3"), ("--erase.batch", "did you mean --erase.batch-size")),
     ],
 )
