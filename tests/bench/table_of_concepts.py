@@ -377,7 +377,11 @@ TABLES = {
         lambda make, args: Page(page(collect(make, args.seeds, args.concepts, args.only))),
         METHODS,
         SEEDS,
-        {"--concepts": dict(nargs="+", default=CONCEPTS, metavar="NAME", help="what is erased")},
+        {
+            "--concepts": dict(
+                nargs="+", default=CONCEPTS, metavar="NAME", help="the concepts that are erased"
+            )
+        },
         passed,
         read=read,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from tables import Make, Page, Run, Table, head, mean, row, slug
+from tables import Make, Page, Run, Table, head, mean, row, slug, summary
 
 from train.presets.classify import PRESETS
 from train.runtime.steplog import read_steps
@@ -163,7 +162,7 @@ METHODS = {
 
 
 class Outcome(NamedTuple):
-    """What a run came to: its models by name, and the dev accuracy over forward passes."""
+    """The result of a run: the numbers of its models by name, and its dev accuracy over passes."""
 
     models: Mapping[str, Mapping[str, Any]]
     curve: Sequence[tuple[int, float]]
@@ -171,7 +170,7 @@ class Outcome(NamedTuple):
 
 def outcome(folder: Path) -> Outcome:
     """The result of a finished run."""
-    models = json.loads((folder / "summary.json").read_text())
+    models = summary(folder)
     passes = models["finetuned"]["forwards"] / models["finetuned"]["steps"]
     points = [
         (round(passes * line["step"]), line["dev_accuracy"])
@@ -311,7 +310,9 @@ TUNING = {
         help="compare rates on seed 0 with N forward passes, by the NLL on the dev rows; the best "
         "rate of a short budget may be too high for a long one",
     ),
-    "--factors": dict(type=float, nargs="+", default=FACTORS, metavar="F", help="of its rate"),
+    "--factors": dict(
+        type=float, nargs="+", default=FACTORS, metavar="F", help="the factors of its rate"
+    ),
 }
 TABLES = {
     "pretrain": Table(

@@ -1,4 +1,4 @@
-"""What the tables over many runs share: runs of programs, the row of a table, lines of Markdown."""
+"""The parts that tables over many runs share: runs of programs, rows, lines of Markdown."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class CorpusConfig:
         "commit.",
     )
     documents: int | None = option(
-        None, "At most this many documents are read, the first; None: all.", low=1
+        None, "At most this many documents are read, from the first on; None: all.", low=1
     )
     validation: float = option(
         0.01,

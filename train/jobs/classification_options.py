@@ -101,7 +101,9 @@ class ClassifyTrain(BatchConfig, CurveConfig):
 class StartConfig(SizesConfig):
     """The vision transformer to start from, where the run trains it itself (`scratch`)."""
 
-    classes: int = option(8, "It learns the images of this many classes, the first.", low=2)
+    classes: int = option(
+        8, "It learns the images of this many classes, counted from the first.", low=2
+    )
     steps: int = option(1000, "It takes this many steps of AdamW.", low=1)
     batch_size: int = option(64, "A step has this many images.", low=1)
     learning_rate: float = option(

@@ -20,7 +20,7 @@ import optax
 
 from jaxlib_unlearn import optim, options
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.objectives import Objective
+from jaxlib_unlearn.objectives import Objective, coefficient
 from train.options.optimizer_options import Options
 from train.options.optimizer_rows import OPTIMIZERS
 from train.options.rows import Rows
@@ -285,11 +285,10 @@ def two_sided(objective: Objective, settings: Any) -> bool:
 
 def _unweighted(objective: Objective, settings: Any) -> list[str]:
     """The sides whose weight is the number 0; none where a state weighs them, or each term."""
-    weights = {f"{side}_weight": side for side in objective.sides}
-    names = [field.name for field in fields(settings) if field.name.endswith("_weight")]
-    if objective.weigh is not None or not weights.keys() >= set(names):
+    weights = {field.name for field in fields(settings) if field.name.endswith("_weight")}
+    if objective.weigh is not None or not weights <= {f"{side}_weight" for side in objective.sides}:
         return []
-    return [weights[name] for name in names if getattr(settings, name) == 0]
+    return [side for side in objective.sides if options.is_zero(coefficient(side, settings))]
 
 
 def check_steps(config: Options, steps: int) -> None:

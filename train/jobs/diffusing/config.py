@@ -40,10 +40,10 @@ class ImagesConfig:
         "files for each class, or a `.npz` file; None: Debian's dataset-fashion-mnist.",
     )
     train_rows: int | None = option(
-        None, "The model is trained on this many images, the first; None: all.", low=1
+        None, "The model is trained on this many images from the start; None: all.", low=1
     )
     test_rows: int | None = option(
-        None, "The model is tested on this many of the others, the first; None: all.", low=2
+        None, "The model is tested on this many of the others from the start; None: all.", low=2
     )
 
 
@@ -212,7 +212,7 @@ class DefendConfig:
         choices=("lookup", "table"),
     )
     tokens: int | None = option(
-        None, "K: the first tokens of the attack, this many, are used; None: all.", low=1
+        None, "K: this many tokens from the start of the attack are used; None: all.", low=1
     )
     skip_special: bool = option(False, "The first, the end and the padding token stay as they are.")
 
