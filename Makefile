@@ -47,7 +47,7 @@ NEWEST = tests/test_constraints.py $(LIBRARY:%=tests/jaxlib_unlearn/test_%.py) \
 TPU_ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(TPU_VENV)" UV="$(UV)" sh .ci/environment
 TPU_RUN = JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python
 
-.PHONY: help quickstart unlearn test newest parity tpu bench pretrain-table epic-table bench-peers plan lint format smollm2
+.PHONY: help quickstart unlearn test more newest parity tpu bench pretrain-table epic-table bench-peers plan lint format smollm2
 
 help:  ## this list
 	@awk -F ':  ## ' '/^[a-z0-9-]+:  ## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -61,9 +61,13 @@ unlearn:  ## any run in the same environment: make unlearn ARGS="quickstart --ob
 	$(ENVIRONMENT) train
 	$(RUN) -m train.unlearn $(ARGS)
 
-test:  ## the tests, without the slow ones and those that need torch
+test:  ## the tests, without the slow and heavy ones and those that need torch
 	$(ENVIRONMENT) train test tensorboard
 	$(RUN) -m pytest -n $(WORKERS) $(BY_FILE) $(ARGS)
+
+more:  ## the heavy rows that make test leaves out (tests/more.txt)
+	$(ENVIRONMENT) train test tensorboard
+	$(RUN) -m pytest -n $(WORKERS) -m "more and not slow and not torch_parity" tests $(ARGS)
 
 newest:  ## a part of the tests, six minutes, for the newest JAX: make newest PYTHON=python3.13
 	$(ENVIRONMENT) train test tensorboard

@@ -12,6 +12,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# For the workers and programs that start after this: a twentieth of a compilation is malloc's, and
+# as much goes into where in Python each operation was written.
+os.environ.setdefault("MALLOC_TOP_PAD_", str(2**26))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Threads of XLA's pool, as many as cores by default: eight devices that wait in a collective leave
 # none for the kernels that the others still have to run, and after 40 s the process is aborted.
 os.environ.setdefault("PJRT_NPROC", "32")
@@ -29,7 +34,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("project")
 
-REPO = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+REPO = TESTS.parent
 
 # Every module is searched for doctests; the first needs torch to be imported, the other the first.
 collect_ignore = [] if importlib.util.find_spec("torch") else ["bench/torch_peers.py"]
@@ -56,14 +62,32 @@ HEAVY = (
 ).split()
 
 
-def pytest_collection_modifyitems(items):
-    """The heaviest files first."""
+MORE = TESTS / "more.txt"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(config, items):
+    """The heaviest files first; the tests of more.txt, each of which must exist, are marked."""
     places = {name: place for place, name in enumerate(HEAVY)}
     items.sort(key=lambda item: places.get(item.path.stem, len(HEAVY)))
+    lines = MORE.read_text().splitlines()
+    missing = {line for line in lines if line and not line.startswith("#")}
+    whole = {TESTS / line.partition("::")[0] for line in missing} & {item.path for item in items}
+    listed = frozenset(missing)
+    for item in items:
+        if item.path in whole:
+            name = f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
+            found = listed & {name, name.partition("[")[0]}
+            missing -= found
+            if found:
+                item.add_marker("more")
+    lost = [line for line in missing if TESTS / line.partition("::")[0] in whole]
+    if lost and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"tests/more.txt: there is no {min(lost)}")
 
 
 MANY = 25_000  # memory maps
-LARGE, MORE = 4 * 2**30, 2**30  # bytes of memory, and on top of what cannot be given back
+LARGE, GROWTH = 4 * 2**30, 2**30  # bytes of memory, and on top of what cannot be given back
 
 
 class Memory:
@@ -98,6 +122,13 @@ def pytest_report_header():
         return f"jax {jax.__version__} is unknown to tests/quick_compile.py: tests compile slowly"
 
 
+def pytest_collection_finish(session):
+    """What was imported and collected stays; the collector of garbage need not look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Before fixtures are made, which compile too."""
@@ -128,7 +159,7 @@ def few_mappings():
     if held(pages) > Memory.large or maps.read_bytes().count(b"\n") > MANY:
         jax.clear_caches()
         gc.collect()
-        Memory.large = max(LARGE, held(pages) + MORE)
+        Memory.large = max(LARGE, held(pages) + GROWTH)
 
 
 def held(pages: Path) -> int:
