@@ -70,18 +70,17 @@ def pytest_collection_modifyitems(config, items):
     """The heaviest files first; the tests of more.txt, each of which must exist, are marked."""
     places = {name: place for place, name in enumerate(HEAVY)}
     items.sort(key=lambda item: places.get(item.path.stem, len(HEAVY)))
-    lines = MORE.read_text().splitlines()
-    missing = {line for line in lines if line and not line.startswith("#")}
-    whole = {TESTS / line.partition("::")[0] for line in missing} & {item.path for item in items}
-    listed = frozenset(missing)
+    listed = {line for line in MORE.read_text().splitlines() if line and line[0] != "#"}
+    files = {TESTS / name.partition("::")[0] for name in listed} & {item.path for item in items}
+    found = set()
     for item in items:
-        if item.path in whole:
+        if item.path in files:
             name = f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
-            found = listed & {name, name.partition("[")[0]}
-            missing -= found
-            if found:
+            mine = listed & {name, name.partition("[")[0]}
+            found |= mine
+            if mine:
                 item.add_marker("more")
-    lost = [line for line in missing if TESTS / line.partition("::")[0] in whole]
+    lost = {name for name in listed - found if TESTS / name.partition("::")[0] in files}
     if lost and not any("::" in argument for argument in config.args):
         raise pytest.UsageError(f"tests/more.txt: there is no {min(lost)}")
 
