@@ -65,9 +65,9 @@ test:  ## the tests, without the slow and heavy ones and those that need torch
 	$(ENVIRONMENT) train test tensorboard
 	$(RUN) -m pytest -n $(WORKERS) $(BY_FILE) $(ARGS)
 
-more:  ## the heavy rows that make test leaves out (tests/more.txt)
+more:  ## the heavy tests that make test leaves out (tests/more.txt)
 	$(ENVIRONMENT) train test tensorboard
-	$(RUN) -m pytest -n $(WORKERS) -m "more and not slow and not torch_parity" tests $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) $(BY_FILE) -m "more and not slow and not torch_parity" tests $(ARGS)
 
 newest:  ## a part of the tests, six minutes, for the newest JAX: make newest PYTHON=python3.13
 	$(ENVIRONMENT) train test tensorboard

@@ -50,17 +50,16 @@ SMALL = (
     "--evaluate.leak-samples 2 --evaluate.max-new-tokens 8"
 ).split()
 
-# Files that take longest, in this order: with `--dist loadfile` one of them begun last would keep
-# one worker busy alone.
+# Files that take longest in `make test`, in this order: with `--dist loadfile` one of them begun
+# last would keep one worker busy alone.
 HEAVY = (
-    "test_same_numbers test_colab test_smoke test_optimizers_common test_zeroth_order_layers "
-    "test_diffuse test_resume test_objectives test_generate test_replay test_bench "
-    "test_zeroth_order test_diffusion test_multiprocess test_sift test_selection "
-    "test_diffusion_keys test_cli test_hyper test_lora_stage test_donation test_r2mu "
-    "test_toy_denoiser test_orthogonalize test_decoder test_residency test_optimizer_sharding "
-    "test_classify_images test_reasoning test_smollm2"
+    "test_objectives test_colab test_diffuse test_optimizers_common test_cli test_zeroth_order "
+    "test_same_numbers test_generate test_replay test_bad_input test_selection test_sift "
+    "test_multiprocess test_zeroth_order_layers test_diffusion test_smoke test_orthogonalize "
+    "test_forks test_classify_images test_resume test_two_stream test_plan "
+    "test_optimizer_sharding test_lora test_perturbations test_unet test_decoder test_pretrain "
+    "test_zo_muon test_donation"
 ).split()
-
 
 MORE = TESTS / "more.txt"
 
@@ -122,7 +121,7 @@ def pytest_report_header():
 
 
 def pytest_collection_finish(session):
-    """What was imported and collected stays; the collector of garbage need not look at it again."""
+    """Exclude what was imported and collected from garbage collection: all of it stays."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

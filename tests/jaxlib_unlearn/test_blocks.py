@@ -208,8 +208,11 @@ def test_no_group_is_an_error(tx, tree, words):
 
 def test_nothing_to_group_is_no_error():
     """No matrices at all, or K = 1."""
-    optim.teon(0.1).init({"bias": jnp.zeros(3)})
-    optim.teon(0.1, group_size=1).init({"Dense_0": {"kernel": jnp.zeros((D, D))}})
+    bias, kernel = {"bias": jnp.ones(3)}, {"Dense_0": {"kernel": jnp.eye(D)}}
+    for tx, params in ((optim.teon(0.1), bias), (optim.teon(0.1, group_size=1), kernel)):
+        updates, _ = tx.update(params, tx.init(params), params)
+        for update, leaf in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            assert update.shape == leaf.shape and np.any(update)
 
 
 def test_a_frozen_block_leaves_its_partner_alone_and_describe_says_so():
