@@ -71,7 +71,7 @@ more:  ## the heavy tests that make test leaves out (tests/more.txt)
 
 newest:  ## a part of the tests, six minutes, for the newest JAX: make newest PYTHON=python3.13
 	$(ENVIRONMENT) train test tensorboard
-	$(RUN) -m pytest -n $(WORKERS) $(BY_FILE) $(NEWEST) $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) $(BY_FILE) -m "not slow and not torch_parity" $(NEWEST) $(ARGS)
 
 parity:  ## the tests that compare with torch (installs it into the same environment)
 	$(ENVIRONMENT) train test parity diffusion-parity
