@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jaxlib_unlearn.errors import UserError
-from train.reporting import page, tables
+from train.reporting import ending, page, tables
 from train.runtime.plain import plain, shown
 
 
@@ -68,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv)
         runs = [tables.load_run(folder) for folder in args.runs]
         cols = tables.columns(runs)
-        built = page.build(args.runs[0]) if len(runs) == 1 else None
         if args.html:
             from train.reporting import compare
 
@@ -77,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             page.write(args.csv, tables.to_csv(cols).encode())
         if args.latex:
             page.write(args.latex, tables.to_latex(cols, main=not args.all).encode())
+        built = ending.show(args.runs[0], args.all) if len(runs) == 1 else None
     except UserError as error:
         print(f"error: {plain(error)}", file=sys.stderr)
         return 2
@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(set(map(str, column.seeds))) < column.n:
             where = f"{column.label} {column.model}".strip()
             print(f"note: {where}: the same seed counts twice", file=sys.stderr)
-    tables.show(cols, args.all)
+    if built is None:
+        tables.show(cols, args.all)
     for path in (built, args.html, args.csv, args.latex):
         if path:
             print(shown(path))

@@ -45,7 +45,7 @@ MOSTLY = [0] * 32 + [1] * 8  # the commonest answer is right on .8
         ([1] * 20 + [0] * 20, [1] * 36 + [0] * 4, HALF, "good", "accuracy 0.900"),
         ([1] * 20 + [0] * 20, [1] * 22 + [0] * 18, HALF, "mixed", "not told apart from before"),
         ([1] * 20 + [0] * 20, [1] * 20 + [0] * 20, HALF, "mixed", "not told apart from before"),
-        ([1] * 30 + [0] * 10, [1] * 15 + [0] * 25, HALF, "bad", "it got worse"),
+        ([1] * 30 + [0] * 10, [1] * 15 + [0] * 25, HALF, "bad", "worse than before"),
         ([1] * 20 + [0] * 20, [1] * 32 + [0] * 8, MOSTLY, "mixed", "no better than the common"),
         ([1] * 20 + [0] * 20, [1] * 34 + [0] * 6, MOSTLY, "good", "accuracy 0.850"),
     ],
@@ -96,7 +96,7 @@ def test_nothing_is_said_without_both_logs():
     [
         ([0.1] * 20, [0.6] * 18 + [0.0] * 2, "good", "F1 0.540"),
         ([0.1] * 20, [0.6] * 5 + [0.1] * 15, "mixed", "not told apart from before"),
-        ([0.6] * 20, [0.1] * 20, "bad", "it got worse"),
+        ([0.6] * 20, [0.1] * 20, "bad", "worse than before"),
         ([0.1] * 20, [1.0] * 4 + [0.0] * 16, "mixed", "the mean says otherwise than most answers"),
     ],
 )

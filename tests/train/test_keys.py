@@ -152,11 +152,7 @@ def keys_of(config: RunConfig, monkeypatch, change=lambda decoder: decoder) -> d
         found[name] = digest(inputs)
         return like, found[name]
 
-    def json_stage(path, inputs, compute, cache=None):
-        found[f"evaluate {path.stem}"] = digest(inputs)
-
     monkeypatch.setattr("train.engine.run.params_stage", params_stage)
-    monkeypatch.setattr("train.evaluators.judging.json_stage", json_stage)
     task, base = prepared(config.seed, config.data, config.model)
     base = base._replace(decoder=change(base.decoder), sha=f"{base.sha} {config.seed}")
     mesh = sharding.make_mesh(config.mesh)
@@ -166,7 +162,8 @@ def keys_of(config: RunConfig, monkeypatch, change=lambda decoder: decoder) -> d
     unlearned = unlearning_stages.unlearn(run, config, original, task)
     judge = {"oracle": oracle, "base": base}[config.evaluate.judge]
     for name, model in {"original": original, "unlearned": unlearned}.items():
-        judging.evaluate_cached(config, model, task, judge, Path("run"), mesh, name)
+        asked = (model, task, config.evaluate, config.data, judge, config.seed)
+        found[f"evaluate {name}"] = digest(judging.evaluation_inputs(*asked))
     return found
 
 

@@ -136,7 +136,7 @@ def test_an_evaluator_is_in_tables_and_on_the_page(toys, tmp_path):
     }
     folder = write_run(tmp_path / "run", models, evaluators=["vowels"])
     run = tables.load_run(folder)
-    text = page.build(folder).read_text()
+    text = page.build(folder).path.read_text()
     names = ("forget_rouge", "vowel_rate", "forget_probability")  # in this order
     places = [text.index(f'data-metric="unlearned.{name}"') for name in names]
     assert places == sorted(places) and 'Vowel <span class="nobreak">rate' in text
@@ -148,7 +148,7 @@ def test_an_evaluator_is_in_tables_and_on_the_page(toys, tmp_path):
     assert r"Vowel rate $\uparrow$ & $0.400$ & $0.300$" in latex
     assert "Vowel rate" not in compare.page([run])  # that page does not show it
     without = write_run(tmp_path / "old", models)
-    assert "Has it vowels?" not in page.build(without).read_text()
+    assert "Has it vowels?" not in page.build(without).path.read_text()
 
 
 def test_what_was_asked_once_is_not_asked_again(toys, monkeypatch):
@@ -194,7 +194,7 @@ def test_roles_are_data_of_the_run(tmp_path):
     assert run.roles == Roles("before", "clean", "merged")
     order = ["before", "clean", "merged", "attacked:relearn"]
     assert run.models == order and [c.model for c in tables.columns([run])] == order
-    text = page.build(folder).read_text()
+    text = page.build(folder).path.read_text()
     assert "answers on the facts to forget is 0.300 (before: 1.000)" in text
     assert "never saw them, reaches 0.250" in text and "stage &#39;merged&#39;" in text
     assert "it is what perfect forgetting looks like" in text

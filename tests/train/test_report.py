@@ -20,7 +20,7 @@ from jaxlib_unlearn.metrics import leak_at_k
 from train import report
 from train.evaluators import plots
 from train.evaluators.tofu import truth_ratios
-from train.reporting import metrics_table, runlogs, verdict
+from train.reporting import card, metrics_table, runlogs, verdict
 from train.reporting import page as one_run
 from train.runtime import steplog
 
@@ -175,7 +175,7 @@ def decode_png(data):
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "quickstart-seed0"
     summary = write_run(folder)
-    path = one_run.build(folder)
+    path = one_run.build(folder).path
     return folder, summary, path.read_text(encoding="utf-8")
 
 
@@ -272,7 +272,7 @@ def test_broken_answers_are_marked(tmp_path):
         },
     }
     path.write_text(json.dumps(log))
-    page = one_run.build(tmp_path / "run").read_text(encoding="utf-8")
+    page = one_run.build(tmp_path / "run").path.read_text(encoding="utf-8")
     assert page.count("unreadable: fewer than 3 words") == runlogs.SAMPLES["forget"]
 
 
@@ -286,7 +286,7 @@ def test_a_smoke_run_says_so_and_gives_no_verdict(tmp_path, capsys):
     assert next(line for line in out.splitlines() if "SMOKE" in line).count("SMOKE") == 3
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert re.search("<title>SMOKE Unlearning report", page)
-    assert '<h1><span class="smoke">SMOKE</span>' in page and verdict.SMOKE in page
+    assert '<h1><span class="smoke">SMOKE</span>' in page and runlogs.tables.SMOKE in page
     assert "Did it forget?" not in page and 'class="answer"' not in page
     real = (tmp_path / "real" / "report.html").read_text(encoding="utf-8")
     assert "SMOKE" not in real and "Did it forget?" in real
@@ -402,7 +402,7 @@ def test_no_printed_page_is_blank(built, tmp_path):
 
 def test_rebuild_gives_the_same_bytes_and_leaves_nothing(built):
     folder, _, text = built
-    assert one_run.build(folder).read_text(encoding="utf-8") == text
+    assert one_run.build(folder).path.read_text(encoding="utf-8") == text
     assert not list(folder.glob("*.part"))
 
 
@@ -412,7 +412,7 @@ def test_missing_pieces_are_named(tmp_path, gone):
     path = tmp_path / "run" / gone
     for file in path.glob("*") if path.is_dir() else [path]:
         file.unlink()
-    text = Page(one_run.build(tmp_path / "run").read_text(encoding="utf-8")).text
+    text = Page(one_run.build(tmp_path / "run").path.read_text(encoding="utf-8")).text
     assert ("No curves" if gone == "metrics.jsonl" else "No truth ratios") in text
 
 
@@ -420,7 +420,7 @@ def test_retain_log_in_place_of_the_oracle(tmp_path):
     write_run(tmp_path / "other", seed=1)
     log = tmp_path / "other" / "evals" / "oracle.json"
     write_run(tmp_path / "run", oracle=False, retain_log=str(log))
-    text = Page(one_run.build(tmp_path / "run").read_text(encoding="utf-8")).text
+    text = Page(one_run.build(tmp_path / "run").path.read_text(encoding="utf-8")).text
     assert "no oracle of its own; the retain log takes its place" in text
     run = runlogs.tables.load_run(tmp_path / "run")
     assert set(runlogs.read_evals(run)) == {"original", "oracle", "unlearned"}
@@ -433,7 +433,7 @@ def test_a_retain_log_of_the_older_form(tmp_path, shared):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"retain_log": str(log)}))
     logs = runlogs.read_evals(runlogs.tables.load_run(tmp_path / "run"))
     assert len(truth_ratios(logs["oracle"])) == 300
-    text = Page(one_run.build(tmp_path / "run").read_text(encoding="utf-8")).text
+    text = Page(one_run.build(tmp_path / "run").path.read_text(encoding="utf-8")).text
     assert "oracle · ROUGE-L" not in text
 
 
@@ -485,11 +485,11 @@ def test_leak_curve_ends():
 BASE = {
     "original": {
         "forget_rouge": 1.0, "retain_rouge": 1.0, "forget_quality": 1e-6, "model_utility": 0.3,
-        "privleak": -99.0, "mia_min_k_auc": 0.99,
+        "privleak": -99.0, "mia_min_k_auc": 0.99, "retain_fact_recall": 1.0,
     },
     "oracle": {
         "forget_rouge": 0.3, "forget_oracle_nll": 0.5, "forget_base_nll": 0.5,
-        "model_utility": 0.24,
+        "model_utility": 0.24, "retain_probability": 1.0,
     },
     "unlearned": {
         "forget_rouge": 0.3, "retain_rouge": 0.99, "forget_quality": 0.2,
@@ -508,8 +508,12 @@ BASE = {
         (1, {}, "good"),
         (1, {"retain_rouge": 0.9}, "mixed"),
         (1, {"retain_rouge": 0.2}, "bad"),
-        (1, {"model_utility": 0.21}, "good"),  # the oracle has 0.24
-        (1, {"model_utility": 0.2}, "mixed"),
+        (1, {"model_utility": 0.23}, "good"),  # the oracle has 0.24, the original 0.3
+        (1, {"model_utility": 0.21}, "mixed"),
+        (1, {"model_utility": 0.2}, "bad"),
+        (1, {"retain_probability": 0.9}, "mixed"),  # the oracle has 1.0
+        (1, {"retain_fact_recall": 0.7}, "bad"),  # the original has 1.0, the oracle no value
+        (1, {"retain_rouge": None, "model_utility": None}, "unknown"),
         (2, {}, "good"),
         (2, {"repeated_bigram_rate": 0.06}, "mixed"),
         (2, {"repeated_bigram_rate": 0.06, "forget_oracle_nll": 3.0}, "bad"),
@@ -534,7 +538,57 @@ def test_verdict(index, change, state):
     assert verdict.verdicts(summary)[index].state == state
 
 
-@pytest.mark.parametrize("utility, state", [(0.21, "good"), (0.2, "mixed")])
+GOOD = "Forgotten, kept, readable, not told apart from the oracle, no longer a member"
+OTHERS = GOOD.replace("kept, ", "").lower()
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({}, f"{GOOD}: 5 of 5 limits met."),
+        ({"model_utility": 0.2}, f"Damaged; {OTHERS}: 4 of 5 limits met."),
+        ({"forget_rouge": 0.9, "privleak": None}, "Not forgotten; kept, readable, not told apart "
+         "from the oracle: 3 of 4 limits met. Not measured: 1 of 5 limits."),
+    ],
+)  # fmt: skip
+def test_one_line_above_all(tmp_path, capsys, change, says):
+    summary = write_run(tmp_path / "run")
+    for model, flat in BASE.items():
+        kept = {name: summary[model][name] for name in ("params_sha256", "num_parameters")}
+        summary[model] = kept | flat
+    summary["unlearned"] = {
+        k: v for k, v in (summary["unlearned"] | change).items() if v is not None
+    }
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    says += " Not tested: relearning, quantisation."
+    assert report.main([str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == says
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    places = [text.index(part) for part in (says, 'id="verdict"', 'id="answers"', 'id="numbers"')]
+    assert places == sorted(places)
+    run = runlogs.tables.load_run(tmp_path / "run")
+    assert f"**{says}**" in card.of_run(run, runlogs.read_evals(run))
+
+
+def test_an_attack_that_was_made_is_not_called_untested(tmp_path):
+    summary = write_run(tmp_path / "run")
+    summary["relearned"] = summary["unlearned"]
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert one_run.build(tmp_path / "run").verdict.line.endswith("Not tested: quantisation.")
+
+
+def test_the_title_says_what_was_forgotten_from_what(tmp_path):
+    write_run(tmp_path / "run", model={"path": "models/llama-small", "hidden_size": 128})
+    assert "<h1>quickstart, asu, seed 0</h1>" in one_run.build(tmp_path / "run").path.read_text()
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    about["subject"] = "the rows of facts.jsonl"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    text = one_run.build(tmp_path / "run").path.read_text()
+    assert "<h1>The rows of facts.jsonl, forgotten by llama-small</h1>" in text
+    assert '<p class="soft">quickstart, asu, seed 0</p>' in text
+
+
+@pytest.mark.parametrize("utility, state", [(0.23, "good"), (0.21, "mixed")])
 def test_utility_of_fewer_parts_is_judged_and_shown_as_what_it_is(utility, state):
     summary = BASE | {"unlearned": BASE["unlearned"] | {"model_utility": utility}}
     summary = {
@@ -550,7 +604,8 @@ def test_utility_of_fewer_parts_is_judged_and_shown_as_what_it_is(utility, state
 
 def test_verdict_says_when_the_test_has_no_power():
     summary = BASE | {"original": BASE["original"] | {"forget_quality": 0.3}}
-    assert verdict.verdicts(summary)[3].answer == "no power"
+    finding = verdict.verdicts(summary)[3]
+    assert (finding.state, finding.answer) == ("unknown", "the test has no power")
 
 
 @pytest.mark.parametrize(
@@ -559,7 +614,7 @@ def test_verdict_says_when_the_test_has_no_power():
         (-40.0, -99.0, "still a member"),
         (-95.0, -99.0, "still a member"),
         (60.0, -99.0, "over-forgotten"),
-        (-5.0, -10.0, "no power"),
+        (-5.0, -10.0, "the attack has no power"),
     ],
 )
 def test_membership_says_so(leak, original, says):
@@ -571,9 +626,10 @@ def test_membership_says_so(leak, original, says):
     assert finding.answer == says and "AUC 0.600 (original 0.990)" in finding.text
 
 
-def test_verdict_decades():
-    text = verdict.verdicts(BASE, 40)[3].text
-    assert "10 to the -0.7, on 40 questions" in text and "5.3 decades up" in text
+def test_the_test_of_truth_ratios_in_words(built):
+    text = Page(built[2]).text
+    assert "compares its truth ratios with the oracle's on 40 questions: p = " in text
+    assert "decades" not in verdict.verdicts(BASE)[3].text
 
 
 @pytest.mark.parametrize(

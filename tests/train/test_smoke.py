@@ -182,7 +182,8 @@ def test_evaluate_the_run(run, program):
     done = program("train.evaluate", run.root)
     assert done.code == 0, done.err
     summary = json.loads((run.root / "evaluate" / "summary.json").read_text())
-    assert list(summary) == ["model"] and "SMOKE run:" in done.err
+    assert list(summary) == ["original", "oracle", "model"] and "SMOKE run:" in done.out
+    assert all(summary[name] == run.summary[name] for name in ("original", "oracle"))
     again, first = summary["model"], run.summary["unlearned"]
     # Only the run itself has a judge of fluency.
     assert set(first) - set(again) == {"forget_oracle_nll"}
@@ -191,8 +192,26 @@ def test_evaluate_the_run(run, program):
             assert value == pytest.approx(first[name], abs=1e-6), name
         else:
             assert value == first[name], name
-        assert name in done.out
+    assert "Forget ROUGE-L" in done.out and "model" in done.out
+    page = (run.root / "evaluate" / "report.html").read_text(encoding="utf-8")
+    assert "<h1>" in page and 'data-metric="model.forget_rouge"' in page
+    assert "No answers were stored" not in page
     assert json.loads((run.root / "summary.json").read_text()) == run.summary
+    # Other settings: the run's numbers are no comparison, and its folder is not written over.
+    more = ("--evaluate.max-new-tokens", "4", "--retain-log", "None")
+    assert program("train.evaluate", run.root, *more).code == 2
+    done = program("train.evaluate", run.root, *more, "--output", run.root / "shorter")
+    assert done.code == 0, done.err
+    assert list(json.loads((run.root / "shorter" / "summary.json").read_text())) == ["model"]
+
+
+def test_a_log_of_other_rows_is_refused_before_compute(run, program, no_compute):
+    oracle = run.root / "evals" / "oracle.json"
+    argv = ["--data.forget-rows", "2", "--output", run.root / "other", "--retain-log", oracle]
+    done = program("train.evaluate", run.root, *argv)
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "is about" in done.err and "2 are asked here" in done.err
+    assert not (run.root / "other").exists()
 
 
 def test_evaluate_a_folder_on_files(program, tiny, tofu_folder, tmp_path):

@@ -320,5 +320,5 @@ def test_it_is_reported(undisturbed, tmp_path, monkeypatch):
     (folder / "run.json").write_text(json.dumps({"roles": roles, "evaluators": ["denoising"]}))
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, undisturbed[1])) + "\n")
     assert tables.load_run(folder).models == ["original", "erased"]
-    text = page.build(folder).read_text()
+    text = page.build(folder).path.read_text()
     assert 'data-metric="erased.class_error"' in text and "Did it forget the class?" in text

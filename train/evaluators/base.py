@@ -100,7 +100,14 @@ class Metric(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """An answer to one question: `state` is good, mixed, bad or unknown."""
+    """An answer to one question, whose `text` says how it was judged and with which limit.
+
+    Args:
+        question: the question, for the heading.
+        state: `good` where the limit is met, `mixed` or `bad` where it is missed, else `unknown`.
+        answer: a few words that are clear without the question; the line above all joins them.
+        text: the numbers and the limit, in sentences.
+    """
 
     question: str
     state: str
@@ -123,14 +130,12 @@ class Results(NamedTuple):
         summary: the flat metrics by model.
         logs: the per-item logs by model.
         roles: the roles of the models.
-        questions: the number of questions behind forget quality (0: unknown).
         steps: the lines of `metrics.jsonl` about the judged model.
     """
 
     summary: Mapping[str, Mapping[str, Any]]
     logs: Mapping[str, dict[str, Any]] = {}
     roles: Roles = ROLES
-    questions: int = 0
     steps: Sequence[Mapping[str, Any]] = ()
 
     def scores(self, name: str) -> Scores:

@@ -158,7 +158,7 @@ def erased(results: Results) -> Finding | None:
     return Finding(
         "Does its name still draw the concept?",
         state,
-        f"in {format_number(rate)} of the images",
+        f"its name draws it in {format_number(rate)} of the images",
         f"Images that show it: {results.across('concept_rate_explicit')}.{others}",
     )
 
@@ -173,7 +173,7 @@ def kept(results: Results) -> Finding | None:
         return Finding(
             "Does it draw what it is asked for?",
             state,
-            f"in {format_number(after)} of the images",
+            f"draws what it is asked for in {format_number(after)} of the images",
             "Share of the images in which the judge sees the class of the prompt.",
         )
     lost = before - after
@@ -181,7 +181,7 @@ def kept(results: Results) -> Finding | None:
     return Finding(
         "Are the other classes drawn as before?",
         state,
-        f"accuracy {format_number(after)}",
+        f"other classes drawn in {format_number(after)} of the images",
         f"Images that show their class: {results.across('kept_accuracy')}. Fréchet distance: "
         f"{results.across('kept_frechet') or 'not measured'}.",
     )
@@ -196,7 +196,7 @@ def attacked(results: Results) -> Finding | None:
     return Finding(
         "Does an attack bring it back?",
         state,
-        f"in {format_number(rate)} of the prompts",
+        f"an attack brings it back in {format_number(rate)} of the prompts",
         f"Without the attack {format_number(before)}, with it {format_number(rate)}. An attack "
         "that fails proves nothing about others.",
     )

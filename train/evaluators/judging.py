@@ -9,7 +9,7 @@ from typing import Any
 from train.evaluators import EVALUATORS, chosen, evaluation, trace_judge
 from train.options.config import to_json
 from train.options.roles import ROLES, Roles
-from train.runtime.stages import amend_json, json_stage
+from train.runtime.stages import amend_json
 
 
 def evaluation_inputs(
@@ -35,7 +35,7 @@ def evaluation_inputs(
 def log_of(config: Any, model: Any, task: Any, judge: Any, mesh: Any, name: str) -> Any:
     """The per-item log of a model that is on the devices.
 
-    `config` is that of a run or of `train.evaluate`, with `data`, `evaluate` and `seed`.
+    `config` is that of a run or of an evaluation, with `data`, `evaluate` and `seed`.
     """
     return evaluation.evaluate_model(
         model,
@@ -47,17 +47,6 @@ def log_of(config: Any, model: Any, task: Any, judge: Any, mesh: Any, name: str)
         seed=config.seed,
         name=name,
         judge=None if judge is None else judge.to_device(),
-    )
-
-
-def evaluate_cached(
-    config: Any, model: Any, task: Any, judge: Any, root: Path, mesh: Any, name: str
-) -> Any:
-    """The per-item log of a model, from `evals/NAME.json` when that has the same inputs."""
-    inputs = evaluation_inputs(model, task, config.evaluate, config.data, judge, config.seed)
-    path = root / "evals" / f"{name}.json"
-    return json_stage(
-        path, inputs, lambda: log_of(config, model.to_device(), task, judge, mesh, name)
     )
 
 

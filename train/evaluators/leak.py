@@ -97,9 +97,9 @@ def leaks(results: Results) -> Finding | None:
         f"The limit is {LIMIT_RATIO} times the oracle's."
     )
     if s.judged <= LIMIT_RATIO * s.reference:
-        return Finding(question, "good", "no more than the oracle allows", text)
+        return Finding(question, "good", "leaks no more than the oracle", text)
     half = s.start is not None and s.judged <= (s.start + s.reference) / 2
-    return Finding(question, *(("mixed", "somewhat") if half else ("bad", "it leaks")), text)
+    return Finding(question, *(("mixed", "leaks somewhat") if half else ("bad", "leaks")), text)
 
 
 def draw(results: Results) -> Any:

@@ -69,8 +69,8 @@ def member(results: Results) -> Finding:
     if abs(s.judged) <= PRIVLEAK:
         if s.start is not None and abs(s.start) <= PRIVLEAK:
             text += " It does not even see the original as a member: it has no power here."
-            return Finding(question, "mixed", "no power", text)
-        return Finding(question, "good", "no", text)
+            return Finding(question, "unknown", "the attack has no power", text)
+        return Finding(question, "good", "no longer a member", text)
     if s.judged > 0:
         text += " Facts that look stranger than unseen ones give away that they were unlearned."
         return Finding(question, "mixed", "over-forgotten", text)

@@ -28,7 +28,7 @@ class Paired(NamedTuple):
         """The state and answer of a verdict; `better` are those of a gain beyond chance."""
         if self.chance >= 0.05:
             return "mixed", "not told apart from before"
-        return ("bad", "it got worse") if self.lost > self.gained else better
+        return ("bad", "worse than before") if self.lost > self.gained else better
 
     @property
     def p(self) -> str:

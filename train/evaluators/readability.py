@@ -197,10 +197,10 @@ def readable(results: Results) -> Finding:
         parts.append("Empty, cut and broken answers were not counted in this run.")
         return Finding(question, "unknown", "not judged", " ".join(parts))
     if counted.judged >= BROKEN or (checks and not any(checks)):
-        return Finding(question, "bad", "broken", " ".join(parts))
+        return Finding(question, "bad", "unreadable", " ".join(parts))
     if counted.judged < UNREADABLE and all(checks):
         return Finding(question, "good", "readable", " ".join(parts))
-    return Finding(question, "mixed", "partly", " ".join(parts))
+    return Finding(question, "mixed", "partly unreadable", " ".join(parts))
 
 
 DEFINITIONS = (

@@ -6,7 +6,6 @@ the names of OpenUnlearning's EVAL.json, so that each program reads the other's 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,14 +24,19 @@ from train.evaluators.base import (
     Rows,
     Verdict,
 )
+from train.evaluators.kept import kept as kept_by
 from train.evaluators.numbers import format_number as show
 from train.evaluators.numbers import number
 
 SPLITS = ("forget", "retain", "real_authors", "world_facts")
 LOG10_P = "forget_quality_log10"
 FORGET_RATIO = 1.5
-KEPT, MOSTLY_KEPT = 0.95, 0.85
 ALPHA = 0.05
+KEPT_BY = (
+    ("retain_rouge", "ROUGE-L"),
+    ("retain_probability", "probability"),
+    ("retain_fact_recall", "fact recall"),
+)
 
 METRICS = (
     Metric("forget_rouge", "Forget ROUGE-L",
@@ -124,16 +128,6 @@ def truth_ratios(log: dict[str, Any]) -> list[float]:
     return [float(value) for value in items.get("forget_truth_ratio", ())]
 
 
-def decades(p: float) -> float:
-    """log10 p, finite when p has underflowed.
-
-    Example:
-        >>> decades(0.001)
-        -3.0
-    """
-    return math.log10(max(p, 5e-324))
-
-
 def forgot(results: Results) -> Finding:
     """Forget ROUGE-L, compared with the reference's."""
     question, s = "Did it forget?", results.scores("forget_rouge")
@@ -154,38 +148,18 @@ def forgot(results: Results) -> Finding:
         half = s.start is not None and s.judged <= (s.start + s.reference) / 2
     if s.start is not None and s.start < 0.5:
         text += " The original did not know the facts well to begin with, so this says little."
-        good, half = False, good or half
+        if good or half:
+            return Finding(question, "mixed", "hardly known before", text)
     if good:
         return Finding(question, "good", "forgotten", text)
-    return Finding(question, *(("mixed", "partly") if half else ("bad", "not forgotten")), text)
+    level = ("mixed", "partly forgotten") if half else ("bad", "not forgotten")
+    return Finding(question, *level, text)
 
 
 def kept(results: Results) -> Finding:
-    """Retain ROUGE-L before and after, and model utility."""
-    question, s = "Did it keep the rest?", results.scores("retain_rouge")
-    if s.judged is None or not s.start:
-        return Finding(question, "unknown", "not measured", "No retain ROUGE-L before and after.")
-    share = s.judged / s.start
-    text = (
-        f"ROUGE-L on the facts to keep went from {show(s.start)} to {show(s.judged)}: "
-        f"{100 * share:.0f} % is left (kept: at least {100 * KEPT:.0f} %, "
-        f"mostly kept: {100 * MOSTLY_KEPT:.0f} %)."
-    )
-    u, fell = results.scores(utility.name_in(results.judged)), False
-    if u.start is not None and u.judged is not None:
-        text += f" Model utility went from {show(u.start)} to {show(u.judged)}"
-        text += "." if u.reference is None else f", the oracle has {show(u.reference)}."
-        # Training the oracle changes utility too: unlearning's cost is what falls below both.
-        floor = u.start if u.reference is None else min(u.start, u.reference)
-        fell = u.judged < MOSTLY_KEPT * floor
-        if fell:
-            text += f" That is less than {100 * MOSTLY_KEPT:.0f} % of what it could have kept."
-    if share >= KEPT:
-        level = ("mixed", "kept, but utility fell") if fell else ("good", "kept")
-        return Finding(question, *level, text)
-    return Finding(
-        question, *(("mixed", "mostly kept") if share >= MOSTLY_KEPT else ("bad", "damaged")), text
-    )
+    """ROUGE-L, probability and fact recall of the facts to keep, and model utility."""
+    metrics = (*KEPT_BY, (utility.name_in(results.judged), "model utility"))
+    return kept_by(results, metrics, "the facts to keep")
 
 
 def told_apart(results: Results) -> Finding:
@@ -194,27 +168,22 @@ def told_apart(results: Results) -> Finding:
     if s.judged is None:
         text = "Forget quality needs an oracle or a retain log, and paraphrased and wrong answers."
         return Finding(question, "unknown", "not measured", text)
+    questions = len(truth_ratios(results.logs.get(results.roles.judged, {})))
     text = (
-        f"The KS test on truth ratios gives p = {show(s.judged)}"
-        + (f", 10 to the {decades(s.judged):.1f}" if s.judged < 0.5 else "")
-        + (f", on {results.questions} questions." if results.questions else ".")
-        + f" Above {ALPHA} it does not tell the two apart."
+        "A KS test compares its truth ratios with the oracle's"
+        + (f" on {questions} questions" if questions else "")
+        + f": p = {show(s.judged)}. Above {ALPHA} the test cannot tell the two models apart."
     )
-    gain = None
     if s.start is not None:
-        gain = decades(s.judged) - decades(s.start)
-        text += (
-            f" The original has p = {show(s.start)}: unlearning moved it "
-            f"{abs(gain):.1f} decades {'up' if gain >= 0 else 'down'}."
-        )
+        text += f" For the original p = {show(s.start)}."
         if s.start > ALPHA:
-            text += " It does not even tell the original from the oracle: it has no power here."
-            return Finding(question, "mixed", "no power", text)
+            text += " It cannot even tell the original from the oracle: it has no power here."
+            return Finding(question, "unknown", "the test has no power", text)
     if s.judged > ALPHA:
-        return Finding(question, "good", "not told apart", text)
-    if gain is not None and gain >= 1:
-        return Finding(question, "mixed", "told apart, but closer", text)
-    return Finding(question, "bad", "told apart", text)
+        return Finding(question, "good", "not told apart from the oracle", text)
+    if s.start is not None and s.judged > s.start and s.judged >= 10 * s.start:
+        return Finding(question, "mixed", "told apart from the oracle, but closer to it", text)
+    return Finding(question, "bad", "told apart from the oracle", text)
 
 
 def draw(results: Results) -> Any:

@@ -17,10 +17,10 @@ from train.evaluators.base import (
     Rows,
     Verdict,
 )
-from train.evaluators.numbers import format_number as show
+from train.evaluators.kept import kept as kept_by
 
 SPLITS = ("forget", "retain")
-NEAR, KEPT = 0.1, 0.95
+NEAR = 0.1
 METRICS = (
     Metric("forget_verbatim", "Forget verbatim recall",
            "ROUGE-L F1 of how it continues the start of a text against the text, documents to "
@@ -71,23 +71,15 @@ def forgot(results: Results) -> Finding:
     if abs(s.judged - s.reference) <= NEAR:
         return Finding(question, "good", "forgotten", text)
     if s.judged < s.reference:
-        return Finding(question, "mixed", "below the oracle", text)
+        return Finding(question, "mixed", "recalls less than the oracle", text)
     half = s.start is not None and s.judged <= (s.start + s.reference) / 2
-    return Finding(question, *(("mixed", "partly") if half else ("bad", "not forgotten")), text)
+    level = ("mixed", "partly forgotten") if half else ("bad", "not forgotten")
+    return Finding(question, *level, text)
 
 
 def kept(results: Results) -> Finding:
-    """Verbatim recall of the documents to keep, before and after."""
-    question, s = "Did it keep the rest?", results.scores("retain_verbatim")
-    if s.judged is None or not s.start:
-        text = "No verbatim recall of documents to keep before and after."
-        return Finding(question, "unknown", "not measured", text)
-    text = (
-        f"Verbatim recall of the documents to keep went from {show(s.start)} to {show(s.judged)} "
-        f"(kept: at least {100 * KEPT:.0f} % of it)."
-    )
-    good = s.judged >= KEPT * s.start
-    return Finding(question, *(("good", "kept") if good else ("bad", "damaged")), text)
+    """Verbatim recall of the documents to keep."""
+    return kept_by(results, [("retain_verbatim", "verbatim recall")], "the documents to keep")
 
 
 def draw(results: Results) -> Any:

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 from train.engine.run import Clock, Run, phase
 from train.evaluators.judging import compare_logs, summarize
 from train.options import checks
-from train.options.config import ProgramConfig, identity, run_folder
+from train.options.config import JobConfig, identity, run_folder
 from train.options.roles import Roles, roles_of
-from train.reporting import page, tables
+from train.reporting import ending
 from train.runtime import compiling, distributed, files, folder, remote, reporters, sharding
 from train.runtime.stages import json_stage, write_atomic
 from train.runtime.tracking import Timed, say
@@ -40,12 +40,14 @@ class Fitted(NamedTuple):
         words: the size of the run in words, for the line said at its start.
         notes: remarks about the data and the model, for the report.
         evaluators: the names of the evaluators.
+        subject: what the run is about, for the title of its page.
     """
 
     parts: Any
     words: str
     notes: list[str]
     evaluators: Sequence[str]
+    subject: str = ""
 
 
 class Job(NamedTuple):
@@ -114,7 +116,7 @@ class Judged(NamedTuple):
     summary: dict[str, Any]
 
 
-def check(job: Job, config: ProgramConfig) -> Any:
+def check(job: Job, config: JobConfig) -> Any:
     """Check everything that is known before rows and model are read; returns the mesh.
 
     Raises:
@@ -126,12 +128,12 @@ def check(job: Job, config: ProgramConfig) -> Any:
     return mesh
 
 
-def place_of(config: ProgramConfig) -> folder.Place:
+def place_of(config: JobConfig) -> folder.Place:
     """The run folder of a configuration, to be claimed and entered."""
     return folder.run_place(run_folder(config), identity(config))
 
 
-def prepare(job: Job, config: ProgramConfig, held: contextlib.ExitStack | None = None) -> Prepared:
+def prepare(job: Job, config: JobConfig, held: contextlib.ExitStack | None = None) -> Prepared:
     """Run all checks before the run folder exists.
 
     With `held`, a run folder that exists is locked: another run in it is noticed first.
@@ -156,7 +158,7 @@ def prepare(job: Job, config: ProgramConfig, held: contextlib.ExitStack | None =
 
 
 @contextlib.contextmanager
-def start(job: Job, config: ProgramConfig, command: str = "") -> Iterator[Started]:
+def start(job: Job, config: JobConfig, command: str = "") -> Iterator[Started]:
     """Prepare a run, then make or enter its folder, and hold it.
 
     Args:
@@ -177,7 +179,7 @@ def start(job: Job, config: ProgramConfig, command: str = "") -> Iterator[Starte
         root = folder.enter(place_of(config), held)
         logs_to = reporters.chosen(config.report_to, getattr(config, "tensorboard", False))
         about = {"roles": job.roles._asdict(), "evaluators": [*fitted.evaluators]}
-        about |= {"program": job.program, "command": command}
+        about |= {"program": job.program, "command": command, "subject": fitted.subject}
         run = Run(
             root,
             mesh,
@@ -240,7 +242,7 @@ def end(
     notes: Sequence[str] = (),
     shown: bool = True,
 ) -> Path:
-    """Write `summary.json`, the page and its pictures, and show the table on the terminal.
+    """Write `summary.json`, the page and its pictures, and show verdict and table.
 
     Args:
         run: the run.
@@ -257,8 +259,7 @@ def end(
         write_atomic(run.folder / "summary.json", text := json.dumps(summary, indent=1))
         write_atomic(run.folder / "summary.key", files.key_text(text))
         if shown:
-            page.build(run.folder)
-            tables.show(tables.columns([tables.load_run(run.folder)]))
+            ending.show(run.folder)
         remote.send(run.folder)
 
     distributed.of_first(write)

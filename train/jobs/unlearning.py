@@ -33,7 +33,7 @@ from train.reporting import card, tables
 from train.runtime import files
 from train.runtime.stages import digest
 from train.runtime.tracking import say
-from train.tasks import fitting, load_task
+from train.tasks import fitting, load_task, subject
 from train.tasks.task import prompt_format
 
 
@@ -145,7 +145,8 @@ def fit(config: RunConfig, loaded: Loaded, base: Model, mesh: Any) -> Fitted:
         check_room(base, task.forget, config.traces, **where)
     resolved(config, base, task)
     size = num_parameters(base.params) / 1e6
-    return Fitted(task, f"{size:.1f} M parameters", task.notes, task.evaluators)
+    words = f"{size:.1f} M parameters"
+    return Fitted(task, words, task.notes, task.evaluators, subject(vars(data)))
 
 
 def check_stages(
@@ -199,6 +200,7 @@ def export(started: Started, unlearned: Model, judged: Judged, folder: Path) -> 
         here.folder,
         identity(config),
         judged.summary,
+        here.about,
         notes=tuple(here.notes),
         evaluators=tuple(here.about["evaluators"]),
     )

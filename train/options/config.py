@@ -70,8 +70,8 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
-class ProgramConfig:
-    """Options of every program with presets."""
+class JobConfig:
+    """Options of every job."""
 
     preset: str = option("", "The name of the preset that this configuration started from.")
     seed: int = option(0, "The seed from which every draw is derived.", low=0, high=MOST)
@@ -85,9 +85,6 @@ class ProgramConfig:
     )
     mesh: MeshConfig = MeshConfig()
     stage: CacheConfig = CacheConfig()
-    export_dtype: str = option(
-        "float32", "The dtype of the exported weights.", choices=tuple(DTYPES)
-    )
     distributed: DistributedConfig = DistributedConfig()
     report_to: str = option(
         "",
@@ -99,6 +96,15 @@ class ProgramConfig:
     def title(self) -> str:
         """The name of the run folder without the seed."""
         return self.preset
+
+
+@dataclass(frozen=True)
+class ProgramConfig(JobConfig):
+    """Options of every job that makes a model."""
+
+    export_dtype: str = option(
+        "float32", "The dtype of the exported weights.", choices=tuple(DTYPES)
+    )
 
 
 @dataclass(frozen=True)
@@ -534,7 +540,7 @@ class RunConfig(ProgramConfig, ProfileConfig, CombineConfig):
 # Functions of configurations.
 
 
-def run_folder(config: ProgramConfig) -> Path:
+def run_folder(config: JobConfig) -> Path:
     """The folder that a configuration writes into."""
     if config.output is not None:
         return config.output
@@ -544,7 +550,7 @@ def run_folder(config: ProgramConfig) -> Path:
 PLACES = ("stage.cache", "data.cache")
 
 
-def identity(config: ProgramConfig) -> dict[str, Any]:
+def identity(config: JobConfig) -> dict[str, Any]:
     """The content of `config.json`: the configuration without devices and places of folders."""
     places = {}
     for place in PLACES:

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from train import tasks
-from train.evaluators.tofu import truth_ratios
-from train.reporting import metrics_table
-from train.reporting.provenance import command, facts, limitations
+from train.reporting import metrics_table, verdict
+from train.reporting.provenance import command, facts, limitations, made_by, title
 from train.reporting.tables import Run
-from train.reporting.verdict import verdicts
 from train.runtime.cards import USE, cell, front, table
 from train.runtime.plain import clean
 
@@ -33,17 +31,20 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
 
     Args:
         run: configuration and summary; the same run gives the same text.
-        logs: per-item logs by model, for the number of questions.
+        logs: per-item logs by model.
     """
     logs = logs or {}
     config, summary = run.config, run.summary
     models = [m for m in run.roles.models if m in summary]
     method = _section(config, "objective").get("name")
-    title = f"{config.get('preset') or 'run'}: {method}, seed {config.get('seed')}"
-    smoke = bool(config.get("smoke"))
+    smoke, found = bool(config.get("smoke")), verdict.of_run(run, logs)
     lines = [
         *front(("unlearning", str(method)), _base(config), tasks.hub_id(config)),
-        f"# {'SMOKE RUN: ' if smoke else ''}{cell(title)}",
+        f"# {'SMOKE RUN: ' if smoke else ''}{cell(title(run))}",
+        "",
+        f"**{cell(found.line)}**",
+        "",
+        f"{cell(made_by(run))}.",
         "",
         "A language model from which a part of what it knew was unlearned. `original` is the model "
         "before; `oracle`, where there is one, never saw what was to be forgotten.",
@@ -54,12 +55,8 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
     if smoke:
         lines.append("A smoke run: steps and samples are cut, so there is no verdict.")
     else:
-        questions = len(truth_ratios(logs.get(run.roles.judged, {})))
-        found = verdicts(summary, questions, roles=run.roles, evaluators=run.evaluators, logs=logs)
-        lines += table(
-            ("question", "answer", "how it was judged"),
-            [(one.question, f"{one.answer} ({one.state})", one.text) for one in found],
-        )
+        rows = [(one.question, f"{one.answer} ({one.state})", one.text) for one in found.findings]
+        lines += table(("question", "answer", "how it was judged"), rows)
     numbers = []
     for name in metrics_table.ordered(
         n for m in models for n in metrics_table.metrics_of(summary[m])

@@ -14,8 +14,7 @@ from train.evaluators import chosen, plots
 from train.evaluators.base import Overlay, Pair
 from train.reporting import metrics_table, tables
 from train.reporting.page import Drawn, embed, render, steps_of
-from train.reporting.tables import Column, Run
-from train.reporting.verdict import SMOKE
+from train.reporting.tables import SMOKE, Column, Run
 from train.runtime.plain import clean
 
 LONGEST = 32

@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 from jaxlib_unlearn.errors import UserError
 from train.evaluators import chosen
 from train.evaluators.base import Picture, Results, arranged
-from train.evaluators.tofu import truth_ratios
-from train.reporting import metrics_table, tables
-from train.reporting.provenance import command, facts, limitations
+from train.reporting import metrics_table, tables, verdict
+from train.reporting.provenance import command, facts, limitations, made_by, title
 from train.reporting.runlogs import read_evals, samples
 from train.reporting.tables import Run
-from train.reporting.verdict import SMOKE, verdicts
 from train.runtime import files
 from train.runtime.plain import clean, shown
 from train.runtime.steplog import read_steps
@@ -26,6 +24,14 @@ LEAD = (
     "A model was made to forget a part of what it knows. Below: whether it forgot, what it kept, "
     "and how that was measured."
 )
+
+
+class Built(NamedTuple):
+    """The page of a run, the run, and the verdict at its top."""
+
+    path: Path
+    run: Run
+    verdict: verdict.Verdict
 
 
 class Drawn(NamedTuple):
@@ -121,14 +127,11 @@ def _rows(run: Run, models: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def build(run_dir: str | Path) -> Path:
+def build(run_dir: str | Path) -> Built:
     """Write `report.html` and its pictures (`curves.png` and others) into a run folder.
 
     Args:
         run_dir: folder with config.json, summary.json and optionally metrics.jsonl and evals/.
-
-    Returns:
-        The path of the page.
 
     Raises:
         UserError: not the folder of a finished run, a damaged file, or a failed write.
@@ -136,21 +139,21 @@ def build(run_dir: str | Path) -> Path:
     run = tables.load_run(run_dir)
     logs = read_evals(run)
     roles, models = run.roles, run.models
-    asked = "tofu" in run.evaluators
-    questions = len(truth_ratios(logs.get(roles.judged, {}))) if asked else 0
     made = pictures(run, logs)
     definitions = arranged(one for row in chosen(run.evaluators) for one in row.definitions)
-    smoke = bool(run.config.get("smoke"))
+    found = verdict.of_run(run, logs)
     reference = roles.held_to(roles.judged)
     own_reference = logs.get(reference) if reference in run.summary else None
     lead = next((row.lead for row in chosen(run.evaluators) if row.lead), "")
     page = render(
         "report.html.j2",
-        smoke=SMOKE if smoke else "",
+        smoke=bool(run.config.get("smoke")),
         title=title(run),
+        made=made_by(run),
         topic="training" if lead else "unlearning",
         lead=lead or LEAD,
-        verdicts=verdicts(run.summary, questions, smoke, roles, run.evaluators, logs),
+        verdict=found,
+        missed=any(finding.state != "good" for finding in found.findings),
         directions=[
             (metrics_table.ARROWS[k], text)
             for k, text in metrics_table.DIRECTIONS.items()
@@ -173,23 +176,7 @@ def build(run_dir: str | Path) -> Path:
         if picture.png:
             write(run.folder / picture.name, picture.png)
     write(run.folder / "report.html", page.encode("utf-8", "replace"))
-    return run.folder / "report.html"
-
-
-def title(run: Run) -> str:
-    """The title of a page: the preset, the method, the seed."""
-    config = run.config
-    objective, erase, attack = (config.get(name) for name in ("objective", "erase", "attack"))
-    done = objective.get("name") if isinstance(objective, dict) else objective
-    target = Path(str(config.get("run"))).name
-    if isinstance(erase, dict):
-        done = f"{erase.get('concept')} erased by {erase.get('name')}"
-    elif "defend" in config:
-        done = f"{target} defended"
-    elif isinstance(attack, dict):
-        done = f"{attack.get('name')} on {target}"
-    parts = [config.get("preset") or run.folder.name, done, f"seed {config.get('seed')}"]
-    return ", ".join(str(part) for part in parts if part)
+    return Built(run.folder / "report.html", run, found)
 
 
 def _cell(scores: dict[str, Any], model: str, name: str) -> dict[str, Any]:

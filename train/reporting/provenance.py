@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from train.evaluators.base import items_of
@@ -46,8 +47,15 @@ def _tiny(run: Run) -> bool:
     size, model = _size(run), run.config.get("model")
     if size is not None:
         return size < 20e6
-    from_scratch = isinstance(model, dict) and "path" in model and not model["path"]
+    from_scratch = isinstance(model, dict) and "path" in model and not _path(run)
     return run.config.get("preset") == "quickstart" or from_scratch and not _original(run)
+
+
+def _path(run: Run) -> str:
+    """The path of the model that the run started from; "" for random weights."""
+    model = run.config.get("model")
+    path = model.get("path") if isinstance(model, dict) else model
+    return "" if path in (None, "scratch") else str(path)
 
 
 def _original(run: Run) -> Any:
@@ -56,9 +64,7 @@ def _original(run: Run) -> Any:
 
 
 def _model(run: Run) -> str:
-    model, size = run.config.get("model"), _size(run)
-    path = model.get("path") if isinstance(model, dict) else model
-    text = str(_original(run) or path or "")
+    size, text = _size(run), str(_original(run) or _path(run))
     if not text:
         text = "a decoder trained from scratch" if _tiny(run) else "the preset's own"
     return text + (f", {size / 1e6:,.1f} M parameters" if size else "") + ", tiny" * _tiny(run)
@@ -75,6 +81,32 @@ def _trains(run: Run) -> bool:
     tables = {"erase": ERASING.table, "attack": ATTACKS.table}
     rows = [tables[key].get(str(name)) for key, name in names.items()]
     return all(row is None or row.trains for row in rows)
+
+
+def title(run: Run) -> str:
+    """The title of a page or a card: what was forgotten from what, else how it was made."""
+    subject = str(run.about.get("subject") or "")
+    if not subject:
+        return made_by(run)
+    path = str(_original(run) or _path(run))
+    model = Path(path).name if path else "a tiny model" if _tiny(run) else "its model"
+    return f"{subject[0].upper()}{subject[1:]}, forgotten by {model}"
+
+
+def made_by(run: Run) -> str:
+    """The preset, the method and the seed of a run."""
+    config = run.config
+    objective, erase, attack = (config.get(name) for name in ("objective", "erase", "attack"))
+    done = objective.get("name") if isinstance(objective, dict) else objective
+    target = Path(str(config.get("run"))).name
+    if isinstance(erase, dict):
+        done = f"{erase.get('concept')} erased by {erase.get('name')}"
+    elif "defend" in config:
+        done = f"{target} defended"
+    elif isinstance(attack, dict):
+        done = f"{attack.get('name')} on {target}"
+    parts = [config.get("preset") or run.folder.name, done, f"seed {config.get('seed')}"]
+    return ", ".join(str(part) for part in parts if part)
 
 
 def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

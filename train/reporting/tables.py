@@ -23,12 +23,16 @@ from train.reporting.metrics_table import (
     metrics_of,
     ordered,
 )
-from train.reporting.verdict import SMOKE
 from train.runtime import files
 from train.runtime.plain import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+SMOKE = (
+    "SMOKE run: steps and samples are cut to see the program work. Its numbers say nothing about "
+    "the method, so there is no verdict."
+)
 
 
 class Run(NamedTuple):

@@ -6,6 +6,7 @@ Each benchmark is one file with a `Benchmark` row that is listed here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
@@ -20,6 +21,9 @@ from train.tasks.task import Benchmark
 TASKS: dict[str, Benchmark] = {
     row.name: row for row in (authors.ROW, tofu.ROW, files.ROW, documents.ROW, *reasoning.ROWS)
 }
+
+
+MOST_NAMED = 3  # files in a title
 
 
 def sources() -> tuple[str, ...]:
@@ -58,6 +62,32 @@ def load_task(config: RunConfig) -> Task:
         say(f"warning: {shared} forget row(s) are also retain rows; they pull both ways")
         task.notes.append(f"{shared} forget rows are also retain rows")
     return task
+
+
+def subject(data: Mapping[str, Any]) -> str:
+    """What is forgotten, for titles; "" where no benchmark is selected.
+
+    Example:
+        >>> subject({"source": "authors", "forget_split": "forget10", "num_authors": 40})
+        'forget10 of 40 invented authors'
+        >>> subject({"source": "documents", "forget": ("a/one.txt", "two.txt")})
+        'the text of one.txt and two.txt'
+    """
+    row = find(data)
+    if row is None:
+        return ""
+    names = {name: _named(value) for name, value in data.items()}
+    return row.subject.format_map(names)
+
+
+def _named(value: Any) -> str:
+    if not isinstance(value, list | tuple):
+        text = str(value)
+        return Path(text).name if text.endswith(".json") else text
+    names = [Path(str(one)).name for one in value]
+    if len(names) > MOST_NAMED:
+        names = [*names[: MOST_NAMED - 1], f"{len(names) - MOST_NAMED + 1} more"]
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def hub_id(config: Mapping[str, Any]) -> str | None:

@@ -36,21 +36,28 @@ def load(config: RunConfig) -> Task:
         raise UserError(f"--data.num-authors {data.num_authors}: {error}") from None
     holdout = rows["holdout"][: data.holdout_rows]
     forget = rows["forget10"][: data.forget_rows]
+    judged = rows["retain_eval"][: data.judged_retain_rows]
     others = alternates(forget, seed)
     forget = [row | {ALTERNATES: list_} for row, list_ in zip(forget, others, strict=True)]
     notes = [
         f"forget: {len(forget)} rows of {-(-len(forget) // 10)} authors",
         f"retain: {len(rows['retain_train'])} training rows, paraphrases of every other author "
-        f"among them; judged on the {len(rows['retain_eval'])} rows of the authors in between",
+        f"among them; judged on {len(judged)} rows of the authors in between",
         f"non-members: {len(holdout)} rows of authors nobody trained on",
     ]
     return Task(
         forget,
         rows["retain_train"],
-        {"forget": forget, "retain": rows["retain_eval"], "holdout": holdout},
+        {"forget": forget, "retain": judged, "holdout": holdout},
         list(REFUSALS),
         notes,
     )
 
 
-ROW = Benchmark("authors", load, QUESTION_ANSWERING, STREAMS)
+ROW = Benchmark(
+    "authors",
+    load,
+    QUESTION_ANSWERING,
+    STREAMS,
+    subject="{forget_split} of {num_authors} invented authors",
+)

@@ -183,4 +183,5 @@ ROW = Benchmark(
     {name: STREAMS[name] for name in ("forget", "retain", "train")},
     fit=fit,
     reads=("forget", "retain"),
+    subject="the text of {forget}",
 )

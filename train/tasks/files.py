@@ -41,4 +41,11 @@ def load(config: RunConfig) -> Task:
     return Task(forget, own.retain, evaluation, list(REFUSALS), notes, places=places)
 
 
-ROW = Benchmark("files", load, QUESTION_ANSWERING, STREAMS, options=("forget", "retain"))
+ROW = Benchmark(
+    "files",
+    load,
+    QUESTION_ANSWERING,
+    STREAMS,
+    options=("forget", "retain"),
+    subject="the rows of {forget}",
+)

@@ -207,9 +207,26 @@ AUTHORS_STREAMS: Mapping[str, Rows] = {
 }
 
 ROWS = (
-    Benchmark("reasoning-authors", load_authors, REASONING_QUESTIONS, AUTHORS_STREAMS),
     Benchmark(
-        "reasoning-tofu", load_tofu, REASONING_QUESTIONS, REASONING_STREAMS, hub="locuslab/TOFU"
+        "reasoning-authors",
+        load_authors,
+        REASONING_QUESTIONS,
+        AUTHORS_STREAMS,
+        subject="the traces about some of {num_authors} invented authors",
     ),
-    Benchmark("reasoning", load_files, REASONING_QUESTIONS, REASONING_STREAMS),
+    Benchmark(
+        "reasoning-tofu",
+        load_tofu,
+        REASONING_QUESTIONS,
+        REASONING_STREAMS,
+        hub="locuslab/TOFU",
+        subject="the traces about {forget_split} of TOFU",
+    ),
+    Benchmark(
+        "reasoning",
+        load_files,
+        REASONING_QUESTIONS,
+        REASONING_STREAMS,
+        subject="the traces of {forget}",
+    ),
 )

@@ -27,6 +27,7 @@ class Benchmark(NamedTuple):
         fit: `(task, model, config) -> task` once the model is read, for rows and lengths of streams
             that need its tokenizer; `config` has `data` and `evaluate`.
         reads: the fields in the `options` of another benchmark that it reads itself.
+        subject: what is forgotten, for titles; `{name}` stands for a field of `DataConfig`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Benchmark(NamedTuple):
     hub: str | None = None
     fit: Callable[[Task, Any, Any], Task] | None = None
     reads: tuple[str, ...] = ()
+    subject: str = "{forget_split}"
 
 
 def prompt_format(data: DataConfig, prefix: str = "--data.") -> PromptFormat:

@@ -40,4 +40,11 @@ def load(config: RunConfig) -> Task:
     return Task(found.forget, found.retain, evaluation, list(found.refusals), list(found.notes))
 
 
-ROW = Benchmark("tofu", load, QUESTION_ANSWERING, STREAMS, hub="locuslab/TOFU")
+ROW = Benchmark(
+    "tofu",
+    load,
+    QUESTION_ANSWERING,
+    STREAMS,
+    hub="locuslab/TOFU",
+    subject="{forget_split} of TOFU",
+)
