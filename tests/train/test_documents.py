@@ -160,7 +160,8 @@ def test_from_files_to_the_report(program, small, tmp_path):
     [
         (0.98, 0.3, 0.35, 0.97, ("good", "good")),
         (0.98, 0.3, 0.15, 0.97, ("mixed", "good")),
-        (0.98, 0.3, 0.5, 0.9, ("mixed", "bad")),
+        (0.98, 0.3, 0.5, 0.9, ("mixed", "mixed")),
+        (0.98, 0.3, 0.3, 0.8, ("good", "bad")),
         (0.98, 0.3, 0.8, 0.97, ("bad", "good")),
         (0.4, 0.3, 0.3, 0.97, ("mixed", "good")),
         (0.98, None, 0.3, None, ("unknown", "unknown")),

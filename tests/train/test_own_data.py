@@ -16,6 +16,7 @@ from train.tasks import load_task
 
 ROWS = [{"question": f"question {i}?", "answer": f"answer {i}, and more."} for i in range(5)]
 OTHERS = [{"question": f"other {i}?", "answer": f"other answer {i}."} for i in range(5)]
+WHO = ["Ada Lane", "Bo Ray", "Ada Lane", "Cy Poe", "nobody"]
 FULL = [
     row | {"paraphrased_answer": f"again {i}", "perturbed_answer": [f"no {i}", f"so {i}"]}
     for i, row in enumerate(ROWS)
@@ -226,6 +227,16 @@ def test_what_a_task_is_made_of(tmp_path):
     (tmp_path / "there").mkdir()
     moved = ["--data.forget", write(tmp_path / "there" / "f.csv", ROWS), *files[2:]]
     assert task_of(*moved, "--data.retain-rows", 2).digest() == task.digest()
+    unseen = [row | {"question": f"unseen {row['question']}"} for row in ROWS]
+    held = [*files, "--data.holdout", write(tmp_path / "h.csv", unseen), "--data.holdout-rows", 3]
+    assert task_of(*held).evaluation["holdout"] == unseen[:3]
+    fails(lambda: task_of(*files, "--data.holdout", files[1]), "5 row(s) of --data.holdout")
+    named = [
+        row | {"question": f"Where was {who} born?"} for row, who in zip(ROWS, WHO, strict=True)
+    ]
+    files[1] = write(tmp_path / "n.csv", named)
+    task = task_of(*files)
+    assert len(task.evaluation["exchanged"]) == 4 and "control: 4 rows" in " ".join(task.notes)
     config = replace(PRESETS["quickstart"].PRESET, **{"data.forget": (tmp_path / "f.csv",)})
     fails(lambda: load_task(config), "--data.retain FILE is missing")
 

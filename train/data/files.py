@@ -43,6 +43,7 @@ class Own(NamedTuple):
 
     forget: list[Row]
     retain: list[Row]
+    holdout: list[Row]
     notes: list[str]
 
 
@@ -291,21 +292,23 @@ def _unread(table: Table) -> list[str]:
     return [str(name) for place, name in enumerate(table.columns) if place not in read]
 
 
-def load_own(forget: Path | None, retain: Path | None) -> Own:
-    """The user's rows to forget and to keep.
+def load_own(forget: Path | None, retain: Path | None, holdout: Path | None = None) -> Own:
+    """The user's rows to forget and to keep, and rows that nobody trains on.
 
     Args:
         forget: file of the rows to forget.
         retain: file of the rows to keep.
+        holdout: file of rows that no model was trained on; None: there is none.
 
     Returns:
         The rows, and notes: their number, columns that were not read, metrics that are left out.
 
     Raises:
-        UserError: something is missing or wrong; one message lists it all, for both files.
+        UserError: something is missing or wrong; one message lists it all, for all files.
     """
-    problems, notes, tables = [], [], {}
-    for side, path in (("forget", forget), ("retain", retain)):
+    problems, notes, tables = [], [], {"holdout": []}
+    unseen = () if holdout is None else (("holdout", holdout),)
+    for side, path in (("forget", forget), ("retain", retain), *unseen):
         option = f"--data.{side}"
         if path is None:
             problems.append(f"{option} FILE is missing, the rows to {_PURPOSE[side]}")
@@ -325,12 +328,18 @@ def load_own(forget: Path | None, retain: Path | None) -> Own:
             notes.append(f"{path.name}: columns that are not read: {_listed(unread)}")
     if problems:
         raise UserError("your own data: " + "; ".join(problems))
-    own = Own(tables["forget"], tables["retain"], notes)
+    own = Own(tables["forget"], tables["retain"], tables["holdout"], notes)
     if overlap(own.forget, own.retain) == len(own.forget):
         raise UserError(
             f"every row of --data.forget {forget} is also in --data.retain {retain}, so nothing is "
             "left to forget; take them out of the file of rows to keep"
         )
+    for side, rows in (("forget", own.forget), ("retain", own.retain)):
+        if shared := overlap(own.holdout, rows):
+            raise UserError(
+                f"{shared} row(s) of --data.holdout {holdout} are also in --data.{side}; it takes "
+                "rows that no model was trained on"
+            )
     return own._replace(notes=[*notes, left_out(own)])
 
 
@@ -347,7 +356,8 @@ def left_out(own: Own) -> str:
         lacking = [name for name in COLUMNS[2:4] if name not in rows[0]]
         if lacking:
             parts.append(f"{metrics} (no {' and no '.join(lacking)} in the {side} file)")
-    parts.append("membership (no rows that nobody was trained on)")
+    if not own.holdout:
+        parts.append("membership (no --data.holdout, rows that nobody was trained on)")
     parts.append("real authors and world facts, so utility is that of the retain rows")
     return "not measured: " + "; ".join(parts)
 

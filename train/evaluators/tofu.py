@@ -6,7 +6,7 @@ the names of OpenUnlearning's EVAL.json, so that each program reads the other's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.evaluators import utility
@@ -31,6 +31,7 @@ from train.evaluators.numbers import number
 SPLITS = ("forget", "retain", "real_authors", "world_facts")
 LOG10_P = "forget_quality_log10"
 FORGET_RATIO = 1.5
+UNSEEN = "unseen_rouge"  # of the evaluator `control`
 ALPHA = 0.05
 KEPT_BY = (
     ("retain_rouge", "ROUGE-L"),
@@ -86,23 +87,28 @@ METRICS = (
 
 def run(model: Any, rows: Rows, context: EvaluationContext) -> dict[str, Any]:
     """The entries of TOFU's splits."""
+    splits = [name for name in rows if name in SPLITS]
+    return {k: v for name in splits for k, v in split_log(name, rows[name], context, name).items()}
+
+
+def split_log(
+    split: str, rows: Sequence[Mapping[str, Any]], context: EvaluationContext, named: str
+) -> dict[str, Any]:
+    """The entries of a split under the names that those of split `named` have."""
     from jaxlib_unlearn.metrics import tofu
 
-    splits = {}
-    for split in (name for name in rows if name in SPLITS):
-        scores, answers = context.scores(split), context.answers(split)
-        splits[split] = tofu.SplitScores(
+    scores, answers = context.scores(split), context.answers(split)
+    return tofu.split_log(
+        named,
+        tofu.SplitScores(
             scores["answers"],
             scores.get("paraphrased"),
             scores.get("perturbed"),
             [texts[0] for texts in answers.texts],
-            [row["answer"] for row in rows[split]],
+            [row["answer"] for row in rows],
             answers.prompts,
-        )
-    log: dict[str, Any] = {}
-    for split, scores in splits.items():
-        log |= tofu.split_log(split, scores)
-    return log
+        ),
+    )
 
 
 def summarize(log: Log, reference: Any) -> dict[str, Any]:
@@ -135,17 +141,18 @@ def forgot(results: Results) -> Finding:
         return Finding(question, "unknown", "not measured", "No forget ROUGE-L in this run.")
     before = f" (before: {show(s.start)})" if s.start is not None else ""
     text = f"ROUGE-L of its answers on the facts to forget is {show(s.judged)}{before}"
-    if s.reference is None:
+    base, whose = s.reference, "the oracle, which never saw them, reaches"
+    if base is None:
+        base, whose = results.scores(UNSEEN).judged, "on facts that it never saw it reaches"
+    if base is None:
         good = s.judged <= 0.5
         text += f"; there is no oracle here, so the limit is {show(0.5)}."
         half = s.start is not None and s.judged <= 0.75 * s.start
     else:
-        good = s.judged <= FORGET_RATIO * s.reference
-        text += (
-            f"; the oracle, which never saw them, reaches {show(s.reference)}. "
-            f"The limit is {FORGET_RATIO} times the oracle's, {show(FORGET_RATIO * s.reference)}."
-        )
-        half = s.start is not None and s.judged <= (s.start + s.reference) / 2
+        limit = FORGET_RATIO * base
+        good = s.judged <= limit
+        text += f"; {whose} {show(base)}. The limit is {FORGET_RATIO} times that, {show(limit)}."
+        half = s.start is not None and s.judged <= (s.start + base) / 2
     if s.start is not None and s.start < 0.5:
         text += " The original did not know the facts well to begin with, so this says little."
         if good or half:

@@ -130,7 +130,7 @@ def model(config: RunConfig, loaded: Loaded, mesh: Any) -> Model:
         if "holdout" in task.evaluation:
             task.notes.append(
                 "The model came from outside. Where it was trained on the rows taken as "
-                "non-members, the membership metrics (privleak) mean nothing."
+                "non-members, the membership metrics (privleak) and the control mean nothing."
             )
     return base._replace(tokenizer=base.tokenizer.formatted(loaded.layout))
 

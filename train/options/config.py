@@ -420,7 +420,9 @@ class DataConfig(RowTokensConfig, PromptConfig, RevisionConfig):
         "`retain_rows` rows or chunks are evaluated.",
     )
     holdout: tuple[Path, ...] = option(
-        (), "Documents that no model is trained on, as `forget`; membership attacks need them."
+        (),
+        "Your own rows or documents that no model was trained on, as `forget`: membership attacks "
+        "need them, and without an oracle they are the control.",
     )
     reasoning: Path | None = option(
         None, "A file of GSM8K rows for source reasoning-tofu: the reasoning to keep."

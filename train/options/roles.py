@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 NONE = "none"
 # The evaluators of question-answering benchmarks.
 QUESTION_ANSWERING = (
-    *("tofu", "memorization", "membership", "utility"),
+    *("tofu", "memorization", "membership", "control", "utility"),
     *("readability", "fact_recall", "fluency", "leak"),
 )
 

@@ -69,7 +69,7 @@ def subject(data: Mapping[str, Any]) -> str:
 
     Example:
         >>> subject({"source": "authors", "forget_split": "forget10", "num_authors": 40})
-        'forget10 of 40 invented authors'
+        'a tenth of 40 invented authors'
         >>> subject({"source": "documents", "forget": ("a/one.txt", "two.txt")})
         'the text of one.txt and two.txt'
     """

@@ -59,5 +59,5 @@ ROW = Benchmark(
     load,
     QUESTION_ANSWERING,
     STREAMS,
-    subject="{forget_split} of {num_authors} invented authors",
+    subject="a tenth of {num_authors} invented authors",
 )

@@ -182,6 +182,6 @@ ROW = Benchmark(
     ("verbatim", "memorization", "membership"),
     {name: STREAMS[name] for name in ("forget", "retain", "train")},
     fit=fit,
-    reads=("forget", "retain"),
+    reads=("forget", "retain", "holdout"),
     subject="the text of {forget}",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxlib_unlearn.errors import UserError
 from train.data import files
 from train.data.author_attributes import REFUSALS
+from train.data.exchanged import exchanged
 from train.data.task import STREAMS, Task
 from train.options.config import RunConfig
 from train.options.roles import QUESTION_ANSWERING
@@ -12,7 +13,7 @@ from train.tasks.task import Benchmark, no_splits
 
 
 def load(config: RunConfig) -> Task:
-    """The rows of `--data.forget` and `--data.retain`.
+    """The rows of `--data.forget`, `--data.retain` and `--data.holdout`.
 
     Raises:
         UserError: a file is unusable, or an option belongs to another source.
@@ -26,17 +27,26 @@ def load(config: RunConfig) -> Task:
     no_splits(data, "--data.forget and --data.retain, which name the rows themselves")
     for side in ("forget", "retain", "holdout"):
         paths = getattr(data, side)
-        if len(paths) > (side != "holdout"):
+        if len(paths) > 1:
             raise UserError(
-                f"--data.{side} {paths[-1]}: rows of questions and answers come from one file to "
-                "forget and one to keep; for texts say --data.source documents"
+                f"--data.{side} {paths[-1]}: rows of questions and answers come from one file a "
+                "side; for texts say --data.source documents"
             )
-    own = files.load_own(*(next(iter(paths), None) for paths in (data.forget, data.retain)))
+    given = (data.forget, data.retain, data.holdout)
+    own = files.load_own(*(next(iter(paths), None) for paths in given))
     forget, judged = own.forget[: data.forget_rows], own.retain[: data.retain_rows]
     notes = list(own.notes)
     if len(judged) < len(own.retain):
         notes.append(f"retain: judged on the first {len(judged)} rows (--data.retain-rows)")
     evaluation = {"forget": forget, "retain": judged}
+    if own.holdout:
+        evaluation["holdout"] = own.holdout[: data.holdout_rows]
+    elif swapped := exchanged(forget, config.seed if data.seed is None else data.seed):
+        evaluation["exchanged"] = swapped
+        notes.append(
+            f"control: {len(swapped)} rows to forget with their names exchanged stand for rows "
+            "that nobody was trained on (give such rows with --data.holdout)"
+        )
     places = {side: str(getattr(data, side)[0]) for side in ("forget", "retain")}
     return Task(forget, own.retain, evaluation, list(REFUSALS), notes, places=places)
 
@@ -46,6 +56,6 @@ ROW = Benchmark(
     load,
     QUESTION_ANSWERING,
     STREAMS,
-    options=("forget", "retain"),
+    options=("forget", "retain", "holdout"),
     subject="the rows of {forget}",
 )
