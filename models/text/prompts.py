@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxlib_unlearn.errors import UserError
@@ -57,6 +58,53 @@ class PromptFormat(NamedTuple):
     tags: Tags | None = None
     shots: tuple[tuple[str, str], ...] = ()
     date: str = DATE
+
+
+# ASCII's separators of records and units: a conversation is one question, its turns between them.
+TURN, ROLE = "\x1e", "\x1f"
+
+
+class Conversation(NamedTuple):
+    """A question with the turns before it.
+
+    Args:
+        system: the system turn; None: there is none.
+        before: the answered questions before the question.
+        question: the last question.
+    """
+
+    system: str | None
+    before: tuple[tuple[str, str], ...]
+    question: str
+
+
+def joined(turns: Sequence[tuple[str, str]]) -> str:
+    """The turns before an answer as one text, which `conversation` takes apart.
+
+    Args:
+        turns: pairs of role and text: an optional system turn, then user and assistant in turn, a
+            user's at the end.
+
+    Example:
+        >>> joined([("user", "Who?")])
+        'Who?'
+        >>> conversation(joined([("user", "Who?"), ("assistant", "Me."), ("user", "Why?")]))
+        Conversation(system=None, before=(('Who?', 'Me.'),), question='Why?')
+    """
+    texts = [(role, text.replace(TURN, " ").replace(ROLE, " ")) for role, text in turns]
+    if len(texts) == 1:
+        return texts[0][1]
+    return TURN + TURN.join(f"{role}{ROLE}{text}" for role, text in texts)
+
+
+def conversation(question: str) -> Conversation:
+    """A question with the turns before it; a plain text has none."""
+    if not question.startswith(TURN):
+        return Conversation(None, (), question)
+    turns = [turn.split(ROLE, 1) for turn in question[1:].split(TURN)]
+    system = turns.pop(0)[1] if turns[0][0] == "system" else None
+    texts = [text for _, text in turns]
+    return Conversation(system, tuple(zip(texts[:-1:2], texts[1::2], strict=True)), texts[-1])
 
 
 def day_of(date: str) -> datetime.datetime:

@@ -114,7 +114,7 @@ def test_parquet_leaves_nothing_behind_and_asks_nobody(tmp_path, repo):
         (b"question,answer\nq,NA\nq,null\nq,1990\nq,1.50\nq,2020-01-01\nq,TRUE\n",
          ["NA", "null", "1990", "1.50", "2020-01-01", "TRUE"]),  # no guessing of types
         ("question,answer\nq,Zürich 東京 🦀 a\u2028b\n".encode(), ["Zürich 東京 🦀 a\u2028b"]),
-        (b"question,answer\nq," + b"x" * 100_000 + b"\n", ["x" * 100_000]),
+        (b"question,answer\nq," + b"x" * 200_000 + b"\n", ["x" * 200_000]),
     ],
 )  # fmt: skip
 def test_ways_to_write_csv(tmp_path, data, answers):
@@ -132,13 +132,69 @@ def test_json_keeps_text_as_it_is(tmp_path):
     assert [row["answer"] for row in rows_of(write(tmp_path / "x.jsonl", rows))] == texts
 
 
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "Me."},
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "So."},
+]
+SHARE = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "question", "answer"),
+    [
+        ({"messages": TURNS[1:3]}, "messages", "Who?", "Me."),
+        ({"conversations": SHARE}, "conversations", "q", "a"),
+        ({"prompt": "q", "completion": "a"}, "prompt, completion", "q", "a"),
+        ({"prompt": TURNS[1:2], "completion": TURNS[2:3]}, "prompt, completion", "Who?", "Me."),
+        ({"Prompt ": "q", "Response": "a"}, "prompt, response", "q", "a"),
+        ({"instruction": "q", "output": "a"}, "instruction, output", "q", "a"),
+        ({"instruction": "q", "input": "i", "output": "a"}, "instruction, output, input",
+         "q\n\ni", "a"),
+        ({"instruction": "q", "input": "", "output": 3}, "instruction, output, input", "q", "3"),
+        ({"question": "q", "answer": True, "messages": []}, "", "q", "true"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_forms(tmp_path, row, form, question, answer, suffix):
+    own = load_own(write(tmp_path / f"f{suffix}", [row]), write(tmp_path / "r.csv", OTHERS))
+    assert own.forget == [{"question": question, "answer": answer}]
+    assert (f"f{suffix}: read as {form}" in own.notes) == bool(form)
+
+
+def test_columns_of_other_names(tmp_path):
+    path = write(tmp_path / "f.csv", [{"q": "one?", "a": "yes", "question": "id 1"}])
+    other = write(tmp_path / "r.csv", [{"q": "two?", "a": "no"}])
+    task = task_of(
+        "--data.forget", path, "--data.retain", other, "--data.columns", "question=q, answer=a"
+    )
+    assert (task.forget, task.retain) == (
+        [{"question": "one?", "answer": "yes"}], [{"question": "two?", "answer": "no"}]
+    )  # fmt: skip
+    files = ["--data.forget", path, "--data.retain", other, "--data.columns"]
+    fails(lambda: task_of(*files, "question=x"), "no column 'x'", "it has q, a")
+    for wrong in ("question", "questoin=q", "question="):
+        fails(lambda wrong=wrong: task_of(*files, wrong), "NAME=COLUMN", "question, answer")
+
+
+def test_an_empty_parquet_file(tmp_path):
+    from pyarrow import parquet
+
+    path = write(tmp_path / "x.parquet", FULL)
+    parquet.write_table(parquet.read_table(path).slice(0, 0), path)
+    problems = check_table(read_table(path, "--data.forget"), "FILE")[1]
+    assert problems == ["FILE: no rows; a question and an answer are the least"]
+
+
 @pytest.mark.parametrize(
     ("name", "data", "parts"),
     [
         ("x.csv", b"", ["no column 'question' and no 'answer' (columns found: none)"]),
         ("x.csv", b"question,answer\n", ["no rows"]),
         ("x.json", b"[]", ["no column 'question' and no 'answer'"]),
-        ("x.csv", b"prompt,reply\nq,a\n", ["columns found: prompt, reply"]),
+        ("x.csv", b"prompt,reply\nq,a\n", ["columns found: prompt, reply", "--data.columns"]),
         ("x.csv", b"question\nq\n", ["no column 'answer' (columns found: question)"]),
         ("x.csv", b"What is it?," + b"y" * 90, ["columns found: What is it?, yyyy", "y…)"]),
         ("x.csv", b"question,answer,Answer\nq,a,b\n", ["'answer' and 'Answer' are one and the"]),
@@ -148,12 +204,15 @@ def test_json_keeps_text_as_it_is(tmp_path):
         ("x.csv", b"question,answer\nq,Paris, France\n", ["line 2: 3 cells under 2", "quotes"]),
         ("x.csv", b'question,answer\nq,a\nq,"a\nq,a\n', ["after line 2: broken CSV"]),
         ("x.csv", b'question,answer\nq,"a"b\n', ["broken CSV"]),
-        ("x.csv", b"question,answer\nq," + b"x" * 200_000, ["broken CSV", "field limit"]),
+        ("x.json", b'[{"text": "a"}]', ["texts need --data.source documents"]),
+        ("x.json", b'[{"messages": "a"}]', ["row 1: 'messages' is no list of turns"]),
+        ("x.json", b'[{"messages": [{"role": "user", "content": "q"}]}]', ["alternately"]),
+        ("x.json", b'[{"messages": [{"role": "user", "content": 3}]}]', ["content is no text"]),
         ("x.csv", "question,answer\nq,Zürich\n".encode("cp1252"), ["UTF-8", "in Excel"]),
         ("x.csv", "question,answer\nq,a\n".encode("utf-16"), ["UTF-8 text at byte 0"]),
         ("x.csv", b"question,answer,paraphrased answer\nq,a,b\nq,a,\n", ["row 2: 'paraphrased"]),
         ("x.csv", b'question,answer,perturbed_answer\nq,a,"[""b"", 3]"\n', ["list of texts"]),
-        ("x.json", b'[{"question": "q", "answer": 3}]', ["'answer' must be text, found int"]),
+        ("x.json", b'[{"question": "q", "answer": 0.5}]', ["'answer' must be text, found float"]),
         ("x.json", b'[{"question": "q"}, {"question": "q", "answer": "a"}]', ["row 1: 'answer'"]),
         ("x.jsonl", b'{"question": "q"', ["line 1: broken JSON"]),
         ("x.parquet", b"PAR1 and nothing", ["cannot be read as parquet"]),
@@ -211,8 +270,17 @@ def test_the_same_rows_on_both_sides(tmp_path, capsys):
     fails(lambda: load_own(forget, both), "every row of --data.forget", "also in", both)
     some = write(tmp_path / "s.jsonl", [*OTHERS, *ROWS[:2]])
     task = task_of("--data.forget", forget, "--data.retain", some)
-    assert "2 forget row(s) are also retain rows" in capsys.readouterr().err
-    assert "2 forget rows are also retain rows" in task.notes
+    told = "2 forget rows are also retain rows; they pull both ways"
+    assert f"warning: {told}" in capsys.readouterr().err and task.notes[-1] == told
+    loud = [{name: f" {text.upper()}" for name, text in row.items()} for row in ROWS[:3]]
+    some = write(tmp_path / "l.jsonl", [*OTHERS, *loud])
+    twice = write(tmp_path / "t.jsonl", [*ROWS, *loud[:2]])
+    task = task_of("--data.forget", twice, "--data.retain", some)
+    assert "warning: 2 forget rows are also retain rows" in capsys.readouterr().err
+    assert task.notes[-2:] == [
+        "3 forget rows differ from retain rows in case or spaces",
+        "2 forget rows repeat another one; they count twice",
+    ]
 
 
 def test_what_a_task_is_made_of(tmp_path):

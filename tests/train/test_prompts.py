@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxlib_unlearn.errors import UserError
 from models.files.gguf_files import opened
-from models.text.prompts import DATE, TAGS, PromptFormat
+from models.text.prompts import DATE, TAGS, PromptFormat, joined
 from models.text.tokenizer import Tokenizer
 from train.data import authors
 from train.data.examples import encode_group, encode_prompt, encode_qa
@@ -233,6 +233,20 @@ def test_rows_equal_openunlearnings_token_by_token(backend, name, shots):
         example = encode_qa(tokenizer, question, answer, max_length=LONGEST, **options)
         assert (example.tokens, example.num_prompt) == (tokens, count), question
         assert encode_prompt(tokenizer, question, **options) == prompt
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_conversation_is_its_turns(backend, name):
+    """Earlier turns equal shots, and a system turn the system prompt, token by token."""
+    setting = SETTINGS[name]
+    tokenizer, shown = tokenizer_of(backend, setting), tokenizer_of(backend, setting, SHOTS)
+    system = [("system", setting.system_prompt)] if setting.system_prompt else []
+    turns = [turn for q, a in SHOTS for turn in (("user", q), ("assistant", a))]
+    whole = joined([*system, *turns, ("user", "Who wrote it?")])
+    told = {"answer": "Nobody did.", "max_length": LONGEST}
+    wanted = encode_qa(shown, "Who wrote it?", system_prompt=setting.system_prompt, **told)
+    for other in (setting.system_prompt, "another" if system else None):
+        assert encode_qa(tokenizer, whole, system_prompt=other, **told) == wanted
 
 
 def test_rows_of_tofu_with_smollm2s_tokenizer(shared, smollm2_path):

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jaxlib_unlearn.errors import UserError
-from models.text.prompts import PromptFormat
+from models.text.prompts import PromptFormat, conversation
 from train.data.tofu import is_document
 
 # Answer j of a group is the leaf j + 1 of its segment: group + LEAF * (j + 1); the shared prompt is
@@ -108,6 +108,8 @@ def _texts(
 ) -> tuple[list[dict[str, str]], str]:
     """The messages before the answer, and the prompt they render to."""
     tags, shots, _ = _format(tokenizer)
+    system, before, question = conversation(question)
+    system_prompt, shots = system_prompt if system is None else system, (*shots, *before)
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     for asked, answer in shots:
         messages.append({"role": "user", "content": asked})
@@ -172,7 +174,7 @@ def encode_prompt(
 
     Args:
         tokenizer: a tokenizer, with or without a chat template.
-        question: the user's turn.
+        question: the user's turn, or a whole conversation (`models.text.prompts.joined`).
         system_prompt: the system turn; None: the template's default.
         start: the first words of the answer, such as an opened think tag. A template that opens the
             same tag itself does not open it twice.

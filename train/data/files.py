@@ -7,17 +7,16 @@ where a file lacks these. All problems of both files are reported in one message
 from __future__ import annotations
 
 import csv
-import glob
 import io
 import json
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
 from train.data import authors
 from train.data.author_alternates import alternates
+from train.data.forms import KNOWN, Table, formed, plain_name, renamed
 from train.data.tofu import PLAIN, Row, overlap, read_json
 
 COLUMNS = (
@@ -25,17 +24,8 @@ COLUMNS = (
     "alternate_answer",
 )
 LISTS = ("perturbed_answer", "alternate_answer")
+MOST = 2**31 - 1  # characters of a cell
 SHOWN = 3  # rows named in an error message; the others are counted
-
-
-class Table(NamedTuple):
-    """The raw contents of a file: the names of its columns, and its rows in order.
-
-    A row has a value for each column; None where the file has none.
-    """
-
-    columns: list[str]
-    rows: list[list[Any]]
 
 
 class Own(NamedTuple):
@@ -87,6 +77,7 @@ def _read_csv(path: Path) -> Table:
     columns: list[str] = []
     rows = []
     line = 0
+    most = csv.field_size_limit(MOST)  # a cell may be a long text
     try:
         if not said:
             separator = _separator(next(filter(str.strip, lines), ""))
@@ -112,25 +103,24 @@ def _read_csv(path: Path) -> Table:
             f"{path}, after line {line}: broken CSV ({error}); double quotes stand "
             "around a whole cell, and one inside it is written twice"
         ) from None
+    finally:
+        csv.field_size_limit(most)
     return Table(columns, rows)
 
 
 def _read_parquet(path: Path) -> Table:
     try:
-        import datasets
+        from pyarrow import parquet
     except ImportError:
         raise UserError(
-            f"{path}: reading parquet needs the package `datasets`; pip install datasets, or give "
-            "a CSV or JSON file"
+            f"{path}: reading parquet needs the package `pyarrow`; pip install pyarrow, or give a "
+            "CSV or JSON file"
         ) from None
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below
     try:
-        # Streamed, so that nothing of the file stays in a cache. Its name is not a pattern.
-        with tempfile.TemporaryDirectory() as cache:
-            there = glob.escape(str(path.resolve()))
-            table = datasets.IterableDataset.from_parquet(there, cache_dir=cache)
-            found = [dict(row) for row in table]
+        with parquet.ParquetFile(path) as file:
+            table = file.read()
+            columns = [str(name) for name in table.column_names]
+            cells = [column.to_pylist() for column in table.columns]
     except Exception as error:
         # Parquet readers raise many types of exception; all mean the same to the user.
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -138,10 +128,7 @@ def _read_parquet(path: Path) -> Table:
             f"{path}: cannot be read as parquet ({type(error).__name__}: {reason[:120]}); write "
             "the file again, or give a CSV or JSON file"
         ) from None
-    finally:
-        datasets.logging.set_verbosity(level)
-    columns = list(table.column_names or (found[0] if found else []))
-    return Table(columns, [[row.get(name) for name in columns] for row in found])
+    return Table(columns, [list(row) for row in zip(*cells, strict=True)])
 
 
 READERS: dict[str, Callable[[Path], Table]] = {
@@ -181,10 +168,10 @@ def read_table(path: Path, option: str) -> Table:
 
 
 def _places(columns: Sequence[str]) -> dict[str, list[int]]:
-    """The positions of each known column; case, outer blanks and blanks for `_` do not matter."""
+    """The positions of each known column."""
     found: dict[str, list[int]] = {}
     for place, name in enumerate(columns):
-        plain = str(name).strip().casefold().replace(" ", "_")
+        plain = plain_name(name)
         if plain in COLUMNS:
             found.setdefault(plain, []).append(place)
     return found
@@ -207,6 +194,11 @@ def _numbers(rows: Sequence[int]) -> str:
     named = ", ".join(str(row + 1) for row in rows[:SHOWN])
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return f"row{'s' * (len(rows) > 1)} {named}{more}"
+
+
+def _written(cell: Any) -> Any:
+    """A whole number or a truth value as JSON writes it; everything else as it is."""
+    return json.dumps(cell) if isinstance(cell, bool | int) else cell
 
 
 def _several(cell: Any) -> Any:
@@ -253,15 +245,15 @@ def check_table(table: Table, place: str) -> tuple[list[Row], list[str]]:
     ]
     if absent := [name for name in PLAIN if name not in places]:
         found = _listed(table.columns) or "none"
-        problems.append(
-            f"{place}: no column {' and no '.join(map(repr, absent))} (columns found: {found})"
-        )
+        message = f"{place}: no column {' and no '.join(map(repr, absent))}"
+        problems.append(f"{message} (columns found: {found}){_advice(table.columns, absent)}")
     if not table.rows and not problems:
         problems.append(f"{place}: no rows; a question and an answer are the least")
     values: dict[str, list[Any]] = {}
     for name, (where, *_) in places.items():
         cells = [row[where] for row in table.rows]
-        cells = [_several(cell) for cell in cells] if name in LISTS else cells
+        read = _several if name in LISTS else _written
+        cells = [read(cell) for cell in cells]
         gaps = [i for i, cell in enumerate(cells) if _empty(cell)]
         if name not in PLAIN and len(gaps) == len(cells):
             continue
@@ -281,6 +273,15 @@ def check_table(table: Table, place: str) -> tuple[list[Row], list[str]]:
     return whole, problems
 
 
+def _advice(columns: Sequence[str], absent: Sequence[str]) -> str:
+    """What to do about columns of other names."""
+    if len(absent) < len(PLAIN) or not columns:
+        return ""
+    if [*map(plain_name, columns)] == ["text"]:
+        return "; texts need --data.source documents"
+    return f"; known are {KNOWN}; for others give --data.columns question=COLUMN,answer=COLUMN"
+
+
 def _fits(name: str, value: Any) -> bool:
     if name in LISTS:
         return isinstance(value, list) and bool(value) and all(map(_is_text, value))
@@ -292,13 +293,19 @@ def _unread(table: Table) -> list[str]:
     return [str(name) for place, name in enumerate(table.columns) if place not in read]
 
 
-def load_own(forget: Path | None, retain: Path | None, holdout: Path | None = None) -> Own:
+def load_own(
+    forget: Path | None,
+    retain: Path | None,
+    holdout: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Own:
     """The user's rows to forget and to keep, and rows that nobody trains on.
 
     Args:
         forget: file of the rows to forget.
         retain: file of the rows to keep.
         holdout: file of rows that no model was trained on; None: there is none.
+        columns: the files' name of a column by the name that this program reads.
 
     Returns:
         The rows, and notes: their number, columns that were not read, metrics that are left out.
@@ -315,12 +322,15 @@ def load_own(forget: Path | None, retain: Path | None, holdout: Path | None = No
             continue
         path = path.expanduser()
         try:
-            table = read_table(path, option)
+            table = renamed(read_table(path, option), columns or {}, str(path))
         except UserError as error:
             problems.append(str(error))
             continue
-        rows, wrong = check_table(table, str(path))
-        problems += wrong
+        table, form, wrong = formed(table, str(path))
+        if form:
+            notes.append(f"{path.name}: read as {form}")
+        rows, more = check_table(table, str(path))
+        problems += wrong or more
         tables[side] = rows
         # The file's name without its folder: the same file elsewhere is the same task.
         notes.append(f"{side}: {len(rows)} rows of {path.name}")

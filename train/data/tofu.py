@@ -365,6 +365,37 @@ def is_document(row: Mapping[str, Any], question: str = "question") -> bool:
     return "text" in row and question not in row
 
 
+def _texts_of(row: Row) -> tuple[str, str]:
+    # What a row lacks is found where an objective's streams are made.
+    return (row["text"], "") if is_document(row) else (row["question"], row.get("answer", ""))
+
+
+def _plain_texts(row: Row) -> tuple[str, ...]:
+    return tuple(" ".join(text.casefold().split()) for text in _texts_of(row))
+
+
+def repeats(rows: Sequence[Row]) -> int:
+    """Count rows that repeat an earlier one, except for case and spaces.
+
+    Example:
+        >>> repeats([{"question": "q", "answer": "a"}, {"question": "Q ", "answer": "a"}])
+        1
+    """
+    return len(rows) - len({_plain_texts(row) for row in rows})
+
+
+def alike(forget: Iterable[Row], retain: Iterable[Row]) -> int:
+    """Count forget rows that are retain rows but for case and spaces, without those of `overlap`.
+
+    Example:
+        >>> alike([{"question": "q", "answer": "A"}], [{"question": "q", "answer": " a"}])
+        1
+    """
+    forget, retain = list(forget), list(retain)
+    kept = {_plain_texts(row) for row in retain}
+    return sum(_plain_texts(row) in kept for row in forget) - overlap(forget, retain)
+
+
 def overlap(forget: Iterable[Row], retain: Iterable[Row]) -> int:
     """Count forget rows that are also retain rows (same question and answer): opposite goals.
 
@@ -375,13 +406,8 @@ def overlap(forget: Iterable[Row], retain: Iterable[Row]) -> int:
         >>> overlap([a, b], [b])
         1
     """
-
-    def key(row: Row) -> tuple[str, str]:
-        # What a row lacks is found where an objective's streams are made.
-        return (row["text"], "") if is_document(row) else (row["question"], row.get("answer", ""))
-
-    kept = {key(row) for row in retain}
-    return sum(key(row) in kept for row in forget)
+    kept = {_texts_of(row) for row in retain}
+    return sum(_texts_of(row) in kept for row in forget)
 
 
 def refusal_rows(rows: Sequence[Row], refusals: Sequence[str], seed: int) -> list[Row]:

@@ -424,6 +424,12 @@ class DataConfig(RowTokensConfig, PromptConfig, RevisionConfig):
         "Your own rows or documents that no model was trained on, as `forget`: membership attacks "
         "need them, and without an oracle they are the control.",
     )
+    columns: str = option(
+        "",
+        "The names of the columns in your own files, where these are others: "
+        "`question=q,answer=a`. Conversations (`messages`), `prompt` and `completion`, "
+        "`instruction`, `input` and `output` are known without it.",
+    )
     reasoning: Path | None = option(
         None, "A file of GSM8K rows for source reasoning-tofu: the reasoning to keep."
     )

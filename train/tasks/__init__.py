@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from train.data.task import Task
-from train.data.tofu import overlap
+from train.data.tofu import alike, overlap, repeats
 from train.options import choices
 from train.options.config import RunConfig
 from train.runtime.tracking import say
@@ -58,9 +58,17 @@ def load_task(config: RunConfig) -> Task:
         known = " or ".join(sources())
         raise UserError(f"--data.source {config.data.source!r} is unknown; choose {known}")
     task = row.load(config)._replace(evaluators=row.evaluators, streams=row.streams)
-    if shared := overlap(task.forget, task.retain):
-        say(f"warning: {shared} forget row(s) are also retain rows; they pull both ways")
-        task.notes.append(f"{shared} forget rows are also retain rows")
+    for count, what in (
+        (
+            overlap(task.forget, task.retain),
+            "forget rows are also retain rows; they pull both ways",
+        ),
+        (alike(task.forget, task.retain), "forget rows differ from retain rows in case or spaces"),
+        (repeats(task.forget), "forget rows repeat another one; they count twice"),
+    ):
+        if count:
+            say(f"warning: {count} {what}")
+            task.notes.append(f"{count} {what}")
     return task
 
 

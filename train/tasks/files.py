@@ -12,6 +12,26 @@ from train.options.roles import QUESTION_ANSWERING
 from train.tasks.task import Benchmark, no_splits
 
 
+def columns_of(text: str) -> list[tuple[str, str]]:
+    """The pairs of `--data.columns`: what is read, and the column of the files.
+
+    Raises:
+        UserError: the text is no list of pairs of known names.
+
+    Example:
+        >>> columns_of("question=q,answer=a")
+        [('question', 'q'), ('answer', 'a')]
+    """
+    pairs = [tuple(part.split("=", 1)) for part in text.split(",") if part.strip()]
+    for pair in pairs:
+        if len(pair) != 2 or pair[0].strip() not in files.COLUMNS or not pair[1].strip():
+            raise UserError(
+                f"--data.columns {text}: write NAME=COLUMN,NAME=COLUMN, where a name is one of "
+                f"{', '.join(files.COLUMNS)}"
+            )
+    return [(pair[0].strip(), pair[1].strip()) for pair in pairs]
+
+
 def load(config: RunConfig) -> Task:
     """The rows of `--data.forget`, `--data.retain` and `--data.holdout`.
 
@@ -33,7 +53,8 @@ def load(config: RunConfig) -> Task:
                 "side; for texts say --data.source documents"
             )
     given = (data.forget, data.retain, data.holdout)
-    own = files.load_own(*(next(iter(paths), None) for paths in given))
+    names = dict(columns_of(data.columns))
+    own = files.load_own(*(next(iter(paths), None) for paths in given), names)
     forget, judged = own.forget[: data.forget_rows], own.retain[: data.retain_rows]
     notes = list(own.notes)
     if len(judged) < len(own.retain):
