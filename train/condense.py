@@ -6,7 +6,7 @@ python -m train.condense IN.jsonl OUT.jsonl --tokenizer MODEL   (counts tokens a
 
 A row has `question`, `thoughts` (a list) and `answer`; or `question` and `answer`, which is
 `<think>…</think>` and the text behind it; or `messages`, the last of which is such a text. OUT and
-report.json are written as a whole or not at all.
+its .report.json are written as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from train.options import cli
 from train.options.config import to_json
 from train.runtime import distributed, files
 from train.runtime.tracking import progress, say
-
-REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def run(config: CondenseRun) -> Counts:
     from train.options import checks
 
     checks.check_numbers(config)
-    kind, report = check_files(config.source, config.output), config.output.with_name(REPORT)
+    kind, report = check_files(config.source, config.output), report_of(config.output)
     tokenizer = tokenizer_of(config.tokenizer) if config.tokenizer else None
     counts = Counts()
 
@@ -141,7 +139,7 @@ def check_files(source: Path, output: Path) -> reasoning.Format:
             raise UserError(f"{output} is {what}; give a file to write")
     if output.suffix.lower() != source.suffix.lower():
         raise UserError(f"{output}: is written as {source} is; give a file *{source.suffix}")
-    report = output.with_name(REPORT)
+    report = report_of(output)
     if report.is_dir():
         raise UserError(f"{report} is a folder, where the report goes; give another file to write")
     if report.exists() and not is_report(report):
@@ -150,6 +148,16 @@ def check_files(source: Path, output: Path) -> reasoning.Format:
             "write to another folder"
         )
     return found
+
+
+def report_of(output: Path) -> Path:
+    """The report of a file, beside it; files of one folder have reports of their own.
+
+    Example:
+        >>> report_of(Path("short.jsonl")).name
+        'short.report.json'
+    """
+    return output.with_suffix(".report.json")
 
 
 def is_report(path: Path) -> bool:

@@ -45,7 +45,14 @@ def check_source(source: str | Path, revision: str | None = None) -> None:
     """
     name = str(source)
     check_revision(source, revision)
-    if BUCKET.fullmatch(name) or is_here(name):
+    if BUCKET.fullmatch(name):
+        return
+    if is_here(name):
+        if local(name).is_dir() and not (local(name) / "config.json").exists():
+            raise UserError(
+                f"{shortened_path(name)} is a folder without config.json, so no model; give a "
+                "Hugging Face folder, a .gguf file or a Hub id"
+            )
         return
     said, repository, given = parts(name)
     if said:

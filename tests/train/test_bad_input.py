@@ -320,7 +320,7 @@ def test_overlap_of_forget_and_retain_is_a_warning(tofu, tofu_folder, capsys):
     config = cli.parse(RunConfig, PRESETS["tofu-smollm2"].PRESET, map_str(tofu[1:]), "", "")
     task = load_task(config)
     err = capsys.readouterr().err
-    assert err.startswith("warning: 3 forget row(s)") and err.count("\n") == 1
+    assert err.startswith("warning: 3 forget rows are also retain rows") and err.count("\n") == 1
     assert len(task.forget) == 8 and len(task.retain) == 15
     assert "3 forget rows are also retain rows" in task.notes
 
@@ -366,6 +366,9 @@ def test_a_missing_model_is_said_before_the_hub_is_asked_for_data(
     one = ["--mesh.data", "1"]
     refused("train.unlearn", "tofu-smollm2", option, tmp_path / "x", *one, parts=["no such file"])
     refused("train.evaluate", tmp_path / "x", parts=["no such file"])
+    (tmp_path / "empty").mkdir()
+    parts = [tmp_path / "empty", "without config.json"]
+    refused("train.unlearn", "tofu-smollm2", option, tmp_path / "empty", *one, parts=parts)
 
 
 def test_model_without_config(refused, tofu, model):

@@ -312,6 +312,21 @@ def test_another_optimizer_brings_the_presets_options_for_it(preset, name):
     assert rate.optimizer == replace(config.optimizer, learning_rate=0.5)
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--seed ten", "--seed takes a whole number, got 'ten'"),
+        ("--unlearn.steps 1.5", "--unlearn.steps takes a whole number or None, got '1.5'"),
+        ("--optimizer.learning-rate fast", "--optimizer.learning-rate takes a number, got 'fast'"),
+        ("--data.forget", "option --data.forget needs a value; give one or more, or leave it out"),
+        ("--data.forget --smoke", "option --data.forget needs a value"),
+    ],
+)
+def test_a_value_of_another_kind_is_said_in_words(program, argv, says):
+    done = program("train.unlearn", "quickstart", *argv.split())
+    assert done.code == 2 and done.err.startswith(f"error: {says}") and done.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("option", ["--model.path", "--stage.original"])
 def test_another_model_drops_what_is_tuned_for_the_presets_blocks(option):
     assert PRESETS["tofu-smollm2"].OBJECTIVES["asu"].layers

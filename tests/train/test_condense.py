@@ -80,7 +80,7 @@ def test_lines(program, lines, tokenizer, tmp_path, policy):
     before, after = lines.read_bytes(), out.read_bytes()
     assert after.endswith(before.splitlines()[-1])  # a line that does not change, as it was
     assert after.count(b"\r\n") == 1 and after.count(b"\n") == 3
-    told = json.loads((tmp_path / "report.json").read_text())
+    told = json.loads((tmp_path / "out.report.json").read_text())
     assert list(told)[:5] == [
         *("rows", "thoughts_before", "thoughts_after", "tokens_before", "tokens_after"),
     ]
@@ -99,7 +99,7 @@ def test_all_thoughts_are_the_same_bytes(program, lines, tmp_path):
     out = tmp_path / "out.jsonl"
     assert program("train.condense", lines, out, "--tau", "1").code == 0
     assert out.read_bytes() == lines.read_bytes().replace(b"\n \n", b"\n")
-    told = json.loads((tmp_path / "report.json").read_text())
+    told = json.loads((tmp_path / "out.report.json").read_text())
     assert told["tokens_before"] is None and told["thoughts_after"] == 16
 
 
@@ -195,7 +195,7 @@ def test_bad_arguments(program, tmp_path, argv, said):
 )
 def test_a_report_replaces_none_but_a_report(program, tmp_path, content, kept):
     source, out = write(tmp_path / "in.jsonl", GOOD), tmp_path / "out.jsonl"
-    report = tmp_path / "report.json"
+    report = tmp_path / "out.report.json"
     if content is None:
         assert program("train.condense", source, out, "--tau", "1").code == 0
         assert json.loads(report.read_text())["tau"] == 1
@@ -203,7 +203,7 @@ def test_a_report_replaces_none_but_a_report(program, tmp_path, content, kept):
         report.write_text(content)
     done = program("train.condense", source, out, "--tau", "0.5")
     if kept:
-        assert done.code == 2 and "report.json is no report of this program" in done.err
+        assert done.code == 2 and "out.report.json is no report of this program" in done.err
         assert report.read_text() == content and not out.exists()
     else:
         assert done.code == 0 and json.loads(report.read_text())["tau"] == 0.5

@@ -125,6 +125,8 @@ def grouped(cls: type, default: Any) -> type:
                 prefix_name=False,
                 help=option.text,
                 metavar=_metavar(option),
+                # By itself tyro quotes a text as a shell would: 'Let'"'"'s reason'.
+                help_behavior_hint=lambda text: f"(default: {_unquoted(text)})",
             )
             field = dataclasses.field(default=option.default)
             shown.append((f"option_{i}", Annotated[option.kind, look], field))
@@ -133,6 +135,10 @@ def grouped(cls: type, default: Any) -> type:
         field = dataclasses.field(default_factory=group)
         fields.append((title.replace(" ", "_").replace(".", "_"), Annotated[group, look], field))
     return dataclasses.make_dataclass("Help", fields, namespace={"__doc__": ""})
+
+
+def _unquoted(text: str) -> str:
+    return text.replace("'\"'\"'", "'")
 
 
 def _metavar(option: Option) -> str | None:

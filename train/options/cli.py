@@ -27,7 +27,7 @@ from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import one_line, read_json, reading, shortened_path
-from train.options.choices import FIRST, grouped, known_words
+from train.options.choices import FIRST, grouped, known_words, options
 from train.options.config import replace
 from train.options.rows import places, rows_of
 from train.runtime import files, suggest
@@ -55,6 +55,16 @@ def check_options(cls: type, args: Sequence[str]) -> None:
             value = arg.partition("=")[2] or following or ""
             right = meant(name, value, known)
             raise UserError(f"option {name} is unknown; did you mean {right}? (--help lists all)")
+
+
+def check_values(cls: type, default: Any, args: Sequence[str]) -> None:
+    """Raise `UserError` for an option of several values that is given none."""
+    several = {
+        option.name for option in options(cls, default) if typing.get_origin(option.kind) is tuple
+    }
+    for arg, following in itertools.zip_longest(args, args[1:]):
+        if arg.replace("_", "-") in several and (following is None or following.startswith("--")):
+            raise UserError(f"option {arg} needs a value; give one or more, or leave it out")
 
 
 def with_rows(config: Any, args: Sequence[str]) -> Any:
@@ -130,6 +140,7 @@ def parse(cls: type, default: Any, args: Sequence[str], prog: str, summary: str)
         tyro.cli(grouped(cls, default), args=["--help"], prog=prog, description=summary)
     check_options(cls, args)
     default = with_rows(default, args)
+    check_values(cls, default, args)
     caught = io.StringIO()
     try:
         with contextlib.redirect_stderr(caught), contextlib.redirect_stdout(caught):
@@ -156,8 +167,42 @@ def _tyro() -> Any:
     return tyro
 
 
+_TYPES = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path", "STR": "a text"}
+
+
 def _complaint(printed: str) -> str:
-    """The message of a tyro error on one line; its box has a title, the message and help."""
+    """The message of a tyro error on one line, in words.
+
+    Example:
+        >>> _complaint("Error parsing --seed: invalid literal for int() with base 10: 'ten'")
+        "--seed takes a whole number, got 'ten'"
+        >>> _complaint("Error parsing --unlearn.steps: no type matching {None}|INT could be "
+        ...            "instantiated from ['1.5']. Got errors: ...")
+        "--unlearn.steps takes a whole number or None, got '1.5'"
+    """
+    message = _message(printed)
+    for pattern, kinds in _UNPARSED:
+        if found := re.match(pattern, message):
+            wanted = kinds or found["kinds"]
+            words = [_TYPES.get(kind, kind.strip("{}")) for kind in wanted.split("|")]
+            words.sort(key=lambda word: word == "None")
+            return f"{found['option']} takes {' or '.join(words)}, got {found['value']}"
+    return message
+
+
+_UNPARSED = (
+    (r"Error parsing (?P<option>--\S+): invalid literal for int\(\).*: (?P<value>'.*')$", "INT"),
+    (r"Error parsing (?P<option>--\S+): could not convert .* float: (?P<value>'.*')$", "FLOAT"),
+    (
+        r"Error parsing (?P<option>--\S+): no type matching (?P<kinds>\S+) could be instantiated "
+        r"from \[(?P<value>.*?)\]",
+        "",
+    ),
+)
+
+
+def _message(printed: str) -> str:
+    """The text of a tyro error, whose box has a title, the message and help."""
     words = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", " ", printed)
     blocks = [" ".join(block.split()) for block in re.split(r"[-─]{4,}", words)]
     blocks = [block for block in blocks if block]
