@@ -322,7 +322,7 @@ def test_overlap_of_forget_and_retain_is_a_warning(tofu, tofu_folder, capsys):
     err = capsys.readouterr().err
     assert err.startswith("warning: 3 forget rows are also retain rows") and err.count("\n") == 1
     assert len(task.forget) == 8 and len(task.retain) == 15
-    assert "3 forget rows are also retain rows" in task.notes
+    assert "3 forget rows are also retain rows; they pull both ways" in task.notes
 
 
 def map_str(values):

@@ -250,6 +250,7 @@ def test_all_flat_metrics_are_there(log, task, model):
     flat = evaluation.summarize(log, log, model)
     splits = ("forget", "retain", "real_authors", "world_facts")
     assert set(flat) == {
+        *("unseen_p", "unseen_rouge", "unseen_probability", "unseen_truth_ratio"),
         "forget_quality",
         "forget_ks",
         *(f"{split}_probability" for split in splits),

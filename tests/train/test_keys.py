@@ -47,6 +47,7 @@ OTHER: dict[str, Any] = {
     "data.forget": None,  # the user's files; rows are in `streams`
     "data.retain": None,
     "data.holdout": None,
+    "data.columns": None,  # of these files
     "data.few_shot": None,  # a file; its rows are in `streams` and in the evaluation's format
     "data.reasoning": None,  # a file of another source; its rows are in `streams`
     "data.reasoning_rows": None,

@@ -117,7 +117,7 @@ def test_an_evaluator_writes_the_log_and_the_summary(toys, program, tiny, tmp_pa
     assert set(log) == {"vowel_rate"} and len(log["vowel_rate"]["value_by_index"]) == 3
     flat = json.loads((tmp_path / "e" / "summary.json").read_text())["model"]
     assert list(flat) == ["vowel_rate", "num_parameters", "params_sha256"]
-    assert flat["vowel_rate"] == log["vowel_rate"]["agg_value"] and "vowel_rate" in done.out
+    assert flat["vowel_rate"] == log["vowel_rate"]["agg_value"] and "Vowel rate" in done.out
 
 
 def write_run(folder, models, **about):

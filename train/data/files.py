@@ -274,7 +274,7 @@ def check_table(table: Table, place: str) -> tuple[list[Row], list[str]]:
 
 
 def _advice(columns: Sequence[str], absent: Sequence[str]) -> str:
-    """What to do about columns of other names."""
+    """The end of a message about columns of other names."""
     if len(absent) < len(PLAIN) or not columns:
         return ""
     if [*map(plain_name, columns)] == ["text"]:

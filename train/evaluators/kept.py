@@ -10,7 +10,7 @@ from train.evaluators.numbers import format_number as show
 KEPT, MOSTLY_KEPT = 0.95, 0.85
 
 
-def kept(results: Results, metrics: Iterable[tuple[str, str]], what: str) -> Finding:
+def kept(results: Results, metrics: Iterable[tuple[str, str]], rest: str) -> Finding:
     """The answer to "Did it keep the rest?": the lowest share of what is left decides.
 
     A metric's share is its value over the reference model's; where there is no such value, over
@@ -19,7 +19,7 @@ def kept(results: Results, metrics: Iterable[tuple[str, str]], what: str) -> Fin
     Args:
         results: the results of a run.
         metrics: the names of metrics of which higher is better, and their names in a sentence.
-        what: what is kept, in words.
+        rest: the facts to keep, in words.
     """
     question, shares, told = "Did it keep the rest?", [], []
     for name, words in metrics:
@@ -33,10 +33,10 @@ def kept(results: Results, metrics: Iterable[tuple[str, str]], what: str) -> Fin
                 f"{words} {show(s.judged)} ({100 * shares[-1]:.0f} % of the {of} {show(base)})"
             )
     if not shares:
-        text = f"No metric of {what} was measured on this model and on another."
+        text = f"No metric of {rest} was measured on this model and on another."
         return Finding(question, "unknown", "not measured", text)
     text = (
-        f"On {what}: {', '.join(told)}. The lowest share decides: kept from {100 * KEPT:.0f} %, "
+        f"On {rest}: {', '.join(told)}. The lowest share decides: kept from {100 * KEPT:.0f} %, "
         f"mostly kept from {100 * MOSTLY_KEPT:.0f} %."
     )
     lowest = min(shares)

@@ -40,7 +40,7 @@ class Fitted(NamedTuple):
         words: the size of the run in words, for the line said at its start.
         notes: remarks about the data and the model, for the report.
         evaluators: the names of the evaluators.
-        subject: what the run is about, for the title of its page.
+        subject: the forgotten data in words, for the title of the page.
     """
 
     parts: Any

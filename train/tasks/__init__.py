@@ -73,7 +73,7 @@ def load_task(config: RunConfig) -> Task:
 
 
 def subject(data: Mapping[str, Any]) -> str:
-    """What is forgotten, for titles; "" where no benchmark is selected.
+    """The forgotten data in words, for titles; "" where no benchmark is selected.
 
     Example:
         >>> subject({"source": "authors", "forget_split": "forget10", "num_authors": 40})

@@ -54,7 +54,8 @@ def load(config: RunConfig) -> Task:
             )
     given = (data.forget, data.retain, data.holdout)
     names = dict(columns_of(data.columns))
-    own = files.load_own(*(next(iter(paths), None) for paths in given), names)
+    forget_file, retain_file, unseen_file = (next(iter(paths), None) for paths in given)
+    own = files.load_own(forget_file, retain_file, unseen_file, names)
     forget, judged = own.forget[: data.forget_rows], own.retain[: data.retain_rows]
     notes = list(own.notes)
     if len(judged) < len(own.retain):

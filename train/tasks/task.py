@@ -27,7 +27,7 @@ class Benchmark(NamedTuple):
         fit: `(task, model, config) -> task` once the model is read, for rows and lengths of streams
             that need its tokenizer; `config` has `data` and `evaluate`.
         reads: the fields in the `options` of another benchmark that it reads itself.
-        subject: what is forgotten, for titles; `{name}` stands for a field of `DataConfig`.
+        subject: the forgotten data in words, for titles; `{name}` is a field of `DataConfig`.
     """
 
     name: str
