@@ -38,7 +38,9 @@ def asked(monkeypatch, tmp_path):
     ],
 )
 def test_names_that_are_models(name, question, asked, tmp_path):
-    (tmp_path / "runs" / "export").mkdir(parents=True)
+    for folder in (tmp_path / "runs", tmp_path / "runs" / "export"):
+        folder.mkdir()
+        (folder / "config.json").touch()
     hub.check_source(name)
     assert asked == ([question] if question else [])
 

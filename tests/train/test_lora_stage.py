@@ -276,7 +276,7 @@ def test_the_whole_run(program, small, tmp_path):
         ("--lora.rank 4 --lora.alpha 0", ["--lora.alpha", "at least"]),
         ("--lora.alpha 8", ["--lora.alpha 8.0", "--lora.rank"]),
         ("--lora.targets q", ["--lora.targets", "--lora.rank"]),
-        ("--lora.rank 4 --lora.targets", ["--lora.targets is empty"]),
+        ("--lora.rank 4 --lora.targets", ["--lora.targets needs a value"]),
         ("--lora.rank 4 --lora.targets q gat", ["'gat' is unknown", "'gate'", "o, q, v, down"]),
         ("--lora.rank 17 --lora.targets q k", ["--lora.rank 17", "k's matrices", "at most 16"]),
         ("--lora.rank 4 --optimizer.name teon", ["teon", "neighbouring blocks", "muon"]),

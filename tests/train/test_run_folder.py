@@ -50,6 +50,7 @@ def test_a_second_run_says_who_holds_the_folder(program, small, tmp_path):
     root = tmp_path / "run"
     argv = ["quickstart", *small, "--output", str(root)]
     folder.enter(job.place_of(arguments.read_arguments(arguments.UNLEARN, argv)))
+    rows = ["--data.source", "authors"]
     command = [sys.executable, "-c", HOLD, str(root / folder.LOCK)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -58,9 +59,11 @@ def test_a_second_run_says_who_holds_the_folder(program, small, tmp_path):
         before = sorted(p.name for p in root.iterdir())
         for module, first in (
             ("train.unlearn", argv),
-            ("train.evaluate", ["model", "--output", tmp_path / "judged"]),
+            ("train.evaluate", [tmp_path / "model", *rows, "--output", tmp_path / "judged"]),
         ):
             if module == "train.evaluate":
+                (tmp_path / "model").mkdir()
+                (tmp_path / "model" / "config.json").touch()
                 (tmp_path / "judged").mkdir()
                 (tmp_path / "judged" / folder.LOCK).hardlink_to(root / folder.LOCK)
             done = program(module, *first)
