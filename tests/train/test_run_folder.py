@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlib_unlearn.errors import UserError
+from train import evaluate
 from train.data import references
 from train.engine import base_models, exports
 from train.jobs import job
@@ -49,8 +50,11 @@ sys.stdin.read()
 def test_a_second_run_says_who_holds_the_folder(program, small, tmp_path):
     root = tmp_path / "run"
     argv = ["quickstart", *small, "--output", str(root)]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    judge = [str(tmp_path / "model"), "--output", str(tmp_path / "judged")]
     folder.enter(job.place_of(arguments.read_arguments(arguments.UNLEARN, argv)))
-    rows = ["--data.source", "authors"]
+    folder.enter(job.place_of(evaluate.read_arguments(judge)))
     command = [sys.executable, "-c", HOLD, str(root / folder.LOCK)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -59,12 +63,9 @@ def test_a_second_run_says_who_holds_the_folder(program, small, tmp_path):
         before = sorted(p.name for p in root.iterdir())
         for module, first in (
             ("train.unlearn", argv),
-            ("train.evaluate", [tmp_path / "model", *rows, "--output", tmp_path / "judged"]),
+            ("train.evaluate", judge),
         ):
             if module == "train.evaluate":
-                (tmp_path / "model").mkdir()
-                (tmp_path / "model" / "config.json").touch()
-                (tmp_path / "judged").mkdir()
                 (tmp_path / "judged" / folder.LOCK).hardlink_to(root / folder.LOCK)
             done = program(module, *first)
             assert done.code == 2 and done.err.count("\n") == 1, done.err
