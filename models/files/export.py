@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -239,9 +240,7 @@ def export_adapter(
         settings["alpha_pattern"] = {name: number(alpha * n) for name, n in several.items()}
 
     def fill(temporary: Path) -> None:
-        from safetensors.numpy import save_file
-
-        save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        _save(tensors, temporary / ADAPTER_WEIGHTS)
         write_json(temporary / ADAPTER, settings)
         if card is not None:
             (temporary / CARD).write_text(card, encoding="utf-8")
@@ -376,6 +375,20 @@ def _tensors(loaded: Loaded, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]
         raise ValueError(f"{index} blocks of parameters, the config has {loaded.config.num_layers}")
 
 
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Write a safetensors file; a full disk is an `OSError`, as it is for all other files."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
 def write_tensors(
     tensors: Iterator[tuple[str, np.ndarray]],
     folder: Path,
@@ -386,8 +399,6 @@ def write_tensors(
 
     Their names begin with `stem`.
     """
-    from safetensors.numpy import save_file
-
     files: list[Path] = []
     table: dict[str, Path] = {}
     total = 0
@@ -395,7 +406,7 @@ def write_tensors(
     def write(shard: dict[str, np.ndarray]) -> None:
         # The number of shards is part of their names and not known yet.
         path = folder / f"shard-{len(files)}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
+        _save(shard, path)
         files.append(path)
         table.update(dict.fromkeys(shard, path))
 

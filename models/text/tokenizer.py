@@ -174,7 +174,9 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into a folder."""
         folder = Path(folder)
-        self.backend.save(str(folder / "tokenizer.json"))
+        # Its own `save` raises a plain `Exception` where the disk is full.
+        text = self.backend.to_str(pretty=True)
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
         settings = {key: value for key, value in self.settings.items() if key not in SPECIAL}
         for key, index in self._special_ids().items():
             token = self.token(index)

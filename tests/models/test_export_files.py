@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import stat
 
 import jax
@@ -138,3 +139,25 @@ def test_adapters_replace_adapters_only(base, tmp_path):
     model = models.export(models.Loaded(CONFIG, base, words(eos_id=1)), tmp_path / "model")
     with pytest.raises(UserError, match="no earlier export"):
         models.export_adapter(trained(base, ["q"]), model, **options)
+
+
+@pytest.mark.parametrize("what", ["model", "adapter", "tokenizer"])
+def test_a_full_disk_is_an_error_of_the_system(base, tmp_path, what):
+    folder, tokenizer = tmp_path / "out", words(eos_id=1)
+    folder.mkdir()
+    write = {
+        "model": lambda: models.export(models.Loaded(CONFIG, base, tokenizer), folder),
+        "adapter": lambda: models.export_adapter(
+            trained(base, ["q"]), folder, rank=4, alpha=8.0, base="x"
+        ),
+        "tokenizer": lambda: tokenizer.save(folder),
+    }
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write[what]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (folder / "config.json").exists() and not [*folder.glob("*.safetensors")]

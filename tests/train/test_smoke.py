@@ -1,8 +1,11 @@
 """A whole small run: what it leaves behind, and every other program on its results."""
 
+import contextlib
 import json
 import math
 import re
+import resource
+import shutil
 from typing import NamedTuple
 
 import jax
@@ -288,3 +291,49 @@ def test_tofu_files_from_end_to_end(program, tiny, tofu_folder, tmp_path):
     assert list(summary) == ["original", "unlearned"]
     assert "came from outside" in (tmp_path / "second" / "report.html").read_text()
     assert 0 <= summary["unlearned"]["forget_quality"] <= 1
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """The system refuses longer files, with the errors of a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        ("stages/unlearned*", "stages/unlearned"),
+        ("evals/unlearned.*", "evals/unlearned.json"),
+        ("export", "safetensors"),
+        ("truth_ratio.png", ".png"),
+        ("report.html", "report.html"),
+        ("summary.*", "summary.json"),
+        ("run.json", "run.json"),
+    ],
+)
+def test_a_full_disk_is_a_line_and_the_next_run_finishes(run, program, tmp_path, missing, named):
+    root = tmp_path / "run"
+    shutil.copytree(run.root, root)
+    argv = [*run.argv[:-1], root]
+    gone = sorted(root.glob(missing))
+    parts = [p for p in gone for p in ([p] if p.is_file() else p.rglob("*")) if p.is_file()]
+    largest = max(path.stat().st_size for path in parts)
+    for path in gone:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    kept = {p: p.read_bytes() for p in root.glob("stages/**/*") if p.is_file()}
+    with files_of_at_most(largest * 2 // 3):
+        done = program("train.unlearn", *argv)
+    assert done.code == 2, done.err
+    line = done.err.splitlines()[-1]
+    assert line.startswith("error: cannot write") and named in line, line
+    assert "free space or choose another" in line
+    assert not [*root.rglob("*.part"), *root.glob(".export*")]
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    assert program("train.unlearn", *argv).code == 0
+    assert json.loads((root / "summary.json").read_text()) == run.summary
+    assert (root / "report.html").exists() and (root / "export" / "config.json").exists()

@@ -36,7 +36,7 @@ from train.runtime.plain import plain
 # A full or write-protected disk is not a bug, wherever the error is raised.
 UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    errno.ENAMETOOLONG,
+    *(errno.ENAMETOOLONG, errno.EFBIG),
 )
 
 

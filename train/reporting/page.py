@@ -102,7 +102,9 @@ def write(path: Path, data: bytes) -> None:
     try:
         files.write(path, data)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
+        ) from None
 
 
 def _rows(run: Run, models: Sequence[str]) -> list[dict[str, Any]]:

@@ -93,9 +93,11 @@ def write(path: Path, data: str | bytes | Callable[[Path], None]) -> None:
         else:
             part.write_bytes(data.encode() if isinstance(data, str) else data)
         put(part, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        if isinstance(error, OSError) and error.filename == str(part):
+            error.filename = str(path)
         raise
 
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import reading
 from models import arrays
+from models.files.export import write_tensors
 from models.files.weights import flatten, insert, stored_in
 from models.vision.cnn import CNN, CNNConfig, CNNLearner
 from models.vision.vit import ViT, ViTLearner
@@ -132,7 +132,7 @@ def store(judge: Judge, target: Path) -> None:
         def put() -> None:
             target.mkdir(parents=True, exist_ok=True)
             write_atomic(target / "config.json", json.dumps(shape, indent=1))
-            save_file(tensors, target / "model.safetensors")
+            write_tensors(iter(tensors.items()), target)
 
         distributed.of_first(put)
 
