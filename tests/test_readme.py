@@ -33,7 +33,7 @@ def test_commands_exist(repo, page):
     assert programs and all((repo / f"{p.replace('.', '/')}.py").exists() for p in programs)
     presets = set(re.findall(r"train\.unlearn ([a-z][\w-]*)", text))
     assert presets and presets <= set(PRESETS)
-    known = {"--list", "--help", "--config", "--only"}
+    known = {"--list", "--help", "--config", "--save-config", "--push-to-hub", "--only"}
     configs = [
         *(row.config for row in PLANNERS.values()),
         EraseRun,

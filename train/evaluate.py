@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxlib_unlearn.errors import UserError
 from train.jobs.evaluating_options import EvaluateRun
-from train.options import cli
+from train.options import cli, config_files
 from train.options.config import RunConfig, replace
 from train.options.roles import ROLES
 from train.presets import tofu_smollm2
@@ -39,7 +39,7 @@ def read_arguments(argv: list[str]) -> EvaluateRun:
     target, smoke = Path(argv[0]), "--smoke" in argv
     default = EvaluateRun(model=argv[0])
     if (target / "summary.json").exists() and (target / "config.json").exists():
-        config = cli.read_config(RunConfig, target / "config.json")
+        config = config_files.read_config(RunConfig, target / "config.json")
         oracle = target / "evals" / f"{ROLES.reference}.json"
         fewer = smoke and not config.smoke
         default = EvaluateRun(

@@ -6,6 +6,7 @@ python -m train.unlearn tofu-smollm2 --data.forget FILE --data.retain FILE  (you
 python -m train.unlearn quickstart-documents --data.forget FILES --data.retain FILES     (texts)
 python -m train.unlearn --example-data DIR                           (such files, to start from)
 python -m train.unlearn --config RUN/config.json --output DIR        (reruns a configuration)
+python -m train.unlearn PRESET [OPTIONS] --save-config FILE.yaml     (writes it, and runs nothing)
 python -m train.unlearn --help (presets)    PRESET --help (options)    --list (methods)
 """
 

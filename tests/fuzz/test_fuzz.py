@@ -29,7 +29,7 @@ from jaxlib_unlearn.metrics import tofu as metrics
 from models.decoder.model import Decoder, DecoderConfig
 from models.files.weights import flatten
 from train.data import tofu
-from train.options import cli
+from train.options import config_files
 from train.options.config import RunConfig, to_json
 
 
@@ -496,7 +496,7 @@ def run_configuration(folder: Path) -> Path:
 
 
 def of_configuration(path: Path):
-    return cli.read_config(RunConfig, path)
+    return config_files.read_config(RunConfig, path)
 
 
 ANYWHERE = ("cut", "binary", "empty", "twice", "misspell", "digits", "deep")

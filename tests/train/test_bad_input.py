@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.options import cli
+from train.options import cli, config_files
 from train.options.config import RunConfig
 from train.presets import PRESETS
 from train.runtime import folder
@@ -535,7 +535,7 @@ def test_empty_output_folders_are_welcome(small, tmp_path):
     with folder.locked(root):
         assert folder.enter(job.place_of(config)) == root == folder.enter(job.place_of(config))
     assert sorted(p.name for p in root.iterdir()) == ["config.json", "config.key"]
-    assert cli.read_config(RunConfig, root / "config.json").finetune == config.finetune
+    assert config_files.read_config(RunConfig, root / "config.json").finetune == config.finetune
 
 
 @pytest.mark.parametrize("text", ["{}", "[1, 2]", "{", '{"forget_Q_A_ROUGE": 3}', "\x00"])

@@ -17,7 +17,7 @@ from jaxlib_unlearn.objectives import options_of as objective_of
 from train.evaluate import EvaluateRun
 from train.evaluate import read_arguments as evaluation_of
 from train.finetune import FinetuneRun
-from train.options import cli
+from train.options import cli, config_files
 from train.options.choices import FIRST, known_words, options
 from train.options.config import OBJECTIVE, RunConfig, replace, to_json
 from train.options.optimizers import COMBINERS, OPTIMIZERS, build, other
@@ -234,18 +234,83 @@ def test_bad_configuration_files(tmp_path, value, part):
     fails(lambda: cli.from_json(RunConfig, value), "configuration", part)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(value))
-    fails(lambda: cli.read_config(RunConfig, path), part)
+    fails(lambda: config_files.read_config(RunConfig, path), part)
 
 
 def test_configuration_file_that_does_not_read(tmp_path):
     path = tmp_path / "config.json"
-    fails(lambda: cli.read_config(RunConfig, path), str(path), "config.json of a run")
+    fails(lambda: config_files.read_config(RunConfig, path), str(path), "config.json of a run")
     path.write_text("{")
-    fails(lambda: cli.read_config(RunConfig, path), str(path))
+    fails(lambda: config_files.read_config(RunConfig, path), str(path))
     path.write_bytes(b"\xff\xfe\xfa")
-    fails(lambda: cli.read_config(RunConfig, path), str(path))
-    fails(lambda: cli.read_config(RunConfig, tmp_path), str(tmp_path))
+    fails(lambda: config_files.read_config(RunConfig, path), str(path))
+    fails(lambda: config_files.read_config(RunConfig, tmp_path), str(tmp_path))
     fails(lambda: arguments.read_arguments(arguments.UNLEARN, ["--config"]), "--config")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("seed: 1\nseed: 2\n", "'seed' stands twice"),
+        ("data: &d {path: x}\nmodel: *d\n", "references (*name) are not read"),
+        ("data: &d {path: x}\nmodel: {<<: *d}\n", "references (*name) are not read"),
+        ("1: x\n", "the key 1 is no name"),
+        ("seed: [\n", "cannot be read as a configuration"),
+        ("seed: ten\n", "seed is 'ten'"),
+        ("smoke: 2026-01-01\n", "smoke is datetime.date(2026, 1, 1)"),
+        ("sede: 1\n", "unknown entry 'sede'"),
+        ("!!python/object/apply:os.system [ls]\n", "cannot be read as a configuration"),
+        ("- 1\n", "as a whole must be a JSON object"),
+        ("", "as a whole must be a JSON object"),
+    ],
+)
+def test_yaml_that_does_not_fit_is_a_line(tmp_path, text, part):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    fails(lambda: arguments.read_arguments(arguments.UNLEARN, ["--config", str(path)]), part)
+
+
+def test_a_short_file_is_filled_by_its_preset(tmp_path):
+    """Another method keeps its own options; a number with an exponent is one."""
+    path = tmp_path / "run.yml"
+    lines = ("preset: quickstart", "seed: 3", "objective: {name: npo, beta: 2e-1}")
+    path.write_text("\n".join([*lines, "unlearn: {steps: 7}", ""]))
+    argv = ["quickstart", "--seed", "3", "--objective.name", "npo", "--objective.beta", ".2"]
+    wanted = arguments.read_arguments(arguments.UNLEARN, [*argv, "--unlearn.steps", "7"])
+    assert arguments.read_arguments(arguments.UNLEARN, ["--config", str(path)]) == wanted
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+@pytest.mark.parametrize(
+    ("program", "argv"),
+    [
+        (arguments.UNLEARN, ["quickstart", "--optimizer.name", "sift", "--data.forget", "a", "b"]),
+        (arguments.PRETRAIN, ["pretrain-tiny", "--seed", "4"]),
+    ],
+)
+def test_a_configuration_is_saved_and_read_again(tmp_path, capsys, program, argv, name):
+    path = tmp_path / "new" / name
+    with pytest.raises(SystemExit) as stop:
+        arguments.read_arguments(program, [*argv, "--save-config", str(path)])
+    assert stop.value.code == 0 and f"--config {path}" in capsys.readouterr().out
+    again = arguments.read_arguments(program, ["--config", str(path)])
+    assert again == arguments.read_arguments(program, argv)
+    fails(lambda: arguments.read_arguments(program, [*argv, f"--save_config={path}"]), "exists")
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["quickstart", "--save-config"], "needs a file"),
+        (["quickstart", "--save-config", "--seed"], "needs a file"),
+        (["--save-config", "a.yaml"], "give a preset first"),
+        (["quickstart", "--save-config", "a.txt"], "ends in .yaml or .json"),
+    ],
+)
+def test_a_configuration_that_cannot_be_saved(argv, part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(lambda: arguments.read_arguments(arguments.UNLEARN, argv), part)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_rerun_of_a_configuration(tmp_path):
@@ -550,7 +615,7 @@ def test_files_name_the_rows_whose_options_they_have(tmp_path):
     def read(objective, optimizer):
         whole = to_json(QUICKSTART) | {"objective": objective, "optimizer": optimizer}
         path.write_text(json.dumps(whole))
-        return cli.read_config(RunConfig, path)
+        return config_files.read_config(RunConfig, path)
 
     found = read({"name": "asu", "temperature": 3.0, "layers": [1]}, {"name": "sift", "rank": 9})
     assert found.objective == objective_of("asu", temperature=3.0, layers=(1,))

@@ -23,8 +23,8 @@ from train.evaluators.evaluation import Model
 from train.evaluators.token_loss import mean_loss, row_losses, row_sums
 from train.jobs import job, pretraining
 from train.jobs.pretraining_options import PretrainConfig, batch_rows, num_steps
-from train.options.cli import read_config
 from train.options.config import identity, replace
+from train.options.config_files import read_config
 from train.presets import arguments
 from train.presets.pretraining import PRESETS
 from train.reporting import compare, tables

@@ -11,6 +11,7 @@ from train.engine import base_models
 from train.engine.run import Run
 from train.evaluators.evaluation import evaluate_model
 from train.jobs import unlearning_stages
+from train.options import config_files
 from train.options.config import replace
 from train.presets import PRESETS
 from train.runtime import sharding
@@ -57,7 +58,7 @@ def test_forgets_keeps_and_stays_readable(run):
 
 @pytest.mark.slow
 def test_oracle_cannot_be_told_from_a_reseeded_oracle(run):
-    config = unlearn.cli.read_config(unlearn.RunConfig, run / "config.json")
+    config = config_files.read_config(unlearn.RunConfig, run / "config.json")
     other = replace(config, seed=config.seed + 1000, **{"data.seed": config.seed})
     mesh = sharding.make_mesh(other.mesh)
     task = load_task(other)

@@ -16,7 +16,7 @@ from train import evaluate
 from train.data import references
 from train.engine import base_models, exports
 from train.jobs import job
-from train.options import cli
+from train.options import config_files
 from train.options.config import RunConfig, identity
 from train.presets import arguments
 from train.reporting import tables
@@ -194,7 +194,10 @@ def test_a_flipped_config_is_set_right_or_named(entered, capsys):
         message = str(error.value)
         assert "\n" not in message and "give" in message and "delete the folder" not in message
         if trial % 3:
-            for read in (lambda: cli.read_config(RunConfig, path), lambda: tables.load_run(root)):
+            for read in (
+                lambda: config_files.read_config(RunConfig, path),
+                lambda: tables.load_run(root),
+            ):
                 (root / "summary.json").write_text("{}")
                 with pytest.raises(UserError, match=r"config.json is not what the run wrote"):
                     read()

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import models
-from train.options.cli import read_config
 from train.options.config import RunConfig
+from train.options.config_files import read_config
 from train.runtime.checkpointing import load_tree, params_sha256
 
 MODELS = ("original", "oracle", "unlearned")

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.reading import one_line, read_json, reading, shortened_path
+from jaxlib_unlearn.reading import one_line, shortened_path
 from train.options.choices import FIRST, grouped, known_words, options
 from train.options.config import replace
 from train.options.rows import places, rows_of
-from train.runtime import files, suggest
+from train.runtime import suggest
 from train.runtime.plain import plain
 
 # A full or write-protected disk is not a bug, wherever the error is raised.
@@ -261,14 +261,6 @@ def _value(kind: Any, value: Any) -> Any:
     if isinstance(kind, type) and type(value) is kind:
         return value
     raise TypeError(kind)
-
-
-def read_config(cls: type, path: Path) -> Any:
-    """The configuration in the `config.json` of a run folder, or in an edited copy of that file."""
-    files.check_key(path)
-    advice = "give the config.json of a run"
-    with reading(path, advice, "cannot be read as a configuration"):
-        return from_json(cls, read_json(path, advice))
 
 
 def unusable(error: OSError) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlib_unlearn.errors import UserError
-from train.options import cli, optimizers
+from train.options import cli, config_files, optimizers
 from train.options.config import replace
 from train.options.optimizers import OPTIMIZERS
 from train.runtime import suggest
@@ -52,8 +52,8 @@ def start_of(argv: Sequence[str], cls: type, presets: Mapping[str, Any], program
     first, rest = argv[0], argv[1:]
     if first == "--config":
         if not rest:
-            raise UserError("--config needs the config.json of a run")
-        config = cli.read_config(cls, Path(rest[0]))
+            raise UserError("--config needs the config.json of a run or a YAML file")
+        config = config_files.read_config(cls, Path(rest[0]), presets)
         summary = f"rerun the configuration {rest[0]}"
         return Start(
             presets.get(config.preset), config, rest[1:], f"{program} --config FILE", summary

@@ -19,7 +19,7 @@ from train.jobs.classification_options import ClassifyRun
 from train.jobs.diffusing.config import AttackRun, DefendRun, DiffuseRun, EraseRun
 from train.jobs.finetuning_options import CondenseConfig, ReasoningRun
 from train.jobs.pretraining_options import PretrainConfig, num_steps
-from train.options import cli, start
+from train.options import cli, config_files, start
 from train.options.config import RunConfig, identity, replace
 from train.presets import PRESETS, classify, diffuse, epic, pretraining
 from train.presets.run_arguments import SPELLED, of_erasing, of_run, short
@@ -161,8 +161,10 @@ def read_arguments(
 
     Raises:
         UserError: an unknown preset, file or option.
+        SystemExit: `--save-config FILE` was given, and the file is written.
     """
     row = READERS[program]
+    argv, target = config_files.without_save(argv)
     words = [row.spelled.get(word.partition("=")[0], "") for word in argv]
     words = [
         word if not whole else whole + word[len(word.partition("=")[0]) :]
@@ -174,7 +176,12 @@ def read_arguments(
         config = start.with_optimizer(config, rest, preset)
     config = start.shortened(config, rest, preset, row.steps, **row.more(config, rest))
     config = row.last(config, rest, words[0] != "--config")
-    return cli.parse(cls or row.config, config, rest, prog, summary)
+    config = cli.parse(cls or row.config, config, rest, prog, summary)
+    if target is not None:
+        config_files.save_config(config, target)
+        print(f"written: {target}; run it: python -m {program} --config {target}")
+        raise SystemExit(0)
+    return config
 
 
 def check_start(config: ClassifyRun) -> None:

@@ -12,7 +12,7 @@ from train.jobs.diffusing.drawing import Shield
 from train.jobs.diffusing.held import Painter
 from train.jobs.diffusing.judges import Judge
 from train.jobs.diffusing.judging import Shown
-from train.options import cli
+from train.options import config_files
 from train.reporting import tables
 from train.tasks.pictures import NOUNS
 
@@ -71,7 +71,7 @@ def read_run(folder: Path | None, option: str, programs: tuple[str, ...] = tuple
         raise UserError(
             f"{option} {folder} is a run of {program or 'another program'}; give one of {names}"
         )
-    config: Any = cli.read_config(KINDS[program], folder / "config.json")
+    config: Any = config_files.read_config(KINDS[program], folder / "config.json")
     concept = None
     if isinstance(config, EraseRun):
         concept = config.erase.concept
