@@ -126,6 +126,32 @@ def test_tensorboard(tmp_path):
     assert b"attacked_relearn/loss" in events[0]  # its tags have no colons
 
 
+def test_wandb_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracker = Tracker(tmp_path, ("wandb",), {"seed": 7})
+    tracker.write("oracle", 0, {"loss": 1.0})
+    tracker.write("attacked:relearn", 0, {"loss": 2.0})
+    tracker.close({"unlearned": {"forget_rouge": 0.25}})
+    (log,) = tmp_path.rglob("run-*.wandb")
+    written = log.read_bytes()
+    assert all(name in written for name in (b"oracle/loss", b"forget_rouge", b"seed"))
+    assert b"machine_info" not in written and sys.executable.encode() not in written
+
+
+def test_trackio(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
+    trackio = pytest.importorskip("trackio")
+    (tmp_path / "run").mkdir()
+    tracker = Tracker(tmp_path / "run", ("trackio",), {"seed": 7})
+    tracker.write("oracle", 0, {"loss": 1.0})
+    tracker.close({"unlearned": {"forget_rouge": 0.25}})
+    found = trackio.Api().runs(reporters.PROJECT)
+    assert [run.name for run in found] == ["run"]
+    assert [*(tmp_path / "store").rglob("*.db")]
+
+
 def test_a_log_that_fails_does_not_stop_the_run(fake, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", KEY)
     first, second = fake("wandb"), fake("trackio")
