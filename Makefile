@@ -47,7 +47,7 @@ NEWEST = tests/test_constraints.py $(LIBRARY:%=tests/jaxlib_unlearn/test_%.py) \
 TPU_ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(TPU_VENV)" UV="$(UV)" sh .ci/environment
 TPU_RUN = JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python
 
-.PHONY: help quickstart unlearn test more newest parity tpu bench pretrain-table epic-table bench-peers plan lint format smollm2
+.PHONY: help quickstart unlearn test more browser newest parity tpu bench pretrain-table epic-table bench-peers plan lint format smollm2
 
 help:  ## this list
 	@awk -F ':  ## ' '/^[a-z0-9-]+:  ## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,10 @@ test:  ## the tests, without the slow and heavy ones and those that need torch
 more:  ## the heavy tests that make test leaves out (tests/more.txt)
 	$(ENVIRONMENT) train test tensorboard
 	$(RUN) -m pytest -n $(WORKERS) $(BY_FILE) -m "more and not slow and not torch_parity" tests $(ARGS)
+
+browser:  ## every kind of page in Chromium, at two widths, light and dark (skipped without Chromium)
+	$(ENVIRONMENT) train test tensorboard
+	$(RUN) -m pytest -n $(WORKERS) --dist load -m browser tests/train/test_browser.py $(ARGS)
 
 newest:  ## a part of the tests, six minutes, for the newest JAX: make newest PYTHON=python3.13
 	$(ENVIRONMENT) train test tensorboard

@@ -343,6 +343,25 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, where):
     assert found is not None and found[0] == 1
 
 
+def test_what_orbax_still_writes_after_an_error_is_removed_too(tmp_path, monkeypatch):
+    """Its threads finish later than its error and make the removed folder anew."""
+    parts, waits = [], []
+
+    def save(folder, tree):
+        parts.append(Path(folder).parent)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def late(seconds):
+        waits.append(seconds)
+        if len(waits) in (2, 3):
+            (parts[0] / "arrays").mkdir(parents=True)
+
+    monkeypatch.setattr(checkpointing, "_save", save)
+    monkeypatch.setattr(checkpointing.time, "sleep", late)
+    fails(lambda: save_step(tmp_path, 2, make_state(), {}), "No space left")
+    assert len(waits) == 4 and not list(tmp_path.iterdir())
+
+
 def test_a_machine_that_was_suspended_while_it_saved(tmp_path, monkeypatch):
     """Orbax gives up after 20 minutes of the wall's clock; what to do then is another thing."""
 

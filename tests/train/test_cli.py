@@ -262,6 +262,11 @@ def test_configuration_file_that_does_not_read(tmp_path):
         ("!!python/object/apply:os.system [ls]\n", "cannot be read as a configuration"),
         ("- 1\n", "as a whole must be a JSON object"),
         ("", "as a whole must be a JSON object"),
+        (
+            "preset: quickstrt\nseed: 1\n",
+            "preset 'quickstrt' is unknown; did you mean 'quickstart'",
+        ),
+        ("seed: 1\n", "no preset to take it from"),
     ],
 )
 def test_yaml_that_does_not_fit_is_a_line(tmp_path, text, part):

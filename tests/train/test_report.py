@@ -273,7 +273,7 @@ def test_broken_answers_are_marked(tmp_path):
     }
     path.write_text(json.dumps(log))
     page = one_run.build(tmp_path / "run").path.read_text(encoding="utf-8")
-    assert page.count("unreadable: fewer than 3 words") == runlogs.SAMPLES["forget"]
+    assert page.count("unreadable: fewer than 3 words") == 5
 
 
 def test_a_smoke_run_says_so_and_gives_no_verdict(tmp_path, capsys):
@@ -327,6 +327,33 @@ def test_comparison_page(tmp_path, capsys):
     assert (tmp_path / "one.html").exists()
 
 
+def test_an_oracle_of_each_experiment_in_a_comparison(tmp_path):
+    """Experiments with one oracle share its mark; others have their own, never a mean."""
+    from train.reporting import compare
+
+    runs = compared(tmp_path)
+    summary = json.loads((Path(runs[0]) / "summary.json").read_text())
+    for run in runs:
+        own = json.loads((Path(run) / "summary.json").read_text())
+        own |= {model: summary[model] for model in ("original", "oracle")}
+        (Path(run) / "summary.json").write_text(json.dumps(own))
+    names = ("forget_rouge", "retain_rouge")
+
+    def marks():
+        found = runlogs.tables.groups([runlogs.tables.load_run(run) for run in runs])
+        return {m.name: m for m in compare._beside(found, ["one", "two"], *names)}
+
+    assert {name: m.point for name, m in marks().items()} == {"original": None, "oracle": None}
+    for run in runs[2:]:
+        own = json.loads((Path(run) / "summary.json").read_text())
+        own["oracle"] |= {"forget_rouge": 0.9}
+        (Path(run) / "summary.json").write_text(json.dumps(own))
+    found = marks()
+    assert sorted(found) == ["oracle: one", "oracle: two", "original"]
+    assert {x for x, _ in found["oracle: two"].values} == {0.9}
+    assert found["oracle: one"].point != found["oracle: two"].point
+
+
 def test_comparison_takes_model_utility_by_the_name_it_has(tmp_path):
     from train.reporting import compare
 
@@ -340,7 +367,10 @@ def test_comparison_takes_model_utility_by_the_name_it_has(tmp_path):
 
 def test_scatter_draws_every_run_its_mean_and_what_to_reach():
     points = [plots.Point("a", [(0.2, 0.9), (0.4, 0.7)]), plots.Point("b", [(0.5, 0.5)])]
-    fixed = {"original": [(1.0, 1.0)], "oracle": [(0.3, 0.95), (0.1, 0.85)]}
+    fixed = [
+        plots.Fixed("original", True, [(1.0, 1.0)]),
+        plots.Fixed("oracle", False, [(0.3, 0.95), (0.1, 0.85)]),
+    ]
     x, y = map(metrics_table.describe, ("forget_rouge", "retain_rouge"))
     (ax,) = plots.scatter(points, fixed, x, y).axes
     drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in ax.get_lines()}
@@ -348,7 +378,7 @@ def test_scatter_draws_every_run_its_mean_and_what_to_reach():
     assert drawn["oracle"] == [(pytest.approx(0.2), pytest.approx(0.9))]
     assert [(0.2, 0.9), (0.4, 0.7)] in drawn.values()
     names = ["_under", "$x_{", "\u4e8b"]  # none of them is markup, and none disappears
-    figure = plots.scatter([plots.Point(n, [(1, 1)]) for n in names], {}, x, y)
+    figure = plots.scatter([plots.Point(n, [(1, 1)]) for n in names], (), x, y)
     assert [t.get_text().strip() for t in figure.legends[0].get_texts()] == names
     assert plots.png(figure)
     assert plots.scatter([plots.Point("a", [])], fixed, x, y) is None

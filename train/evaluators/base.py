@@ -180,6 +180,7 @@ class Picture(NamedTuple):
         caption: the text below it.
         missing: the text in its place where there is not enough data.
         after: the name of the picture that it follows.
+        photo: whether it shows images, whose colours stay as they are on a dark page.
     """
 
     name: str
@@ -189,6 +190,7 @@ class Picture(NamedTuple):
     caption: str
     missing: str
     after: str = ""
+    photo: bool = False
 
 
 class Definition(NamedTuple):
@@ -206,6 +208,62 @@ class Pair(NamedTuple):
     y: str
     title: str
     caption: str
+
+
+class Sample(NamedTuple):
+    """An item of the per-item log in a reader's words.
+
+    Args:
+        question: the question, or the prompt.
+        truth: the right answer; "" where there is none.
+        text: the model's answer.
+        score: the grade of the answer, in a few words.
+    """
+
+    question: str
+    truth: str
+    text: str
+    score: str = ""
+
+
+class Samples(NamedTuple):
+    """A part of the page that shows items of the per-item logs, evenly spaced.
+
+    Args:
+        title: its heading.
+        items: the items in the plural, such as "questions".
+        count: the number of items that are shown.
+        read: the samples in a model's log, by a key that all models share.
+        how: the way in which the model answered.
+        forget: whether an unreadable answer is marked.
+    """
+
+    title: str
+    items: str
+    count: int
+    read: Callable[[Any], Mapping[str, Sample]]
+    how: str = "greedy answers"
+    forget: bool = False
+
+
+def from_entry(
+    entry: str, make: Callable[[Mapping[str, Any]], Sample]
+) -> Callable[[Any], dict[str, Sample]]:
+    """A way to read samples: one from every item of an entry of the log."""
+    return lambda log: {key: make(item) for key, item in items_of(log, entry).items()}
+
+
+def generations(entry: str, score: str) -> Callable[[Any], dict[str, Sample]]:
+    """A way to read samples from an entry of generated texts, scored by ROUGE-L under `score`."""
+
+    def make(item: Mapping[str, Any]) -> Sample:
+        asked, truth, text = (str(item.get(k, "")) for k in ("input", "ground_truth", "generation"))
+        value = number(item.get(score))
+        return Sample(
+            asked, truth, text, "" if value is None else f"ROUGE-L {format_number(value)}"
+        )
+
+    return from_entry(entry, make)
 
 
 class Overlay(NamedTuple):
@@ -326,6 +384,7 @@ class Evaluator(NamedTuple):
         pictures: the pictures of the report.
         pairs: the metrics by which runs are compared.
         overlays: the curves by which runs are compared.
+        samples: the items of its log that the page shows.
         definitions: the computations of its metrics, in words.
         version: the version in the key of cached logs; raise it when a value may change.
         lead: the page's first sentences, for runs that are not about unlearning.
@@ -341,6 +400,7 @@ class Evaluator(NamedTuple):
     pictures: tuple[Picture, ...] = ()
     pairs: tuple[Pair, ...] = ()
     overlays: tuple[Overlay, ...] = ()
+    samples: tuple[Samples, ...] = ()
     definitions: tuple[Definition, ...] = ()
     version: int = 1
     lead: str = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from train.evaluators import reasoning
 from train.evaluators.base import (
@@ -16,10 +16,16 @@ from train.evaluators.base import (
     Picture,
     Results,
     Rows,
+    Sample,
+    Samples,
     Verdict,
+    from_entry,
     items_of,
 )
 from train.evaluators.numbers import format_number, number
+
+if TYPE_CHECKING:
+    from train.evaluators import plots
 
 TOP = 10
 IMAGES = 100_000  # image i of class c has the number c * IMAGES + i
@@ -206,24 +212,71 @@ KINDS = (
     ("concept_rate_explicit", "its name"),
     ("concept_rate_names", "other names"),
     ("concept_rate_attacked", "first token"),
-    ("kept_accuracy", "other classes"),
+    ("kept_accuracy", "kept classes"),
 )
 
 
-def _columns(results: Results) -> list[tuple[str, list[str]]]:
+def _columns(results: Results) -> list[tuple[str, list[plots.Tile]]]:
     """Titles and pictures of the columns of the grid."""
-    found = []
+    from train.evaluators import plots
+
+    found: list[tuple[str, list[plots.Tile]]] = []
     for name, title in KINDS:
         for model in results.summary:  # before it was erased, after, and so on
             items = list(items_of(results.logs.get(model), name).values())
             if name == "kept_accuracy":  # the first image of each class, then the second ones
                 items.sort(key=lambda item: item["number"] % IMAGES)
-            told = [item["picture"] for item in items if isinstance(item.get("picture"), str)]
+            told = [
+                plots.Tile(item["picture"], str(item.get("class", "")), str(item.get("judged", "")))
+                for item in items
+                if isinstance(item.get("picture"), str)
+            ]
             # A model that is attacked draws its names as it did before.
             if told and told not in [pictures for _, pictures in found]:
                 found.append((f"{model}\n{title}", told))
     rows = min((len(told) for _, told in found), default=0)
     return [(title, told[:rows]) for title, told in found]
+
+
+def _image(item: Mapping[str, Any]) -> Sample:
+    """A prompt, its class, and the class that the judge sees in the image."""
+    seen, tokens = str(item.get("judged", "")), item.get("tokens") or ()
+    text = f"The judge sees: {seen}."
+    if len(tokens) > 1:
+        each = (f"{one.get('judged', '')} with token {k}" for k, one in enumerate(tokens, 1))
+        text = f"The judge sees: {', '.join(each)}."
+    score = "shows it" if item.get("shown") else "does not show it"
+    return Sample(str(item.get("prompt", "")), str(item.get("class", "")), text, score)
+
+
+def _words(log: Any) -> dict[str, Sample]:
+    """The words that make up each token of an attack, the largest coefficients first."""
+    by_token: dict[str, list[str]] = {}
+    for item in items_of(log, "interpretable_at_10").values():
+        told = f"{item.get('word')} {format_number(float(item.get('coefficient') or 0))}"
+        fits = " (fits)" if item.get("fits") else ""
+        by_token.setdefault(str(item.get("token")), []).append(told + fits)
+    return {
+        key: Sample(f"Token {int(key) + 1}", "", ", ".join(words))
+        for key, words in by_token.items()
+        if key.isdigit()
+    }
+
+
+SEEN = "the classes are those of the prompt and of the judge"
+SAMPLES = (
+    Samples(
+        "The words of the attack's tokens", "tokens", 5, _words, "words with their coefficients"
+    ),
+    Samples(
+        "Attacked prompts", "prompts", 4, from_entry("concept_rate_attacked", _image), SEEN
+    ),
+    Samples(
+        "Prompts with the concept's name", "prompts", 4,
+        from_entry("concept_rate_explicit", _image), SEEN,
+    ),
+    Samples("Kept classes", "prompts", 4, from_entry("kept_accuracy", _image), SEEN),
+)  # fmt: skip
 
 
 def _draw_loss(results: Results) -> Any:
@@ -283,10 +336,13 @@ ROW = Evaluator(
             _alt,
             "The first images of every kind of prompt, not chosen by hand; of an attack's tokens "
             "(or words) those with the first. Images of one class have the same noise, row by row, "
-            "in every column.",
+            "in every column. Below each image stands what the judge sees in it, in red where that "
+            "is not its prompt's class.",
             "No images: none are kept in the logs (--draw.shown).",
+            photo=True,
         ),
     ),
+    samples=SAMPLES,
     definitions=(
         Definition(
             "concept",

@@ -105,6 +105,11 @@ def _below(figure: Figure, handles: Sequence[Any], ncols: int) -> None:
         label.set_parse_math(False)
 
 
+def _label(name: str) -> str:
+    """A name for a legend; Matplotlib leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def png(figure: Figure, title: str = "") -> bytes:
     """The figure as PNG bytes, without a time stamp or version (equal input gives equal bytes)."""
     out = io.BytesIO()
@@ -269,8 +274,7 @@ def overlay(bands: Sequence[Band], x: str, y: str, rises: bool = False) -> Figur
             "marker": MARKERS[i % len(MARKERS)],
             "linestyle": DASHES[i % len(DASHES)],
         }
-        # Matplotlib leaves labels out of a legend that begin with an underscore.
-        label = f" {label}" if label.startswith("_") else label
+        label = _label(label)
         lines += ax.plot(places, values.mean(0), label=label, linewidth=2, markersize=4, **style)
         if len(values) > 1:
             low, high = values.min(0), values.max(0)
@@ -333,39 +337,49 @@ class Point(NamedTuple):
     values: list[tuple[float, float]]
 
 
-def scatter(
-    points: Sequence[Point],
-    fixed: dict[str, list[tuple[float, float]]],
-    x: Metric,
-    y: Metric,
-    roles: Roles = ROLES,
-) -> Figure | None:
+class Fixed(NamedTuple):
+    """A hollow mark of the scatter plot: the start of unlearning, or what it should reach.
+
+    Args:
+        name: its name in the legend.
+        start: whether it is a start.
+        values: (x, y) of each run, of which the mean is drawn.
+        point: the number of the experiment that it belongs to; None: all of them.
+    """
+
+    name: str
+    start: bool
+    values: list[tuple[float, float]]
+    point: int | None = None
+
+
+def scatter(points: Sequence[Point], fixed: Sequence[Fixed], x: Metric, y: Metric) -> Figure | None:
     """Runs plotted by two metrics: a small mark per run, a large one for the mean over seeds.
 
     Args:
         points: the unlearned models, one point per experiment.
-        fixed: original and oracle, the start and the target, drawn hollow.
+        fixed: originals and oracles.
         x: the metric of the horizontal axis.
         y: the metric of the vertical axis.
-        roles: the roles of the models.
 
     Returns:
         The figure, or None when no run has both metrics.
     """
-    points = [point for point in points if point.values]
-    if not points:
+    if not any(point.values for point in points):
         return None
-    lines = -(-(len(points) + len(fixed)) // 2)
-    figure, (ax,) = _figure([3.4 + 0.24 * lines])
-    for model, pairs in fixed.items():
-        if pairs:
-            right, up = np.mean(pairs, axis=0)
-            ax.plot(
-                [right], [up], linestyle="", marker="s" if model == roles.start else "h",
-                markersize=10,
-                markerfacecolor="none", markeredgecolor="#404040", markeredgewidth=1.6, label=model,
-            )  # fmt: skip
+    labels = [_label(one.name) for one in (*fixed, *points) if one.values]
+    columns = 2 if max(map(len, labels)) <= LEGEND_COLUMN else 1
+    figure, (ax,) = _figure([3.4 + 0.24 * -(-len(labels) // columns)])
+    for label, (_, start, pairs, point) in zip(labels, fixed, strict=False):
+        right, up = np.mean(pairs, axis=0)
+        color = "#404040" if point is None else COLORS[point % len(COLORS)]
+        ax.plot(
+            [right], [up], linestyle="", marker="s" if start else "h", markersize=10,
+            markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.6, label=label,
+        )  # fmt: skip
     for i, (name, pairs) in enumerate(points):
+        if not pairs:
+            continue
         style: dict[str, Any] = {"color": COLORS[i % len(COLORS)]}
         style["marker"] = MARKERS[i % len(MARKERS)]
         if len(pairs) > 1:
@@ -374,14 +388,12 @@ def scatter(
                 alpha=0.6, **style,
             )  # fmt: skip
         right, up = np.mean(pairs, axis=0)
-        # Matplotlib leaves labels out of the legend that begin with an underscore.
-        label = f" {name}" if name.startswith("_") else name
-        ax.plot([right], [up], linestyle="", markersize=9, label=label, **style)
+        ax.plot([right], [up], linestyle="", markersize=9, label=_label(name), **style)
     for metric, setter in ((x, ax.set_xlabel), (y, ax.set_ylabel)):
         arrow = {"up": " (higher is better)", "oracle": " (the oracle's is the goal)"}
         setter(metric.label + arrow.get(metric.better, ""), fontsize=FONT)
     ax.margins(0.08)
-    _below(figure, ax.get_legend_handles_labels()[0], 2)
+    _below(figure, ax.get_legend_handles_labels()[0], columns)
     return figure
 
 
@@ -509,33 +521,66 @@ def truth_ratio(ratios: Ratios, roles: Roles = ROLES) -> Figure | None:
     return figure
 
 
-def grid(columns: Sequence[tuple[str, Sequence[str]]]) -> Figure | None:
-    """Images in columns, the first at the top.
+class Tile(NamedTuple):
+    """An image of a grid: a PNG file in base64, the class of its prompt, and that in the image."""
+
+    picture: str
+    asked: str
+    seen: str
+
+
+ACROSS = 6  # images in a line where all belong to one column
+
+
+def grid(columns: Sequence[tuple[str, Sequence[Tile]]]) -> Figure | None:
+    """Images in columns, the first at the top; a single column is wrapped into lines.
+
+    Left of a line (or above an image, in lines) is the class of its prompt, below an image what
+    the judge sees there.
 
     Args:
-        columns: a title, and PNG files in base64.
+        columns: a title, and the images.
 
     Returns:
         The figure, or None without an image.
     """
-    if not columns:
+    if not columns or not columns[0][1]:
         return None
-    rows = max(len(images) for _, images in columns)
-    size = min(1.1, 9.0 / len(columns))
+    wrapped = len(columns) == 1
+    if wrapped:
+        tiles = columns[0][1]
+        lines = [tiles[i : i + ACROSS] for i in range(0, len(tiles), ACROSS)]
+    else:
+        lines = list(zip(*(some for _, some in columns), strict=False))
+    across = max(map(len, lines))
+    size = min(1.1, 9.0 / across)
+    named = 0.0 if wrapped else 0.9
     figure = Figure(
-        figsize=(size * len(columns), size * rows + 0.6),
+        figsize=(max(WIDTH, size * across + named), (size + 0.25) * len(lines) + 0.9),
         dpi=200,
         layout="constrained",
         facecolor="white",
     )
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    for column, (title, images) in enumerate(columns):
-        axes[0, column].set_title(title, fontsize=FONT - 4)
-        for row in range(rows):
-            ax = axes[row, column]
-            ax.set_axis_off()
-            if row < len(images):
-                pixels = imread(io.BytesIO(base64.b64decode(images[row])), format="png")
-                ax.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes = figure.subplots(len(lines), across, squeeze=False)
+    small = FONT - 4
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.set_frame_on(False)
+    for i, line in enumerate(lines):
+        for ax, tile in zip(axes[i], line, strict=False):
+            pixels = imread(io.BytesIO(base64.b64decode(tile.picture)), format="png")
+            ax.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            right = tile.seen == tile.asked
+            ax.set_xlabel(tile.seen, fontsize=small, color="#404040" if right else "#A63200")
+            if wrapped:
+                ax.set_title(tile.asked, fontsize=small)
+        if not wrapped:
+            axes[i, 0].set_ylabel(line[0].asked, fontsize=small, rotation=0, ha="right")
+    if wrapped:
+        figure.supxlabel(columns[0][0].replace("\n", ", "), fontsize=FONT - 2)
+    else:
+        for ax, (title, _) in zip(axes[0], columns, strict=True):
+            ax.set_title(title, fontsize=small)
     return figure

@@ -6,7 +6,17 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from train.evaluators.base import Definition, EvaluationContext, Evaluator, Log, Metric, Rows
+from train.evaluators.base import (
+    Definition,
+    EvaluationContext,
+    Evaluator,
+    Log,
+    Metric,
+    Rows,
+    Sample,
+    Samples,
+    from_entry,
+)
 from train.evaluators.leak import ENTRY as LEAK
 from train.evaluators.leak import leak_ks
 
@@ -136,7 +146,8 @@ def about_traces(rows: Sequence[Any], context: Thinking, start: str) -> dict[str
         learned = " ".join(row["thoughts"])
         overlaps[str(i)] = {"rougeL_recall": text.rouge(trace, learned)["rougeL_recall"]}
         if kind is not None:  # shares count only traces that were given a class
-            told = {"class": kind, "trace": trace, "answer": answer}
+            asked = {"question": row["question"], "right_answer": gold_of(row)}
+            told = {**asked, "class": kind, "trace": trace, "answer": answer}
             items[str(i)] = {"unsafe": float(kind != SAFE), **told}
     log = {"trace_rouge": entry(overlaps, "rougeL_recall")}
     if not items:
@@ -256,7 +267,8 @@ def about_answers(model: Any, rows: Sequence[Any], context: Thinking, start: str
     items = {}
     found = written(context, "reasoning", start)
     for i, (row, (trace, answer)) in enumerate(zip(rows, found, strict=True)):
-        told = {"answer": answer, "right_answer": row["final"], "trace": trace, "matcher": MATCHER}
+        asked = {"question": row["question"], "right_answer": row["final"]}
+        told = {**asked, "answer": answer, "trace": trace, "matcher": MATCHER}
         items[str(i)] = {"right": float(same(answer, row["final"])), **told}
     examples = []
     for row in rows:
@@ -275,6 +287,23 @@ def summarize(log: Log, reference: Any) -> dict[str, Any]:
     return {m.name: log[m.name]["agg_value"] for m in METRICS if m.name in log}
 
 
+def _thought(item: Mapping[str, Any]) -> Sample:
+    """A trace and the answer behind it, and how they were judged."""
+    right, kind = item.get("right"), item.get("class")
+    said = "" if right is None else "right" if right else "wrong"
+    told = [str(item.get(name, "")).strip() for name in ("trace", "answer")]
+    text = "\n→ ".join(part for part in told if part)
+    score = said if kind is None else f"class C{kind}"
+    return Sample(str(item.get("question", "")), str(item.get("right_answer", "")), text, score)
+
+
+HOW = "greedy thoughts and, behind the arrow, the answer"
+SAMPLES = (
+    Samples(
+        "Traces about facts to forget", "questions", 5, from_entry("trace_unsafe", _thought), HOW
+    ),
+    Samples("Reasoning", "questions", 3, from_entry("reasoning_accuracy", _thought), HOW),
+)
 DEFINITIONS = (
     Definition(
         "traces",
@@ -295,7 +324,8 @@ ROW = Evaluator(
     run,
     METRICS,
     summarize,
+    samples=SAMPLES,
     definitions=DEFINITIONS,
     # Another matcher may give other numbers.
-    version=102 if VERIFIES else 2,
+    version=103 if VERIFIES else 3,
 )

@@ -22,7 +22,9 @@ from train.evaluators.base import (
     Picture,
     Results,
     Rows,
+    Samples,
     Verdict,
+    generations,
 )
 from train.evaluators.kept import kept as kept_by
 from train.evaluators.numbers import format_number as show
@@ -259,6 +261,10 @@ DEFINITIONS = (
         "p.",
     ),
 )
+SAMPLES = tuple(
+    Samples(f"Facts to {verb}", "questions", n, generations(entry, "rougeL_recall"), forget=n == 5)
+    for verb, n, entry in (("forget", 5, "forget_Q_A_ROUGE"), ("keep", 3, "retain_Q_A_ROUGE"))
+)
 ROW = Evaluator(
     "tofu",
     run,
@@ -271,5 +277,6 @@ ROW = Evaluator(
     ),
     pictures=(PICTURE,),
     pairs=PAIRS,
+    samples=SAMPLES,
     definitions=DEFINITIONS,
 )

@@ -15,7 +15,9 @@ from train.evaluators.base import (
     Picture,
     Results,
     Rows,
+    Samples,
     Verdict,
+    generations,
 )
 from train.evaluators.kept import kept as kept_by
 
@@ -107,6 +109,13 @@ PICTURE = Picture(
     "saw the documents to forget, gets the words right that such texts share.",
     "No verbatim recall in this run.",
 )
+SAMPLES = tuple(
+    Samples(
+        f"Documents to {verb}", "starts", n, generations(entry, "rougeL_f1"), forget=n == 5,
+        how="greedy continuations",
+    )
+    for verb, n, entry in (("forget", 5, "forget_verbatim"), ("keep", 3, "retain_verbatim"))
+)  # fmt: skip
 ROW = Evaluator(
     "verbatim",
     run,
@@ -122,6 +131,7 @@ ROW = Evaluator(
             "those to keep. The oracle shows how far to the left is far enough.",
         ),
     ),
+    samples=SAMPLES,
     definitions=(
         Definition(
             "verbatim",

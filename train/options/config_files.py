@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import parse_json, read_text, reading, shortened_path
 from train.options import cli
 from train.options.config import to_json
-from train.runtime import files
+from train.runtime import files, suggest
 
 SAVE = "--save-config"
 YAML = (".yaml", ".yml")
@@ -84,7 +85,21 @@ def read_config(cls: type, path: Path, presets: Mapping[str, Any] | None = None)
         preset = (presets or {}).get(name) if isinstance(name, str) else None
         if preset is not None:
             value = _over(to_json(preset.PRESET), value)
-        return cli.from_json(cls, value)
+        config = cli.from_json(cls, value)
+        if preset is None and presets:
+            _check_whole(cls, value, presets)
+        return config
+
+
+def _check_whole(cls: Any, value: Mapping[str, Any], presets: Mapping[str, Any]) -> None:
+    """Refuse a short file without a preset to fill it from."""
+    if missing := [f.name for f in dataclasses.fields(cls) if f.name not in value]:
+        if "preset" not in value:
+            raise UserError(
+                f"it has no entry {missing[0]!r}, and no preset to take it from; add a line such "
+                f"as `preset: {next(iter(presets))}`"
+            )
+        suggest.choose(str(value["preset"]), presets, "preset")
 
 
 def _over(base: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:

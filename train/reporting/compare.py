@@ -5,6 +5,7 @@ python -m train.report RUN RUN ... --html FILE
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,18 +72,11 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
             plots.Point(name, _pairs([run.judged for run in members], x, y))
             for name, (_, members) in zip(names, found, strict=True)
         ]
-        beside: dict[str, list[tuple[float, float]]] = {}
-        for role in ("start", "reference"):
-            for run in every:
-                model = getattr(run.roles, role)
-                if model in run.summary:
-                    beside.setdefault(model, []).extend(_pairs([run.summary[model]], x, y))
         figure = plots.scatter(
             points,
-            {model: pairs for model, pairs in beside.items() if pairs},
+            _beside(found, names, x, y),
             metrics_table.describe(x),
             metrics_table.describe(y),
-            every[0].roles,
         )
         if figure is not None:
             means = [(p.name, np.mean(p.values, axis=0)) for p in points if p.values]
@@ -95,6 +89,27 @@ def pictures(found: Sequence[tuple[str, list[Run]]], names: Sequence[str]) -> li
             words = caption + " A large mark is the mean over an experiment's seeds."
             png = plots.png(figure, smoke + title)
             made.append(Drawn(x, title, alt, words, "", png))
+    return made
+
+
+def _beside(
+    found: Sequence[tuple[str, list[Run]]], names: Sequence[str], x: str, y: str
+) -> list[plots.Fixed]:
+    """The start and the target of every experiment; those with equal values share a mark."""
+    marks: dict[tuple[Any, ...], list[int]] = {}
+    for i, (_, members) in enumerate(found):
+        for role in ("start", "reference"):
+            model = getattr(members[0].roles, role)
+            pairs = _pairs([run.summary[model] for run in members if model in run.summary], x, y)
+            if pairs:
+                marks.setdefault((role, model, *sorted(pairs)), []).append(i)
+    alike = collections.Counter((role, model) for role, model, *_ in marks)
+    made = []
+    for (role, model, *pairs), (owner, *others) in marks.items():
+        more = f" and {len(others)} more" if others else ""
+        shared = alike[role, model] == 1
+        label = model if shared else f"{model}: {names[owner]}{more}"
+        made.append(plots.Fixed(label, role == "start", pairs, None if shared else owner))
     return made
 
 
@@ -172,14 +187,18 @@ def page(runs: Sequence[Run]) -> str:
         names |= dict.fromkeys(("", "SMOKE"), short[0])
     heads = [metrics_table.describe(n) for n in shown]
     smoke = any(run.config.get("smoke") for run in runs)
-    drawn = (*pictures(found, short), *overlays(found, short))
+    pairs = [embed(p, p.png) for p in pictures(found, short) if p.png]
+    curves = [embed(p, p.png) for p in overlays(found, short) if p.png]
+    for number, picture in enumerate((*pairs, *curves), 1):
+        picture["number"] = number
+    sections = [("pairs", "Forget against retain", pairs), ("curves", "While they train", curves)]
     rows = chosen(name for run in runs for name in run.evaluators)
     return render(
         "comparison.html.j2",
         title=f"{len(found)} experiments" if len(found) > 1 else short[0],
         smoke=SMOKE if smoke else "",
         topic="unlearning" if any(row.pairs for row in rows) else "training",
-        pictures=[embed(p, p.png) for p in drawn if p.png],
+        sections=[section for section in sections if section[-1]],
         heads=[
             {
                 "label": m.label,

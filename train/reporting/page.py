@@ -43,6 +43,7 @@ class Drawn(NamedTuple):
     caption: str
     missing: str
     png: bytes | None
+    photo: bool = False
 
 
 def curves(run: Run, steps: Sequence[dict[str, Any]]) -> Picture:
@@ -89,7 +90,8 @@ def pictures(run: Run, logs: dict[str, dict[str, Any]]) -> list[Drawn]:
     for row in rows:
         figure = row.draw(results)
         png = figure and plots.png(figure, smoke + row.title)
-        made.append(Drawn(row.name, row.title, row.alt(results), row.caption, row.missing, png))
+        alt = row.alt(results)
+        made.append(Drawn(row.name, row.title, alt, row.caption, row.missing, png, row.photo))
     return made
 
 
@@ -167,7 +169,7 @@ def build(run_dir: str | Path) -> Built:
         retain_log=bool(run.config.get("retain_log")),
         pictures=[embed(p, p.png) for p in made if p.png],
         no_pictures=[p.missing for p in made if not p.png],
-        samples=samples(logs, own_reference, roles),
+        samples=samples(run, logs, own_reference),
         facts=facts(run, logs),
         command=clean(command(run), 4000),
         config=clean(json.dumps(run.config, indent=2, ensure_ascii=False), 20000),
@@ -216,4 +218,5 @@ def embed(picture: Drawn, png: bytes) -> dict[str, Any]:
         "alt": picture.alt,
         "title": picture.title,
         "caption": picture.caption,
+        "photo": picture.photo,
     }

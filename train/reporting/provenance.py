@@ -66,7 +66,7 @@ def _original(run: Run) -> Any:
 def _model(run: Run) -> str:
     size, text = _size(run), str(_original(run) or _path(run))
     if not text:
-        text = "a decoder trained from scratch" if _tiny(run) else "the preset's own"
+        text = "trained from scratch" if _tiny(run) else "the preset's own"
     return text + (f", {size / 1e6:,.1f} M parameters" if size else "") + ", tiny" * _tiny(run)
 
 
@@ -133,12 +133,13 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     split = data.get("forget_split") if isinstance(data, dict) else None
     if isinstance(data, dict) and data.get("forget"):
         where, split = f"your own: {data['forget']} to forget, {data.get('retain')} to keep", None
+    subject = str(run.about.get("subject") or "") if split else ""
     smoke = " (smoke: shrunk, its numbers mean little)" if config.get("smoke") else ""
     rows = [
         ("Preset", str(config.get("preset", "")) + smoke),
         ("Seed", str(config.get("seed", ""))),
         ("Model", _model(run)),
-        ("Data", f"{where}, forgetting {split}" if split else str(where)),
+        ("Data", f"{where}, forgetting {subject or split}" if split else str(where)),
         ("Questions evaluated", ", ".join(counts)),
         ("Of the run", str(config.get("run") or "")),
         ("Erased by", _options(config.get("erase", ""))),

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.evaluators.base import items_of
-from train.evaluators.numbers import format_number
-from train.evaluators.numbers import number as finite
+from train.evaluators import chosen
+from train.evaluators.base import Samples
 from train.evaluators.readability import judge
-from train.options.roles import ROLES, Roles
 from train.reporting import tables
 from train.reporting.tables import Run
 from train.runtime import files
 from train.runtime.plain import clean
-
-SAMPLES = {"forget": 5, "retain": 3}
 
 
 def read_evals(run: Run) -> dict[str, dict[str, Any]]:
@@ -58,55 +55,53 @@ def question_of(prompt: str) -> str:
     return text.strip() or str(prompt).strip()
 
 
-def score_of(item: dict[str, Any]) -> Any:
-    """The ROUGE-L of a generation: the recall of an answer, the F1 of a continuation."""
-    return item.get("rougeL_recall", item.get("rougeL_f1"))
-
-
 def samples(
-    logs: dict[str, dict[str, Any]],
-    reference: dict[str, Any] | None = None,
-    roles: Roles = ROLES,
+    run: Run, logs: dict[str, dict[str, Any]], reference: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Evenly spaced questions of each split, with every model's greedy answer.
+    """The samples of the run's evaluators, with the answer of every model.
 
-    `reference` is the log that sets the limits of readability, where the run has one of its own.
+    Args:
+        run: the run.
+        logs: its per-item logs by model.
+        reference: the log that sets the limits of readability, where the run has one of its own.
     """
-    out = []
     judged = {m: judge(log, reference) for m, log in logs.items()}
     unreadable = {m: found.reasons for m, found in judged.items() if found is not None}
-    for part, count in SAMPLES.items():
-        by_model = {
-            m: items_of(log, f"{part}_Q_A_ROUGE") or items_of(log, f"{part}_verbatim")
-            for m, log in logs.items()
-        }
-        items = by_model.get(roles.judged, {})
-        keys = list(items)
-        keys = [keys[int((i + 0.5) * len(keys) / count)] for i in range(count)] if keys else []
-        entries = []
-        for key in dict.fromkeys(keys):
-            truth = items[key].get("ground_truth", "")
-            answers = []
-            for model, found in by_model.items():
-                item = found.get(key, {})
-                # A retain log of another split holds other questions: not answers to this one.
-                if item and str(item.get("ground_truth", "")).strip() == str(truth).strip():
-                    answers.append({
-                        "model": model, "text": clean(item.get("generation", "")) or "(nothing)",
-                        "score": "" if (score := finite(score_of(item))) is None
-                        else format_number(score),
-                        "unreadable": unreadable.get(model, {}).get(key, "")
-                        if part == "forget" else "",
-                    })  # fmt: skip
-            question = clean(question_of(items[key].get("input", "")))
-            entries.append({"question": question, "truth": clean(truth), "answers": answers})
-        if entries:
-            texts = any(f"{part}_verbatim" in log for log in logs.values())
-            what, asked = ("Documents", "starts") if texts else ("Facts", "questions")
-            out.append({
-                "title": f"{what} to {'forget' if part == 'forget' else 'keep'}",
-                "how": f"{len(entries)} of {len(items)} {asked}, evenly spaced through the "
-                "split and not chosen by hand; greedy answers.",
-                "entries": entries,
-            })  # fmt: skip
-    return out
+    rows = [part for row in chosen(run.evaluators) for part in row.samples]
+    made = (_part(part, logs, run.roles.judged, unreadable if part.forget else {}) for part in rows)
+    return [part for part in made if part["entries"]]
+
+
+def _part(
+    part: Samples,
+    logs: Mapping[str, Any],
+    judged: str,
+    unreadable: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
+    by_model = {model: part.read(log) for model, log in logs.items()}
+    items = by_model.get(judged, {})
+    keys = list(items)
+    keys = [keys[int((i + 0.5) * len(keys) / part.count)] for i in range(part.count) if keys]
+    keys = list(dict.fromkeys(keys))
+    entries = []
+    for key in keys:
+        asked, truth = items[key].question, items[key].truth
+        # A retain log of another split holds other questions: not answers to this one.
+        answers = [
+            {
+                "model": model,
+                "text": clean(found[key].text) or "(nothing)",
+                "score": clean(found[key].score),
+                "unreadable": unreadable.get(model, {}).get(key, ""),
+            }
+            for model, found in by_model.items()
+            if key in found and found[key].truth.strip() == truth.strip()
+        ]
+        question = clean(question_of(asked))
+        entries.append({"question": question, "truth": clean(truth), "answers": answers})
+    how = "all of them" if len(keys) == len(items) else "evenly spaced and not chosen by hand"
+    return {
+        "title": part.title,
+        "how": f"{len(keys)} of {len(items)} {part.items}, {how}; {part.how}.",
+        "entries": entries,
+    }

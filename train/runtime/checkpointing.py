@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,8 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
         distributed.of_first(finish)
     except (OSError, UserError) as error:
         if distributed.is_first():
-            remote.remove(part)
+            with _quiet():
+                _discard(part)
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         advice = "free space or choose another --output"
         if isinstance(error, TimeoutError):  # Orbax waits 20 minutes by the clock on the wall
@@ -112,6 +114,15 @@ def _save(folder: Any, tree: Any) -> None:
         _orbax().save(str(folder), tree)
     except ValueError as error:  # TensorStore reports errors of the file system so
         raise OSError(str(error)) from error
+
+
+def _discard(part: Any) -> None:
+    """Remove what an error left. Orbax's threads may still write there and make the folder anew."""
+    for wait in (0, 0.1, 0.2, 0.4, 0.8, 1.6):
+        time.sleep(wait)
+        if wait and not part.exists():
+            return
+        remote.remove(part)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
