@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         else:
             if folder is None:
                 folder = Path(held.enter_context(tempfile.TemporaryDirectory())) / "model"
-            loaded, text, tokens = read(args.source, run, other)
+            loaded, text, tokens, results = read(args.source, run, other)
 
             def described(written: Path) -> str:
                 return cards.with_digests(text, written)
@@ -58,7 +58,12 @@ def main(argv: list[str]) -> None:
                 vit_files.export(loaded, folder, dtype=dtype, card=described)
             else:
                 models.export(
-                    loaded, folder, dtype=args.dtype, max_new_tokens=tokens, card=described
+                    loaded,
+                    folder,
+                    dtype=args.dtype,
+                    max_new_tokens=tokens,
+                    card=described,
+                    results=results,
                 )
         if args.output is not None:
             say(f"model: {args.output}")
@@ -111,10 +116,12 @@ def other_model(run: Path, name: str) -> str | None:
     return None if name == found.roles.judged else name
 
 
-def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, int | None]:
-    """A model with its tokenizer, the text of its card, and the maximum length of its answers.
+def read(
+    source: str, run: Path | None, other: str | None
+) -> tuple[Any, str, int | None, str | None]:
+    """A model with its tokenizer, its card, the maximum length of its answers, and its results.
 
-    Of a run it is the judged model, or the `other` one.
+    Of a run it is the judged model, or the `other` one. The results are those of `card.results`.
     """
     import models
     from models.files import vit_files
@@ -127,8 +134,9 @@ def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, in
         target, what = str(Path(source)) if Path(source).exists() else source, WRITTEN
         if vit_files.is_vit(target):
             image_model = vit_files.load(target)
-            return image_model, cards.of_images(what, params_sha256(image_model.params)), None
-        return models.load(model_source(target)), cards.plain(what), None
+            text = cards.of_images(what, params_sha256(image_model.params))
+            return image_model, text, None, None
+        return models.load(model_source(target)), cards.plain(what), None, None
     found = tables.load_run(run)
     if vit_files.is_vit(run / "export"):
         role = found.roles.judged if other is None else other
@@ -138,7 +146,7 @@ def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, in
         seal.check(folder)
         sha = str(found.summary[role].get("params_sha256"))
         text = cards.of_images(f"The model '{role}' of a run of jaxlib-unlearn.", sha)
-        return vit_files.load(folder), text, None
+        return vit_files.load(folder), text, None, None
     evaluate = found.config.get("evaluate")
     tokens = evaluate.get("max_new_tokens") if isinstance(evaluate, dict) else None
     tokens = tokens if isinstance(tokens, int) else None
@@ -146,12 +154,13 @@ def read(source: str, run: Path | None, other: str | None) -> tuple[Any, str, in
     if other is None and not unlearns:
         what = f"The model '{found.roles.judged}' of a run of jaxlib-unlearn."
         text = cards.plain(what, found.judged["params_sha256"], chat=False)
-        return models.load(run / "export"), text, tokens
+        return models.load(run / "export"), text, tokens, None
     if other is None:
-        return models.load(run / "export"), card.of_run(found, read_evals(found)), tokens
+        text = card.of_run(found, read_evals(found))
+        return models.load(run / "export"), text, tokens, card.results(found)
     sha = found.summary[other].get("params_sha256")
     text = f"The model '{other}' of a run of jaxlib-unlearn."
-    return of_stage(found, other, sha), cards.plain(text, sha, chat=unlearns), tokens
+    return of_stage(found, other, sha), cards.plain(text, sha, chat=unlearns), tokens, None
 
 
 def of_stage(run: tables.Run, which: str, sha: str | None) -> Any:

@@ -29,9 +29,10 @@ from models.text.tokenizer import Tokenizer
 EXPORTER = "jaxlib-unlearn"  # under "exporter" in config.json: the folder is ours to replace
 SHARD_BYTES = 5 * 10**9
 GENERATION, CARD = "generation_config.json", "README.md"
+RESULTS = ".eval_results/jaxlib-unlearn.yaml"  # the Hub reads every YAML file of that folder
 WRITTEN = (
     *("config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-    *(GENERATION, CARD),
+    *(GENERATION, CARD, RESULTS),
 )
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_KEYS = (
@@ -49,6 +50,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     max_new_tokens: int | None = None,
     card: Callable[[Path], str] | None = None,
+    results: str | None = None,
 ) -> Path:
     """Write a model as config.json, generation_config.json, safetensors and tokenizer files.
 
@@ -61,6 +63,7 @@ def export(
         shard_bytes: the largest size of a file, unless one tensor is larger.
         max_new_tokens: the default length limit of generation; None: not written.
         card: the text of README.md, given a folder with all other files; None: no such file.
+        results: the text of `RESULTS`, the Hub's form of evaluation results; None: no such file.
 
     Returns:
         The folder.
@@ -80,7 +83,9 @@ def export(
 
     def write() -> None:
         generation = _generation(loaded.tokenizer, max_new_tokens)
-        _write(folder, raw, dtype, loaded.tokenizer, tensors, shard_bytes, generation, card)
+        _write(
+            folder, raw, dtype, loaded.tokenizer, tensors, shard_bytes, generation, results, card
+        )
 
     first_writes(tensors, write)
     return folder
@@ -107,6 +112,7 @@ def _write(
     tensors: Iterator[tuple[str, np.ndarray]],
     shard_bytes: int,
     generation: dict[str, Any],
+    results: str | None,
     card: Callable[[Path], str] | None,
 ) -> None:
     """The files, in a sibling folder that takes its place once it is complete."""
@@ -120,6 +126,9 @@ def _write(
         tokenizer.save(temporary)
         write_json(temporary / "config.json", raw)
         write_json(temporary / GENERATION, generation)
+        if results is not None:
+            (temporary / RESULTS).parent.mkdir()
+            (temporary / RESULTS).write_text(results, encoding="utf-8")
         if card is not None:
             (temporary / CARD).write_text(card(temporary), encoding="utf-8")
 
@@ -246,7 +255,7 @@ def export_adapter(
             (temporary / CARD).write_text(card, encoding="utf-8")
 
     if jax.process_index() == 0:
-        check_replaceable(folder, _adapter_exporter, (ADAPTER, CARD))
+        check_replaceable(folder, _adapter_exporter, (ADAPTER, CARD, RESULTS))
         replace_folder(folder, fill)
     return folder
 
@@ -296,13 +305,18 @@ def check_replaceable(
     Args:
         folder: the folder to replace.
         exporter: the program that wrote the files in it; `EXPORTER`: they are ours.
-        written: the names of the files of an export, except safetensors.
+        written: the names of the files of an export, `FOLDER/NAME` for one in a folder, except
+            safetensors.
     """
     if not folder.exists():
         return
     if not folder.is_dir():
         raise UserError(f"{folder}: a file is in the way of the export; give another folder")
-    names = {item.name for item in folder.iterdir()}
+    within = {name.rpartition("/")[0] for name in written}
+    names = set()
+    for item in folder.iterdir():
+        inner = item.iterdir() if item.name in within and item.is_dir() else (item,)
+        names |= {path.relative_to(folder).as_posix() for path in inner}
     if not names:
         return
     try:
@@ -310,7 +324,9 @@ def check_replaceable(
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         ours = None
     foreign = sorted(
-        name for name in names if name not in written and not name.endswith(".safetensors")
+        name
+        for name in names
+        if name not in written and ("/" in name or not name.endswith(".safetensors"))
     )
     if ours != EXPORTER or foreign:
         what = shortened(foreign or sorted(names))

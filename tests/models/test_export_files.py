@@ -15,6 +15,7 @@ import models
 from jaxlib_unlearn.errors import UserError
 from models.decoder import lora
 from models.decoder.model import Decoder, DecoderConfig
+from models.files.export import RESULTS
 
 CONFIG = DecoderConfig(61, 32, 48, 3, 4, 2, 8)
 
@@ -89,6 +90,40 @@ def test_the_card_sees_every_other_file_and_is_replaced_with_them(base, tmp_path
     assert models.load(folder).tokenizer.chat_template == "{{ messages }}"
     models.export(loaded, tmp_path / "out")  # without a card none remains
     assert not (folder / "README.md").exists()
+
+
+def test_results_lie_beside_the_card_and_are_replaced_with_it(base, tmp_path, umask):
+    loaded, folder = models.Loaded(CONFIG, base, words(eos_id=1)), tmp_path / "out"
+    for text in ("one", "two"):
+        models.export(loaded, folder, results=text, card=lambda f: str((f / RESULTS).exists()))
+        assert (folder / RESULTS).read_text() == text
+    assert (folder / "README.md").read_text() == "True"
+    assert modes((folder / RESULTS).parent) == {0o644}
+    models.export(loaded, folder)  # without results none remain
+    assert not (folder / RESULTS).parent.exists()
+
+
+@pytest.mark.parametrize("name", ["other.yaml", "model.safetensors"])
+@pytest.mark.parametrize("what", ["model", "adapter"])
+def test_results_of_others_stay(base, tmp_path, what, name):
+    folder = tmp_path / "out"
+
+    def export():
+        if what == "model":
+            models.export(models.Loaded(CONFIG, base, words(eos_id=1)), folder)
+        else:
+            models.export_adapter(trained(base, ["q"]), folder, rank=4, alpha=4, base="x")
+
+    export()
+    theirs = (folder / RESULTS).with_name(name)
+    theirs.parent.mkdir()
+    theirs.write_text("theirs")
+    with pytest.raises(UserError, match=r"no earlier export \(.eval_results/"):
+        export()
+    assert theirs.read_text() == "theirs"
+    theirs.unlink()
+    export()  # an empty folder holds nothing of theirs
+    assert not (folder / RESULTS).parent.exists()
 
 
 def test_adapters_have_the_names_and_layout_of_peft(base, tmp_path):

@@ -1,5 +1,6 @@
 """Exports: prompts, model card, upload to the Hub; models of a run's stages."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -11,17 +12,24 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+import yaml
 from huggingface_hub import errors
 
 import models
+from models.files.export import RESULTS
 from models.text.prompts import TAGS, PromptFormat
 from models.text.tokenizer import Tokenizer
 from train.data.examples import encode_prompt, encode_qa, written_chat_template
-from train.engine import exports
+from train.engine import base_models, exports
+from train.jobs import unlearning
+from train.jobs.job import Judged
+from train.options.config import LoraConfig
+from train.presets import PRESETS
 from train.reporting import card
 from train.reporting.tables import Run
-from train.runtime import cards, checkpointing, hub
+from train.runtime import cards, checkpointing, hub, seal, sharding
 from train.runtime.checkpointing import params_sha256
+from train.runtime.sharding import MeshConfig
 
 TOKEN = "hf_" + "secretsecretsecret"
 
@@ -95,7 +103,8 @@ SUMMARY = {
 }  # fmt: skip
 SETTINGS = {
     "preset": "quickstart", "seed": 3, "smoke": False, "objective": {"name": "asu"},
-    "data": {"source": "tofu", "path": None}, "model": {"path": "owner/name"}, "stage": {},
+    "data": {"source": "tofu", "path": None, "forget_split": "forget10"},
+    "model": {"path": "owner/name"}, "stage": {},
     "evaluate": {"max_new_tokens": 9},
 }  # fmt: skip
 
@@ -114,6 +123,9 @@ def test_the_card_says_verdict_numbers_command_and_digests(tmp_path):
     assert "python -m train.unlearn --config RUN/config.json" in body  # test_rerun has others
     assert "a \\| note" in body  # no cell or item breaks the page
     assert "apply_chat_template" in body and "Minutes" not in body
+    typed = {"command": "python -m train.unlearn quickstart --seed 3"}
+    told = card.of_run(run_of(tmp_path)._replace(about=typed))
+    assert typed["command"] in told and "RUN/config.json" not in told
     again = card.of_run(run_of(tmp_path)._replace(about={"minutes": {"all": 9.0}}))
     assert again == text  # the same run exports the same folder
 
@@ -138,6 +150,66 @@ def test_digests_are_those_of_the_files(tmp_path):
     assert text.startswith("# Card") and f"| `config.json` | `{sha}` |" in text
 
 
+# Evaluation results in the Hub's form.
+
+COMMAND = "python -m train.unlearn tofu-smollm2 \\\n    --seed 3"
+SHOWN = {  # the headline metrics of the unlearned model, with a part of their notes
+    "forget_rouge": "Forget ROUGE-L: close to the oracle is better; python -m train.unlearn",
+    "forget_quality": "Forget quality (p): higher is better; ",
+    "retain_rouge": "Retain ROUGE-L: higher is better; ",
+    "model_utility_of_3": "Model utility, 3 parts: higher is better; ",
+}
+
+
+def entries_of(text):
+    """The entries of a file of results, as the Hub's own client reads them."""
+    parse = getattr(huggingface_hub, "parse_eval_result_entries", None)
+    if parse is None:
+        pytest.skip("this huggingface_hub is older than the Hub's form of evaluation results")
+    return parse(yaml.safe_load(text))
+
+
+def test_results_are_the_headline_numbers_of_the_unlearned_model(tmp_path):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    note = f"data: locuslab/TOFU at commit {commit}"
+    run = run_of(tmp_path)._replace(notes=("another", note), about={"command": COMMAND})
+    text = card.results(run)
+    found = entries_of(text)
+    values = {entry.task_id.removeprefix("forget10_"): entry.value for entry in found}
+    assert values == {name: SUMMARY["unlearned"][name] for name in SHOWN}
+    for entry, words in zip(found, SHOWN.values(), strict=True):
+        assert entry.dataset_id == "locuslab/TOFU" and entry.dataset_revision == commit
+        assert entry.notes.startswith(words)
+        assert entry.notes.endswith("python -m train.unlearn tofu-smollm2 --seed 3")
+        assert entry.date is None and entry.source_url is None
+    assert huggingface_hub.eval_result_entries_to_yaml(found) == yaml.safe_load(text)
+    timed = run._replace(about=run.about | {"minutes": {"all": 9.0}})
+    assert card.results(timed) == text  # the same run exports the same folder
+    assert entries_of(card.results(run_of(tmp_path)))[0].dataset_revision is None
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), None])
+def test_results_without_a_number_have_no_entry(value, tmp_path):
+    scores = SUMMARY["unlearned"] | {"forget_rouge": value}
+    run = run_of(tmp_path)._replace(summary=SUMMARY | {"unlearned": scores})
+    found = yaml.safe_load(card.results(run))
+    names = [entry["dataset"]["task_id"].removeprefix("forget10_") for entry in found]
+    assert names == [name for name in SHOWN if name != "forget_rouge"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"smoke": True},
+        {"data": SETTINGS["data"] | {"path": "folder"}},
+        {"data": SETTINGS["data"] | {"forget": "rows.json"}},
+        {"data": SETTINGS["data"] | {"source": "authors"}},
+    ],
+)
+def test_no_results_without_a_data_set_of_the_hub(changes, tmp_path):
+    assert card.results(run_of(tmp_path)) and card.results(run_of(tmp_path, **changes)) is None
+
+
 # From a run to a folder and to the Hub.
 
 
@@ -158,11 +230,51 @@ def test_an_export_of_a_run_has_its_card_and_settings(folder, program, tmp_path)
     assert done.code == 0, done.err
     text = (tmp_path / "out" / "README.md").read_text()
     assert "Did it forget?" in text
-    for path in (tmp_path / "out").iterdir():
-        sha = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert path.name == "README.md" or f"| `{path.name}` | `{sha}` |" in text
+    names = [path.name for path in (tmp_path / "out").iterdir() if path.is_file()]
+    for name in {*names, RESULTS} - {"README.md"}:
+        sha = hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest()
+        assert f"| `{name}` | `{sha}` |" in text
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["max_new_tokens"] == 9
+
+
+def test_an_export_of_a_run_has_its_results_and_is_replaced(folder, program, tmp_path):
+    out = tmp_path / "out"
+    assert program("train.export", folder, out).code == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    first = entries_of((out / RESULTS).read_text())
+    assert {e.value for e in first} == {summary["unlearned"][name] for name in SHOWN}
+    summary["unlearned"]["forget_rouge"] = 0.875
+    (folder / "summary.json").write_text(json.dumps(summary))
+    done = program("train.export", folder, out)
+    assert done.code == 0, done.err
+    assert [e.value for e in entries_of((out / RESULTS).read_text())][0] == 0.875
+    theirs = (out / RESULTS).with_name("other.yaml")
+    theirs.write_text("[]")
+    done = program("train.export", folder, out)
+    assert done.code == 2 and "no earlier export (.eval_results/other.yaml)" in done.err
+    assert theirs.read_text() == "[]" and (out / RESULTS).exists()
+    theirs.unlink()
+    (folder / "config.json").write_text(json.dumps(SETTINGS | {"smoke": True}))
+    assert program("train.export", folder, out).code == 0
+    assert not (out / RESULTS).parent.exists()
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_run_writes_its_results_beside_its_model_and_its_adapter(rank, tiny, tmp_path):
+    preset = PRESETS["tofu-smollm2"].PRESET
+    config = dataclasses.replace(preset, lora=LoraConfig(rank), export_dtype="float32")
+    about = {"evaluators": ["tofu"], "program": "train.unlearn", "command": COMMAND}
+    run = SimpleNamespace(folder=tmp_path, about=about, notes=[])
+    model = base_models.load_model(str(tiny), "none", sharding.make_mesh(MeshConfig(1)))
+    (tmp_path / "adapter").mkdir()
+    started, judged = SimpleNamespace(run=run, config=config), Judged({}, SUMMARY)
+    unlearning.export(started, model, judged, tmp_path / "export")
+    text = (tmp_path / "export" / RESULTS).read_text()
+    assert [e.task_id for e in entries_of(text)][0] == "forget01_forget_rouge"
+    assert RESULTS in seal.read(tmp_path / "export")[1]
+    beside = tmp_path / "adapter" / RESULTS
+    assert beside.read_text() == text if rank else not beside.exists()
 
 
 def test_the_original_of_a_run_is_exported_from_its_stage(folder, program, tmp_path):
@@ -217,7 +329,10 @@ class Api:
         return SimpleNamespace(repo_id=f"me/{name.split('/')[-1]}")
 
     def upload_folder(self, **options):
-        files = sorted(path.name for path in options["folder_path"].iterdir())
+        paths = options["folder_path"].rglob("*")
+        files = sorted(
+            path.relative_to(options["folder_path"]).as_posix() for path in paths if path.is_file()
+        )
         Api.calls.append(("upload_folder", options["repo_id"], files))
 
 
@@ -243,16 +358,20 @@ def test_push_in_another_dtype_goes_through_a_folder_that_is_deleted(folder, pro
     argv = ["--push-to-hub", "model", "--public", "--dtype", "bfloat16"]
     done = program("train.export", folder, *argv)
     assert done.code == 0, done.err
-    assert api.calls[0][2]["private"] is False and "README.md" in api.calls[1][2]
+    assert api.calls[0][2]["private"] is False
+    assert {"README.md", RESULTS} < set(api.calls[1][2])
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json", "export", "summary.json"]  # fmt: skip
 
 
 def test_a_dry_run_asks_nobody(folder, program, api):
+    (folder / "export" / RESULTS).parent.mkdir()
+    (folder / "export" / RESULTS).write_text("[]")
     done = program("train.export", folder, "--push-to-hub", "me/model", "--dry-run")
     assert done.code == 0 and api.calls == []
     assert "dry run: would send" in done.err and "to me/model (private" in done.err
     assert all(path.name in done.err for path in (folder / "export").iterdir())
+    assert f"  {RESULTS}  2 bytes" in done.err
 
 
 @pytest.mark.parametrize(

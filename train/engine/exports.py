@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import models
+from models.files.export import RESULTS
 from models.files.weights import Loaded
 from train.data.examples import encode_qa, written_chat_template
 from train.options.config import LoraConfig
-from train.runtime import cards, distributed, remote, seal
+from train.runtime import cards, distributed, files, remote, seal
 from train.runtime.stages import digest
 from train.runtime.tracking import say
 
@@ -39,12 +40,13 @@ def export_model(
     text: str | None = None,
     max_new_tokens: int | None = None,
     speaks: bool = True,
+    results: str | None = None,
 ) -> None:
     """Export a model as an HF folder, unless the folder already holds it with the same card.
 
     `text` is the model card; None: one that says where the model comes from. `max_new_tokens` is
     the default maximum length of its answers; `speaks`: it answers questions, so its tokenizer is
-    given the template of its prompts.
+    given the template of its prompts; `results`: its evaluation in the Hub's form.
     """
     text = (
         cards.plain("A model fine-tuned with jaxlib-unlearn.", model.sha) if text is None else text
@@ -59,9 +61,10 @@ def export_model(
             dtype=dtype,
             max_new_tokens=max_new_tokens,
             card=lambda written: cards.with_digests(text, written),
+            results=results,
         )
 
-    sealed(folder, f"{model.sha} {dtype}", [text, max_new_tokens], write)
+    sealed(folder, f"{model.sha} {dtype}", [text, max_new_tokens, results], write)
 
 
 def sealed(folder: Path, model: str, written: Any, write: Callable[[], None]) -> None:
@@ -119,6 +122,14 @@ def export_adapter(
             family=family,
             card=text,
         )
+
+
+def add_results(folder: Path, results: str) -> None:
+    """Write evaluation results in the Hub's form into a folder of adapters, if there is one."""
+    if folder.is_dir():
+        path = folder / RESULTS
+        path.parent.mkdir(exist_ok=True)
+        files.write(path, results)
 
 
 def base_of(path: str) -> str | None:

@@ -30,7 +30,7 @@ from train.options.config import RunConfig, identity
 from train.options.recipe import num_steps
 from train.options.roles import ROLES
 from train.reporting import card, tables
-from train.runtime import files
+from train.runtime import distributed, files
 from train.runtime.stages import digest
 from train.runtime.tracking import say
 from train.tasks import fitting, load_task, subject
@@ -194,7 +194,7 @@ def judge(started: Started, models: Mapping[str, Model]) -> Judged:
 
 
 def export(started: Started, unlearned: Model, judged: Judged, folder: Path) -> None:
-    """The unlearned model, with a card that says how it was judged."""
+    """The unlearned model, with its results and a card that says how it was judged."""
     here, config = started.run, started.config
     done = tables.Run(
         here.folder,
@@ -205,4 +205,7 @@ def export(started: Started, unlearned: Model, judged: Judged, folder: Path) -> 
         evaluators=tuple(here.about["evaluators"]),
     )
     text, tokens = card.of_run(done, judged.logs), config.evaluate.max_new_tokens
-    exports.export_model(unlearned, folder, config.export_dtype, text, tokens)
+    results = card.results(done)
+    exports.export_model(unlearned, folder, config.export_dtype, text, tokens, results=results)
+    if results is not None and config.lora.rank is not None:
+        distributed.of_first(lambda: exports.add_results(here.folder / "adapter", results))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.runtime import files
 from train.runtime.plain import clean
 
 USE = """\
@@ -166,8 +166,5 @@ def with_digests(text: str, folder: Path) -> str:
         text: a card, as `of_run` or `plain` makes it.
         folder: the exported folder.
     """
-    rows = []
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            rows.append((f"`{path.name}`", f"`{hashlib.file_digest(file, 'sha256').hexdigest()}`"))
+    rows = [(f"`{name}`", f"`{digest}`") for name, digest in files.sums(folder).items()]
     return "\n".join([text, "## Files", "", *table(("file", "sha256"), rows), ""])

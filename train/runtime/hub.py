@@ -38,13 +38,13 @@ def push(folder: Path, name: str, *, public: bool = False, dry_run: bool = False
         UserError: the upload failed (no token, no such owner, no network); the Hub's answer is part
             of the message.
     """
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files)
     kind = "public" if public else "private"
     what = f"{len(files)} files ({size / 1e6:,.1f} MB) of {folder} to {name}"
     if dry_run:
         for path in files:
-            say(f"  {path.name}  {path.stat().st_size:,} bytes")
+            say(f"  {path.relative_to(folder).as_posix()}  {path.stat().st_size:,} bytes")
         say(f"dry run: would send {what} ({kind} where it is new)")
         return
     from huggingface_hub import HfApi
