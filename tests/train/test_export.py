@@ -25,7 +25,7 @@ from train.jobs import unlearning
 from train.jobs.job import Judged
 from train.options.config import LoraConfig
 from train.presets import PRESETS
-from train.reporting import card
+from train.reporting import card, provenance
 from train.reporting.tables import Run
 from train.runtime import cards, checkpointing, hub, seal, sharding
 from train.runtime.checkpointing import params_sha256
@@ -128,6 +128,65 @@ def test_the_card_says_verdict_numbers_command_and_digests(tmp_path):
     assert typed["command"] in told and "RUN/config.json" not in told
     again = card.of_run(run_of(tmp_path)._replace(about={"minutes": {"all": 9.0}}))
     assert again == text  # the same run exports the same folder
+
+
+def put_adapter(root, base, rank=16, joined=False):
+    """The settings of a run's adapters, as `export_adapter` leaves them."""
+    settings = {"base_model_name_or_path": str(base), "r": rank, "fan_in_fan_out": joined}
+    (root / "adapter").mkdir(parents=True, exist_ok=True)
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def test_the_card_says_how_its_adapters_are_loaded(tmp_path):
+    without = card.of_run(run_of(tmp_path))
+    put_adapter(tmp_path, "owner/name")
+    text = card.of_run(run_of(tmp_path))
+    assert "RUN/adapter" not in without
+    assert "LoRA adapters of rank 16 in `RUN/adapter`" in text and "README.md" not in text
+    assert 'base = AutoModelForCausalLM.from_pretrained("owner/name")' in text
+    assert 'model = PeftModel.from_pretrained(base, "RUN/adapter")' in text
+    assert "model = model.merge_and_unload()" in text
+    beside = "vllm serve owner/name --enable-lora --lora-modules adapted=RUN/adapter"
+    assert f"\n{beside} --max-lora-rank 16\nvllm serve RUN/export  # merged\n" in text
+    put_adapter(tmp_path, tmp_path / "original")
+    text = card.of_run(run_of(tmp_path))
+    assert 'from_pretrained("RUN/original")' in text and str(tmp_path) not in text
+    assert "`RUN/original`, is in `RUN/adapter/README.md`" in text
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    assert card.of_run(run_of(tmp_path)) == without
+
+
+@pytest.mark.parametrize(
+    ("rank", "joined", "most"),
+    [(1, False, 8), (8, False, 8), (33, False, 64), (512, False, 512), (513, False, None)]
+    + [(4, True, None)],
+)
+def test_vllm_is_given_a_rank_that_it_takes(rank, joined, most, tmp_path):
+    put_adapter(tmp_path, "a b", rank, joined)
+    lines = provenance.adapter_of(run_of(tmp_path)).usage.shell.splitlines()
+    beside = (
+        f"vllm serve 'a b' --enable-lora --lora-modules adapted=RUN/adapter --max-lora-rank {most}"
+    )
+    assert lines == [*([beside] if most else []), "vllm serve RUN/export  # merged"]
+
+
+def test_the_card_of_adapters_names_their_base_and_the_lines():
+    usage = cards.adapter_usage("owner/name", 4, served=True)
+    text = cards.of_adapter("Adapters.", "owner/name", None, usage)
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["library_name"], front["base_model"]) == ("peft", "owner/name")
+    assert usage.python in text and usage.shell in text
+    local = cards.of_adapter("Adapters.", "/run/original", "python -m train.export", usage)
+    assert "base_model" not in local.split("---\n")[1] and "python -m train.export" in local
+
+
+@pytest.mark.parametrize(
+    ("path", "base"),
+    [("hub:owner/name", "owner/name"), ("owner/name", "owner/name"), ("owner/name@v1", None)]
+    + [("smollm2", None), ("a/b.gguf", None)],
+)
+def test_adapters_name_a_base_that_peft_finds(path, base):
+    assert exports.base_of(path) == base
 
 
 def test_a_smoke_run_has_no_verdict_on_its_card(tmp_path):

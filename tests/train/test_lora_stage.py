@@ -239,7 +239,10 @@ def test_a_stage_continues_bit_equal(small_config, tmp_path, monkeypatch, capsys
         moved = before["layers"]["mlp"]["down"]["kernel"][i] + (b @ a).T
         now = again.params["layers"]["mlp"]["down"]["kernel"][i]
         np.testing.assert_allclose(now, moved, rtol=1e-5, atol=1e-6)
-    assert "--model original" in (tmp_path / "two" / "adapter" / "README.md").read_text()
+    said = (tmp_path / "two" / "adapter" / "README.md").read_text()
+    original = tmp_path / "two" / "original"
+    assert "--model original" in said and "merge_and_unload()" in said
+    assert f"vllm serve {original} --enable-lora" in said and "--max-lora-rank 8\n" in said
     rows = [json.loads(x) for x in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     looks = [row["forget_probability"] for row in rows if "forget_probability" in row]
     assert len(looks) == 3 and len(set(looks)) == 3

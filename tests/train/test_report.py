@@ -225,6 +225,17 @@ def test_answers_are_escaped(built):
     assert "<script" not in text and "\x07" not in text and "\ud800" not in text
 
 
+def test_a_run_with_adapters_says_how_they_are_loaded(built, tmp_path):
+    write_run(tmp_path)
+    settings = {"base_model_name_or_path": "owner/name", "r": 16, "fan_in_fan_out": False}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    text = Page(one_run.build(tmp_path).path.read_text(encoding="utf-8")).text
+    assert 'PeftModel.from_pretrained(base, "RUN/adapter")' in text and "merge_and_unload()" in text
+    assert "vllm serve owner/name --enable-lora --lora-modules adapted=RUN/adapter" in text
+    assert "RUN/adapter" not in Page(built[2]).text
+
+
 def test_what_was_run_and_limits_are_there(built):
     text = Page(built[2]).text
     assert "python -m train.unlearn --config RUN/config.json" in text  # no preset has its notes

@@ -132,8 +132,18 @@ def add_results(folder: Path, results: str) -> None:
         files.write(path, results)
 
 
+def is_served(family: str) -> bool:
+    """Whether vLLM serves adapters of a family of models (its "Supported Models", column LoRA)."""
+    return family != "gpt2"
+
+
 def base_of(path: str) -> str | None:
-    """The base that adapters name: a folder or Hub id; None for a format that they cannot name."""
+    """The base that adapters name: a folder or Hub id; None for what they cannot name.
+
+    That is another format, and one commit of a Hub id.
+    """
     if path.endswith(".gguf") or path == "smollm2":
         return None
-    return str(Path(path).absolute()) if Path(path).exists() else path
+    if Path(path).exists():
+        return str(Path(path).absolute())
+    return None if "@" in path else path.removeprefix("hub:")

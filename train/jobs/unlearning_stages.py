@@ -126,7 +126,8 @@ def export_adapter(
     rank = adapters.rank or 1
     what = f"LoRA adapters of rank {rank} in PEFT's format, trained by jaxlib-unlearn to forget."
     command = f"python -m train.export {home} {home / 'original'} --model original"
-    text = cards.of_adapter(what, base, None if known else command)
+    usage = cards.adapter_usage(base, rank, exports.is_served(family))
+    text = cards.of_adapter(what, base, None if known else command, usage)
     exports.export_adapter(trained, adapters, family, root / "adapter", base, text)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,9 +15,9 @@ import yaml
 from train import tasks
 from train.evaluators.base import Metric
 from train.reporting import metrics_table, verdict
-from train.reporting.provenance import command, facts, limitations, made_by, title
+from train.reporting.provenance import adapter_of, command, facts, limitations, made_by, title
 from train.reporting.tables import Run
-from train.runtime.cards import USE, cell, front, table
+from train.runtime.cards import USE, cell, front, hub_model, table, usage_lines
 from train.runtime.plain import clean
 
 
@@ -29,10 +28,8 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _base(config: dict[str, Any]) -> str | None:
     """The Hub id that a run started from; None for a folder, a file or random weights."""
-    path = str(_section(config, "stage").get("original") or _section(config, "model").get("path"))
-    owner, _, name = path.partition("/")
-    is_id = owner and name and "/" not in name and not path.startswith((".", "~"))
-    return path if is_id and not path.endswith(".gguf") and not Path(path).exists() else None
+    stage, model = _section(config, "stage"), _section(config, "model")
+    return hub_model(str(stage.get("original") or model.get("path")))
 
 
 def _lasting(run: Run) -> Run:
@@ -118,6 +115,8 @@ def of_run(run: Run, logs: dict[str, dict[str, Any]] | None = None) -> str:
     lines += ["", "## Numbers", "", *table(("", *models), numbers), ""]
     lines += [f"{metrics_table.LEGEND}.", ""]
     lines += ["## Use", "", USE]
+    if adapter := adapter_of(run):
+        lines += ["### Its adapters", "", adapter.words, "", *usage_lines(adapter.usage)]
     told = _lasting(run)
     lines += ["## How it was made", "", "```sh", clean(command(told), 4000), "```", ""]
     lines += table(("", ""), facts(told, logs))

@@ -13,7 +13,7 @@ from jaxlib_unlearn.errors import UserError
 from train.evaluators import chosen
 from train.evaluators.base import Picture, Results, arranged
 from train.reporting import metrics_table, tables, verdict
-from train.reporting.provenance import command, facts, limitations, made_by, title
+from train.reporting.provenance import adapter_of, command, facts, limitations, made_by, title
 from train.reporting.runlogs import read_evals, samples
 from train.reporting.tables import Run
 from train.runtime import files
@@ -172,6 +172,7 @@ def build(run_dir: str | Path) -> Built:
         samples=samples(run, logs, own_reference),
         facts=facts(run, logs),
         command=clean(command(run), 4000),
+        adapter=adapter_of(run),
         config=clean(json.dumps(run.config, indent=2, ensure_ascii=False), 20000),
         definitions=[one.text for one in definitions],
         limitations=limitations(run, logs),

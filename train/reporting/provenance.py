@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from train.evaluators.base import items_of
 from train.evaluators.leak import leak_scores
@@ -12,6 +13,7 @@ from train.evaluators.numbers import format_number
 from train.evaluators.tofu import truth_ratios
 from train.options.roles import QUESTION_ANSWERING
 from train.reporting.tables import Run
+from train.runtime.cards import Usage, adapter_usage
 from train.runtime.plain import clean
 
 
@@ -107,6 +109,32 @@ def made_by(run: Run) -> str:
         done = f"{attack.get('name')} on {target}"
     parts = [config.get("preset") or run.folder.name, done, f"seed {config.get('seed')}"]
     return ", ".join(str(part) for part in parts if part)
+
+
+class Adapter(NamedTuple):
+    """The adapters of a run in words, and the lines that load them."""
+
+    words: str
+    usage: Usage
+
+
+def adapter_of(run: Run) -> Adapter | None:
+    """The adapters that a run saved in PEFT's format; None for a run without, or damaged ones."""
+    folder = run.folder / "adapter"
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, rank = str(found["base_model_name_or_path"]), int(found["r"])
+        served = not found["fan_in_fan_out"]  # GPT-2's layout: vLLM serves no adapters of it
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    words = (
+        f"The run saved its LoRA adapters of rank {rank} in `RUN/adapter`, in PEFT's format, and "
+        "the model with them merged in `RUN/export`; `RUN` is the folder of the run."
+    )
+    if Path(base).parent.resolve() == run.folder.resolve():
+        base = f"RUN/{Path(base).name}"
+        words += f" The command that writes their base, `{base}`, is in `RUN/adapter/README.md`."
+    return Adapter(words, adapter_usage(base, rank, served))
 
 
 def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from train.runtime import files
 from train.runtime.plain import clean
@@ -63,6 +64,7 @@ image = pipe(PROMPT, guidance_scale=5.0, num_inference_steps=25, output_type="np
 
 
 TAGS = ("jaxlib-unlearn",)
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that its --max-lora-rank takes
 
 
 def cell(text: Any) -> str:
@@ -129,8 +131,61 @@ def of_diffusion(what: str, sha: str) -> str:
     return "\n".join([*lines, f"Parameters (sha256): `{sha}`", ""])
 
 
+def hub_model(path: str) -> str | None:
+    """The repository that a model's name means; None for a folder, a file or random weights.
+
+    Example:
+        >>> hub_model("hub:owner/name@main"), hub_model("./owner/name"), hub_model("smollm2")
+        ('owner/name', None, None)
+    """
+    repository = path.removeprefix("hub:").partition("@")[0]
+    owner, _, name = repository.partition("/")
+    is_id = owner and name and "/" not in name and not repository.startswith((".", "~"))
+    return repository if is_id and not name.endswith(".gguf") and not Path(path).exists() else None
+
+
+class Usage(NamedTuple):
+    """The lines that load the adapters in `RUN/adapter` and the merged model in `RUN/export`."""
+
+    python: str
+    shell: str
+
+
+def adapter_usage(base: str, rank: int, served: bool) -> Usage:
+    """The lines that load adapters, with and without merging, in PEFT and in vLLM.
+
+    Args:
+        base: the path or Hub id of their base model.
+        rank: their rank.
+        served: whether vLLM serves adapters of such a model.
+    """
+    python = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(clean(base))})",
+        'model = PeftModel.from_pretrained(base, "RUN/adapter")  # adapters beside their base',
+        "model = model.merge_and_unload()  # merged, as the model in RUN/export is",
+    ]
+    shell = ["vllm serve RUN/export  # merged"]
+    most = next((most for most in VLLM_RANKS if rank <= most), None)
+    if served and most is not None:
+        beside = "--enable-lora --lora-modules adapted=RUN/adapter --max-lora-rank"
+        shell.insert(0, f"vllm serve {shlex.quote(clean(base))} {beside} {most}")
+    return Usage("\n".join(python), "\n".join(shell))
+
+
+def usage_lines(usage: Usage) -> list[str]:
+    """The Markdown of a usage."""
+    return ["```python", usage.python, "```", "", "```sh", usage.shell, "```", ""]
+
+
 def of_adapter(
-    what: str, base: str, command: str | None, tags: Sequence[str] = ("unlearning",)
+    what: str,
+    base: str,
+    command: str | None,
+    usage: Usage,
+    tags: Sequence[str] = ("unlearning",),
 ) -> str:
     """The card of adapters in PEFT's format.
 
@@ -138,25 +193,17 @@ def of_adapter(
         what: one sentence that describes them.
         base: path or Hub id of their base model.
         command: the command that writes the base model to that path; None: it exists already.
+        usage: the lines that load them.
         tags: the tags for the Hub.
     """
-    head = front((*tags, "lora"))
+    head = front((*tags, "lora"), hub_model(base))
     head[1] = "library_name: peft"
     lines = [*head, "# LoRA adapter", "", cell(what), ""]
     if command:
         lines += ["Their base model is the original of the run; this command exports it:", ""]
         lines += ["```sh", clean(command), "```", ""]
-    lines += [
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(clean(base))})",
-        "model = PeftModel.from_pretrained(base, FOLDER)",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    lines += ["`RUN` is the folder of the run, which holds these adapters in `RUN/adapter`.", ""]
+    return "\n".join([*lines, *usage_lines(usage)])
 
 
 def with_digests(text: str, folder: Path) -> str:

@@ -173,8 +173,9 @@ def export_adapter(
         f"LoRA adapters of rank {adapters.rank} in PEFT's format, which learned {task} with "
         "jaxlib-unlearn."
     )
-    text = cards.of_adapter(what, base, command, tags=())
     family = model.decoder.config.family
+    usage = cards.adapter_usage(base, adapters.rank, exports.is_served(family))
+    text = cards.of_adapter(what, base, command, usage, tags=())
     exports.export_adapter(trained, adapters, family, root / "adapter", base, text)
 
 
