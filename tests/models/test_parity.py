@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 
 import models
+from models.decoder.generate import SamplingConfig, generate
 from models.decoder.model import DecoderConfig
 from models.files.families import FAMILIES, from_hf
 
@@ -356,21 +357,44 @@ def test_gguf_tokenizer_equals_theirs(smollm2_path, transformers, tmp_path):
     assert [saved(text).input_ids for text in texts] == [ours.encode(text) for text in texts]
 
 
+def asked(model, folder, transformers):
+    """The greedy answer of a model in transformers, with the chat template of a folder."""
+    chat = [{"role": "user", "content": "WHO WROTE 1984?"}]
+    inputs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)
+    answer = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    return answer[: answer.index(VOCAB - 1)] if VOCAB - 1 in answer else answer
+
+
 # PEFT reads a property that transformers has renamed.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["llama-bias", "qwen3", "gpt2", "opt"])
 def test_adapters_load_in_peft(name, transformers, tokens, tmp_path):
-    """The model with the exported adapter in PEFT gives the outputs of ours with its own."""
+    """The model with the exported adapter gives the outputs and answers of ours with its own.
+
+    In PEFT and in transformers, merged and not; the question stands in the quickstart's template.
+    """
+    from train.data.examples import encode_prompt
+    from train.engine import exports
+    from train.runtime.sharding import path_str
+
     peft = pytest.importorskip("peft")
     family, changes = CASES[name]
     theirs = transformers.AutoConfig.for_model(family, **sizes_of(family) | changes)
     config = from_hf(theirs.to_dict())
     draw = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: jnp.asarray(0.3 * draw.standard_normal(x.shape), jnp.float32),
+    # Norms about one, as in `pair`: others repeat a single token.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.asarray(
+            0.3 * draw.standard_normal(x.shape) + path_str(path).endswith("norm/scale"),
+            jnp.float32,
+        ),
         models.Decoder(config).shapes(),
     )
-    base = models.Loaded(config, params, small_tokenizer())
+    words = exports.speaking(small_tokenizer().with_template(None))
+    base = models.Loaded(config, params, words)
     adapters = jax.tree.map(
         lambda x: x + jnp.asarray(0.1 * draw.standard_normal(x.shape), jnp.float32),
         models.decoder.lora.init(params, 4, ("q", "v", "o", "down"), 7),
@@ -400,6 +424,30 @@ def test_adapters_load_in_peft(name, transformers, tokens, tmp_path):
     ours = np.asarray(base.unembed(params, hidden))
     assert np.abs(ours - plain).max() > 0.1
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    # Greedy answers of all ways to load it.
+    answers = {
+        name: generate(
+            base.decoder,
+            tree,
+            [encode_prompt(words, "WHO WROTE 1984?")],
+            sampling=SamplingConfig(max_new_tokens=12),
+            stop_ids=(words.eos_id,),
+            pad_id=words.pad_id,
+        )[0][0]
+        for name, tree in {
+            "base": params,
+            "unmerged": models.decoder.lora.view(adapters, params, scale=6 / 4),
+            "merged": models.decoder.lora.merge(adapters, params, scale=6 / 4),
+        }.items()
+    }
+    assert answers["unmerged"] == answers["merged"] != answers["base"]
+    assert len(set(answers["merged"])) > 2
+    loaders = transformers.AutoModelForCausalLM
+    own = loaders.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    assert asked(own, tmp_path / "base", transformers) == answers["base"]
+    own.load_adapter(str(tmp_path / "adapter"))
+    for other in (own, adapted, adapted.merge_and_unload()):
+        assert asked(other, tmp_path / "base", transformers) == answers["merged"]
     # From the adapter's folder alone: it names the model it belongs to.
     again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     np.testing.assert_allclose(
