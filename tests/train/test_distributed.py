@@ -23,7 +23,8 @@ from train.runtime.distributed import DistributedConfig, Preempted
         (DistributedConfig(False, "host:80", 2, 2), "count from 0"),
         (DistributedConfig(False, "host:80", 0, 0), "count from 0"),
         (DistributedConfig(False, "host:80", 2, -1), "count from 0"),
-        (DistributedConfig(False, "host:80", 2, 1, timeout=0), "--distributed.timeout"),
+        (DistributedConfig(False, "host:80", 2, 1, timeout=0), "--distributed.timeout is 0"),
+        (DistributedConfig(auto=True, heartbeat=0), "--distributed.heartbeat is 0"),
     ],
 )
 def test_options_that_do_not_go_together(config, words):
@@ -37,6 +38,16 @@ def test_the_command_line_says_it_in_one_line(program, tmp_path):
     done = program("train.unlearn", *argv)
     assert done.code == 2 and len(done.err.splitlines()) == 1 and "together" in done.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("heartbeat", [300, 40])
+def test_a_long_compilation_may_be_silent(monkeypatch, heartbeat):
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    options = {} if heartbeat == 300 else {"heartbeat": heartbeat}
+    distributed.start(DistributedConfig(False, "host:80", 1, 0, timeout=7, **options))
+    assert given == {"initialization_timeout": 7, "heartbeat_timeout_seconds": heartbeat}
 
 
 def test_alone_nothing_is_asked_of_others():

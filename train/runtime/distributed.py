@@ -64,6 +64,7 @@ class DistributedConfig:
         processes: number of processes.
         process: the number of this process, from 0.
         timeout: seconds to wait for the others at the start.
+        heartbeat: seconds of silence after which a process counts as lost; a compilation is silent.
     """
 
     auto: bool = False
@@ -71,6 +72,7 @@ class DistributedConfig:
     processes: int | None = None
     process: int | None = None
     timeout: int = 300
+    heartbeat: int = 300
 
 
 class Agreed(UserError):
@@ -113,13 +115,20 @@ def start(config: DistributedConfig) -> None:
             "--distributed.auto stands alone, or --distributed.coordinator, --distributed.processes"
             " and --distributed.process together; give one of the two"
         )
+    for name in ("timeout", "heartbeat"):
+        if (seconds := getattr(config, name)) < 1:
+            raise UserError(f"--distributed.{name} is {seconds}; it must be at least 1")
     if not config.auto:
         _check(config)
     # Only the CPU backend reads these two. Its collectives must start in the same order everywhere.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        jax.distributed.initialize(*given, initialization_timeout=config.timeout)
+        jax.distributed.initialize(
+            *given,
+            initialization_timeout=config.timeout,
+            heartbeat_timeout_seconds=config.heartbeat,
+        )
     except ValueError as error:
         if not config.auto:
             raise UserError(f"--distributed.coordinator {config.coordinator}: {error}") from None
@@ -143,8 +152,6 @@ def _check(config: DistributedConfig) -> None:
             f"--distributed.coordinator {config.coordinator} is no host:port; give the address of "
             "the first process"
         )
-    if config.timeout < 1:
-        raise UserError(f"--distributed.timeout is {config.timeout}; it must be at least 1")
     count, index = config.processes or 0, -1 if config.process is None else config.process
     if count < 1 or not 0 <= index < count:
         raise UserError(
