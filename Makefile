@@ -22,6 +22,9 @@ endif
 UV ?= $(shell command -v uv 2>/dev/null)
 WORKERS ?= 2
 ARGS ?=
+# make site: 1 runs the notebooks; linkcheck as BUILDER asks every address.
+EXECUTE ?= 1
+BUILDER ?= html
 
 # libtpu gets an environment of its own: where it is installed, JAX looks for TPUs by default.
 TPU_VENV = $(VENV)-tpu
@@ -47,7 +50,7 @@ NEWEST = tests/test_constraints.py $(LIBRARY:%=tests/jaxlib_unlearn/test_%.py) \
 TPU_ENVIRONMENT = @PYTHON="$(PYTHON)" VENV="$(TPU_VENV)" UV="$(UV)" sh .ci/environment
 TPU_RUN = JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python
 
-.PHONY: help quickstart unlearn test more browser newest parity tpu bench pretrain-table epic-table bench-peers plan lint format smollm2
+.PHONY: help quickstart unlearn test more browser newest site parity tpu bench pretrain-table epic-table bench-peers plan lint format smollm2
 
 help:  ## this list
 	@awk -F ':  ## ' '/^[a-z0-9-]+:  ## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -76,6 +79,18 @@ browser:  ## every kind of page in Chromium, at two widths, light and dark (skip
 newest:  ## a part of the tests, six minutes, for the newest JAX: make newest PYTHON=python3.13
 	$(ENVIRONMENT) train test tensorboard
 	$(RUN) -m pytest -n $(WORKERS) $(BY_FILE) -m "not slow and not torch_parity" $(NEWEST) $(ARGS)
+
+# The sources stand beside what they show, so that README's links to notebooks and tables hold.
+site:  ## the documentation, into runs/site/html (20 minutes; EXECUTE= leaves the notebooks as they are)
+	$(ENVIRONMENT) train test site
+	rm -rf runs/site
+	mkdir -p runs/site/source/tests/bench
+	cp -R colab runs/site/source/colab
+	mv runs/site/source/colab/site/* runs/site/source/
+	cp RESULTS.md CHANGELOG.md CONTRIBUTING.md runs/site/source/
+	cp tests/bench/*.png runs/site/source/tests/bench/
+	SITE_OF="$(CURDIR)" EXECUTE=$(EXECUTE) JAX_PLATFORMS=cpu \
+		$(RUN) -m sphinx -q -W --keep-going -b $(BUILDER) runs/site/source runs/site/$(BUILDER)
 
 parity:  ## the tests that compare with torch (installs it into the same environment)
 	$(ENVIRONMENT) train test parity diffusion-parity
