@@ -39,7 +39,6 @@ autosummary_ignore_module_all = False
 autosummary_imported_members = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
-autodoc_preserve_defaults = True
 add_module_names = False
 
 html_theme = "sphinx_book_theme"

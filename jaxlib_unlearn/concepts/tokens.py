@@ -188,7 +188,7 @@ def attack_token(
 def extend(basis: ArrayLike, embedding: ArrayLike, place: ArrayLike) -> jax.Array:
     """A basis with the direction of one more token in a column of zeros.
 
-        U[:, place] = v / |v|,  v first made orthogonal to U, twice
+        ``U[:, place] = v / |v|``,  v first made orthogonal to U, twice
 
     Args:
         basis: ``(d, K)``, orthonormal columns and columns of zeros.

@@ -70,7 +70,7 @@ def privleak(auc: float, auc_retain: float = 0.5) -> float:
 def ks_test(a: ArrayLike, b: ArrayLike) -> KSTest:
     """Two-sided two-sample Kolmogorov-Smirnov test with the exact p-value.
 
-        D = sup_x |F_a(x) - F_b(x)|
+        ``D = sup_x |F_a(x) - F_b(x)|``
 
     The asymptotic formula is off by a factor of two at the sizes of TOFU; scipy uses it only beyond
     10,000 values per sample.

@@ -132,7 +132,7 @@ def _spoken(text: str) -> list[str]:
 def fact_recall(answer: str, values: Sequence[str]) -> float:
     """Share of the values of a fact that occur in an answer, as whole words in any case.
 
-        recall = |{v in values: v occurs in answer}| / |values|
+        ``recall = |{v in values: v occurs in answer}| / |values|``
 
     Unlike ROUGE it gives no credit for the right sentence around a wrong fact.
 
