@@ -20,7 +20,6 @@ extensions = [
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_templates", "colab/runs"]
-nitpicky = False
 
 # Pages in Markdown.
 myst_enable_extensions = ["colon_fence"]
@@ -47,6 +46,8 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_use_index = False
+html_domain_indices = False
 html_theme_options = {
     "show_toc_level": 2,
     "use_download_button": False,
