@@ -22,7 +22,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import one_line
 from models import Tokenizer
 from train.data import corpus
-from train.data.bpe import train_bpe
+from train.data.bpe import LONGEST_WORD, train_bpe
 from train.runtime import distributed, files
 from train.runtime.stages import alone, digest, locked, sweep_killed
 from train.runtime.tracking import progress, say
@@ -78,7 +78,7 @@ def tokenised(
         "corpus": config.digest,
         "validation": config.validation,
         "most": most,
-        "tokenizer": ["train", vocab_size] if given is None else identity_of(given),
+        "tokenizer": ["train", vocab_size, LONGEST_WORD] if given is None else identity_of(given),
     }
     folder = cache / digest(inputs)[:16]
 
