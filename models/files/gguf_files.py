@@ -47,7 +47,8 @@ def opened(path: Path) -> Iterator[tuple[DecoderConfig, dict[str, Stored], Token
     """Configuration, tensors (kernels `(out, in)`) and tokenizer of a GGUF file.
 
     Raises:
-        UserError: the file is truncated or damaged, or of an unsupported architecture; or a key is misspelt.
+        UserError: the file is truncated or damaged, of an unsupported architecture, or a key that
+            is read is misspelt in it.
     """
     with reading(path, "download it again", "not a whole GGUF file, truncated or damaged"):
         plain, found = gguf_layout.read(path)

@@ -632,9 +632,8 @@ def test_a_gguf_key_that_lost_a_letter_is_refused(key, other, refused, tmp_path)
     path = tmp_path / "m.gguf"
     write_gguf(path, GGUF_BASE, random_params(GGUF_BASE))
     path.write_bytes(path.read_bytes().replace(key.encode(), other.encode()))
-    with pytest.raises(UserError, match=f"'{other}' is unknown, and '{key}' is absent; down") if (
-        refused
-    ) else contextlib.nullcontext():
+    raised = pytest.raises(UserError, match=f"'{other}' is unknown, and '{key}' is absent; down")
+    with raised if refused else contextlib.nullcontext():
         models.load(path)
 
 
