@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,7 +117,9 @@ def read(folder: Path, inputs: dict[str, Any]) -> Tokenised | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text())
+        manifest = files.opened(path.read_bytes())
+        if manifest is None:
+            raise ValueError("its manifest does not match its CRC-32")
         if manifest["inputs"] != inputs:
             raise ValueError("it was made from something else")
         sums = manifest["sha256"]
@@ -168,7 +169,7 @@ def write(
             "words": counts.words(),
             "sha256": files.sums(part),
         }
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (part / "manifest.json").write_text(files.sealed(manifest))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         files.put(part, folder)
     except OSError as error:
