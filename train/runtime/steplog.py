@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,9 @@ def parse_step(line: bytes) -> dict[str, Any] | None:
     Lines without a CRC-32 (of an earlier version) pass if they describe a step.
     """
     row = files.opened(line)
-    sound = row is not None and isinstance(row.get("stage"), str)
-    return row if sound and type(row.get("step")) is int else None
+    if row is None or not isinstance(row.get("stage"), str):
+        return None
+    return row if type(row.get("step")) is int else None
 
 
 def split_steps(path: Path) -> tuple[Steps, list[tuple[int, bytes]]]:
@@ -68,15 +68,14 @@ def odd(steps: Steps, stage: str = "", before: int = 0) -> str:
     """
     if not all(files.CRC.fullmatch(line) for line, _ in steps):
         return ""
-    logged: dict[str, list[int]] = defaultdict(list)
+    logged: dict[str, list[int]] = {stage: []} if before else {}
     for _, row in steps:
-        logged[row["stage"]].append(row["step"])
+        logged.setdefault(row["stage"], []).append(row["step"])
     found = []
-    for name in dict.fromkeys([*logged, *([stage] if before else [])]):
-        once = {step for step in logged[name] if step >= 0}
+    for name, there in logged.items():
+        once = {step for step in there if step >= 0}
         end = max([*once, before if name == stage else 0])
-        missing = end - len(once - {end})
-        twice = len(logged[name]) - len(once)
+        missing, twice = end - len(once - {end}), len(there) - len(once)
         found += [f"{missing} step(s) of {name} are missing"] if missing else []
         found += [f"{twice} line(s) of {name} stand there twice"] if twice else []
     return ", ".join(found)
