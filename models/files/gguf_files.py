@@ -15,16 +15,31 @@ from typing import Any
 import numpy as np
 
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.reading import number, one_line, reading
+from jaxlib_unlearn.reading import check_spelling, number, one_line, reading
 from models import bounds
 from models.decoder.layers import RopeScaling, rope_frequencies
 from models.decoder.model import DecoderConfig
 from models.files import gguf_layout
 from models.files.families import FAMILIES
 from models.files.stored import Stored
-from models.text.tokenizer import Tokenizer
+from models.text.tokenizer import OTHERS, Tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Further keys of the format, one letter off one that is read.
+NEAR = {f"tokenizer.ggml.{name}_id" for name in OTHERS}
+NEAR |= {"tokenizer.ggml.add_eos_token", "tokenizer.chat_templates"}
+
+
+class _Asked(dict[str, Any]):
+    """Metadata that remembers which keys `get` was asked for."""
+
+    def __init__(self, metadata: Mapping[str, Any]):
+        super().__init__(metadata)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
 
 
 @contextlib.contextmanager
@@ -32,10 +47,12 @@ def opened(path: Path) -> Iterator[tuple[DecoderConfig, dict[str, Stored], Token
     """Configuration, tensors (kernels `(out, in)`) and tokenizer of a GGUF file.
 
     Raises:
-        UserError: the file is truncated or damaged, or of an unsupported architecture.
+        UserError: the file is truncated or damaged, of an unsupported architecture, or a key that
+            is read is misspelt in it.
     """
     with reading(path, "download it again", "not a whole GGUF file, truncated or damaged"):
-        metadata, found = gguf_layout.read(path)
+        plain, found = gguf_layout.read(path)
+        metadata = _Asked(plain)
         tensors = {tensor.name: tensor for tensor in found}
     arch = metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
@@ -48,6 +65,7 @@ def opened(path: Path) -> Iterator[tuple[DecoderConfig, dict[str, Stored], Token
         factors = None if freqs is None else values(path, freqs).reshape(-1)
         config = config_of(metadata, set(tensors), factors, str(path))
         tokenizer = Tokenizer.from_gguf(metadata, str(path))
+        check_spelling(plain.keys() - NEAR, metadata.asked, path, "download it again")
         stored = {name: _stored(path, tensor, arch, config) for name, tensor in tensors.items()}
     yield config, stored, tokenizer
 

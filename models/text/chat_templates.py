@@ -15,6 +15,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from models.text import chat_worker, prompts
 # Processor time is the limit that counts; this one is for a worker that never gets to run.
 PATIENCE = 60.0
 NEXT = "use another template, or a model without one"
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 class _Ended(Exception):
@@ -120,8 +122,8 @@ def render(source: str, scope: Mapping[str, Any], today: datetime.datetime | Non
         The text.
 
     Raises:
-        UserError: the template is broken, refuses its messages, or takes more than a second of
-            processor time, 512 MiB of memory or 4 Mi characters of text.
+        UserError: the template is broken, holds control characters, refuses its messages, or takes
+            more than a second of processor time, 512 MiB of memory or 4 Mi characters of text.
 
     Example:
         >>> render("{{ messages[0].content|upper }}", {"messages": [{"content": "hi"}]})
@@ -131,6 +133,11 @@ def render(source: str, scope: Mapping[str, Any], today: datetime.datetime | Non
         raise UserError(
             f"the chat template has {len(source):,} characters, more than the "
             f"{chat_worker.LARGEST_TEMPLATE:,} that are read; {NEXT}"
+        )
+    if found := CONTROL.search(source):
+        raise UserError(
+            f"the chat template holds the control character {found[0]!r}: it is damaged; get it "
+            "anew, or use another one"
         )
     key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
     today = prompts.day_of(prompts.DATE) if today is None else today

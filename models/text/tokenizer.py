@@ -27,6 +27,7 @@ DROPPED = ("chat_template", "auto_map", "name_or_path", "is_local", "local_files
 OTHERS = tuple(f"{name}_token" for name in "eot eom eod eop eoi boi bot bop sos".split())
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types of GGUF
 NO_TOKEN = (-1, 2**32 - 1)  # ids by which some files say that there is no such token
+MARKER = "17296501729650"  # digits, which no filter of templates for texts changes
 LARGEST = 2**28  # bytes of a tokenizer.json; the largest published ones have 35 million
 
 
@@ -79,6 +80,7 @@ class Tokenizer:
         self._pad_id = pad_id
         self.settings = dict(settings or {"tokenizer_class": "PreTrainedTokenizerFast"})
         self.format = PromptFormat()
+        self._prints = False  # whether the template is known to print the user's message
 
     def formatted(self, format: PromptFormat) -> Tokenizer:
         """The same tokenizer with another format of its prompts."""
@@ -141,7 +143,8 @@ class Tokenizer:
                 `self.format.date`, never the clock's: texts do not differ from day to day.
 
         Raises:
-            UserError: there is no template, it refuses the messages, or it takes too long.
+            UserError: there is no template, it refuses the messages, it takes too long, or it does
+                not print the user's message.
         """
         if self.chat_template is None:
             raise UserError(
@@ -149,13 +152,21 @@ class Tokenizer:
             )
         date = variables.get("date_string", self.format.date)
         names = {key: self.token(value) for key, value in self._special_ids().items()}
-        scope = {key: value for key, value in names.items() if value is not None}
+        turns = [dict(turn) for turn in messages]
+        scope: dict[str, Any] = {key: value for key, value in names.items() if value is not None}
         scope |= {"tools": None, "documents": None, "date_string": date, **variables}
-        scope |= {
-            "messages": [dict(turn) for turn in messages],
-            "add_generation_prompt": add_generation_prompt,
-        }
-        return chat_templates.render(self.chat_template, scope, day_of(date))
+        scope |= {"messages": turns, "add_generation_prompt": add_generation_prompt}
+        text = chat_templates.render(self.chat_template, scope, day_of(date))
+        asked = [turn for turn in turns if turn.get("role") == "user"]
+        if asked and not self._prints:
+            asked[-1]["content"] = MARKER
+            if MARKER not in chat_templates.render(self.chat_template, scope, day_of(date)):
+                raise UserError(
+                    "the chat template does not print the user's message: it is damaged; get it "
+                    f"anew, or {chat_templates.NEXT}"
+                )
+            self._prints = True
+        return text
 
     def with_template(self, chat_template: str | None) -> Tokenizer:
         """The same tokenizer with another chat template."""

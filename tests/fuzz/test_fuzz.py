@@ -261,6 +261,16 @@ def hostile(data, random):
     return random.choice(HOSTILE).encode("utf-8", "surrogatepass")
 
 
+def control(data, random):
+    at = random.randrange(len(data) + 1)
+    return data[:at] + random.choice((b"\0", b"\x07", b"\x1b", b"\x7f", b"\xc2\x85")) + data[at:]
+
+
+def unprinted(data, random):
+    """The user's message is gone, or has lost a letter of its name."""
+    return data.replace(b"content", random.choice((b"conten", b"kontent", b"contents", b"role")))
+
+
 # GGUF.
 
 
@@ -360,6 +370,18 @@ def text_length(data, reader, random):
     return set_number(data, field.offset, "<Q", random.choice((2**20, 2**40, 2**63, 2**64 - 1)))
 
 
+def key(data, reader, random):
+    """A key with another letter; every key of the sample is read."""
+    names = [name for name in reader.fields if not name.startswith("GGUF.")]
+    field = reader.fields[random.choice(names)]
+    at = field.offset + 8 + random.randrange(field.parts[1].nbytes)
+    return (
+        data[:at]
+        + bytes([random.choice([c for c in b"aqxyz_A" if c != data[at]])])
+        + data[at + 1 :]
+    )
+
+
 def value_kind(data, reader, random):
     names = [n for n in reader.fields if n.startswith("llama.") and "epsilon" not in n]
     field = reader.fields[random.choice(names)]
@@ -396,7 +418,7 @@ def scale(data, reader, random):
 GGUF = {
     "cut": damage.cut, "longer": longer, "counts": counts, "version": version,
     **{f.__name__: in_gguf(f) for f in (
-        tensor_offset, tensor_shape, tensor_kind, text_length, value_kind, value_size,
+        tensor_offset, tensor_shape, tensor_kind, text_length, key, value_kind, value_size,
         list_length, scale,
     )},
 }  # fmt: skip
@@ -524,7 +546,8 @@ ROWS = [
         {"special": damage.on_json(odd_special), "template": damage.on_json(odd_template),
          **damage.json_faults("text")}, NOISE, VALUES, 250),
     Row("chat template", model_folder("chat_template.jinja"), of_folder_tokenizer,
-        {"binary": damage.binary}, {**NOISE, "hostile": hostile}, "what the template prints", 36),
+        {"binary": damage.binary, "control": control, "unprinted": unprinted},
+        {**NOISE, "hostile": hostile}, "what the template prints beside the user's message", 50),
     Row("gguf", gguf_file, of_model, GGUF, NOISE, f"{PAYLOAD}; {VOCABULARY}", 280),
     Row("data in lines", data_file("lines"), of_rows,
         {**LINES, "cut": damage.by_line(cut_line), "empty": damage.empty}, NOISE, VALUES, 400),
@@ -534,7 +557,7 @@ ROWS = [
         {"negative": damage.on_json(negative), **damage.json_faults("object", "minus")},
         NOISE, VALUES, 400),
     Row("retain log of TOFU", tofu_log, of_log, damage.json_faults("object"), NOISE, VALUES, 400),
-    Row("run configuration", run_configuration, of_configuration, WHOLE_JSON, NOISE, VALUES, 300),
+    Row("own configuration", run_configuration, of_configuration, WHOLE_JSON, NOISE, VALUES, 300),
     *load("run_folder.py").rows(damage),
 ]  # fmt: skip
 
@@ -559,5 +582,8 @@ def test_an_hour_of_damaged_files(tmp_path, capsys):
         tally, found = damage.fuzz(row, folder, seed, seconds=seconds / len(rows))
         failures += found
         with capsys.disabled():
-            print(f"{row.name:26} {dict(tally)} failures: {len(found)}; blind: {row.blind}")
+            kinds = [f"{tally[kind]:6} {kind}" for kind in ("refused", "same", "changed")]
+            total = sum(tally.values()) - tally["untouched"]
+            print(f"{row.name:25} {total:7} mutations {' '.join(kinds)} {len(found):3} failures; "
+                  f"blind: {row.blind}")  # fmt: skip
     assert not failures, f"FUZZ_SEED={seed}\n" + "\n".join(map(str, failures[:50]))

@@ -83,8 +83,52 @@ def test_chat_trims_blocks(tokenizer):
     ],
 )
 def test_template_features(template, text):
-    tokenizer = Tokenizer(trained(), template, bos_id=0, eos_id=2)
-    assert tokenizer.chat(USER, date_string="26 Jul 2024") == text
+    tokenizer = Tokenizer(trained(), template + "{{ messages[0].content }}", bos_id=0, eos_id=2)
+    assert tokenizer.chat(USER, date_string="26 Jul 2024") == text + "hi"
+
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}"
+    "{{ ' [INST] ' + m.content|trim + ' [/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+LAST = "{{ messages[-1]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "text"),
+    [
+        (MISTRAL, USER, "<bos> [INST] hi [/INST]"),
+        (MISTRAL, [*USER, {"role": "assistant", "content": "a"}, *USER], None),
+        ("{{ messages|tojson }}", USER, '[{"role": "user", "content": "hi"}]'),
+        ("{{ (messages|last).content|title|replace('i', 'o') }}", USER, "Ho"),
+        (LAST, [{"role": "user", "content": ""}], ""),
+        ("said", [{"role": "assistant", "content": "a"}], "said"),  # nothing is asked
+        (LAST + "\r\n\t\u3000é", USER, "hi\n\t\u3000é"),
+    ],
+)
+def test_a_template_that_prints_the_users_message_is_used(template, messages, text):
+    found = Tokenizer(trained(), template, bos_id=0, eos_id=2).chat(messages)
+    assert text is None or found == text
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ bos_token }}", "does not print the user's message"),
+        (LAST.replace("content", "contenu"), "does not print the user's message"),
+        (CHATML.replace("'content'", "'role'"), "does not print the user's message"),
+        ("{% if messages|length > 1 %}" + LAST + "{% endif %}", "does not print the user's"),
+        (LAST + "\x00", r"holds the control character '\\x00'"),
+        ("\x1b" + LAST, r"holds the control character '\\x1b'"),
+        (LAST + "\x85", r"holds the control character '\\x85'"),
+    ],
+)
+def test_a_damaged_template_is_refused(template, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer(trained(), template, bos_id=0, eos_id=2).chat(USER)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -142,11 +186,12 @@ def test_template_inside_the_configuration(tokenizer, tmp_path):
     file = tmp_path / "tokenizer_config.json"
     raw = json.loads(file.read_text())
     assert not Tokenizer.from_folder(tmp_path).has_chat_template
-    file.write_text(json.dumps({**raw, "chat_template": "one"}))
-    assert Tokenizer.from_folder(tmp_path).chat(USER) == "one"
-    named = [{"name": "rag", "template": "two"}, {"name": "default", "template": "three"}]
+    file.write_text(json.dumps({**raw, "chat_template": "one {{ messages[0].content }}"}))
+    assert Tokenizer.from_folder(tmp_path).chat(USER) == "one hi"
+    three = "three {{ messages[0].content }}"
+    named = [{"name": "rag", "template": "two"}, {"name": "default", "template": three}]
     file.write_text(json.dumps({**raw, "chat_template": named}))
-    assert Tokenizer.from_folder(tmp_path).chat(USER) == "three"
+    assert Tokenizer.from_folder(tmp_path).chat(USER) == "three hi"
 
 
 def test_special_tokens_map_alone(tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import struct
@@ -614,6 +615,26 @@ def test_unsupported_gguf(changes, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         models.load(tmp_path / "m.gguf")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "refused"),
+    [
+        ("llama.rope.freq_base", "llama.rope.freq_bare", True),
+        ("llama.vocab_size", "llama.vocab_Size", True),
+        ("tokenizer.ggml.token_type", "tokenizer.ggml.token_typm", True),
+        ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eos_token_hd", True),
+        ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", False),  # another key
+        ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eos_tooth_id", False),
+    ],
+)
+def test_a_gguf_key_that_lost_a_letter_is_refused(key, other, refused, tmp_path):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, GGUF_BASE, random_params(GGUF_BASE))
+    path.write_bytes(path.read_bytes().replace(key.encode(), other.encode()))
+    raised = pytest.raises(UserError, match=f"'{other}' is unknown, and '{key}' is absent; down")
+    with raised if refused else contextlib.nullcontext():
+        models.load(path)
 
 
 def test_unpermute_undoes_permute():

@@ -445,6 +445,9 @@ def test_tokens_of_another_vocabulary_are_refused(program, erased, attacked, tmp
     told = json.loads((other / "attack.json").read_text())
     told["vocabulary_sha256"] = "0" * 64
     (other / "attack.json").write_text(json.dumps(told))
+    damaged = program("train.defend", erased, other, "--output", tmp_path / "run")
+    assert damaged.code == 2 and "attack.json is not what the run wrote" in damaged.err
+    (other / "attack.key").unlink()
     found = program("train.defend", erased, other, "--output", tmp_path / "run")
     assert found.code == 2 and "of another vocabulary" in found.err
     given = ("--attack", "given", "--attack.source", other, "--output", tmp_path / "run")
@@ -460,6 +463,7 @@ def test_tokens_for_other_embeddings_are_refused(program, erased, attacked, tmp_
     assert len(told["embeddings_sha256"]) == 64
     told["embeddings_sha256"] = "0" * 64
     (other / "attack.json").write_text(json.dumps(told))
+    (other / "attack.key").unlink()
     output = ("--output", tmp_path / "run")
     lines = [("defend", erased, other, *output)]
     lines += [("attack", erased, "--attack", "given", "--attack.source", other, *output)]

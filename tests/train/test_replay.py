@@ -548,6 +548,7 @@ def test_a_replay_continues_where_it_was_stopped(stage, start, tmp_path, monkeyp
     for manifest in stopped.glob("*/manifest.json"):
         told = json.loads(manifest.read_text())
         assert told["checked"] == [0.0, True]
+        del told["crc"]
         manifest.write_text(json.dumps(told | {"checked": [1e-7, False]}))
     *_, how = replayed(root / "replay.zo", start, checkpoints=stopped, seconds=1e9)
     assert how == (1e-7, 3, False)

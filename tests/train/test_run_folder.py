@@ -15,7 +15,7 @@ from jaxlib_unlearn.errors import UserError
 from train import evaluate
 from train.data import references
 from train.engine import base_models, exports
-from train.jobs import job
+from train.jobs import job, trace_files
 from train.options import config_files
 from train.options.config import RunConfig, identity
 from train.presets import arguments
@@ -312,6 +312,71 @@ def test_damage_to_the_checksum_of_a_step_hides_no_other(tmp_path):
         assert [row["step"] for _, row in steps] == [1] and [number for number, _ in bad] == [1]
     path.write_bytes(bare)  # of a version without checksums
     assert steplog.split_steps(path) == ([(bare[:-1], json.loads(bare))], [])
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ([0, 1, 2, 3, 4, 5], ""),
+        ([1, 2, 3, 4, 5], "1 step(s) of b are missing"),
+        ([0, 2, 5, 4], "2 step(s) of b are missing"),
+        ([0, 1, 1, 2, 3, 3, 4, 5], "2 line(s) of b stand there twice"),
+        ([0, 1, 3, 4, 5, 5], "1 step(s) of b are missing, 1 line(s) of b stand there twice"),
+        ([0, 1, 2], "3 step(s) of b are missing"),
+        ([], "6 step(s) of b are missing"),
+    ],
+)
+def test_steps_that_are_lost_or_repeated_are_said(tmp_path, capsys, keep, words):
+    path = tmp_path / "metrics.jsonl"
+    for stage in ("a", "b"):
+        for step in range(6):
+            Tracker(tmp_path).write(stage, step, {"loss": 1.0})
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:6], *(lines[6 + step] for step in keep)]))
+    Tracker(tmp_path)
+    assert (words in capsys.readouterr().err) == (not words or max(keep, default=0) == 5)
+    files.key_of(path).write_text(files.key_text(b"".join(lines).decode()))  # the run had ended
+    said: list[str] = []
+    assert len(steplog.read_steps(path, said.append)) == 6 + len(set(keep))
+    assert len(said) == bool(words) and str(path) in (said or [str(path)])[0]
+    Tracker(tmp_path).resume("b", 6)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == bool(words) * (2 if max(keep, default=0) == 5 else 1)
+    assert not words or f"{path}: {words}; the run goes on" in said[-1]
+    assert path.read_bytes().splitlines(keepends=True) == [
+        *lines[:6],
+        *(lines[6 + step] for step in dict.fromkeys(keep)),
+    ]
+
+
+def test_a_damaged_trace_is_made_again(tmp_path, capsys):
+    path = tmp_path / "traces.jsonl"
+    trace_files.add(path, 0, ["one", "two", "th\u2028ree"])
+    sound = path.read_bytes()
+    assert trace_files.kept(path) == ["one", "two", "th\u2028ree"] and path.read_bytes() == sound
+    rng = random.Random(3)
+    for _ in range(200):
+        flip(path, rng)
+        found = trace_files.kept(path)
+        assert found == ["one", "two", "th\u2028ree"][: len(found)] and len(found) < 3
+        path.write_bytes(sound)
+    assert "line 2 is damaged" in capsys.readouterr().err
+    path.write_text('{"row": 0, "trace": "old"}\n{"row": 1, "tra')  # of an earlier version
+    assert trace_files.kept(path) == ["old"] and b"crc" in path.read_bytes()
+
+
+def test_a_damaged_run_json_is_noticed(tmp_path):
+    folder.write_about(tmp_path, {"all": 2.0}, [], {"roles": {"judged": "merged"}})
+    path = tmp_path / "run.json"
+    assert folder.read_minutes(tmp_path) == {"all": 2.0}
+    sound = path.read_bytes()
+    for before, after in ((b"2.0", b"3.0"), (b"merged", b"mergee"), (b"judged", b"judgee")):
+        path.write_bytes(sound.replace(before, after))
+        assert folder.read_minutes(tmp_path) == {}
+        about, (note,) = tables._about(path)
+        assert about == {} and "run.json is damaged" in note
+    files.key_of(path).unlink()  # of an earlier version
+    assert tables._about(path)[0]["roles"] == {"judgee": "merged"}
 
 
 def test_a_damaged_cache_is_computed_again(tmp_path, capsys):

@@ -6,9 +6,14 @@ from collections.abc import Iterable
 
 from models import Tokenizer
 
+LONGEST_WORD = 256  # bytes; the time of training grows with the square of a word's length
+
 
 def train_bpe(texts: Iterable[str], vocab_size: int, split_digits: bool = False) -> Tokenizer:
     """A byte-level BPE tokenizer trained on texts; `<pad>` and `<eos>` are its special tokens.
+
+    Training cuts words of more than 256 bytes, as texts without spaces have them; encoding does
+    not.
 
     Args:
         texts: the texts, which are read once.
@@ -31,7 +36,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, split_digits: bool = False)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     apart = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
     before = pre_tokenizers.Sequence([*apart, words]) if apart else words
-    backend.pre_tokenizer = before  # type: ignore[assignment]
+    pieces = pre_tokenizers.Sequence([before, pre_tokenizers.FixedLength(LONGEST_WORD)])
+    backend.pre_tokenizer = pieces  # type: ignore[assignment]
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -40,6 +46,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, split_digits: bool = False)
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = before  # type: ignore[assignment]
     return Tokenizer(
         backend, eos_id=backend.token_to_id("<eos>"), pad_id=backend.token_to_id("<pad>")
     )

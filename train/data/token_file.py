@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxlib_unlearn.errors import UserError
 from jaxlib_unlearn.reading import one_line
 from models import Tokenizer
 from train.data import corpus
-from train.data.bpe import train_bpe
+from train.data.bpe import LONGEST_WORD, train_bpe
 from train.runtime import distributed, files
 from train.runtime.stages import alone, digest, locked, sweep_killed
 from train.runtime.tracking import progress, say
@@ -78,7 +77,7 @@ def tokenised(
         "corpus": config.digest,
         "validation": config.validation,
         "most": most,
-        "tokenizer": ["train", vocab_size] if given is None else identity_of(given),
+        "tokenizer": ["train", vocab_size, LONGEST_WORD] if given is None else identity_of(given),
     }
     folder = cache / digest(inputs)[:16]
 
@@ -118,7 +117,9 @@ def read(folder: Path, inputs: dict[str, Any]) -> Tokenised | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text())
+        manifest = files.opened(path.read_bytes())
+        if manifest is None:
+            raise ValueError("its manifest does not match its CRC-32")
         if manifest["inputs"] != inputs:
             raise ValueError("it was made from something else")
         sums = manifest["sha256"]
@@ -168,7 +169,7 @@ def write(
             "words": counts.words(),
             "sha256": files.sums(part),
         }
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (part / "manifest.json").write_text(files.sealed(manifest))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         files.put(part, folder)
     except OSError as error:

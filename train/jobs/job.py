@@ -258,6 +258,9 @@ def end(
     def write() -> None:
         write_atomic(run.folder / "summary.json", text := json.dumps(summary, indent=1))
         write_atomic(run.folder / "summary.key", files.key_text(text))
+        log = run.folder / "metrics.jsonl"
+        if log.is_file() and not files.key_of(log).exists():
+            write_atomic(files.key_of(log), files.key_text(log.read_text()))
         if shown:
             ending.show(run.folder)
         remote.send(run.folder)

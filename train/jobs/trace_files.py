@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 from train.data.tofu import read_json
+from train.runtime import files
 from train.runtime.stages import digest
+from train.runtime.tracking import say
 
 
 def kept(path: Any) -> list[str]:
-    """The traces of a stage that was stopped; a line that was cut off ends them."""
-    found: list[str] = []
+    """The traces of a stage that was stopped; a line that was cut off or damaged ends them."""
     if not path.exists():
-        return found
-    whole = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-        except ValueError:
+        return []
+    found: list[str] = []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    checked = any(map(files.CRC.fullmatch, lines))  # those of earlier versions have no CRC-32
+    for line in lines:
+        entry = files.opened(line) if files.CRC.fullmatch(line) or not checked else None
+        trace = None if entry is None or entry.get("row") != len(found) else entry.get("trace")
+        if not isinstance(trace, str):
             break
-        if not line.endswith("\n") or entry.get("row") != len(found):
-            break
-        found.append(entry["trace"])
-        whole.append(line)
-    path.write_text("".join(whole))
+        found.append(trace)
+    if len(found) < len(lines):
+        say(f"{path}: line {len(found) + 1} is damaged; its trace and later ones are made again")
+    path.write_text("".join(map(_line, range(len(found)), found)))
     return found
+
+
+def _line(row: int, trace: str) -> str:
+    return files.sealed({"row": row, "trace": trace}) + "\n"
 
 
 def add(path: Any, first: int, traces: Sequence[str]) -> None:
     """Add the traces from number `first` on to the file of a stage, a line each."""
-
-    def line(row: int) -> str:
-        return json.dumps({"row": row, "trace": traces[row]}) + "\n"
-
     path.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(path, Path):  # a bucket, where nothing can be appended
-        path.write_text("".join(map(line, range(len(traces)))))
+        path.write_text("".join(map(_line, range(len(traces)), traces)))
         return
     with path.open("a", encoding="utf-8") as file:
         for row in range(first, len(traces)):
-            file.write(line(row))
+            file.write(_line(row, traces[row]))
             file.flush()
 
 

@@ -121,6 +121,7 @@ def _about(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not path.is_file():
         return {}, []
     try:
+        files.check_key(path)
         about = read_json(path)
         minutes = about.get("minutes") or {}
         minutes = {str(name): float(spent) for name, spent in minutes.items()}

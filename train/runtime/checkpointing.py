@@ -10,7 +10,6 @@ see (a shared folder or a bucket). Any number of processes can read it, on any m
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 import zlib
@@ -85,7 +84,7 @@ def save_tree(folder: Path, tree: Any, meta: dict[str, Any]) -> dict[str, Any]:
     def finish() -> None:
         if part != folder:
             manifest["files"] = file_sums(part / "arrays")
-        (part / MANIFEST).write_text(json.dumps(manifest))
+        (part / MANIFEST).write_text(files.sealed(manifest))
         if part != folder:
             remote.remove(folder)
             files.put(part, folder)
@@ -128,10 +127,10 @@ def _discard(part: Any) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a saved tree; None if it is missing or unreadable."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError, RecursionError):
+        manifest = files.opened((folder / MANIFEST).read_bytes())
+    except OSError:
         return None
-    sound = isinstance(manifest, dict) and isinstance(manifest.get("digests"), dict)
+    sound = manifest is not None and isinstance(manifest.get("digests"), dict)
     return manifest if sound else None
 
 

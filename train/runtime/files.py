@@ -2,7 +2,7 @@
 
 A file is written under a name that no other process uses, forced to the disk and renamed; the
 rename is forced to the disk too. A file may have a key beside it: the digest of its inputs, and the
-sha256 of its bytes, which detects a flipped bit.
+sha256 of its bytes, which detects a flipped bit. A line of JSON may end in a CRC-32 of its own.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ import contextlib
 import errno
 import functools
 import hashlib
+import json
 import os
+import re
 import uuid
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from jaxlib_unlearn.errors import UserError
 
 PART = ".part"
+CRC = re.compile(rb'(.*), "crc": ([0-9]{1,10})\}', re.DOTALL)
 # File systems whose folders cannot be opened or synchronised (some network and FUSE ones).
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EISDIR)
 
@@ -162,3 +167,32 @@ def check_key(path: Path) -> None:
             "or edited (keep an edited copy elsewhere); the run's own command writes it again and "
             "computes nothing that is stored"
         )
+
+
+def sealed(row: dict[str, Any]) -> str:
+    """A JSON object with entries, whose last one becomes the CRC-32 of the rest.
+
+    Example:
+        >>> sealed({"stage": "original", "step": 3, "loss": 0.5})
+        '{"stage": "original", "step": 3, "loss": 0.5, "crc": 1043071103}'
+    """
+    text = json.dumps(row)
+    return f'{text[:-1]}, "crc": {zlib.crc32(text.encode())}}}'
+
+
+def opened(line: bytes) -> dict[str, Any] | None:
+    """The object in a text of `sealed`, or without a CRC-32 (of earlier versions); None: damaged.
+
+    Example:
+        >>> opened(b'{"a": 3, "crc": 5}'), opened(b'{"a": 3}')
+        (None, {'a': 3})
+    """
+    if (found := CRC.fullmatch(line)) is not None:
+        line = found[1] + b"}"
+        if zlib.crc32(line) != int(found[2]):
+            return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None

@@ -297,6 +297,8 @@ def read_minutes(root: Path) -> dict[str, float]:
     """Minutes per phase that earlier starts of the same run have spent."""
     broken = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
     with contextlib.suppress(*broken, OverflowError):
+        if files.damaged(root / "run.json"):
+            return {}
         about = json.loads((root / "run.json").read_text())
         found = {str(name): float(spent) for name, spent in about["minutes"].items()}
         return {name: spent for name, spent in found.items() if 0 <= spent < 1e9}
@@ -315,5 +317,7 @@ def write_about(
         "python": platform.python_version(),
         **judging,
     }
-    write_atomic(root / "run.json", json.dumps(about, indent=1))
+    text = json.dumps(about, indent=1)
+    write_atomic(root / "run.json", text)
+    write_atomic(root / "run.key", files.key_text(text))
     remote.send(root)

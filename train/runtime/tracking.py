@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train.runtime import distributed, files, reporters
-from train.runtime.steplog import split_steps, step_line
+from train.runtime.steplog import odd, split_steps, step_line
 
 
 def say(message: str) -> None:
@@ -48,6 +48,8 @@ class Tracker:
         """Move damaged lines to `metrics.jsonl.bad`: a damaged log never stops a run."""
         steps, bad = split_steps(self.path)
         if not bad:
+            if words := odd(steps):
+                say(f"{self.path}: {words}; the run goes on, its curves may differ")
             return
         aside = self.path.with_name(self.path.name + ".bad")
         with aside.open("ab") as file:
@@ -65,8 +67,12 @@ class Tracker:
         """Drop the lines of `stage` at `step` and later (and a line truncated by a crash)."""
         if not (distributed.is_first() and self.path.exists()):
             return
+        files.key_of(self.path).unlink(missing_ok=True)  # of a run that had ended
         steps, _ = split_steps(self.path)
-        self._keep([line for line, row in steps if row["stage"] != stage or row["step"] < step])
+        kept = [(line, row) for line, row in steps if row["stage"] != stage or row["step"] < step]
+        if words := odd([pair for pair in kept if pair[1]["stage"] == stage], stage, step):
+            say(f"{self.path}: {words}; the run goes on, its curves may differ")
+        self._keep(list(dict.fromkeys(line for line, _ in kept)))
 
     def write(self, stage: str, step: int, scalars: dict[str, float]) -> None:
         """Append one line."""

@@ -95,7 +95,8 @@ def write(started: Started, source: Source, original: Painter, found: Tokens | N
             basis = np.asarray(concepts.span(embeddings), np.float32)
             data = save({"embeddings": embeddings.astype(np.float32), "basis": basis})
             files.write(folder / TENSORS, data)
-        write_atomic(folder / FILE, json.dumps(told, indent=1))
+        write_atomic(folder / FILE, text := json.dumps(told, indent=1))
+        write_atomic(files.key_of(folder / FILE), files.key_text(text))
 
     distributed.of_first(put)
 
@@ -129,6 +130,7 @@ def read(folder: Path | None, option: str) -> Stored:
     folder = folder.expanduser()
     if not (folder / FILE).is_file() or not (folder / "summary.json").is_file():
         raise UserError(f"{option} {folder} is no finished run of train.attack; give one")
+    files.check_key(folder / FILE)
     with reading(folder / FILE, "run the command of its run again", "does not read"):
         told = json.loads((folder / FILE).read_text(encoding="utf-8"))
         words = tuple(
