@@ -164,7 +164,7 @@ def of_checkpoint(path: Path) -> Any:
 
 def of_manifest(path: Path) -> Any:
     manifest = checkpointing.read_manifest(path.parent) or stop("damaged, computed again")
-    return of_checkpoint(path), {**manifest, "crc": None}
+    return of_checkpoint(path), manifest
 
 
 def rows(damage: Any) -> list[Any]:

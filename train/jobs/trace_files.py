@@ -22,10 +22,9 @@ def kept(path: Any) -> list[str]:
     checked = any(map(files.CRC.fullmatch, lines))  # those of earlier versions have no CRC-32
     for line in lines:
         entry = files.opened(line) if files.CRC.fullmatch(line) or not checked else None
-        trace = None if entry is None or entry.get("row") != len(found) else entry.get("trace")
-        if not isinstance(trace, str):
+        if entry is None or entry.keys() != {"row", "trace"} or entry["row"] != len(found):
             break
-        found.append(trace)
+        found.append(str(entry["trace"]))
     if len(found) < len(lines):
         say(f"{path}: line {len(found) + 1} is damaged; its trace and later ones are made again")
     path.write_text("".join(map(_line, range(len(found)), found)))

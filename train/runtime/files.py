@@ -183,9 +183,11 @@ def sealed(row: dict[str, Any]) -> str:
 def opened(line: bytes) -> dict[str, Any] | None:
     """The object in a text of `sealed`, or without a CRC-32 (of earlier versions); None: damaged.
 
+    Texts of earlier versions end in no whole number: such a number has lost the name `crc`.
+
     Example:
-        >>> opened(b'{"a": 3, "crc": 5}'), opened(b'{"a": 3}')
-        (None, {'a': 3})
+        >>> opened(b'{"a": 3.0, "crc": 5}'), opened(b'{"a": 3.0, "crk": 5}'), opened(b'{"a": 3.0}')
+        (None, None, {'a': 3.0})
     """
     if (found := CRC.fullmatch(line)) is not None:
         line = found[1] + b"}"
@@ -195,4 +197,6 @@ def opened(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    if not isinstance(row, dict) or (found is None and type(["", *row.values()][-1]) is int):
+        return None
+    return row
