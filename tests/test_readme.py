@@ -5,6 +5,7 @@ import re
 import pytest
 
 from train.jobs.diffusing.config import AttackRun, DefendRun, EraseRun
+from train.jobs.evaluating_options import EvaluateRun
 from train.options.choices import known_words
 from train.planning.planned import PLANNERS
 from train.presets import PRESETS
@@ -26,7 +27,12 @@ def test_readme_is_a_page(repo):
     assert len((repo / "README.md").read_text().split()) <= 900
 
 
-@pytest.mark.parametrize("page", ["README.md", "RESULTS.md"])
+GUIDES = ("recipes", "smaller_memory", "openunlearning", "pod")
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "RESULTS.md", *(f"colab/site/{name}.md" for name in GUIDES)]
+)
 def test_commands_exist(repo, page):
     text = (repo / page).read_text()
     programs = set(re.findall(r"python -m (train\.\w+)", text))
@@ -40,10 +46,13 @@ def test_commands_exist(repo, page):
         AttackRun,
         DefendRun,
         ReplayRun,
+        EvaluateRun,
     ]
     known = known.union(*map(known_words, configs))
     known |= (
-        {"--example-data", "--html", "--attack"}
+        {"--example-data", "--html", "--csv", "--attack"}
+        | {"--model", "--dtype", "--dry-run", "--topology"}
+        | {"--eval", "--config-name"}  # of OpenUnlearning
         | {"--repeats", "--huge-pages-for-both", "--worker", "--command"}
         | {
             "--data",

@@ -164,11 +164,9 @@ def sift(
 
     Args:
         learning_rate: The learning rate eta of the matrices, a number or a schedule.
-        beta, nesterov, rank, rank_cap, threshold, spatial_mask, step_gate: as for
-            :func:`scale_by_sift`.
-        msign, tol, bases, passes, first_passes, oversample, match_norm: as for
-            :func:`scale_by_sift`.
-        orthogonalize, num_constraints, seed: as for :func:`scale_by_sift`.
+        beta, nesterov, rank, rank_cap, threshold, spatial_mask: see :func:`scale_by_sift`.
+        step_gate, msign, tol, bases, passes, first_passes: see :func:`scale_by_sift`.
+        oversample, match_norm, orthogonalize, num_constraints, seed: see :func:`scale_by_sift`.
         shape_scale: The factor s of a matrix: the default "width" is the published sqrt(max(1, out
             / in)); "match_rms" is the Kimi scaling of the authors' other scripts.
         weight_decay: The decoupled weight decay lambda of the matrices, multiplied by eta but not

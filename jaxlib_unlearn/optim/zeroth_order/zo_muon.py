@@ -46,9 +46,9 @@ def scale_by_zo_muon(
     yourself, or use :func:`zo_muon`).
 
     Args:
-        num_queries, rank, eps, refresh_every, estimator, orthogonalize: as for :func:`zo_muon`.
-        seed, query_batch, query_axis, trainable, rng_impl, matrices, layout, factored: as for
-            :func:`zo_muon`.
+        num_queries, rank, eps, refresh_every, estimator, orthogonalize: see :func:`zo_muon`.
+        seed, query_batch, query_axis, trainable, rng_impl, matrices: see :func:`zo_muon`.
+        layout, factored: see :func:`zo_muon`.
 
     Returns:
         A transformation; ``update`` takes ``value_fn=`` (see ``zeroth_order``).
