@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import table_of_concepts
+import table_of_controls
 import table_of_programs
 import table_of_rates
 import table_of_runs
@@ -26,6 +27,7 @@ TABLES = {
     **table_of_rates.TABLES,
     **table_of_concepts.TABLES,
     **table_of_programs.TABLES,
+    **table_of_controls.TABLES,
 }
 
 
