@@ -414,7 +414,17 @@ def concept_told(run):
     return table_of_concepts.Told(models, logs)
 
 
+def controlled(run):
+    """The original is known, the oracle is not; seed 1's unlearned model is by one control."""
+    if run.program == "train.evaluate":
+        return {"model": {"unseen_p": 1e-9 if run.name.endswith("original") else 0.5}}
+    flat = {"unseen_p": 0.5, "forget_quality": 0.25}
+    unlearned = flat | {"unseen_p": 0.02 if run.name.endswith("1") else 0.5}
+    return {"original": flat | {"unseen_p": 1e-9}, "oracle": flat, "unlearned": unlearned}
+
+
 TELL = {
+    "controls": controlled,
     "epic": condensed,
     "r2mu": forgotten,
     "pretrain": pretrained,
@@ -482,6 +492,7 @@ def cells(text, columns=1):
 @pytest.mark.parametrize("name", TELL)
 def test_every_run_of_a_table_is_a_command(fill, tmp_path, monkeypatch, name):
     """Typos in its options would be found after an hour."""
+    from train import evaluate
     from train.jobs.diffusing import stored
     from train.planning.planned import PLANNERS
     from train.presets import arguments
@@ -505,7 +516,10 @@ def test_every_run_of_a_table_is_a_command(fill, tmp_path, monkeypatch, name):
             row = next(row for row in PLANNERS.values() if argv[0] in row.presets)
             config = row.read(argv[:-2], row.config, "train.plan")
         else:
-            config = arguments.read_arguments(run.program, argv)
+            if run.program == "train.evaluate":
+                config = evaluate.read_arguments(argv)
+            else:
+                config = arguments.read_arguments(run.program, argv)
             assert config.output == tmp_path / run.name
         for flag, of_config in {
             "--seed": lambda config: config.seed,
@@ -538,6 +552,15 @@ def test_the_table_of_pretraining(fill):
     few = fill("pretrain", "--only", "ablations")
     assert len(few.runs) == len(table_of_rates.GRID["teon"]) + changes
     assert text.endswith(few.text) and set(few.curves) <= set(curves)
+
+
+def test_the_table_of_controls(fill):
+    """Both controls are held to the oracle's verdict, seed by seed."""
+    text = fill("controls", "--seeds", "0", "1").text
+    assert cells(text.partition("\n\n")[0])["1"] == [
+        *("1e-09", "0.5", "0.02"), *("1e-09", "0.5", "0.5"), "0.25",
+    ]  # fmt: skip
+    assert text.endswith("unseen rows: 1 of 2 seeds, exchanged names: 2 of 2 seeds.")
 
 
 FEW = ("--only", "adamw", "mezo", "rowwise", "rowwise, minutes of mezo")
