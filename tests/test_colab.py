@@ -152,4 +152,4 @@ def test_without_an_address_it_says_so(runtime, tmp_path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_says_what_runs_on_a_free_colab_and_for_how_long(path):
     first = cells_of(path)[0].source
-    assert "free Colab" in first and "minutes" in first
+    assert "free Colab" in first and "minute" in first and " GB of memory" in first

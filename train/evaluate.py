@@ -56,7 +56,7 @@ def read_arguments(argv: list[str]) -> EvaluateRun:
         )
     elif argv[0].startswith("-"):
         raise UserError(f"the first argument is a run folder or a model, got {argv[0]!r}")
-    if smoke:
+    if smoke and not default.smoke:  # a smoke run is judged as it was
         default = replace(default, smoke=True, **SMOKE)
     return cli.parse(EvaluateRun, default, argv[1:], "train.evaluate MODEL", "judge a model")
 

@@ -91,7 +91,7 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
     from train.engine.replays import bases, replaying, stored
     from train.engine.step import shaped
     from train.options import checks
-    from train.runtime import distributed, files, folder, remote, sharding
+    from train.runtime import compiling, distributed, files, folder, remote, sharding
     from train.runtime.checkpointing import params_sha256
     from train.runtime.stages import params_stage, write_atomic
 
@@ -125,6 +125,8 @@ def _run(config: ReplayRun, held: contextlib.ExitStack) -> dict[str, Any]:
         source = bases.source_of(config.model.path)
         source.check(config.model.path, config.model.revision)
     distributed.check_same(identity)
+    if made.header.get("compiled") == "quickly":  # a smoke run: its bits are those of that compiler
+        compiling.compile_quickly()
     base = source.load(config.model, made, mesh).to_host()
     replaying.check_base(made, base, path, config.model.path)
     trained = replaying.trained_of(made, base, mesh)

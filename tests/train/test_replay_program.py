@@ -1,12 +1,16 @@
 """`python -m train.replay` as a user types it: the model of a run from its base and a few bytes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from train.engine.replays import stored
+from train.runtime import compiling
 from train.runtime.seal import read as read_seal
 
 STEPS = 5
@@ -72,6 +76,36 @@ def test_check_writes_nothing(done, replay):
     made = replay(done.run, "--model.path", done.base, "--check")
     assert made.code == 0 and "equal bit by bit at 3 milestone(s)" in made.err, made.err
     assert files_of(done.root) == before
+
+
+@pytest.mark.parametrize("effort", ["quickly", "fully"])
+def test_programs_are_compiled_as_those_of_the_run(effort, done, replay, monkeypatch):
+    made = stored.read(done.file)
+    assert made.header["compiled"] == compiling.effort()  # of the tests
+    other = made._replace(header=made.header | {"compiled": effort})
+    monkeypatch.setattr(stored, "read", lambda path: other)
+    calls = []
+    monkeypatch.setattr(compiling, "compile_quickly", lambda: calls.append("quickly"))
+    found = replay(done.file, "--model.path", done.base, "--check")
+    assert found.code == 0, found.err
+    assert calls == ([effort] if effort == "quickly" else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("--smoke",), ()])
+def test_a_run_of_its_own_process_is_replayed_by_another(words, done, tmp_path):
+    """Without the settings of the tests, under which everything is compiled quickly."""
+    ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    options = "--train.batch-size 4 --train.optimizer.name mezo --train.steps 7".split()
+    tune = ["train.finetune", done.base, done.root / "rows.json", "--output", tmp_path / "run"]
+    again = ["train.replay", tmp_path / "run", "--model.path", done.base, "--check"]
+    for command in ([*tune, *options, *words], again):
+        made = subprocess.run(
+            [sys.executable, "-m", *map(str, command)], env=env, capture_output=True, text=True
+        )
+        assert made.returncode == 0, made.stderr
+    assert "equal bit by bit at 1 milestone(s)" in made.stderr
 
 
 @pytest.mark.parametrize(

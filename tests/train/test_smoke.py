@@ -182,7 +182,7 @@ def test_config_of_a_run_reruns_it(run, program, no_compute):
 
 
 def test_evaluate_the_run(run, program):
-    done = program("train.evaluate", run.root)
+    done = program("train.evaluate", run.root, "--smoke")  # of a smoke run: it changes nothing
     assert done.code == 0, done.err
     summary = json.loads((run.root / "evaluate" / "summary.json").read_text())
     assert list(summary) == ["original", "oracle", "model"] and "SMOKE run:" in done.out

@@ -19,13 +19,18 @@ def compile_quickly() -> None:
         jax.config.update("jax_disable_most_optimizations", True)
 
 
+def effort() -> str:
+    """How programs are compiled from here on, on which their last bits depend."""
+    return "quickly" if jax.config.values.get("jax_disable_most_optimizations") else "fully"
+
+
 def compiled(lowered: Any) -> Any:
     """A lowered program, compiled; quickly after `compile_quickly`.
 
     Args:
         lowered: The result of `jax.jit(f).lower(...)`.
     """
-    if jax.config.values.get("jax_disable_most_optimizations"):
+    if effort() == "quickly":
         try:
             return lowered.compile(compiler_options=QUICK)
         except jax.errors.JaxRuntimeError:  # an XLA without that option

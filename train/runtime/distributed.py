@@ -316,12 +316,16 @@ def first_difference(
 ) -> str:
     """The first entry in which two configurations differ, as text; empty when they are equal.
 
+    A `name` goes before the options that come with it.
+
     Example:
         >>> first_difference({"a": {"b": 1}}, {"a": {"b": 2}})
         'a.b: 1 there, 2 here'
+        >>> first_difference({"a": {"b": 1, "name": "x"}}, {"a": {"b": 2, "name": "y"}})
+        'a.name: x there, y here'
     """
     if isinstance(there, dict) and isinstance(wanted, dict):
-        for key in sorted(set(there) | set(wanted)):
+        for key in sorted(set(there) | set(wanted), key=lambda key: (key != "name", key)):
             inner = f"{name}.{key}" if name else key
             if found := first_difference(there.get(key), wanted.get(key), sides, inner):
                 return found

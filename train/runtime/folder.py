@@ -245,8 +245,9 @@ def check_folder(root: Path, wanted: dict[str, Any]) -> bool:
             f"{remote.home(root)} was begun by another version, whose options are not written as "
             "these are; finish it with that version, or give another --output"
         )
+    home = remote.home(root)
     raise UserError(
-        f"{remote.home(root)} holds another run's config ({difference}); give another --output"
+        f"{home} holds another run's config ({difference}); give another --output, as {home}-2"
     )
 
 

@@ -16,7 +16,7 @@ import jaxlib_unlearn
 from train.engine.replays import coefficients, stored
 from train.options.config import LoraConfig, SelectConfig, to_json
 from train.options.optimizers import Options, schedule_numbers
-from train.runtime import digests, distributed, remote
+from train.runtime import compiling, digests, distributed, remote
 from train.runtime.checkpointing import read_manifest
 from train.runtime.tracking import say
 
@@ -73,6 +73,7 @@ def surroundings() -> dict[str, Any]:
         "jax": jax.__version__,
         "platform": f"{jax.devices()[0].device_kind} {platform.machine()}",
         "made_by": f"jaxlib-unlearn {jaxlib_unlearn.__version__}",
+        "compiled": compiling.effort(),
     }
 
 

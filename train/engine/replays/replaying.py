@@ -22,6 +22,7 @@ from train.options import cli
 from train.options.config import LoraConfig, SelectConfig
 from train.options.optimizers import OPTIMIZERS, ROWS, Options, build
 from train.runtime import checkpointing, digests, distributed, residency, sharding
+from train.runtime.compiling import compiled
 from train.runtime.tracking import progress, say
 
 SAVE_SECONDS = 120.0
@@ -200,8 +201,8 @@ def replay(
             f"the file has {made.coeffs.shape[1]} coefficients a step, optimizer {optimizer.name} "
             f"takes {where.size}; use the version that wrote it"
         )
-    apply = coefficients.compile_apply(optimizer, shardings)
     first, now = 0, (state.params, opt_state)
+    apply = compiled(coefficients.compile_apply(optimizer, shardings).lower(*now, schedule, where))
     worst, bitwise = 0.0, True
     if checkpoints is not None:
         found = checkpointing.load_latest(checkpoints, now, say)
