@@ -20,7 +20,7 @@ def compile_quickly() -> None:
 
 
 def effort() -> str:
-    """How programs are compiled from here on, on which their last bits depend."""
+    """The effort of compiling from here on, "quickly" or "fully": results differ in last bits."""
     return "quickly" if jax.config.values.get("jax_disable_most_optimizations") else "fully"
 
 
