@@ -49,7 +49,8 @@ def show_examples(argv: list[str]) -> None:
     for path in made:
         print(path)
     for preset, suffix in (("quickstart", ".csv"), ("quickstart-documents", ".txt")):
-        forget, retain = (shlex.quote(str(path)) for path in made if path.suffix == suffix)
+        of_kind = [shlex.quote(str(path)) for path in made if path.suffix == suffix]
+        forget, retain = of_kind[:2]
         print(f"python -m train.unlearn {preset} --data.forget {forget} --data.retain {retain}")
 
 

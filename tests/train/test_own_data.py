@@ -315,16 +315,18 @@ def test_examples(program, tmp_path):
     assert done.code == 0 and done.err == ""
     *paths, command, other = done.out.splitlines()
     assert [p.rpartition("/")[2] for p in paths] == [
-        f"{side}.{kind}" for side in ("forget", "retain") for kind in ("csv", "jsonl", "txt")
+        *(f"{side}.{kind}" for side in ("forget", "retain") for kind in ("csv", "jsonl", "txt")),
+        *("holdout.csv", "holdout.jsonl"),
     ]
     assert other == command.replace("quickstart", "quickstart-documents").replace(".csv", ".txt")
     assert command == (
         f"python -m train.unlearn quickstart --data.forget '{folder}/forget.csv' --data.retain "
         f"'{folder}/retain.csv'"
     )
-    plain = load_own(folder / "forget.csv", folder / "retain.csv")
-    full = load_own(folder / "forget.jsonl", folder / "retain.jsonl")
-    assert len(plain.forget) == len(plain.retain) == 5
+    sides = ("forget", "retain", "holdout")
+    plain = load_own(*(folder / f"{side}.csv" for side in sides))
+    full = load_own(*(folder / f"{side}.jsonl" for side in sides))
+    assert len(plain.forget) == len(plain.retain) == len(plain.holdout) == 5
     assert all(list(row) == list(COLUMNS) for row in full.forget)
     assert all(list(row) == list(COLUMNS[:-1]) for row in full.retain)
     for mine, whole in ((plain.forget, full.forget), (plain.retain, full.retain)):

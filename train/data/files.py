@@ -373,13 +373,14 @@ def left_out(own: Own) -> str:
 
 
 def write_examples(folder: Path) -> list[Path]:
-    """Write five made-up rows to forget and five to keep (CSV, JSONL), and pages of text.
+    """Write five made-up rows a side (CSV, JSONL), and pages of text to forget and to keep.
 
     Args:
         folder: created if it does not exist.
 
     Returns:
-        `forget` and `retain` in it as `.csv`, as `.jsonl` with all columns, and as `.txt`.
+        `forget`, `retain` and `holdout` in it as `.csv` and as `.jsonl` with all columns; the first
+        two as `.txt`.
 
     Raises:
         UserError: one of them exists with other contents, or the folder cannot be written.
@@ -387,7 +388,7 @@ def write_examples(folder: Path) -> list[Path]:
     rows = authors.training_rows(authors.generate(0, 10))
     prose = authors.pages(0, 10, 0)
     made: dict[Path, bytes] = {}
-    for side, name in (("forget", "forget10"), ("retain", "retain_eval")):
+    for side, name in (("forget", "forget10"), ("retain", "retain_eval"), ("holdout", "holdout")):
         five = rows[name][:5]
         if side == "forget":
             others = alternates(five, 0)
@@ -399,7 +400,8 @@ def write_examples(folder: Path) -> list[Path]:
         made[folder / f"{side}.csv"] = sheet.getvalue().encode()
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in five)
         made[folder / f"{side}.jsonl"] = lines.encode()
-        made[folder / f"{side}.txt"] = "\n".join(prose[side]).encode()
+        if prose.get(side):
+            made[folder / f"{side}.txt"] = "\n".join(prose[side]).encode()
     try:
         there = [path for path, data in made.items() if path.exists() and path.read_bytes() != data]
         if there:

@@ -64,8 +64,8 @@ PICTURE = Picture(
         f"{results.across('forget_fact_recall')}; facts to keep: "
         f"{results.across('retain_fact_recall')}."
     ),
-    "How many of the true values (names, dates, words) occur in the greedy answers. The "
-    "oracle, which never saw the facts to forget, gets some of them right by chance.",
+    "How many of the true values (names, dates, words) occur in the greedy answers. A model that "
+    "never saw the facts, as the oracle, gets some of them right by chance.",
     "No fact recall: only generated authors say which words of an answer are the fact.",
 )
 DEFINITIONS = (

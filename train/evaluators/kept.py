@@ -30,7 +30,7 @@ def kept(results: Results, metrics: Iterable[tuple[str, str]], rest: str) -> Fin
         if s.judged is not None and base:
             shares.append(s.judged / base)
             told.append(
-                f"{words} {show(s.judged)} ({100 * shares[-1]:.0f} % of the {of} {show(base)})"
+                f"{words} {show(s.judged)} ({100 * shares[-1]:.1f} % of the {of} {show(base)})"
             )
     if not shares:
         text = f"No metric of {rest} was measured on this model and on another."

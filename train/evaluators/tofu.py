@@ -215,8 +215,9 @@ PICTURE = Picture(
         "Cumulative distributions of the truth ratio on the forget questions. KS "
         f"distance to the oracle: {results.across('forget_ks')}."
     ),
-    "Truth ratios on the forget questions. The test behind forget quality asks whether the "
-    "unlearned line and the oracle's could be one; the black bar is the KS distance.",
+    "Truth ratios on the forget questions. Where there is an oracle, the test behind forget "
+    "quality asks whether its line and the unlearned one could be one; the black bar is their KS "
+    "distance.",
     "No truth ratios in evals/.",
     after="leak.png",
 )

@@ -64,8 +64,8 @@ def curves(run: Run, steps: Sequence[dict[str, Any]]) -> Picture:
             f"Lines over {len(steps)} logged unlearning steps."
             + "".join(f" {metrics_table.describe(n).label}: {results.across(n)}." for n in ends)
         ),
-        "Forget and retain while unlearning. The forget line should come down to the oracle's "
-        "level, the retain line should stay up.",
+        "Forget and retain while unlearning. The forget line should come down to the level of a "
+        "model that never saw the facts, the retain line should stay up.",
         f"No curves: metrics.jsonl has no steps of the stage {run.roles.judged!r}.",
     )
 

@@ -211,7 +211,9 @@ def facts(run: Run, logs: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 def limitations(run: Run, logs: dict[str, dict[str, Any]]) -> list[str]:
     """The limitations of the numbers, and the run's own notes."""
     questions = "tofu" in run.evaluators
-    n = len(truth_ratios(logs.get(run.roles.judged, {}))) if questions else 0
+    judged = run.summary.get(run.roles.judged, {})
+    tested = questions and judged.get("forget_quality") is not None
+    n = len(truth_ratios(logs.get(run.roles.judged, {}))) if tested else 0
     out = []
     if run.config.get("smoke"):
         out.append(
@@ -230,6 +232,11 @@ def limitations(run: Run, logs: dict[str, dict[str, Any]]) -> list[str]:
     out += [
         "This is one seed. python -m train.report RUN RUN ... gives mean and spread over several.",
     ]
+    if tested:
+        out.append(
+            "A p above .05 does not prove that the facts are gone. It says that this test does not "
+            "tell the model from the oracle."
+        )
     if asked:
         out += _OF_QUESTIONS
     out += [clean(note) for note in run.notes]
@@ -237,8 +244,6 @@ def limitations(run: Run, logs: dict[str, dict[str, Any]]) -> list[str]:
 
 
 _OF_QUESTIONS = (
-    "A p above .05 does not prove that the facts are gone. It says that this test does not "
-    "tell the model from the oracle.",
     "ROUGE-L counts words in order: the right sentence around a wrong fact still scores.",
     "Fine-tuning and quantising can bring facts back. Neither attack is part of this page.",
 )
