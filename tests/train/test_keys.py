@@ -42,7 +42,7 @@ OTHER: dict[str, Any] = {
     "data.extra_rows": None,
     "data.retain_split": None,  # of TOFU's files, as the next three; rows are in `streams`
     "data.judged_retain_split": None,
-    "data.judged_retain_rows": None,
+    "data.judged_retain_rows": 3,
     "data.revision": None,
     "data.forget": None,  # the user's files; rows are in `streams`
     "data.retain": None,
