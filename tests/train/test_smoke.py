@@ -215,6 +215,10 @@ def test_a_log_of_other_rows_is_refused_before_compute(run, program, no_compute)
     assert done.code == 2 and done.err.count("\n") == 1
     assert "is about" in done.err and "2 are asked here" in done.err
     assert not (run.root / "other").exists()
+    argv = ["quickstart", "--smoke", "--output", run.root / "again", "--retain-log", oracle]
+    done = program("train.unlearn", *argv, "--data.forget-rows", "2")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "2 are asked here" in done.err and not (run.root / "again").exists()
 
 
 def test_evaluate_a_folder_on_files(program, tiny, tofu_folder, tmp_path):

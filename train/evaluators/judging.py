@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxlib_unlearn.errors import UserError
+from jaxlib_unlearn.metrics.eval_log import EvalLog
 from train.evaluators import EVALUATORS, chosen, evaluation, trace_judge
 from train.options.config import to_json
 from train.options.roles import ROLES, Roles
@@ -48,6 +50,23 @@ def log_of(config: Any, model: Any, task: Any, judge: Any, mesh: Any, name: str)
         name=name,
         judge=None if judge is None else judge.to_device(),
     )
+
+
+def check_rows(path: Path | None, log: EvalLog | None, rows: Mapping[str, Any]) -> None:
+    """Raise `UserError` where a log in place of the reference's is about other rows.
+
+    Args:
+        path: the file of `--retain-log`, or None.
+        log: its content.
+        rows: the rows of every evaluated split, by its name.
+    """
+    known = 0 if log is None else len(log.items.get("forget_truth_ratio", ()))
+    asked = len(rows.get("forget", ()))
+    if asked and known not in (0, asked):
+        raise UserError(
+            f"--retain-log {path} is about {known} forget rows, and {asked} are asked here; "
+            "give the log of the same rows, or leave it out"
+        )
 
 
 def held_to(

@@ -78,13 +78,7 @@ def load(config: EvaluateRun) -> Loaded:
     log = None if config.retain_log is None else load_log(config.retain_log)
     base_models.check_model(config.model)
     task = load_task(RunConfig(seed=config.seed, data=config.data))
-    asked = len(task.evaluation.get("forget", ()))
-    ratios = () if log is None else log.items.get("forget_truth_ratio", ())
-    if asked and len(ratios) not in (0, asked):
-        raise UserError(
-            f"--retain-log {config.retain_log} is about {len(ratios)} forget rows, and {asked} are "
-            "asked here; give the log of the same rows, or leave it out"
-        )
+    judging.check_rows(config.retain_log, log, task.evaluation)
     return Loaded(task, layout, log)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxlib_unlearn import objectives
 from jaxlib_unlearn.errors import UserError
-from jaxlib_unlearn.metrics import tofu
+from jaxlib_unlearn.metrics.eval_log import load_log
 from models.decoder.learner import DecoderLearner
 from train.data.task import Task
 from train.engine import base_models, exports
@@ -110,12 +110,18 @@ def check(config: RunConfig, mesh: Any) -> None:
 
 
 def load(config: RunConfig) -> Loaded:
-    """The rows of a run."""
+    """The rows of a run, and the log in place of the oracle's.
+
+    Raises:
+        UserError: a file is unusable, or the log is about another number of rows.
+    """
     layout = prompt_format(config.data)
-    retain_log = None if config.retain_log is None else tofu.load_log(config.retain_log)
+    retain_log = None if config.retain_log is None else load_log(config.retain_log)
     # The data may come from the Hub: a path with a typo in it need not wait for that.
     base_models.check_model(config.stage.original or config.model.path, config.model.revision)
-    return Loaded(load_task(config), layout, retain_log)
+    task = load_task(config)
+    judging.check_rows(config.retain_log, retain_log, task.evaluation)
+    return Loaded(task, layout, retain_log)
 
 
 def model(config: RunConfig, loaded: Loaded, mesh: Any) -> Model:
